@@ -1,0 +1,108 @@
+"""A folder that is whole or not there: written aside, sealed by a manifest of hashes, renamed.
+
+The order is what makes it safe: files into a hidden sibling folder, each synced; the manifest
+last; the folder synced; the rename; the parent synced. Only a caller that sees `commit` return may
+delete an older folder. The manifest carries its own hash and must be spelled exactly as we spell
+it, so one flipped byte anywhere, the manifest included, is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.checkpoint import durable
+from kpsvd_tune.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+def commit(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write `files` as the folder `folder`, atomically.
+
+    Args:
+        folder: The folder to make; it must not exist.
+        files: Pairs of file name and content; taken one at a time, so that a generator keeps only
+            one content in memory.
+
+    Raises:
+        CheckpointError: `folder` exists.
+        ResourceError: The disk refused; nothing stands under `folder`'s name.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; it was not written again")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        durable.remove_folder(temporary)
+    durable.make_folder(temporary)
+    listed: dict[str, dict[str, Any]] = {}
+    for name, data in files:
+        durable.write_file(temporary / name, data)
+        listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    durable.write_file(temporary / MANIFEST, _manifest(folder.name, listed))
+    durable.sync_folder(temporary)
+    durable.rename(temporary, folder)
+
+
+def read_committed(folder: Path) -> dict[str, bytes]:
+    """Read a committed folder, every file checked against the manifest.
+
+    Returns:
+        The content of each file but the manifest, by name.
+
+    Raises:
+        CheckpointError: A file is missing, cut short or changed; the message names it.
+    """
+    return {name: _read_listed(folder / name, entry) for name, entry in _read_manifest(folder)}
+
+
+def _manifest(name: str, files: dict[str, dict[str, Any]]) -> bytes:
+    content = {"format": _FORMAT, "name": name, "files": files}
+    seal = hashlib.sha256(durable.to_json(content)).hexdigest()
+    return durable.to_json({**content, "sha256": seal})
+
+
+def _read_manifest(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the folder was never completed") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        content = json.loads(raw)
+        version, name, files = content["format"], content["name"], content["files"]
+        is_whole = raw == _manifest(name, files)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_whole, version = False, None
+    if isinstance(version, int) and version > _FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}; this version reads {_FORMAT}: update kpsvd-tune"
+        )
+    if not is_whole:
+        raise CheckpointError(f"{path} is damaged: its own hash does not fit its content")
+    # A renamed folder is told from its content, so that no step is taken for another.
+    if name != folder.name:
+        raise CheckpointError(f"{path} is of {name}; expected {folder.name}")
+    return list(files.items())
+
+
+def _read_listed(path: Path, entry: dict[str, Any]) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) != entry["bytes"]:
+        raise CheckpointError(
+            f"{path} is damaged: {len(data):,} bytes; expected {entry['bytes']:,}"
+        )
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
+    return data

@@ -1,0 +1,179 @@
+"""Disk operations that survive a crash, and that say what failed where.
+
+Everything the save path does to a disk goes through `os` in this module and nowhere else, so a test
+can enumerate every write, fsync, rename and delete, and fail or kill at each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.errors import CheckpointError, ResourceError
+
+# One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
+_PIECE_BYTES = 1 << 28
+_CURES = {
+    errno.ENOSPC: "free some space, or choose an output_dir on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space, or choose another output_dir",
+    errno.EROFS: "the file system is read-only; choose an output_dir that can be written",
+    errno.EACCES: "choose an output_dir that this user may write",
+    errno.ENOENT: "the folder vanished; was output_dir moved, deleted or unmounted?",
+}
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file anew and wait until it is on the disk.
+
+    Raises:
+        ResourceError: The disk refused; the message holds the path and the size.
+    """
+    with explained(f"write {len(data):,} bytes to {path}"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give `path` new content; a crash leaves the old content or the new, never a mixture.
+
+    Raises:
+        ResourceError: The disk refused; the old content stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_file(temporary, data)
+    rename(temporary, path)
+
+
+def append_file(path: Path, data: bytes) -> None:
+    """Append to a file, which is made if need be; `sync_file` makes it last.
+
+    Raises:
+        ResourceError: The disk refused.
+    """
+    with explained(f"append {len(data):,} bytes to {path}"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
+def sync_file(path: Path) -> int:
+    """Wait until an appended file is on the disk.
+
+    Returns:
+        Its size in bytes, 0 where there is no such file.
+    """
+    with explained(f"save {path}"):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return 0
+        try:
+            os.fsync(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+
+def truncate_file(path: Path, num_bytes: int) -> None:
+    """Cut a file to `num_bytes`; a shorter or missing one stays as it is."""
+    with explained(f"cut {path} to {num_bytes:,} bytes"):
+        if path.exists() and path.stat().st_size > num_bytes:
+            os.truncate(path, num_bytes)
+            sync_file(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within one file system and wait until the new name is on the disk."""
+    with explained(f"rename {source} to {target}"):
+        os.replace(source, target)
+        sync_folder(target.parent)
+        if source.parent != target.parent:
+            sync_folder(source.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents; one that is there is fine."""
+    with explained(f"make the folder {path}"):
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; its name goes first, so a crash never leaves half of it under its name."""
+    doomed = path.with_name(f".removed-{path.name.lstrip('.')}")
+    with explained(f"delete {path}"):
+        if path != doomed:
+            if doomed.exists():
+                _remove_tree(doomed)
+            os.replace(path, doomed)
+        _remove_tree(doomed)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder and say so; they sync names by themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any) -> bytes:
+    """Serialise; floats come back as the same floats, NaN and infinity are refused."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]) :]
+
+
+def _remove_tree(path: Path) -> None:
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            _remove_tree(entry)
+        else:
+            os.unlink(entry)
+    os.rmdir(path)
+
+
+@contextlib.contextmanager
+def explained(attempt: str) -> Iterator[None]:
+    """Turn an OSError inside into a ResourceError that says what was tried and what to do."""
+    try:
+        yield
+    except OSError as error:
+        cure = _CURES.get(error.errno or 0, "see the reason above")
+        raise ResourceError(f"could not {attempt}: {error.strerror or error}; {cure}") from error

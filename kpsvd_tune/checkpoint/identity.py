@@ -1,0 +1,58 @@
+"""What makes a run that run: the settings it began with, compared key by key with those of now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+# Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
+# because a run's folder may be moved; `evaluation` comes after training and scores what it finds.
+HARMLESS = (
+    "recipe.tracking",
+    "recipe.output_dir",
+    "recipe.evaluation",
+    "recipe.train.log_every",
+    "recipe.train.save_every",
+    "recipe.train.keep_checkpoints",
+    "recipe.train.num_workers",
+)
+_ABSENT = "(not set)"
+Change = tuple[Any, Any]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]:
+    """Settings that differ and matter, by dotted key, each with its old and new value.
+
+    Keys of the recipe are given as the user writes them, without a leading `recipe.`.
+    """
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = [*before, *(key for key in after if key not in before)]
+    return {
+        key.removeprefix("recipe."): (before.get(key, _ABSENT), after.get(key, _ABSENT))
+        for key in keys
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and not _covers(HARMLESS, key)
+    }
+
+
+def refused(found: Mapping[str, Change], allowed: Collection[str]) -> dict[str, Change]:
+    """The changes that no key of `allowed` covers; `train` covers `train.seed`."""
+    return {key: change for key, change in found.items() if not _covers(allowed, key)}
+
+
+def describe(found: Mapping[str, Change]) -> str:
+    """One indented line a change."""
+    return "\n".join(
+        f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in found.items()
+    )
+
+
+def _covers(keys: Collection[str], key: str) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

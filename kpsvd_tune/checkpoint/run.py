@@ -1,0 +1,295 @@
+"""The folder of one run: where everything lies, who may write it, and where it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.checkpoint import durable
+from kpsvd_tune.checkpoint.commit import commit, read_committed
+from kpsvd_tune.checkpoint.identity import Change, changes, describe, refused
+from kpsvd_tune.checkpoint.state import TrainingState, from_files, to_files
+from kpsvd_tune.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+_STEP = re.compile(r"step-(\d{6,})")
+# What a run owns in its folder; anything else there is the user's and is never touched.
+_ENTRIES = (
+    "recipe.yaml",
+    "run.json",
+    "init",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "results.json",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.
+
+    Attributes:
+        checkpoint: The checkpoint to continue from; None: from the first step.
+        is_finished: Nothing is left to do; the results are in results.json.
+        is_same: The folder held this run already, with equal settings, so that what earlier
+            stages left in it still holds.
+        changed: Settings that were allowed to change, each with its old and new value.
+    """
+
+    checkpoint: Path | None = None
+    is_finished: bool = False
+    is_same: bool = False
+    changed: Mapping[str, Change] | None = None
+
+
+class RunDirectory:
+    """The layout of `output_dir`, its lock, its log of metrics and its checkpoints.
+
+    Making the object touches nothing. Only the main process writes; the others use it for paths
+    and to load.
+
+    Args:
+        path: The recipe's `output_dir`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.run_file = self.path / "run.json"
+        self.init = self.path / "init"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.results_file = self.path / "results.json"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder; the system lifts it however this process ends.
+
+        Raises:
+            CheckpointError: Another process holds it; the message names it.
+            ResourceError: The folder cannot be made.
+        """
+        durable.make_folder(self.path)
+        with durable.explained(f"open {self.path / '.lock'}"):
+            file = (self.path / ".lock").open("a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise CheckpointError(
+                    f"{self.path} is in use by another run ({holder}); wait for it, stop it, or "
+                    "choose another output_dir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def begin(
+        self,
+        recipe_text: str,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        *,
+        resume: str = "auto",
+        allow_change: Collection[str] = (),
+    ) -> Start:
+        """Start a run, or find where it goes on.
+
+        A folder whose run never reached a checkpoint is begun again, whatever its settings were:
+        there is nothing to lose in it.
+
+        Args:
+            recipe_text: The resolved recipe as YAML.
+            identity: What must stay the same, as JSON values: `recipe` (a mapping) and anything
+                else, such as `base`, `dataset` and `num_processes`.
+            about: More for run.json: versions, command, device.
+            resume: auto (go on if there is a run), never (set an earlier run aside in
+                `previous/`, start from the first step) or the path of a checkpoint.
+            allow_change: Dotted keys that may differ from the run's.
+
+        Returns:
+            Where to start. With a checkpoint, metrics.jsonl was cut back to it.
+
+        Raises:
+            CheckpointError: The folder holds a run with other settings, or no whole checkpoint.
+            ResourceError: The disk refused.
+        """
+        durable.make_folder(self.path)
+        if resume == "never":
+            self._set_aside()
+        if not self.run_file.exists():
+            return self._anew(recipe_text, identity, about)
+        recorded = durable.read_json(self.run_file)
+        # By way of JSON, for what was read back must equal what was not.
+        found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
+        explicit = None if resume in ("auto", "never") else Path(resume)
+        is_finished = recorded.get("status") == "finished" and self.results_file.exists()
+        if is_finished and not found and explicit is None:
+            return Start(is_finished=True, is_same=True)
+        checkpoint = self._choose(explicit)
+        if checkpoint is None and not is_finished:
+            start = self._anew(recipe_text, identity, about)
+            return replace(start, is_same=not found)
+        if unwanted := refused(found, allow_change):
+            keys = " ".join(f"--allow-change {key}" for key in unwanted)
+            raise CheckpointError(
+                f"{self.path} holds a run with other settings:\n{describe(unwanted)}\n"
+                f"To continue that run, undo the change, or accept it with {keys}. "
+                "To start another, choose another output_dir or pass --resume never."
+            )
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self.path} holds a finished run without checkpoints, which cannot go on with "
+                "other settings; choose another output_dir or pass --resume never"
+            )
+        state = self.load(checkpoint)
+        if durable.sync_file(self.metrics_file) < state.metrics_bytes:
+            _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
+        durable.truncate_file(self.metrics_file, state.metrics_bytes)
+        self._abandon_after(state.step)
+        durable.replace_file(self.recipe_file, recipe_text.encode())
+        history = recorded.get("changes", []) + [
+            {"step": state.step, "key": key, "old": old, "new": new}
+            for key, (old, new) in found.items()
+        ]
+        self._write_run(
+            {**recorded, **about, "status": "running", "identity": identity, "changes": history}
+        )
+        return Start(checkpoint=checkpoint, is_same=not found, changed=found)
+
+    def update(self, **about: Any) -> None:
+        """Add to run.json."""
+        self._write_run({**durable.read_json(self.run_file), **about})
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and mark the run as finished, in this order."""
+        durable.replace_file(self.results_file, durable.to_json(dict(results)))
+        self.update(status="finished")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        text = json.dumps(line, allow_nan=False)
+        durable.append_file(self.metrics_file, f"{text}\n".encode())
+
+    def save(self, state: TrainingState, keep: int) -> Path:
+        """Commit a checkpoint, then delete the oldest beyond `keep`.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            NonFiniteError: A tensor is infinite or NaN.
+            ResourceError: The disk refused; the earlier checkpoints are as they were.
+        """
+        durable.make_folder(self.checkpoints)
+        # The log reaches the disk before the checkpoint that counts on its length.
+        state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
+        folder = self.checkpoints / f"step-{state.step:06d}"
+        commit(folder, to_files(state))
+        for _, old in self._steps()[keep:]:
+            durable.remove_folder(old)
+        for leftover in self.checkpoints.glob(".removed-*"):
+            durable.remove_folder(leftover)
+        return folder
+
+    def load(self, checkpoint: Path) -> TrainingState:
+        """Read a checkpoint, every file checked.
+
+        Raises:
+            CheckpointError: It is damaged; the message names the file.
+        """
+        return from_files(read_committed(checkpoint))
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; a damaged newer one is named in a warning.
+
+        Raises:
+            CheckpointError: There are checkpoints, and every one is damaged.
+        """
+        faults: list[str] = []
+        for _, folder in self._steps():
+            try:
+                read_committed(folder)
+            except CheckpointError as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                _log.warning("%s; using %s instead", fault, folder.name)
+            return folder
+        if faults:
+            raise CheckpointError(
+                "no checkpoint of the run can be used:\n  "
+                + "\n  ".join(faults)
+                + "\nPass --resume never to start again; this run is then kept in previous/."
+            )
+        return None
+
+    def _choose(self, explicit: Path | None) -> Path | None:
+        if explicit is None:
+            return self.newest_checkpoint()
+        checkpoint = explicit.absolute()
+        if checkpoint.parent != self.checkpoints.absolute() or not _STEP.fullmatch(checkpoint.name):
+            raise CheckpointError(
+                f"--resume {explicit} is no checkpoint of this run; expected auto, never, or a "
+                f"folder such as {self.checkpoints / 'step-000100'}"
+            )
+        read_committed(checkpoint)
+        return checkpoint
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        """Step number and folder of every checkpoint, newest first, whole or not."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = [(_STEP.fullmatch(folder.name), folder) for folder in self.checkpoints.iterdir()]
+        return sorted(((int(m[1]), folder) for m, folder in matches if m), reverse=True)
+
+    def _anew(
+        self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> Start:
+        durable.truncate_file(self.metrics_file, 0)
+        durable.replace_file(self.recipe_file, recipe_text.encode())
+        self._write_run({"status": "running", **about, "identity": identity})
+        return Start()
+
+    def _write_run(self, content: Mapping[str, Any]) -> None:
+        durable.replace_file(self.run_file, durable.to_json(content))
+
+    def _abandon_after(self, step: int) -> None:
+        """Move checkpoints after `step` out of the way: damaged ones, or of a path not taken."""
+        for number, folder in self._steps():
+            if number > step:
+                abandoned = folder.with_name(f"abandoned-{folder.name}")
+                if abandoned.exists():
+                    durable.remove_folder(abandoned)
+                durable.rename(folder, abandoned)
+
+    def _set_aside(self) -> None:
+        entries = [self.path / name for name in _ENTRIES if (self.path / name).exists()]
+        # A folder with no more than init/ was made by init-only, and is as good as new.
+        if not self.run_file.exists() and not self.checkpoints.exists():
+            return
+        number = 1
+        while (folder := self.path / "previous" / f"{number:03d}").exists():
+            number += 1
+        durable.make_folder(folder)
+        # run.json goes last: while it is there, a second try goes on with the rest.
+        for entry in sorted(entries, key=lambda entry: entry == self.run_file):
+            durable.rename(entry, folder / entry.name)
+        _log.warning("the earlier run in %s was moved to %s", self.path, folder)

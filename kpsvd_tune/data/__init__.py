@@ -1,0 +1,17 @@
+"""From rows to batches: read, find the form, encode, check, sample, pad."""
+
+from kpsvd_tune.data.batch import collate
+from kpsvd_tune.data.encode import IGNORED, Encoder, TokenizedRow
+from kpsvd_tune.data.prepare import PreparedData, prepare, read_examples
+from kpsvd_tune.data.sampler import StatelessSampler
+
+__all__ = [
+    "IGNORED",
+    "Encoder",
+    "PreparedData",
+    "StatelessSampler",
+    "TokenizedRow",
+    "collate",
+    "prepare",
+    "read_examples",
+]

@@ -1,0 +1,128 @@
+"""Look up columns in rows, and say what to write when one is missing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kpsvd_tune.data.files import Row
+from kpsvd_tune.errors import DataError
+
+# Names that real data sets use for a role, most telling first.
+_USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "prompt": (
+        "prompt", "question", "instruction", "problem", "query", "input", "request", "user",
+        "source", "context", "text",
+    ),
+    "completion": (
+        "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
+        "code", "label", "summary", "text",
+    ),
+    "instruction": ("instruction", "question", "prompt", "problem", "task"),
+    "output": ("output", "answer", "response", "completion", "solution"),
+    "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
+    "conversations": ("conversations", "conversation", "messages", "chat", "dialog"),
+}  # fmt: skip
+
+
+def column(row: Row, name: str) -> Any:
+    """The value of a column, or None; "a.b" reaches into the object in column "a"."""
+    if name in row.values:
+        return row.values[name]
+    value: Any = row.values
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def text_of(row: Row, name: str) -> str:
+    """The text of a column: null is empty, a whole number is written out.
+
+    Raises:
+        DataError: The column is missing from this row, or holds something that is not text.
+    """
+    value = column(row, name)
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{row.where}: the column {name!r} has half a surrogate pair "
+                f"({value[error.start]!r}), which is no character; remove it or write the whole "
+                "character"
+            ) from error
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        if name.split(".")[0] not in row.values:
+            raise DataError(
+                f"{row.where}: has no column {name!r}, which other rows have; found "
+                f"{describe_columns(row)}"
+            )
+        return ""
+    if isinstance(value, Mapping):
+        inner = next(iter(value), "key")
+        cure = f"; to reach into it write the column as {name}.{inner}"
+    elif isinstance(value, list):
+        cure = "; for chat messages set dataset.format to chat or sharegpt"
+    else:
+        cure = "; write it as text, so that exactly these characters are learnt"
+    raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
+
+
+def missing_column(row: Row, form: str, role: str, name: str, required: Sequence[str]) -> DataError:
+    """The error for a column that is not there, with the nearest mapping found in this row."""
+    paths = _text_paths(row)
+    nearest: dict[str, str] = {}
+    for wanted in required:
+        free = [path for path in paths if path not in nearest.values()]
+        if found := _nearest(wanted, free):
+            nearest[wanted] = found
+    what = f"the column {name!r}" + (f" for {role}" if name != role else "")
+    if set(nearest) == set(required):
+        mapping = ", ".join(f"{key}: {value}" for key, value in nearest.items())
+        cure = f"the nearest is dataset.columns={{{mapping}}}"
+    else:
+        blanks = ", ".join(f"{key}: {nearest.get(key, 'COLUMN')}" for key in required)
+        cure = f"say which columns to use: dataset.columns={{{blanks}}}"
+    return DataError(
+        f"{row.where}: {what} is missing; found {describe_columns(row)}; expected "
+        f"{' and '.join(required)} (format {form}); {cure}"
+    )
+
+
+def describe_columns(row: Row) -> str:
+    """The names of a row's columns, as an error message lists them."""
+    names = ", ".join(map(str, row.values))
+    return f"the columns {names}" if names else "no columns"
+
+
+def _nearest(role: str, names: Sequence[str]) -> str | None:
+    lowered = {name.split(".")[-1].lower(): name for name in reversed(names)}
+    for usual in _USUAL_NAMES[role]:
+        if usual in lowered:
+            return lowered[usual]
+    for usual in _USUAL_NAMES[role]:
+        if close := difflib.get_close_matches(usual, lowered, n=1, cutoff=0.75):
+            return lowered[close[0]]
+    return None
+
+
+def _text_paths(row: Row) -> list[str]:
+    """Columns and, one level down, the keys of nested objects."""
+    paths: list[str] = []
+    for name, value in row.values.items():
+        if isinstance(value, Mapping):
+            paths += [f"{name}.{key}" for key in value]
+        else:
+            paths.append(name)
+    return paths
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", float: "a decimal number"}
+    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]})"

@@ -1,0 +1,260 @@
+"""Read rows from one local file: .jsonl, .json, .csv or .parquet; each fault names its line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and the place where a person finds it.
+
+    Attributes:
+        source: File or hub dataset.
+        number: Line (.jsonl, .csv) or row (.json, .parquet, hub), counted from 1.
+        values: Columns by name, as read.
+        unit: What `number` counts.
+    """
+
+    source: str
+    number: int
+    values: Mapping[str, Any]
+    unit: str = "line"
+
+    @property
+    def where(self) -> str:
+        """Source and place, as error messages print it."""
+        return f"{self.source}, {self.unit} {self.number}"
+
+
+def read_file(path: Path) -> list[Row]:
+    """Read every row of a local file; blank lines are no rows.
+
+    Args:
+        path: A file whose suffix is one of `SUFFIXES`. Text is UTF-8, with or without a byte
+            order mark, with any line ends.
+
+    Raises:
+        DataError: The file is missing, of another kind, empty or has a faulty row.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected one of "
+            f"{', '.join(SUFFIXES)}: convert the file, or rename it if only the suffix is wrong"
+        )
+    if not path.is_file():
+        raise DataError(_missing(path))
+    try:
+        rows = reader(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not rows:
+        raise DataError(f"{path}: holds no rows; expected at least one")
+    return rows
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` that refuses an object with the same key twice instead of keeping the last.
+
+    Raises:
+        ValueError: Not JSON (the position counts from this text's start), a repeated key, or
+            nesting too deep to read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_repeats)
+    except RecursionError as error:
+        raise ValueError("the nesting is too deep to read") from error
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+        raise ValueError(
+            f"the key {repeated!r} occurs twice in one object: keep one of the two, "
+            "it is unclear which one is meant"
+        )
+    return values
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: is a folder; expected a file"
+    siblings = sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in _READERS)
+    cure = f"that folder has {', '.join(siblings[:5])}" if siblings else "check dataset.path"
+    return f"{path}: there is no such file (looked from {Path.cwd()}); {cure}"
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    for start, found, cure in _FOREIGN_STARTS:
+        if data.startswith(start):
+            raise DataError(f"{path}: is {found}; expected UTF-8 text: {cure}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8 "
+            "text: save the file with that encoding"
+        ) from error
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    # Split on the newline alone: str.splitlines would also cut at U+2028 inside a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: {_json_fault(error)}; expected one JSON object a line, "
+                f'such as {{"prompt": "...", "completion": "..."}}; found {_shorten(line)}'
+            ) from error
+        if not isinstance(values, dict):
+            cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object (columns by name), found "
+                f"{_kind(values)}{cure}"
+            )
+        rows.append(Row(str(path), number, values))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = _read_text(path)
+    if not text.strip():
+        return []
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        cure = ": rename it to .jsonl if it has one object a line" if extra else ""
+        raise DataError(
+            f"{path}: {_json_fault(error)}; expected one JSON array of objects{cure}"
+        ) from error
+    if isinstance(content, dict):
+        keys = [key for key, value in content.items() if isinstance(value, list)]
+        cure = f"; save the array under {keys[0]!r} as the whole file" if keys else ""
+        raise DataError(
+            f"{path}: expected a JSON array of objects, found one object with the keys "
+            f"{_names(content)}{cure}"
+        )
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
+    for number, values in enumerate(content, start=1):
+        if not isinstance(values, dict):
+            raise DataError(
+                f"{path}, row {number}: expected a JSON object (columns by name), found "
+                f"{_kind(values)}"
+            )
+    return [Row(str(path), n, values, "row") for n, values in enumerate(content, start=1)]
+
+
+def _read_csv(path: Path) -> list[Row]:
+    # newline="" in effect: csv sees the line ends itself and keeps those inside quotes.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    header: list[str] | None = None
+    rows = []
+    start = 1
+    try:
+        for fields in reader:
+            number, start = start, reader.line_num + 1
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = _csv_header(path, fields)
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
+                    f'({_names(header)}): put double quotes (") around a text with a comma in it'
+                )
+            rows.append(Row(str(path), number, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "
+            'a text with commas or quotes in double quotes, each quote in it doubled ("")'
+        ) from error
+    return rows
+
+
+def _csv_header(path: Path, fields: list[str]) -> list[str]:
+    header = [field.strip() for field in fields]
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and delimiter in header[0]:
+            raise DataError(
+                f"{path}, line 1: the header {header[0]!r} is separated by {name}; expected "
+                "commas: export the file as comma-separated values"
+            )
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{path}, line 1: the column {repeated[0]!r} occurs twice in the header; expected "
+            "each column once: rename or remove one"
+        )
+    return header
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+    return [Row(str(path), n, values, "row") for n, values in enumerate(records, start=1)]
+
+
+def _json_fault(error: ValueError) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+    return f"not valid JSON at {place} ({error.msg})"
+
+
+def _kind(value: Any) -> str:
+    names = {list: "an array", dict: "an object", str: "a text", bool: "true or false"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")
+
+
+def _names(names: Any) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+_FOREIGN_STARTS = (
+    (codecs.BOM_UTF32_LE, "UTF-32 text", "save it with that encoding"),
+    (codecs.BOM_UTF16_LE, "UTF-16 text", "save it with that encoding"),
+    (codecs.BOM_UTF16_BE, "UTF-16 text", "save it with that encoding"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"PK\x03\x04", "a zip archive or spreadsheet", "unpack or export it first"),
+    (b"PAR1", "a parquet file", "rename it to .parquet"),
+)
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = tuple(_READERS)

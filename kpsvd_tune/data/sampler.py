@@ -1,0 +1,118 @@
+"""Which rows go into which step: a pure function of seed and position, so nothing is to be saved.
+
+A sampler that keeps a position has to be saved and restored, and a resumed run goes wrong when
+either is off by one. Here the order of an epoch is f(seed, epoch) and a step's rows are
+f(step): resuming is asking for the next step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+
+
+class StatelessSampler:
+    """An endless stream of shuffled epochs, cut into equal global batches.
+
+    Step s takes stream positions [s*G, (s+1)*G) with G = batch_size * num_processes *
+    gradient_accumulation: a step may reach over the end of an epoch, and no batch is ever
+    partial. Equal G means equal rows a step, however G is factored.
+
+    Args:
+        num_rows: Rows in the data set, at least 1.
+        batch_size: Rows per process and micro step, at least 1.
+        num_processes: Processes that share a step, at least 1.
+        gradient_accumulation: Micro steps per step, at least 1.
+        seed: Seed of the orders.
+
+    Raises:
+        ValueError: A size below 1.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        num_processes: int,
+        gradient_accumulation: int,
+        seed: int,
+    ) -> None:
+        sizes = {
+            "num_rows": num_rows,
+            "batch_size": batch_size,
+            "num_processes": num_processes,
+            "gradient_accumulation": gradient_accumulation,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.gradient_accumulation = gradient_accumulation
+        self.seed = seed
+        self._orders: OrderedDict[int, list[int]] = OrderedDict()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of one step over all processes and micro steps."""
+        return self.batch_size * self.num_processes * self.gradient_accumulation
+
+    def batch(self, step: int, micro_step: int, process_index: int) -> list[int]:
+        """Rows of one micro step on one process.
+
+        Args:
+            step: Optimiser step, from 0.
+            micro_step: In [0, gradient_accumulation).
+            process_index: In [0, num_processes).
+
+        Returns:
+            `batch_size` row indices in [0, num_rows).
+
+        Raises:
+            IndexError: An argument is out of its range.
+        """
+        for name, value, end in (
+            ("step", step, math.inf),
+            ("micro_step", micro_step, self.gradient_accumulation),
+            ("process_index", process_index, self.num_processes),
+        ):
+            if not 0 <= value < end:
+                raise IndexError(f"{name} is {value}; expected at least 0 and below {end}")
+        slot = micro_step * self.num_processes + process_index
+        first = step * self.global_batch_size + slot * self.batch_size
+        return [self._row(position) for position in range(first, first + self.batch_size)]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows once `step` steps are done."""
+        return step * self.global_batch_size / self.num_rows
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps that `epochs` passes take: ceil(epochs * num_rows / G), at least 1."""
+        # Rounded first: 0.1 * 30 is a little more than 3 in floating point, and not a step more.
+        rows = round(epochs * self.num_rows, 6)
+        return max(1, math.ceil(rows / self.global_batch_size))
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_rows)
+        return self._order(epoch)[offset]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            self._orders[epoch] = permutation(self.num_rows, f"epoch {self.seed} {epoch}")
+            # A batch touches neighbouring epochs only: two orders are enough.
+            while len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+
+def permutation(num_rows: int, key: str) -> list[int]:
+    """A shuffled [0, num_rows), the same for the same key on every machine and version.
+
+    The standard library's generator and shuffle give the same numbers across Python versions and
+    platforms, which torch and numpy do not promise of theirs.
+    """
+    order = list(range(num_rows))
+    random.Random(key).shuffle(order)
+    return order

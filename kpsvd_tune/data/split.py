@@ -1,0 +1,34 @@
+"""Which rows are held out: a pure function of their number and the seed."""
+
+from __future__ import annotations
+
+from kpsvd_tune.data.sampler import permutation
+from kpsvd_tune.errors import DataError
+
+
+def split_rows(num_rows: int, validation: int | float, seed: int) -> tuple[list[int], list[int]]:
+    """Row indices to train on and to validate on: disjoint, together all, both ascending.
+
+    Args:
+        num_rows: Rows to split, at least 1.
+        validation: A share below 1 (float) or a number of rows (int). A share above 0 holds out
+            at least one row as long as one is left to train on; 0 holds out none.
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: A number of rows that leaves nothing to train on.
+    """
+    if isinstance(validation, int):
+        if validation >= num_rows:
+            raise DataError(
+                f"dataset.validation holds out {validation} rows and the dataset has {num_rows}; "
+                "expected fewer, so that rows are left to train on: lower it, or give a share "
+                "such as 0.1"
+            )
+        num_held_out = validation
+    elif validation > 0:
+        num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1)
+    else:
+        num_held_out = 0
+    order = permutation(num_rows, f"validation {seed}")
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])

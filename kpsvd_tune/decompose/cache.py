@@ -1,0 +1,220 @@
+"""The spectra cache: one file a matrix, shared by runs, committed atomically, checked by hash."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
+from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.linalg import KPSVD, KroneckerShape
+
+# Part of every key: raise it whenever linalg.kpsvd gives other numbers for the same input.
+ALGORITHM_VERSION = 1
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class CachedTerms:
+    """The leading terms of one matrix and what they cost.
+
+    Attributes:
+        terms: The decomposition.
+        seconds: Time it took when it was computed.
+    """
+
+    terms: KPSVD
+    seconds: float
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/kpsvd-tune``, by default ``~/.cache/kpsvd-tune``."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "kpsvd-tune"
+
+
+def entry_key(weight: str, shape: KroneckerShape, tolerance: float, seed: int) -> str:
+    """Name an entry by everything its numbers depend on, except how many terms it holds.
+
+    Args:
+        weight: From :func:`~kpsvd_tune.decompose.hashes.weight_hash`.
+        shape: The Kronecker shape.
+        tolerance: What kpsvd was asked for.
+        seed: Its seed.
+    """
+    parts = [ALGORITHM_VERSION, weight, shape.as_tuple(), float(tolerance).hex(), seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class SpectraCache:
+    """Finished matrices on disk.
+
+    An entry with more terms serves for fewer, since the leading terms are a prefix. Entries are
+    written to a temporary file, synced and renamed, so a killed run leaves none half-written; a
+    lock held while a matrix is computed keeps two runs from computing the same one.
+
+    Args:
+        folder: The cache folder; by default :func:`default_cache_dir`.
+
+    Attributes:
+        damaged: Keys whose entries did not match their hash.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = default_cache_dir() if folder is None else Path(folder)
+        self.hashes = HashIndex(self.folder / "hashes")
+        self.damaged: set[str] = set()
+
+    def read(self, key: str, shape: KroneckerShape, num_terms: int) -> CachedTerms | None:
+        """Return an entry cut to ``num_terms``; None when absent, too short or damaged."""
+        try:
+            data = self._file(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        entry = _decode(data, key, shape)
+        if entry is None:
+            self.damaged.add(key)
+            return None
+        terms = entry.terms
+        if len(terms.values) < min(num_terms, shape.max_rank):
+            return None
+        cut = replace(
+            terms,
+            values=terms.values[:num_terms],
+            left=terms.left[:num_terms],
+            right=terms.right[:num_terms],
+        )
+        return CachedTerms(cut, entry.seconds)
+
+    def write(self, key: str, entry: CachedTerms) -> None:
+        """Commit an entry. The caller holds :meth:`lock`.
+
+        Raises:
+            ResourceError: The disk is full or the folder cannot be written.
+        """
+        file = self._file(key)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for stale in file.parent.glob(f"{key}.*.tmp"):
+                stale.unlink()  # of a killed run: nobody else writes under our lock
+            temporary = file.with_name(f"{key}.{os.getpid()}.tmp")
+            with temporary.open("wb") as stream:
+                stream.write(_encode(key, entry))
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+            _sync_folder(file.parent)
+        except OSError as error:
+            what = "is full" if error.errno in FULL else f"cannot be written ({error})"
+            raise ResourceError(
+                f"the spectra cache {self.folder} {what}; make room, or point XDG_CACHE_HOME at "
+                "another disk: matrices finished so far are kept"
+            ) from error
+
+    @contextmanager
+    def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
+        """Hold the lock of an entry.
+
+        Args:
+            key: The entry; entries whose keys begin alike share a lock, and a process holds one
+                lock at a time.
+            wait: Whether to wait for another process that holds it.
+
+        Yields:
+            Whether the lock is held; always True with ``wait``.
+        """
+        folder = self.folder / "locks"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ResourceError(
+                f"the spectra cache {self.folder} cannot be written ({error}); point "
+                "XDG_CACHE_HOME at a folder that can"
+            ) from error
+        # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
+        try:
+            yield _flock(descriptor, wait)
+        finally:
+            os.close(descriptor)
+
+    def _file(self, key: str) -> Path:
+        return self.folder / "spectra" / key[:2] / f"{key}.safetensors"
+
+
+def _flock(descriptor: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some network file systems have no locks. Renames keep entries whole there too; at worst
+        # two runs compute the same matrix.
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _encode(key: str, entry: CachedTerms) -> bytes:
+    terms = entry.terms
+    tensors = {"values": terms.values, "left": terms.left, "right": terms.right}
+    # Hexadecimal floats come back bit for bit.
+    facts = {
+        "key": key,
+        "squared_norm": float(terms.squared_norm).hex(),
+        "seconds": float(entry.seconds).hex(),
+    }
+    return save(
+        {name: value.contiguous() for name, value in tensors.items()},
+        metadata={**facts, "sha256": _content_hash(facts, tensors)},
+    )
+
+
+def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
+    """Read an entry; None for anything but what :func:`_encode` wrote under this key."""
+    try:
+        length = int.from_bytes(data[:8], "little")
+        facts = dict(json.loads(data[8 : 8 + length])["__metadata__"])
+        digest = facts.pop("sha256")
+        tensors = load(data)
+        if facts["key"] != key or digest != _content_hash(facts, tensors):
+            return None
+        terms = KPSVD(
+            values=tensors["values"],
+            left=tensors["left"],
+            right=tensors["right"],
+            shape=shape,
+            squared_norm=float.fromhex(facts["squared_norm"]),
+        )
+        return CachedTerms(terms, float.fromhex(facts["seconds"]))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _content_hash(facts: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(raw_bytes(value))
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""What a weight is known by: the hash of its numbers, and an index that spares the hashing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A file this young may still be written to within the resolution of its time stamp.
+SETTLED_SECONDS = 2.0
+
+
+def weight_hash(weight: Tensor) -> str:
+    """Hash a weight's dtype, sizes and bytes.
+
+    Args:
+        weight: (out, in), any dtype, on the CPU; a transposed view is hashed as it is stored, so
+            that no copy is made, and never equals the hash of its transpose.
+
+    Returns:
+        The hexadecimal sha256.
+    """
+    transposed = weight.T.is_contiguous() and not weight.is_contiguous()
+    stored = weight.T if transposed else weight.contiguous()
+    head = json.dumps([str(weight.dtype), list(weight.shape), transposed])
+    digest = hashlib.sha256(head.encode())
+    digest.update(raw_bytes(stored))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """View a contiguous CPU tensor's bytes without copying them."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class HashIndex:
+    """Remembers the hashes of weights that lie in files.
+
+    Reading and hashing 13 GB takes longer than trying another threshold should. So an entry is
+    trusted while path, size, modification time and inode of its files and the place of the tensor
+    in them are unchanged, as make and git trust them. Whoever rewrites a weight file in place and
+    then resets its time stamp gets the spectra of the old numbers.
+
+    Args:
+        folder: Where the index lies; made when first written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[Path, dict[str, str]] = {}
+
+    def get(self, files: Sequence[Path], label: str) -> str | None:
+        """Return the hash noted for a tensor, or None.
+
+        Args:
+            files: The files the tensor comes from.
+            label: Its place in them.
+        """
+        place, _ = self._place(files)
+        if place not in self._known:
+            self._known[place] = _read(place)
+        return self._known[place].get(label)
+
+    def put(self, files: Sequence[Path], label: str, digest: str) -> None:
+        """Note the hash of a tensor, unless a file is too young to be told from its successor."""
+        place, newest = self._place(files)
+        if time.time() - newest < SETTLED_SECONDS:
+            return
+        self._known.setdefault(place, {})[label] = digest
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Lines are appended in one write, so several processes may add to one file; a line starts
+        # with the line break, so that one torn by a kill spoils none but itself.
+        line = "\n" + json.dumps([label, digest])
+        descriptor = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def _place(self, files: Sequence[Path]) -> tuple[Path, float]:
+        stats = [(file, file.stat()) for file in files]
+        identity = [
+            [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            for file, stat in stats
+        ]
+        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+        return self._folder / f"{name}.jsonl", max(stat.st_mtime for _, stat in stats)
+
+
+def _read(place: Path) -> dict[str, str]:
+    known: dict[str, str] = {}
+    try:
+        lines = place.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return known
+    for line in lines:
+        try:
+            label, digest = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(label, str) and isinstance(digest, str) and len(digest) == 64:
+            known[label] = digest
+    return known

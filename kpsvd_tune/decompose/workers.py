@@ -1,0 +1,116 @@
+"""Decompose on several processes of this machine: shares by cost, results through the cache."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+import torch
+
+from kpsvd_tune.decompose.spectra import Finished, Settings, SpectraWorker, Task, shares
+from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.models import ModelSource, WeightReader
+
+# A worker that was asked to stop gets this long before it is killed.
+GRACE_SECONDS = 5.0
+
+
+def run_processes(
+    source: ModelSource,
+    tasks: Sequence[Task],
+    settings: Settings,
+    num_processes: int,
+    report: Callable[[Finished], None],
+) -> None:
+    """Finish every task on worker processes, each with an equal share of the threads.
+
+    With the device ``cuda`` worker i takes GPU i. Workers are spawned, so a script that calls
+    this needs the usual ``if __name__ == "__main__"``. When a worker fails the others stop;
+    matrices finished by then are in the cache.
+
+    Args:
+        source: The base model; every worker reads it for itself.
+        tasks: The matrices, in model order.
+        settings: How to decompose.
+        num_processes: Workers, at least 1.
+        report: Called here after each matrix.
+
+    Raises:
+        ModelError: As :meth:`SpectraWorker.run`.
+        ResourceError: A worker was killed, most likely for its memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    num_processes = min(num_processes, len(tasks))
+    if num_processes == 0:
+        return
+    threads = max(1, torch.get_num_threads() // num_processes)
+    workers: dict[Connection, SpawnProcess] = {}
+    try:
+        for index, share in enumerate(shares(tasks, num_processes)):
+            device = f"cuda:{index}" if settings.device == "cuda" else settings.device
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_work,
+                args=(source, share, replace(settings, device=device), threads, sender),
+                daemon=True,
+            )
+            process.start()
+            sender.close()  # ours; the end of the worker's copy is how its death is seen
+            workers[receiver] = process
+        _listen(workers, report)
+    finally:
+        for process in workers.values():
+            process.terminate()
+        for process in workers.values():
+            process.join(GRACE_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Finished], None]) -> None:
+    open_ends = dict(workers)
+    while open_ends:
+        for end in wait(list(open_ends)):
+            assert isinstance(end, Connection)
+            try:
+                message = end.recv()
+            except EOFError:
+                process = open_ends.pop(end)
+                process.join()
+                if process.exitcode != 0:
+                    raise ResourceError(_obituary(process)) from None
+                continue
+            if isinstance(message, BaseException):
+                raise message
+            report(message)
+
+
+def _obituary(process: SpawnProcess) -> str:
+    code = process.exitcode or 0
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return (
+        f"a decomposition worker {how}; signal 9 usually means that memory ran out. Run again with "
+        "fewer --processes: finished matrices are in the cache"
+    )
+
+
+def _work(
+    source: ModelSource, tasks: Sequence[Task], settings: Settings, threads: int, sender: Connection
+) -> None:
+    # Ctrl-C reaches every process of a terminal; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    try:
+        reader = WeightReader(source, [task.name for task in tasks])
+        SpectraWorker(reader, settings).run(tasks, sender.send)
+    except Exception as error:
+        error.add_note("in a decomposition worker:\n" + traceback.format_exc())
+        sender.send(error)
+    finally:
+        sender.close()

@@ -1,0 +1,106 @@
+"""Every error this project raises on purpose, and the exit code each one ends a command with.
+
+KpsvdTuneError                 1
+├── InputError                 2   the recipe, an option or an input is wrong
+│   ├── RecipeError            2   the recipe file or an override
+│   ├── DataError              2   the dataset: file, columns, template, rows
+│   ├── ModelError             2   the base model: path, format, weights
+│   └── AdapterError           2   the adapter: targets, factor shapes, ranks, another base model
+├── RunError                   1   the input was fine and the run failed
+│   ├── CheckpointError        1   a run directory or checkpoint is damaged or of another run
+│   ├── MergeError             1   the merged model is not the model that was trained
+│   └── ResourceError          1   memory, disk or a process ran out
+├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
+└── StoppedBySignal    130 | 143   SIGINT or SIGTERM arrived; the state was saved first
+
+The message is written for the user: what was got, what was expected, what to do. Anything else
+that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "DataError",
+    "InputError",
+    "KpsvdTuneError",
+    "MergeError",
+    "ModelError",
+    "NonFiniteError",
+    "RecipeError",
+    "ResourceError",
+    "RunError",
+    "StoppedBySignal",
+]
+
+
+class KpsvdTuneError(Exception):
+    """Base of every error raised on purpose; `exit_code` is what the command line returns."""
+
+    exit_code: int = 1
+
+
+class InputError(KpsvdTuneError):
+    """Something the user gave is wrong: a recipe, an option, a file."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """The recipe or an override is wrong; the message holds one line for each fault."""
+
+
+class DataError(InputError):
+    """The dataset cannot be read or used as the recipe says."""
+
+
+class ModelError(InputError):
+    """The base model cannot be found, read or used."""
+
+
+class AdapterError(InputError):
+    """The adapter does not fit the model, or its settings cannot be met."""
+
+
+class RunError(KpsvdTuneError):
+    """The input was accepted and the work itself failed."""
+
+
+class CheckpointError(RunError):
+    """A run directory or checkpoint is incomplete, damaged or of another run."""
+
+
+class MergeError(RunError):
+    """The merged weights differ from base plus adapter by more than the tolerance."""
+
+
+class ResourceError(RunError):
+    """The machine ran out of something: memory, disk space, a process."""
+
+
+class NonFiniteError(KpsvdTuneError):
+    """The loss or the gradient norm is infinite or NaN."""
+
+    exit_code = 3
+
+
+class StoppedBySignal(KpsvdTuneError):
+    """A signal asked the run to stop; raised after the state was saved."""
+
+    def __init__(self, signum: int) -> None:
+        """Take the number of the signal; the exit code is 128 + signum, as shells have it."""
+        # The number alone goes into `args`, so that the error survives pickling between processes.
+        super().__init__(int(signum))
+        self.signum = int(signum)
+        self.exit_code = 128 + self.signum
+
+    def __str__(self) -> str:
+        """Name the signal and say that nothing was lost."""
+        try:
+            name = signal.Signals(self.signum).name
+        except ValueError:
+            name = f"signal {self.signum}"
+        return f"stopped by {name}; the state was saved first"

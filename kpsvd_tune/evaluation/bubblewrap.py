@@ -1,0 +1,75 @@
+"""The command that starts a program in bubblewrap: what it sees and what it may do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kpsvd_tune.evaluation.syscall_filter import syscall_filter
+
+# A fixed hash seed: the order of a set must not decide whether a program passes.
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+
+_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+
+
+def is_root() -> bool:
+    """Whether this process has all rights, so that the program must be made somebody else."""
+    return os.geteuid() == 0
+
+
+def bubblewrap_command(scratch_bytes: int, filter_descriptors: tuple[int, ...]) -> list[str]:
+    """The words to put before a command.
+
+    Args:
+        scratch_bytes: size of /tmp, the only place that can be written to.
+        filter_descriptors: what `filter_file` gave; must be passed on to the process.
+    """
+    command = ["bwrap", "--die-with-parent", "--new-session", "--clearenv"]
+    for name, value in ENVIRONMENT.items():
+        command += ["--setenv", name, value]
+    command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    command += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
+    if is_root():
+        # No user namespace: inside it we would still count as root, whom no process limit binds.
+        # The runner gives these two rights up when it becomes somebody else.
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns"]
+    for descriptor in filter_descriptors:
+        command += ["--seccomp", str(descriptor)]
+    for folder in _readable_folders():
+        # Made by hand, because bubblewrap's own parent folders are closed to all but root.
+        for parent in reversed(Path(folder).parents[:-1]):
+            command += ["--dir", str(parent)]
+        command += ["--ro-bind-try", folder, folder]
+    for device in _DEVICES:
+        command += ["--dev-bind", device, device]
+    command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp"]
+    return [*command, "--chdir", "/tmp", "--remount-ro", "/", "--"]
+
+
+@contextmanager
+def filter_file() -> Iterator[tuple[int, ...]]:
+    """The filter of system calls as an open file's descriptor, or nothing where there is none."""
+    content = syscall_filter(platform.machine())
+    if content is None:
+        yield ()
+        return
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        yield (file.fileno(),)
+
+
+def _readable_folders() -> list[str]:
+    """The system's programs and libraries, and Python's own folder where it lies elsewhere."""
+    prefix = os.path.realpath(sys.base_prefix)
+    is_system = Path(prefix).is_relative_to("/usr")
+    return [*_SYSTEM_FOLDERS] if is_system else [*_SYSTEM_FOLDERS, prefix]

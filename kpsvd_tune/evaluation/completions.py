@@ -1,0 +1,168 @@
+"""The file of completions: one JSON object a line, appended as soon as a completion is finished.
+
+A row is ``{"id", "prompt", "completion", "gold"}``; ``"sample"`` joins them when a prompt is
+answered several times. Nothing is ever rewritten, so a killed run loses at most the rows that
+were being generated, and scoring can be redone from the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.errors import DataError
+
+RowId = int | str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of a model to one prompt.
+
+    Attributes:
+        id: the row's id in its source: its own id field, or else its row number from 0.
+        prompt: the text the model was given, without special tokens.
+        completion: the text the model wrote, cut before the first stop string.
+        gold: what the scorers compare with: a text, or for code a mapping of tests.
+        sample: which answer to this prompt it is, from 0.
+    """
+
+    id: RowId
+    prompt: str
+    completion: str
+    gold: Any
+    sample: int = 0
+
+    @property
+    def key(self) -> tuple[RowId, int]:
+        """What makes a completion unique in a file: never generated twice."""
+        return self.id, self.sample
+
+    def to_json(self) -> str:
+        """The row as one line without its end."""
+        row = {
+            "id": self.id,
+            "prompt": self.prompt,
+            "completion": self.completion,
+            "gold": self.gold,
+        }
+        if self.sample:
+            row["sample"] = self.sample
+        return json.dumps(row, ensure_ascii=False)
+
+
+def append_completion(path: Path, completion: Completion) -> None:
+    """Add one row in a single write, so that processes sharing the file never mix their lines.
+
+    The data has left this process when the call returns: a kill afterwards loses nothing.
+    """
+    # A lone surrogate is valid in JSON but not in UTF-8; escape instead of losing the row.
+    line = (completion.to_json() + "\n").encode("utf-8", errors="backslashreplace")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        view = memoryview(line)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    finally:
+        os.close(descriptor)
+
+
+def repair_completions(path: Path) -> None:
+    """Make a file that a kill may have torn ready for appending; other processes must wait.
+
+    A last line that is a whole row only gets its line end; half a row is cut off.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if not content or content.endswith(b"\n"):
+        return
+    start = content.rfind(b"\n") + 1
+    with path.open("r+b") as file:
+        if _parse(content[start:]) is None:
+            file.truncate(start)
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+
+
+def read_completions(path: Path) -> list[Completion]:
+    """Read all rows of a file in the order they were written.
+
+    A torn last line is left out: it is what a kill leaves behind. Rows with one id and no
+    ``sample`` are counted as samples in their order.
+
+    Raises:
+        DataError: the file is missing, or a line before the last is no JSON object, or a row has
+            no ``completion`` or no ``gold``, or holds a ``completion`` that is no text, or a
+            (id, sample) pair appears twice.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(
+            f"cannot read completions from {path}: {error.strerror}. Expected a file of JSON "
+            "lines as an evaluation writes it (completions.jsonl)."
+        ) from error
+    completions: list[Completion] = []
+    seen: Counter[RowId] = Counter()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if row is None:
+            if number == len(lines):
+                break
+            raise DataError(
+                f"{path} line {number} is no JSON object. Expected one row "
+                '{"id", "prompt", "completion", "gold"} a line; correct or remove that line.'
+            )
+        completions.append(_to_completion(row, number, path, seen))
+    _refuse_duplicates(completions, path)
+    return completions
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _to_completion(
+    row: dict[str, Any], number: int, path: Path, seen: Counter[RowId]
+) -> Completion:
+    missing = [key for key in ("completion", "gold") if key not in row]
+    if missing or not isinstance(row["completion"], str):
+        fault = (
+            f"has no {' and no '.join(missing)}" if missing else "has a completion that is no text"
+        )
+        raise DataError(
+            f"{path} line {number} {fault}. Expected a row "
+            '{"id", "prompt", "completion", "gold"}; got the keys ' + ", ".join(row) + "."
+        )
+    identifier = row.get("id", number - 1)
+    if not isinstance(identifier, int | str):
+        raise DataError(f"{path} line {number}: id must be a number or a text, got {identifier!r}.")
+    sample = row.get("sample")
+    if sample is None:
+        sample = seen[identifier]
+        seen[identifier] += 1
+    return Completion(identifier, row.get("prompt", ""), row["completion"], row["gold"], sample)
+
+
+def _refuse_duplicates(completions: Iterable[Completion], path: Path) -> None:
+    counts = Counter(completion.key for completion in completions)
+    repeated = [key for key, count in counts.items() if count > 1]
+    if repeated:
+        identifier, sample = repeated[0]
+        raise DataError(
+            f"{path} holds {counts[repeated[0]]} rows with id {identifier!r} and sample {sample}. "
+            "Expected each once; remove the copies, or give them different sample numbers."
+        )

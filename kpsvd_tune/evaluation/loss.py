@@ -1,0 +1,232 @@
+"""Loss and perplexity on prompt-completion rows and on plain text, and what training forgot.
+
+The mean is over tokens, not over rows or batches, so that it depends on neither the batch size
+nor the padding; the standard error takes tokens as independent, which flatters it somewhat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
+from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation.generate import evaluation_mode
+
+RowProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Mean negative log likelihood of tokens, in nats.
+
+    Attributes:
+        value: the mean over all counted tokens.
+        n: tokens counted.
+        stderr: standard error of the mean.
+    """
+
+    value: float
+    n: int
+    stderr: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(value)."""
+        return math.exp(self.value) if self.value < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How an adapter changed the loss on text it was not trained for.
+
+    Attributes:
+        base: the base model's loss.
+        adapted: the loss with the adapter.
+        change: adapted minus base; above 0 where the model got worse.
+        stderr: standard error of the change, token by token.
+    """
+
+    base: TokenLoss
+    adapted: TokenLoss
+    change: float
+    stderr: float
+
+
+def completion_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Sequence[str],
+    *,
+    template: str,
+    columns: Mapping[str, str] | None = None,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    limit: int | None = None,
+    offline: bool = False,
+    progress: RowProgress | None = None,
+) -> TokenLoss:
+    """Loss on the completions of a file, encoded and masked exactly as in training.
+
+    Args:
+        model: a causal language model, adapter included.
+        tokenizer: its tokenizer.
+        path: local file or hub id, or several.
+        template: the training template, or "chat".
+        columns: column of each role, where its name differs.
+        max_length: tokens a row is cut to.
+        batch_size: rows at a time.
+        limit: rows to take; None: all.
+        offline: use only what the local hub cache holds.
+        progress: called with (done, total) rows.
+
+    Raises:
+        DataError: the file cannot be read or no token of a completion is left in it.
+    """
+    encoder = Encoder(tokenizer, template, max_length)
+    found = read_examples(path, columns=columns, template=template, offline=offline)
+    rows = []
+    for number, (_, example) in enumerate(found):
+        if limit is not None and number >= limit:
+            break
+        encoded = None if example is None else encoder.encode(example, number).row
+        if encoded is not None:
+            rows.append(encoded)
+    if not rows:
+        raise DataError(
+            f"{path} holds no completion to compute a loss on. Expected at least one row whose "
+            f"completion begins within the first {max_length} tokens; check the columns."
+        )
+    return _summarise(_token_losses(model, tokenizer, rows, batch_size, progress))
+
+
+def text_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    window: int = 1024,
+    batch_size: int = 4,
+    progress: RowProgress | None = None,
+) -> TokenLoss:
+    """Loss on a text file, read as one stream in windows that do not overlap.
+
+    The first token of each window only conditions the rest and is not counted, so the figure
+    depends on `window`: compare like with like.
+
+    Args:
+        model: a causal language model, adapter included.
+        tokenizer: its tokenizer.
+        path: a UTF-8 text.
+        window: tokens a window, at most the model's context.
+        batch_size: windows at a time.
+        progress: called with (done, total) windows.
+
+    Raises:
+        DataError: the file is no readable UTF-8 text or has fewer than two tokens.
+        InputError: the window is smaller than two tokens.
+    """
+    rows = _windows(model, tokenizer, path, window)
+    return _summarise(_token_losses(model, tokenizer, rows, batch_size, progress))
+
+
+def forgetting(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    window: int = 1024,
+    batch_size: int = 4,
+    progress: RowProgress | None = None,
+) -> Forgetting:
+    """Loss of a model with an adapter and of its base on a text the user cares about.
+
+    Args:
+        model: a PEFT model, whose adapter can be switched off.
+        tokenizer: its tokenizer.
+        path: a UTF-8 text.
+        window: tokens a window.
+        batch_size: windows at a time.
+        progress: called with (done, total) windows, for the base and then for the adapter.
+
+    Raises:
+        DataError: as for `text_loss`.
+        InputError: the model has no adapter to switch off.
+    """
+    disable_adapter: Any = getattr(model, "disable_adapter", None)
+    if disable_adapter is None:
+        raise InputError(
+            f"{type(model).__name__} has no adapter, so there is nothing it could have forgotten. "
+            "Expected a base model with an adapter; use text_loss for a model alone."
+        )
+    rows = _windows(model, tokenizer, path, window)
+    with disable_adapter():
+        base = _token_losses(model, tokenizer, rows, batch_size, progress)
+    adapted = _token_losses(model, tokenizer, rows, batch_size, progress)
+    change = _summarise(adapted - base)
+    return Forgetting(_summarise(base), _summarise(adapted), change.value, change.stderr)
+
+
+def _windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, window: int
+) -> list[TokenizedRow]:
+    if window < 2:
+        raise InputError(f"window must be 2 tokens or more, got {window}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} as UTF-8 text: {error}.") from error
+    window = min(window, int(getattr(model.config, "max_position_embeddings", None) or window))
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    rows = []
+    for number, start in enumerate(range(0, len(ids), window)):
+        part = tuple(ids[start : start + window])
+        if len(part) > 1:
+            rows.append(TokenizedRow(part, (IGNORED, *part[1:]), number))
+    if not rows:
+        raise DataError(f"{path} holds {len(ids)} tokens; expected at least 2.")
+    return rows
+
+
+def _token_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenizedRow],
+    batch_size: int,
+    progress: RowProgress | None,
+) -> Tensor:
+    """The loss of each counted token, float64, row by row in their order."""
+    padding = tokenizer.pad_token_id or 0  # masked, so any token does
+    losses: list[Tensor] = []
+    with evaluation_mode(model), torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size], padding)
+            batch = {name: values.to(model.device) for name, values in batch.items()}
+            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            labels = batch["labels"][:, 1:]
+            # Row by row: the logits of a whole batch in float32 may not fit beside the model.
+            for logits, row_labels in zip(output.logits[:, :-1], labels, strict=True):
+                counted = row_labels != IGNORED
+                losses.append(
+                    torch.nn.functional.cross_entropy(
+                        logits[counted].float(), row_labels[counted], reduction="none"
+                    )
+                    .double()
+                    .cpu()
+                )
+            if progress is not None:
+                progress(min(start + batch_size, len(rows)), len(rows))
+    return torch.cat(losses)
+
+
+def _summarise(losses: Tensor) -> TokenLoss:
+    n = losses.numel()
+    spread = float(losses.std()) if n > 1 else 0.0
+    return TokenLoss(float(losses.mean()), n, spread / math.sqrt(n))

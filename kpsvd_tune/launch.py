@@ -1,0 +1,110 @@
+"""Starts one command as several processes that find each other, and ends them together.
+
+`accelerate launch` starts a single process on a CPU unless MPI is installed, and turns a worker's
+exit code into a traceback of its own; this keeps exit codes, signals and messages as they are.
+Accelerate in the workers reads the same environment variables that torchrun would set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+# After one rank failed the others get this long to end by themselves, then they are killed:
+# a rank that waits for the dead one would wait for ever.
+GRACE_SECONDS = 10.0
+
+
+def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
+    """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
+
+    SIGINT and SIGTERM are passed on to every rank once; each saves and ends by itself. A second
+    one kills them.
+
+    Args:
+        arguments: What follows `kpsvd-tune` on the command line.
+        num_processes: Number of ranks.
+        use_cpu: Whether the ranks compute on the CPU.
+
+    Returns:
+        The exit code of the first rank that failed, 128 + the number of a signal that killed it,
+        or 0.
+    """
+    environment = os.environ | {
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    if use_cpu:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # Every rank with all threads is slower than one rank alone.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_processes)))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kpsvd_tune", *arguments],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            # A group of its own: the terminal's Ctrl-C reaches the ranks through us alone, once.
+            start_new_session=True,
+        )
+        for rank in range(num_processes)
+    ]
+    signals = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal signals
+        signals += 1
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number if signals == 1 else signal.SIGKILL)
+
+    previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(ranks)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    first_failure: int | None = None
+    deadline = float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        for index, code in enumerate(codes):
+            if code and first_failure is None:
+                first_failure = code if code > 0 else 128 - code
+                deadline = time.monotonic() + GRACE_SECONDS
+                if code < 0:
+                    name = signal.Signals(-code).name
+                    print(f"error: rank {index} was killed by {name}", file=sys.stderr)
+        if all(code is not None for code in codes):
+            return first_failure or 0
+        if time.monotonic() > deadline:
+            waiting = [str(index) for index, code in enumerate(codes) if code is None]
+            print(
+                f"error: a rank failed; stopping rank {', '.join(waiting)}, which still waits",
+                file=sys.stderr,
+            )
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+            deadline = float("inf")
+        time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

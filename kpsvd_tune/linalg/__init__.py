@@ -1,0 +1,28 @@
+"""The mathematics of KPSVD on plain tensors: no paths, no configuration, no printing."""
+
+from kpsvd_tune.linalg.kpsvd import KPSVD, kpsvd
+from kpsvd_tune.linalg.kronecker import (
+    KroneckerShape,
+    kron_apply,
+    kron_sum,
+    rearrange,
+    unrearrange,
+)
+from kpsvd_tune.linalg.rank import LayerSpectrum, RankChoice, RankRule, choose_ranks
+from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape
+
+__all__ = [
+    "KPSVD",
+    "KroneckerShape",
+    "LayerSpectrum",
+    "RankChoice",
+    "RankRule",
+    "ShapeChoice",
+    "choose_ranks",
+    "choose_shape",
+    "kpsvd",
+    "kron_apply",
+    "kron_sum",
+    "rearrange",
+    "unrearrange",
+]

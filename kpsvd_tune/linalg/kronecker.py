@@ -1,0 +1,172 @@
+"""Kronecker shapes, the Van Loan-Pitsianis rearrangement, and sums of Kronecker products.
+
+Letters used here: W (out, in) is a weight with out = m*p and in = n*q; a left factor A is
+(m, n), a right factor B is (p, q); r is the Kronecker rank, the number of terms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KroneckerShape:
+    """How a weight (out, in) = (m*p, n*q) splits into left (m, n) and right (p, q) factors.
+
+    Raises:
+        ValueError: A size is not a positive integer.
+    """
+
+    m: int
+    n: int
+    p: int
+    q: int
+
+    def __post_init__(self) -> None:
+        if min(self.m, self.n, self.p, self.q) < 1:
+            raise ValueError(f"factor sizes must be at least 1, got {self.as_tuple()}")
+
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        """Return (m, n, p, q)."""
+        return (self.m, self.n, self.p, self.q)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight, m*p."""
+        return self.m * self.p
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight, n*q."""
+        return self.n * self.q
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of one term, m*n + p*q."""
+        return self.m * self.n + self.p * self.q
+
+    @property
+    def max_rank(self) -> int:
+        """The largest possible Kronecker rank, min(m*n, p*q)."""
+        return min(self.m * self.n, self.p * self.q)
+
+    @property
+    def lora_width(self) -> int:
+        """Inner width of the exact LoRA form of one term, min(m, n) * min(p, q).
+
+        A term has matrix rank at most rank(A) * rank(B); for the usual shapes this is n*p, from
+        A kron B = (A kron I_p)(I_n kron B).
+        """
+        return min(self.m, self.n) * min(self.p, self.q)
+
+
+def rearrange(weight: Tensor, shape: KroneckerShape) -> Tensor:
+    """Rearrange W so that Kronecker products become rank-one matrices.
+
+    R(W)[i*n + j, k*q + l] = W[i*p + k, j*q + l], hence R(A kron B) = vec(A) vec(B)^T with
+    row-major vec, and ||R(W)||_F = ||W||_F. A plain reshape does not have this property.
+
+    Args:
+        weight: W, (m*p, n*q), any dtype.
+        shape: The split of the sizes.
+
+    Returns:
+        R(W), (m*n, p*q), same dtype; a copy unless the permutation happens to be trivial.
+
+    Raises:
+        ValueError: The weight's sizes are not those of the shape.
+
+    Source: Van Loan and Pitsianis, "Approximation with Kronecker products" (1993), section 2.
+    """
+    m, n, p, q = shape.as_tuple()
+    if weight.shape != (m * p, n * q):
+        raise ValueError(
+            f"a weight of size {tuple(weight.shape)} does not split as (m, n, p, q) = "
+            f"{shape.as_tuple()}: expected size {(m * p, n * q)}"
+        )
+    return weight.reshape(m, p, n, q).permute(0, 2, 1, 3).reshape(m * n, p * q)
+
+
+def unrearrange(rearranged: Tensor, shape: KroneckerShape) -> Tensor:
+    """Undo :func:`rearrange`.
+
+    Args:
+        rearranged: R(W), (m*n, p*q), any dtype.
+        shape: The split of the sizes.
+
+    Returns:
+        W, (m*p, n*q), same dtype.
+
+    Raises:
+        ValueError: The sizes are not those of the shape.
+    """
+    m, n, p, q = shape.as_tuple()
+    if rearranged.shape != (m * n, p * q):
+        raise ValueError(
+            f"a rearranged matrix of size {tuple(rearranged.shape)} does not belong to (m, n, p, q)"
+            f" = {shape.as_tuple()}: expected size {(m * n, p * q)}"
+        )
+    return rearranged.reshape(m, n, p, q).permute(0, 2, 1, 3).reshape(m * p, n * q)
+
+
+def kron_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Return sum_k left[k] kron right[k] as a dense matrix.
+
+    One matrix product of the vectorised factors, then the inverse rearrangement.
+
+    Args:
+        left: A, (r, m, n), floating.
+        right: B, (r, p, q), same dtype and number of terms.
+
+    Returns:
+        (m*p, n*q), same dtype; zeros when r is 0.
+
+    Raises:
+        ValueError: The factors are not stacks of matrices or differ in their number of terms.
+    """
+    shape = _shape_of(left, right)
+    return unrearrange(left.flatten(1).T @ right.flatten(1), shape)
+
+
+def kron_apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return x @ (sum_k left[k] kron right[k])^T without building the sum.
+
+    With X = x viewed as (.., n, q): Y = sum_k A_k X B_k^T, viewed as (.., m*p). The terms stack
+    into two matrix products.
+
+    Args:
+        x: (.., n*q), floating.
+        left: A, (r, m, n), same dtype.
+        right: B, (r, p, q), same dtype.
+
+    Returns:
+        (.., m*p), same dtype; zeros when r is 0.
+
+    Raises:
+        ValueError: The factors do not fit each other or the last size of x.
+    """
+    m, n, p, q = _shape_of(left, right).as_tuple()
+    if x.shape[-1] != n * q:
+        raise ValueError(f"the last size of x is {x.shape[-1]}, expected n*q = {n}*{q} = {n * q}")
+    r = left.shape[0]
+    batch = x.shape[:-1]
+    # Counted, not inferred by reshape(-1), which cannot when there are no terms.
+    tokens = batch.numel()
+    # (tokens, n, q) (q, r*p) -> (tokens, n, r, p): the right factors of all terms in one product.
+    inner = x.reshape(tokens * n, q) @ right.reshape(r * p, q).T
+    inner = inner.reshape(tokens, n, r, p).transpose(1, 2).reshape(tokens, r * n, p)
+    # (m, r*n) (tokens, r*n, p) -> (tokens, m, p): the left factors, summed over the terms.
+    outer = torch.matmul(left.transpose(0, 1).reshape(m, r * n), inner)
+    return outer.reshape(*batch, m * p)
+
+
+def _shape_of(left: Tensor, right: Tensor) -> KroneckerShape:
+    if left.dim() != 3 or right.dim() != 3 or left.shape[0] != right.shape[0]:
+        raise ValueError(
+            f"expected factors of sizes (r, m, n) and (r, p, q), got {tuple(left.shape)} and "
+            f"{tuple(right.shape)}"
+        )
+    return KroneckerShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])

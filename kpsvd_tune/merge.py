@@ -1,0 +1,207 @@
+"""Adapter + base model -> plain weights, proved to be the same model.
+
+The proof loads the merged folder afresh and compares its logits with those of the adapter on
+the base, both computed in float32, so that what is left is the merge itself and the rounding of
+the stored weights, not the noise of a 16-bit forward pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+from kpsvd_tune.errors import InputError, MergeError, ResourceError
+from kpsvd_tune.linalg import kron_sum
+from kpsvd_tune.report.results import MergeReport
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest float32 logit difference that passes. In float32 it is the order of operations; in 16
+# bits it is the rounding of every merged weight, which adds up over the layers.
+TOLERANCES = {"float32": 1e-3, "float16": 0.25, "bfloat16": 2.0}
+# Below this share of an update surviving the rounding, the merge has quietly undone training.
+KEPT_SHARE_WARNING = 0.9
+PROMPTS = (
+    "The capital of France is",
+    "Question: A baker makes 12 loaves and sells 7. How many are left?\nAnswer:",
+    "def reverse(text):\n    return",
+    "Dear Ms Keller,\nthank you for your letter of",
+)
+
+
+def check_output(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuse an output folder that holds something or is part of an input.
+
+    Raises:
+        InputError: The folder is not empty, or lies in, around or on one of the inputs.
+    """
+    resolved = output.resolve()
+    for path in (path.resolve() for path in inputs):
+        if resolved == path or resolved in path.parents or path in resolved.parents:
+            raise InputError(
+                f"--output {output} would write over or into the input {path}: name another folder"
+            )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {output} exists and is not empty: name another folder")
+
+
+def merge(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    *,
+    adapter: str,
+    dtype: str,
+    tolerance: float | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    stage: Callable[[str], None] = lambda _: None,
+) -> MergeReport:
+    """Merge an adapter into its base, save it, load it again and compare.
+
+    The folder appears under its name only when it is complete; merge_report.json inside says
+    what was measured. The model given is used up.
+
+    Args:
+        model: Base model in float32 with a KPSVD adapter.
+        tokenizer: Saved beside the weights.
+        output: A folder that does not exist or is empty.
+        adapter: Where the adapter came from, for the report.
+        dtype: float32, bfloat16 or float16: the dtype the weights are stored in.
+        tolerance: Largest float32 logit difference that passes; None takes the dtype's.
+        prompts: Texts to compare the two models on.
+        stage: Told what is being done.
+
+    Returns:
+        The report; ``passed`` is False when the tolerance is exceeded.
+
+    Raises:
+        MergeError: The merged weights are not finite.
+        ResourceError: The disk has no room.
+    """
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    model.eval()
+    stage("computing the logits of the adapter on its base")
+    expected = _logits(model, batches)
+    stage("merging")
+    kept, sizes = _survival(model, DTYPES[dtype])
+    plain: PreTrainedModel = model.merge_and_unload()
+    plain.to(DTYPES[dtype])
+    _check_room(plain, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        stage(f"writing {output}")
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        del plain, model
+        gc.collect()
+        stage("loading the merged model afresh and comparing")
+        merged = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+        difference, agreement = _difference(expected, _logits(merged, batches))
+        report = MergeReport(
+            adapter=adapter,
+            output=str(output),
+            dtype=dtype,
+            max_logit_difference=difference,
+            top1_agreement=agreement,
+            num_positions=sum(len(logits) for logits in expected),
+            kept_share=kept,
+            relative_update=sizes,
+            min_kept_share=min(kept.values(), default=1.0),
+            tolerance=limit,
+            prompts=tuple(prompts),
+            # Written so that a difference that is not a number fails.
+            passed=difference <= limit,
+            warnings=_lost_updates(kept, dtype),
+        )
+        (partial / "merge_report.json").write_text(
+            json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
+        )
+        _publish(partial, output)
+    except OSError as error:
+        raise ResourceError(f"could not write {output}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+@torch.no_grad()
+def _survival(model: PeftModel, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
+    """Per layer the share of the update that rounding keeps, and ||Delta||_F / ||W||_F.
+
+    The share is <W' - W, Delta> / ||Delta||^2 with W' the stored weight. It falls far below 1
+    where W is itself a 16-bit number and Delta is smaller than half the spacing around it.
+    """
+    kept: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    for name, layer in kpsvd_layers(model, model.active_adapter):
+        delta = kron_sum(*layer.terms(model.active_adapter))
+        weight = base_weight(layer).float()
+        stored = (weight + delta).to(dtype)
+        if not torch.isfinite(stored).all():
+            raise MergeError(
+                f"{name}: the merged weight is not finite in {dtype}: the adapter is broken or "
+                "the dtype's range too small; try --dtype float32"
+            )
+        square = delta.double().square().sum()
+        overlap = ((stored.double() - weight.double()) * delta.double()).sum()
+        kept[name] = float(overlap / square) if square > 0 else 1.0
+        norm = torch.linalg.vector_norm(weight)
+        sizes[name] = float(torch.linalg.vector_norm(delta) / norm) if norm > 0 else 0.0
+    return kept, sizes
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    return [model(input_ids=ids).logits[0].float() for ids in batches]
+
+
+def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest absolute logit difference, and the share of positions with the same top token."""
+    pairs = list(zip(expected, found, strict=True))
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
+    return difference, same / sum(len(a) for a in expected)
+
+
+def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:
+    lost = [name for name, share in kept.items() if share < KEPT_SHARE_WARNING]
+    if not lost:
+        return ()
+    worst = min(lost, key=kept.__getitem__)
+    return (
+        f"rounding to {dtype} lost part of the update in {len(lost)} of {len(kept)} layers "
+        f"(least kept: {100 * kept[worst]:.0f} % in {worst}); use --dtype float32",
+    )
+
+
+def _check_room(model: PreTrainedModel, output: Path) -> None:
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 1.05 * needed:
+        raise ResourceError(
+            f"the merged model needs {needed / 1e9:.2f} GB on disk and {existing} has "
+            f"{free / 1e9:.2f} GB free: make room or choose another --output"
+        )
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Give the finished folder its name; mkdtemp made it private, a model is not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o777 & ~mask)
+    if output.is_dir():
+        output.rmdir()
+    partial.rename(output)

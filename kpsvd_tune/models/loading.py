@@ -1,0 +1,158 @@
+"""Load a base model, its tokenizer, or its skeleton without weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kpsvd_tune.errors import ModelError
+from kpsvd_tune.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    source: ModelSource, dtype: str | torch.dtype, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Load the base model with its weights, on the CPU and in evaluation mode.
+
+    A GGUF file is dequantised, and the result counts as an ordinary model, so that
+    ``save_pretrained`` writes it.
+
+    Args:
+        source: From :func:`~kpsvd_tune.models.resolve_model`.
+        dtype: float32, bfloat16 or float16, as a name or a torch dtype.
+        attn_implementation: transformers' name of the attention; None lets it choose.
+
+    Raises:
+        ModelError: The files are not a causal language model, weights are missing, or the
+            ``gguf`` package is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "config": _config(source)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if source.gguf_file is not None:
+        options["gguf_file"] = source.gguf_file
+    # Typed as returning the model alone, whatever is asked for.
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = load(
+            source.folder, local_files_only=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {source.path!r} cannot be loaded: {error}") from error
+    # transformers fills what a checkpoint lacks with random numbers and a warning.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {source.path!r}: its files hold no values for {len(missing)} weights, the "
+            f"first is {missing[0]}; the download is incomplete or belongs to another architecture"
+        )
+    if source.kind == "gguf":
+        _forget_quantisation(model)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_skeleton(source: ModelSource) -> PreTrainedModel:
+    """Build the model from its configuration alone, on the meta device: names and sizes.
+
+    Raises:
+        ModelError: The configuration is not one of a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config(source)
+    build: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = build(config)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model {source.path!r} is not a causal language model: {error}"
+        ) from error
+    return skeleton
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer.
+
+    Raises:
+        ModelError: The source holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    _require_gguf(source)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model {source.path!r}: its tokenizer cannot be loaded: {error}"
+        ) from error
+    return tokenizer
+
+
+def _config(source: ModelSource) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    _require_gguf(source)
+    try:
+        if source.kind == "gguf":
+            # A copy: loading a model writes into its configuration.
+            return copy.deepcopy(_gguf_config(source, source.weight_files[0].stat().st_mtime_ns))
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model {source.path!r}: its configuration cannot be read: {error}"
+        ) from error
+    return config
+
+
+# Reading a GGUF header takes seconds, since it holds the whole vocabulary; one run asks for the
+# skeleton and for the model.
+@functools.lru_cache(maxsize=2)
+def _gguf_config(source: ModelSource, modified_ns: int) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        source.folder, local_files_only=True, gguf_file=source.gguf_file
+    )
+    return config
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _require_gguf(source: ModelSource) -> None:
+    if source.kind == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"model {source.path!r} is a GGUF file, and reading it needs the gguf package; "
+            "install it with: pip install 'kpsvd-tune[gguf]'"
+        )
+
+
+def _forget_quantisation(model: Any) -> None:
+    # The weights are plain floats now, but transformers still marks the model as quantised and
+    # refuses to save it.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer

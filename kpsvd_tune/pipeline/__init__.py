@@ -1,0 +1,7 @@
+"""The order of the stages, and nothing else: each function is one command."""
+
+from kpsvd_tune.pipeline.apply import generate, merge
+from kpsvd_tune.pipeline.inspect import init_only, plan, sweep_ranks
+from kpsvd_tune.pipeline.train import train
+
+__all__ = ["generate", "init_only", "merge", "plan", "sweep_ranks", "train"]

@@ -1,0 +1,198 @@
+"""Commands that use an adapter: merge it into its base, and let it speak."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
+from kpsvd_tune.data import Encoder
+from kpsvd_tune.errors import AdapterError, InputError
+from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
+from kpsvd_tune.merge import DTYPES, check_output
+from kpsvd_tune.merge import merge as merge_adapter
+from kpsvd_tune.models import (
+    ModelSource,
+    base_fingerprint,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from kpsvd_tune.pipeline.stages import Events, device
+from kpsvd_tune.recipe import Recipe, load_recipe
+from kpsvd_tune.report.results import MergeReport
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a RUN, ADAPTER or MODEL on the command line turned out to be.
+
+    Attributes:
+        adapter: The PEFT adapter folder; None for a plain model.
+        base: The base model, as the recipe or the adapter names it.
+        recipe: The run's recipe; None for an adapter or a model alone.
+        revision: The base's revision on the hub.
+    """
+
+    adapter: Path | None
+    base: str
+    recipe: Recipe | None = None
+    revision: str | None = None
+
+
+def find(source: str) -> Found:
+    """Tell a run from an adapter from a model.
+
+    Raises:
+        InputError: A run without a finished adapter, or an adapter of another method.
+    """
+    path = Path(source)
+    if (path / "recipe.yaml").is_file():
+        recipe = load_recipe(path / "recipe.yaml")
+        if not (path / "adapter" / "adapter_config.json").is_file():
+            raise InputError(
+                f"{source} is a run without a finished adapter: run `kpsvd-tune train "
+                f"{path / 'recipe.yaml'}` to its end first"
+            )
+        return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision)
+    if (path / "adapter_config.json").is_file():
+        config = _read_json(path / "adapter_config.json")
+        if config.get("peft_type") != "KPSVD":
+            raise AdapterError(
+                f"{source} is a {config.get('peft_type')} adapter: expected one of KPSVD"
+            )
+        return Found(
+            path, config.get("base_model_name_or_path") or "", None, config.get("revision")
+        )
+    return Found(None, source)
+
+
+def merge(
+    source: str,
+    output: Path,
+    events: Events,
+    *,
+    dtype: str | None = None,
+    base: str | None = None,
+    tolerance: float | None = None,
+    offline: bool = False,
+) -> MergeReport:
+    """Merge the adapter of a run into plain weights and prove the result.
+
+    Args:
+        source: A run or an adapter folder.
+        output: A new folder.
+        events: Told of progress.
+        dtype: Of the stored weights; by default the recipe's, else float32.
+        base: Another place of the same base model.
+        tolerance: Largest logit difference that passes; by default the dtype's.
+        offline: Make no network call.
+
+    Raises:
+        InputError: The source is no adapter, or the output would overwrite something.
+        AdapterError: The base is not the one the adapter was trained on.
+    """
+    found = find(source)
+    if found.adapter is None:
+        raise InputError(
+            f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
+            "adapter/, or one with adapter_config.json"
+        )
+    stored = dtype or (found.recipe.model.dtype if found.recipe else "float32")
+    if stored not in DTYPES:
+        raise InputError(f"--dtype {stored}: expected one of {', '.join(DTYPES)}")
+    if not (base or found.base):
+        raise InputError(f"{source} names no base model: give it with --base")
+    model_source = resolve_model(base or found.base, None if base else found.revision, offline)
+    inputs = [found.adapter, Path(source)]
+    if model_source.kind == "folder":
+        inputs.append(model_source.folder)
+    check_output(output, inputs)
+    events.stage(f"loading {model_source.path}")
+    model = PeftModel.from_pretrained(load_model(model_source, "float32"), found.adapter)
+    _compare_files(model, model_source, events)
+    return merge_adapter(
+        model,
+        load_tokenizer(model_source),
+        output,
+        adapter=str(found.adapter),
+        dtype=stored,
+        tolerance=tolerance,
+        stage=events.stage,
+    )
+
+
+def generate(
+    source: str,
+    prompt: str,
+    events: Events,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    base_only: bool = False,
+    offline: bool = False,
+) -> str:
+    """Let a run, an adapter or a model answer a prompt.
+
+    The prompt gets the template the run was trained with; a model alone gets its chat template
+    where it has one.
+
+    Args:
+        source: A run, an adapter folder, or a model.
+        prompt: The question.
+        events: Told of progress.
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the likeliest token.
+        seed: Of the sampling.
+        raw: Give the prompt as it is.
+        base_only: Leave the adapter out.
+        offline: Make no network call.
+    """
+    found = find(source)
+    model_source = resolve_model(found.base, found.revision, offline)
+    events.stage(f"loading {model_source.path}")
+    tokenizer = load_tokenizer(model_source)
+    dtype = found.recipe.model.dtype if found.recipe else "float32"
+    model: Any = load_model(model_source, dtype)
+    if found.adapter is not None and not base_only:
+        model = PeftModel.from_pretrained(model, found.adapter)
+    model.to(device()).eval()
+    dataset = found.recipe.dataset if found.recipe else None
+    template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)
+    ids: tuple[int, ...] | str = prompt
+    end_token_ids: tuple[int, ...] = ()
+    if not raw and template is not None:
+        encoder = Encoder(tokenizer, template, 2**20)
+        ids, end_token_ids = encoder.encode_prompt(prompt), encoder.end_token_ids
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        end_token_ids=end_token_ids,
+    )
+    with torch.inference_mode():
+        return generate_text(model, tokenizer, ids, options)
+
+
+def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:
+    """Loading has compared the weights; other files with the same weights are worth a note."""
+    recorded = model.peft_config["default"].base_files
+    if recorded is not None and recorded != base_fingerprint(source):
+        events.note("the base model's files differ from those of the training, its weights do not")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return content

@@ -1,0 +1,121 @@
+"""Commands that look and change no weight: init-only, its sweeps, and the plan of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.data import StatelessSampler, prepare
+from kpsvd_tune.decompose import collect_spectra, decompose
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.models import load_skeleton, load_tokenizer, target_names
+from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
+from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.results import RankReport
+
+
+def init_only(
+    recipe: Recipe, events: Events, *, offline: bool = False, processes: int = 1
+) -> RankReport:
+    """Decompose every target, choose the ranks, and write the rank report and the factors.
+
+    Args:
+        recipe: Its model and adapter sections; no dataset is needed.
+        events: Told of progress.
+        offline: Make no network call.
+        processes: Worker processes for the decomposition.
+
+    Returns:
+        The rank report, also written to init/rank_report.json and .csv.
+    """
+    source = find_model(recipe, offline)
+    run = RunDirectory(recipe.output_dir)
+    with run.lock():
+        events.stage(f"decomposing {recipe.model.path}")
+        decomposition = decompose(
+            source,
+            recipe.adapter,
+            seed=recipe.train.seed,
+            processes=processes,
+            progress=report_decomposition(events),
+        )
+        events.end_progress()
+        for note in decomposition.notes:
+            events.note(note)
+        write_rank_report(decomposition.report, run.init)
+    return decomposition.report
+
+
+def sweep_ranks(
+    variants: Mapping[str, Recipe], events: Events, *, offline: bool = False, processes: int = 1
+) -> dict[str, RankReport]:
+    """Apply several rank rules to spectra that are computed once.
+
+    Args:
+        variants: A recipe for each value tried; they may differ in adapter.rank only.
+        events: Told of progress.
+        offline: Make no network call.
+        processes: Worker processes for the decomposition.
+
+    Raises:
+        RecipeError: The swept key is not one of adapter.rank.
+    """
+    recipes = list(variants.values())
+    widest = max(recipes, key=lambda recipe: recipe.adapter.rank.window)
+    for setting, recipe in variants.items():
+        same_rank = recipe.adapter.model_copy(update={"rank": widest.adapter.rank})
+        if same_rank != widest.adapter or recipe.model != widest.model:
+            raise RecipeError(f"--sweep {setting}: only keys of adapter.rank can be swept")
+    events.stage(f"decomposing {widest.model.path}")
+    spectra = collect_spectra(
+        find_model(widest, offline),
+        widest.adapter,
+        seed=widest.train.seed,
+        processes=processes,
+        progress=report_decomposition(events),
+    )
+    events.end_progress()
+    return {setting: spectra.report(recipe.adapter.rank) for setting, recipe in variants.items()}
+
+
+def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, Any]:
+    """Say what `train` would do, without loading weights or writing anything.
+
+    Args:
+        recipe: The recipe.
+        events: Told of progress.
+        offline: Make no network call.
+    """
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `train` needs")
+    source = find_model(recipe, offline)
+    events.stage(f"reading {recipe.dataset.path}")
+    data = prepare(recipe.dataset, load_tokenizer(source), seed=recipe.train.seed, offline=offline)
+    events.preflight(data.report)
+    skeleton = load_skeleton(source)
+    adapter = recipe.adapter
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    train = recipe.train
+    sampler = StatelessSampler(
+        len(data.train), train.batch_size, 1, train.gradient_accumulation, train.seed
+    )
+    bytes_each = 4 if recipe.model.dtype == "float32" else 2
+    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    return {
+        "model": recipe.model.path,
+        "base_parameters": num_parameters,
+        "base_model_bytes": num_parameters * bytes_each,
+        "target_matrices": len(names),
+        "rank_rule": adapter.rank.method,
+        "training_rows": len(data.train),
+        "validation_rows": len(data.validation),
+        "steps": train.max_steps or sampler.num_steps(train.epochs),
+        "rows_per_step": train.batch_size * train.gradient_accumulation,
+        "output_dir": recipe.output_dir,
+        "output_dir_exists": Path(recipe.output_dir).exists(),
+    }

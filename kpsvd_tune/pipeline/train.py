@@ -1,0 +1,296 @@
+"""The command that a recipe is for: decompose, train, score, save."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.checkpoint import RunDirectory, Start, read_json
+from kpsvd_tune.data import PreparedData, prepare
+from kpsvd_tune.data.preflight import pad_token_id
+from kpsvd_tune.decompose import Decomposition, decompose
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.evaluation.evaluate import evaluate
+from kpsvd_tune.evaluation.generate import GenerationProgress
+from kpsvd_tune.evaluation.scoring import check_code_execution
+from kpsvd_tune.models import ModelSource, base_fingerprint, load_tokenizer
+from kpsvd_tune.pipeline.save import save_adapter
+from kpsvd_tune.pipeline.stages import Events, adapt, find_model, report_decomposition
+from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.results import RankReport, Score
+from kpsvd_tune.training import Training, make_accelerator, on_main_process
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
+
+
+def train(
+    recipe: Recipe,
+    events: Events,
+    *,
+    offline: bool = False,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    allow_code_execution: bool = False,
+) -> dict[str, Any]:
+    """Run a recipe, or continue the run that its output_dir holds.
+
+    Args:
+        recipe: The recipe.
+        events: Told of stages and progress.
+        offline: Make no network call.
+        resume: auto, never, or the path of a checkpoint.
+        allow_change: Recipe keys that may differ from those the run began with.
+        allow_code_execution: Whether an evaluation may run generated programs.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        KpsvdTuneError: See :mod:`kpsvd_tune.errors`; the message says what to do.
+    """
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `train` needs")
+    # Everything that can be refused is refused before the first long stage.
+    for task in recipe.evaluation:
+        check_code_execution(task.task, allow_code_execution=allow_code_execution, sandbox="bwrap")
+    run = RunDirectory(recipe.output_dir)
+    accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
+    with ExitStack() as stack:
+        on_main_process(accelerator, lambda: stack.enter_context(run.lock()))
+        source = on_main_process(accelerator, lambda: find_model(recipe, offline))
+        tokenizer = load_tokenizer(source)
+        data = _prepare(recipe.dataset, tokenizer, recipe.train.seed, events, offline)
+        base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
+        start = on_main_process(
+            accelerator,
+            lambda: run.begin(
+                recipe_to_yaml(recipe),
+                {
+                    "recipe": recipe.model_dump(mode="json"),
+                    "base": base_files,
+                    "dataset": data.sha256,
+                    "num_processes": accelerator.num_processes,
+                },
+                _about(recipe, accelerator),
+                resume=resume,
+                allow_change=allow_change,
+            ),
+        )
+        if start.is_finished:
+            events.note(
+                f"the run in {run.path} is finished; nothing was done. To run it again, choose "
+                "another output_dir or pass --resume never"
+            )
+            return read_json(run.results_file)
+        report, factors = _decompose(recipe, source, run, start, accelerator, events)
+        model = adapt(recipe, source, _layers(report), factors, base_files)
+        scorer = _Scorer(recipe, accelerator, run, tokenizer, events, offline, allow_code_execution)
+        # Offsets are zero here, so this is the base model's score, also when a run goes on.
+        before = scorer.score(model, "before", [task for task in recipe.evaluation if task.before])
+        training = Training(
+            model,
+            data.train,
+            data.validation,
+            recipe.train,
+            accelerator,
+            run,
+            pad_token_id=pad_token_id(tokenizer),
+            checkpoint=start.checkpoint,
+            settings=recipe.model_dump(mode="json"),
+        )
+        if start.checkpoint is not None:
+            events.note(f"continuing from {start.checkpoint}")
+        events.stage(f"training for {training.num_steps} steps")
+        for metrics in training.steps():
+            events.step(metrics, training.num_steps)
+        events.end_progress()
+        outcome = training.result()
+        after = scorer.score(model, "after", recipe.evaluation)
+        results = outcome.to_dict() | _scores(before, after)
+        on_main_process(
+            accelerator, lambda: _finish(run, model, tokenizer, recipe, report, results)
+        )
+        events.note(f"adapter: {run.adapter}, results: {run.results_file}")
+    return results
+
+
+def _prepare(
+    dataset: DatasetRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    events: Events,
+    offline: bool,
+) -> PreparedData:
+    events.stage(f"reading {dataset.path}")
+    data = prepare(
+        dataset,
+        tokenizer,
+        seed=seed,
+        offline=offline,
+        progress=lambda done, total: events.advance("tokenising", done, total),
+    )
+    events.preflight(data.report)
+    return data
+
+
+def _decompose(
+    recipe: Recipe,
+    source: ModelSource,
+    run: RunDirectory,
+    start: Start,
+    accelerator: Accelerator,
+    events: Events,
+) -> tuple[RankReport, Mapping[str, Any]]:
+    """The decomposition of this run: read back where a run goes on, never made twice."""
+    factors_file, report_file = run.init / "factors.safetensors", run.init / "rank_report.json"
+
+    def compute() -> None:
+        events.stage(f"decomposing {recipe.model.path}")
+        began = time.monotonic()
+        decomposition = decompose(
+            source,
+            recipe.adapter,
+            seed=recipe.train.seed,
+            device=str(accelerator.device),
+            progress=report_decomposition(events),
+        )
+        events.end_progress()
+        for note in decomposition.notes:
+            events.note(note)
+        # Factors last: with them the stage counts as done.
+        write_rank_report(decomposition.report, run.init)
+        decomposition.save_factors(factors_file)
+        run.update(init_seconds=time.monotonic() - began)
+
+    is_ours = start.checkpoint is not None or start.is_same
+    if not (is_ours and factors_file.is_file() and report_file.is_file()):
+        on_main_process(accelerator, compute)
+    report = RankReport.from_dict(read_json(report_file))
+    events.ranks(report)
+    return report, Decomposition.load_factors(factors_file)
+
+
+def _layers(report: RankReport) -> dict[str, dict[str, Any]]:
+    """What KpsvdConfig keeps of each adapted layer."""
+    return {
+        layer.name: {
+            "shape": list(layer.factor_shape),
+            "rank": layer.rank,
+            "fingerprint": layer.singular_values[0] ** 2,
+        }
+        for layer in report.layers
+        if layer.rank > 0
+    }
+
+
+class _Scorer:
+    """Scores the model on tasks, with completions kept in the run's folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        run: RunDirectory,
+        tokenizer: PreTrainedTokenizerBase,
+        events: Events,
+        offline: bool,
+        allow_code_execution: bool,
+    ) -> None:
+        self._template = recipe.dataset.template if recipe.dataset else None
+        self._accelerator = accelerator
+        self._folder = run.path / "evaluation"
+        self._tokenizer = tokenizer
+        self._events = events
+        self._offline = offline
+        self._allow_code_execution = allow_code_execution
+
+    def score(
+        self, model: PeftModel, when: str, tasks: Sequence[EvaluationRecipe]
+    ) -> dict[str, list[Score]]:
+        """Scores by task, ``before`` or ``after`` training."""
+        scores: dict[str, list[Score]] = {}
+        for number, task in enumerate(tasks):
+            self._events.stage(f"scoring {task.task} {when} training")
+            model.to(self._accelerator.device)
+            scores[task.task] = evaluate(
+                model,
+                self._tokenizer,
+                task,
+                self._folder / when / f"{number}-{task.task}",
+                template=self._template,
+                allow_code_execution=self._allow_code_execution,
+                offline=self._offline,
+                progress=self._advance,
+            )
+            self._events.end_progress()
+            for score in scores[task.task]:
+                self._events.note(
+                    f"{score.scorer}: {100 * score.value:.1f} % of {score.n} "
+                    f"(standard error {100 * score.stderr:.1f}), "
+                    f"{score.unextractable} without an answer"
+                )
+        return scores
+
+    def _advance(self, progress: GenerationProgress) -> None:
+        left = progress.seconds_left
+        detail = f"{progress.tokens_per_second:.0f} tokens/s"
+        self._events.advance(
+            "answering",
+            progress.done,
+            progress.total,
+            detail if left is None else f"{detail}, {left:.0f} s left",
+        )
+
+
+def _scores(
+    before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]
+) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    if after:
+        results["scores"] = {
+            task: {score.scorer: score.to_dict() for score in scores}
+            for task, scores in after.items()
+        }
+    for task in before:
+        results[task] = {
+            "before": before[task][0].value,
+            "after": after[task][0].value,
+            "n": after[task][0].n,
+        }
+    return results
+
+
+def _finish(
+    run: RunDirectory,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    report: RankReport,
+    results: Mapping[str, Any],
+) -> None:
+    save_adapter(model, tokenizer, run.adapter, recipe, report, results)
+    run.finish(results)
+
+
+def _about(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {name: version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "seed": recipe.train.seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

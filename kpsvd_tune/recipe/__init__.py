@@ -1,0 +1,37 @@
+"""The recipe: a closed YAML schema, read safely, with every fault reported at once.
+
+`schema` and `adapter` hold the keys; `values` the kinds of value; `reading` turns YAML into plain
+values with lines; `overrides` applies key=value; `checking` and `faults` turn what is wrong into
+messages; `loading` is the way in. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from kpsvd_tune.recipe.adapter import AdapterRecipe, FactorSides, RankOverride, RankRecipe
+from kpsvd_tune.recipe.loading import load_recipe, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe.schema import (
+    Columns,
+    DatasetRecipe,
+    EarlyStopping,
+    EvaluationRecipe,
+    ModelRecipe,
+    Recipe,
+    TrainRecipe,
+)
+
+__all__ = [
+    "AdapterRecipe",
+    "Columns",
+    "DatasetRecipe",
+    "EarlyStopping",
+    "EvaluationRecipe",
+    "FactorSides",
+    "ModelRecipe",
+    "RankOverride",
+    "RankRecipe",
+    "Recipe",
+    "TrainRecipe",
+    "load_recipe",
+    "recipe_to_yaml",
+    "shipped_recipes",
+]

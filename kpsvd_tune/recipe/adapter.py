@@ -1,0 +1,174 @@
+"""The `adapter` section of the recipe: target modules, factor shapes and the rank rule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.recipe.values import (
+    CLOSED,
+    Budget,
+    Number,
+    Pattern,
+    PatternOrList,
+    Section,
+    Targets,
+    Text,
+    conflict,
+    mapping_or_scalar,
+    read_factor_shape,
+)
+
+
+class FactorSides(TypedDict):
+    """Columns of the left factor and rows of the right one."""
+
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    n: Annotated[int, Field(ge=1, description="columns of the left factor; divides `in`")]
+    p: Annotated[int, Field(ge=1, description="rows of the right factor; divides `out`")]
+
+
+FactorShape = Annotated[
+    Annotated[Literal["balanced", "thin", "pissa", "auto"], Tag("scalar")]
+    | Annotated[FactorSides, Tag("mapping")],
+    Discriminator(mapping_or_scalar),
+    BeforeValidator(read_factor_shape),
+]
+
+
+Method = Literal["energy", "elbow", "energy+elbow", "noise_edge", "fixed"]
+
+
+class RankOverride(TypedDict, total=False):
+    """The rank, or another rule and limits, for the modules that one pattern matches."""
+
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    rank: Annotated[int, Field(ge=0, description="this Kronecker rank exactly")]
+    method: Annotated[Method, Field(description="rank rule")]
+    min: Annotated[int, Field(ge=0, description="smallest Kronecker rank")]
+    max: Annotated[int, Field(ge=0, description="largest Kronecker rank")]
+    energy: Annotated[Number, Field(gt=0, le=1, description="energy threshold")]
+
+
+Override = Annotated[
+    Annotated[int, Field(ge=0), Tag("scalar")] | Annotated[RankOverride, Tag("mapping")],
+    Discriminator(mapping_or_scalar),
+]
+
+
+class RankRecipe(Section):
+    """How many Kronecker terms each layer gets."""
+
+    method: Method = Field(
+        default="energy+elbow", description="rank rule; energy+elbow takes the smaller of the two"
+    )
+    energy: Number = Field(default=0.5, gt=0, le=1, description="energy threshold")
+    energy_of: Literal["pooled", "window", "total"] = Field(
+        default="pooled",
+        description="energy the threshold is a share of: all layers' windows, a layer's window, "
+        "or a layer's whole weight",
+    )
+    window: int = Field(default=32, ge=1, description="leading terms computed for each layer")
+    min: int = Field(
+        default=1, ge=0, description="smallest Kronecker rank; 0 lets a layer go untouched"
+    )
+    max: int = Field(
+        default=16,
+        ge=1,
+        validate_default=True,
+        description="largest Kronecker rank; the rank of fixed",
+    )
+    budget: Budget = Field(
+        default=None,
+        description="most trainable parameters in all layers, such as 0.99M; null: no budget",
+    )
+    overrides: dict[Pattern, Override] = Field(
+        default_factory=dict,
+        description="for modules whose name matches a pattern: a rank, or a mapping of rank, or "
+        "of min, max and energy",
+    )
+
+    @field_validator("max")
+    @classmethod
+    def _check_limits(cls, value: int, info: ValidationInfo) -> int:
+        if value < (smallest := info.data.get("min", 0)):
+            raise conflict(f"{value} is below min, {smallest}; lower min or raise max", "min")
+        if value > (window := info.data.get("window", value)):
+            raise conflict(
+                f"{value} is above window, {window}: only the window's terms are computed; "
+                "lower max or raise window",
+                "window",
+            )
+        return value
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(
+        cls, value: dict[str, int | RankOverride], info: ValidationInfo
+    ) -> dict[str, int | RankOverride]:
+        read: dict[str, int | RankOverride] = {}
+        for pattern, override in value.items():
+            if isinstance(override, int):
+                override = {"rank": override}
+            if not override or ("rank" in override and len(override) > 1):
+                raise ValueError(
+                    f"{pattern!r}: got {', '.join(override) or 'an empty mapping'}; expected "
+                    "rank alone, or some of method, min, max and energy"
+                )
+            smallest = override.get("min", info.data.get("min"))
+            largest = override.get("rank", override.get("max", info.data.get("max")))
+            window = info.data.get("window")
+            # A rank given outright is not clipped by the section's min.
+            if "rank" not in override and _is_above(smallest, largest):
+                raise conflict(
+                    f"{pattern!r}: max, {largest}, is below min, {smallest}; lower min or raise max"
+                )
+            if _is_above(largest, window):
+                raise conflict(
+                    f"{pattern!r}: {largest} is above window, {window}: only the window's terms "
+                    "are computed; lower it or raise window",
+                    "window",
+                )
+            # {rank: 4} and 4 are one thing; downstream sees the number.
+            read[pattern] = override.get("rank", override)
+        return read
+
+
+def _is_above(low: object, high: object) -> bool:
+    return isinstance(low, int) and isinstance(high, int) and low > high
+
+
+class AdapterRecipe(Section):
+    """The Kronecker adapter."""
+
+    target_modules: Targets = Field(
+        default="all-linear", description="all-linear, a list of names, or a regular expression"
+    )
+    exclude_modules: PatternOrList | None = Field(
+        default=None, description="modules to leave alone: a list of names, or a regular expression"
+    )
+    factor_shape: FactorShape = Field(
+        default="balanced", description="balanced, thin, pissa, auto, or {n, p} for every layer"
+    )
+    init: Literal["weight"] = Field(
+        default="weight", description="what the first factors come from"
+    )
+    path: Literal["auto", "activations", "weight"] = Field(
+        default="auto", description="how the update is applied; auto decides by cost for each layer"
+    )
+    rank: RankRecipe = Field(default_factory=RankRecipe, description="rank rule of the layers")
+    dropout: Number = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    modules_to_save: list[Text] = Field(
+        default_factory=list, description="modules trained and saved whole"
+    )

@@ -1,0 +1,114 @@
+"""Check a document against the schema: every fault at once, each with the place it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from kpsvd_tune.recipe.faults import message_of, near_key
+from kpsvd_tune.recipe.reading import Document, Fault, Path
+from kpsvd_tune.recipe.schema import Recipe
+
+# Beyond this a file is no recipe, and comparing every key with every other takes minutes.
+MAX_FAULTS = 100
+
+
+def check(document: Document) -> Recipe | None:
+    """Validate, below misspelt keys too.
+
+    A key with a likely meaning is renamed in the data and all is validated again, so that what it
+    holds is checked as well; every fault keeps the user's spelling.
+
+    Args:
+        document: A document whose value is a mapping; its value is changed and its faults grow.
+
+    Returns:
+        The recipe, which counts only if the document has no fault, or None.
+    """
+    spelling: dict[Path, str] = {}
+    while True:
+        try:
+            return Recipe.model_validate(document.value)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        if is_flood := len(errors) > MAX_FAULTS:
+            document.num_unlisted += len(errors) - MAX_FAULTS
+            errors = errors[:MAX_FAULTS]
+        located = [(_data_path(each, document.value), each) for each in errors]
+        renamed = [
+            path
+            for path, each in located
+            if each["type"] == "extra_forbidden"
+            and not is_flood
+            and _rename(document, path, spelling)
+        ]
+        if not renamed:
+            break
+    broken = {fault.path for fault in document.faults}
+    for path, each in located:
+        written = _written(path, spelling)
+        # What could not be read stands as null in the data: its own fault is enough.
+        if written not in broken:
+            others = each.get("ctx", {}).get("others", ())
+            origin = _origin(document, written, others)
+            message = message_of(each, path)
+            document.faults.append(Fault(origin, written, message))
+    return None
+
+
+def written_path(path: Path) -> str:
+    """Write the path as a user would: `evaluation[0].task`; odd keys are quoted."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            is_plain = step.isprintable() and step and "." not in step
+            text += "." * bool(text) + (step if is_plain else repr(step))
+    return text
+
+
+def _data_path(error: ErrorDetails, data: Any) -> Path:
+    """Keep of pydantic's location what leads through the data, and drop its names for branches."""
+    path: Path = ()
+    for step in error["loc"]:
+        is_index = isinstance(data, list) and isinstance(step, int)
+        if is_index or (isinstance(data, dict) and step in data):
+            data = data[step]
+            path = (*path, step)
+    # A missing key and a default in conflict with another key are not in the data.
+    if error["type"] in ("missing", "conflict") and path[-1:] != error["loc"][-1:]:
+        path = (*path, error["loc"][-1])
+    return path
+
+
+def _rename(document: Document, path: Path, spelling: dict[Path, str]) -> bool:
+    """Give a misspelt key its likely name, unless the section has that already."""
+    meant, advice = near_key(path)
+    section: Any = document.value
+    for step in path[:-1]:
+        section = section[step]
+    if meant is None or meant in section:
+        return False
+    written = _written(path, spelling)
+    fault = Fault(_origin(document, written), written, f"unknown key; {advice}")
+    document.faults.append(fault)
+    spelling[(*path[:-1], meant)] = str(path[-1])
+    section[meant] = section.pop(path[-1])
+    return True
+
+
+def _written(path: Path, spelling: dict[Path, str]) -> Path:
+    return tuple(spelling.get(path[: index + 1], step) for index, step in enumerate(path))
+
+
+def _origin(document: Document, path: Path, others: tuple[str, ...] = ()) -> int | str | None:
+    """Where the value came from; of a conflict between keys, the override among them if any."""
+    keys = [path, *((*path[:-1], other) for other in others)]
+    found = [document.origins[key] for key in keys if key in document.origins]
+    found.sort(key=lambda origin: isinstance(origin, int))
+    above = (path[:length] for length in range(len(path) - 1, -1, -1))
+    found += [document.origins[key] for key in above if key in document.origins]
+    return found[0] if found else None

@@ -1,0 +1,157 @@
+"""What pydantic found, as faults a person can act on: where, what was got, what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+from typing_extensions import is_typeddict
+
+from kpsvd_tune.recipe.reading import Path
+from kpsvd_tune.recipe.schema import Recipe
+from kpsvd_tune.recipe.values import show
+
+# What people write who come from other toolkits.
+_SYNONYMS = {
+    "base_model": "model.path",
+    "bs": "train.batch_size",
+    "lora_r": "adapter.rank",
+    "lr": "train.learning_rate",
+    "max_seq_length": "dataset.max_length",
+    "model_name_or_path": "model.path",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "r": "adapter.rank",
+    "sequence_len": "dataset.max_length",
+}
+_TYPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "a number above"),
+    "greater_than_equal": ("ge", "a number of at least"),
+    "less_than": ("lt", "a number below"),
+    "less_than_equal": ("le", "a number of at most"),
+}
+
+
+Level = tuple[str, ...]
+
+
+def _levels(section: Any, level: Level = ()) -> dict[Level, dict[str, str]]:
+    """Every mapping of the schema, as key -> description; `*` stands for a key of any name."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        fields = section.model_fields
+        inner = {name: (field.annotation, field.description) for name, field in fields.items()}
+    elif is_typeddict(section):
+        hints = get_type_hints(section, include_extras=True)
+        # The last metadata of a key is its Field with the description.
+        inner = {name: (hint, hint.__metadata__[-1].description) for name, hint in hints.items()}
+    else:
+        below: dict[Level, dict[str, str]] = {}
+        step = ("*",) if get_origin(section) is dict else ()
+        for argument in get_args(section):
+            below |= _levels(argument, level + step)
+        return below
+    levels = {level: {name: str(description) for name, (_, description) in inner.items()}}
+    for name, (annotation, _) in inner.items():
+        levels |= _levels(annotation, (*level, name))
+    return levels
+
+
+LEVELS = _levels(Recipe)
+
+
+def near_key(path: Path) -> tuple[str | None, str]:
+    """Find what an unknown key was meant to be.
+
+    Returns:
+        The key of the same mapping that it was meant to be, if any, and the advice to print.
+    """
+    level = _level(path[:-1])
+    key = str(path[-1]).replace("-", "_").lower()
+    here = list(LEVELS.get(level, ()))
+    elsewhere = {
+        ".".join((*place, name)) if place else f"{name} at the top level": name
+        for place, names in LEVELS.items()
+        for name in names
+        if place != level and "*" not in place
+    }
+    if key in elsewhere and "." in key:
+        return None, "dots are for overrides; in a file nest the keys"
+    synonym = _SYNONYMS.get(key, "")
+    if synonym.rpartition(".")[0] == ".".join(level):
+        synonym = synonym.rpartition(".")[2]
+    # In order of trust: a slip of a letter; the right key in the wrong place; a guess.
+    for found in (
+        _close(key, here, 0.8),
+        [place for place, name in elsewhere.items() if name == key],
+        [synonym] if synonym else [],
+        _close(key, here, 0.6),
+        [place for place, name in elsewhere.items() if name in _close(key, elsewhere.values())],
+    ):
+        if found:
+            return (found[0] if found[0] in here else None), f"did you mean {_one_of(found)}?"
+    return None, f"expected {_one_of(here)}"
+
+
+def message_of(error: ErrorDetails, path: Path) -> str:
+    """Say what was got, what was expected and what to do."""
+    kind, context, got = error["type"], error.get("ctx", {}), show(error["input"])
+    if kind == "extra_forbidden":
+        return f"unknown key; {near_key(path)[1]}"
+    if kind == "missing":
+        return f"missing; expected {LEVELS[_level(path[:-1])][str(path[-1])]}"
+    if kind == "conflict":
+        return str(context["message"])
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        options = re.findall(r"'([^']*)'", context["expected"])
+        near = _close(str(error["input"]), options, 0.6)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        return f"got {got}; expected {_one_of(options)}{advice}"
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return f"got {got}; expected {words} {context[bound]:g}"
+    if kind == "too_short":
+        return f"got {got}; expected at least {context['min_length']} item"
+    if kind in _TYPES:
+        return f"got {got}; expected {_TYPES[kind]}{_hint(kind, error['input'], path)}"
+    return error["msg"]
+
+
+def _hint(kind: str, value: object, path: Path) -> str:
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; put it in quotes"
+    if kind in ("model_type", "dict_type") and (keys := LEVELS.get(_level(path))):
+        return f" with the keys {', '.join(list(keys)[:3])}" + ", ..." * (len(keys) > 3)
+    return ""
+
+
+def _level(path: Path) -> Level:
+    """The place of a path in the schema: without list numbers, `*` for keys of any name."""
+    level: Level = ()
+    for step in path:
+        if isinstance(step, str):
+            level = (*level, "*") if (*level, "*") in LEVELS else (*level, step)
+    return level
+
+
+def _close(key: str, keys: Iterable[str], cutoff: float = 0.8) -> list[str]:
+    return difflib.get_close_matches(key, list(keys), 1, cutoff)
+
+
+def _one_of(options: list[str]) -> str:
+    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"

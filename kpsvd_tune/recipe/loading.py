@@ -1,0 +1,149 @@
+"""A recipe file and overrides in, a checked `Recipe` out; and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+import yaml
+
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.recipe.checking import MAX_FAULTS, check, written_path
+from kpsvd_tune.recipe.overrides import apply_override
+from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
+from kpsvd_tune.recipe.schema import Recipe
+from kpsvd_tune.recipe.values import show
+
+_PACKAGE = FilePath(__file__).parents[1]
+
+
+def shipped_recipes() -> dict[str, FilePath]:
+    """Find the recipes that come with the package.
+
+    Returns:
+        Their files by name: the path below the recipes folder without `.yaml`, in order of name.
+    """
+    # A wheel carries them inside the package; a checkout has them beside it, next to pyproject.
+    folder = _PACKAGE / "recipes"
+    if not folder.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
+        folder = _PACKAGE.parent / "recipes"
+    files = sorted(folder.rglob("*.yaml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: A YAML file of at most a mebibyte, or the name of a shipped recipe where there is no
+            such file.
+        overrides: `key=value` each, a dotted path and a YAML value; later ones win.
+
+    Returns:
+        The recipe with its defaults filled in, frozen.
+
+    Raises:
+        RecipeError: With one line for every fault in the file and the overrides.
+    """
+    name, text = _read_text(path)
+    document = read_yaml(text)
+    if not isinstance(document.value, dict):
+        got = "nothing" if document.value is None else show(document.value)
+        message = f"got {got}; expected a mapping with the keys model, dataset, adapter, ..."
+        document.faults = document.faults or [Fault(document.origins.get(()), (), message)]
+        raise RecipeError(_render(name, document))
+    for override in overrides:
+        apply_override(document, override)
+    recipe = check(document)
+    if recipe is None or document.faults:
+        raise RecipeError(_render(name, document))
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Write the resolved recipe; `load_recipe` of the text gives an equal recipe."""
+    return yaml.dump(
+        recipe.model_dump(mode="json"),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=2**20,
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True  # Reading refuses them.
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # A template reads best on one line, with its line breaks as \n.
+    style = '"' if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The name to use in messages, and the text of the file."""
+    file = FilePath(path)
+    shipped = shipped_recipes()
+    if not file.is_file() and (name := os.fspath(path).removesuffix(".yaml")) in shipped:
+        file = shipped[name]
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        problem = "is a folder" if isinstance(error, IsADirectoryError) else "not found"
+        near = difflib.get_close_matches(file.stem, shipped, 1)
+        advice = f"did you mean {near[0]}? " if near else ""
+        raise RecipeError(
+            f"{_shown(file)}: {problem}; expected a recipe file; {advice}"
+            f"shipped recipes: {', '.join(shipped)}"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{_shown(file)}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{_shown(file)}: larger than 1 MiB, the limit for a recipe")
+    try:
+        return _shown(file), content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{_shown(file)}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
+
+
+def _shown(file: FilePath) -> str:
+    """The file as the user would name it: relative where it lies below the current folder."""
+    text = os.fspath(file)
+    if file.is_absolute() and file.is_relative_to(FilePath.cwd()):
+        text = os.fspath(file.relative_to(FilePath.cwd()))
+    return text if text.isprintable() else repr(text)
+
+
+def _render(name: str, document: Document) -> str:
+    """One line for each fault: those of the file by line, then those of the overrides."""
+    lines = []
+    faults = sorted(document.faults, key=_order)
+    for origin, path, message in faults[:MAX_FAULTS]:
+        place = f"{name}:{origin}" if isinstance(origin, int) else name
+        if isinstance(origin, str):
+            place = f"override {_shorten(origin)}"
+        key = f"{written_path(path)}: " if path else ""
+        lines.append(f"{place}: {key}{' '.join(message.split())}")
+    if hidden := document.num_unlisted + len(faults) - len(lines):
+        lines.append(f"{name}: and {hidden} more faults; is this a recipe?")
+    return "\n".join(lines)
+
+
+def _order(fault: Fault) -> tuple[bool, int]:
+    return isinstance(fault.origin, str), fault.origin if isinstance(fault.origin, int) else 0
+
+
+def _shorten(text: str) -> str:
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,162 @@
+"""YAML text to plain values, safely, with the line of every key.
+
+Stricter than YAML: no aliases (they can expand without bound), no tags (they can build objects),
+no duplicate keys, one document, bounded depth and size. Dates stay text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import yaml
+
+MAX_BYTES = 2**20
+_MAX_DEPTH = 20
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
+
+Path = tuple[str | int, ...]
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong.
+
+    Attributes:
+        origin: The line in the file, the override as typed, or None where neither is known.
+        path: The keys that lead to the value, as the user wrote them.
+        message: What was got, what was expected, what to do.
+    """
+
+    origin: int | str | None
+    path: Path
+    message: str
+
+
+@dataclass
+class Document:
+    """Plain values, where each came from, and what is wrong with them."""
+
+    value: object = None
+    origins: dict[Path, int | str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    num_unlisted: int = 0  # Faults beyond those listed, where there are too many to look at.
+
+
+def read_yaml(text: str) -> Document:
+    """Read one YAML document.
+
+    Text that is not YAML gives a document without a value and with one fault; duplicate keys and
+    unusable scalars are faults beside a value, so that the rest can still be checked.
+
+    Args:
+        text: The text, of at most a mebibyte; the caller limits it.
+
+    Returns:
+        The values (None, bool, int, float, str, list, dict), with the line of each.
+    """
+    document = Document()
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"holds the character U+{error.character:04X}, which YAML does not allow"
+        document.faults.append(Fault(line, (), message))
+        return document
+    except yaml.MarkedYAMLError as error:
+        document.faults.append(_syntax_fault(error))
+        return document
+    except (ValueError, OverflowError) as error:  # Of escapes beyond Unicode, such as "\UFFFFFFFF".
+        document.faults.append(Fault(None, (), f"not valid YAML: {error}"))
+        return document
+    if node is not None:
+        document.value = _build(loader, node, (), document)
+    return document
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse("aliases (*name) are not allowed; write the value out", event)
+        if tag := getattr(event, "tag", None):
+            self._refuse(f"tags such as {tag!r} are not allowed; write a plain value", event)
+        if self._depth > _MAX_DEPTH:
+            self._refuse(f"nested more than {_MAX_DEPTH} levels deep", event)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    @staticmethod
+    def _refuse(problem: str, event: yaml.Event) -> None:
+        raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
+
+
+def _syntax_fault(error: yaml.MarkedYAMLError) -> Fault:
+    mark = error.problem_mark or error.context_mark
+    message = f"{error.problem or error.context}"
+    if not (isinstance(error, yaml.composer.ComposerError) and error.context is None):
+        message = f"not valid YAML: {message}"
+    if "'\\t'" in message:
+        message += "; indent with spaces, not with tabs"
+    return Fault(mark.line + 1 if mark else None, (), message)
+
+
+def _build(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> object:
+    document.origins.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        return _build_mapping(loader, node, path, document)
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _build(loader, item, (*path, index), document) for index, item in enumerate(node.value)
+        ]
+    return _build_scalar(loader, node, path, document)
+
+
+def _build_mapping(
+    loader: _Loader, node: yaml.MappingNode, path: Path, document: Document
+) -> dict[str, object]:
+    mapping: dict[str, object] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not (isinstance(key_node, yaml.ScalarNode) and _is_unicode(key_node.value)):
+            document.faults.append(Fault(line, path, "holds a key that is not plain text"))
+            continue
+        # The text itself, so that `no:` and `1:` are the keys "no" and "1".
+        key: str = key_node.value
+        if key in mapping:
+            first = document.origins[(*path, key)]
+            message = f"given twice, on lines {first} and {line}; keep one"
+            document.faults.append(Fault(line, (*path, key), message))
+            continue
+        document.origins[(*path, key)] = line
+        mapping[key] = _build(loader, value_node, (*path, key), document)
+    return mapping
+
+
+def _build_scalar(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> object:
+    value: object = node.value
+    fault = None
+    if node.tag in _PLAIN_TAGS:
+        try:
+            value = loader.construct_object(node)
+        except ValueError:  # Of `0x_`, or of thousands of digits.
+            fault = "is not a number that can be read"
+        if isinstance(value, int) and abs(value) >= 2**63:
+            fault = "is an integer of more than 64 bits"
+    elif not _is_unicode(node.value):
+        fault = "holds half of a surrogate pair, which is no character"
+    if fault:
+        document.faults.append(Fault(document.origins[path], path, fault))
+        return None
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,0 +1,256 @@
+"""The recipe as a closed schema: every key, its type, its range, its default and its meaning.
+
+Plain values only, no behaviour. A key that is not here is a fault, never ignored. Rules between
+keys are checked on the later key of the pair and reported as a `conflict` with the other key's
+name, so that faults elsewhere in the section do not hide them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.recipe.adapter import AdapterRecipe
+from kpsvd_tune.recipe.values import (
+    CLOSED,
+    Number,
+    Precision,
+    Section,
+    Text,
+    TextOrList,
+    Validation,
+    conflict,
+    show,
+)
+
+
+class ModelRecipe(Section):
+    """The base model."""
+
+    path: Text = Field(
+        description="hub id, local folder, file.gguf, or package:NAME/FILE.gguf inside an "
+        "installed package"
+    )
+    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="type the base weights are loaded in"
+    )
+    attn_implementation: Text | None = Field(
+        default=None,
+        description="attention of transformers (eager, sdpa, ...); null lets it choose",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _check_package(cls, path: str) -> str:
+        if path.startswith("package:"):
+            name, _, file = path.removeprefix("package:").partition("/")
+            if not (name and file):
+                raise ValueError(f"got {show(path)}; expected package:NAME/FILE.gguf")
+        return path
+
+
+class Columns(TypedDict, total=False):
+    """Which column of the dataset plays which role."""
+
+    __pydantic_config__ = CLOSED  # type: ignore[misc]  # pydantic's documented place for it
+    prompt: Annotated[Text, Field(description="column with the prompt")]
+    completion: Annotated[Text, Field(description="column with the text to learn")]
+    system: Annotated[Text, Field(description="column with the system prompt")]
+    instruction: Annotated[Text, Field(description="column with an alpaca instruction")]
+    input: Annotated[Text, Field(description="column with an alpaca input")]
+    output: Annotated[Text, Field(description="column with an alpaca output")]
+    messages: Annotated[Text, Field(description="column with a list of chat messages")]
+    conversations: Annotated[Text, Field(description="column with a sharegpt conversation")]
+
+
+class DatasetRecipe(Section):
+    """The rows to learn from."""
+
+    path: TextOrList = Field(
+        description="hub id, or a local .jsonl, .json, .csv or .parquet file, or a list of files"
+    )
+    name: TextOrList | None = Field(
+        default=None, description="configuration on the hub, or a list of them"
+    )
+    split: Text = Field(default="train", description="split to train on")
+    format: Literal["auto", "prompt-completion", "alpaca", "chat", "sharegpt"] = Field(
+        default="auto", description="form of the rows; auto decides by their columns and says why"
+    )
+    columns: Columns = Field(
+        default_factory=Columns, description="column of each role, where its name differs"
+    )
+    template: Text = Field(
+        default="Question: {prompt}\nAnswer: {completion}",
+        description="text with {prompt} and {completion}, or chat for the tokenizer's template",
+    )
+    max_length: int = Field(
+        default=512, ge=2, description="longest row, in tokens; longer ones are cut"
+    )
+    validation: Validation = Field(
+        default=0.02,
+        description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        if template != "chat" and "{completion}" not in template:
+            raise ValueError(
+                f"got {show(template)}; expected chat, or text that holds {{completion}}, such as "
+                r'"Question: {prompt}\nAnswer: {completion}"'
+            )
+        return template
+
+
+class EarlyStopping(Section):
+    """Stop when the validation loss no longer falls."""
+
+    patience: int = Field(ge=1, description="evaluations without a gain before the run stops")
+    min_delta: Number = Field(
+        default=0.0, ge=0, description="smallest fall of the loss that is a gain"
+    )
+
+
+class TrainRecipe(Section):
+    """The training loop."""
+
+    max_steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps; null: by epochs"
+    )
+    epochs: Number = Field(
+        default=1.0, gt=0, description="passes over the rows, when max_steps is null"
+    )
+    batch_size: int = Field(default=4, ge=1, description="rows per process and micro step")
+    gradient_accumulation: int = Field(
+        default=1, ge=1, description="micro steps per optimiser step"
+    )
+    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(
+        default="adamw", description="optimiser"
+    )
+    learning_rate: Number = Field(default=1e-3, gt=0, le=1, description="highest learning rate")
+    scheduler: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+    ] = Field(default="cosine", description="learning-rate schedule of transformers")
+    warmup_ratio: Number = Field(
+        default=0.03, ge=0, le=1, description="share of the steps to warm up in"
+    )
+    weight_decay: Number = Field(
+        default=0.0, ge=0, description="decay of the offsets: towards the base"
+    )
+    max_grad_norm: Number | None = Field(
+        default=1.0, gt=0, description="gradient clipping; null: none"
+    )
+    precision: Precision = Field(default="bf16", description="mixed precision: no, bf16 or fp16")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory"
+    )
+    log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+    eval_every: int = Field(
+        default=50, ge=0, description="steps between validations; 0: at the end only"
+    )
+    save_every: int = Field(
+        default=50, ge=0, description="steps between checkpoints; 0: at the end only"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints to keep")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of everything random")
+    num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: none")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="how several processes share work"
+    )
+    on_nonfinite: Literal["abort", "skip", "retry"] = Field(
+        default="abort", description="what a loss or gradient that is infinite or NaN leads to"
+    )
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="stop when the validation loss no longer falls; null: never"
+    )
+
+    @field_validator("early_stopping")
+    @classmethod
+    def _check_early_stopping(
+        cls, value: EarlyStopping | None, info: ValidationInfo
+    ) -> EarlyStopping | None:
+        if value is not None and info.data.get("eval_every") == 0:
+            raise conflict("needs validations during the run; set eval_every", "eval_every")
+        return value
+
+
+class EvaluationRecipe(Section):
+    """One task to score the model on."""
+
+    task: Literal["gsm8k", "math", "mbpp", "exact_match"] = Field(description="scorer and prompt")
+    path: TextOrList | None = Field(
+        default=None,
+        validate_default=True,
+        description="hub id or local file; null: the task's own",
+    )
+    name: TextOrList | None = Field(
+        default=None, description="configuration on the hub, or a list of them"
+    )
+    split: Text = Field(default="test", description="split to score")
+    limit: int | None = Field(default=None, ge=1, description="rows to score; null: all")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
+    batch_size: int = Field(default=8, ge=1, description="prompts generated together")
+    columns: Columns = Field(
+        default_factory=Columns, description="column of each role, where its name differs"
+    )
+    template: Text | None = Field(
+        default=None, description="as in dataset; null: that of the dataset"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(
+        cls, value: str | list[str] | None, info: ValidationInfo
+    ) -> str | list[str] | None:
+        if value is None and info.data.get("task") == "exact_match":
+            raise conflict("exact_match has no data of its own; give a path", "task")
+        return value
+
+
+class Recipe(Section):
+    """One run, from the base model to the scores."""
+
+    model: ModelRecipe = Field(description="the base model, at least {path: ...}")
+    dataset: DatasetRecipe | None = Field(
+        default=None, description="the rows to learn from; null where nothing is trained"
+    )
+    adapter: AdapterRecipe = Field(
+        default_factory=AdapterRecipe, description="the Kronecker adapter"
+    )
+    train: TrainRecipe = Field(default_factory=TrainRecipe, description="the training loop")
+    evaluation: list[EvaluationRecipe] = Field(
+        default_factory=list, description="tasks to score the trained model on"
+    )
+    output_dir: Text = Field(description="folder of the run, such as runs/my_run")
+    tracking: list[
+        Literal[
+            "tensorboard",
+            "wandb",
+            "mlflow",
+            "aim",
+            "clearml",
+            "comet_ml",
+            "dvclive",
+            "swanlab",
+            "trackio",
+        ]
+    ] = Field(default_factory=list, description="trackers of accelerate to log to")
+
+    @field_validator("train")
+    @classmethod
+    def _check_early_stopping(cls, train: TrainRecipe, info: ValidationInfo) -> TrainRecipe:
+        dataset = info.data.get("dataset")
+        if train.early_stopping and dataset is not None and dataset.validation == 0:
+            raise ValueError("early_stopping needs held-out rows; set dataset.validation above 0")
+        return train

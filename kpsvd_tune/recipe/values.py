@@ -1,0 +1,177 @@
+"""The kinds of value a recipe holds: how each is read, and what it refuses.
+
+The readers run before pydantic's strict types. They exist because YAML 1.1 has traps: `1e-3`
+(no dot) is text, `no` is False, and a budget is most readable as `0.99M`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
+from pydantic_core import PydanticCustomError
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_BUDGET = re.compile(r"(\d+\.?\d*|\.\d+)([eE]\+?\d{1,2})?\s*([kKmMgG]?)", re.ASCII)
+_BUDGET_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_MAX_BUDGET = 10**15
+
+
+def _is_number(value: object) -> bool:
+    # bool is a subclass of int in Python, and never a number in a recipe.
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_number(value: object) -> object:
+    """Turn `'1e-3'` into 0.001; what is no number goes on to the strict type unchanged."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"got {show(value)}; expected a finite number")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"got {show(value)}; expected text that is not blank")
+    return value
+
+
+def _compile(pattern: str) -> str:
+    """Refuse what `re` cannot compile; its warnings about odd but valid patterns stay quiet."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"got {show(pattern)}; expected a regular expression: {error}") from None
+    return pattern
+
+
+def _check_target(value: str) -> str:
+    # "all_linear" is a valid regular expression that matches nothing: surely a slip.
+    if value != "all-linear" and difflib.get_close_matches(value, ["all-linear"], 1, 0.75):
+        raise ValueError(f"got {show(value)}; did you mean all-linear?")
+    return value
+
+
+def _read_precision(value: object) -> object:
+    """`precision: no` is False to YAML 1.1, and means "no" here."""
+    return "no" if value is False else value
+
+
+def _read_budget(value: object) -> object:
+    """Read a number of trainable parameters: 990000, `0.99M`, `300k` or `1e6`."""
+    if value is None:
+        return None
+    number: Decimal | None = None
+    if isinstance(value, str) and (match := _BUDGET.fullmatch(value.strip())):
+        number = Decimal(match[1] + (match[2] or "")) * _BUDGET_UNITS[match[3].lower()]
+    elif isinstance(value, int | float) and _is_number(value):
+        number = Decimal(value)
+    if number is None or not 1 <= number <= _MAX_BUDGET or number != int(number):
+        raise ValueError(
+            f"got {show(value)}; expected a whole number of trainable parameters of at least 1, "
+            "such as 990000, 0.99M or 300k, or null for no budget"
+        )
+    return int(number)
+
+
+def _read_validation(value: object) -> object:
+    """Tell a share (a float below 1), a number of rows (an int) and a file (other text) apart."""
+    number = value
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        number = int(value) if value.isdecimal() and len(value) < 16 else float(value)
+    is_share = isinstance(number, float) and 0 <= number < 1
+    is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 0
+    is_file = isinstance(number, str) and number.strip() != ""
+    if not (is_share or is_count or is_file):
+        raise ValueError(
+            f"got {show(value)}; expected a share of the rows such as 0.02, a number of rows "
+            "such as 200, or the path of a file"
+        )
+    return number
+
+
+def read_factor_shape(value: object) -> object:
+    """Refuse what is neither a name nor a mapping, naming both forms."""
+    if not isinstance(value, str | Mapping):
+        raise ValueError(
+            f"got {show(value)}; expected balanced, thin, pissa, auto or a mapping such as "
+            "{n: 8, p: 2}"
+        )
+    return value
+
+
+def show(value: object) -> str:
+    """The value as a user would recognise it in YAML, on one line and at most 60 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+CLOSED = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Section(BaseModel):
+    """A closed, frozen mapping of the recipe; strict, so that no value changes its type unseen."""
+
+    model_config = CLOSED
+
+
+def conflict(message: str, *others: str) -> PydanticCustomError:
+    """A fault between a key and the `others` of its section."""
+    return PydanticCustomError("conflict", "{message}", {"message": message, "others": others})
+
+
+# Both decide a union by the kind of the value alone, so that only one branch reports faults.
+def _list_or_scalar(value: object) -> str:
+    return "list" if isinstance(value, list) else "scalar"
+
+
+def mapping_or_scalar(value: object) -> str:
+    """Discriminate a union of a mapping and one other type, tagged `mapping` and `scalar`."""
+    return "mapping" if isinstance(value, Mapping) else "scalar"
+
+
+Number = Annotated[float, BeforeValidator(_read_number)]
+Text = Annotated[str, AfterValidator(_not_blank)]
+TextList = Annotated[list[Text], Field(min_length=1)]
+TextOrList = Annotated[
+    Annotated[Text, Tag("scalar")] | Annotated[TextList, Tag("list")],
+    Discriminator(_list_or_scalar),
+]
+Pattern = Annotated[Text, AfterValidator(_compile)]
+PatternOrList = Annotated[
+    Annotated[Pattern, Tag("scalar")] | Annotated[TextList, Tag("list")],
+    Discriminator(_list_or_scalar),
+]
+Targets = Annotated[
+    Annotated[Pattern, AfterValidator(_check_target), Tag("scalar")]
+    | Annotated[TextList, Tag("list")],
+    Discriminator(_list_or_scalar),
+]
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_read_precision)]
+Budget = Annotated[int | None, BeforeValidator(_read_budget)]
+Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]

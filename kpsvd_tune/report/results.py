@@ -1,0 +1,289 @@
+"""What each stage found, as frozen values: the same objects feed tables, JSON, CSV and pages.
+
+Nothing is computed here and no library is imported, so that reading a report stays instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from kpsvd_tune.errors import InputError
+
+
+class _Result:
+    """What every result can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON has them: lists for tuples, mappings for results within."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+
+@dataclass(frozen=True)
+class LayerReport(_Result):
+    """The Kronecker rank of one target module, and why.
+
+    Attributes:
+        name: Full module name in the base model.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        factor_shape: (m, n, p, q): left factors are m x n, right factors p x q.
+        rank: Kronecker rank chosen; 0 leaves the module untouched.
+        rank_energy: Rank that the energy threshold alone asks for.
+        rank_elbow: Rank that the elbow alone asks for.
+        bound_by: The rule that decided: energy, elbow, fixed, min, max, budget, override, ...
+        energy_window: Share of the window's energy that the chosen terms hold, 0 to 1.
+        energy_total: Share of the squared Frobenius norm of the weight they hold, 0 to 1.
+        parameters: Trainable parameters, rank * (m*n + p*q).
+        relative_error: Frobenius norm of the residual over that of the weight.
+        singular_values: KP singular values of the window, largest first.
+        stable_rank: Squared Frobenius norm over the largest squared KP singular value.
+        seconds: Time the decomposition of this module took.
+        note: What was out of the ordinary, such as a prime size; None otherwise.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    factor_shape: tuple[int, int, int, int]
+    rank: int
+    rank_energy: int
+    rank_elbow: int
+    bound_by: str
+    energy_window: float
+    energy_total: float
+    parameters: int
+    relative_error: float
+    singular_values: tuple[float, ...]
+    stable_rank: float
+    seconds: float
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class RankReport(_Result):
+    """The ranks of all layers: the content of rank_report.json.
+
+    Attributes:
+        model: The base model, as the recipe names it.
+        totals: modules, trainable_parameters, base_parameters (counts) and energy (share of the
+            energy of all target weights that the chosen terms hold, 0 to 1).
+        layers: One report for each target module, in the model's order.
+        untouched: (name, reason) of every weight matrix that gets no adapter.
+        rule: The rank rule, with the recipe's keys.
+    """
+
+    model: str
+    totals: Mapping[str, int | float]
+    layers: tuple[LayerReport, ...]
+    untouched: tuple[tuple[str, str], ...] = ()
+    rule: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the content of rank_report.json."""
+        untouched = [{"name": name, "reason": reason} for name, reason in self.untouched]
+        return super().to_dict() | {"untouched": untouched}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RankReport:
+        """Read the content of rank_report.json.
+
+        Args:
+            data: What `to_dict` gave, possibly by way of JSON.
+
+        Returns:
+            A report equal to the one that was written.
+
+        Raises:
+            InputError: If a key is missing or unknown.
+        """
+        _check_keys(data, _names(cls), {"untouched", "rule"}, "rank report")
+        # Totals may grow; those that every table prints must be there.
+        _check_keys(
+            data["totals"], _TOTALS | data["totals"].keys(), set(), "totals of the rank report"
+        )
+        for layer in data["layers"]:
+            _check_keys(layer, _names(LayerReport), {"note"}, "layer of the rank report")
+        return cls(
+            model=data["model"],
+            totals=dict(data["totals"]),
+            layers=tuple(
+                LayerReport(
+                    **{
+                        **layer,
+                        "factor_shape": tuple(layer["factor_shape"]),
+                        "singular_values": tuple(layer["singular_values"]),
+                    }
+                )
+                for layer in data["layers"]
+            ),
+            untouched=tuple((each["name"], each["reason"]) for each in data.get("untouched", ())),
+            rule=dict(data.get("rule", {})),
+        )
+
+
+@dataclass(frozen=True)
+class PreflightReport(_Result):
+    """What the dataset looks like to the model, before training.
+
+    Attributes:
+        num_rows: Rows to train on.
+        num_validation_rows: Rows held out.
+        num_tokens: Tokens of the training rows.
+        num_supervised_tokens: Those of them that the loss counts.
+        num_truncated: Rows cut to the maximum length.
+        num_dropped: Rows left out, because nothing of them could be trained.
+        max_tokens: Tokens of the longest row.
+        format: Form of the rows that was used.
+        format_reason: Why that form.
+        warnings: What looks wrong without being an error.
+        sample: One row as (text, is_trained) pieces, in order.
+    """
+
+    num_rows: int
+    num_validation_rows: int
+    num_tokens: int
+    num_supervised_tokens: int
+    num_truncated: int
+    num_dropped: int
+    max_tokens: int
+    format: str
+    format_reason: str
+    warnings: tuple[str, ...] = ()
+    sample: tuple[tuple[str, bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepMetrics(_Result):
+    """One optimiser step: a line of metrics.jsonl.
+
+    Attributes:
+        step: Steps done, from 1.
+        epoch: Passes over the rows so far.
+        loss: Mean loss over the supervised tokens of the step, over all processes.
+        learning_rate: The rate that this step used.
+        grad_norm: Norm of the gradient before clipping.
+        tokens: Tokens of the step, over all processes.
+        tokens_per_second: The same, per second of the step.
+        seconds: Time since the run began.
+        validation_loss: Loss on the held-out rows, where this step measured it.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult(_Result):
+    """How a training run ended: the core of results.json.
+
+    Attributes:
+        train_loss: Mean loss of the last logged steps.
+        validation_loss: Loss on the held-out rows at the end; None without such rows.
+        validation_loss_before: The same before the first step.
+        steps: Optimiser steps done.
+        trainable_parameters: Parameters that were trained.
+        wall_seconds: Time the run took.
+        peak_memory_bytes: Most memory of one process: of the device, or resident on a CPU.
+    """
+
+    train_loss: float
+    validation_loss: float | None
+    validation_loss_before: float | None
+    steps: int
+    trainable_parameters: int
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class MergeReport(_Result):
+    """The proof that merged weights are base plus adapter: the content of merge_report.json.
+
+    Attributes:
+        adapter: Where the adapter came from.
+        output: Folder of the merged model.
+        dtype: Type the merged weights are stored in.
+        tolerance: Largest logit difference that passes.
+        max_logit_difference: Largest absolute difference of a logit over all prompts.
+        top1_agreement: Share of positions where both models prefer the same token, 0 to 1.
+        num_positions: Token positions compared.
+        prompts: The texts both models were run on.
+        kept_share: For each layer the share of the update that survived rounding,
+            <W' - W, Delta> / ||Delta||^2; about 1 where nothing is lost.
+        relative_update: For each layer the Frobenius norm of the update over the weight's.
+        min_kept_share: The smallest kept share; 1 without layers.
+        passed: Whether the difference is within the tolerance.
+        warnings: What passed and deserves a look all the same.
+    """
+
+    adapter: str
+    output: str
+    dtype: str
+    tolerance: float
+    max_logit_difference: float
+    top1_agreement: float
+    num_positions: int
+    prompts: tuple[str, ...]
+    kept_share: Mapping[str, float]
+    relative_update: Mapping[str, float]
+    min_kept_share: float
+    passed: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Score(_Result):
+    """A share of right answers.
+
+    Attributes:
+        scorer: Name of the rule that judged.
+        value: Share of right answers, 0 to 1.
+        n: Answers judged.
+        stderr: Standard error of the share, sqrt(value * (1 - value) / n).
+        unextractable: Answers in which the rule found nothing to judge; they count as wrong.
+    """
+
+    scorer: str
+    value: float
+    n: int
+    stderr: float
+    unextractable: int = 0
+
+
+_TOTALS = {"modules", "trainable_parameters", "base_parameters", "energy"}
+
+
+def _names(of: type[Any]) -> set[str]:
+    return {each.name for each in fields(of)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def _check_keys(data: Mapping[str, Any], known: set[str], optional: set[str], what: str) -> None:
+    """Refuse a mapping that lacks a key or has one that this version does not know."""
+    problems = {
+        "lacks": sorted(known - optional - data.keys()),
+        "has the unknown": sorted(data.keys() - known),
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise InputError(
+                f"the {what} {problem} {', '.join(keys)}; expected a rank_report.json "
+                "of this version: write it again with `kpsvd-tune init-only`"
+            )

@@ -1,0 +1,101 @@
+"""Tables and lines for people, rendered with rich from the result dataclasses."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from kpsvd_tune.report.results import LayerReport, MergeReport, PreflightReport, RankReport
+
+MODULE_WIDTH = 31
+
+
+def rank_table(report: RankReport) -> Table:
+    """The rank of every layer; at most 100 columns wide."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_footer=False)
+    table.add_column("module", no_wrap=True, max_width=MODULE_WIDTH)
+    table.add_column("out x in", justify="right", no_wrap=True)
+    table.add_column("A (m,n)", justify="right", no_wrap=True)
+    table.add_column("B (p,q)", justify="right", no_wrap=True)
+    table.add_column("energy", justify="right", no_wrap=True)
+    table.add_column("elbow", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True, style="bold")
+    table.add_column("by", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column("params", justify="right", no_wrap=True)
+    for layer in report.layers:
+        table.add_row(*_cells(layer))
+    return table
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    m, n, p, q = layer.factor_shape
+    return (
+        shorten(layer.name, MODULE_WIDTH),
+        f"{layer.out_features}x{layer.in_features}",
+        f"{m},{n}",
+        f"{p},{q}",
+        str(layer.rank_energy),
+        str(layer.rank_elbow),
+        str(layer.rank),
+        layer.bound_by,
+        f"{100 * layer.energy_total:.1f}%",
+        f"{layer.parameters:,}",
+    )
+
+
+def shorten(name: str, width: int) -> str:
+    """Cut the start of a module's name: its end says which layer it is."""
+    return name if len(name) <= width else "…" + name[1 - width :]
+
+
+def rank_summary(report: RankReport) -> list[str]:
+    """The totals below the table, one line each."""
+    totals = report.totals
+    ranks = [layer.rank for layer in report.layers]
+    adapted = sum(rank > 0 for rank in ranks)
+    lora = sum(layer.out_features + layer.in_features for layer in report.layers if layer.rank > 0)
+    lines = [
+        f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
+        f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
+        f"{totals.trainable_parameters:,} trainable parameters, twice as many stored (offsets and frozen factors); "
+        f"LoRA of rank 1 on the same layers: {lora:,}",
+        f"the chosen terms hold {100 * totals.energy:.1f} % of the pooled window's energy",
+    ]
+    notes = sum(bool(layer.note) for layer in report.layers)
+    if notes:
+        lines.append(f"{notes} layers with a note (a rule fell back): see rank_report.json")
+    return lines
+
+
+def preflight_lines(report: PreflightReport) -> list[str]:
+    """What will be trained on, before it is."""
+    lines = [
+        f"{report.num_rows:,} training rows, {report.num_validation_rows:,} validation rows "
+        f"({report.format}: {report.format_reason})",
+        f"{report.num_tokens:,} tokens, {report.num_supervised_tokens:,} supervised; "
+        f"{report.num_truncated:,} rows cut, {report.num_dropped:,} dropped; longest "
+        f"{report.max_tokens} tokens",
+    ]
+    return lines + [f"note: {warning}" for warning in report.warnings]
+
+
+def merge_lines(report: MergeReport) -> list[Text]:
+    """What the proof of a merge found."""
+    verdict = "equal" if report.passed else "NOT equal"
+    lines = [
+        Text(
+            f"merged and adapter-on-base are {verdict}: largest logit difference "
+            f"{report.max_logit_difference:.3g} (tolerance {report.tolerance:g}), top-1 agreement "
+            f"{100 * report.top1_agreement:.1f} %",
+            style="green" if report.passed else "bold red",
+        )
+    ]
+    lines.append(
+        Text(
+            f"of every layer's update at least {100 * report.min_kept_share:.1f} % survived the "
+            f"rounding to {report.dtype}"
+        )
+    )
+    return lines + [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]

@@ -1,0 +1,298 @@
+"""The training loop: what happens around each optimiser step, in which order, and where it goes on.
+
+The order is fixed, and each part leaves a state from which the rest can be done again: take the
+step, validate if it is time, log the line, commit a checkpoint if it is time, obey a signal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from torch import nn
+
+from kpsvd_tune.checkpoint import RunDirectory, TrainingState, load_random_state, random_state
+from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.errors import RecipeError, StoppedBySignal
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.report.results import StepMetrics, TrainResult
+from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
+from kpsvd_tune.training.processes import gather_numbers, on_main_process, peak_memory_bytes
+from kpsvd_tune.training.progress import Progress
+from kpsvd_tune.training.signals import StopSignals
+from kpsvd_tune.training.step import Stepper
+from kpsvd_tune.training.stream import stream_steps
+from kpsvd_tune.training.tracking import Tracking
+from kpsvd_tune.training.validation import validation_loss
+
+
+class Training:
+    """One training run: give it everything, iterate over `steps()`, then read `result()`.
+
+    Making the object seeds python, numpy and torch, moves the model to the accelerator's device
+    and, with a checkpoint, puts everything back to where that was taken. The loss of a step is
+    the sum over the supervised tokens of its whole global batch (all micro steps, all processes)
+    divided by their number.
+
+    Args:
+        model: A causal language model with some trainable parameters, usually a PEFT model.
+        train_rows: Rows to learn from.
+        validation_rows: Held-out rows; may be empty.
+        recipe: The `train` section.
+        accelerator: From `make_accelerator`, with the same section.
+        run: The run's folder; the main process writes there.
+        pad_token_id: Fills short rows; any id will do, since padding is masked.
+        checkpoint: Where to go on from, as `RunDirectory.begin` said; None: from the first step.
+        settings: Shown by trackers.
+
+    Attributes:
+        num_steps: Optimiser steps of the whole run.
+        progress: Where it stands.
+
+    Raises:
+        AdapterError: Nothing is trainable.
+        CheckpointError: The checkpoint is damaged or does not fit the model.
+        RecipeError: The recipe asks for something that this version does not do.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_rows: Sequence[TokenizedRow],
+        validation_rows: Sequence[TokenizedRow],
+        recipe: TrainRecipe,
+        accelerator: Accelerator,
+        run: RunDirectory,
+        *,
+        pad_token_id: int,
+        checkpoint: Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        _refuse_unavailable(recipe)
+        self._recipe, self._accelerator, self._run = recipe, accelerator, run
+        self._train_rows, self._validation_rows = train_rows, validation_rows
+        self._sampler = StatelessSampler(
+            len(train_rows),
+            recipe.batch_size,
+            accelerator.num_processes,
+            recipe.gradient_accumulation,
+            recipe.seed,
+        )
+        self.num_steps = recipe.max_steps or self._sampler.num_steps(recipe.epochs)
+        self._make_batch = partial(
+            make_micro_batch,
+            pad_token_id=pad_token_id,
+            pad_to_multiple_of=None if accelerator.device.type == "cpu" else 8,
+        )
+        self._stepper = Stepper(model, recipe, accelerator, self.num_steps)
+        self._signals = StopSignals()
+        self._signal = 0
+        self._saved_step = 0
+        self.progress = Progress()
+        if checkpoint is None:
+            _seed_everything(recipe.seed, accelerator.process_index, 0)
+        else:
+            self._restore(run.load(checkpoint))
+        self._began = time.monotonic() - self.progress.seconds
+        self._tracking = Tracking(accelerator, settings or {})
+
+    def steps(self) -> Iterator[StepMetrics]:
+        """Train, giving the metrics of each step once the step is done, logged and saved.
+
+        Raises:
+            NonFiniteError: A loss or gradient is infinite or NaN; the step was not taken.
+            StoppedBySignal: SIGINT or SIGTERM came; the state was saved.
+            ResourceError: The disk refused a checkpoint or a line of metrics.
+        """
+        with self._signals:
+            try:
+                yield from self._steps()
+            finally:
+                self._tracking.end()
+
+    def result(self) -> TrainResult:
+        """How the run ended; every process must ask, for the largest memory is looked up."""
+        peak = gather_numbers(self._accelerator, [peak_memory_bytes(self._accelerator.device)])
+        return TrainResult(
+            train_loss=self.progress.train_loss,
+            validation_loss=self.progress.validation_loss,
+            validation_loss_before=self.progress.validation_loss_before,
+            steps=self.progress.step,
+            trainable_parameters=sum(parameter.numel() for parameter in self._stepper.names),
+            wall_seconds=self.progress.seconds,
+            peak_memory_bytes=int(max(each for (each,) in peak)),
+        )
+
+    @property
+    def _is_over(self) -> bool:
+        return self.progress.is_stopped_early or self.progress.step >= self.num_steps
+
+    def _steps(self) -> Iterator[StepMetrics]:
+        progress = self.progress
+        self._stepper.token_loss.train()
+        if self._validation_rows and progress.step == 0:
+            progress.validation_loss_before = progress.validation_loss = self._validate()
+            self._obey()
+        if progress.pending is not None:
+            yield self._complete(StepMetrics(**progress.pending))
+        batches = stream_steps(
+            self._train_rows,
+            self._sampler,
+            range(progress.step, self.num_steps),
+            self._accelerator.process_index,
+            self._make_batch,
+            self._recipe.num_workers,
+        )
+        while not self._is_over:
+            yield self._complete(self._take_step(next(batches)))
+        # One that came while the last checkpoint was written.
+        self._agree_on_signal()
+        self._obey()
+
+    def _take_step(self, batches: list[MicroBatch]) -> StepMetrics:
+        began = time.monotonic()
+        step = self.progress.step + 1
+        sums = self._stepper.take(
+            step, batches, partial(self._rows_of, step), lambda: self._signals.requested
+        )
+        self._signal = sums.signal
+        now = time.monotonic()
+        metrics = StepMetrics(
+            step=step,
+            epoch=self._sampler.epoch(step),
+            loss=sums.loss / max(1.0, sums.num_supervised),
+            learning_rate=sums.learning_rate,
+            grad_norm=sums.grad_norm,
+            tokens=sums.num_tokens,
+            tokens_per_second=sums.num_tokens / max(now - began, 1e-9),
+            seconds=now - self._began,
+        )
+        self.progress.count_step(sums.loss, sums.num_supervised, metrics)
+        return metrics
+
+    def _complete(self, metrics: StepMetrics) -> StepMetrics:
+        """Do all that follows a step; a signal leaves the validation to the resumed run."""
+        recipe, progress, step = self._recipe, self.progress, metrics.step
+        is_due = step == self.num_steps or _divides(recipe.eval_every, step)
+        if is_due and self._validation_rows:
+            loss = None if self._signal else self._validate()
+            if loss is None:
+                self._save()
+                self._obey()
+            else:
+                progress.count_validation(loss, recipe.early_stopping)
+                metrics = replace(metrics, validation_loss=loss)
+        progress.pending = None
+        if self._is_over or metrics.validation_loss is not None or _divides(recipe.log_every, step):
+            self._log(metrics)
+        if self._is_over or self._signal or _divides(recipe.save_every, step):
+            self._save()
+        progress.seconds = time.monotonic() - self._began
+        self._obey()
+        return metrics
+
+    def _validate(self) -> float | None:
+        loss = validation_loss(
+            self._stepper.token_loss,
+            self._validation_rows,
+            self._recipe.batch_size,
+            self._accelerator,
+            self._make_batch,
+            lambda: bool(self._signals.requested),
+        )
+        if loss is None:
+            self._agree_on_signal()
+        return loss
+
+    def _agree_on_signal(self) -> None:
+        own = [float(self._signals.requested)]
+        self._signal = int(max(each for (each,) in gather_numbers(self._accelerator, own)))
+
+    def _obey(self) -> None:
+        if self._signal:
+            raise StoppedBySignal(self._signal)
+
+    def _log(self, metrics: StepMetrics) -> None:
+        if self._accelerator.is_main_process:
+            # JSON has no infinity, which a loss scaler's skipped step may show as its norm.
+            self._run.log(
+                {
+                    name: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for name, value in asdict(metrics).items()
+                    if value is not None
+                }
+            )
+        numbers = {name: value for name, value in asdict(metrics).items() if value is not None}
+        self._tracking.log({k: v for k, v in numbers.items() if k != "step"}, metrics.step)
+
+    def _save(self) -> None:
+        """Commit a checkpoint of this step, unless there is one."""
+        progress = self.progress
+        if progress.step == self._saved_step:
+            return
+        progress.seconds = time.monotonic() - self._began
+        generators = gather_object([random_state(self._stepper.devices())])
+
+        def commit() -> None:
+            state = TrainingState(
+                step=progress.step,
+                random=generators,
+                progress=progress.to_json(),
+                **self._stepper.state(),
+            )
+            self._run.save(state, self._recipe.keep_checkpoints)
+
+        on_main_process(self._accelerator, commit)
+        self._saved_step = progress.step
+
+    def _restore(self, state: TrainingState) -> None:
+        self._stepper.load_state(state.offsets, state.optimizer, state.scheduler)
+        self.progress = Progress.from_json(state.progress)
+        self._saved_step = state.step
+        index = self._accelerator.process_index
+        if len(state.random) == self._accelerator.num_processes:
+            load_random_state(state.random[index])
+        else:
+            # Another number of processes was allowed: no generator's state is theirs.
+            _seed_everything(self._recipe.seed, index, state.step)
+
+    def _rows_of(self, step: int, process: int) -> list[int]:
+        """Row numbers, in their source, of a step (from 1) on one process."""
+        return [
+            self._train_rows[index].row
+            for micro_step in range(self._recipe.gradient_accumulation)
+            for index in self._sampler.batch(step - 1, micro_step, process)
+        ]
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seed_everything(seed: int, process_index: int, step: int) -> None:
+    """Seed every generator, each process apart, for they should not drop out the same units."""
+    digest = hashlib.sha256(f"train {seed} {process_index} {step}".encode()).digest()
+    number = int.from_bytes(digest[:4], "big")
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def _refuse_unavailable(recipe: TrainRecipe) -> None:
+    if recipe.parallel != "ddp":
+        raise RecipeError("train.parallel: fsdp is not available yet; expected ddp")
+    if recipe.on_nonfinite != "abort":
+        raise RecipeError(
+            f"train.on_nonfinite: {recipe.on_nonfinite} is not available yet; expected abort"
+        )

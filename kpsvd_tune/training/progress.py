@@ -1,0 +1,74 @@
+"""Where a training stands: the counters that a checkpoint keeps beside tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kpsvd_tune.recipe import EarlyStopping
+from kpsvd_tune.report.results import StepMetrics
+
+# Steps whose mean loss is reported as the training loss: enough to smooth one odd batch.
+_RECENT_STEPS = 10
+
+
+@dataclass
+class Progress:
+    """Counters after `step` optimiser steps; JSON values only.
+
+    Attributes:
+        step: Optimiser steps done.
+        seconds: Time spent in this run, over all its sessions.
+        recent: (summed loss, supervised tokens) of the last steps.
+        validation_loss: The newest one.
+        validation_loss_before: The one before the first step.
+        best_validation_loss: The lowest one that early stopping counted as a gain.
+        num_stale: Validations since then.
+        is_stopped_early: Early stopping ended the run.
+        pending: Metrics of a step that is done but neither validated nor logged, for a signal
+            came in between.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    recent: list[list[float]] = field(default_factory=list)
+    validation_loss: float | None = None
+    validation_loss_before: float | None = None
+    best_validation_loss: float | None = None
+    num_stale: int = 0
+    is_stopped_early: bool = False
+    pending: dict[str, Any] | None = None
+
+    def count_step(self, loss: float, num_supervised: float, metrics: StepMetrics) -> None:
+        """Count a step that was just taken."""
+        self.step = metrics.step
+        self.recent = [*self.recent, [loss, num_supervised]][-_RECENT_STEPS:]
+        self.pending = asdict(metrics)
+
+    def count_validation(self, loss: float, rule: EarlyStopping | None) -> None:
+        """Take in a validation loss, and decide about stopping early."""
+        self.validation_loss = loss
+        if rule is None:
+            return
+        best = self.best_validation_loss
+        if best is None or loss < best - rule.min_delta:
+            self.best_validation_loss, self.num_stale = loss, 0
+        else:
+            self.num_stale += 1
+            self.is_stopped_early = self.num_stale >= rule.patience
+
+    @property
+    def train_loss(self) -> float:
+        """Mean loss over the supervised tokens of the last steps."""
+        num_supervised = sum(each for _, each in self.recent)
+        return sum(each for each, _ in self.recent) / max(1.0, num_supervised)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the counters as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+        """Take back what `to_json` gave."""
+        return cls(**values)

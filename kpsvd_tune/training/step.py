@@ -1,0 +1,216 @@
+"""One optimiser step: forward and backward over its micro batches, the checks, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
+from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
+from kpsvd_tune.training.nonfinite import check_finite
+from kpsvd_tune.training.optim import make_optimizer, make_scheduler
+from kpsvd_tune.training.processes import gather_numbers
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What one step amounted to, over all processes and equal on each.
+
+    Attributes:
+        loss: Summed over supervised tokens, in nats.
+        num_supervised: Those tokens.
+        num_tokens: All tokens but padding.
+        learning_rate: The rate of this step.
+        grad_norm: Global norm of the gradient before clipping.
+        signal: Number of a signal that came to any process, 0 for none.
+    """
+
+    loss: float
+    num_supervised: float
+    num_tokens: int
+    learning_rate: float
+    grad_norm: float
+    signal: int
+
+
+class Stepper:
+    """The model with its loss, its optimiser and its schedule, moved together by `take`.
+
+    Args:
+        model: Goes to the accelerator's device.
+        recipe: The `train` section.
+        accelerator: The processes.
+        num_steps: Length of the schedule.
+
+    Raises:
+        AdapterError: Nothing is trainable.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: TrainRecipe, accelerator: Accelerator, num_steps: int
+    ) -> None:
+        self._accelerator = accelerator
+        self._max_grad_norm = recipe.max_grad_norm or math.inf
+        self.token_loss = SummedTokenLoss(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise AdapterError("the model has no trainable parameter; expected an adapter on it")
+        if recipe.gradient_checkpointing:
+            _enable_checkpointing(model)
+        self._module: nn.Module = accelerator.prepare_model(self.token_loss)
+        self.names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if p.requires_grad
+        }
+        self._optimizer = make_optimizer(recipe, list(self.names))
+        self._scheduler = make_scheduler(recipe, self._optimizer, num_steps)
+
+    def take(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        rows_of: Callable[[int], Sequence[int]],
+        signal: Callable[[], int],
+    ) -> StepSums:
+        """Move the weights once.
+
+        Args:
+            step: Number of the step, from 1.
+            batches: This process's micro batches.
+            rows_of: Row numbers of the step on one process, for messages.
+            signal: The number of a signal that came to this process, or 0.
+
+        Raises:
+            NonFiniteError: On all processes alike, before any weight has moved.
+        """
+        accelerator = self._accelerator
+        own = sum(batch.num_supervised for batch in batches)
+        num_supervised = sum(each for (each,) in gather_numbers(accelerator, [own]))
+        # DDP takes the mean of the processes' gradients, where the loss is a sum over them.
+        scale = accelerator.num_processes / max(1.0, num_supervised)
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            # Gradients travel once a step, with the last micro batch.
+            with nullcontext() if is_last else accelerator.no_sync(self._module):
+                summed = self._module(**batch.to(accelerator.device))
+                accelerator.backward(summed * scale)
+            loss += summed.detach()
+        grad_norm = self._clip()
+        sums = [loss.item(), sum(batch.num_tokens for batch in batches), signal()]
+        losses, num_tokens, signals = zip(*gather_numbers(accelerator, sums), strict=True)
+        scaler = accelerator.scaler
+        # An infinite gradient tells a loss scaler to scale less; only at its floor it is a fault.
+        is_judged = scaler is None or scaler.get_scale() <= 1
+        check_finite(step, losses, grad_norm if is_judged else None, rows_of)
+        learning_rate = self._scheduler.get_last_lr()[0]
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
+        # Ours to call, once: Accelerate's own scheduler steps once for each process.
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepSums(
+            loss=sum(losses),
+            num_supervised=num_supervised,
+            num_tokens=int(sum(num_tokens)),
+            learning_rate=float(learning_rate),
+            grad_norm=grad_norm,
+            signal=int(max(signals)),
+        )
+
+    def devices(self) -> list[torch.device]:
+        """The devices that hold parts of the model."""
+        return sorted({p.device for p in self.token_loss.parameters()}, key=str)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: `offsets`, `optimizer`, `scheduler`; tensors not copied."""
+        scaler = self._accelerator.scaler
+        return {
+            "offsets": {name: parameter.detach() for parameter, name in self.names.items()},
+            "optimizer": optimizer_state(self._optimizer, self.names),
+            "scheduler": {
+                "schedule": self._scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            },
+        }
+
+    def load_state(
+        self, offsets: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]
+    ) -> None:
+        """Put back what `state` gave.
+
+        Settings (rates, decay) are the recipe's: equal to the saved ones unless the user allowed
+        a change, which then counts from here on.
+
+        Raises:
+            CheckpointError: The checkpoint is of another model or adapter.
+        """
+        own = {name: parameter for parameter, name in self.names.items()}
+        if found := _difference(own, offsets):
+            raise CheckpointError(f"the checkpoint does not fit the model: {found}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(offsets[name])
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._optimizer.param_groups
+        ]
+        load_optimizer_state(self._optimizer, optimizer, self.names)
+        schedule = {**scheduler["schedule"], "base_lrs": self._scheduler.base_lrs}
+        self._scheduler.load_state_dict(schedule)
+        rates = [
+            base * factor(self._scheduler.last_epoch)
+            for base, factor in zip(
+                self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True
+            )
+        ]
+        groups = zip(self._optimizer.param_groups, settings, rates, strict=True)
+        for group, values, rate in groups:
+            group.update(values, lr=rate)
+        self._scheduler._last_lr = rates
+        if self._accelerator.scaler is not None and scheduler["scaler"]:
+            self._accelerator.scaler.load_state_dict(scheduler["scaler"])
+
+    def _clip(self) -> float:
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.unscale_(self._optimizer)
+        return float(torch.nn.utils.clip_grad_norm_(list(self.names), self._max_grad_norm))
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass, in torch's non-reentrant way.
+
+    That way needs no input that requires a gradient, which a frozen embedding would not give.
+    """
+    options = {"use_reentrant": False}
+    # Transformers 5.23 renamed the method, and warns at the old name.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs=options
+        )
+
+
+def _difference(own: dict[str, Tensor], saved: dict[str, Tensor]) -> str:
+    """The first few differences between names and shapes, empty when there is none."""
+    found = [f"{name} is missing" for name in own if name not in saved]
+    found += [f"{name} is unknown" for name in saved if name not in own]
+    found += [
+        f"{name} is {tuple(saved[name].shape)}, expected {tuple(parameter.shape)}"
+        for name, parameter in own.items()
+        if name in saved and saved[name].shape != parameter.shape
+    ]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more

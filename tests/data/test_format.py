@@ -1,0 +1,202 @@
+"""The form of the rows: detection with its reason, and the message when nothing fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kpsvd_tune.data.files import Row
+from kpsvd_tune.data.format import Chat, Pair, RowFormat, find_format
+from kpsvd_tune.errors import DataError
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+
+def row(**values: Any) -> Row:
+    return Row("rows.jsonl", 1, values)
+
+
+def find(values: dict[str, Any], name: str = "auto", **columns: str) -> RowFormat:
+    return find_format([row(**values)], name, columns)
+
+
+@pytest.mark.parametrize(
+    ("values", "columns", "name", "reason"),
+    [
+        ({"prompt": "a", "completion": "b"}, {}, "prompt-completion", "have the columns prompt"),
+        (
+            {"question": "a", "answer": "b"},
+            {"prompt": "question", "completion": "answer"},
+            "prompt-completion",
+            "dataset.columns names prompt and completion",
+        ),
+        ({"instruction": "a", "input": "", "output": "b"}, {}, "alpaca", "instruction and output"),
+        ({"messages": MESSAGES}, {}, "chat", "'messages' holds messages with role and content"),
+        ({"dialog": MESSAGES}, {}, "chat", "'dialog' holds messages with role and content"),
+        ({"conversations": TURNS}, {}, "sharegpt", "'conversations' holds messages with from"),
+        ({"conversations": MESSAGES}, {}, "chat", "'conversations' holds messages with role"),
+        ({"x": TURNS}, {"conversations": "x"}, "sharegpt", "columns names conversations"),
+    ],
+)
+def test_form_is_detected_with_its_reason(
+    values: dict[str, Any], columns: dict[str, str], name: str, reason: str
+) -> None:
+    found = find(values, **columns)
+    assert found.name == name
+    assert reason in found.reason
+
+
+def test_first_row_that_is_not_empty_decides() -> None:
+    rows = [row(prompt="", completion=None), row(prompt="a", completion="b")]
+    assert find_format(rows, "auto", {}).name == "prompt-completion"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"prompt": "a", "completion": "b"}, Pair("a", "b")),
+        ({"prompt": "a", "completion": 42}, Pair("a", "42")),
+        ({"instruction": "do", "input": "this", "output": "b"}, Pair("do\n\nthis", "b")),
+        ({"instruction": "do", "input": None, "output": "b"}, Pair("do", "b")),
+        ({"instruction": "do", "output": "b", "system": "s"}, Pair("do", "b", "s")),
+        ({"messages": MESSAGES}, Chat(tuple(MESSAGES))),
+        ({"conversations": TURNS}, Chat(tuple(MESSAGES))),
+        (
+            {"conversations": TURNS, "system": "s"},
+            Chat(({"role": "system", "content": "s"}, *MESSAGES)),
+        ),
+        ({"messages": MESSAGES, "tools": [{"n": 1}]}, Chat(tuple(MESSAGES), ({"n": 1},))),
+    ],
+)
+def test_rows_become_examples(values: dict[str, Any], expected: Pair | Chat) -> None:
+    assert find(values).example(row(**values)) == expected
+
+
+def test_a_column_called_system_is_not_a_system_prompt_unless_named() -> None:
+    values = {"prompt": "a", "completion": "b", "system": "linux"}
+    assert find(values).example(row(**values)) == Pair("a", "b")
+    named = find(values, prompt="prompt", completion="completion", system="system")
+    assert named.example(row(**values)) == Pair("a", "b", "linux")
+
+
+def test_messages_as_json_text_are_read() -> None:
+    values = {"messages": '[{"role": "user", "content": "hi"}, '
+                          '{"role": "assistant", "content": "hello"}]'}  # fmt: skip
+    assert find(values).example(row(**values)) == Chat(tuple(MESSAGES))
+
+
+def test_null_keys_of_messages_are_dropped() -> None:
+    messages = [{**message, "tool_calls": None} for message in MESSAGES]
+    assert find({"messages": messages}).example(row(messages=messages)) == Chat(tuple(MESSAGES))
+
+
+def test_columns_reach_into_objects() -> None:
+    values = {"data": {"q": "a", "a": "b"}}
+    found = find(values, prompt="data.q", completion="data.a")
+    assert found.example(row(**values)) == Pair("a", "b")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"prompt": "", "completion": ""},
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": None},
+        {"prompt": "a", "completion": " \n"},
+    ],
+)
+def test_rows_without_anything_to_learn_give_none(values: dict[str, Any]) -> None:
+    found = find({"prompt": "a", "completion": "b"})
+    assert found.example(row(**values)) is None
+
+
+def test_chats_without_an_answer_give_none() -> None:
+    found = find({"messages": MESSAGES})
+    for messages in ([], None, MESSAGES[:1], [MESSAGES[0], {"role": "assistant", "content": ""}]):
+        assert found.example(row(messages=messages)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "mapping"),
+    [
+        ({"question": "a", "answer": "b"}, "{prompt: question, completion: answer}"),
+        ({"Problem": "a", "Solution": "b", "id": 1}, "{prompt: Problem, completion: Solution}"),
+        ({"promt": "a", "completions": "b"}, "{prompt: promt, completion: completions}"),
+        ({"data": {"q": "a", "answer": "b"}}, "{prompt: COLUMN, completion: data.answer}"),
+        ({"data": {"query": "a", "reply": "b"}}, "{prompt: data.query, completion: data.reply}"),
+        ({"text": "a"}, "{prompt: text, completion: COLUMN}"),
+    ],
+)
+def test_wrong_columns_name_the_nearest_mapping(values: dict[str, Any], mapping: str) -> None:
+    with pytest.raises(DataError) as got:
+        find(values)
+    message = str(got.value)
+    assert message.startswith("rows.jsonl, line 1: the column 'prompt' is missing; found the col")
+    assert f"found the columns {', '.join(values)}; expected prompt and completion" in message
+    assert message.endswith(f"dataset.columns={mapping}")
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "columns", "message"),
+    [
+        ({"q": "a", "a": "b"}, "auto", {"prompt": "qq", "completion": "a"}, "'qq' for prompt is m"),
+        ({"prompt": "a"}, "chat", {}, r"the column 'messages' is missing; .* \(format chat\)"),
+        ({"instruction": "a"}, "alpaca", {}, "the column 'output' is missing"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "prompt-completion",
+            {"messages": "prompt"},
+            "names the role 'messages'; the format prompt-completion has the roles prompt, comp",
+        ),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(
+    values: dict[str, Any], name: str, columns: dict[str, str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        find(values, name, **columns)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1}, r"holds an object .* write the column as completion\.a"),
+        (["a"], r"holds a list .* set dataset\.format to chat or sharegpt"),
+        (1.5, r"holds a decimal number \(1\.5\); expected text; write it as text"),
+        (True, r"holds true or false"),
+        ("\ud800", r"half a surrogate pair"),
+    ],
+)
+def test_columns_that_are_not_text_are_refused(value: object, message: str) -> None:
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl, line 1: the column 'completion' .*" + message
+    ):
+        find({"prompt": "a", "completion": "b"}).example(row(prompt="a", completion=value))
+
+
+def test_a_row_without_a_column_that_others_have_is_refused() -> None:
+    found = find({"prompt": "a", "completion": "b"})
+    with pytest.raises(DataError, match="has no column 'completion', which other rows have; found"):
+        found.example(row(prompt="a", answer="b"))
+    with pytest.raises(DataError, match="has no column 'messages'; found the columns prompt"):
+        find({"messages": MESSAGES}).example(row(prompt="a"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (TURNS, r"has the keys from, value; expected .* set dataset\.format to sharegpt"),
+        (["hi"], r"a message in 'messages' has 'hi'; expected"),
+        ([{"role": "robot", "content": "x"}], r"unknown role 'robot' in 'messages'; expected one"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"is list; expected text"),
+        (MESSAGES[1:], r"the chat starts with the assistant; expected a system or user message"),
+        ("not json", r"is text and not a JSON list of messages"),
+        ({"role": "user"}, r"expected a list of messages"),
+    ],
+)
+def test_faulty_messages_are_refused(messages: object, message: str) -> None:
+    with pytest.raises(DataError, match=r"^rows\.jsonl, line 1: .*" + message):
+        find({"messages": MESSAGES}).example(row(messages=messages))

@@ -1,0 +1,149 @@
+"""Loading: dtype, missing weights, GGUF files that become ordinary models."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kpsvd_tune.errors import ModelError
+from kpsvd_tune.models import (
+    WeightReader,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    resolve_model,
+    target_names,
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
+def test_the_model_has_the_dtype_asked_for(tmp_path: Path, dtype: str | torch.dtype) -> None:
+    architectures.save("llama", tmp_path)
+    model = load_model(resolve_model(str(tmp_path)), dtype, attn_implementation="eager")
+    expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert model.dtype == expected
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    with pytest.raises(ModelError, match="model.dtype 'int8': expected one of float32, bfloat16"):
+        load_model(resolve_model(str(tmp_path)), "int8")
+
+
+def test_missing_weights_are_an_error_and_not_random_numbers(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no values for 1 weights.*layers.1.mlp.up_proj.weight"):
+        load_model(resolve_model(str(tmp_path)), "float32")
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    saved = architectures.save("gemma", tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = load_model(resolve_model(str(tmp_path)), "float32")
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+
+
+def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="is not a causal language model"):
+        load_skeleton(resolve_model(str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="its configuration cannot be read"):
+        load_skeleton(resolve_model(str(tmp_path)))
+
+
+def test_the_tokenizer_comes_from_the_same_folder(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(tiny_model_dir)))
+    assert tokenizer.decode(tokenizer("nuts")["input_ids"]) == "nuts"
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(resolve_model(str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def gguf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A one-layer Llama of random numbers, its matrices quantised to Q8_0."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(16)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    sizes = {
+        "token_embd": (64, 32),
+        "output": (64, 32),
+        "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+    }
+    quantised = gguf.GGMLQuantizationType.Q8_0
+    for name, size in sizes.items():
+        data = gguf.quants.quantize(torch.randn(*size).numpy(), quantised)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=quantised)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", torch.ones(32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_model_is_saved_like_any_other(gguf_path: Path, tmp_path: Path) -> None:
+    model = load_model(resolve_model(str(gguf_path)), "float32")
+    model.save_pretrained(tmp_path)
+    again = load_model(resolve_model(str(tmp_path)), "float32")
+    expected = model.state_dict()
+    assert set(expected) == set(again.state_dict())
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert "quantization_config" not in again.config.to_dict()
+
+
+def test_a_gguf_skeleton_has_the_names_and_the_reader_the_dequantised_weights(
+    gguf_path: Path,
+) -> None:
+    source = resolve_model(str(gguf_path))
+    names = target_names(load_skeleton(source), "all-linear")
+    assert len(names) == 7
+    model = load_model(source, "float32")
+    reader = WeightReader(source, names)
+    for name in names:
+        assert reader.location(name) is None
+        assert torch.equal(reader.load(name), model.get_submodule(name).weight), name
+        assert reader.size(name) == tuple(model.get_submodule(name).weight.shape)
+
+
+def test_without_the_gguf_package_the_install_line_is_given(
+    gguf_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name)
+    )
+    with pytest.raises(ModelError, match=r"pip install 'kpsvd-tune\[gguf\]'"):
+        load_model(resolve_model(str(gguf_path)), "float32")

@@ -1,0 +1,159 @@
+"""Targets are PEFT's; what cannot be adapted is refused by name or listed with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from kpsvd_tune.errors import ModelError
+from kpsvd_tune.models import load_skeleton, resolve_model, target_names, untouched
+
+
+def lora_targets(model: nn.Module, **options: object) -> list[str]:
+    adapted = get_peft_model(model, LoraConfig(**options)).base_model.model
+    return [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "qwen2_moe"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+def test_all_linear_is_what_peft_takes(architecture: str) -> None:
+    names = target_names(architectures.make(architecture), "all-linear")
+    assert names == lora_targets(architectures.make(architecture), target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude"),
+    [
+        (["q_proj", "v_proj"], None),
+        (["model.layers.1.mlp.up_proj", "o_proj"], None),
+        (r".*layers\.0\..*_proj", None),
+        (["q_proj", "down_proj"], ["layers.0.self_attn.q_proj"]),
+        (["q_proj", "down_proj"], r".*\.1\..*"),
+        ("all-linear", ["gate_proj"]),
+        (["lm_head"], None),
+    ],
+)
+def test_lists_and_expressions_match_as_in_peft(
+    target: str | list[str], exclude: str | list[str] | None
+) -> None:
+    names = target_names(architectures.make("llama"), target, exclude)
+    expected = lora_targets(
+        architectures.make("llama"), target_modules=target, exclude_modules=exclude
+    )
+    assert names == expected
+    assert names
+
+
+@pytest.mark.parametrize("architecture", architectures.CONFIGS)
+def test_a_skeleton_has_the_names_of_the_model(architecture: str, tmp_path: Path) -> None:
+    model = architectures.save(architecture, tmp_path)
+    skeleton = load_skeleton(resolve_model(str(tmp_path)))
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    names = target_names(skeleton, "all-linear")
+    assert names == target_names(model, "all-linear")
+    assert untouched(skeleton, names) == untouched(model, names)
+
+
+@pytest.mark.parametrize("architecture", architectures.CONFIGS)
+def test_every_matrix_is_either_targeted_or_listed(architecture: str) -> None:
+    model = architectures.make(architecture)
+    names = target_names(model, "all-linear")
+    listed = [name for name, _ in untouched(model, names)]
+    matrices = {
+        name.removesuffix(".weight")
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.ndim >= 2
+    }
+    assert sorted(names + listed) == sorted(matrices)
+
+
+def test_modules_to_save_are_not_targeted() -> None:
+    names = target_names(architectures.make("llama"), "all-linear", None, ["mlp"])
+    assert names
+    assert not [name for name in names if "mlp" in name]
+
+
+def test_reasons_name_heads_embeddings_ties_and_stacked_experts() -> None:
+    llama = architectures.make("llama")
+    reasons = dict(untouched(llama, target_names(llama, ["q_proj"])))
+    assert reasons["model.embed_tokens"] == "embedding"
+    assert reasons["lm_head"] == "output head: named explicitly or not at all"
+    assert reasons["model.layers.0.self_attn.k_proj"] == "not among the target modules"
+    assert "model.layers.0.self_attn.q_proj" not in reasons
+    tied = architectures.make("gpt2")
+    assert dict(untouched(tied, []))["lm_head"] == (
+        "tied: shares its weight with transformer.wte.weight"
+    )
+    mixtral = architectures.make("mixtral")
+    reasons = dict(untouched(mixtral, target_names(mixtral, "all-linear")))
+    assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == (
+        "3 stacked matrices in one tensor (MixtralExperts)"
+    )
+    assert "not a linear layer" in reasons["model.layers.0.mlp.gate"]
+
+
+def test_a_tied_head_is_refused_by_name() -> None:
+    with pytest.raises(
+        ModelError, match=r"lm_head: tied: shares its weight with transformer.wte.weight"
+    ):
+        target_names(architectures.make("gpt2"), ["c_attn", "lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (["q_proj", "embed_tokens"], r"1 modules .*\n  model.embed_tokens: embedding"),
+        (["experts"], r"mlp.experts: gate_up_proj: 3 stacked matrices in one tensor"),
+        (["q_proj", "gate_up_proj"], r"experts.gate_up_proj: 3 stacked matrices in one tensor"),
+        (
+            ["self_attn"],
+            r"a MixtralAttention, not a linear layer; the linear layers in it are "
+            r"q_proj, k_proj, v_proj, o_proj",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_by_name(target: list[str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        target_names(architectures.make("mixtral"), target)
+
+
+def test_a_packed_quantised_weight_is_refused_or_listed() -> None:
+    model = architectures.make("llama")
+    packed = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = packed
+    with pytest.raises(
+        ModelError, match=r"0.mlp.up_proj: packed quantised weight \(Linear, torch.u"
+    ):
+        target_names(model, ["up_proj"])
+    names = target_names(model, "all-linear")
+    assert "model.layers.0.mlp.up_proj" not in names
+    assert "packed quantised" in dict(untouched(model, names))["model.layers.0.mlp.up_proj"]
+
+
+def test_a_misspelt_entry_is_refused_though_others_match() -> None:
+    with pytest.raises(
+        ModelError,
+        match=r"'q_porj' matches no module; .*are called down_proj, .*; did you mean q_proj\?",
+    ):
+        target_names(architectures.make("llama"), ["v_proj", "q_porj"])
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "message"),
+    [
+        (r".*\.attention\..*", None, r"leaves no layer to adapt; the linear layers .* q_proj"),
+        (["q_proj"], ["q_proj"], r"\['q_proj'\] leaves no layer to adapt"),
+        (r"[", None, "is not a regular expression"),
+    ],
+)
+def test_matching_nothing_is_an_error(
+    target: str | list[str], exclude: list[str] | None, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        target_names(architectures.make("llama"), target, exclude)

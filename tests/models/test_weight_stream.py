@@ -1,0 +1,191 @@
+"""Streamed weights are the loaded model's weights, bit for bit, whatever their names on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.pytorch_utils import Conv1D
+
+from kpsvd_tune.errors import ModelError
+from kpsvd_tune.models import (
+    ModelSource,
+    WeightReader,
+    load_skeleton,
+    resolve_model,
+    stream_weights,
+    target_names,
+)
+from kpsvd_tune.models import stream as stream_module
+
+
+def loaded_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
+    module = model.get_submodule(name)
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def targets(source: ModelSource) -> list[str]:
+    return target_names(load_skeleton(source), "all-linear")
+
+
+def refuse_to_load(*args: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize("architecture", architectures.CONFIGS)
+def test_weights_are_streamed_bit_for_bit_without_loading_the_model(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architectures.save(architecture, tmp_path, max_shard_size="5KB")
+    source = resolve_model(str(tmp_path))
+    assert len(source.weight_files) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(stream_module, "load_model", refuse_to_load)
+    names = targets(source)
+    assert len(names) >= 8
+    streamed = dict(stream_weights(source, names))
+    assert list(streamed) == names
+    for name, weight in streamed.items():
+        assert torch.equal(weight, loaded_weight(loaded, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_keeps_its_stored_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = architectures.make("llama").to(dtype)
+    model.save_pretrained(tmp_path)
+    name, weight = next(
+        stream_weights(resolve_model(str(tmp_path)), ["model.layers.1.mlp.up_proj"])
+    )
+    assert weight.dtype == dtype
+    assert torch.equal(weight, loaded_weight(model, name))
+
+
+def test_a_checkpoint_of_the_bare_base_model_is_read_by_its_short_names(tmp_path: Path) -> None:
+    model = architectures.make("gpt2")
+    model.base_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "transformer.h.0.attn.c_attn.weight" not in load_file(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    reader = WeightReader(resolve_model(str(tmp_path)), ["transformer.h.0.attn.c_attn"])
+    assert reader.location("transformer.h.0.attn.c_attn") is not None
+    weight = reader.load("transformer.h.0.attn.c_attn")
+    assert weight.shape == (48, 16)
+    assert torch.equal(weight, model.transformer.h[0].attn.c_attn.weight.detach().T)
+
+
+def test_a_fused_layout_falls_back_to_the_loaded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = architectures.CONFIGS["llama"]()
+    config.num_key_value_heads = config.num_attention_heads
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(config.num_hidden_layers):
+        stem = f"model.layers.{layer}.self_attn"
+        parts = [tensors.pop(f"{stem}.{side}_proj.weight") for side in "qkv"]
+        tensors[f"{stem}.qkv_proj.weight"] = torch.cat(parts)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # builds the table
+    splitting = WeightConverter(
+        ["self_attn.qkv_proj.weight"],
+        [f"self_attn.{side}_proj.weight" for side in "qkv"],
+        operations=[Chunk(dim=0)],
+    )
+    monkeypatch.setitem(
+        conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [splitting]
+    )
+    source = resolve_model(str(tmp_path))
+    names = targets(source)
+    reader = WeightReader(source, names)
+    fused = {name for name in names if reader.location(name) is None}
+    assert fused == {name for name in names if name[-6:] in ("q_proj", "k_proj", "v_proj")}
+    for name in names:
+        assert torch.equal(reader.load(name), loaded_weight(model, name)), name
+
+
+def test_pickled_weights_come_from_the_loaded_model(tmp_path: Path) -> None:
+    model = architectures.save("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    source = resolve_model(str(tmp_path))
+    name, weight = next(stream_weights(source, ["model.layers.0.mlp.down_proj"]))
+    assert torch.equal(weight, loaded_weight(model, name))
+
+
+def test_sizes_are_known_without_reading(tmp_path: Path) -> None:
+    architectures.save("gpt2", tmp_path)
+    reader = WeightReader(resolve_model(str(tmp_path)), ["transformer.h.0.mlp.c_fc"])
+    assert reader.size("transformer.h.0.mlp.c_fc") == (64, 16)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    source = resolve_model(str(tmp_path))
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    with pytest.raises(ModelError, match=r"model.safetensors ends inside the tensor .*fetch it"):
+        dict(stream_weights(source, targets(source)))
+
+
+def test_garbage_instead_of_a_header_is_named(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    source = resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match="model.safetensors is not a safetensors file"):
+        WeightReader(source, ["model.layers.0.mlp.up_proj"])
+
+
+def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_weight_of_another_size_than_the_configuration_says_is_refused(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    rewrite(tmp_path, "model.layers.0.mlp.up_proj.weight", torch.zeros(24, 15))
+    with pytest.raises(
+        ModelError, match=r"up_proj is stored with size \(24, 15\).*says \(24, 16\)"
+    ):
+        WeightReader(resolve_model(str(tmp_path)), ["model.layers.0.mlp.up_proj"])
+
+
+def test_a_packed_quantised_weight_is_refused_by_name(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    packed = torch.zeros(24 * 8, 1, dtype=torch.uint8)
+    rewrite(tmp_path, "model.layers.0.mlp.up_proj.weight", packed)
+    with pytest.raises(ModelError, match=r"layers.0.mlp.up_proj is stored as U8, a packed quant"):
+        WeightReader(resolve_model(str(tmp_path)), ["model.layers.0.mlp.up_proj"])
+
+
+def test_a_quantised_layout_without_plain_weights_is_refused_by_name(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    rewrite(tmp_path, "model.layers.0.mlp.up_proj.weight", None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reader = WeightReader(resolve_model(str(tmp_path)), ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(ModelError, match="up_proj is stored as a packed quantised weight"):
+        reader.load("model.layers.0.mlp.up_proj")
+
+
+def test_a_weight_that_no_file_holds_is_not_made_up(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    rewrite(tmp_path, "model.layers.0.mlp.up_proj.weight", None)
+    reader = WeightReader(resolve_model(str(tmp_path)), ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(
+        ModelError, match="no values for 1 weights, the first is model.layers.0.mlp.up_proj.weight"
+    ):
+        reader.load("model.layers.0.mlp.up_proj")

@@ -1,0 +1,65 @@
+"""The error tree: exit codes, parents, and survival of a trip between processes."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+
+import pytest
+
+from kpsvd_tune import errors
+
+EXIT_CODES = {
+    "KpsvdTuneError": 1,
+    "InputError": 2,
+    "RecipeError": 2,
+    "DataError": 2,
+    "ModelError": 2,
+    "AdapterError": 2,
+    "RunError": 1,
+    "CheckpointError": 1,
+    "MergeError": 1,
+    "ResourceError": 1,
+    "NonFiniteError": 3,
+}
+
+
+def test_the_table_above_is_the_whole_tree():
+    assert set(errors.__all__) == {*EXIT_CODES, "StoppedBySignal"}
+
+
+@pytest.mark.parametrize(("name", "exit_code"), EXIT_CODES.items())
+def test_each_error_has_its_exit_code_and_keeps_its_message(name: str, exit_code: int):
+    error = getattr(errors, name)("got 1, expected 2")
+    assert isinstance(error, errors.KpsvdTuneError)
+    assert error.exit_code == exit_code
+    assert str(error) == "got 1, expected 2"
+
+
+@pytest.mark.parametrize("name", ["RecipeError", "DataError", "ModelError", "AdapterError"])
+def test_what_the_user_gave_is_an_input_error(name: str):
+    assert issubclass(getattr(errors, name), errors.InputError)
+
+
+@pytest.mark.parametrize("name", ["CheckpointError", "MergeError", "ResourceError"])
+def test_what_failed_while_running_is_a_run_error(name: str):
+    assert issubclass(getattr(errors, name), errors.RunError)
+
+
+def test_the_tree_in_the_docstring_names_every_error():
+    assert all(name in (errors.__doc__ or "") for name in errors.__all__)
+
+
+@pytest.mark.parametrize(
+    ("signum", "exit_code", "name"),
+    [(signal.SIGINT, 130, "SIGINT"), (signal.SIGTERM, 143, "SIGTERM"), (99, 227, "signal 99")],
+)
+def test_a_signal_gives_the_exit_code_that_shells_use(signum: int, exit_code: int, name: str):
+    error = errors.StoppedBySignal(signum)
+    assert error.exit_code == exit_code
+    assert str(error) == f"stopped by {name}; the state was saved first"
+
+
+def test_a_stopped_run_survives_pickling():
+    error = pickle.loads(pickle.dumps(errors.StoppedBySignal(signal.SIGTERM)))
+    assert (error.signum, error.exit_code) == (15, 143)

@@ -1,0 +1,181 @@
+"""Merging: equal to the adapter on its base, proved from the files, and honest about rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from kpsvd_tune import merge as merging
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.errors import InputError, MergeError, ResourceError
+
+
+def adapted(model: LlamaForCausalLM, scale: float = 0.05, **options: object) -> PeftModel:
+    settings = {"target_modules": "all-linear", "rank": 2} | options
+    peft = get_peft_model(model, KpsvdConfig(**settings))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return peft
+
+
+def test_merged_folder_is_the_adapted_model(
+    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+) -> None:
+    peft = adapted(tiny_model).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = peft(ids).logits
+    output = tmp_path / "merged"
+    report = merging.merge(peft, tokenizer, output, adapter="run", dtype="float32")  # type: ignore[arg-type]
+    assert report.passed
+    assert report.max_logit_difference < 1e-4
+    assert report.top1_agreement == 1.0
+    assert report.min_kept_share == pytest.approx(1.0, abs=1e-3)
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(output).eos_token == "</s>"
+    stored = json.loads((output / "merge_report.json").read_text())
+    assert stored["passed"] is True
+    assert stored["max_logit_difference"] == report.max_logit_difference
+
+
+def test_files_of_a_merge(tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "merged"
+    merging.merge(adapted(tiny_model), tokenizer, output, adapter="run", dtype="float32")  # type: ignore[arg-type]
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "merge_report.json"} <= names
+    assert not any("kpsvd" in key for key in load_file(output / "model.safetensors"))
+    assert list(output.parent.iterdir()) == [output]
+    assert output.stat().st_mode & 0o077 == 0o077 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_modules_to_save_reach_the_merged_weights(
+    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+) -> None:
+    peft = adapted(tiny_model, modules_to_save=["norm"]).eval()
+    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")  # type: ignore[arg-type]
+    assert report.passed
+
+
+def test_small_updates_lost_in_bf16_are_told(
+    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+) -> None:
+    """An update far below the spacing of bf16 weights is rounded away almost whole."""
+    base = tiny_model.to(torch.bfloat16).to(torch.float32)
+    report = merging.merge(
+        adapted(base, scale=5e-5),
+        tokenizer,  # type: ignore[arg-type]
+        tmp_path / "m",
+        adapter="run",
+        dtype="bfloat16",
+    )
+    assert report.min_kept_share < 0.5
+    assert "use --dtype float32" in report.warnings[0]
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_kept_share_is_measured_by_the_rule(tiny_model: LlamaForCausalLM) -> None:
+    """Against the definition, written out for one layer."""
+    peft = adapted(tiny_model, scale=3e-3, target_modules=["model.layers.0.mlp.up_proj"])
+    layer = peft.base_model.model.model.layers[0].mlp.up_proj
+    delta = layer.get_delta_weight("default").double()
+    weight = layer.get_base_layer().weight.detach()
+    rounded = (weight + delta.float()).bfloat16().double() - weight.double()
+    expected = float((rounded * delta).sum() / (delta * delta).sum())
+    (share,) = merging._survival(peft, torch.bfloat16)[0].values()
+    assert share == pytest.approx(expected, rel=1e-6)
+    assert 0 < share < 1.5
+
+
+def test_a_wrong_merge_fails_the_proof(
+    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof must see a file that differs from what was meant to be written."""
+    original = LlamaForCausalLM.save_pretrained
+
+    def save_other(self: LlamaForCausalLM, *args: object, **kwargs: object) -> None:
+        with torch.no_grad():
+            self.model.layers[0].mlp.up_proj.weight.mul_(1.05)
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_other)
+    report = merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+    assert not report.passed
+
+
+def test_a_broken_adapter_is_named(
+    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+) -> None:
+    peft = adapted(tiny_model)
+    with torch.no_grad():
+        layer = peft.base_model.model.model.layers[1].self_attn.v_proj
+        layer.kpsvd_left["default"][0, 0, 0] = float("inf")
+    with pytest.raises(MergeError, match=r"layers\.1\.self_attn\.v_proj: .* not finite"):
+        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(
+    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 10
+
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(ResourceError, match=r"needs 0\.00 GB on disk and .* has 0\.00 GB free"):
+        merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["base", "base/inside", "."])
+def test_an_output_on_the_input_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "base").mkdir()
+    with pytest.raises(InputError, match="would write over or into the input"):
+        merging.check_output(tmp_path / place, [tmp_path / "base"])
+
+
+def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(InputError, match="exists and is not empty: name another folder"):
+        merging.check_output(tmp_path / "out", [tmp_path / "base"])
+
+
+def test_conv1d_layers_merge(
+    tokenizer: object, tmp_path: Path, model_factory: Callable[..., LlamaForCausalLM]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),  # type: ignore[arg-type]
+        n_positions=128,
+        n_embd=24,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    peft = adapted(GPT2LMHeadModel(config).eval())
+    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+    assert report.passed
+    assert report.max_logit_difference < 1e-4

@@ -1,0 +1,697 @@
+"""The recipe: every fault at once with its place and cure, safe reading, exact round trips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.recipe import Recipe, load_recipe, loading, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe.faults import LEVELS, message_of
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+MINIMAL = "model: {path: some/model}\noutput_dir: runs/x\n"
+SECTIONS = """\
+model:
+  path: some/model
+dataset:
+  path: rows.jsonl
+  columns: {prompt: question, completion: answer}
+adapter:
+  rank:
+    min: 1
+    max: 4
+train:
+  learning_rate: 1e-3
+evaluation:
+  - task: gsm8k
+output_dir: runs/x
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Write a recipe as x.yaml in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_text(text: str | bytes) -> str:
+        content = text.encode() if isinstance(text, str) else text
+        (tmp_path / "x.yaml").write_bytes(content)
+        return "x.yaml"
+
+    return write_text
+
+
+@pytest.fixture
+def faults(write):
+    """The lines of the error that a recipe and overrides give."""
+
+    def lines(text: str | bytes, *overrides: str) -> list[str]:
+        with pytest.raises(RecipeError) as refused:
+            load_recipe(write(text), overrides)
+        return str(refused.value).split("\n")
+
+    return lines
+
+
+def one_fault(lines: list[str]) -> str:
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# Shipped recipes
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_opens_with_purpose_needs_command(path: Path):
+    load_recipe(path)
+    opening = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert opening.startswith("# Purpose: ")
+    assert "\n# Needs: " in opening
+    assert "\n# Command: " in opening
+    assert all(line.startswith("#") for line in opening.splitlines())
+
+
+def test_the_recipes_of_the_papers_tasks_share_its_model_and_budget():
+    names = {"gsm8k_llama2", "math_llama2", "mbpp_llama2"}
+    recipes = [load_recipe(path) for path in SHIPPED if path.stem in names]
+    assert len(recipes) == 3
+    for recipe in recipes:
+        assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
+        assert recipe.model.dtype == "bfloat16"
+        assert (recipe.adapter.rank.budget, recipe.adapter.rank.min) == (990_000, 0)
+
+
+def test_a_checkout_finds_its_recipes_and_loads_them_by_bare_name(write):
+    shipped = shipped_recipes()
+    assert list(shipped.values()) == SHIPPED
+    assert {"quickstart", "smollm2_gsm8k"} <= set(shipped)
+    assert load_recipe("quickstart") == load_recipe(shipped["quickstart"])
+    assert load_recipe("quickstart.yaml", ["train.seed=5"]).train.seed == 5
+
+
+def test_a_file_of_that_name_comes_before_the_shipped_recipe(write, tmp_path: Path):
+    (tmp_path / "quickstart").write_text(MINIMAL)
+    assert load_recipe("quickstart").output_dir == "runs/x"
+
+
+@pytest.fixture
+def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    package = tmp_path / "site" / "kpsvd_tune"
+    (package / "recipes" / "slurm").mkdir(parents=True)
+    (package / "recipes" / "slurm" / "long.yaml").write_text(MINIMAL)
+    (package / "recipes" / "note.txt").write_text("not a recipe")
+    monkeypatch.setattr(loading, "_PACKAGE", package)
+    return package
+
+
+def test_an_installed_wheel_finds_the_recipes_inside_the_package(fake_package: Path):
+    assert shipped_recipes() == {"slurm/long": fake_package / "recipes" / "slurm" / "long.yaml"}
+    assert load_recipe("slurm/long").model.path == "some/model"
+
+
+def test_a_recipes_folder_of_another_package_is_left_alone(fake_package: Path):
+    (fake_package / "recipes").rename(fake_package.parent / "recipes")
+    assert shipped_recipes() == {}
+    (fake_package.parent / "pyproject.toml").touch()
+    assert list(shipped_recipes()) == ["slurm/long"]
+
+
+# Values
+
+
+def test_defaults_fill_what_the_recipe_leaves_out(write):
+    recipe = load_recipe(write(MINIMAL))
+    assert recipe.dataset is None
+    assert recipe.adapter.rank.method == "energy+elbow"
+    assert (recipe.adapter.rank.energy, recipe.adapter.rank.window) == (0.5, 32)
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.evaluation == []
+
+
+def test_a_recipe_is_frozen(write):
+    recipe = load_recipe(write(MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "expected"),
+    [
+        ("train.learning_rate=1e-3", "train.learning_rate", 1e-3),
+        ("train.learning_rate='2.5e-4'", "train.learning_rate", 2.5e-4),
+        ("train.learning_rate=1", "train.learning_rate", 1.0),
+        ("train.precision=no", "train.precision", "no"),
+        ("train.precision=fp16", "train.precision", "fp16"),
+        ("train.max_grad_norm=null", "train.max_grad_norm", None),
+        ("train.max_grad_norm=", "train.max_grad_norm", None),
+        ("train.gradient_checkpointing=yes", "train.gradient_checkpointing", True),
+        ("train.early_stopping.patience=3", "train.early_stopping.patience", 3),
+        ("adapter.rank.max=2", "adapter.rank.max", 2),
+        ("adapter.rank.budget=0.99M", "adapter.rank.budget", 990_000),
+        ("adapter.rank.budget=300k", "adapter.rank.budget", 300_000),
+        ("adapter.rank.budget=1.5e6", "adapter.rank.budget", 1_500_000),
+        ("adapter.rank.budget=1200", "adapter.rank.budget", 1200),
+        ("adapter.rank.budget=1200.0", "adapter.rank.budget", 1200),
+        ("adapter.rank.budget=null", "adapter.rank.budget", None),
+        ("adapter.factor_shape=thin", "adapter.factor_shape", "thin"),
+        ("adapter.factor_shape={n: 8, p: 2}", "adapter.factor_shape", {"n": 8, "p": 2}),
+        ("adapter.target_modules=[q_proj, v_proj]", "adapter.target_modules", ["q_proj", "v_proj"]),
+        ("adapter.target_modules=.*_proj", "adapter.target_modules", ".*_proj"),
+        ("adapter.exclude_modules=lm_head", "adapter.exclude_modules", "lm_head"),
+        ("adapter.rank.overrides={q_proj: 3}", "adapter.rank.overrides", {"q_proj": 3}),
+        ("adapter.rank.overrides.q_proj={rank: 3}", "adapter.rank.overrides", {"q_proj": 3}),
+        (
+            "adapter.rank.overrides.q_proj={min: 2, energy: 9e-1}",
+            "adapter.rank.overrides",
+            {"q_proj": {"min": 2, "energy": 0.9}},
+        ),
+        ("dataset.validation=0.1", "dataset.validation", 0.1),
+        ("dataset.validation=1e-2", "dataset.validation", 0.01),
+        ("dataset.validation=200", "dataset.validation", 200),
+        ("dataset.validation='200'", "dataset.validation", 200),
+        ("dataset.validation=held/out.jsonl", "dataset.validation", "held/out.jsonl"),
+        ("dataset.path=[a.jsonl, b.jsonl]", "dataset.path", ["a.jsonl", "b.jsonl"]),
+        ("dataset.template=chat", "dataset.template", "chat"),
+        ("model.revision=2024-01-01", "model.revision", "2024-01-01"),
+        ("evaluation.0.limit=5", "evaluation.0.limit", 5),
+        ("evaluation[0].limit=5", "evaluation.0.limit", 5),
+        ("tracking=[tensorboard]", "tracking", ["tensorboard"]),
+    ],
+)
+def test_an_override_sets_the_value(write, override: str, path: str, expected: object):
+    value: object = load_recipe(write(SECTIONS), [override])
+    for step in path.split("."):
+        value = value[int(step)] if isinstance(value, list) else getattr(value, step)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_overrides_replace_sections_and_the_last_one_wins(write):
+    overrides = [
+        "adapter.rank={method: fixed, max: 9}",
+        "adapter.rank.max=3",
+        "adapter.factor_shape.n=8",
+        "adapter.factor_shape.p=2",
+        "train.seed=1",
+        "train.seed=2",
+        "dataset=null",
+    ]
+    recipe = load_recipe(write(SECTIONS), overrides)
+    assert (recipe.adapter.rank.method, recipe.adapter.rank.max) == ("fixed", 3)
+    assert recipe.adapter.factor_shape == {"n": 8, "p": 2}
+    assert recipe.train.seed == 2
+    assert recipe.dataset is None
+
+
+def test_an_override_builds_a_section_that_the_file_leaves_out(write):
+    recipe = load_recipe(write(MINIMAL), ["dataset.path=rows.jsonl"])
+    assert recipe.dataset is not None
+    assert recipe.dataset.path == "rows.jsonl"
+
+
+# Faults: unknown keys
+
+
+def test_three_typos_at_three_depths_give_three_lines_with_the_right_advice(faults):
+    lines = faults(
+        "modle:\n"
+        "  path: some/model\n"
+        "train:\n"
+        "  learning_rat: 1e-3\n"
+        "adapter:\n"
+        "  rank:\n"
+        "    enregy: 0.5\n"
+        "output_dir: runs/x\n"
+    )
+    assert lines == [
+        "x.yaml:1: modle: unknown key; did you mean model?",
+        "x.yaml:4: train.learning_rat: unknown key; did you mean learning_rate?",
+        "x.yaml:7: adapter.rank.enregy: unknown key; did you mean energy?",
+    ]
+
+
+def test_what_a_misspelt_section_holds_is_checked_too(faults):
+    lines = faults(MINIMAL + "trian:\n  lernning_rate: 1\n  seed: x\n")
+    assert lines == [
+        "x.yaml:3: trian: unknown key; did you mean train?",
+        "x.yaml:4: trian.lernning_rate: unknown key; did you mean learning_rate?",
+        "x.yaml:5: trian.seed: got 'x'; expected a whole number",
+    ]
+
+
+def test_a_misspelt_key_beside_the_right_one_is_one_fault(faults):
+    lines = faults(MINIMAL + "train:\n  seed: 1\n  sead: x\n")
+    assert lines == ["x.yaml:5: train.sead: unknown key; did you mean seed?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {rank: 4}", "train.rank: unknown key; did you mean adapter.rank?"),
+        ("train: {lr: 0.1}", "train.lr: unknown key; did you mean learning_rate?"),
+        ("lr: 0.1", "lr: unknown key; did you mean train.learning_rate?"),
+        ("Seed: 1", "Seed: unknown key; did you mean train.seed?"),
+        ("train: {learning-rate: 0.1}", "train.learning-rate: unknown key; did you mean "
+         "learning_rate?"),
+        ("train: {output_dir: y}", "train.output_dir: unknown key; did you mean output_dir at the "
+         "top level?"),
+        ("train: {columns: {}}", "train.columns: unknown key; did you mean dataset.columns or "
+         "evaluation.columns?"),
+        ("train: {max_lenght: 9}", "train.max_lenght: unknown key; did you mean "
+         "dataset.max_length?"),
+        ("dataset: {path: a, columns: {promt: q}}", "dataset.columns.promt: unknown key; did you "
+         "mean prompt?"),
+        ("adapter: {factor_shape: {n: 1, p: 1, zz: 1}}", "adapter.factor_shape.zz: unknown key; "
+         "expected n or p"),
+        ("adapter: {rank: {overrides: {q: {mxa: 1}}}}", "adapter.rank.overrides.q.mxa: unknown "
+         "key; did you mean max?"),
+        ("evaluation: [{task: math, limt: 3}]", "evaluation[0].limt: unknown key; did you mean "
+         "limit?"),
+        ("<<: 1", "<<: unknown key; expected model, dataset, adapter, train, evaluation, "
+         "output_dir or tracking"),
+        ('"a\\nb": 1', "'a\\nb': unknown key; expected model, dataset, adapter, train, "
+         "evaluation, output_dir or tracking"),
+        ("model.revision: x", "'model.revision': unknown key; dots are for overrides; in a file "
+         "nest the keys"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_gets_advice(faults, text: str, expected: str):
+    lines = faults(f"output_dir: runs/x\n{text}\nmodel: {{path: some/model}}\n")
+    assert f"x.yaml:2: {expected}" in lines
+
+
+def test_a_missing_key_is_named_with_its_meaning(faults):
+    assert faults("train: {seed: 1}\nevaluation: [{}]\nadapter: {factor_shape: {n: 2}}\n") == [
+        "x.yaml:1: model: missing; expected the base model, at least {path: ...}",
+        "x.yaml:1: output_dir: missing; expected folder of the run, such as runs/my_run",
+        "x.yaml:2: evaluation[0].task: missing; expected scorer and prompt",
+        "x.yaml:3: adapter.factor_shape.p: missing; expected rows of the right factor; divides "
+        "`out`",
+    ]
+
+
+# Faults: values
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapter.factor_shape=blanced", "adapter.factor_shape: got 'blanced'; expected balanced, "
+         "thin, pissa or auto; did you mean balanced?"),
+        ("adapter.factor_shape=3", "adapter.factor_shape: got 3; expected balanced, thin, pissa, "
+         "auto or a mapping such as {n: 8, p: 2}"),
+        ("adapter.factor_shape={n: 0, p: 1}", "adapter.factor_shape.n: got 0; expected a number of "
+         "at least 1"),
+        ("adapter.rank=4", "adapter.rank: got 4; expected a mapping with the keys method, energy, "
+         "energy_of, ..."),
+        ("adapter.rank.method=magic", "adapter.rank.method: got 'magic'; expected energy, elbow, "
+         "energy+elbow, noise_edge or fixed"),
+        ("adapter.rank.energy=0", "adapter.rank.energy: got 0; expected a number above 0"),
+        ("adapter.rank.energy=1.01", "adapter.rank.energy: got 1.01; expected a number of at most "
+         "1"),
+        ("adapter.rank.energy=true", "adapter.rank.energy: got true; expected a number"),
+        ("adapter.rank.energy=high", "adapter.rank.energy: got 'high'; expected a number"),
+        ("adapter.rank.energy=.nan", "adapter.rank.energy: got nan; expected a finite number"),
+        ("adapter.rank.energy=1e999", "adapter.rank.energy: got inf; expected a finite number"),
+        ("adapter.rank.energy=[]", "adapter.rank.energy: got an empty list; expected a number"),
+        ("adapter.rank.budget=0.99", "adapter.rank.budget: got 0.99; expected a whole number of "
+         "trainable parameters of at least 1, such as 990000, 0.99M or 300k, or null for no budget"),
+        ("adapter.rank.budget=true", "adapter.rank.budget: got true; expected a whole number of "
+         "trainable parameters of at least 1, such as 990000, 0.99M or 300k, or null for no budget"),
+        ("adapter.rank.overrides=[]", "adapter.rank.overrides: got an empty list; expected a "
+         "mapping"),
+        ("adapter.rank.overrides.q={}", "adapter.rank.overrides: 'q': got an empty mapping; "
+         "expected rank alone, or some of method, min, max and energy"),
+        ("adapter.rank.overrides.q={rank: 2, max: 3}", "adapter.rank.overrides: 'q': got rank, "
+         "max; expected rank alone, or some of method, min, max and energy"),
+        ("adapter.rank.overrides.q={min: 5}", "adapter.rank.overrides: 'q': max, 4, is below min, "
+         "5; lower min or raise max"),
+        ("adapter.rank.overrides.q=99", "adapter.rank.overrides: 'q': 99 is above window, 32: only "
+         "the window's terms are computed; lower it or raise window"),
+        ("adapter.rank.overrides.q(=1", "adapter.rank.overrides.q(: got 'q('; expected a regular "
+         "expression: missing ), unterminated subpattern at position 1"),
+        ("adapter.rank.overrides.q=x", "adapter.rank.overrides.q: got 'x'; expected a whole "
+         "number"),
+        ("adapter.target_modules=all_linear", "adapter.target_modules: got 'all_linear'; did you "
+         "mean all-linear?"),
+        ("adapter.target_modules=[]", "adapter.target_modules: got an empty list; expected at "
+         "least 1 item"),
+        ("adapter.target_modules=5", "adapter.target_modules: got 5; expected text; put it in "
+         "quotes"),
+        ("adapter.target_modules=[q, 5]", "adapter.target_modules[1]: got 5; expected text; put it "
+         "in quotes"),
+        ("adapter.dropout=1", "adapter.dropout: got 1; expected a number below 1"),
+        ("adapter.modules_to_save=lm_head", "adapter.modules_to_save: got 'lm_head'; expected a "
+         "list"),
+        ("model.path=", "model.path: got null; expected text"),
+        ("model.path=' '", "model.path: got ' '; expected text that is not blank"),
+        ("model.path=package:smol", "model.path: got 'package:smol'; expected "
+         "package:NAME/FILE.gguf"),
+        ("model.dtype=bf16", "model.dtype: got 'bf16'; expected float32, bfloat16 or float16; did "
+         "you mean bfloat16?"),
+        ("dataset.template=caht", "dataset.template: got 'caht'; expected chat, or text that holds "
+         '{completion}, such as "Question: {prompt}\\nAnswer: {completion}"'),
+        ("dataset.validation=true", "dataset.validation: got true; expected a share of the rows "
+         "such as 0.02, a number of rows such as 200, or the path of a file"),
+        ("dataset.validation=1.5", "dataset.validation: got 1.5; expected a share of the rows "
+         "such as 0.02, a number of rows such as 200, or the path of a file"),
+        ("dataset.validation=-1", "dataset.validation: got -1; expected a share of the rows "
+         "such as 0.02, a number of rows such as 200, or the path of a file"),
+        ("dataset.columns={prompt: no}", "dataset.columns.prompt: got false; expected text; put it "
+         "in quotes"),
+        ("dataset.columns=x", "dataset.columns: got 'x'; expected a mapping with the keys prompt, "
+         "completion, system, ..."),
+        ("train.learning_rate=1e-", "train.learning_rate: got '1e-'; expected a number"),
+        ("train.batch_size=1.5", "train.batch_size: got 1.5; expected a whole number"),
+        ("train.batch_size=yes", "train.batch_size: got true; expected a whole number"),
+        ("train.gradient_checkpointing=1", "train.gradient_checkpointing: got 1; expected true or "
+         "false"),
+        ("train.precision=yes", "train.precision: got true; expected no, bf16 or fp16"),
+        ("train.seed=0x" + "f" * 20, "train.seed: is an integer of more than 64 bits"),
+        ("train.seed=0x_", "train.seed: is not a number that can be read"),
+        ("train=", "train: got null; expected a mapping with the keys max_steps, epochs, "
+         "batch_size, ..."),
+        ("evaluation=[{task: exact_match}]", "evaluation[0].path: exact_match has no data of its "
+         "own; give a path"),
+        ("evaluation.3.limit=1", "evaluation: is a list of 1; expected a number below that, got 3"),
+        ("tracking=[tensorbord]", "tracking[0]: got 'tensorbord'; expected tensorboard, wandb, "
+         "mlflow, aim, clearml, comet_ml, dvclive, swanlab or trackio; did you mean tensorboard?"),
+        ("output_dir={a: 1}", "output_dir: got a mapping; expected text"),
+    ],
+)  # fmt: skip
+def test_an_impossible_value_is_refused_with_the_override(faults, override: str, expected: str):
+    line = one_fault(faults(SECTIONS, override))
+    assert line == f"override {override}: {expected}"
+
+
+def test_a_long_value_is_cut_in_the_message(faults):
+    line = one_fault(faults(SECTIONS, "train.optimizer=" + "x" * 1000))
+    assert line.startswith("override train.optimizer=xxxx")
+    assert "...: train.optimizer: got 'xxxx" in line
+    assert len(line) < 250
+
+
+def test_a_value_in_the_file_is_refused_with_its_line(faults):
+    text = SECTIONS.replace("learning_rate: 1e-3", "learning_rate: -1")
+    assert faults(text, "train.seed=-1") == [
+        "x.yaml:11: train.learning_rate: got -1; expected a number above 0",
+        "override train.seed=-1: train.seed: got -1; expected a number of at least 0",
+    ]
+
+
+def test_limits_that_contradict_each_other_are_refused_where_the_later_one_was_set(faults):
+    below = "adapter.rank.max: 4 is below min, 9; lower min or raise max"
+    assert faults(SECTIONS, "adapter.rank.min=9") == [f"override adapter.rank.min=9: {below}"]
+    assert faults(SECTIONS.replace("min: 1", "min: 9")) == [f"x.yaml:9: {below}"]
+    above = (
+        "adapter.rank.max: 16 is above window, 8: only the window's terms are computed; "
+        "lower max or raise window"
+    )
+    assert faults(MINIMAL + "adapter:\n  rank:\n    window: 8\n") == [f"x.yaml:5: {above}"]
+
+
+def test_early_stopping_without_validation_is_refused(faults):
+    stop = "train.early_stopping={patience: 2}"
+    line = one_fault(faults(SECTIONS, stop, "train.eval_every=0"))
+    assert line == (
+        "override train.eval_every=0: train.early_stopping: needs validations during the run; "
+        "set eval_every"
+    ) or line.startswith(f"override {stop}: ")
+    line = one_fault(faults(SECTIONS, stop, "dataset.validation=0"))
+    assert "early_stopping needs held-out rows; set dataset.validation above 0" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.seed", "has no '='; expected key=value, for example train.learning_rate=1e-3"),
+        ("", "has no '='; expected key=value, for example train.learning_rate=1e-3"),
+        ("=4", "has an empty key; expected key=value, for example train.learning_rate=1e-3"),
+        ("train..seed=4", "has an empty key; expected key=value, for example "
+         "train.learning_rate=1e-3"),
+        ("train.seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("train.seed=!!python/name:os.system", "tags such as "
+         "'tag:yaml.org,2002:python/name:os.system' are not allowed; write a plain value"),
+        ("train.seed=" + " " * 2**20 + "1", "is longer than 1048576 characters"),
+        ("train.sed=4", "train.sed: unknown key; did you mean seed?"),
+        ("trian.seed=4", "trian: unknown key; did you mean train?"),
+        ("train={seed: 1, seed: 2}", "train.seed: given twice, on lines 1 and 1; keep one"),
+    ],
+)  # fmt: skip
+def test_a_broken_override_is_refused(faults, override: str, expected: str):
+    line = one_fault(faults(SECTIONS, override))
+    assert line.startswith("override " + override[:20])
+    assert line.endswith(f": {expected}")
+
+
+# Faults: the file itself
+
+
+def test_a_value_that_cannot_be_read_is_one_fault(faults):
+    assert faults(MINIMAL + "train:\n  seed: 0x_\n  epochs: 0\n") == [
+        "x.yaml:4: train.seed: is not a number that can be read",
+        "x.yaml:5: train.epochs: got 0; expected a number above 0",
+    ]
+
+
+def test_duplicate_keys_are_refused_with_both_lines_beside_other_faults(faults):
+    assert faults(MINIMAL + "train:\n  seed: 1\n  sed: 2\n  seed: 3\n") == [
+        "x.yaml:5: train.sed: unknown key; did you mean seed?",
+        "x.yaml:6: train.seed: given twice, on lines 4 and 6; keep one",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "x.yaml: got nothing; expected a mapping with the keys model, dataset, adapter, ..."),
+        ("# only a comment\n", "x.yaml: got nothing; expected a mapping with the keys model, "
+         "dataset, adapter, ..."),
+        ("\n- a\n- b\n", "x.yaml:2: got a list; expected a mapping with the keys model, dataset, "
+         "adapter, ..."),
+        ("hello", "x.yaml:1: got 'hello'; expected a mapping with the keys model, dataset, "
+         "adapter, ..."),
+        ("model:\n\tpath: x\n", "x.yaml:2: not valid YAML: found character '\\t' that cannot start "
+         "any token; indent with spaces, not with tabs"),
+        ("model: {path: x\noutput_dir: y\n", "x.yaml:2: not valid YAML: expected ',' or '}', but "
+         "got ':'"),
+        ("a: &x [1]\nb: *x\n", "x.yaml:2: aliases (*name) are not allowed; write the value out"),
+        ("a: !!python/object/apply:os.system [echo]\n", "x.yaml:1: tags such as "
+         "'tag:yaml.org,2002:python/object/apply:os.system' are not allowed; write a plain value"),
+        ("a: 1\n---\nb: 2\n", "x.yaml:2: not valid YAML: but found another document"),
+        ("a: " + "[" * 5000, "x.yaml:1: nested more than 20 levels deep"),
+        ("a: 1\nb: \x00\n", "x.yaml:2: holds the character U+0000, which YAML does not allow"),
+        ('a: "\\UFFFFFFFF"\n', "x.yaml: not valid YAML: "),
+        (b"a: 1\nb: \xff\xfe\n", "x.yaml:2: not UTF-8 text (invalid start byte); save the file as "
+         "UTF-8"),
+        (b"#" * (2**20 + 1), "x.yaml: larger than 1 MiB, the limit for a recipe"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(faults, text: str | bytes, expected: str):
+    assert one_fault(faults(text)).startswith(expected)
+
+
+def test_keys_and_values_that_are_not_text_are_refused_with_their_lines(faults):
+    text = MINIMAL + '? [a]\n: 1\ntrain:\n  "\\ud800": 1\n  optimizer: "\\udfff"\n'
+    assert faults(text) == [
+        "x.yaml:3: holds a key that is not plain text",
+        "x.yaml:6: train: holds a key that is not plain text",
+        "x.yaml:7: train.optimizer: holds half of a surrogate pair, which is no character",
+    ]
+
+
+def test_a_flood_of_faults_is_cut(faults):
+    lines = faults("".join(f"key{number}: 1\n" for number in range(5000)))
+    assert len(lines) == 101
+    assert lines[-1] == "x.yaml: and 4902 more faults; is this a recipe?"
+    lines = faults(MINIMAL + "seed: 1\n" * 300)
+    assert lines[-1] == "x.yaml: and 200 more faults; is this a recipe?"
+
+
+def test_a_fault_of_a_kind_not_foreseen_keeps_its_message():
+    error = {"type": "new_kind", "loc": (), "msg": "Input is odd", "input": 1}
+    assert message_of(error, ()) == "Input is odd"  # type: ignore[arg-type]
+
+
+def test_a_byte_order_mark_is_no_fault(write):
+    assert load_recipe(write(b"\xef\xbb\xbf" + MINIMAL.encode())).output_dir == "runs/x"
+
+
+def test_a_missing_file_lists_the_shipped_recipes_and_the_nearest(write):
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("somewhere/quikstart.yaml")
+    message = str(refused.value)
+    assert message.startswith("somewhere/quikstart.yaml: not found; expected a recipe file; ")
+    assert "did you mean quickstart? shipped recipes: gsm8k_llama2, " in message
+
+
+def test_a_folder_is_refused_and_named_relative_to_here(write, tmp_path: Path):
+    (tmp_path / "zzz").mkdir()
+    with pytest.raises(RecipeError, match="^zzz: is a folder; expected a recipe file; shipped"):
+        load_recipe(tmp_path / "zzz")
+
+
+def test_a_file_that_cannot_be_read_is_refused(write, monkeypatch: pytest.MonkeyPatch):
+    def deny(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(MINIMAL)
+    monkeypatch.setattr("builtins.open", deny)
+    with pytest.raises(RecipeError, match="^x.yaml: cannot be read: Permission denied$"):
+        load_recipe(path)
+
+
+def test_a_name_that_is_no_name_is_refused():
+    with pytest.raises(RecipeError, match=r"^'a\\x00b': not found"):
+        load_recipe("a\0b")
+
+
+# Properties
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_comes_back_equal_from_yaml(write, path: Path):
+    recipe = load_recipe(path)
+    assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
+
+
+# The one recipe file is written anew for every example.
+FUZZ = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+RATES = st.floats(0, 1, exclude_min=True)
+RECIPES = st.builds(
+    lambda path, revision, columns, template, validation, rate, energy, budget, overrides, shape: {
+        "model": {"path": "m/" + path, "revision": revision},
+        "dataset": {
+            "path": [path],
+            "columns": columns,
+            "template": template + "{completion}",
+            "validation": validation,
+        },
+        "adapter": {
+            "factor_shape": shape,
+            "rank": {"energy": energy, "budget": budget, "overrides": overrides},
+        },
+        "train": {"learning_rate": rate, "precision": "no"},
+        "output_dir": path,
+    },
+    path=NAMES,
+    revision=st.none() | NAMES,
+    columns=st.dictionaries(st.sampled_from(["prompt", "completion", "system"]), NAMES),
+    template=st.text(st.characters(codec="utf-8")),
+    validation=st.floats(0, 1, exclude_max=True) | st.integers(0, 2**40) | NAMES.map("f".__add__),
+    rate=RATES,
+    energy=RATES,
+    budget=st.none() | st.integers(1, 2**40),
+    overrides=st.dictionaries(
+        st.sampled_from([r"layers\.0\..*", "q_proj$", "1", "no", "x" * 200]),
+        st.integers(0, 32) | st.fixed_dictionaries({"energy": RATES}),
+    ),
+    shape=st.sampled_from(["balanced", "auto", {"n": 3, "p": 1}]),
+)
+
+
+@FUZZ
+@given(content=RECIPES)
+def test_any_recipe_comes_back_equal_from_yaml(write, content: dict):
+    recipe = Recipe.model_validate(content)
+    text = recipe_to_yaml(recipe)
+    read = load_recipe(write(text))
+    assert read == recipe
+    assert recipe_to_yaml(read) == text
+
+
+SCRAPS = st.sampled_from(
+    ["\t", "{", "}", "[", "]", ":", ": ", "\n", "- ", "&a ", "*a", "!!int ", "|", ">", "'", '"', "%",
+     "@", "`", "? ", "---\n", "...\n", "1:30", "0b_", "0x_", "=", "<<: ", "~", ".inf", "1e-3",
+     "!", "2001-01-01", '"\\ud800"', '"\\U00110000"', "\x85", "\ufeff", "null", "yes", "{}", "[]",
+     "rank: ", "  ", "[[", "(?i)", "overrides: {'[[': 1}", "9" * 5000, "0x" + "f" * 5000]
+)  # fmt: skip
+
+
+@FUZZ
+@given(
+    base=st.sampled_from([SECTIONS, (ROOT / "recipes" / "math_llama2.yaml").read_text("utf-8")]),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 30), SCRAPS | st.text(max_size=5)), max_size=6
+    ),
+    override=st.text(max_size=20)
+    | st.builds(
+        "{}={}".format,
+        st.sampled_from(["train.seed", "adapter.rank", "evaluation.0", "dataset", "a.b", "train"]),
+        SCRAPS | st.text(max_size=10),
+    ),
+)
+def test_no_mutation_of_a_recipe_escapes_as_anything_but_a_recipe_error(
+    write, base: str, edits, override: str
+):
+    for place, length, scrap in edits:
+        start = int(place * len(base))
+        base = base[:start] + scrap + base[start + length :]
+    for overrides in ([], [override]):
+        try:
+            recipe = load_recipe(write(base.encode("utf-8", "surrogatepass")), overrides)
+        except RecipeError as error:
+            lines = str(error).split("\n")
+            assert all(line.startswith(("x.yaml", "override ")) for line in lines)
+            str(error).encode()
+        else:
+            assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
+
+
+KEYS = sorted(
+    ".".join([*level, key]).replace("*", "q_proj").replace("evaluation.", "evaluation.0.", 1)
+    for level, keys in LEVELS.items()
+    for key in keys
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["path", "n", "rank", "modle"]) | st.text(max_size=3), inner
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@FUZZ
+@given(key=st.sampled_from(KEYS), value=VALUES)
+def test_no_value_of_any_key_escapes_as_anything_but_a_recipe_error(write, key: str, value: object):
+    path = write(SECTIONS)
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
+    try:
+        recipe = load_recipe(path, [f"{key}={text}"])
+    except RecipeError as error:
+        assert all(line.startswith(("override ", "x.yaml:")) for line in str(error).split("\n"))
+    else:
+        assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", ["[]", "[1, x]", "{}", "{a: 1}", "-1", "''", "null", "[[1]]"])
+def test_every_key_refuses_or_takes_every_kind_of_value(write, key: str, value: str):
+    try:
+        load_recipe(write(SECTIONS), [f"{key}={value}"])
+    except RecipeError as error:
+        assert str(error).startswith(f"override {key}={value}: ")
+
+
+def test_importing_the_recipe_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, kpsvd_tune.recipe, kpsvd_tune.errors, kpsvd_tune.report.results;"
+        "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,222 @@
+"""One step against plain torch: the loss, its normalisation, clipping, precision, memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.errors import AdapterError, RecipeError
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
+from kpsvd_tune.training.processes import make_accelerator
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def row_loss(model: nn.Module, row: TokenizedRow) -> tuple[torch.Tensor, int]:
+    """Summed loss and supervised tokens of one row without padding: slow and obvious."""
+    logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+    total, count = torch.zeros(()), 0
+    for position in range(len(row.input_ids) - 1):
+        label = row.labels[position + 1]
+        if label != -100:
+            total = total - F.log_softmax(logits[position].float(), dim=-1)[label]
+            count += 1
+    return total, count
+
+
+def reference_run(model, rows, sampler, num_steps, rate, max_norm, weight_decay):
+    """Row by row, written-out AdamW, constant rate: what the loop has to amount to."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    losses, norms = [], []
+    for step in range(num_steps):
+        sums = [
+            row_loss(model, rows[index])
+            for micro_step in range(sampler.gradient_accumulation)
+            for index in sampler.batch(step, micro_step, 0)
+        ]
+        loss = sum(each for each, _ in sums) / sum(count for _, count in sums)
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        factor = min(1.0, max_norm / (float(norm) + 1e-6))
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
+                g = g * factor
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.999).add_(g * g, alpha=0.001)
+                m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+                p.mul_(1 - rate * weight_decay)
+                p.sub_(rate * m_hat / (v_hat.sqrt() + 1e-8))
+        losses.append(float(loss))
+        norms.append(float(norm))
+    return losses, norms
+
+
+def test_three_steps_equal_plain_torch(lora_model, start_training, rows):
+    model, expected = lora_model(), lora_model()
+    training = start_training(
+        model=model, max_steps=3, scheduler="constant", weight_decay=0.1, max_grad_norm=0.5
+    )
+    metrics = list(training.steps())
+    losses, norms = reference_run(
+        expected, rows, StatelessSampler(10, 2, 1, 1, seed=0), 3, 1e-2, 0.5, 0.1
+    )
+    assert max(norms) > 0.5, "clipping must be at work"
+    assert [each.loss for each in metrics] == pytest.approx(losses, rel=1e-5)
+    assert [each.grad_norm for each in metrics] == pytest.approx(norms, rel=1e-4)
+    for name, tensor in trained(expected).items():
+        # Adam divides by the root of the second moment: where it is tiny, rounding is amplified.
+        torch.testing.assert_close(trained(model)[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_accumulation_equals_one_large_batch(lora_model, start_training):
+    results = {}
+    for folder, sizes in {
+        "whole": {"batch_size": 4, "gradient_accumulation": 1},
+        "split": {"batch_size": 2, "gradient_accumulation": 2},
+        "single": {"batch_size": 1, "gradient_accumulation": 4},
+    }.items():
+        model = lora_model()
+        metrics = list(start_training(folder, model=model, max_steps=3, **sizes).steps())
+        results[folder] = [each.loss for each in metrics], trained(model)
+    for folder in ("split", "single"):
+        assert results[folder][0] == pytest.approx(results["whole"][0], abs=1e-6)
+        for name, tensor in results["whole"][1].items():
+            torch.testing.assert_close(results[folder][1][name], tensor, atol=2e-6, rtol=1e-5)
+
+
+def test_loss_needs_no_logits_beyond_supervised_positions(tiny_model, rows):
+    seen = []
+    tiny_model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1]))
+    batch = make_micro_batch(rows[:3], pad_token_id=0)
+    expected = sum(row_loss(tiny_model, row)[0] for row in rows[:3])
+    seen.clear()
+    torch.testing.assert_close(SummedTokenLoss(tiny_model)(**batch.inputs), expected)
+    assert seen == [(1, batch.num_supervised)]
+    assert not tiny_model.lm_head._forward_pre_hooks, "the hook must not stay on the model"
+
+
+class _HidesProjection(nn.Module):
+    """A model whose output projection is not known: all logits come back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_loss_is_the_same_where_the_projection_is_unknown(tiny_model, rows, num_rows):
+    batch = make_micro_batch(rows[:num_rows], pad_token_id=0)
+    direct = SummedTokenLoss(tiny_model)(**batch.inputs)
+    torch.testing.assert_close(SummedTokenLoss(_HidesProjection(tiny_model))(**batch.inputs), direct)
+
+
+def test_padding_token_and_width_change_nothing(tiny_model, rows):
+    loss = SummedTokenLoss(tiny_model)
+    narrow = loss(**make_micro_batch(rows[:3], pad_token_id=0).inputs)
+    wide = loss(**make_micro_batch(rows[:3], pad_token_id=7, pad_to_multiple_of=64).inputs)
+    torch.testing.assert_close(wide, narrow)
+
+
+def test_rows_without_labels_have_no_loss_and_a_gradient_of_zero(lora_model):
+    model = lora_model()
+    row = TokenizedRow((1, 2, 3), (-100, -100, -100), row=0)
+    loss = SummedTokenLoss(model)(**make_micro_batch([row], pad_token_id=0).inputs)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_label_of_the_first_token_is_never_predicted():
+    row = TokenizedRow((5, 6, 7), (5, 6, 7), row=0)
+    batch = make_micro_batch([row, row], pad_token_id=0)
+    assert batch.inputs["targets"].tolist() == [6, 7, 6, 7]
+    assert batch.inputs["positions"].tolist() == [0, 1, 3, 4]
+    assert (batch.num_supervised, batch.num_tokens) == (4, 6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(lora_model, start_training):
+    results = []
+    for checkpointing in (False, True):
+        model = lora_model(dropout=0.1)
+        training = start_training(
+            str(checkpointing), model=model, max_steps=2, gradient_checkpointing=checkpointing
+        )
+        list(training.steps())
+        results.append(trained(model))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor)
+
+
+def test_bf16_stays_near_fp32_with_fp32_weights(lora_model, start_training):
+    model = lora_model()
+    losses = {}
+    for precision in ("no", "bf16"):
+        training = start_training(precision, model=copy.deepcopy(model), precision=precision)
+        losses[precision] = [each.loss for each in training.steps()]
+        dtypes = {tensor.dtype for tensor in trained(training._stepper.token_loss).values()}
+        assert dtypes == {torch.float32}
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=2e-2)
+    assert losses["bf16"] != losses["no"], "autocast must be at work"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "polynomial", "inverse_sqrt"])
+def test_every_optimizer_and_scheduler_learns(start_training, rows, optimizer, scheduler):
+    rate = 0.5 if optimizer == "sgd" else 2e-2
+    training = start_training(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        learning_rate=rate,
+        max_steps=12,
+        warmup_ratio=0.1,
+        batch_size=10,
+    )
+    losses = [each.loss for each in training.steps()]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_schedule_moves_once_a_step_and_reports_the_rate_used(start_training):
+    metrics = list(start_training(scheduler="linear", max_steps=5, warmup_ratio=0.4).steps())
+    rates = [each.learning_rate for each in metrics]
+    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+
+
+def test_a_model_without_trainable_parameters_is_refused(start_training, tiny_model):
+    tiny_model.requires_grad_(False)
+    with pytest.raises(AdapterError, match="no trainable parameter; expected an adapter"):
+        start_training(model=tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "fsdp"}, "train.parallel: fsdp is not available yet; expected ddp"),
+        ({"on_nonfinite": "skip"}, "train.on_nonfinite: skip is not available yet"),
+        ({"precision": "fp16"}, "train.precision: fp16 needs a GPU"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(start_training, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        start_training(**changes)
+
+
+def test_a_missing_tracker_is_refused_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr("kpsvd_tune.training.processes.get_available_trackers", list)
+    with pytest.raises(RecipeError, match="pip install tensorboard"):
+        make_accelerator(TrainRecipe(), ["tensorboard"])

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -88,10 +89,10 @@ def train(
     """Decompose, train, score and save the adapter of a recipe."""
     resolved = load_recipe(recipe, overrides or ())
     _launch_processes(gpus, processes)
-    _set_offline(offline)
+    _prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
-    with view.Events(as_json) as events:
+    with view.Events() as events:
         if dry_run:
             _emit(pipeline.plan(resolved, events, offline=offline), as_json, view.show_plan)
             return
@@ -121,10 +122,10 @@ def init_only(
 ) -> None:
     """Decompose and choose the ranks, without data and without training."""
     resolved = load_recipe(recipe, overrides or ())
-    _set_offline(offline)
+    _prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
-    with view.Events(as_json) as events:
+    with view.Events() as events:
         if sweep:
             variants = _sweep(recipe, overrides or (), sweep)
             _emit(
@@ -156,10 +157,10 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Bake an adapter into plain weights and prove that they are the same model."""
-    _set_offline(offline)
+    _prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
-    with view.Events(as_json) as events:
+    with view.Events() as events:
         report = pipeline.merge(
             source, output, events, dtype=dtype, base=base, tolerance=tolerance, offline=offline
         )
@@ -187,10 +188,10 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Show what a model says to a prompt."""
-    _set_offline(offline)
+    _prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
-    with view.Events(as_json) as events:
+    with view.Events() as events:
         text = pipeline.generate(
             source,
             prompt,
@@ -310,11 +311,20 @@ def _launch_processes(gpus: int | None, processes: int | None) -> None:
     raise typer.Exit(launch(sys.argv[1:], count, use_cpu=processes is not None))
 
 
-def _set_offline(offline: bool) -> None:
-    # Read by the libraries when they are imported, so this comes before any of them.
+def _prepare_libraries(offline: bool, debug: bool) -> None:
+    """Set what the libraries read when they are imported, so this comes before any of them."""
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not debug:
+        # Their bars and warnings are about their insides; ours say what a user can act on.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def _emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
@@ -333,12 +343,11 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
         return code if isinstance(code, int) else 0
-    except typer.Abort:
-        return 130
     except TyperException as error:
         _say(f"error: {error.format_message()}")
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
+        # typer turns the one into the other.
         _say("stopped")
         return 130
     except BrokenPipeError:

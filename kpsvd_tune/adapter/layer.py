@@ -11,7 +11,7 @@ so 2r Kronecker terms, exactly zero while a = b = 0.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,15 +20,32 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kpsvd_tune.adapter.cost import Plan, choose_plan
+from kpsvd_tune.adapter.function import (
+    KpsvdFunction,
+    add_activations,
+    ambient_autocast,
+    base_output,
+    outside_autocast,
+)
+from kpsvd_tune.adapter.kernel import left_form, stack_terms
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import KroneckerShape, kron_apply, kron_sum
+from kpsvd_tune.linalg import KroneckerShape, kron_sum
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 class KpsvdLayer(BaseTunerLayer):
     """The adapters of one layer: factors by adapter name, merging and switching."""
 
     adapter_layer_names = ("kpsvd_left", "kpsvd_right")
-    other_param_names = ("kpsvd_left0", "kpsvd_right0", "kpsvd_dropout", "kpsvd_shape")
+    other_param_names = (
+        "kpsvd_left0",
+        "kpsvd_right0",
+        "kpsvd_dropout",
+        "kpsvd_shape",
+        "kpsvd_path",
+    )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -44,6 +61,8 @@ class KpsvdLayer(BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
+        self.kpsvd_path: dict[str, str] = {}
+        self._operands: dict[str, tuple[object, Tensor, Tensor]] = {}
 
     def update_layer(
         self,
@@ -53,6 +72,7 @@ class KpsvdLayer(BaseTunerLayer):
         dropout: float,
         factors: tuple[Tensor, Tensor] | None = None,
         inference_mode: bool = False,
+        path: str = "auto",
     ) -> None:
         """Add an adapter with zero offsets.
 
@@ -64,6 +84,7 @@ class KpsvdLayer(BaseTunerLayer):
             factors: A0 (rank, m, n) and B0 (rank, p, q), or None for zeros that a state dict
                 or :func:`load_factors` fills.
             inference_mode: Whether the offsets are created frozen.
+            path: How the update is applied: auto, activations or weight.
 
         Raises:
             AdapterError: The shape does not fit the base layer.
@@ -76,6 +97,7 @@ class KpsvdLayer(BaseTunerLayer):
                 "this the base model that the adapter was trained on?"
             )
         self.kpsvd_shape[adapter_name] = shape
+        self.kpsvd_path[adapter_name] = path
         left = torch.zeros(rank, shape.m, shape.n)
         right = torch.zeros(rank, shape.p, shape.q)
         left0, right0 = factors if factors is not None else (left, right)
@@ -171,16 +193,95 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
                 self.unmerge()
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
+        names = [name for name in self.active_adapters if name in self.kpsvd_left]
+        if len(names) == 1 and not args and not kwargs and self._can_fuse(names[0], x):
+            return self._adapted(names[0], x, None)
         result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.active_adapters:
-            if name not in self.kpsvd_left:
-                continue
-            left, right = self.terms(name)
-            inputs = self.kpsvd_dropout[name](x).to(left.dtype)
-            result = (result + kron_apply(inputs, left, right)).to(result.dtype)
+        for name in names:
+            result = self._adapted(name, self.kpsvd_dropout[name](x), result)
         return result
+
+    def _can_fuse(self, name: str, x: Tensor) -> bool:
+        """Whether the base layer's product may be taken inside the adapter's operation.
+
+        Only where calling the base layer does nothing but multiply: a plain frozen nn.Linear, not
+        hooked (offloading moves weights in hooks), not quantised, not sharded.
+        """
+        base = self.base_layer
+        if type(base) is not nn.Linear or self.quantization_backend is not None:
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+            return False
+        if base._backward_hooks or base._backward_pre_hooks:
+            return False
+        weight, bias = base.weight, base.bias
+        if type(weight) not in PLAIN or weight.requires_grad:
+            return False
+        if bias is not None and bias.requires_grad:
+            return False
+        if self.training and isinstance(self.kpsvd_dropout[name], nn.Dropout):
+            return False
+        return weight.dtype == x.dtype or ambient_autocast(x) is not None
+
+    def _adapted(self, name: str, x: Tensor, result: Tensor | None) -> Tensor:
+        """The base's output with one adapter's update; ``result`` None fuses the base layer."""
+        a, b = self.kpsvd_left[name], self.kpsvd_right[name]
+        left0, right0 = self.kpsvd_left0[name], self.kpsvd_right0[name]
+        weight = bias = None
+        if result is None:
+            base = cast(nn.Linear, self.base_layer)
+            weight, bias = base.weight, base.bias
+        autocast_dtype = ambient_autocast(x)
+        base_dtype = autocast_dtype or x.dtype
+        if autocast_dtype is not None and x.device.type != "cpu":
+            dtype = autocast_dtype
+        else:
+            # Factors are as cheap in float32 as in 16 bits on a CPU, and PEFT's LoRA multiplies
+            # its float32 factors in float32 unless autocast says otherwise.
+            dtype = torch.promote_types(torch.promote_types(a.dtype, x.dtype), torch.float32)
+        is_differentiated = torch.is_grad_enabled()
+        plan = choose_plan(
+            x.numel() // x.shape[-1],
+            a.shape[0],
+            self.kpsvd_shape[name],
+            base_dtype if weight is not None else torch.bfloat16,
+            self.kpsvd_path[name],
+            is_differentiated,
+        )
+        with outside_autocast(x, autocast_dtype):
+            if is_differentiated or plan.path == "weight":
+                self._operands.pop(name, None)
+                adapted: Tensor = KpsvdFunction.apply(  # type: ignore[no-untyped-call]
+                    x, result, weight, bias, a, b, left0, right0, plan, dtype, base_dtype
+                )
+                return adapted
+            left, right = self._inference_operands(name, plan, dtype)
+            y = base_output(x, weight, bias, base_dtype) if result is None else result
+            return add_activations(y, x, left, right, plan, in_place=result is None)
+
+    def _inference_operands(
+        self, name: str, plan: Plan, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The stacked factors as the products take them, kept until a factor changes.
+
+        A change is a new tensor or a higher version of the old one. Writes past the version, as
+        through ``.data``, are met by dropping what is kept at every differentiated call.
+        """
+        a, b = self.kpsvd_left[name], self.kpsvd_right[name]
+        left0, right0 = self.kpsvd_left0[name], self.kpsvd_right0[name]
+        factors = (a, b, left0, right0)
+        keeps = not torch.compiler.is_compiling() and not any(f.is_inference() for f in factors)
+        versions = [(f.data_ptr(), f._version) for f in factors] if keeps else []
+        state = (plan.spread, dtype, versions)
+        held = self._operands.get(name)
+        if keeps and held is not None and held[0] == state:
+            return held[1], held[2]
+        with torch.inference_mode(False), torch.no_grad():
+            left, right = stack_terms(a, b, left0, right0, dtype)
+            left = left_form(left, right.shape[1], plan.spread)
+        if keeps:
+            self._operands[name] = (state, left, right)
+        return left, right
 
     def __repr__(self) -> str:
         return "kpsvd." + super().__repr__()

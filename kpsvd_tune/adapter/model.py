@@ -94,6 +94,7 @@ class KpsvdModel(BaseTuner):
             config.dropout,
             factors=self._factors.get(current_key),
             inference_mode=config.inference_mode,
+            path=config.path,
         )
 
     @contextmanager

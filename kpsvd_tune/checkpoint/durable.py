@@ -106,7 +106,7 @@ def make_folder(path: Path) -> None:
     """Make a folder and its parents; one that is there is fine."""
     with explained(f"make the folder {path}"):
         if not path.is_dir():
-            path.mkdir(parents=True, exist_ok=True)
+            os.makedirs(path, exist_ok=True)
             sync_folder(path.parent)
 
 

@@ -94,6 +94,10 @@ class Spectra:
         left_alone: (name, reason) of the weight matrices that are not targeted.
         shape_notes: Module to what its factor shape had to fall back on.
         notes: What happened on the way.
+
+    Attributes:
+        window: Leading terms computed of each matrix, as far as it has them.
+        notes: As given.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Spectra:
         notes: tuple[str, ...],
     ) -> None:
         self.notes = notes
+        self.window = tasks[0].num_terms
         self._source = source
         self._tasks = tasks
         self._finished = finished
@@ -130,10 +135,9 @@ class Spectra:
             AdapterError: A budget below the minima, an override that matches nothing, or a window
                 larger than the one computed.
         """
-        computed = max((task.num_terms for task in self._tasks), default=rank.window)
-        if rank.window > computed:
+        if rank.window > self.window:
             raise AdapterError(
-                f"adapter.rank.window {rank.window}: only {computed} terms were computed"
+                f"adapter.rank.window {rank.window}: only {self.window} terms were computed"
             )
         spectra = [
             LayerSpectrum(task.name, done.values[: rank.window], done.squared_norm, task.shape)
@@ -339,7 +343,7 @@ def _tasks(reader: WeightReader, adapter: AdapterRecipe) -> tuple[list[Task], di
             choice = choose_shape(*reader.size(name), rule)
         except ValueError as error:
             raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
-        tasks.append(Task(name, choice.shape, min(adapter.rank.window, choice.shape.max_rank)))
+        tasks.append(Task(name, choice.shape, adapter.rank.window))
         if choice.note is not None:
             notes[name] = choice.note
     return tasks, notes

@@ -29,7 +29,7 @@ class Task:
     Attributes:
         name: The module.
         shape: The Kronecker shape.
-        num_terms: Leading terms wanted.
+        num_terms: Leading terms wanted; a matrix that has fewer gives all it has.
     """
 
     name: str

@@ -44,10 +44,10 @@ def run_processes(
         ModelError: As :meth:`SpectraWorker.run`.
         ResourceError: A worker was killed, most likely for its memory.
     """
-    context = multiprocessing.get_context("spawn")
     num_processes = min(num_processes, len(tasks))
     if num_processes == 0:
         return
+    context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // num_processes)
     workers: dict[Connection, SpawnProcess] = {}
     try:

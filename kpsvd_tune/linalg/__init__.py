@@ -9,7 +9,7 @@ from kpsvd_tune.linalg.kronecker import (
     unrearrange,
 )
 from kpsvd_tune.linalg.rank import LayerSpectrum, RankChoice, RankRule, choose_ranks
-from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape
+from kpsvd_tune.linalg.shape import ShapeChoice, auto_shape, choose_shape
 
 __all__ = [
     "KPSVD",
@@ -18,6 +18,7 @@ __all__ = [
     "RankChoice",
     "RankRule",
     "ShapeChoice",
+    "auto_shape",
     "choose_ranks",
     "choose_shape",
     "kpsvd",

@@ -1,12 +1,15 @@
 """Truncated KPSVD of one matrix: the leading terms of W = sum_k sigma_k U_k kron V_k.
 
-Letters: M is R(W) or its transpose, whichever is tall; Q_j the blocks of an orthonormal Krylov
-basis of M^T M; P_j = M Q_j.
+Letters: M is R(W) or its transpose, whichever is tall, (rows, cols); k is the number of terms
+wanted. Bases of the row space are kept as rows, (j, cols), because products with row-major blocks
+read M in the order in which it lies in memory. docs/decompose.md holds the measurements behind
+the constants, and what was tried and did not help.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +17,13 @@ from torch import Tensor
 
 from kpsvd_tune.linalg.kronecker import KroneckerShape, rearrange
 
-# Up to this smaller side a LAPACK SVD costs a fraction of a second and is exact, so there is
-# nothing to gain from an iteration.
+# Up to this smaller side the eigenvectors of the whole Gram matrix cost a fraction of a second.
 DIRECT_SIZE = 1024
-# Width of a Krylov block. Narrow blocks reach a higher polynomial degree for the same work,
-# wide ones use the processor better; 16 was the best of 8, 16, 24, 32 on flat spectra.
+# Vectors in a Krylov block. Narrow blocks reach a higher polynomial degree for the same number of
+# products, wide ones use the processor better.
 BLOCK_SIZE = 16
+# Entries of M in one slice: its float32 form (2 MB) stays in cache between its two products.
+SLICE_ENTRIES = 2**19
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,33 @@ class KPSVD:
         Raises:
             ValueError: More terms are asked for than were computed.
         """
-        if not 0 <= rank <= len(self.values):
-            raise ValueError(f"rank {rank} is outside 0..{len(self.values)}, the computed terms")
+        self._check_rank(rank)
         root = self.values[:rank].sqrt().to(self.left.dtype)[:, None, None]
         return self.left[:rank] * root, self.right[:rank] * root
+
+    def energy(self, rank: int) -> float:
+        """Return the share of ||W||_F^2 that the first terms hold; 0 for a zero matrix.
+
+        Raises:
+            ValueError: More terms are asked for than were computed.
+        """
+        self._check_rank(rank)
+        if self.squared_norm == 0:
+            return 0.0
+        return min(1.0, float(self.values[:rank].square().sum()) / self.squared_norm)
+
+    def relative_error(self, rank: int) -> float:
+        """Return ||W - sum of the first terms||_F / ||W||_F; 0 for a zero matrix.
+
+        Raises:
+            ValueError: More terms are asked for than were computed.
+        """
+        energy = self.energy(rank)
+        return 0.0 if self.squared_norm == 0 else math.sqrt(1.0 - energy)
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank <= len(self.values):
+            raise ValueError(f"rank {rank} is outside 0..{len(self.values)}, the computed terms")
 
 
 def kpsvd(
@@ -63,10 +90,12 @@ def kpsvd(
     """Compute the first terms of the Kronecker-product SVD of a matrix.
 
     The best sum of r Kronecker products in Frobenius norm is given by the leading r singular
-    triplets of R(W) (Eckart-Young). Small matrices go to LAPACK. Large ones use a block Krylov
-    iteration on R(W)^T R(W) with full reorthogonalisation, stopped when two further blocks
-    raise the leading energy by less than a quarter of ``tolerance``; that rule is an estimate of
-    the missing share of the optimum's energy, not a bound.
+    triplets of R(W) (Eckart-Young). A small R(W) is decomposed whole through its Gram matrix,
+    one of which most terms are wanted by LAPACK's SVD, a large one by block Lanczos.
+
+    Lanczos stops when two further blocks raise the energy of the leading ``num_terms`` by less
+    than a quarter of ``tolerance``. That is an estimate of the missing share of the optimum's
+    energy, not a bound.
 
     Signs: in every U_k the entry of largest magnitude is positive.
 
@@ -83,8 +112,8 @@ def kpsvd(
     Raises:
         ValueError: Wrong sizes, a non-finite weight, or an argument out of range.
 
-    Source: Van Loan and Pitsianis (1993); Halko, Martinsson, Tropp (2011) for the randomised
-    start; Musco and Musco (2015) for block Krylov against flat spectra.
+    Source: Van Loan and Pitsianis (1993); Golub and Underwood (1977) for block Lanczos; Musco
+    and Musco (2015) for why a Krylov space, not a power iteration, is needed on flat spectra.
     """
     if num_terms < 1:
         raise ValueError(f"num_terms must be at least 1, got {num_terms}")
@@ -92,75 +121,104 @@ def kpsvd(
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
     if not weight.is_floating_point():
         raise ValueError(f"expected a floating-point weight, got {weight.dtype}")
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"the weight holds {bad} non-finite entries of {weight.numel()}")
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rearranged = rearrange(weight.detach().to(dtype), shape)
+    rearranged = rearrange(weight.detach(), shape).to(dtype)
     squared_norm = _squared_norm(rearranged)
+    if not math.isfinite(squared_norm):
+        _refuse(rearranged)
     k = min(num_terms, shape.max_rank)
-    # The iteration needs room for a few blocks; wanting a large share of all terms is a full SVD.
-    small = shape.max_rank <= DIRECT_SIZE or 4 * (k + BLOCK_SIZE) > shape.max_rank
-    if small or tolerance == 0:
-        u, s, vt = torch.linalg.svd(rearranged, full_matrices=False)
-        u, s, v = u[:, :k], s[:k], vt[:k].T
+    tall = rearranged.shape[0] >= rearranged.shape[1]
+    matrix = rearranged if tall else rearranged.T
+    if tolerance == 0 or 4 * k > shape.max_rank:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, v = u[:, :k].T, s[:k], vt[:k]
+    elif shape.max_rank <= DIRECT_SIZE:
+        u, s, v = _triplets(matrix, _gram_vectors(matrix, k))
     else:
-        tall = rearranged.shape[0] >= rearranged.shape[1]
-        u, s, v = _block_krylov(rearranged if tall else rearranged.T, k, tolerance, seed)
-        if not tall:
-            u, v = v, u
-    signs = _signs(u)
+        u, s, v = _triplets(matrix, _lanczos_vectors(matrix, k, tolerance, seed))
+    left, right = (u, v) if tall else (v, u)
+    signs = _signs(left)
     m, n, p, q = shape.as_tuple()
     return KPSVD(
         values=s.double(),
-        left=(u * signs).T.reshape(k, m, n).contiguous(),
-        right=(v * signs).T.reshape(k, p, q).contiguous(),
+        left=(left * signs).reshape(k, m, n).contiguous(),
+        right=(right * signs).reshape(k, p, q).contiguous(),
         shape=shape,
         squared_norm=squared_norm,
     )
 
 
-def _block_krylov(
-    matrix: Tensor, k: int, tolerance: float, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading k singular triplets of a tall matrix (rows, cols) as u, s, v."""
+def _gram_vectors(matrix: Tensor, k: int) -> Tensor:
+    """Leading k right singular vectors, (k, cols), from all eigenvectors of M^T M."""
+    return torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -k:].T
+
+
+def _lanczos_vectors(matrix: Tensor, k: int, tolerance: float, seed: int) -> Tensor:
+    """Leading k right singular vectors, (k, cols), by block Lanczos on M^T M."""
     cols = matrix.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    # Drawn on the CPU so that the start block does not depend on the device.
-    start = torch.randn(cols, BLOCK_SIZE, generator=generator, dtype=matrix.dtype)
-    basis = torch.linalg.qr(start.to(matrix.device)).Q
-    image = matrix @ basis
+    block = basis = _orthonormal_rows(_gaussian((BLOCK_SIZE, cols), matrix, generator))
+    # M^T M on the basis, (j, j); its eigenvalues are squared Ritz values.
+    projected = matrix.new_zeros(0, 0, dtype=torch.float64)
     energies: list[float] = []
     while True:
-        energy = _leading_energy(image, k)
-        energies.append(energy)
-        has_terms = basis.shape[1] >= k
-        if has_terms and len(energies) > 2:
-            gain = energy - energies[-3]
-            if gain <= 0.25 * tolerance * energy:
-                break
-        if basis.shape[1] + BLOCK_SIZE > cols:
+        product = _gram_product(matrix, block)
+        projected = _bordered(projected, (product @ basis.T).double())
+        energies.append(float(torch.linalg.eigvalsh(projected)[-k:].sum()))
+        has_terms = len(basis) >= k and len(energies) > 2
+        if has_terms and energies[-1] - energies[-3] <= 0.25 * tolerance * energies[-1]:
             break
-        block = matrix.T @ image[:, -BLOCK_SIZE:]
-        # Twice is enough: one pass of block Gram-Schmidt leaves errors of the order of the
-        # cancellation, a second removes them.
-        for _ in range(2):
-            block = block - basis @ (basis.T @ block)
-        block = torch.linalg.qr(block).Q
-        # A converged subspace makes the block rank deficient; QR then fills it with directions
-        # that need orthogonalising against the basis once more.
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-        basis = torch.cat([basis, block], dim=1)
-        image = torch.cat([image, matrix @ block], dim=1)
-    q, r = torch.linalg.qr(image)
-    u, s, vt = torch.linalg.svd(r)
-    return q @ u[:, :k], s[:k], basis @ vt[:k].T
+        if len(basis) + BLOCK_SIZE > cols:
+            break
+        # Once the basis holds all that M can reach, nothing but rounding is left of the product,
+        # most of it inside the basis, and no orthogonalisation can make new directions of that:
+        # noise just above rounding can, and changes nothing otherwise. The second pass removes
+        # what rounding left of the first, the third what it left where noise was all there was.
+        size = float(torch.linalg.vector_norm(product)) or 1.0
+        noise = _gaussian(block.shape, matrix, generator)
+        block = product + noise * (size * torch.finfo(matrix.dtype).eps / len(block) ** 0.5)
+        for _ in range(3):
+            block = _orthonormal_rows(block - (block @ basis.T) @ basis)
+        basis = torch.cat([basis, block])
+    vectors = torch.linalg.eigh(projected).eigenvectors[:, -k:]
+    return vectors.T.to(matrix.dtype) @ basis
 
 
-def _leading_energy(image: Tensor, k: int) -> float:
-    """Sum of the k largest squared singular values of M restricted to the basis."""
-    gram = (image.T @ image).double()
-    return float(torch.linalg.eigvalsh(gram)[-k:].sum())
+def _gaussian(size: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian rows of norm 1 or so; drawn on the CPU so that they depend on no device."""
+    drawn = torch.randn(*size, generator=generator, dtype=like.dtype) / size[-1] ** 0.5
+    return drawn.to(like.device)
+
+
+def _gram_product(matrix: Tensor, block: Tensor) -> Tensor:
+    """M^T M times a block given as rows, (b, cols): each slice of M is read once for both."""
+    rows, cols = matrix.shape
+    size = max(1, SLICE_ENTRIES // cols) if matrix.device.type == "cpu" else rows
+    product = torch.zeros_like(block)
+    for part in matrix.split(size):
+        product.addmm_(block @ part.T, part)
+    return product
+
+
+def _bordered(projected: Tensor, coefficients: Tensor) -> Tensor:
+    """The symmetric matrix that has ``coefficients``, (b, j), as its last rows and columns."""
+    old, new = len(projected), coefficients.shape[1]
+    grown = projected.new_zeros(new, new)
+    grown[:old, :old] = projected
+    grown[old:] = coefficients
+    grown[:old, old:] = coefficients[:, :old].T
+    return grown
+
+
+def _triplets(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Best singular triplets of M within the span of orthonormal rows: u (k, rows), s, v."""
+    vectors = _orthonormal_rows(vectors)
+    u, s, vt = torch.linalg.svd(matrix @ vectors.T, full_matrices=False)
+    return u.T, s, vt @ vectors
+
+
+def _orthonormal_rows(block: Tensor) -> Tensor:
+    return torch.linalg.qr(block.T).Q.T.contiguous()
 
 
 def _squared_norm(matrix: Tensor) -> float:
@@ -168,23 +226,17 @@ def _squared_norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
-def _signs(u: Tensor) -> Tensor:
-    pivot = u.abs().argmax(dim=0)
-    picked = u.gather(0, pivot[None, :])[0]
-    return torch.where(picked < 0, -1.0, 1.0).to(u.dtype)
+def _refuse(matrix: Tensor) -> None:
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise ValueError(f"the weight holds {bad} non-finite entries of {matrix.numel()}")
+    raise ValueError(
+        f"the weight holds entries of magnitude {float(matrix.abs().max()):.3g}: its squares "
+        f"overflow {matrix.dtype}"
+    )
 
 
-def relative_error(decomposition: KPSVD, rank: int) -> float:
-    """||W - sum_{k<=rank} sigma_k U_k kron V_k||_F / ||W||_F, from the energies alone.
-
-    Args:
-        decomposition: The leading terms.
-        rank: Terms kept, at most those computed.
-
-    Returns:
-        A number in [0, 1]; 0 for a zero matrix.
-    """
-    if decomposition.squared_norm == 0:
-        return 0.0
-    kept = float(decomposition.values[:rank].square().sum())
-    return math.sqrt(max(0.0, 1.0 - kept / decomposition.squared_norm))
+def _signs(left: Tensor) -> Tensor:
+    """+1 or -1 for each row, (k, 1): the sign of its entry of largest magnitude."""
+    picked = left.gather(1, left.abs().argmax(dim=1, keepdim=True))
+    return torch.where(picked < 0, -1.0, 1.0).to(left.dtype)

@@ -70,6 +70,7 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
         ModelError: The configuration is not one of a causal language model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers import __version__ as transformers_version
 
     config = _config(source)
     build: Any = AutoModelForCausalLM.from_config
@@ -77,8 +78,10 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
         with torch.device("meta"):
             skeleton: PreTrainedModel = build(config)
     except (ValueError, KeyError, ImportError) as error:
+        # transformers' own message lists every class it knows.
         raise ModelError(
-            f"model {source.path!r} is not a causal language model: {error}"
+            f"model {source.path!r}: its model_type {config.model_type!r} is not a causal "
+            f"language model of transformers {transformers_version}"
         ) from error
     return skeleton
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
-from kpsvd_tune.data import Encoder
 from kpsvd_tune.errors import AdapterError, InputError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.merge import DTYPES, check_output
@@ -166,19 +164,10 @@ def generate(
     model.to(device()).eval()
     dataset = found.recipe.dataset if found.recipe else None
     template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)
-    ids: tuple[int, ...] | str = prompt
-    end_token_ids: tuple[int, ...] = ()
-    if not raw and template is not None:
-        encoder = Encoder(tokenizer, template, 2**20)
-        ids, end_token_ids = encoder.encode_prompt(prompt), encoder.end_token_ids
-    options = GenerationOptions(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        end_token_ids=end_token_ids,
+    options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return generate_text(
+        model, tokenizer, prompt, template=None if raw else template, options=options
     )
-    with torch.inference_mode():
-        return generate_text(model, tokenizer, ids, options)
 
 
 def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:

@@ -93,13 +93,14 @@ def near_key(path: Path) -> tuple[str | None, str]:
     synonym = _SYNONYMS.get(key, "")
     if synonym.rpartition(".")[0] == ".".join(level):
         synonym = synonym.rpartition(".")[2]
+    alike = _close(key, elsewhere.values())
     # In order of trust: a slip of a letter; the right key in the wrong place; a guess.
     for found in (
         _close(key, here, 0.8),
         [place for place, name in elsewhere.items() if name == key],
         [synonym] if synonym else [],
         _close(key, here, 0.6),
-        [place for place, name in elsewhere.items() if name in _close(key, elsewhere.values())],
+        [place for place, name in elsewhere.items() if name in alike],
     ):
         if found:
             return (found[0] if found[0] in here else None), f"did you mean {_one_of(found)}?"

@@ -199,6 +199,7 @@ class EvaluationRecipe(Section):
     )
     split: Text = Field(default="test", description="split to score")
     limit: int | None = Field(default=None, ge=1, description="rows to score; null: all")
+    before: bool = Field(default=False, description="score the base model too, before training")
     max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
     batch_size: int = Field(default=8, ge=1, description="prompts generated together")
     columns: Columns = Field(

@@ -31,16 +31,11 @@ PLAIN_SECONDS = 5.0
 
 
 class Events:
-    """Receives what the pipeline reports; silent on every rank but the first.
+    """Receives what the pipeline reports; silent on every rank but the first."""
 
-    Args:
-        quiet: Whether stdout is for one JSON object, so that nothing of ours may go there.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self._main = os.environ.get("RANK", "0") == "0"
-        self._console = Console(stderr=True, quiet=not self._main, highlight=False)
-        self._out = self._console if quiet else Console(quiet=not self._main, highlight=False)
+        self._console = Console(stderr=True, quiet=not self._main, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
         self._phase = ""
@@ -154,7 +149,7 @@ def show_ranks(report: RankReport) -> None:
     out = _out()
     out.print(rank_table(report))
     for line in rank_summary(report):
-        out.print(Text(line))
+        out.print(Text(line), soft_wrap=True)
 
 
 def show_sweep(reports: Mapping[str, RankReport]) -> None:
@@ -166,8 +161,8 @@ def show_sweep(reports: Mapping[str, RankReport]) -> None:
         ranks = sorted(layer.rank for layer in report.layers)
         table.add_row(
             setting,
-            f"{report.totals.trainable_parameters:,}",
-            f"{100 * report.totals.energy:.1f}%",
+            f"{report.totals['trainable_parameters']:,}",
+            f"{100 * report.totals['energy']:.1f}%",
             str(sum(rank > 0 for rank in ranks)),
             str(ranks[0]),
             str(ranks[len(ranks) // 2]),
@@ -188,27 +183,44 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def show_results(results: Mapping[str, Any]) -> None:
-    """The results of a run."""
-    _show_mapping(results)
+    """The results of a run: figures, then one line a score."""
+    results = dict(results)
+    scores = results.pop("scores", {})
+    _show_mapping({k: v for k, v in results.items() if not isinstance(v, Mapping)})
+    for task, by_scorer in scores.items():
+        for scorer, score in by_scorer.items():
+            _line(
+                f"{task}, {scorer}",
+                f"{_percent(score['value'])} of {score['n']} (standard error "
+                f"{_percent(score['stderr'])}), {score['unextractable']} without an answer",
+            )
+    for task, change in results.items():
+        if isinstance(change, Mapping):
+            _line(
+                f"{task}, change",
+                f"{_percent(change['before'])} before training, {_percent(change['after'])} after",
+            )
 
 
 def show_run(run: Mapping[str, Any]) -> None:
     """A run again: its ranks, then its results."""
     if run["ranks"] is not None:
         show_ranks(RankReport.from_dict(run["ranks"]))
-    _show_mapping(run["results"] or {"results": "the run is not finished"})
+    show_results(run["results"] or {"results": "the run is not finished"})
 
 
-def _show_mapping(values: Mapping[str, Any], indent: str = "") -> None:
-    out = _out()
+def _show_mapping(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            out.print(Text(f"{indent}{key}"))
-            _show_mapping(value, indent + "  ")
-        else:
-            shown = f"{value:,.4f}" if isinstance(value, float) else value
-            shown = f"{value:,}" if isinstance(value, int) else shown
-            out.print(Text(f"{indent}{key:<{26 - len(indent)}} {shown}"))
+        shown = f"{value:,.4f}" if isinstance(value, float) else value
+        _line(key, f"{value:,}" if isinstance(value, int) else str(shown))
+
+
+def _line(name: str, text: str) -> None:
+    _out().print(Text(f"{name:<26} {text}"), soft_wrap=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def purpose(path: Path) -> str:

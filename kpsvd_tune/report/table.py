@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from kpsvd_tune.report.results import LayerReport, MergeReport, PreflightReport, RankReport
 
-MODULE_WIDTH = 31
+MODULE_WIDTH = 28
+COLUMNS = {
+    "module": MODULE_WIDTH,
+    "out x in": 11,
+    "A (m,n)": 7,
+    "B (p,q)": 7,
+    "energy": 6,
+    "elbow": 5,
+    "rank": 4,
+    "bound by": 11,
+    "kept": 5,
+    "params": 7,
+}
 
 
 def rank_table(report: RankReport) -> Table:
     """The rank of every layer; at most 100 columns wide."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_footer=False)
-    table.add_column("module", no_wrap=True, max_width=MODULE_WIDTH)
-    table.add_column("out x in", justify="right", no_wrap=True)
-    table.add_column("A (m,n)", justify="right", no_wrap=True)
-    table.add_column("B (p,q)", justify="right", no_wrap=True)
-    table.add_column("energy", justify="right", no_wrap=True)
-    table.add_column("elbow", justify="right", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True, style="bold")
-    table.add_column("by", no_wrap=True)
-    table.add_column("kept", justify="right", no_wrap=True)
-    table.add_column("params", justify="right", no_wrap=True)
+    # Sums to 99 columns with one space between; a LLaMA's names and sizes fit without a cut.
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="underline")
+    for name, width in COLUMNS.items():
+        table.add_column(
+            name,
+            width=width,
+            no_wrap=True,
+            justify="left" if name in ("module", "bound by") else "right",
+            style="bold" if name == "rank" else "",
+        )
     for layer in report.layers:
         table.add_row(*_cells(layer))
     return table
@@ -59,9 +69,9 @@ def rank_summary(report: RankReport) -> list[str]:
     lines = [
         f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
         f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
-        f"{totals.trainable_parameters:,} trainable parameters, twice as many stored (offsets and frozen factors); "
-        f"LoRA of rank 1 on the same layers: {lora:,}",
-        f"the chosen terms hold {100 * totals.energy:.1f} % of the pooled window's energy",
+        f"{totals['trainable_parameters']:,} trainable parameters; offsets and frozen factors are "
+        f"stored, twice as many; LoRA of rank 1 on the same layers: {lora:,}",
+        f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
     notes = sum(bool(layer.note) for layer in report.layers)
     if notes:

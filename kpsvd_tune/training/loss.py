@@ -95,9 +95,11 @@ class SummedTokenLoss(nn.Module):
                 hook.remove()
         logits = output.logits
         # K is at most B * (T - 1), so the shapes tell which of the two came back.
-        if logits.shape[:2] == input_ids.shape:
-            logits = logits.flatten(0, 1).index_select(0, positions)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+        is_whole = logits.shape[:2] == input_ids.shape
+        logits = logits.flatten(0, 1)
+        if is_whole:
+            logits = logits.index_select(0, positions)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _output_projection(model: nn.Module) -> nn.Module | None:

@@ -47,7 +47,7 @@ def test_each_epoch_is_a_permutation(
 def test_equal_global_batches_hold_the_same_rows(
     num_rows: int, factors: list[int], other: list[int], step: int
 ) -> None:
-    left, right = (StatelessSampler(num_rows, *sizes, 7) for sizes in (factors, other))
+    left, right = (StatelessSampler(num_rows, a, b, c, 7) for a, b, c in (factors, other))
     assert Counter(step_rows(left, step)) == Counter(step_rows(right, step))
 
 

@@ -3,6 +3,7 @@ r"""The string rules of MATH: boxes, and which spellings are one answer."""
 from __future__ import annotations
 
 import pytest
+
 from kpsvd_tune.evaluation.math_answer import boxed_answer, is_equiv, stated_answer
 
 EQUAL = [

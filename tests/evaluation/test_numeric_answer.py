@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+
 from kpsvd_tune.evaluation.numeric_answer import (
     flexible_answer,
     gsm8k_gold,

@@ -56,7 +56,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
 def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="is not a causal language model"):
+    with pytest.raises(ModelError, match="its model_type 'vit' is not a causal language model of"):
         load_skeleton(resolve_model(str(tmp_path)))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="its configuration cannot be read"):

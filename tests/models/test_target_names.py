@@ -7,7 +7,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -16,7 +16,7 @@ from kpsvd_tune.models import load_skeleton, resolve_model, target_names, untouc
 
 
 def lora_targets(model: nn.Module, **options: object) -> list[str]:
-    adapted = get_peft_model(model, LoraConfig(**options)).base_model.model
+    adapted = inject_adapter_in_model(LoraConfig(**options), model)
     return [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def reference_run(model, rows, sampler, num_steps, rate, max_norm, weight_decay)
                 m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
                 p.mul_(1 - rate * weight_decay)
                 p.sub_(rate * m_hat / (v_hat.sqrt() + 1e-8))
-        losses.append(float(loss))
+        losses.append(loss.item())
         norms.append(float(norm))
     return losses, norms
 
@@ -64,13 +65,13 @@ def reference_run(model, rows, sampler, num_steps, rate, max_norm, weight_decay)
 def test_three_steps_equal_plain_torch(lora_model, start_training, rows):
     model, expected = lora_model(), lora_model()
     training = start_training(
-        model=model, max_steps=3, scheduler="constant", weight_decay=0.1, max_grad_norm=0.5
+        model=model, max_steps=3, scheduler="constant", weight_decay=0.1, max_grad_norm=0.18
     )
     metrics = list(training.steps())
     losses, norms = reference_run(
-        expected, rows, StatelessSampler(10, 2, 1, 1, seed=0), 3, 1e-2, 0.5, 0.1
+        expected, rows, StatelessSampler(10, 2, 1, 1, seed=0), 3, 1e-2, 0.18, 0.1
     )
-    assert max(norms) > 0.5, "clipping must be at work"
+    assert min(norms) < 0.18 < max(norms), "one step is clipped and another is not"
     assert [each.loss for each in metrics] == pytest.approx(losses, rel=1e-5)
     assert [each.grad_norm for each in metrics] == pytest.approx(norms, rel=1e-4)
     for name, tensor in trained(expected).items():
@@ -120,7 +121,9 @@ class _HidesProjection(nn.Module):
 def test_loss_is_the_same_where_the_projection_is_unknown(tiny_model, rows, num_rows):
     batch = make_micro_batch(rows[:num_rows], pad_token_id=0)
     direct = SummedTokenLoss(tiny_model)(**batch.inputs)
-    torch.testing.assert_close(SummedTokenLoss(_HidesProjection(tiny_model))(**batch.inputs), direct)
+    torch.testing.assert_close(
+        SummedTokenLoss(_HidesProjection(tiny_model))(**batch.inputs), direct
+    )
 
 
 def test_padding_token_and_width_change_nothing(tiny_model, rows):
@@ -175,10 +178,16 @@ def test_bf16_stays_near_fp32_with_fp32_weights(lora_model, start_training):
     assert losses["bf16"] != losses["no"], "autocast must be at work"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "polynomial", "inverse_sqrt"])
-def test_every_optimizer_and_scheduler_learns(start_training, rows, optimizer, scheduler):
-    rate = 0.5 if optimizer == "sgd" else 2e-2
+SCHEDULERS = get_args(TrainRecipe.model_fields["scheduler"].annotation)
+OPTIMIZERS = get_args(TrainRecipe.model_fields["optimizer"].annotation)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"),
+    [(name, "cosine") for name in OPTIMIZERS] + [("adamw", name) for name in SCHEDULERS],
+)
+def test_every_optimizer_and_scheduler_learns(start_training, optimizer, scheduler):
+    rate = 1.0 if optimizer == "sgd" else 2e-2
     training = start_training(
         optimizer=optimizer,
         scheduler=scheduler,
@@ -188,7 +197,7 @@ def test_every_optimizer_and_scheduler_learns(start_training, rows, optimizer, s
         batch_size=10,
     )
     losses = [each.loss for each in training.steps()]
-    assert losses[-1] < losses[0] - 0.05
+    assert losses[-1] < losses[0] - 0.02
 
 
 def test_schedule_moves_once_a_step_and_reports_the_rate_used(start_training):

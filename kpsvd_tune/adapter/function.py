@@ -1,0 +1,171 @@
+"""The adapted linear map as one differentiable operation that keeps only its input.
+
+Written by hand because autograd would keep the stacked factors, the intermediate products of all
+2r terms, and in 16 bits a copy of x; here everything but x, W and the factors is computed again.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from kpsvd_tune.adapter import gradient, kernel
+from kpsvd_tune.adapter.cost import Plan
+
+
+class KpsvdFunction(torch.autograd.Function):
+    """y = x (W + Delta)^T + bias, or y = result + x Delta^T when the base layer ran elsewhere.
+
+    Gradients of x, of ``result`` and of the offsets a, b; W, bias, A0, B0 are frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        result: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        left0: Tensor,
+        right0: Tensor,
+        plan: Plan,
+        dtype: torch.dtype,
+        base_dtype: torch.dtype,
+    ) -> Tensor:
+        """Compute y, (.., out).
+
+        Args:
+            ctx: Autograd's context.
+            x: (.., in).
+            result: The base layer's output (.., out), or None to compute it from ``weight``.
+            weight: W (out, in), or None when ``result`` is given.
+            bias: (out,) or None.
+            a: Offset of the left factors, (r, m, n).
+            b: Offset of the right factors, (r, p, q).
+            left0: A0, as a.
+            right0: B0, as b.
+            plan: From :func:`kpsvd_tune.adapter.cost.choose_plan`.
+            dtype: In which the update is computed.
+            base_dtype: In which the base layer computes.
+        """
+        ctx.save_for_backward(x, weight, a, b, left0, right0)
+        ctx.plan, ctx.dtype, ctx.base_dtype = plan, dtype, base_dtype
+        terms = kernel.stack_terms(a, b, left0, right0, torch.promote_types(dtype, torch.float32))
+        # Only where the base computes in dtype too: at zero offsets y must have the base's bits.
+        is_exact = base_dtype == dtype and torch.finfo(dtype).bits >= 32
+        if plan.path == "weight" and weight is not None and is_exact:
+            return functional.linear(x, kernel.dense_weight(*terms, weight), bias)
+        y = base_output(x, weight, bias, base_dtype) if result is None else result
+        if plan.path == "weight":
+            delta = kernel.dense_weight(*terms, None).to(dtype)
+            update = functional.linear(x.to(dtype), delta)
+            return (y + update).to(y.dtype) if result is not None else y.add_(update)
+        left = kernel.left_form(terms[0].to(dtype), b.shape[1], plan.spread)
+        return add_activations(y, x, left, terms[1].to(dtype), plan, in_place=result is None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, result, a and b."""
+        x, weight, a, b, left0, right0 = ctx.saved_tensors
+        plan, dtype = ctx.plan, ctx.dtype
+        needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
+        flat_gy = gy.reshape(-1, gy.shape[-1])
+        wide_gy = flat_gy.to(dtype)
+        gx = projected = ga = gb = None
+        if needs_x:
+            if weight is None:
+                gx = wide_gy.new_zeros(len(flat_gy), x.shape[-1])
+            elif not is_one_product(x, dtype, ctx.base_dtype):
+                gx = flat_gy.to(ctx.base_dtype) @ weight.to(ctx.base_dtype)
+                gx, weight = gx.to(dtype), None
+            factors = kernel.stack_terms(
+                a, b, left0, right0, torch.promote_types(dtype, torch.float32)
+            )
+            gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan)
+            gx = gx.to(x.dtype).view(x.shape)
+        if needs_a or needs_b:
+            flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
+            left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
+            if plan.gradient == "spread":
+                ga, gb = gradient.spread_gradients(flat_x, wide_gy, left, right, projected)
+            elif plan.gradient == "chunked":
+                ga, gb = gradient.chunked_gradients(flat_x, wide_gy, left, right)
+            else:
+                ga, gb = gradient.full_gradients(flat_x, wide_gy, left, right)
+            ga, gb = ga.to(a.dtype), gb.to(b.dtype)
+        return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 5
+
+
+def is_one_product(x: Tensor, dtype: torch.dtype, base_dtype: torch.dtype) -> bool:
+    """Whether W + Delta may stand for W in the gradient of x: never rounded to 16 bits.
+
+    A CPU without units for 16-bit numbers multiplies 32-bit ones many times faster, so there the
+    product is taken in ``dtype`` even if the base computes in 16 bits.
+    """
+    return torch.finfo(dtype).bits >= 32 and (base_dtype == dtype or x.device.type == "cpu")
+
+
+def base_output(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Compute x W^T + bias as the base layer computes it, with the same bits."""
+    assert weight is not None
+    bias = None if bias is None else bias.to(dtype)
+    return functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+
+def add_activations(
+    y: Tensor, x: Tensor, left: Tensor, right: Tensor, plan: Plan, in_place: bool
+) -> Tensor:
+    """Return y + x Delta^T in y's dtype; the sum is taken in the factors' dtype, rounded once."""
+    flat = x.reshape(-1, x.shape[-1]).to(right.dtype)
+    total = y.to(right.dtype, copy=not in_place).view(-1, y.shape[-1])
+    kernel.add_update(total, flat, left, right, plan.spread)
+    return total.to(y.dtype).view(y.shape)
+
+
+def _input_gradient(
+    gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """Return gx + gy (W + Delta), and the projection of gy on the left factors if it was made.
+
+    ``gx`` None stands for zero, ``weight`` None for a W that ``gx`` has already.
+    """
+    dtype, p = gy.dtype, right.shape[1]
+    if plan.path == "weight":
+        for rows in kernel.row_blocks(left, right[0].numel() * left.shape[2]):
+            block = kernel.dense_update(left, right, weight, rows).to(dtype)
+            part = gy[:, rows.start * p : rows.stop * p]
+            gx = torch.mm(part, block) if gx is None else gx.addmm_(part, block)
+        assert gx is not None
+        return gx, None
+    if gx is None:
+        assert weight is not None
+        gx = torch.mm(gy, weight.to(dtype))
+    left_operand = kernel.left_form(left.to(dtype), p, plan.spread)
+    return gx, kernel.add_transposed(gx, gy, left_operand, right.to(dtype), plan.spread)
+
+
+def ambient_autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype of the surrounding autocast region if it concerns x; float64 is left alone."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def outside_autocast(
+    x: Tensor, autocast_dtype: torch.dtype | None
+) -> AbstractContextManager[object]:
+    """A context in which products keep the dtype they are given."""
+    if autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

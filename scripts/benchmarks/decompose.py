@@ -1,0 +1,154 @@
+"""Time and accuracy of the truncated KPSVD at 7B sizes, against torch.svd_lowrank.
+
+    python scripts/benchmarks/decompose.py [--repeats 3] [--threads N] [--json FILE] [--exact]
+
+Both methods start from the same bf16 weight, rearranged and cast within the timed part, and are
+run in turn in one process. svd_lowrank(q=16, niter=16) is what PEFT's ``pissa_niter_16`` calls.
+"Equal" is our method at the loosest of a few tolerances at which it still captures what
+svd_lowrank captures. The optimum is our Lanczos run until it stands still (tolerance 1e-9);
+``--exact`` checks it by a full SVD of the first matrix, about half a minute. The weights are a
+spectrum sigma_k = strength * edge * k^-decay planted over a Gaussian bulk whose own largest
+singular value is ``edge``: flat near rank 16, as real weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpsvd_tune.linalg import KroneckerShape, choose_shape, kpsvd, rearrange, unrearrange
+
+SIZES = [(4096, 4096), (11008, 4096)]
+RANK = 16
+NUM_PLANTED = 256
+STRENGTH, DECAY = 1.2, 0.05
+TOLERANCES = [0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 5e-3]
+
+
+def planted_weight(shape: KroneckerShape, seed: int = 0) -> Tensor:
+    """A bf16 weight whose rearrangement has a decaying spectrum over a random bulk."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shape.m * shape.n, shape.p * shape.q
+    edge = rows**0.5 + columns**0.5
+    strengths = STRENGTH * edge * torch.arange(1, NUM_PLANTED + 1) ** -DECAY
+    left, right = (
+        torch.linalg.qr(torch.randn(size, NUM_PLANTED, generator=generator)).Q
+        for size in (rows, columns)
+    )
+    matrix = torch.randn(rows, columns, generator=generator).addmm_(left * strengths, right.T)
+    return (0.02 * unrearrange(matrix, shape)).bfloat16()
+
+
+def peak_memory_mb() -> float:
+    """Largest anonymous resident memory so far, from the kernel (Linux), in MB."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def reset_peak() -> None:
+    """Make the kernel forget the peak, so that each method shows its own."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float, float, float]:
+    """Run once: result, wall seconds, processor seconds, peak MB above the start."""
+    reset_peak()
+    start = peak_memory_mb()
+    wall, processor = time.perf_counter(), time.process_time()
+    values = call()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return values, wall, processor, peak_memory_mb() - start
+
+
+def measure(out_features: int, in_features: int, repeats: int, exact: bool) -> dict[str, Any]:
+    """Compare the methods on one matrix."""
+    shape = choose_shape(out_features, in_features, "balanced").shape
+    weight = planted_weight(shape)
+
+    def ours(tolerance: float) -> Tensor:
+        return kpsvd(weight, shape, RANK, tolerance=tolerance).values
+
+    def theirs() -> Tensor:
+        return torch.svd_lowrank(rearrange(weight.float(), shape), q=RANK, niter=16)[1]
+
+    def energy(values: Tensor) -> float:
+        return float(values[:RANK].double().square().sum())
+
+    optimum = energy(ours(1e-9))
+    result: dict[str, Any] = {
+        "size": [out_features, in_features],
+        "factor_shape": shape.as_tuple(),
+        "optimum_share_of_weight": optimum / float(weight.double().square().sum()),
+    }
+    if exact:
+        full = energy(torch.linalg.svdvals(rearrange(weight.float(), shape)))
+        result["optimum_over_full_svd"] = optimum / full
+        optimum = full
+    goal = energy(theirs())
+    equal = next((t for t in TOLERANCES if energy(ours(t)) >= goal), TOLERANCES[-1])
+    methods: dict[str, Callable[[], Tensor]] = {
+        "svd_lowrank(q=16, niter=16)": theirs,
+        "kpsvd, default": lambda: ours(5e-3),
+        f"kpsvd, equal (tolerance {equal:g})": lambda: ours(equal),
+    }
+    runs: dict[str, list[tuple[Tensor, float, float, float]]] = {name: [] for name in methods}
+    for _ in range(repeats):
+        for name, call in methods.items():
+            runs[name].append(timed(call))
+    base = statistics.median(run[1] for run in runs["svd_lowrank(q=16, niter=16)"])
+    result["methods"] = {
+        name: {
+            "seconds": statistics.median(run[1] for run in taken),
+            "processor_seconds": statistics.median(run[2] for run in taken),
+            "ratio": statistics.median(run[1] for run in taken) / base,
+            "captured_energy": energy(taken[0][0]) / optimum,
+            "peak_memory_mb": max(run[3] for run in taken),
+        }
+        for name, taken in runs.items()
+    }
+    return result
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--exact", action="store_true", help="full SVD of the first matrix")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = []
+    for index, size in enumerate(SIZES):
+        result = measure(*size, options.repeats, options.exact and index == 0)
+        results.append(result)
+        print(
+            f"{size[0]} x {size[1]}, factors {result['factor_shape']}, best {RANK} terms hold "
+            f"{result['optimum_share_of_weight']:.2%} of the weight"
+        )
+        if "optimum_over_full_svd" in result:
+            print(f"  optimum over full SVD: {result['optimum_over_full_svd']:.6f}")
+        for name, figures in result["methods"].items():
+            print(
+                f"  {name:32s} {figures['seconds']:7.2f} s {figures['ratio']:6.2f} x"
+                f" {figures['processor_seconds']:7.2f} cpu-s {figures['captured_energy']:9.3%}"
+                f" {figures['peak_memory_mb']:7.0f} MB"
+            )
+    if options.json:
+        payload = {"threads": torch.get_num_threads(), "torch": torch.__version__, "runs": results}
+        options.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

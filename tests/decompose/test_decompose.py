@@ -1,0 +1,308 @@
+"""The stage as a whole: exact factors, an honest report, a cache that never changes a result."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.targets import match_targets
+from kpsvd_tune.decompose import Decomposition, Progress, collect_spectra, decompose, spectra
+from kpsvd_tune.errors import AdapterError, ModelError
+from kpsvd_tune.linalg import kpsvd
+from kpsvd_tune.models import ModelSource, load_model, load_skeleton, resolve_model, target_names
+from kpsvd_tune.recipe.adapter import AdapterRecipe
+
+
+def recipe(**rank: object) -> AdapterRecipe:
+    given = {"window": 6, "max": 6, "min": 0, "energy": 0.5} | rank
+    shape = given.pop("factor_shape", "balanced")
+    return AdapterRecipe.model_validate({"rank": given, "factor_shape": shape})
+
+
+def assert_same(one: Decomposition, other: Decomposition) -> None:
+    assert one.layers == other.layers
+    assert list(one.factors) == list(other.factors)
+    for name, (left, right) in one.factors.items():
+        assert torch.equal(left, other.factors[name][0]), name
+        assert torch.equal(right, other.factors[name][1]), name
+
+
+@pytest.fixture
+def source(tiny_model_dir: Path) -> ModelSource:
+    return resolve_model(str(tiny_model_dir))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each matrix that is really decomposed: how many terms were asked for."""
+    calls: list[int] = []
+
+    def counting(weight: torch.Tensor, shape: object, num_terms: int, **options: object) -> object:
+        calls.append(num_terms)
+        return kpsvd(weight, shape, num_terms, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(spectra, "kpsvd", counting)
+    return calls
+
+
+@pytest.mark.parametrize("factor_shape", ["balanced", "thin", "pissa", {"n": 4, "p": 2}])
+def test_factors_and_report_agree_with_the_weights(
+    source: ModelSource, factor_shape: str | dict[str, int]
+) -> None:
+    found = decompose(source, recipe(factor_shape=factor_shape, min=1))
+    model = load_model(source, "float32")
+    assert len(found.report.layers) == 14
+    for layer in found.report.layers:
+        weight = model.get_submodule(layer.name).weight.detach().double().numpy()
+        left, right = (factor.double().numpy() for factor in found.factors[layer.name])
+        m, n, p, q = layer.factor_shape
+        assert left.shape == (layer.rank, m, n)
+        assert right.shape == (layer.rank, p, q)
+        approximation = sum(np.kron(a, b) for a, b in zip(left, right, strict=True))
+        error = np.linalg.norm(weight - approximation) / np.linalg.norm(weight)
+        assert layer.relative_error == pytest.approx(error, abs=1e-5)
+        assert layer.energy_total == pytest.approx(1 - error**2, abs=1e-5)
+        blocks = weight.reshape(m, p, n, q).transpose(0, 2, 1, 3).reshape(m * n, p * q)
+        sigma = np.linalg.svd(blocks, compute_uv=False)
+        assert layer.singular_values == pytest.approx(sigma[:6], rel=1e-5)
+        assert layer.stable_rank == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-5)
+        kept, window = (sigma[: layer.rank] ** 2).sum(), (sigma[:6] ** 2).sum()
+        assert layer.energy_window == pytest.approx(kept / window, rel=1e-5)
+        assert layer.parameters == layer.rank * (m * n + p * q)
+        entry = found.layers[layer.name]
+        assert entry["shape"] == [m, n, p, q]
+        assert entry["rank"] == layer.rank
+        fingerprint = (weight * np.kron(left[0], right[0])).sum()
+        assert entry["fingerprint"] == pytest.approx(fingerprint, rel=1e-5)
+
+
+def test_totals_pool_the_layers(source: ModelSource) -> None:
+    report = decompose(source, recipe()).report
+    weights = [
+        [value**2 * (layer.energy_total / kept) for value in layer.singular_values]
+        for layer in report.layers
+        if (kept := sum(value**2 for value in layer.singular_values[: layer.rank])) > 0
+    ]
+    assert len(weights) == 14
+    held = sum(layer.energy_total for layer in report.layers)
+    assert report.totals["energy"] == pytest.approx(held / sum(map(math.fsum, weights)))
+    assert report.totals["modules"] == 14
+    assert report.totals["trainable_parameters"] == sum(x.parameters for x in report.layers)
+    model = load_model(source, "float32")
+    assert report.totals["base_parameters"] == sum(x.numel() for x in model.parameters())
+    assert dict(report.untouched).keys() == {"model.embed_tokens", "lm_head"}
+    assert report.rule["window"] == 6
+
+
+def test_conv1d_weights_are_taken_as_out_by_in(tmp_path: Path) -> None:
+    model = architectures.save("gpt2", tmp_path)
+    found = decompose(resolve_model(str(tmp_path)), recipe(method="fixed", window=64, max=64))
+    layer = next(x for x in found.report.layers if x.name == "transformer.h.0.mlp.c_fc")
+    assert (layer.out_features, layer.in_features) == (64, 16)
+    left, right = found.factors[layer.name]
+    rebuilt = sum(torch.kron(a, b) for a, b in zip(left, right, strict=True))
+    torch.testing.assert_close(rebuilt, model.transformer.h[0].mlp.c_fc.weight.detach().T)
+
+
+def test_the_adapter_matches_the_same_layers(source: ModelSource) -> None:
+    skeleton = load_skeleton(source)
+    for target, exclude in (("all-linear", ["o_proj"]), (["q_proj", "up_proj"], None)):
+        config = KpsvdConfig(target_modules=target, exclude_modules=exclude)
+        names = target_names(skeleton, target, exclude)
+        assert names == list(match_targets(skeleton, config))
+
+
+def test_layers_of_rank_0_are_reported_and_not_adapted(source: ModelSource) -> None:
+    found = decompose(source, recipe(budget=400))
+    ranks = {layer.name: layer.rank for layer in found.report.layers}
+    empty = {name for name, rank in ranks.items() if rank == 0}
+    assert empty
+    assert set(found.layers) == set(found.factors) == set(ranks) - empty
+    assert 0 < found.report.totals["trainable_parameters"] <= 400
+
+
+def test_overrides_reach_the_rules_in_both_forms(source: ModelSource) -> None:
+    adapter = recipe(overrides={"q_proj": {"rank": 4}, "v_proj": 3, "o_proj": {"max": 1}})
+    ranks = {layer.name: layer.rank for layer in decompose(source, adapter).report.layers}
+    assert {ranks[f"model.layers.{i}.self_attn.q_proj"] for i in (0, 1)} == {4}
+    assert {ranks[f"model.layers.{i}.self_attn.v_proj"] for i in (0, 1)} == {3}
+    assert max(ranks[f"model.layers.{i}.self_attn.o_proj"] for i in (0, 1)) == 1
+
+
+def test_a_second_run_and_other_thresholds_decompose_nothing(
+    source: ModelSource, computed: list[int]
+) -> None:
+    first = decompose(source, recipe())
+    assert len(computed) == 14
+    assert_same(decompose(source, recipe()), first)
+    higher = decompose(source, recipe(energy=0.9))
+    narrow = decompose(source, recipe(window=3, max=3))
+    assert len(computed) == 14
+    assert (
+        higher.report.totals["trainable_parameters"] > (first.report.totals["trainable_parameters"])
+    )
+    wide = first.report.layers[5].singular_values
+    assert narrow.report.layers[5].singular_values == wide[:3]
+    decompose(source, recipe(window=8))
+    assert len(computed) == 28
+
+
+def test_known_weights_are_not_even_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architectures.save("llama", tmp_path)
+    os.utime(tmp_path / "model.safetensors", (1e9, 1e9))
+    source = resolve_model(str(tmp_path))
+    first = decompose(source, recipe())
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("kpsvd_tune.models.stream.read_tensor", refuse)
+    assert_same(decompose(source, recipe()), first)
+
+
+def test_equal_weights_in_another_folder_share_the_cache(
+    tmp_path: Path, computed: list[int]
+) -> None:
+    for folder in ("one", "two"):
+        architectures.save("llama", tmp_path / folder)
+        decompose(resolve_model(str(tmp_path / folder)), recipe())
+    assert len(computed) == 14
+
+
+def test_one_set_of_spectra_serves_a_sweep(source: ModelSource) -> None:
+    spectra_of = collect_spectra(source, recipe())
+    for energy in (0.3, 0.9):
+        adapter = recipe(energy=energy)
+        report = spectra_of.report(adapter.rank)
+        expected = decompose(source, adapter)
+        assert report == expected.report
+        assert list(spectra_of.factors(report)) == list(expected.factors)
+    with pytest.raises(AdapterError, match="window 7: only 6 terms were computed"):
+        spectra_of.report(recipe(window=7).rank)
+
+
+def test_a_damaged_entry_is_computed_again_and_said(
+    source: ModelSource, computed: list[int], tmp_path: Path
+) -> None:
+    first = decompose(source, recipe(), cache_dir=tmp_path)
+    assert first.notes == ()
+    file = sorted((tmp_path / "spectra").rglob("*.safetensors"))[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    again = decompose(source, recipe(), cache_dir=tmp_path)
+    assert len(computed) == 15
+    assert again.notes == ("1 damaged entries of the spectra cache were computed again",)
+    assert_same(again, first)
+
+
+class Stopped(BaseException):
+    """Stands for Ctrl-C."""
+
+
+def stop_after(matrices: int) -> Callable[[Progress], None]:
+    def stop(progress: Progress) -> None:
+        if progress.done == matrices:
+            raise Stopped
+
+    return stop
+
+
+def test_an_interrupted_run_goes_on_after_the_last_matrix(
+    source: ModelSource, computed: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        decompose(source, recipe(), cache_dir=tmp_path / "one", progress=stop_after(5))
+    assert len(computed) == 5
+    resumed = decompose(source, recipe(), cache_dir=tmp_path / "one")
+    assert len(computed) == 14
+    assert_same(resumed, decompose(source, recipe(), cache_dir=tmp_path / "two"))
+
+
+def test_progress_counts_every_matrix(source: ModelSource) -> None:
+    seen: list[Progress] = []
+    found = decompose(source, recipe(), progress=seen.append)
+    assert [progress.done for progress in seen] == list(range(1, 15))
+    assert {progress.total for progress in seen} == {14}
+    assert seen[-1].seconds_left == 0
+    assert all(x.seconds_left is not None and x.seconds_left > 0 for x in seen[:-1])
+    windows = [layer.energy_total / layer.energy_window for layer in found.report.layers]
+    assert seen[-1].energy == pytest.approx(sum(windows) / 14)
+    seen.clear()
+    decompose(source, recipe(), progress=seen.append)
+    assert {progress.seconds_left for progress in seen} == {None}
+
+
+def test_ranks_of_a_launched_run_agree_and_share_the_work(
+    source: ModelSource, computed: list[int]
+) -> None:
+    with pytest.raises(Stopped):
+        decompose(source, recipe(), process_index=0, num_processes=2, progress=stop_after(7))
+    first = len(computed)
+    one = decompose(source, recipe(), process_index=1, num_processes=2)
+    assert (first, len(computed)) == (7, 14)
+    zero = decompose(source, recipe(), process_index=0, num_processes=2)
+    assert len(computed) == 14
+    assert_same(zero, one)
+
+
+def test_factors_survive_the_file(source: ModelSource, tmp_path: Path) -> None:
+    found = decompose(source, recipe())
+    found.save_factors(tmp_path / "init" / "factors.safetensors")
+    assert [file.name for file in (tmp_path / "init").iterdir()] == ["factors.safetensors"]
+    read = Decomposition.load_factors(tmp_path / "init" / "factors.safetensors")
+    assert set(read) == set(found.factors)
+    for name, pair in found.factors.items():
+        assert torch.equal(read[name][0], pair[0])
+        assert torch.equal(read[name][1], pair[1])
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 3] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj cannot be decomposed: .*non-fin"):
+        decompose(resolve_model(str(tmp_path)), recipe())
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ({"factor_shape": {"n": 5, "p": 2}}, "factor_shape for model.layers.0.self_attn.q_proj: n"),
+        ({"budget": 10, "min": 1}, "adapter.rank: a budget of 10 "),
+        ({"overrides": {"c_attn": 2}}, "adapter.rank: rank override 'c_attn' matches none"),
+        ({"budget": 10}, "every layer got rank 0"),
+    ],
+)
+def test_rules_that_cannot_be_met_are_refused(
+    source: ModelSource, rank: dict[str, object], message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        decompose(source, recipe(**rank))
+
+
+def test_shares_cost_about_the_same_and_hold_every_task_once() -> None:
+    shape = spectra.KroneckerShape
+    sizes = [(64, 64), (172, 64), (64, 172)] * 7 + [(512, 256)]
+    tasks = [
+        spectra.Task(str(index), shape(out // 4, 4, 4, inner // 4), 4)
+        for index, (out, inner) in enumerate(sizes)
+    ]
+    dealt = spectra.shares(tasks, 3)
+    assert sorted(task.name for share in dealt for task in share) == sorted(x.name for x in tasks)
+    costs = [sum(task.cost for task in share) for share in dealt]
+    assert max(costs) - min(costs) <= max(task.cost for task in tasks)
+    assert dealt == spectra.shares(tasks, 3)
+    assert spectra.shares(tasks, 1) == [tasks]

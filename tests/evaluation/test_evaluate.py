@@ -1,0 +1,213 @@
+"""A whole evaluation: scores, resume after a kill, and never a score of two models' answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation import evaluate as module
+from kpsvd_tune.evaluation.completions import read_completions
+from kpsvd_tune.evaluation.evaluate import evaluate, weights_fingerprint
+from kpsvd_tune.evaluation.scoring import rescore
+from kpsvd_tune.recipe import EvaluationRecipe
+
+
+@pytest.fixture
+def recipe(rows_file: Path) -> EvaluationRecipe:
+    columns = {"prompt": "question", "completion": "answer"}
+    return EvaluationRecipe(
+        task="exact_match", path=str(rows_file), columns=columns, max_new_tokens=6, batch_size=3
+    )
+
+
+def test_an_evaluation_answers_every_row_and_can_be_scored_again(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    scores = evaluate(tiny_model, tokenizer, recipe, tmp_path / "eval")
+    assert [(each.scorer, each.n) for each in scores] == [("exact_match", 8), ("exact_text", 8)]
+    file = tmp_path / "eval" / "completions.jsonl"
+    assert sorted(each.id for each in read_completions(file)) == list(range(8))
+    row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    assert set(row) == {"id", "prompt", "completion", "gold"}
+    assert rescore(file, "exact_match") == scores
+    assert {each.name for each in (tmp_path / "eval").iterdir()} == {
+        "completions.jsonl",
+        "evaluation.json",
+    }
+
+
+def test_the_template_of_the_dataset_is_used_where_the_section_has_none(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    evaluate(tiny_model, tokenizer, recipe, tmp_path / "a", template="Say: {prompt}|{completion}")
+    first = read_completions(tmp_path / "a" / "completions.jsonl")[0]
+    assert first.prompt.startswith("Say: Tom")
+    own = recipe.model_copy(update={"template": "My: {prompt}|{completion}"})
+    evaluate(tiny_model, tokenizer, own, tmp_path / "b", template="Say: {prompt}|{completion}")
+    assert read_completions(tmp_path / "b" / "completions.jsonl")[0].prompt.startswith("My: Tom")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in between handles it."""
+
+
+@pytest.mark.parametrize("torn", ["", '{"id": 7, "prompt": "To'])
+def test_a_killed_evaluation_goes_on_and_generates_nothing_twice(
+    tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: str
+):
+    whole = evaluate(tiny_model, tokenizer, recipe, tmp_path / "whole")
+    append, folder = module.append_completion, tmp_path / "killed"
+    written: list[int | str] = []
+
+    def append_some(path, completion):
+        if len(written) == 4:
+            raise Killed
+        written.append(completion.id)
+        append(path, completion)
+
+    monkeypatch.setattr(module, "append_completion", append_some)
+    with pytest.raises(Killed):
+        evaluate(tiny_model, tokenizer, recipe, folder)
+    monkeypatch.undo()
+    file = folder / "completions.jsonl"
+    with file.open("a") as stream:
+        stream.write(torn)
+    prefix = file.read_bytes().removesuffix(torn.encode())
+
+    asked: list[int] = []
+    forward = tiny_model.forward
+
+    def counting(*args, **kwargs):
+        if kwargs.get("past_key_values") is None:
+            asked.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    tiny_model.forward = counting
+    assert evaluate(tiny_model, tokenizer, recipe, folder) == whole
+    assert sum(asked) == 4
+    assert file.read_bytes().startswith(prefix)
+    expected = read_completions(tmp_path / "whole" / "completions.jsonl")
+    assert {e.id: e for e in read_completions(file)} == {e.id: e for e in expected}
+    # A third time there is nothing left to ask.
+    assert evaluate(tiny_model, tokenizer, recipe, folder) == whole
+    assert sum(asked) == 4
+
+
+def test_a_larger_limit_adds_rows_and_a_smaller_one_scores_fewer(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    for limit, num_stored in [(3, 3), (6, 6), (2, 6)]:
+        limited = recipe.model_copy(update={"limit": limit, "batch_size": limit})
+        assert evaluate(tiny_model, tokenizer, limited, tmp_path)[0].n == limit
+        assert len(read_completions(tmp_path / "completions.jsonl")) == num_stored
+
+
+def test_another_model_does_not_continue_the_completions(
+    model_factory, tokenizer, recipe, tmp_path: Path
+):
+    evaluate(model_factory(0), tokenizer, recipe, tmp_path)
+    evaluate(model_factory(0), tokenizer, recipe, tmp_path)
+    with pytest.raises(InputError, match="completions made with weights .* choose another folder"):
+        evaluate(model_factory(1), tokenizer, recipe, tmp_path)
+
+
+def test_other_settings_do_not_continue_the_completions(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    evaluate(tiny_model, tokenizer, recipe, tmp_path)
+    longer = recipe.model_copy(update={"max_new_tokens": 7})
+    with pytest.raises(InputError, match="made with max_new_tokens 6, but now it is 7"):
+        evaluate(tiny_model, tokenizer, longer, tmp_path)
+    with pytest.raises(DataError, match="answers another prompt under the id"):
+        evaluate(
+            tiny_model, tokenizer, recipe, tmp_path, template="Question: {prompt} {completion}"
+        )
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(InputError, match="but no evaluation.json, so nobody knows"):
+        evaluate(tiny_model, tokenizer, recipe, tmp_path)
+
+
+def test_one_step_of_one_parameter_changes_the_fingerprint(model_factory):
+    model = model_factory(0)
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model_factory(0)) == before
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1 + 1e-4)
+    assert weights_fingerprint(model) != before
+
+
+def test_samples_of_a_prompt_count_as_one_question(tiny_model, tokenizer, recipe, tmp_path: Path):
+    scores = evaluate(
+        tiny_model, tokenizer, recipe, tmp_path, temperature=1.0, num_samples=2, seed=3
+    )
+    assert scores[0].n == 8
+    assert len(read_completions(tmp_path / "completions.jsonl")) == 16
+
+
+def test_code_is_refused_before_the_data_is_read(tiny_model, tokenizer, tmp_path: Path):
+    recipe = EvaluationRecipe(task="mbpp", path=str(tmp_path / "missing.jsonl"))
+    with pytest.raises(InputError, match="Type --allow-code-execution"):
+        evaluate(tiny_model, tokenizer, recipe, tmp_path / "eval")
+    assert not (tmp_path / "eval").exists()
+
+
+def test_scoring_again_needs_no_torch():
+    code = (
+        "import sys; from kpsvd_tune.evaluation.scoring import rescore;"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    package = str(Path(module.__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": package}
+    )
+
+
+TWO_PROCESSES = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import make_model, make_tokenizer
+from kpsvd_tune.evaluation.evaluate import evaluate
+from kpsvd_tune.recipe import EvaluationRecipe
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{folder}/meeting", rank=rank, world_size=2
+)
+tokenizer = make_tokenizer()
+recipe = EvaluationRecipe(
+    task="exact_match", path={rows!r}, max_new_tokens=6, batch_size=3,
+    columns={{"prompt": "question", "completion": "answer"}},
+)
+scores = evaluate(make_model(tokenizer), tokenizer, recipe, Path({folder!r}) / "eval")
+(Path({folder!r}) / f"scores-{{rank}}").write_text(repr(scores))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts_and_give_the_same_scores(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    alone = evaluate(tiny_model, tokenizer, recipe, tmp_path / "alone")
+    tests = str(Path(__file__).parents[1])
+    code = TWO_PROCESSES.format(tests=tests, folder=str(tmp_path), rows=recipe.path)
+    package = str(Path(module.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": package}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment)
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for rank in range(2):
+        assert (tmp_path / f"scores-{rank}").read_text() == repr(alone)
+    shared = read_completions(tmp_path / "eval" / "completions.jsonl")
+    expected = read_completions(tmp_path / "alone" / "completions.jsonl")
+    assert {each.id: each for each in shared} == {each.id: each for each in expected}

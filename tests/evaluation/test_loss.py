@@ -1,0 +1,139 @@
+"""Loss and forgetting against a token-by-token computation of our own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from kpsvd_tune.data import Encoder
+from kpsvd_tune.data.format import Pair
+from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation.loss import TokenLoss, completion_loss, forgetting, text_loss
+
+TEMPLATE = "Question: {prompt}\nAnswer: {completion}"
+COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+def token_losses(model, ids: list[int]) -> list[float]:
+    """The loss of each token from the second on, one forward pass a token."""
+    losses = []
+    for end in range(1, len(ids)):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[:end]])).logits[0, -1].double()
+        losses.append(float(torch.logsumexp(logits, 0) - logits[ids[end]]))
+    return losses
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_completion_loss_is_the_mean_over_completion_tokens(
+    tiny_model, tokenizer, rows_file: Path, batch_size: int
+):
+    encoder = Encoder(tokenizer, TEMPLATE, 1024)
+    losses: list[float] = []
+    for line in rows_file.read_text().splitlines()[:4]:
+        row = json.loads(line)
+        encoded = encoder.encode(Pair(row["question"], row["answer"]), 0).row
+        each = token_losses(tiny_model, list(encoded.input_ids))
+        losses += each[-encoded.num_supervised :]
+    loss = completion_loss(
+        tiny_model,
+        tokenizer,
+        str(rows_file),
+        template=TEMPLATE,
+        columns=COLUMNS,
+        batch_size=batch_size,
+        limit=4,
+    )
+    assert loss.n == len(losses)
+    assert loss.value == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    spread = torch.tensor(losses).std().item()
+    assert loss.stderr == pytest.approx(spread / math.sqrt(len(losses)), rel=1e-4)
+
+
+def test_text_loss_reads_windows_and_counts_all_but_their_first_tokens(
+    tiny_model, tokenizer, tmp_path: Path
+):
+    file = tmp_path / "text.txt"
+    file.write_text("One line of our own.\nAnother one.", encoding="utf-8")
+    ids = list(tokenizer(file.read_text())["input_ids"])
+    losses = [
+        loss
+        for start in range(0, len(ids), 10)
+        for loss in token_losses(tiny_model, ids[start : start + 10])
+    ]
+    seen: list[tuple[int, int]] = []
+    loss = text_loss(
+        tiny_model, tokenizer, file, window=10, batch_size=3, progress=lambda *d: seen.append(d)
+    )
+    assert loss.n == len(losses)
+    assert loss.value == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert seen[-1] == (4, 4)
+
+
+def test_perplexity():
+    assert TokenLoss(math.log(7), 5, 0.1).perplexity == pytest.approx(7)
+    assert TokenLoss(1e6, 5, 0.1).perplexity == math.inf
+
+
+def test_forgetting_is_the_change_against_the_base(tiny_model, tokenizer, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    file = tmp_path / "text.txt"
+    file.write_text("Some text that was never trained on. " * 4, encoding="utf-8")
+    before = text_loss(tiny_model, tokenizer, file, window=32)
+    adapted = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    untrained = forgetting(adapted, tokenizer, file, window=32)
+    assert (untrained.change, untrained.stderr, untrained.base) == (0.0, 0.0, before)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 1.0)
+    trained = forgetting(adapted, tokenizer, file, window=32)
+    after = text_loss(adapted, tokenizer, file, window=32)
+    assert trained.base == before
+    assert trained.adapted == after
+    assert trained.change == pytest.approx(after.value - before.value, rel=1e-9)
+    assert trained.change != 0
+    assert trained.stderr > 0
+
+
+def test_a_model_without_an_adapter_has_nothing_to_forget(tiny_model, tokenizer, tmp_path: Path):
+    with pytest.raises(InputError, match="LlamaForCausalLM has no adapter"):
+        forgetting(tiny_model, tokenizer, tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "window", "error", "message"),
+    [
+        (b"", 8, DataError, "holds 0 tokens; expected at least 2"),
+        (b"a", 8, DataError, "holds 1 tokens; expected at least 2"),
+        (b"\xff\xfe", 8, DataError, "as UTF-8 text"),
+        (None, 8, DataError, "cannot read .*gone.txt as UTF-8 text"),
+        (b"some text", 1, InputError, "window must be 2 tokens or more, got 1"),
+    ],
+)
+def test_texts_without_a_loss_are_refused(
+    tiny_model,
+    tokenizer,
+    tmp_path: Path,
+    content: bytes | None,
+    window: int,
+    error: type[Exception],
+    message: str,
+):
+    file = tmp_path / "gone.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(error, match=message):
+        text_loss(tiny_model, tokenizer, file, window=window)
+
+
+def test_rows_without_a_completion_are_refused(tiny_model, tokenizer, rows_file: Path):
+    with pytest.raises(DataError, match="holds no completion .* within the first 4 tokens"):
+        completion_loss(
+            tiny_model, tokenizer, str(rows_file), template=TEMPLATE, columns=COLUMNS, max_length=4
+        )

@@ -1,0 +1,209 @@
+"""Rows of the tasks, and the prompts made of them; all texts are our own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kpsvd_tune.data import Encoder
+from kpsvd_tune.data.format import Pair
+from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation.prompts import Prompting, build_prompts, read_shots, stop_strings
+from kpsvd_tune.evaluation.tasks import SOURCES, Question, read_questions
+from kpsvd_tune.recipe import EvaluationRecipe
+
+CODE_ROWS = [
+    {
+        "task_id": number,
+        "text": f"Write a function that adds {number}.",
+        "code": f"def add(x):\r\n    return x + {number}",
+        "test_list": [f"assert add({i}) == {i + number}" for i in range(3)],
+        "test_setup_code": "",
+    }
+    for number in (1, 2, 3, 4, 5, 11, 12, 510, 511, 601)
+]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def recipe(task: str, path: str, **keys) -> EvaluationRecipe:
+    return EvaluationRecipe(task=task, path=path, **keys)
+
+
+@pytest.fixture
+def code_file(tmp_path: Path) -> str:
+    return write(tmp_path / "code.jsonl", CODE_ROWS)
+
+
+def test_gsm8k_rows_are_questions_and_answers(rows_file: Path):
+    questions = read_questions(recipe("gsm8k", str(rows_file)))
+    assert len(questions) == 8
+    assert questions[0] == Question(
+        0, "Tom has 1 nuts and finds 2 more. How many?", "3 nuts", "3 nuts"
+    )
+    assert [each.id for each in questions] == list(range(8))
+
+
+def test_limit_takes_the_first_rows(rows_file: Path):
+    assert len(read_questions(recipe("gsm8k", str(rows_file), limit=3))) == 3
+
+
+def test_math_and_other_columns(tmp_path: Path):
+    path = write(
+        tmp_path / "m.jsonl", [{"problem": "1 + 1?", "solution": "\\boxed{2}", "level": 1}]
+    )
+    assert read_questions(recipe("math", path))[0].gold == "\\boxed{2}"
+    path = write(tmp_path / "o.jsonl", [{"id": "a7", "q": "1 + 1?", "a": "2"}])
+    columns = {"prompt": "q", "completion": "a"}
+    assert read_questions(recipe("exact_match", path, columns=columns)) == [
+        Question("a7", "1 + 1?", "2", "2")
+    ]
+
+
+def test_rows_that_share_an_id_are_numbered(tmp_path: Path):
+    rows = [{"id": 5, "prompt": "a", "completion": "b"}] * 2
+    questions = read_questions(recipe("exact_match", write(tmp_path / "r.jsonl", rows)))
+    assert [each.id for each in questions] == [0, 1]
+
+
+def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path):
+    messages = [
+        {"role": role, "content": text}
+        for role, text in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
+    path = write(tmp_path / "chat.jsonl", [{"messages": messages}])
+    (question,) = read_questions(recipe("exact_match", path))
+    assert (question.prompt, question.gold) == (tuple(messages[:3]), "d")
+
+
+@pytest.mark.parametrize(
+    ("split", "ids"),
+    [("test", [11, 12, 510]), ("prompt", [1, 2, 3, 4, 5]), ("validation", [511]), ("train", [601])],
+)
+def test_local_mbpp_rows_are_split_by_their_ids(code_file: str, split: str, ids: list[int]):
+    assert [each.id for each in read_questions(recipe("mbpp", code_file, split=split))] == ids
+
+
+def test_mbpp_gold_holds_all_a_test_needs(tmp_path: Path):
+    sanitized = {
+        "task_id": 20,
+        "prompt": "Add one.",
+        "code": "def f(x): return x + 1",
+        "test_imports": ["import math"],
+        "test_list": ["assert f(1) == 2"],
+    }
+    (question,) = read_questions(recipe("mbpp", write(tmp_path / "s.jsonl", [sanitized])))
+    assert question.prompt == "Add one."
+    assert question.gold == {
+        "test_list": ["assert f(1) == 2"],
+        "test_setup_code": "",
+        "test_imports": ["import math"],
+    }
+
+
+def test_rows_that_are_no_code_are_refused(rows_file: Path):
+    with pytest.raises(
+        DataError, match=r"line 1 is no row of MBPP: got the columns question, answer"
+    ):
+        read_questions(recipe("mbpp", str(rows_file)))
+
+
+def test_an_empty_split_is_refused(tmp_path: Path):
+    path = write(tmp_path / "code.jsonl", CODE_ROWS[:2])
+    with pytest.raises(DataError, match="holds no row of the split 'test'"):
+        read_questions(recipe("mbpp", path))
+
+
+@pytest.mark.parametrize("template", ["Question: {prompt}\nAnswer: {completion}", "chat"])
+def test_a_prompt_is_that_of_training(tokenizer, rows_file: Path, template: str):
+    questions = read_questions(recipe("gsm8k", str(rows_file)))
+    prompts, ends = build_prompts(questions, tokenizer, template, "gsm8k", Prompting())
+    encoder = Encoder(tokenizer, template, 512)
+    for prompt, question in zip(prompts, questions, strict=True):
+        row = encoder.encode(Pair(question.prompt, question.answer), 0).row
+        trained = next(i for i, label in enumerate(row.labels) if label >= 0)
+        assert prompt.input_ids == row.input_ids[:trained]
+        assert prompt.text == encoder.decode(prompt.input_ids)
+    assert tokenizer.eos_token_id in ends
+
+
+def test_the_shipped_recipes_train_on_the_default_prompts():
+    from kpsvd_tune.recipe import load_recipe, shipped_recipes
+
+    shipped = {name: load_recipe(path).dataset for name, path in shipped_recipes().items()}
+    for task in ("gsm8k", "math", "mbpp"):
+        assert shipped[f"{task}_llama2"].template == SOURCES[task].template
+        assert shipped[f"{task}_llama2"].path == SOURCES[task].path
+
+
+def test_worked_examples_stand_before_the_question(tokenizer, rows_file: Path, tmp_path: Path):
+    shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}] * 5)
+    prompting = Prompting(num_shots=2, shots_path=shots_file)
+    task = recipe("gsm8k", str(rows_file), limit=1)
+    shots = read_shots(task, prompting)
+    text = SOURCES["gsm8k"].template
+    ((prompt,), _) = build_prompts(read_questions(task), tokenizer, text, "gsm8k", prompting, shots)
+    example = "Question: 0 + 0?\nAnswer: 0\n\n"
+    assert prompt.text == (
+        example * 2 + "Question: Tom has 1 nuts and finds 2 more. How many?\nAnswer:"
+    )
+    ((chat,), _) = build_prompts(read_questions(task), tokenizer, "chat", "gsm8k", prompting, shots)
+    assert chat.text.count("<|user|>0 + 0?</s><|assistant|>0</s>") == 2
+
+
+def test_worked_examples_are_never_the_rows_that_are_scored(rows_file: Path):
+    with pytest.raises(InputError, match="must be other rows than those that are scored"):
+        read_shots(recipe("gsm8k", str(rows_file)), Prompting(num_shots=2))
+
+
+def test_too_few_worked_examples_are_refused(rows_file: Path, tmp_path: Path):
+    shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}])
+    prompting = Prompting(num_shots=2, shots_path=shots_file)
+    with pytest.raises(DataError, match="holds 1 worked examples, but num_shots is 2"):
+        read_shots(recipe("gsm8k", str(rows_file)), prompting)
+
+
+def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
+    task = recipe("mbpp", code_file, limit=1)
+    questions = read_questions(task)
+    text = SOURCES["mbpp"].template
+
+    def prompt(style: str) -> str:
+        prompting = Prompting(style)
+        shots = read_shots(task, prompting)
+        return build_prompts(questions, tokenizer, text, "mbpp", prompting, shots)[0][0].text
+
+    tests = "assert add(0) == 11\nassert add(1) == 12\nassert add(2) == 13"
+    assert prompt("template") == (f"Task: Write a function that adds 11.\n{tests}\nPython:\n")
+    assert prompt("bigcode") == ('"""\nWrite a function that adds 11.\nassert add(0) == 11\n"""\n')
+    parts = prompt("lm-eval").split("\n\nYou are an expert")
+    assert len(parts) == 4  # three worked examples, the ids 2, 3 and 4, and the question
+    for number, part in zip((2, 3, 4), parts, strict=False):
+        assert part.endswith(f"\n[BEGIN]\ndef add(x):\r\n    return x + {number}\n[DONE]")
+    assert parts[3].endswith(f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
+
+
+def test_a_style_without_the_task_is_refused(tokenizer):
+    with pytest.raises(InputError, match="no bigcode prompt for the task gsm8k. Expected template"):
+        build_prompts([], tokenizer, "chat", "gsm8k", Prompting("bigcode"))
+
+
+@pytest.mark.parametrize(
+    ("prompting", "template", "task", "expected"),
+    [
+        (Prompting(), "Question: {prompt}\nAnswer: {completion}", "gsm8k", ("\nQuestion:",)),
+        (Prompting(), "{prompt}\n{completion}", "gsm8k", ()),
+        (Prompting(), "chat", "gsm8k", ()),
+        (Prompting(stop=("x",)), "Question: {prompt}{completion}", "gsm8k", ("x",)),
+        (Prompting(stop=()), "Question: {prompt}{completion}", "gsm8k", ()),
+        (Prompting("lm-eval"), "chat", "mbpp", ("[DONE]",)),
+        (Prompting("lm-eval"), "chat", "gsm8k", ("Question:",)),
+    ],
+)
+def test_stop_strings(prompting: Prompting, template: str, task: str, expected: tuple):
+    assert stop_strings(prompting, template, task) == expected

@@ -1,0 +1,166 @@
+"""The command line itself: options that stand, help without torch, JSON on stdout only."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from kpsvd_tune import __version__, cli
+from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
+
+# New knobs go into the recipe; an option that joins here is a decision.
+OPTIONS = {
+    "train": {
+        "--gpus",
+        "--processes",
+        "--resume",
+        "--allow-change",
+        "--allow-code-execution",
+        "--dry-run",
+        "--offline",
+        "--json",
+        "--debug",
+    },
+    "init-only": {"--processes", "--sweep", "--offline", "--json", "--debug"},
+    "merge": {
+        "--output",
+        "-o",
+        "--dtype",
+        "--base",
+        "--tolerance",
+        "--offline",
+        "--json",
+        "--debug",
+    },
+    "generate": {
+        "--max-new-tokens",
+        "--temperature",
+        "--seed",
+        "--raw",
+        "--base-only",
+        "--offline",
+        "--json",
+        "--debug",
+    },
+    "validate": {"--json", "--debug"},
+    "report": {"--json", "--debug"},
+    "recipes list": {"--json"},
+    "recipes show": set(),
+    "recipes copy": set(),
+}
+
+
+def options() -> dict[str, set[str]]:
+    found = {}
+    commands = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    recipes = commands.pop("recipes")
+    commands |= {f"recipes {name}": each for name, each in recipes.commands.items()}
+    for name, command in commands.items():
+        found[name] = {
+            option for each in command.params for option in each.opts if option.startswith("-")
+        }
+    return found
+
+
+def test_the_options_are_those_decided_on() -> None:
+    assert options() == OPTIONS
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["validate", "quickstart"], ["recipes", "list"]]
+)
+def test_light_commands_import_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from kpsvd_tune import cli; code = cli.run(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"kpsvd-tune {__version__}\n"
+
+
+def test_validate_prints_the_resolved_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["validate", "quickstart", "train.max_steps=7"]) == 0
+    captured = capsys.readouterr()
+    assert "quickstart: valid" in captured.err
+    copied = tmp_path / "resolved.yaml"
+    copied.write_text(captured.out, encoding="utf-8")
+    assert cli.run(["validate", str(copied), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["max_steps"] == 7
+
+
+def test_three_typos_at_three_depths_are_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "modle: {}\nmodel:\n  path: m\n  dtpye: float32\nadapter:\n  rank:\n    enregy: 0.5\n"
+        "output_dir: run\n",
+        encoding="utf-8",
+    )
+    assert cli.run(["validate", str(recipe)]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 3
+    assert "r.yaml:1:" in captured.err
+    for line, wanted in zip(sorted(lines), ("model?", "dtype?", "energy?"), strict=False):
+        assert "did you mean" in line
+    assert all(f"did you mean {name}?" in captured.err for name in ("model", "dtype", "energy"))
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def test_recipes_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["recipes", "copy", "quickstart", str(tmp_path)]) == 0
+    assert (tmp_path / "quickstart.yaml").is_file()
+    assert cli.run(["recipes", "copy", "quickstart", str(tmp_path)]) == 2
+    assert "exists: name another file" in capsys.readouterr().err
+    assert cli.run(["recipes", "copy", "quickstart", str(tmp_path / "no" / "x.yaml")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (NonFiniteError("step 3: the loss is nan"), 3, "error: step 3: the loss is nan"),
+        (StoppedBySignal(15), 143, "stopped by SIGTERM"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied: 'out'"),
+        (ZeroDivisionError("oops"), 1, "This is a bug in kpsvd-tune"),
+    ],
+)
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load_recipe", fail)
+    assert cli.run(["validate", "quickstart"]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert ("Traceback" in captured.err) is isinstance(error, ZeroDivisionError)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["validate", "nothing-like-this", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,266 @@
+"""End to end on the tiny model: train, resume, report, merge, generate, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
+from kpsvd_tune import cli
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""# Purpose: a tiny test.
+model: {{path: {tiny_model_dir}, dtype: float32}}
+dataset:
+  path: {rows_file}
+  columns: {{prompt: question, completion: answer}}
+  validation: 2
+adapter: {{rank: {{window: 8, max: 4}}}}
+train:
+  max_steps: 6
+  batch_size: 2
+  eval_every: 3
+  save_every: 2
+  precision: "no"
+  learning_rate: 1.0e-2
+output_dir: {tmp_path / "run"}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timings = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in timings} for line in lines]
+
+
+def test_train_report_merge_generate(
+    recipe: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.run(["train", str(recipe), "--json"]) == 0
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert "trained tokens marked" in captured.err
+    assert results == json.loads((run / "results.json").read_text())
+    assert {
+        "train_loss",
+        "validation_loss",
+        "steps",
+        "trainable_parameters",
+        "wall_seconds",
+        "peak_memory_bytes",
+    } <= set(results)
+    assert results["validation_loss"] < results["validation_loss_before"]
+    assert results["steps"] == 6
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
+    trainable = sum(
+        layer["rank"] * (m * n + p * q)
+        for layer in adapted.peft_config["default"].layers.values()
+        for m, n, p, q in [layer["shape"]]
+    )
+    assert results["trainable_parameters"] == trainable
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+
+    assert cli.run(["report", str(run)]) == 0
+    assert "14 matrices" in capsys.readouterr().out
+
+    merged = tmp_path / "merged"
+    assert cli.run(["merge", str(run), "--output", str(merged)]) == 0
+    assert "are equal" in capsys.readouterr().out
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
+
+    answers = []
+    for source in (run, merged):
+        assert cli.run(["generate", str(source), "Tom has", "--raw", "--max-new-tokens", "4"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+    assert cli.run(["train", str(recipe)]) == 0
+    assert "is finished; nothing was done" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Stopped by Ctrl-C in the middle; the same command again ends where the whole run ends."""
+    import os
+    import signal
+
+    from kpsvd_tune.report.console import Events
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli.run(["train", str(recipe), f"output_dir={whole}"]) == 0
+
+    original = Events.step
+
+    def interrupt(self: Events, step: Any, total: int) -> None:
+        original(self, step, total)
+        if step.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Events, "step", interrupt)
+    assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 130
+    assert "stopped by SIGINT; the state was saved first" in capsys.readouterr().err
+    assert not (stopped / "results.json").exists()
+    monkeypatch.setattr(Events, "step", original)
+    # Going on must not need the decomposition again, whatever became of the cache.
+    monkeypatch.setattr("kpsvd_tune.pipeline.train.decompose", None)
+    assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 0
+    assert "continuing from" in capsys.readouterr().err
+    first, second = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (whole, stopped)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert metrics(whole) == metrics(stopped)
+
+
+def test_scores_before_and_after(
+    recipe: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = (
+        f"evaluation=[{{task: exact_match, path: {rows_file}, before: true, max_new_tokens: 4, "
+        "columns: {prompt: question, completion: answer}}]"
+    )
+    assert cli.run(["train", str(recipe), task, "train.max_steps=1"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["exact_match"].keys() == {"before", "after", "n"}
+    assert results["exact_match"]["n"] == 8
+    assert "before training" in capsys.readouterr().out
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "exact_match" in card
+    assert "import kpsvd_tune.adapter" in card
+
+
+def test_init_only_needs_no_data_and_writes_the_reports(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["init-only", str(recipe), "dataset=null"]) == 0
+    out = capsys.readouterr().out
+    assert "14 matrices" in out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    report = json.loads((tmp_path / "run" / "init" / "rank_report.json").read_text())
+    assert len(report["layers"]) == 14
+    header, *rows = (tmp_path / "run" / "init" / "rank_report.csv").read_text().splitlines()
+    assert len(rows) == 14
+    assert header.startswith("name,out_features,in_features,factor_shape,rank,")
+
+
+def test_sweep_shows_totals_without_training(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["init-only", str(recipe), "--sweep", "adapter.rank.energy=0.2,0.9", "--json"]
+    assert cli.run(sweep) == 0
+    low, high = json.loads(capsys.readouterr().out).values()
+    assert low["totals"]["trainable_parameters"] < high["totals"]["trainable_parameters"]
+
+
+def test_dry_run_writes_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["train", str(recipe), "--dry-run"]) == 0
+    assert not (tmp_path / "run").exists()
+    out = capsys.readouterr().out
+    assert "target_matrices" in out
+    assert " 14" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        (["train", "RECIPE", "dataset=null"], 2, "the recipe has no dataset section"),
+        (["train", "RECIPE", "dataset.path=none.jsonl"], 2, "none.jsonl"),
+        (["train", "RECIPE", "train.lerning_rate=1"], 2, "did you mean learning_rate?"),
+        (["train", "RECIPE", "model.path=/nowhere/model"], 2, "/nowhere/model"),
+        (["train", "missing.yaml"], 2, "missing.yaml"),
+        (["train", "RECIPE", "--gpus", "2", "--processes", "2"], 2, "exclude each other"),
+        (["train", "RECIPE", "--no-such-option"], 2, "No such option"),
+        (["init-only", "RECIPE", "adapter.rank.budget=10"], 2, "budget of 10"),
+        (["init-only", "RECIPE", "--sweep", "train.seed=1,2"], 2, "only keys of adapter.rank"),
+        (["init-only", "RECIPE", "--sweep", "energy"], 2, "expected KEY=A,B,C"),
+        (["init-only", "RECIPE", "adapter.target_modules=[q_prok]"], 2, "q_proj"),
+        (["merge", "MODEL", "--output", "OUT"], 2, "neither a run nor an adapter"),
+        (["report", "MODEL"], 2, "holds neither init/rank_report.json nor results.json"),
+        (["recipes", "show", "nothing"], 2, "no shipped recipe 'nothing'; there are: "),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    recipe: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    code: int,
+    message: str,
+) -> None:
+    names = {"RECIPE": str(recipe), "MODEL": str(tiny_model_dir), "OUT": str(tmp_path / "out")}
+    assert cli.run([names.get(word, word) for word in command]) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_merge_refuses_an_unfinished_run_and_its_own_input(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.run(["train", str(recipe), "train.max_steps=1"]) == 0
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    assert cli.run(["merge", str(run), "--output", str(run / "merged")]) == 2
+    assert "would write over or into the input" in capsys.readouterr().err
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+    shutil.rmtree(run / "adapter")
+    assert cli.run(["merge", str(run), "--output", str(tmp_path / "m")]) == 2
+    assert "a run without a finished adapter" in capsys.readouterr().err
+
+
+def test_a_merge_above_the_tolerance_fails(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["train", str(recipe), "train.max_steps=2"]) == 0
+    target = str(tmp_path / "m")
+    command = ["merge", str(tmp_path / "run"), "-o", target, "--dtype", "bfloat16"]
+    assert cli.run([*command, "--tolerance", "1e-9"]) == 1
+    assert "are NOT equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
+    """Two ranks of batch 1 against one of batch 2: the same rows, the same factors."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.run(["train", str(recipe), f"output_dir={one}"]) == 0
+    from kpsvd_tune.launch import launch
+
+    arguments = ["train", str(recipe), f"output_dir={two}", "train.batch_size=1"]
+    assert launch([*arguments, "--processes", "2"], 2, use_cpu=True) == 0
+    first, second = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)
+    )
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
+    losses = [[line["loss"] for line in metrics(run)] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

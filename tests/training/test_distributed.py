@@ -1,0 +1,132 @@
+"""Two processes (gloo, CPU) are one process with the same global batch, and stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpsvd_tune.checkpoint import read_committed
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+pytestmark = [
+    pytest.mark.slow,
+    # PEFT 0.21 still asks transformers 5.23 for the old name of a property.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks left behind, started once for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    return folder
+
+
+def seen(folder: Path, name: str, rank: int = 0) -> Any:
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+def flat(weights: dict[str, Any]) -> list[float]:
+    return [value for rows in weights.values() for row in rows for value in row]
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulated"])
+def test_two_processes_equal_one(folder, tmp_path, name):
+    runpy.run_path(str(SCRIPT))["train"](tmp_path, "one", batch_size=4)
+    one, two = seen(tmp_path, "one"), seen(folder, name)
+    for key in ("loss", "grad_norm", "learning_rate", "tokens", "epoch", "step"):
+        assert [m[key] for m in two["metrics"]] == pytest.approx(
+            [m[key] for m in one["metrics"]], rel=1e-5
+        )
+    for key in ("train_loss", "validation_loss", "validation_loss_before"):
+        assert two["result"][key] == pytest.approx(one["result"][key], rel=1e-5)
+    assert flat(two["weights"]) == pytest.approx(flat(one["weights"]), abs=1e-5)
+
+
+def test_all_processes_hold_the_same_weights_and_numbers(folder):
+    for name in ("plain", "accumulated", "whole"):
+        zero, one = seen(folder, name, 0), seen(folder, name, 1)
+        assert zero["weights"] == one["weights"]
+        losses = [[m["loss"] for m in each["metrics"]] for each in (zero, one)]
+        assert losses[0] == losses[1]
+        assert zero["result"]["validation_loss"] == one["result"]["validation_loss"]
+
+
+def test_only_one_process_writes_the_log(folder):
+    lines = (folder / "plain" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(folder):
+    assert [m["step"] for m in seen(folder, "parts+resumed", 1)["metrics"]] == [3, 4]
+    saved = [
+        read_committed(folder / name / "checkpoints" / "step-000004") for name in ("whole", "parts")
+    ]
+    for name in ("offsets.safetensors", "optimizer.safetensors", "random.safetensors"):
+        assert saved[0][name] == saved[1][name]
+    random = [json.loads(each["state.json"])["random"] for each in saved]
+    assert len(random[0]) == 2
+    assert random[0] == random[1]
+
+
+def test_processes_drop_out_different_units(folder):
+    tensors = read_committed(folder / "whole" / "checkpoints" / "step-000004")
+    from safetensors.torch import load
+
+    random = load(tensors["random.safetensors"])
+    assert not random["0/torch"].equal(random["1/torch"])
+
+
+def test_a_nan_on_one_process_stops_both_before_the_step(folder):
+    for rank in (0, 1):
+        kind, code, message = seen(folder, "nan", rank)["error"]
+        assert (kind, code) == ("NonFiniteError", 3)
+        assert message.startswith("step 3: the loss is nan on process 1, in one of the rows ")
+    assert seen(folder, "nan", 0)["weights"] == seen(folder, "nan", 1)["weights"]
+    assert not (folder / "nan" / "checkpoints" / "step-000003").exists()
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(folder):
+    for rank in (0, 1):
+        outcome = seen(folder, "signal", rank)
+        assert outcome["error"][:2] == ["StoppedBySignal", 143]
+    checkpoints = sorted(each.name for each in (folder / "signal" / "checkpoints").iterdir())
+    assert checkpoints == ["step-000002"]
+
+
+def test_an_error_on_the_main_process_reaches_the_other(folder):
+    assert [seen(folder, "main", rank) for rank in (0, 1)] == ["the disk is full"] * 2

@@ -1,0 +1,219 @@
+"""A run that was stopped and continued is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from kpsvd_tune.checkpoint import read_committed
+from kpsvd_tune.errors import CheckpointError, StoppedBySignal
+
+TIMING = ("seconds", "tokens_per_second")
+
+
+def metric_lines(folder: Path) -> list[str]:
+    """metrics.jsonl without the fields that hold times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        json.dumps({k: v for k, v in json.loads(line).items() if k not in TIMING}) for line in lines
+    ]
+
+
+def tensors_of(folder: Path, step: int) -> dict[str, bytes]:
+    """The files of a checkpoint that hold tensors: trained ones, optimiser, random generators."""
+    files = read_committed(folder / "checkpoints" / f"step-{step:06d}")
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
+def assert_same_run(folder: Path, other: Path, step: int) -> None:
+    assert metric_lines(folder) == metric_lines(other)
+    assert tensors_of(folder, step) == tensors_of(other, step)
+    states = [
+        json.loads(read_committed(each / "checkpoints" / f"step-{step:06d}")["state.json"])
+        for each in (folder, other)
+    ]
+    for state in states:
+        # Lines of metrics hold times, which have no fixed number of digits.
+        del state["metrics_bytes"], state["progress"]["seconds"]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_resumed_run_is_the_uninterrupted_run(
+    start_training, lora_model, rows, tmp_path, optimizer, stop_at
+):
+    # Ten rows in steps of four: step 2 and step 5 end mid-epoch. Dropout draws random numbers.
+    changes = {
+        "optimizer": optimizer,
+        "max_steps": 7,
+        "gradient_accumulation": 2,
+        "save_every": 2,
+        "eval_every": 3,
+        "warmup_ratio": 0.2,
+        "weight_decay": 0.01,
+        "validation": rows[:3],
+    }
+    for _ in start_training("whole", model=lora_model(dropout=0.2), **changes).steps():
+        pass
+    steps = start_training("parts", model=lora_model(dropout=0.2), **changes).steps()
+    for metrics in steps:
+        if metrics.step == stop_at:
+            steps.close()  # as if killed: steps after the last checkpoint are lost
+            break
+    torch.rand(100)
+    # Another start of the adapter, which the checkpoint has to overwrite.
+    model = lora_model(dropout=0.2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    resumed = start_training("parts", model=model, **changes)
+    assert resumed.progress.step == stop_at - stop_at % 2
+    result = [metrics.step for metrics in resumed.steps()]
+    assert result == list(range(stop_at - stop_at % 2 + 1, 8))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=7)
+
+
+def test_a_finished_training_resumes_to_nothing_and_the_same_result(start_training, rows):
+    training = start_training(validation=rows[:3])
+    list(training.steps())
+    again = start_training(validation=rows[:3])
+    assert list(again.steps()) == []
+    expected, result = training.result(), again.result()
+    assert (result.train_loss, result.validation_loss, result.validation_loss_before) == (
+        expected.train_loss,
+        expected.validation_loss,
+        expected.validation_loss_before,
+    )
+    assert result.steps == 6
+
+
+def test_modules_to_save_and_their_optimiser_state_resume(start_training, lora_model, tmp_path):
+    make = lambda: lora_model(modules_to_save=["lm_head"])  # noqa: E731
+    list(start_training("whole", model=make()).steps())
+    steps = start_training("parts", model=make(), save_every=3).steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    list(start_training("parts", model=make(), save_every=3).steps())
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
+    assert b"lm_head" in tensors_of(tmp_path / "whole", 6)["offsets.safetensors"]
+
+
+def test_data_workers_change_nothing(start_training, lora_model, tmp_path):
+    for folder, num_workers in (("without", 0), ("with", 2)):
+        model = lora_model(dropout=0.2)
+        list(start_training(folder, model=model, max_steps=4, num_workers=num_workers).steps())
+    assert_same_run(tmp_path / "with", tmp_path / "without", step=4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_stops(start_training, rows, tmp_path, number):
+    list(start_training("whole").steps())
+    earlier = signal.getsignal(number)
+    training = start_training("parts")
+    seen = []
+
+    def train() -> None:
+        for metrics in training.steps():
+            seen.append(metrics.step)
+            if metrics.step == 2:
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(StoppedBySignal) as caught:
+        train()
+    # It came between steps 2 and 3; step 3 was finished, logged and saved.
+    assert seen == [1, 2]
+    assert caught.value.exit_code == 128 + number
+    assert len(metric_lines(tmp_path / "parts")) == 3
+    assert signal.getsignal(number) is earlier
+    list(start_training("parts").steps())
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
+
+
+@pytest.mark.parametrize("when", ["before", "amid"])
+def test_a_signal_before_or_amid_a_validation_leaves_it_to_the_resumed_run(
+    start_training, rows, tmp_path, monkeypatch, when
+):
+    changes = {"validation": rows[:6], "eval_every": 2}
+    list(start_training("whole", **changes).steps())
+    training = start_training("parts", **changes)
+    steps = training.steps()
+    next(steps)
+    if when == "before":
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        loss, calls = training._stepper.token_loss, []
+
+        def kill_at_second_batch(*_):
+            calls.append(loss.training)
+            if calls.count(False) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loss.register_forward_pre_hook(kill_at_second_batch)
+    with pytest.raises(StoppedBySignal):
+        next(steps)
+    # Step 2 is taken and saved, but its line waits for its validation loss.
+    assert len(metric_lines(tmp_path / "parts")) == 1
+    resumed = start_training("parts", **changes)
+    assert resumed.progress.step == 2
+    assert [metrics.step for metrics in resumed.steps()] == [2, 3, 4, 5, 6]
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
+
+
+def test_a_signal_during_the_first_validation_stops_before_any_step(start_training, rows, tmp_path):
+    training = start_training(validation=rows)
+    training._signals.requested = signal.SIGTERM
+    with pytest.raises(StoppedBySignal):
+        next(training.steps())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_early_stopping_counts_on_after_a_resume(start_training, rows, tmp_path):
+    # A rate of next to nothing: no validation is a gain.
+    changes = {
+        "validation": rows[:3],
+        "eval_every": 1,
+        "save_every": 1,
+        "learning_rate": 1e-12,
+        "early_stopping": {"patience": 3, "min_delta": 0.1},
+    }
+    assert [m.step for m in start_training("whole", **changes).steps()] == [1, 2, 3, 4]
+    steps = start_training("parts", **changes).steps()
+    next(steps)
+    next(steps)
+    steps.close()
+    assert [m.step for m in start_training("parts", **changes).steps()] == [3, 4]
+    assert list(start_training("parts", **changes).steps()) == []
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=4)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(start_training, lora_model):
+    list(start_training().steps())
+    with pytest.raises(CheckpointError, match=r"does not fit the model: .*lm_head.* is missing"):
+        start_training(model=lora_model(modules_to_save=["lm_head"]))
+
+
+def test_an_allowed_change_of_the_rate_counts_from_the_checkpoint_on(start_training):
+    steps = start_training(scheduler="linear", save_every=3).steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    resumed = start_training(scheduler="linear", save_every=3, learning_rate=2e-2)
+    rates = [metrics.learning_rate for metrics in resumed.steps()]
+    assert rates == pytest.approx([2e-2 * 3 / 6, 2e-2 * 2 / 6, 2e-2 * 1 / 6])
+
+
+def test_only_logged_steps_enter_the_file_and_every_step_is_given(start_training, tmp_path):
+    training = start_training(log_every=4)
+    assert [metrics.step for metrics in training.steps()] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in metric_lines(tmp_path / "run")]
+    # The last step is logged whatever log_every says.
+    assert [line["step"] for line in lines] == [4, 6]
+    assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"}

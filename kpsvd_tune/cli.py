@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -331,8 +330,7 @@ def _emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     if as_json:
-        plain = result.to_dict() if hasattr(result, "to_dict") else result
-        typer.echo(json.dumps(asdict(plain) if is_dataclass(plain) else plain))  # type: ignore[arg-type]
+        typer.echo(json.dumps(result, default=lambda value: value.to_dict()))
     else:
         show(result)
 
@@ -342,14 +340,13 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
+        if code == 130:
+            # typer turns a Ctrl-C into this code, without a word.
+            _say("stopped")
         return code if isinstance(code, int) else 0
     except TyperException as error:
         _say(f"error: {error.format_message()}")
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        # typer turns the one into the other.
-        _say("stopped")
-        return 130
     except BrokenPipeError:
         # The reader of our output is gone, as in `| head`; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -360,9 +357,8 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error) or type(error).__name__, 1, debug)
     except Exception as error:
         traceback.print_exc()
-        _say(
-            f"error: {type(error).__name__}: {error}\nThis is a bug in kpsvd-tune: please report it."
-        )
+        _say(f"error: {type(error).__name__}: {error}")
+        _say("This is a bug in kpsvd-tune: please report it.")
         return 1
 
 

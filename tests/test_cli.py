@@ -118,8 +118,6 @@ def test_three_typos_at_three_depths_are_told_at_once(
     lines = captured.err.strip().splitlines()
     assert len(lines) == 3
     assert "r.yaml:1:" in captured.err
-    for line, wanted in zip(sorted(lines), ("model?", "dtype?", "energy?"), strict=False):
-        assert "did you mean" in line
     assert all(f"did you mean {name}?" in captured.err for name in ("model", "dtype", "energy"))
     assert captured.out == ""
     assert "Traceback" not in captured.err

@@ -11,7 +11,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from kpsvd_tune import merge as merging
 from kpsvd_tune.adapter import KpsvdConfig
@@ -20,7 +25,7 @@ from kpsvd_tune.errors import InputError, MergeError, ResourceError
 
 def adapted(model: LlamaForCausalLM, scale: float = 0.05, **options: object) -> PeftModel:
     settings = {"target_modules": "all-linear", "rank": 2} | options
-    peft = get_peft_model(model, KpsvdConfig(**settings))  # type: ignore[arg-type]
+    peft = get_peft_model(model, KpsvdConfig(**settings))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in peft.parameters():
@@ -30,14 +35,14 @@ def adapted(model: LlamaForCausalLM, scale: float = 0.05, **options: object) -> 
 
 
 def test_merged_folder_is_the_adapted_model(
-    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected = peft(ids).logits
     output = tmp_path / "merged"
-    report = merging.merge(peft, tokenizer, output, adapter="run", dtype="float32")  # type: ignore[arg-type]
+    report = merging.merge(peft, tokenizer, output, adapter="run", dtype="float32")
     assert report.passed
     assert report.max_logit_difference < 1e-4
     assert report.top1_agreement == 1.0
@@ -51,9 +56,11 @@ def test_merged_folder_is_the_adapted_model(
     assert stored["max_logit_difference"] == report.max_logit_difference
 
 
-def test_files_of_a_merge(tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path) -> None:
+def test_files_of_a_merge(
+    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     output = tmp_path / "out" / "merged"
-    merging.merge(adapted(tiny_model), tokenizer, output, adapter="run", dtype="float32")  # type: ignore[arg-type]
+    merging.merge(adapted(tiny_model), tokenizer, output, adapter="run", dtype="float32")
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge_report.json"} <= names
     assert not any("kpsvd" in key for key in load_file(output / "model.safetensors"))
@@ -68,21 +75,21 @@ def _umask() -> int:
 
 
 def test_modules_to_save_reach_the_merged_weights(
-    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model, modules_to_save=["norm"]).eval()
-    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")  # type: ignore[arg-type]
+    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")
     assert report.passed
 
 
 def test_small_updates_lost_in_bf16_are_told(
-    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """An update far below the spacing of bf16 weights is rounded away almost whole."""
     base = tiny_model.to(torch.bfloat16).to(torch.float32)
     report = merging.merge(
         adapted(base, scale=5e-5),
-        tokenizer,  # type: ignore[arg-type]
+        tokenizer,
         tmp_path / "m",
         adapter="run",
         dtype="bfloat16",
@@ -107,7 +114,10 @@ def test_kept_share_is_measured_by_the_rule(tiny_model: LlamaForCausalLM) -> Non
 
 
 def test_a_wrong_merge_fails_the_proof(
-    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The proof must see a file that differs from what was meant to be written."""
     original = LlamaForCausalLM.save_pretrained
@@ -115,34 +125,39 @@ def test_a_wrong_merge_fails_the_proof(
     def save_other(self: LlamaForCausalLM, *args: object, **kwargs: object) -> None:
         with torch.no_grad():
             self.model.layers[0].mlp.up_proj.weight.mul_(1.05)
-        original(self, *args, **kwargs)  # type: ignore[arg-type]
+        original(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_other)
-    report = merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+    report = merging.merge(
+        adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32"
+    )
     assert not report.passed
 
 
 def test_a_broken_adapter_is_named(
-    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path
+    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model)
     with torch.no_grad():
         layer = peft.base_model.model.model.layers[1].self_attn.v_proj
         layer.kpsvd_left["default"][0, 0, 0] = float("inf")
     with pytest.raises(MergeError, match=r"layers\.1\.self_attn\.v_proj: .* not finite"):
-        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing(
-    tiny_model: LlamaForCausalLM, tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Usage:
         free = 10
 
     monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(ResourceError, match=r"needs 0\.00 GB on disk and .* has 0\.00 GB free"):
-        merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+        merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,13 +176,15 @@ def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 
 def test_conv1d_layers_merge(
-    tokenizer: object, tmp_path: Path, model_factory: Callable[..., LlamaForCausalLM]
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    model_factory: Callable[..., LlamaForCausalLM],
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(tokenizer),  # type: ignore[arg-type]
+        vocab_size=len(tokenizer),
         n_positions=128,
         n_embd=24,
         n_layer=1,
@@ -176,6 +193,6 @@ def test_conv1d_layers_merge(
         eos_token_id=None,
     )
     peft = adapted(GPT2LMHeadModel(config).eval())
-    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")  # type: ignore[arg-type]
+    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert report.passed
     assert report.max_logit_difference < 1e-4

@@ -569,6 +569,35 @@ def test_a_shipped_recipe_comes_back_equal_from_yaml(write, path: Path):
 FUZZ = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "tab\t",
+        " #",
+        "- a",
+        "no",
+        "1e-3",
+        "1:30",
+        "=",
+        "~",
+        "\U0001f600",
+    ],
+)
+def test_awkward_text_comes_back_equal_from_yaml(write, text: str):
+    content = {
+        "model": {"path": "m" + text, "revision": text + "x"},
+        "output_dir": "x" + text + "y",
+    }
+    recipe = Recipe.model_validate(content)
+    assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
+
+
 NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
 RATES = st.floats(0, 1, exclude_min=True)
 RECIPES = st.builds(

@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert not (stopped / "results.json").exists()
     monkeypatch.setattr(Events, "step", original)
     # Going on must not need the decomposition again, whatever became of the cache.
-    monkeypatch.setattr("kpsvd_tune.pipeline.train.decompose", None)
+    monkeypatch.setattr("kpsvd_tune.pipeline.run.decompose", None)
     assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 0
     assert "continuing from" in capsys.readouterr().err
     first, second = (
@@ -257,9 +257,7 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
 
     arguments = ["train", str(recipe), f"output_dir={two}", "train.batch_size=1"]
     assert launch([*arguments, "--processes", "2"], 2, use_cpu=True) == 0
-    first, second = (
-        load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)
-    )
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
     losses = [[line["loss"] for line in metrics(run)] for run in (one, two)]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kpsvd_tune.linalg.kronecker import KroneckerShape, rearrange
 
-# Up to this smaller side the eigenvectors of the whole Gram matrix cost a fraction of a second.
-DIRECT_SIZE = 1024
+# Up to this smaller side all eigenvectors of the Gram matrix cost about 0.1 s, so that exact
+# leading terms come for at most twice the time of the iteration.
+DIRECT_SIZE = 768
 # Vectors in a Krylov block. Narrow blocks reach a higher polynomial degree for the same number of
 # products, wide ones use the processor better.
 BLOCK_SIZE = 16

@@ -85,8 +85,8 @@ def auto_shape(
     """Choose the shape that holds the most energy per trainable parameter of one matrix.
 
     Candidates are the divisor pairs nearest to n = p and to n/p = sqrt(in/out), where a term has
-    the fewest parameters, at 1, 4, 16, 64, ...: about two for each, so at most ten or so for any
-    weight in use. Those above a limit drop out. Each of the others gets as many whole terms
+    the fewest parameters, the smaller of the two being 1, 4, 16, 64, ... up to the fourth root of
+    out*in: two for each, so at most ten for any weight in use. Those above a limit drop out. Each of the others gets as many whole terms
     (at least one) as cost what ``window`` terms of n = p = 1 cost, and the energy of these terms
     over their parameters is compared. Equal parameters, not equal terms, since energy per
     parameter falls with every further term. Ties go to the smaller n*p, hence to fewer
@@ -135,13 +135,13 @@ def auto_shape(
 
 def candidate_shapes(out_features: int, in_features: int) -> list[KroneckerShape]:
     """Return the shapes that ``auto`` compares, by rising n*p, then n; see :func:`auto_shape`."""
-    skew = math.sqrt(math.sqrt(in_features / out_features))
+    skew = math.sqrt(in_features / out_features)
     pairs = set()
     size = 1
-    while size * size <= max(out_features, in_features):
-        for factor in (1.0, skew):
-            n = _nearest_divisor(in_features, size * factor)
-            p = _nearest_divisor(out_features, size / factor)
+    while size**4 <= out_features * in_features:
+        for wide, tall in ((1.0, 1.0), (max(skew, 1.0), max(1 / skew, 1.0))):
+            n = _nearest_divisor(in_features, size * wide)
+            p = _nearest_divisor(out_features, size * tall)
             pairs.add((n * p, n, p))
         size *= 4
     return [KroneckerShape(out_features // p, n, p, in_features // n) for _, n, p in sorted(pairs)]

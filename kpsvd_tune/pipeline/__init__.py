@@ -2,6 +2,6 @@
 
 from kpsvd_tune.pipeline.apply import generate, merge
 from kpsvd_tune.pipeline.inspect import init_only, plan, sweep_ranks
-from kpsvd_tune.pipeline.train import train
+from kpsvd_tune.pipeline.run import train
 
 __all__ = ["generate", "init_only", "merge", "plan", "sweep_ranks", "train"]

@@ -66,8 +66,8 @@ def sweep_ranks(
     recipes = list(variants.values())
     widest = max(recipes, key=lambda recipe: recipe.adapter.rank.window)
     for setting, recipe in variants.items():
-        same_rank = recipe.adapter.model_copy(update={"rank": widest.adapter.rank})
-        if same_rank != widest.adapter or recipe.model != widest.model:
+        adapter = recipe.adapter.model_copy(update={"rank": widest.adapter.rank})
+        if recipe.model_copy(update={"adapter": adapter}) != widest:
             raise RecipeError(f"--sweep {setting}: only keys of adapter.rank can be swept")
     events.stage(f"decomposing {widest.model.path}")
     spectra = collect_spectra(

@@ -63,9 +63,10 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "",
         f"# KPSVD adapter for {base}",
         "",
-        f"Trained with kpsvd-tune {__version__} on {dataset}. {adapted} of {totals['modules']} target "
-        f"matrices are adapted with {totals['trainable_parameters']:,} trainable parameters; the file "
-        "holds as many frozen ones, the Kronecker factors that training started from.",
+        f"Trained with kpsvd-tune {__version__} on {dataset}. {adapted} of {totals['modules']} "
+        f"target matrices are adapted with {totals['trainable_parameters']:,} trainable "
+        "parameters; the file holds as many frozen ones, the Kronecker factors that training "
+        "started from.",
         "",
         "## Use",
         "",

@@ -79,8 +79,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # A template reads best on one line, with its line breaks as \n.
-    style = '"' if "\n" in text else None
+    # Double quotes keep a template on one line, with its line breaks as \n; they are also the one
+    # style in which PyYAML reads back every control character that it writes.
+    style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 

@@ -149,7 +149,7 @@ def show_ranks(report: RankReport) -> None:
     out = _out()
     out.print(rank_table(report))
     for line in rank_summary(report):
-        out.print(Text(line), soft_wrap=True)
+        out.print(Text(line))
 
 
 def show_sweep(reports: Mapping[str, RankReport]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -107,7 +107,7 @@ class Training:
         self._began = time.monotonic() - self.progress.seconds
         self._tracking = Tracking(accelerator, settings or {})
 
-    def steps(self) -> Iterator[StepMetrics]:
+    def steps(self) -> Generator[StepMetrics, None, None]:
         """Train, giving the metrics of each step once the step is done, logged and saved.
 
         Raises:
@@ -138,7 +138,7 @@ class Training:
     def _is_over(self) -> bool:
         return self.progress.is_stopped_early or self.progress.step >= self.num_steps
 
-    def _steps(self) -> Iterator[StepMetrics]:
+    def _steps(self) -> Generator[StepMetrics, None, None]:
         progress = self.progress
         self._stepper.token_loss.train()
         if self._validation_rows and progress.step == 0:

@@ -48,7 +48,7 @@ def planted_weight(shape: KroneckerShape, seed: int = 0) -> Tensor:
 
 
 def peak_memory_mb() -> float:
-    """Largest anonymous resident memory so far, from the kernel (Linux), in MB."""
+    """Largest resident memory since the last reset, from the kernel (Linux), in MB."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="full SVD of the first matrix")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     options = parser.parse_args()
+    # svd_lowrank draws from the global generator.
+    torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []

@@ -70,7 +70,9 @@ def test_all_linear_adapts_every_linear_but_the_head(tiny_model: LlamaForCausalL
         (["model.layers.1.mlp.up_proj"], None, 1),
     ],
 )
-def test_targets(tiny_model: LlamaForCausalLM, targets: object, exclude: object, expected: int) -> None:
+def test_targets(
+    tiny_model: LlamaForCausalLM, targets: object, exclude: object, expected: int
+) -> None:
     model = adapt(tiny_model, target_modules=targets, exclude_modules=exclude)
     assert len(list(kpsvd_layers(model))) == expected
 
@@ -188,7 +190,9 @@ def test_save_and_load_never_decomposes(
     assert again == {name: entry["rank"] for name, entry in config["layers"].items()}
 
 
-def test_the_file_holds_offsets_and_factors_only(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_the_file_holds_offsets_and_factors_only(
+    tiny_model: LlamaForCausalLM, tmp_path: Path
+) -> None:
     adapt(tiny_model, rank=3).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     kinds = {name.rpartition(".")[2] for name in tensors}
@@ -346,7 +350,10 @@ def test_mixed_batches_are_refused(tiny_model: LlamaForCausalLM) -> None:
         ({"rank": {"enregy": 0.5}}, "rank: .*enregy"),
         ({"rank": {"energy": 2}}, r"rank: the energy threshold must be in \(0, 1\]"),
         ({"rank": True}, "rank must be an integer or a mapping"),
-        ({"rank": {"method": "fixed", "max": 8, "window": 8, "min": 2, "budget": 10}}, "minimum ranks"),
+        (
+            {"rank": {"method": "fixed", "max": 8, "window": 8, "min": 2, "budget": 10}},
+            "minimum ranks",
+        ),
         ({"rank_pattern": {"nothing": 2}}, "rank override 'nothing' matches none of 14 layers"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"path": "gpu"}, "path 'gpu': expected one of auto, activations, weight"),
@@ -381,7 +388,9 @@ def test_an_adapter_for_other_sizes_is_refused(
     for layer in config["layers"].values():
         layer["shape"] = [2, 2, 3, 3]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match="is this the base model that the adapter was trained on"):
+    with pytest.raises(
+        AdapterError, match="is this the base model that the adapter was trained on"
+    ):
         PeftModel.from_pretrained(model_factory(), tmp_path)
 
 

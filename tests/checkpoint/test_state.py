@@ -99,7 +99,7 @@ def test_tied_and_strided_tensors_are_written():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["offsets", "optimizer"])
 def test_non_finite_tensors_are_never_written(place, value):
-    bad = {"offsets": {"w": torch.tensor([1.0, value])}}
+    bad: dict[str, Any] = {"offsets": {"w": torch.tensor([1.0, value])}}
     if place == "optimizer":
         bad = {"optimizer": {"state": {"w": torch.tensor(value)}}}
     with pytest.raises(NonFiniteError, match=r"step 3: .*w holds an infinite or NaN number"):
@@ -141,7 +141,9 @@ def test_an_optimiser_goes_on_bit_for_bit(make):
     optimizer = make(list(names))
     take_steps(optimizer, names, seed=1)
     state = make_state(optimizer=optimizer_state(optimizer, names))
-    copies = {nn.Parameter(p.detach().clone()): name for p, name in names.items()}
+    copies: dict[torch.Tensor, str] = {
+        nn.Parameter(p.detach().clone()): name for p, name in names.items()
+    }
     resumed = make(list(copies))
     load_optimizer_state(resumed, from_files(dict(to_files(state))).optimizer, copies)
     assert_same(
@@ -156,7 +158,7 @@ def test_an_optimiser_goes_on_bit_for_bit(make):
 def test_an_optimiser_of_other_parameters_is_refused():
     names = parameters()
     state = optimizer_state(torch.optim.SGD(list(names), lr=0.1), names)
-    other = {nn.Parameter(torch.zeros(1)): "c"}
+    other: dict[torch.Tensor, str] = {nn.Parameter(torch.zeros(1)): "c"}
     with pytest.raises(CheckpointError, match=r"2 parameters in 1 groups, the run's has 1 in 1"):
         load_optimizer_state(torch.optim.SGD(list(other), lr=0.1), state, other)
 

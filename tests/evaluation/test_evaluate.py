@@ -151,6 +151,18 @@ def test_samples_of_a_prompt_count_as_one_question(tiny_model, tokenizer, recipe
     assert len(read_completions(tmp_path / "completions.jsonl")) == 16
 
 
+def test_processes_share_the_prompts_between_them(
+    tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = evaluate(tiny_model, tokenizer, recipe, tmp_path / "whole")
+    monkeypatch.setattr(module, "_num_processes", lambda: 3)
+    for rank, num_stored in [(0, 3), (1, 6), (2, 8)]:
+        monkeypatch.setattr(module, "_rank", lambda rank=rank: rank)
+        scores = evaluate(tiny_model, tokenizer, recipe, tmp_path / "shared")
+        assert len(read_completions(tmp_path / "shared" / "completions.jsonl")) == num_stored
+    assert scores == whole
+
+
 def test_code_is_refused_before_the_data_is_read(tiny_model, tokenizer, tmp_path: Path):
     recipe = EvaluationRecipe(task="mbpp", path=str(tmp_path / "missing.jsonl"))
     with pytest.raises(InputError, match="Type --allow-code-execution"):

@@ -79,6 +79,7 @@ def test_perplexity():
     assert TokenLoss(1e6, 5, 0.1).perplexity == math.inf
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # in peft
 def test_forgetting_is_the_change_against_the_base(tiny_model, tokenizer, tmp_path: Path):
     from peft import LoraConfig, get_peft_model
 

@@ -107,9 +107,7 @@ def test_mbpp_gold_holds_all_a_test_needs(tmp_path: Path):
 
 
 def test_rows_that_are_no_code_are_refused(rows_file: Path):
-    with pytest.raises(
-        DataError, match=r"line 1 is no row of MBPP: got the columns question, answer"
-    ):
+    with pytest.raises(DataError, match="line 1 is no row of MBPP: got the columns question"):
         read_questions(recipe("mbpp", str(rows_file)))
 
 

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import (  # type: ignore[import-untyped]
+    AcceleratorState,
+    GradientState,
+    PartialState,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from kpsvd_tune.checkpoint import RunDirectory, Start

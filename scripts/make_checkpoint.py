@@ -146,7 +146,7 @@ def write(size: Size, folder: Path, shard_bytes: int, seed: int) -> int:
             flush()
         held[name] = tensor
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         final = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / final)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -21,8 +23,9 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -70,10 +73,19 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 def make(architecture: str, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save(architecture: str, folder: Path, max_shard_size: str = "5GB") -> PreTrainedModel:
     model = make(architecture)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def weight_of(model: nn.Module, name: str) -> torch.Tensor:
+    """The weight of a module as (out, in)."""
+    module = model.get_submodule(name)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def rearrange(weight: np.ndarray, m: int, n: int, p: int, q: int) -> np.ndarray:
 def kron_sum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The sum of np.kron over the terms."""
     (_, m, n), (_, p, q) = np.shape(left), np.shape(right)
-    total = np.zeros((m * p, n * q))
+    total: np.ndarray = np.zeros((m * p, n * q))
     for a, b in zip(left, right, strict=True):
         total = total + np.kron(a, b)
     return total
@@ -76,7 +77,8 @@ def kpsvd(
 
 def delta(left0: np.ndarray, right0: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The update of the offset form: sum (A0 + a) kron (B0 + b) - A0 kron B0."""
-    return kron_sum(left0 + a, right0 + b) - kron_sum(left0, right0)
+    change: np.ndarray = kron_sum(left0 + a, right0 + b) - kron_sum(left0, right0)
+    return change
 
 
 def divisors(size: int) -> list[int]:
@@ -84,7 +86,7 @@ def divisors(size: int) -> list[int]:
     return [d for d in range(1, size + 1) if size % d == 0]
 
 
-def energy_rank(values: list[float], energy: float, whole: float) -> int:
+def energy_rank(values: Sequence[float], energy: float, whole: float) -> int:
     """Fewest leading terms with at least this share of ``whole``; all if there are too few."""
     for count in range(len(values) + 1):
         if sum(v * v for v in values[:count]) >= energy * whole - 1e-9 * whole:
@@ -92,7 +94,7 @@ def energy_rank(values: list[float], energy: float, whole: float) -> int:
     return len(values)
 
 
-def pooled_ranks(shares: list[list[float]], energy: float) -> list[int]:
+def pooled_ranks(shares: Sequence[Sequence[float]], energy: float) -> list[int]:
     """Every choice of leading terms is tried: fewest terms that hold the share, most energy."""
     whole = sum(sum(layer) for layer in shares)
     best: tuple[int, float, tuple[int, ...]] | None = None
@@ -105,7 +107,7 @@ def pooled_ranks(shares: list[list[float]], energy: float) -> list[int]:
     return list(best[2])
 
 
-def elbow_distances(values: list[float]) -> list[float]:
+def elbow_distances(values: Sequence[float]) -> list[float]:
     """How far each point lies below the line through the first and the last point."""
     x = np.linspace(0, 1, len(values))
     y = (np.array(values) - values[-1]) / (values[0] - values[-1])
@@ -119,7 +121,7 @@ def elbow_distances(values: list[float]) -> list[float]:
     return distances
 
 
-def noise_edge_rank(values: list[float], squared_norm: float, rows: int, columns: int) -> int:
+def noise_edge_rank(values: Sequence[float], squared_norm: float, rows: int, columns: int) -> int:
     """Terms above s (sqrt(rows) + sqrt(columns)), s^2 = residual energy per entry."""
     variance = (squared_norm - sum(v * v for v in values)) / (rows * columns)
     edge = math.sqrt(variance) * (math.sqrt(rows) + math.sqrt(columns))
@@ -127,10 +129,10 @@ def noise_edge_rank(values: list[float], squared_norm: float, rows: int, columns
 
 
 def budget_ranks(
-    shares: list[list[float]],
-    costs: list[int],
-    minima: list[int],
-    maxima: list[int],
+    shares: Sequence[Sequence[float]],
+    costs: Sequence[int],
+    minima: Sequence[int],
+    maxima: Sequence[int],
     budget: int,
 ) -> list[int]:
     """Again and again the best next term of all that still fit, first layer on ties."""

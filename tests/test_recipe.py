@@ -565,12 +565,6 @@ def test_a_shipped_recipe_comes_back_equal_from_yaml(write, path: Path):
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
 
 
-# The one recipe file is written anew for every example.
-FUZZ = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -598,6 +592,10 @@ def test_awkward_text_comes_back_equal_from_yaml(write, text: str):
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
 
 
+# The one recipe file is written anew for every example.
+FUZZ = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
 RATES = st.floats(0, 1, exclude_min=True)
 RECIPES = st.builds(

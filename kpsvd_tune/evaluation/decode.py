@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.errors import ModelError, NonFiniteError
 from kpsvd_tune.evaluation.completions import RowId
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
 
 
 @dataclass
@@ -42,7 +48,7 @@ class Ending:
 
 
 def decode_batch(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     answers: Sequence[Answer],
     temperature: float,
@@ -168,7 +174,7 @@ def _choose(logits: Tensor, answers: Sequence[Answer], temperature: float) -> li
     ]
 
 
-def _forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+def _forward_parameters(model: LanguageModel) -> frozenset[str]:
     # An adapter's wrapper takes **kwargs; what it passes them to is the model that counts.
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
@@ -23,6 +23,7 @@ from kpsvd_tune.evaluation.completions import (
     read_completions,
     repair_completions,
 )
+from kpsvd_tune.evaluation.decode import LanguageModel
 from kpsvd_tune.evaluation.generate import (
     GenerationOptions,
     ProgressCallback,
@@ -42,7 +43,7 @@ _SAMPLED_WEIGHTS = 64
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     recipe: EvaluationRecipe,
     output_folder: Path,
@@ -131,7 +132,7 @@ def evaluate(
     )
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: LanguageModel) -> str:
     """A hash of up to 64 evenly spaced values of every parameter: fast, and other after any step.
 
     It tells a trained model from its base and from itself a step later. It is no proof of
@@ -147,7 +148,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _settings(model: PreTrainedModel, task: str, options: GenerationOptions) -> dict[str, Any]:
+def _settings(model: LanguageModel, task: str, options: GenerationOptions) -> dict[str, Any]:
     """What must be equal for completions to be continued; batch size and limit may change."""
     return {
         "task": task,

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.errors import InputError, ResourceError
 from kpsvd_tune.evaluation.completions import Completion, RowId
-from kpsvd_tune.evaluation.decode import Answer, Ending, decode_batch, decode_text
+from kpsvd_tune.evaluation.decode import Answer, Ending, LanguageModel, decode_batch, decode_text
 
 _NO_LIMIT = 2**31  # a prompt is never cut: one that does not fit is refused by name
 
@@ -100,12 +100,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def generate_completions(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     options: GenerationOptions,
     *,
-    done: frozenset[tuple[RowId, int]] | set[tuple[RowId, int]] = frozenset(),
+    done: Collection[tuple[RowId, int]] = frozenset(),
     progress: ProgressCallback | None = None,
 ) -> Iterator[Completion]:
     """Answer every prompt, each completion handed over as soon as it is finished.
@@ -168,7 +168,7 @@ def generate_completions(
 
 
 def generate_text(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -204,7 +204,7 @@ def _completion_text(
     return cut_at_stop(text, stop)
 
 
-def _room(model: PreTrainedModel, prompt: Prompt, max_new_tokens: int) -> int:
+def _room(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> int:
     """New tokens this prompt may get within the model's context."""
     if not prompt.input_ids:
         raise InputError(
@@ -231,7 +231,7 @@ def _draws(options: GenerationOptions, identifier: RowId, sample: int) -> torch.
 
 
 def _end_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
 ) -> frozenset[int]:
     """Every token that ends an answer: the tokenizer's, and the model's, which may be a list."""
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -241,7 +241,7 @@ def _end_token_ids(
 
 
 @contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: LanguageModel) -> Iterator[None]:
     """Switch dropout and the like off, and afterwards back to what it was."""
     was_training = model.training
     model.train(False)

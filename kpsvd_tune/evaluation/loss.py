@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
 from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation.decode import LanguageModel
 from kpsvd_tune.evaluation.generate import evaluation_mode
 
 RowProgress = Callable[[int, int], None]
@@ -61,7 +62,7 @@ class Forgetting:
 
 
 def completion_loss(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str | Sequence[str],
     *,
@@ -108,7 +109,7 @@ def completion_loss(
 
 
 def text_loss(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
     *,
@@ -138,7 +139,7 @@ def text_loss(
 
 
 def forgetting(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
     *,
@@ -175,7 +176,7 @@ def forgetting(
 
 
 def _windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, window: int
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase, path: Path, window: int
 ) -> list[TokenizedRow]:
     if window < 2:
         raise InputError(f"window must be 2 tokens or more, got {window}.")
@@ -196,7 +197,7 @@ def _windows(
 
 
 def _token_losses(
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedRow],
     batch_size: int,

@@ -151,7 +151,8 @@ def kpsvd(
 
 def _gram_vectors(matrix: Tensor, k: int) -> Tensor:
     """Leading k right singular vectors, (k, cols), from all eigenvectors of M^T M."""
-    return torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -k:].T
+    vectors: Tensor = torch.linalg.eigh(matrix.T @ matrix).eigenvectors
+    return vectors[:, -k:].T
 
 
 def _lanczos_vectors(matrix: Tensor, k: int, tolerance: float, seed: int) -> Tensor:
@@ -177,18 +178,18 @@ def _lanczos_vectors(matrix: Tensor, k: int, tolerance: float, seed: int) -> Ten
         # what rounding left of the first, the third what it left where noise was all there was.
         size = float(torch.linalg.vector_norm(product)) or 1.0
         noise = _gaussian(block.shape, matrix, generator)
-        block = product + noise * (size * torch.finfo(matrix.dtype).eps / len(block) ** 0.5)
+        block = product + noise * (size * torch.finfo(matrix.dtype).eps / math.sqrt(len(block)))
         for _ in range(3):
             block = _orthonormal_rows(block - (block @ basis.T) @ basis)
         basis = torch.cat([basis, block])
-    vectors = torch.linalg.eigh(projected).eigenvectors[:, -k:]
-    return vectors.T.to(matrix.dtype) @ basis
+    vectors: Tensor = torch.linalg.eigh(projected).eigenvectors
+    return vectors[:, -k:].T.to(matrix.dtype) @ basis
 
 
 def _gaussian(size: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
     """Gaussian rows of norm 1 or so; drawn on the CPU so that they depend on no device."""
-    drawn = torch.randn(*size, generator=generator, dtype=like.dtype) / size[-1] ** 0.5
-    return drawn.to(like.device)
+    drawn = torch.randn(*size, generator=generator, dtype=like.dtype)
+    return drawn.div_(math.sqrt(size[-1])).to(like.device)
 
 
 def _gram_product(matrix: Tensor, block: Tensor) -> Tensor:
@@ -196,7 +197,8 @@ def _gram_product(matrix: Tensor, block: Tensor) -> Tensor:
     rows, cols = matrix.shape
     size = max(1, SLICE_ENTRIES // cols) if matrix.device.type == "cpu" else rows
     product = torch.zeros_like(block)
-    for part in matrix.split(size):
+    for first in range(0, rows, size):
+        part = matrix[first : first + size]
         product.addmm_(block @ part.T, part)
     return product
 
@@ -219,7 +221,8 @@ def _triplets(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _orthonormal_rows(block: Tensor) -> Tensor:
-    return torch.linalg.qr(block.T).Q.T.contiguous()
+    columns: Tensor = torch.linalg.qr(block.T).Q
+    return columns.T.contiguous()
 
 
 def _squared_norm(matrix: Tensor) -> float:

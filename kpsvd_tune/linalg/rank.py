@@ -188,7 +188,7 @@ def _overrides_by_layer(
     """Each layer's fixed rank, or its own keys (none of them where no pattern matches)."""
     own: list[int | Mapping[str, Any]] = [{}] * len(spectra)
     # The first pattern wins, so later ones are written first.
-    for pattern, override in reversed(overrides.items()):
+    for pattern, override in reversed(list(overrides.items())):
         if isinstance(override, int):
             if override < 0:
                 raise ValueError(

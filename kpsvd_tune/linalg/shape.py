@@ -86,11 +86,11 @@ def auto_shape(
 
     Candidates are the divisor pairs nearest to n = p and to n/p = sqrt(in/out), where a term has
     the fewest parameters, the smaller of the two being 1, 4, 16, 64, ... up to the fourth root of
-    out*in: two for each, so at most ten for any weight in use. Those above a limit drop out. Each of the others gets as many whole terms
-    (at least one) as cost what ``window`` terms of n = p = 1 cost, and the energy of these terms
-    over their parameters is compared. Equal parameters, not equal terms, since energy per
-    parameter falls with every further term. Ties go to the smaller n*p, hence to fewer
-    multiply-adds.
+    out*in: two for each, so at most ten for any weight in use. Those above a limit drop out. Each
+    of the others gets as many whole terms (at least one) as cost what ``window`` terms of
+    n = p = 1 cost, and the energy of these terms over their parameters is compared. Equal
+    parameters, not equal terms, since energy per parameter falls with every further term. Ties go
+    to the smaller n*p, hence to fewer multiply-adds.
 
     Args:
         weight: W, (out, in), floating.

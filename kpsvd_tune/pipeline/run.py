@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.checkpoint import RunDirectory, Start, read_json
 from kpsvd_tune.data import PreparedData, prepare
-from kpsvd_tune.data.preflight import pad_token_id
+from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import Decomposition, decompose
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import evaluate
@@ -99,6 +99,7 @@ def train(
         scorer = _Scorer(recipe, accelerator, run, tokenizer, events, offline, allow_code_execution)
         # Offsets are zero here, so this is the base model's score, also when a run goes on.
         before = scorer.score(model, "before", [task for task in recipe.evaluation if task.before])
+        check_known_tokens(data.train, model.get_input_embeddings().num_embeddings)
         training = Training(
             model,
             data.train,

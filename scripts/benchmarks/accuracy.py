@@ -61,7 +61,7 @@ def main() -> None:
     for rule in RULES:
         seconds, worst = 0.0, (2.0, "")
         for name, weight in weights:
-            shape = choose_shape(*weight.shape, rule).shape
+            shape = choose_shape(weight.shape[0], weight.shape[1], rule).shape
             start = time.process_time()
             terms = kpsvd(weight, shape, options.window, tolerance=options.tolerance)
             seconds += time.process_time() - start

@@ -17,7 +17,7 @@ from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.targets import match_targets
 from kpsvd_tune.decompose import Decomposition, Progress, collect_spectra, decompose, spectra
 from kpsvd_tune.errors import AdapterError, ModelError
-from kpsvd_tune.linalg import kpsvd
+from kpsvd_tune.linalg import KroneckerShape, kpsvd
 from kpsvd_tune.models import ModelSource, load_model, load_skeleton, resolve_model, target_names
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 
@@ -62,7 +62,7 @@ def test_factors_and_report_agree_with_the_weights(
     model = load_model(source, "float32")
     assert len(found.report.layers) == 14
     for layer in found.report.layers:
-        weight = model.get_submodule(layer.name).weight.detach().double().numpy()
+        weight = architectures.weight_of(model, layer.name).double().numpy()
         left, right = (factor.double().numpy() for factor in found.factors[layer.name])
         m, n, p, q = layer.factor_shape
         assert left.shape == (layer.rank, m, n)
@@ -110,7 +110,7 @@ def test_conv1d_weights_are_taken_as_out_by_in(tmp_path: Path) -> None:
     assert (layer.out_features, layer.in_features) == (64, 16)
     left, right = found.factors[layer.name]
     rebuilt = sum(torch.kron(a, b) for a, b in zip(left, right, strict=True))
-    torch.testing.assert_close(rebuilt, model.transformer.h[0].mlp.c_fc.weight.detach().T)
+    torch.testing.assert_close(rebuilt, architectures.weight_of(model, layer.name))
 
 
 def test_the_adapter_matches_the_same_layers(source: ModelSource) -> None:
@@ -294,10 +294,9 @@ def test_rules_that_cannot_be_met_are_refused(
 
 
 def test_shares_cost_about_the_same_and_hold_every_task_once() -> None:
-    shape = spectra.KroneckerShape
     sizes = [(64, 64), (172, 64), (64, 172)] * 7 + [(512, 256)]
     tasks = [
-        spectra.Task(str(index), shape(out // 4, 4, 4, inner // 4), 4)
+        spectra.Task(str(index), KroneckerShape(out // 4, 4, 4, inner // 4), 4)
         for index, (out, inner) in enumerate(sizes)
     ]
     dealt = spectra.shares(tasks, 3)

@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import architectures
@@ -104,7 +105,7 @@ def test_a_fault_in_a_worker_is_raised_by_the_caller(
     model = architectures.make("llama")
     name = "model.layers.1.mlp.up_proj"
     with torch.no_grad():
-        model.get_submodule(name).weight[2, 2] = float("inf")
+        architectures.weight_of(model, name)[2, 2] = float("inf")
     model.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -116,7 +117,7 @@ def test_a_fault_in_a_worker_is_raised_by_the_caller(
         sender,
     )
     with pytest.raises(ModelError, match="layers.1.mlp.up_proj cannot be decomposed") as caught:
-        workers._listen({receiver: None}, lambda finished: None)
+        workers._listen({receiver: SpawnProcess()}, lambda finished: None)
     assert "in a decomposition worker:\nTraceback" in caught.value.__notes__[0]
 
 
@@ -125,7 +126,7 @@ def test_workers_are_not_started_for_what_is_cached(
 ) -> None:
     source = resolve_model(str(tiny_model_dir))
     first = decompose(source, AdapterRecipe())
-    monkeypatch.setattr(workers.multiprocessing, "get_context", None)
+    monkeypatch.setattr(multiprocessing, "get_context", None)
     monkeypatch.setattr("kpsvd_tune.decompose.hashes.SETTLED_SECONDS", -1)
     decompose(source, AdapterRecipe())
     assert decompose(source, AdapterRecipe(), processes=2).layers == first.layers

@@ -13,15 +13,15 @@ import torch
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import evaluate as module
-from kpsvd_tune.evaluation.completions import read_completions
+from kpsvd_tune.evaluation.completions import append_completion, read_completions
 from kpsvd_tune.evaluation.evaluate import evaluate, weights_fingerprint
 from kpsvd_tune.evaluation.scoring import rescore
-from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.recipe import Columns, EvaluationRecipe
 
 
 @pytest.fixture
 def recipe(rows_file: Path) -> EvaluationRecipe:
-    columns = {"prompt": "question", "completion": "answer"}
+    columns: Columns = {"prompt": "question", "completion": "answer"}
     return EvaluationRecipe(
         task="exact_match", path=str(rows_file), columns=columns, max_new_tokens=6, batch_size=3
     )
@@ -63,14 +63,14 @@ def test_a_killed_evaluation_goes_on_and_generates_nothing_twice(
     tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: str
 ):
     whole = evaluate(tiny_model, tokenizer, recipe, tmp_path / "whole")
-    append, folder = module.append_completion, tmp_path / "killed"
+    folder = tmp_path / "killed"
     written: list[int | str] = []
 
     def append_some(path, completion):
         if len(written) == 4:
             raise Killed
         written.append(completion.id)
-        append(path, completion)
+        append_completion(path, completion)
 
     monkeypatch.setattr(module, "append_completion", append_some)
     with pytest.raises(Killed):

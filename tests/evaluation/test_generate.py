@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def prompts(tokenizer):
 @pytest.fixture
 def answer(tiny_model, tokenizer, prompts):
     def run(**options) -> dict[tuple[int | str, int], str]:
-        options = GenerationOptions(**{"max_new_tokens": 24, **options})
-        completions = list(generate_completions(tiny_model, tokenizer, prompts, options))
+        chosen = GenerationOptions(**{"max_new_tokens": 24, **options})
+        completions = list(generate_completions(tiny_model, tokenizer, prompts, chosen))
         assert len({each.key for each in completions}) == len(completions)
         return {each.key: each.completion for each in completions}
 
@@ -162,7 +163,7 @@ def test_the_training_mode_comes_back(tiny_model, tokenizer, prompts):
         tiny_model, tokenizer, prompts, GenerationOptions(max_new_tokens=2)
     )
     next(completions)
-    completions.close()
+    del completions  # as a caller does that stops early
     assert tiny_model.training
 
 
@@ -226,7 +227,7 @@ def test_memory_that_runs_out_names_the_key_to_lower(tiny_model, tokenizer, prom
         ({"num_samples": 2}, "num_samples is 2 but temperature is 0"),
     ],
 )
-def test_impossible_options_are_refused(options: dict, message: str):
+def test_impossible_options_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message):
         GenerationOptions(**options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import scoring
 from kpsvd_tune.evaluation.completions import Completion
-from kpsvd_tune.evaluation.sandbox import Program, RunResult
+from kpsvd_tune.evaluation.sandbox import Program, RunResult, Status
 from kpsvd_tune.evaluation.scoring import (
     check_code_execution,
     missing_scorers,
@@ -21,7 +22,7 @@ from kpsvd_tune.evaluation.scoring import (
 from kpsvd_tune.report.results import Score
 
 
-def scores_of(task: str, pairs: list[tuple[str, object]], **options) -> dict[str, Score]:
+def scores_of(task: str, pairs: Sequence[tuple[str, object]], **options) -> dict[str, Score]:
     completions = [Completion(i, "", text, gold) for i, (text, gold) in enumerate(pairs)]
     return {each.scorer: each for each in score_completions(task, completions, **options)}
 
@@ -36,7 +37,7 @@ def run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs pass when they hold "right"; nothing is run."""
 
     def run(programs: list[Program], **_) -> list[RunResult]:
-        words = {"right": "passed", "broken": "invalid"}
+        words: dict[str, Status] = {"right": "passed", "broken": "invalid"}
         return [RunResult(words.get(program.source, "failed")) for program in programs]
 
     monkeypatch.setattr(scoring, "run_programs", run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def run(program: bytes, architecture: int, number: int, first_argument: int = 0)
         code, if_true, if_false, operand = instructions[at]
         at += 1
         if code == 0x06:
-            return operand
+            return int(operand)
         if code == 0x20:
             (accumulator,) = struct.unpack_from("=I", data, operand)
             continue
@@ -41,7 +42,9 @@ def run(program: bytes, architecture: int, number: int, first_argument: int = 0)
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=["x86_64", "aarch64"])
-def test_calls_that_get_round_the_limits_are_refused(machine: tuple):
+def test_calls_that_get_round_the_limits_are_refused(
+    machine: tuple[str, int, int, int, int, int, int, int, int],
+):
     name, architecture, unshare, mount, memfd, clone, *ordinary = machine
     program = syscall_filter(name)
     assert program is not None

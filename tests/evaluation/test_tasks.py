@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.data.format import Pair
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.prompts import Prompting, build_prompts, read_shots, stop_strings
+from kpsvd_tune.evaluation.prompts import (
+    Prompting,
+    PromptStyle,
+    build_prompts,
+    read_shots,
+    stop_strings,
+)
 from kpsvd_tune.evaluation.tasks import SOURCES, Question, read_questions
 from kpsvd_tune.recipe import EvaluationRecipe
 
@@ -26,12 +34,12 @@ CODE_ROWS = [
 ]
 
 
-def write(path: Path, rows: list[dict]) -> str:
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def recipe(task: str, path: str, **keys) -> EvaluationRecipe:
+def recipe(task: Any, path: str, **keys) -> EvaluationRecipe:
     return EvaluationRecipe(task=task, path=path, **keys)
 
 
@@ -123,7 +131,8 @@ def test_a_prompt_is_that_of_training(tokenizer, rows_file: Path, template: str)
     prompts, ends = build_prompts(questions, tokenizer, template, "gsm8k", Prompting())
     encoder = Encoder(tokenizer, template, 512)
     for prompt, question in zip(prompts, questions, strict=True):
-        row = encoder.encode(Pair(question.prompt, question.answer), 0).row
+        row = encoder.encode(Pair(str(question.prompt), question.answer), 0).row
+        assert row is not None
         trained = next(i for i, label in enumerate(row.labels) if label >= 0)
         assert prompt.input_ids == row.input_ids[:trained]
         assert prompt.text == encoder.decode(prompt.input_ids)
@@ -135,8 +144,9 @@ def test_the_shipped_recipes_train_on_the_default_prompts():
 
     shipped = {name: load_recipe(path).dataset for name, path in shipped_recipes().items()}
     for task in ("gsm8k", "math", "mbpp"):
-        assert shipped[f"{task}_llama2"].template == SOURCES[task].template
-        assert shipped[f"{task}_llama2"].path == SOURCES[task].path
+        dataset = shipped[f"{task}_llama2"]
+        assert dataset is not None
+        assert (dataset.template, dataset.path) == (SOURCES[task].template, SOURCES[task].path)
 
 
 def test_worked_examples_stand_before_the_question(tokenizer, rows_file: Path, tmp_path: Path):
@@ -171,7 +181,7 @@ def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
     questions = read_questions(task)
     text = SOURCES["mbpp"].template
 
-    def prompt(style: str) -> str:
+    def prompt(style: PromptStyle) -> str:
         prompting = Prompting(style)
         shots = read_shots(task, prompting)
         return build_prompts(questions, tokenizer, text, "mbpp", prompting, shots)[0][0].text
@@ -203,5 +213,5 @@ def test_a_style_without_the_task_is_refused(tokenizer):
         (Prompting("lm-eval"), "chat", "gsm8k", ("Question:",)),
     ],
 )
-def test_stop_strings(prompting: Prompting, template: str, task: str, expected: tuple):
+def test_stop_strings(prompting: Prompting, template: str, task: str, expected: tuple[str, ...]):
     assert stop_strings(prompting, template, task) == expected

@@ -254,7 +254,7 @@ def test_lanczos_keeps_its_tolerance(monkeypatch, make, tolerance):
 
 def test_a_looser_tolerance_stops_earlier(monkeypatch):
     monkeypatch.setattr(module, "DIRECT_SIZE", 0)
-    products = []
+    products: list[int] = []
     product = module._gram_product
 
     def counting(matrix, block):

@@ -63,7 +63,7 @@ def test_balanced_takes_the_largest_divisors_not_above_the_roots(out_features, i
     ],
 )
 def test_shapes_by_hand(size, rule, expected):
-    assert choose_shape(*size, rule) == ShapeChoice(KroneckerShape(*expected))
+    assert choose_shape(size[0], size[1], rule) == ShapeChoice(KroneckerShape(*expected))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_shapes_by_hand(size, rule, expected):
     ],
 )
 def test_a_fallback_is_said(size, rule, expected, note):
-    assert choose_shape(*size, rule) == ShapeChoice(KroneckerShape(*expected), note)
+    assert choose_shape(size[0], size[1], rule) == ShapeChoice(KroneckerShape(*expected), note)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_fallback_is_said(size, rule, expected, note):
 )
 def test_an_impossible_shape_is_refused(size, rule, message):
     with pytest.raises(ValueError, match=message):
-        choose_shape(*size, rule)
+        choose_shape(size[0], size[1], rule)
 
 
 # auto

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -15,7 +16,7 @@ from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models import load_skeleton, resolve_model, target_names, untouched
 
 
-def lora_targets(model: nn.Module, **options: object) -> list[str]:
+def lora_targets(model: nn.Module, **options: Any) -> list[str]:
     adapted = inject_adapter_in_model(LoraConfig(**options), model)
     return [name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
-from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models import (
@@ -23,12 +24,6 @@ from kpsvd_tune.models import (
     target_names,
 )
 from kpsvd_tune.models import stream as stream_module
-
-
-def loaded_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
-    module = model.get_submodule(name)
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def targets(source: ModelSource) -> list[str]:
@@ -53,23 +48,25 @@ def test_weights_are_streamed_bit_for_bit_without_loading_the_model(
     streamed = dict(stream_weights(source, names))
     assert list(streamed) == names
     for name, weight in streamed.items():
-        assert torch.equal(weight, loaded_weight(loaded, name)), name
+        assert torch.equal(weight, architectures.weight_of(loaded, name)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_weight_keeps_its_stored_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = architectures.make("llama").to(dtype)
+    model = architectures.make("llama")
+    nn.Module.to(model, dtype)
     model.save_pretrained(tmp_path)
     name, weight = next(
         stream_weights(resolve_model(str(tmp_path)), ["model.layers.1.mlp.up_proj"])
     )
     assert weight.dtype == dtype
-    assert torch.equal(weight, loaded_weight(model, name))
+    assert torch.equal(weight, architectures.weight_of(model, name))
 
 
 def test_a_checkpoint_of_the_bare_base_model_is_read_by_its_short_names(tmp_path: Path) -> None:
     model = architectures.make("gpt2")
-    model.base_model.save_pretrained(tmp_path)
+    base: Any = model.base_model
+    base.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "transformer.h.0.attn.c_attn.weight" not in load_file(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
@@ -77,7 +74,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_read_by_its_short_names(tmp_path
     assert reader.location("transformer.h.0.attn.c_attn") is not None
     weight = reader.load("transformer.h.0.attn.c_attn")
     assert weight.shape == (48, 16)
-    assert torch.equal(weight, model.transformer.h[0].attn.c_attn.weight.detach().T)
+    assert torch.equal(weight, architectures.weight_of(model, "transformer.h.0.attn.c_attn"))
 
 
 def test_a_fused_layout_falls_back_to_the_loaded_model(
@@ -95,21 +92,20 @@ def test_a_fused_layout_falls_back_to_the_loaded_model(
         tensors[f"{stem}.qkv_proj.weight"] = torch.cat(parts)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # builds the table
+    table: Any = conversion_mapping._checkpoint_conversion_mapping_cache
     splitting = WeightConverter(
         ["self_attn.qkv_proj.weight"],
         [f"self_attn.{side}_proj.weight" for side in "qkv"],
         operations=[Chunk(dim=0)],
     )
-    monkeypatch.setitem(
-        conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [splitting]
-    )
+    monkeypatch.setitem(table, "llama", [splitting])
     source = resolve_model(str(tmp_path))
     names = targets(source)
     reader = WeightReader(source, names)
     fused = {name for name in names if reader.location(name) is None}
     assert fused == {name for name in names if name[-6:] in ("q_proj", "k_proj", "v_proj")}
     for name in names:
-        assert torch.equal(reader.load(name), loaded_weight(model, name)), name
+        assert torch.equal(reader.load(name), architectures.weight_of(model, name)), name
 
 
 def test_pickled_weights_come_from_the_loaded_model(tmp_path: Path) -> None:
@@ -118,7 +114,7 @@ def test_pickled_weights_come_from_the_loaded_model(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     source = resolve_model(str(tmp_path))
     name, weight = next(stream_weights(source, ["model.layers.0.mlp.down_proj"]))
-    assert torch.equal(weight, loaded_weight(model, name))
+    assert torch.equal(weight, architectures.weight_of(model, name))
 
 
 def test_sizes_are_known_without_reading(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from typer.exceptions import TyperException
 
 from kpsvd_tune import __version__
 from kpsvd_tune.errors import InputError, KpsvdTuneError
-from kpsvd_tune.recipe import Recipe, load_recipe, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe import EvaluationRecipe, Recipe, load_recipe, recipe_to_yaml, shipped_recipes
 from kpsvd_tune.report import console as view
 
 app = typer.Typer(
@@ -169,6 +170,74 @@ def merge(
         raise typer.Exit(1)
 
 
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        str | None, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="gsm8k, math, mbpp or exact_match.")] = "gsm8k",
+    path: Annotated[
+        str | None, typer.Option(help="The questions: file or hub id; default: the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the completions.")
+    ] = None,
+    base_only: Annotated[
+        bool, typer.Option("--base-only", help="Score without the adapter, to compare.")
+    ] = False,
+    rescore: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Score stored completions again.")
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run generated code (mbpp).")
+    ] = False,
+    sandbox: Annotated[str, typer.Option(help="bwrap; none runs code without protection.")] = (
+        "bwrap"
+    ),
+    offline: Offline = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run or a model on a task, or score stored completions again."""
+    if sandbox not in ("bwrap", "none"):
+        raise InputError(f"--sandbox {sandbox}: expected bwrap or none")
+    may = {"allow_code_execution": allow_code_execution, "sandbox": sandbox}
+    if rescore is not None:
+        from kpsvd_tune.evaluation.scoring import rescore as score_again
+
+        scores = {score.scorer: score.to_dict() for score in score_again(rescore, task, **may)}  # type: ignore[arg-type]
+        for score in scores.values():
+            del score["scorer"]
+        _emit({"task": task, "scores": scores}, as_json, view.show_scores)
+        return
+    if source is None:
+        raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
+    section: dict[str, Any] = {"task": task, "limit": limit, "path": path}
+    section |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    try:
+        wanted = EvaluationRecipe(**section)
+    except ValidationError as error:
+        faults = (f"--{each['loc'][0]}: {each['msg']}" for each in error.errors())
+        raise InputError("; ".join(faults)) from error
+    _prepare_libraries(offline, debug)
+    from kpsvd_tune import pipeline
+
+    with view.Events() as events:
+        result = pipeline.evaluate(
+            source,
+            wanted,
+            events,
+            output=output,
+            base_only=base_only,
+            offline=offline,
+            **may,  # type: ignore[arg-type]
+        )
+        _emit(result, as_json, view.show_scores)
+
+
 @app.command()
 def generate(
     source: Annotated[
@@ -317,13 +386,15 @@ def _prepare_libraries(offline: bool, debug: bool) -> None:
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not debug:
-        # Their bars and warnings are about their insides; ours say what a user can act on.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        # Their warnings are about their insides; ours say what a user can act on. Their bars show
+        # a person that a download goes on, and fill a log file with noise.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.simplefilter("ignore")
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:

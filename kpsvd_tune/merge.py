@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -97,7 +98,7 @@ def merge(
         tolerance = TOLERANCES[dtype] * max(float(logits.abs().max()) for logits in expected)
     stage("merging")
     kept, sizes = _survival(model, DTYPES[dtype])
-    plain: PreTrainedModel = model.merge_and_unload()
+    plain: Any = model.merge_and_unload()
     plain.to(DTYPES[dtype])
     _check_room(plain, output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,8 @@ def merge(
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
-        merged = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+        merged = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
+        merged.eval()
         difference, agreement = _difference(expected, _logits(merged, batches))
         report = MergeReport(
             adapter=adapter,

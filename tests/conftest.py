@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # Set before any Hugging Face library is imported: tests never look for a hub.
@@ -64,7 +65,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +82,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def model_factory(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], LlamaForCausalLM]:
-    return lambda seed=0: make_model(tokenizer, seed)
+def model_factory(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
+    return partial(make_model, tokenizer)
 
 
 @pytest.fixture

@@ -37,6 +37,22 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "eval": {
+        "--task",
+        "--path",
+        "--limit",
+        "--max-new-tokens",
+        "--batch-size",
+        "--output",
+        "-o",
+        "--base-only",
+        "--rescore",
+        "--allow-code-execution",
+        "--sandbox",
+        "--offline",
+        "--json",
+        "--debug",
+    },
     "generate": {
         "--max-new-tokens",
         "--temperature",
@@ -130,6 +146,37 @@ def test_recipes_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFix
     assert "exists: name another file" in capsys.readouterr().err
     assert cli.run(["recipes", "copy", "quickstart", str(tmp_path / "no" / "x.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_rescoring_stored_completions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"id": 0, "prompt": "2 + 3?", "completion": "So it is\n#### 5", "gold": "#### 5"},
+        {"id": 1, "prompt": "2 + 2?", "completion": "five", "gold": "#### 4"},
+    ]
+    file = tmp_path / "completions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.run(["eval", "--rescore", str(file), "--task", "gsm8k", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["strict"].keys() == {"value", "n", "stderr", "unextractable"}
+    assert scores["strict"]["value"] == 0.5
+    assert scores["flexible"]["unextractable"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval"], "eval needs a RUN_OR_MODEL, or --rescore FILE"),
+        (["eval", "m", "--task", "gsm9k"], "--task: Input should be 'gsm8k'"),
+        (["eval", "m", "--task", "mbpp"], "--allow-code-execution"),
+        (["eval", "m", "--sandbox", "docker"], "--sandbox docker: expected bwrap or none"),
+        (["eval", "m", "--task", "exact_match"], "path"),
+    ],
+)
+def test_mistakes_in_scoring(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.run(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

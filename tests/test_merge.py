@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -23,9 +24,9 @@ from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
 
 
-def adapted(model: LlamaForCausalLM, scale: float = 0.05, **options: object) -> PeftModel:
-    settings = {"target_modules": "all-linear", "rank": 2} | options
-    peft = get_peft_model(model, KpsvdConfig(**settings))
+def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:
+    settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
+    peft = get_peft_model(model, KpsvdConfig(**(settings | options)))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in peft.parameters():
@@ -35,7 +36,7 @@ def adapted(model: LlamaForCausalLM, scale: float = 0.05, **options: object) -> 
 
 
 def test_merged_folder_is_the_adapted_model(
-    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model).eval()
     ids = torch.arange(20)[None]
@@ -57,7 +58,7 @@ def test_merged_folder_is_the_adapted_model(
 
 
 def test_files_of_a_merge(
-    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     output = tmp_path / "out" / "merged"
     merging.merge(adapted(tiny_model), tokenizer, output, adapter="run", dtype="float32")
@@ -75,7 +76,7 @@ def _umask() -> int:
 
 
 def test_modules_to_save_reach_the_merged_weights(
-    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model, modules_to_save=["norm"]).eval()
     report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")
@@ -83,7 +84,7 @@ def test_modules_to_save_reach_the_merged_weights(
 
 
 def test_small_updates_lost_in_bf16_are_told(
-    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """An update far below the spacing of bf16 weights is rounded away almost whole."""
     base = tiny_model.to(torch.bfloat16).to(torch.float32)
@@ -100,7 +101,7 @@ def test_small_updates_lost_in_bf16_are_told(
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def test_kept_share_is_measured_by_the_rule(tiny_model: LlamaForCausalLM) -> None:
+def test_kept_share_is_measured_by_the_rule(tiny_model: Any) -> None:
     """Against the definition, written out for one layer."""
     peft = adapted(tiny_model, scale=3e-3, target_modules=["model.layers.0.mlp.up_proj"])
     layer = peft.base_model.model.model.layers[0].mlp.up_proj
@@ -114,7 +115,7 @@ def test_kept_share_is_measured_by_the_rule(tiny_model: LlamaForCausalLM) -> Non
 
 
 def test_a_wrong_merge_fails_the_proof(
-    tiny_model: LlamaForCausalLM,
+    tiny_model: Any,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,7 +123,7 @@ def test_a_wrong_merge_fails_the_proof(
     """The proof must see a file that differs from what was meant to be written."""
     original = LlamaForCausalLM.save_pretrained
 
-    def save_other(self: LlamaForCausalLM, *args: object, **kwargs: object) -> None:
+    def save_other(self: Any, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             self.model.layers[0].mlp.up_proj.weight.mul_(1.05)
         original(self, *args, **kwargs)
@@ -135,7 +136,7 @@ def test_a_wrong_merge_fails_the_proof(
 
 
 def test_a_broken_adapter_is_named(
-    tiny_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model)
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_a_broken_adapter_is_named(
 
 
 def test_a_full_disk_leaves_nothing(
-    tiny_model: LlamaForCausalLM,
+    tiny_model: Any,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,7 +156,7 @@ def test_a_full_disk_leaves_nothing(
     class Usage:
         free = 10
 
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(ResourceError, match=r"needs 0\.00 GB on disk and .* has 0\.00 GB free"):
         merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []

@@ -72,7 +72,7 @@ def test_train_report_merge_generate(
     assert results["steps"] == 6
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    adapted = PeftModel.from_pretrained(base, run / "adapter").eval()
+    adapted: Any = PeftModel.from_pretrained(base, run / "adapter").eval()
     trainable = sum(
         layer["rank"] * (m * n + p * q)
         for layer in adapted.peft_config["default"].layers.values()
@@ -92,6 +92,13 @@ def test_train_report_merge_generate(
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
+
+    questions = tmp_path / "rows.jsonl"
+    scoring = ["eval", str(run), "--task", "exact_match", "--path", str(questions)]
+    assert cli.run([*scoring, "--limit", "3", "--max-new-tokens", "3", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["scores"]["exact_match"]["n"] == 3
+    assert len(Path(scored["completions"]).read_text().splitlines()) == 3
 
     answers = []
     for source in (run, merged):

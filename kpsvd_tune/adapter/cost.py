@@ -63,11 +63,14 @@ def choose_plan(
     """
     flat, batched = activation_cost(tokens, rank, shape)
     spread = flat <= batched
-    gradients = gradient_costs(tokens, rank, shape)
-    gradient = min(gradients, key=lambda kind: gradients[kind])
+    gradient, lowest = "spread", float("inf")
+    # A loop because torch.compile traces no min() with a key over sizes that vary.
+    for kind, cost in gradient_costs(tokens, rank, shape).items():
+        if cost < lowest:
+            gradient, lowest = kind, cost
     if path == "auto":
         directions = 2 if is_training else 1
-        activations = directions * min(flat, batched)
+        activations = directions * (flat if spread else batched)
         if is_training and spread and gradient == "spread":
             # The projection of gy is shared between the gradients of x and of the factors.
             activations -= tokens * rank * shape.n * shape.p * shape.out_features

@@ -48,7 +48,7 @@ def chunked_gradients(x: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> tup
     ga, gb = x.new_zeros(m, n * r), x.new_zeros(r * p, q)
     folded, right_t = left_form(left, p, False), right.reshape(r * p, q).T
     step = chunk_tokens(x, n * r * p)
-    for xs, gys in zip(x.split(step), gy.split(step), strict=True):
+    for xs, gys in zip(torch.split(x, step), torch.split(gy, step), strict=True):
         inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)
         ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0)
         gb.addmm_(project(gys, folded, p, False).view(-1, r * p).T, xs.reshape(-1, q))

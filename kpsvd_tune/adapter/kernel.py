@@ -71,7 +71,7 @@ def add_update(y: Tensor, x: Tensor, left: Tensor, right: Tensor, spread: bool) 
         return
     m = y.shape[1] // p
     step = chunk_tokens(x, n * terms * p)
-    for xs, ys in zip(x.split(step), y.split(step), strict=True):
+    for xs, ys in zip(torch.split(x, step), torch.split(y, step), strict=True):
         inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * terms, p)
         ys.view(-1, m, p).baddbmm_(left.expand(len(inner), m, n * terms), inner)
 
@@ -97,7 +97,7 @@ def add_transposed(
     flat = right.reshape(terms * p, q)
     step = len(gy) if spread else chunk_tokens(gy, left.shape[1] * p)
     inner = None
-    for gxs, gys in zip(gx.split(step), gy.split(step), strict=True):
+    for gxs, gys in zip(torch.split(gx, step), torch.split(gy, step), strict=True):
         inner = project(gys, left, p, spread)
         gxs.view(-1, q).addmm_(inner.view(-1, terms * p), flat)
     return inner if step >= len(gy) else None

@@ -214,10 +214,8 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             return False
         if base._backward_hooks or base._backward_pre_hooks:
             return False
-        weight, bias = base.weight, base.bias
-        if type(weight) not in PLAIN or weight.requires_grad:
-            return False
-        if bias is not None and bias.requires_grad:
+        weight = base.weight
+        if type(weight) not in PLAIN or any(p.requires_grad for p in base.parameters()):
             return False
         if self.training and isinstance(self.kpsvd_dropout[name], nn.Dropout):
             return False
@@ -295,4 +293,5 @@ def base_sizes(base_layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer; packed quantised weights know their sizes as attributes."""
     if isinstance(base_layer, Conv1D):
         return base_layer.weight.shape[1], base_layer.weight.shape[0]
-    return int(base_layer.out_features), int(base_layer.in_features)
+    out_features, in_features = base_layer.out_features, base_layer.in_features
+    return int(cast(int, out_features)), int(cast(int, in_features))

@@ -25,6 +25,7 @@ from kpsvd_tune.linalg import (
     KPSVD,
     KroneckerShape,
     LayerSpectrum,
+    auto_shape,
     choose_ranks,
     choose_shape,
     kpsvd,
@@ -72,7 +73,7 @@ class KpsvdModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        config: KpsvdConfig,
+        config: KpsvdConfig,  # type: ignore[override]  # PEFT gives a method its own kind
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -111,7 +112,7 @@ class KpsvdModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: KpsvdConfig,
+        config: KpsvdConfig,  # type: ignore[override]
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
@@ -169,7 +170,7 @@ def _decompose(
     for name, module in targets.items():
         weight = base_weight(module)
         try:
-            shape = choose_shape(*weight.shape, config.factor_shape).shape
+            shape = _shape(weight, config)
             terms = kpsvd(weight, shape, rule.window, seed=config.seed)
         except ValueError as error:
             raise AdapterError(f"{name}: {error}") from error
@@ -205,7 +206,14 @@ def _decompose(
     return filled, factors
 
 
-def base_weight(module: nn.Module) -> Tensor:
+def _shape(weight: Tensor, config: KpsvdConfig) -> KroneckerShape:
+    if config.factor_shape == "auto":
+        return auto_shape(weight, seed=config.seed).shape
+    out_features, in_features = weight.shape
+    return choose_shape(out_features, in_features, config.factor_shape).shape
+
+
+def base_weight(module: nn.Module | KpsvdLayer) -> Tensor:
     """The weight of an adapted or plain layer as (out, in), dequantised."""
     if isinstance(module, KpsvdLayer):
         weight, base = module.get_base_weight(), module.get_base_layer()
@@ -229,7 +237,7 @@ def _check_base(
             next((v for k, v in state_dict.items() if k.endswith(f"{name}.{part}")), None)
             for part in ("kpsvd_left0", "kpsvd_right0")
         )
-        weight = layer.get_base_layer().weight
+        weight: Tensor = layer.weight
         if expected is None or left0 is None or right0 is None or weight.device.type == "meta":
             continue
         shape = layer.kpsvd_shape[adapter_name]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.linalg import KPSVD, KroneckerShape
+from kpsvd_tune.linalg import KPSVD, KroneckerShape, ShapeChoice
 
-# Part of every key: raise it whenever linalg.kpsvd gives other numbers for the same input.
-ALGORITHM_VERSION = 1
+# Part of every key: raise it whenever linalg.kpsvd gives other numbers, or linalg.auto_shape
+# another shape, for the same input.
+ALGORITHM_VERSION = 2
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -58,6 +59,17 @@ def entry_key(weight: str, shape: KroneckerShape, tolerance: float, seed: int) -
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def shape_key(weight: str, seed: int) -> str:
+    """Name what factor shape auto chose for a weight.
+
+    Args:
+        weight: From :func:`~kpsvd_tune.decompose.hashes.weight_hash`.
+        seed: The seed of the decompositions that were compared.
+    """
+    parts = [ALGORITHM_VERSION, "auto", weight, seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 class SpectraCache:
     """Finished matrices on disk.
 
@@ -81,7 +93,7 @@ class SpectraCache:
         """Return an entry cut to ``num_terms``; None when absent, too short or damaged."""
         try:
             data = self._file(key).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return None
         entry = _decode(data, key, shape)
         if entry is None:
@@ -104,24 +116,24 @@ class SpectraCache:
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
         """
-        file = self._file(key)
+        self._commit(self._file(key), _encode(key, entry))
+
+    def read_shape(self, key: str) -> ShapeChoice | None:
+        """Return a shape noted for factor shape auto; None when absent or unreadable."""
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for stale in file.parent.glob(f"{key}.*.tmp"):
-                stale.unlink()  # of a killed run: nobody else writes under our lock
-            temporary = file.with_name(f"{key}.{os.getpid()}.tmp")
-            with temporary.open("wb") as stream:
-                stream.write(_encode(key, entry))
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-            _sync_folder(file.parent)
-        except OSError as error:
-            what = "is full" if error.errno in FULL else f"cannot be written ({error})"
-            raise ResourceError(
-                f"the spectra cache {self.folder} {what}; make room, or point XDG_CACHE_HOME at "
-                "another disk: matrices finished so far are kept"
-            ) from error
+            shape, note = json.loads(self._shape_file(key).read_text(encoding="utf-8"))
+            return ShapeChoice(KroneckerShape(*shape), note)
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write_shape(self, key: str, choice: ShapeChoice) -> None:
+        """Note a shape. The caller holds :meth:`lock`.
+
+        Raises:
+            ResourceError: The disk is full or the folder cannot be written.
+        """
+        content = json.dumps([choice.shape.as_tuple(), choice.note])
+        self._commit(self._shape_file(key), content.encode())
 
     @contextmanager
     def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
@@ -152,6 +164,33 @@ class SpectraCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / "spectra" / key[:2] / f"{key}.safetensors"
+
+    def _shape_file(self, key: str) -> Path:
+        return self.folder / "shapes" / key[:2] / f"{key}.json"
+
+    def _commit(self, file: Path, content: bytes) -> None:
+        try:
+            for stale in file.parent.glob(f"{file.stem}.*.tmp"):
+                stale.unlink()  # of a killed run: nobody else writes under our lock
+            commit_file(file, content)
+        except OSError as error:
+            what = "is full" if error.errno in FULL else f"cannot be written ({error})"
+            raise ResourceError(
+                f"the spectra cache {self.folder} {what}; make room, or point XDG_CACHE_HOME at "
+                "another disk: matrices finished so far are kept"
+            ) from error
+
+
+def commit_file(file: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there, even after a power cut."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    _sync_folder(file.parent)
 
 
 def _flock(descriptor: int, wait: bool) -> bool:

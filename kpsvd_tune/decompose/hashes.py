@@ -75,15 +75,19 @@ class HashIndex:
         if time.time() - newest < SETTLED_SECONDS:
             return
         self._known.setdefault(place, {})[label] = digest
-        self._folder.mkdir(parents=True, exist_ok=True)
         # Lines are appended in one write, so several processes may add to one file; a line starts
         # with the line break, so that one torn by a kill spoils none but itself.
         line = "\n" + json.dumps([label, digest])
-        descriptor = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
+        except OSError:
+            # The index only saves time; a folder that cannot be written is the cache's to report.
+            return
 
     def _place(self, files: Sequence[Path]) -> tuple[Path, float]:
         stats = [(file, file.stat()) for file in files]

@@ -12,7 +12,8 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from kpsvd_tune.decompose.spectra import Finished, Settings, SpectraWorker, Task, shares
+from kpsvd_tune.decompose.spectra import SpectraWorker
+from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.models import ModelSource, WeightReader
 
@@ -109,6 +110,8 @@ def _work(
     try:
         reader = WeightReader(source, [task.name for task in tasks])
         SpectraWorker(reader, settings).run(tasks, sender.send)
+    except BrokenPipeError:
+        return  # the parent is gone; what is finished is in the cache
     except Exception as error:
         error.add_note("in a decomposition worker:\n" + traceback.format_exc())
         sender.send(error)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,8 @@ from kpsvd_tune.report.results import Score
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"
 _SAMPLED_WEIGHTS = 64
+
+Result = TypeVar("Result")
 
 
 def evaluate(
@@ -106,11 +108,8 @@ def evaluate(
         end_token_ids=end_token_ids,
     )
     file = output_folder / COMPLETIONS_FILE
-    if _rank() == 0:
-        output_folder.mkdir(parents=True, exist_ok=True)
-        repair_completions(file)
-        _check_settings(output_folder, _settings(model, recipe.task, options))
-    _wait_for_all()
+    settings = _settings(model, recipe.task, options)
+    _on_first_process(lambda: _open_folder(output_folder, settings))
     done = _finished(file, prompts)
     _wait_for_all()  # nobody appends before everybody has read
     mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[_rank() :: _num_processes()]
@@ -158,6 +157,12 @@ def _settings(model: LanguageModel, task: str, options: GenerationOptions) -> di
         "stop": list(options.stop),
         "weights": weights_fingerprint(model),
     }
+
+
+def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    repair_completions(folder / COMPLETIONS_FILE)
+    _check_settings(folder, settings)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -217,17 +222,18 @@ def _wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def _on_first_process(work: Callable[[], list[Score]]) -> list[Score]:
+def _on_first_process(work: Callable[[], Result]) -> Result:
     """The result of work done once, on every process; an error is raised on all of them."""
     if not _is_distributed():
         return work()
-    box: list[Any] = [None]
+    box: list[Any] = [None, None]
     if _rank() == 0:
         try:
-            box = [work()]
+            box[0] = work()
         except Exception as error:
-            box = [error]
+            box[1] = error
     torch.distributed.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return list(box[0])
+    if box[1] is not None:
+        raise box[1]
+    result: Result = box[0]
+    return result

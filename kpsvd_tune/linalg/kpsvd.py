@@ -1,9 +1,9 @@
 """Truncated KPSVD of one matrix: the leading terms of W = sum_k sigma_k U_k kron V_k.
 
-Letters: M is R(W) or its transpose, whichever is tall, (rows, cols); k is the number of terms
-wanted. Bases of the row space are kept as rows, (j, cols), because products with row-major blocks
-read M in the order in which it lies in memory. docs/decompose.md holds the measurements behind
-the constants, and what was tried and did not help.
+Letters: M is R(W), or for its Gram matrix R(W)^T where that is smaller, (rows, cols); k is the
+number of terms wanted. Bases of the row space are kept as rows, (j, cols), because products with
+row-major blocks read M in the order in which it lies in memory. docs/decompose.md holds the
+measurements behind the constants, and what was tried and did not help.
 """
 
 from __future__ import annotations
@@ -128,20 +128,20 @@ def kpsvd(
     if not math.isfinite(squared_norm):
         _refuse(rearranged)
     k = min(num_terms, shape.max_rank)
-    tall = rearranged.shape[0] >= rearranged.shape[1]
-    matrix = rearranged if tall else rearranged.T
     if tolerance == 0 or 4 * k > shape.max_rank:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-        u, s, v = u[:, :k].T, s[:k], vt[:k]
-    elif shape.max_rank <= DIRECT_SIZE:
-        u, s, v = _triplets(matrix, _gram_vectors(matrix, k))
+        u, values, vt = torch.linalg.svd(rearranged, full_matrices=False)
+        left, values, right = u[:, :k].T, values[:k], vt[:k]
+    elif shape.max_rank > DIRECT_SIZE:
+        vectors = _lanczos_vectors(rearranged, k, tolerance, seed)
+        left, values, right = _triplets(rearranged, vectors)
+    elif rearranged.shape[0] >= rearranged.shape[1]:
+        left, values, right = _triplets(rearranged, _gram_vectors(rearranged, k))
     else:
-        u, s, v = _triplets(matrix, _lanczos_vectors(matrix, k, tolerance, seed))
-    left, right = (u, v) if tall else (v, u)
+        right, values, left = _triplets(rearranged.T, _gram_vectors(rearranged.T, k))
     signs = _signs(left)
     m, n, p, q = shape.as_tuple()
     return KPSVD(
-        values=s.double(),
+        values=values.double(),
         left=(left * signs).reshape(k, m, n).contiguous(),
         right=(right * signs).reshape(k, p, q).contiguous(),
         shape=shape,
@@ -156,7 +156,10 @@ def _gram_vectors(matrix: Tensor, k: int) -> Tensor:
 
 
 def _lanczos_vectors(matrix: Tensor, k: int, tolerance: float, seed: int) -> Tensor:
-    """Leading k right singular vectors, (k, cols), by block Lanczos on M^T M."""
+    """Leading k right singular vectors, (k, cols), by block Lanczos on M^T M.
+
+    A wide M is not transposed: the longer vectors cost less than reading M across its rows.
+    """
     cols = matrix.shape[1]
     generator = torch.Generator().manual_seed(seed)
     block = basis = _orthonormal_rows(_gaussian((BLOCK_SIZE, cols), matrix, generator))

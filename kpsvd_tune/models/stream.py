@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -143,11 +142,12 @@ def read_tensor(location: TensorLocation) -> Tensor:
     array: Any = data.numpy()
     view = memoryview(array)
     with location.file.open("rb", buffering=0) as stream:
+        stream.seek(location.begin)
         done = 0
         while done < len(view):
             # One call reads at most 2 GiB, and fewer bytes when a signal interrupts it.
-            count = os.preadv(stream.fileno(), [view[done:]], location.begin + done)
-            if count == 0:
+            count = stream.readinto(view[done:])
+            if not count:
                 raise ModelError(
                     f"{location.file} ends inside the tensor {location.key}; fetch it again"
                 )

@@ -172,7 +172,7 @@ def generate(
 
 def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:
     """Loading has compared the weights; other files with the same weights are worth a note."""
-    recorded = model.peft_config["default"].base_files
+    recorded = getattr(model.peft_config["default"], "base_files", None)
     if recorded is not None and recorded != base_fingerprint(source):
         events.note("the base model's files differ from those of the training, its weights do not")
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -21,13 +21,12 @@ from kpsvd_tune.data import PreparedData, prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import Decomposition, decompose
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.evaluation.evaluate import evaluate
-from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.scoring import check_code_execution
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_tokenizer
 from kpsvd_tune.pipeline.save import save_adapter
+from kpsvd_tune.pipeline.score import Scorer, as_mapping
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model, report_decomposition
-from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.training import Training, make_accelerator, on_main_process
@@ -96,9 +95,20 @@ def train(
             return read_json(run.results_file)
         report, factors = _decompose(recipe, source, run, start, accelerator, events)
         model = adapt(recipe, source, _layers(report), factors, base_files)
-        scorer = _Scorer(recipe, accelerator, run, tokenizer, events, offline, allow_code_execution)
+        scorer = Scorer(
+            tokenizer,
+            recipe.dataset.template,
+            accelerator.device,
+            events,
+            offline=offline,
+            allow_code_execution=allow_code_execution,
+        )
         # Offsets are zero here, so this is the base model's score, also when a run goes on.
-        before = scorer.score(model, "before", [task for task in recipe.evaluation if task.before])
+        before = scorer.score_all(
+            model,
+            [task for task in recipe.evaluation if task.before],
+            run.path / "evaluation" / "before",
+        )
         check_known_tokens(data.train, model.get_input_embeddings().num_embeddings)
         training = Training(
             model,
@@ -118,7 +128,7 @@ def train(
             events.step(metrics, training.num_steps)
         events.end_progress()
         outcome = training.result()
-        after = scorer.score(model, "after", recipe.evaluation)
+        after = scorer.score_all(model, recipe.evaluation, run.path / "evaluation" / "after")
         results = outcome.to_dict() | _scores(before, after)
         on_main_process(
             accelerator, lambda: _finish(run, model, tokenizer, recipe, report, results)
@@ -196,74 +206,12 @@ def _layers(report: RankReport) -> dict[str, dict[str, Any]]:
     }
 
 
-class _Scorer:
-    """Scores the model on tasks, with completions kept in the run's folder."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        accelerator: Accelerator,
-        run: RunDirectory,
-        tokenizer: PreTrainedTokenizerBase,
-        events: Events,
-        offline: bool,
-        allow_code_execution: bool,
-    ) -> None:
-        self._template = recipe.dataset.template if recipe.dataset else None
-        self._accelerator = accelerator
-        self._folder = run.path / "evaluation"
-        self._tokenizer = tokenizer
-        self._events = events
-        self._offline = offline
-        self._allow_code_execution = allow_code_execution
-
-    def score(
-        self, model: PeftModel, when: str, tasks: Sequence[EvaluationRecipe]
-    ) -> dict[str, list[Score]]:
-        """Scores by task, ``before`` or ``after`` training."""
-        scores: dict[str, list[Score]] = {}
-        for number, task in enumerate(tasks):
-            self._events.stage(f"scoring {task.task} {when} training")
-            model.to(self._accelerator.device)
-            scores[task.task] = evaluate(
-                model,
-                self._tokenizer,
-                task,
-                self._folder / when / f"{number}-{task.task}",
-                template=self._template,
-                allow_code_execution=self._allow_code_execution,
-                offline=self._offline,
-                progress=self._advance,
-            )
-            self._events.end_progress()
-            for score in scores[task.task]:
-                self._events.note(
-                    f"{score.scorer}: {100 * score.value:.1f} % of {score.n} "
-                    f"(standard error {100 * score.stderr:.1f}), "
-                    f"{score.unextractable} without an answer"
-                )
-        return scores
-
-    def _advance(self, progress: GenerationProgress) -> None:
-        left = progress.seconds_left
-        detail = f"{progress.tokens_per_second:.0f} tokens/s"
-        self._events.advance(
-            "answering",
-            progress.done,
-            progress.total,
-            detail if left is None else f"{detail}, {left:.0f} s left",
-        )
-
-
 def _scores(
     before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if after:
-        results["scores"] = {
-            task: {score.scorer: score.to_dict() for score in scores}
-            for task, scores in after.items()
-        }
+        results["scores"] = {task: as_mapping(scores) for task, scores in after.items()}
     for task in before:
         results[task] = {
             "before": before[task][0].value,

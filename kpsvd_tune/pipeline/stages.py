@@ -74,9 +74,7 @@ def adapt(
         task_type="CAUSAL_LM",
         target_modules=_plain(adapter.target_modules),
         exclude_modules=_plain(adapter.exclude_modules),
-        factor_shape=adapter.factor_shape
-        if isinstance(adapter.factor_shape, str)
-        else dict(adapter.factor_shape),
+        factor_shape=_plain_shape(adapter.factor_shape),
         rank=adapter.rank.model_dump(exclude={"overrides"}),
         dropout=adapter.dropout,
         modules_to_save=list(adapter.modules_to_save) or None,
@@ -96,6 +94,10 @@ def adapt(
 def base_name(path: str) -> str:
     """How an adapter names its base: as the recipe does, local paths made absolute."""
     return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def _plain_shape(shape: Any) -> str | dict[str, int]:
+    return shape if isinstance(shape, str) else dict(shape)
 
 
 def _plain(names: Any) -> Any:

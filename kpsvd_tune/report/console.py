@@ -188,18 +188,23 @@ def show_results(results: Mapping[str, Any]) -> None:
     scores = results.pop("scores", {})
     _show_mapping({k: v for k, v in results.items() if not isinstance(v, Mapping)})
     for task, by_scorer in scores.items():
-        for scorer, score in by_scorer.items():
-            _line(
-                f"{task}, {scorer}",
-                f"{_percent(score['value'])} of {score['n']} (standard error "
-                f"{_percent(score['stderr'])}), {score['unextractable']} without an answer",
-            )
+        show_scores({"task": task, "scores": by_scorer})
     for task, change in results.items():
         if isinstance(change, Mapping):
             _line(
                 f"{task}, change",
                 f"{_percent(change['before'])} before training, {_percent(change['after'])} after",
             )
+
+
+def show_scores(result: Mapping[str, Any]) -> None:
+    """One line a scorer of a task."""
+    for scorer, score in result["scores"].items():
+        _line(
+            f"{result['task']}, {scorer}",
+            f"{_percent(score['value'])} of {score['n']} (standard error "
+            f"{_percent(score['stderr'])}), {score['unextractable']} without an answer",
+        )
 
 
 def show_run(run: Mapping[str, Any]) -> None:

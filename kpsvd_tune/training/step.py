@@ -110,7 +110,7 @@ class Stepper:
         # An infinite gradient tells a loss scaler to scale less; only at its floor it is a fault.
         is_judged = scaler is None or scaler.get_scale() <= 1
         check_finite(step, losses, grad_norm if is_judged else None, rows_of)
-        learning_rate = self._scheduler.get_last_lr()[0]
+        learning_rate = self._optimizer.param_groups[0]["lr"]
         if scaler is None:
             self._optimizer.step()
         else:

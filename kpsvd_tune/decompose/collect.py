@@ -1,0 +1,215 @@
+"""Spectra of all target modules of a model: computed, or found in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
+from kpsvd_tune.decompose.progress import Progress, ProgressMeter
+from kpsvd_tune.decompose.ranks import rank_report
+from kpsvd_tune.decompose.spectra import SpectraWorker
+from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
+from kpsvd_tune.decompose.workers import run_processes
+from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.linalg import choose_shape
+from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton, target_names, untouched
+from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
+from kpsvd_tune.report.results import RankReport
+
+TOLERANCE = 5e-3
+
+
+class Spectra:
+    """The spectra of all target modules, ready for any rank rule.
+
+    Args:
+        source: The base model.
+        window: Leading terms computed of each matrix, as far as it has them.
+        finished: The spectra of the target modules, in model order.
+        cache: Where the factors lie.
+        base_parameters: Parameters of the base model.
+        left_alone: (name, reason) of the weight matrices that are not targeted.
+        notes: What happened on the way.
+
+    Attributes:
+        window: As given.
+        notes: As given.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        window: int,
+        finished: list[Finished],
+        cache: SpectraCache,
+        *,
+        base_parameters: int,
+        left_alone: list[tuple[str, str]],
+        notes: tuple[str, ...],
+    ) -> None:
+        self.notes = notes
+        self.window = window
+        self._source = source
+        self._finished = finished
+        self._cache = cache
+        self._base_parameters = base_parameters
+        self._left_alone = left_alone
+
+    def report(self, rank: RankRecipe) -> RankReport:
+        """Apply a rank rule.
+
+        Args:
+            rank: The rule; its window may be smaller than the one that was computed.
+
+        Returns:
+            Ranks, energies and totals of all target modules.
+
+        Raises:
+            AdapterError: A budget below the minima, an override that matches nothing, or a window
+                larger than the one computed.
+        """
+        if rank.window > self.window:
+            raise AdapterError(
+                f"adapter.rank.window {rank.window}: only {self.window} terms were computed"
+            )
+        return rank_report(
+            self._source.path,
+            self._finished,
+            rank,
+            base_parameters=self._base_parameters,
+            left_alone=self._left_alone,
+        )
+
+    def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
+        """Read the initial factors of the chosen ranks from the cache.
+
+        Args:
+            report: From :meth:`report`.
+
+        Returns:
+            Module name to A0 (rank, m, n) and B0 (rank, p, q), without modules of rank 0.
+
+        Raises:
+            AdapterError: Every rank is 0, or a cache entry was removed meanwhile.
+        """
+        chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        for done, layer in zip(self._finished, report.layers, strict=True):
+            if layer.rank == 0:
+                continue
+            entry = self._cache.read(done.key, done.shape, layer.rank)
+            if entry is None:
+                raise AdapterError(
+                    f"{done.name}: its entry in the spectra cache {self._cache.folder} was removed "
+                    "or damaged while it was in use; run again"
+                )
+            chosen[done.name] = entry.terms.factors(layer.rank)
+        if not chosen:
+            raise AdapterError(
+                "adapter.rank: every layer got rank 0; raise min, energy, max or budget"
+            )
+        return chosen
+
+
+@torch.no_grad()
+def collect_spectra(
+    source: ModelSource,
+    adapter: AdapterRecipe,
+    *,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+    cache_dir: Path | None = None,
+    processes: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
+    device: str = "cpu",
+    progress: Callable[[Progress], None] | None = None,
+) -> Spectra:
+    """Compute, or find in the cache, the spectra of all target matrices.
+
+    Interrupted at any point, even killed, the next call goes on after the last finished matrix
+    and ends with the same result.
+
+    Args:
+        source: The base model.
+        adapter: Targets, factor shape and the window of the rank rule.
+        seed: Seeds the truncated decomposition.
+        tolerance: Accepted missing share of the leading energy; 0 decomposes exactly.
+        cache_dir: The cache folder; by default ``$XDG_CACHE_HOME/kpsvd-tune``.
+        processes: Worker processes to start for this call.
+        process_index: This process's number where every rank of a launched run calls this
+            function; each then begins with its own share, helps with the rest, and returns the
+            same.
+        num_processes: How many such ranks there are.
+        device: Where to decompose: cpu, cuda, cuda:1.
+        progress: Called after each matrix.
+
+    Raises:
+        ModelError: A target or a weight that cannot be used.
+        AdapterError: A factor shape that cannot be met.
+        ResourceError: The cache cannot be written, or a worker was killed.
+    """
+    skeleton = load_skeleton(source)
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    reader = WeightReader(source, names, skeleton)
+    tasks = _tasks(reader, adapter)
+    settings = Settings(
+        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
+        tolerance=tolerance,
+        seed=seed,
+        device=device,
+    )
+    meter = ProgressMeter(tasks, progress)
+    found: dict[str, Finished] = {}
+
+    def note(finished: Finished) -> None:
+        if finished.name not in found:
+            found[finished.name] = finished
+            meter(finished)
+
+    worker = SpectraWorker(reader, settings)
+    if processes > 1:
+        # Starting workers takes seconds: only for what the cache does not have.
+        left = worker.look_up(tasks, note)
+        run_processes(source, left, settings, processes, note)
+    elif num_processes > 1:
+        own = shares(tasks, num_processes)[process_index]
+        # Our share first; then the others' from their ends, where they have not been yet.
+        mine = {task.name for task in own}
+        worker.run(own + [task for task in reversed(tasks) if task.name not in mine], note)
+    else:
+        worker.run(tasks, note)
+    reader.close()
+    damaged = sum(finished.is_repaired for finished in found.values())
+    return Spectra(
+        source,
+        adapter.rank.window,
+        [found[task.name] for task in tasks],
+        worker.cache,
+        base_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        left_alone=untouched(skeleton, names),
+        notes=(f"{damaged} damaged entries of the spectra cache were computed again",)
+        if damaged
+        else (),
+    )
+
+
+def _tasks(reader: WeightReader, adapter: AdapterRecipe) -> list[Task]:
+    given = adapter.factor_shape
+    rule = given if isinstance(given, str) else {"n": given["n"], "p": given["p"]}
+    tasks: list[Task] = []
+    for name in reader.names:
+        size, shape, note = reader.size(name), None, None
+        if rule != "auto":
+            try:
+                choice = choose_shape(*size, rule)
+            except ValueError as error:
+                raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
+            shape, note = choice.shape, choice.note
+        tasks.append(Task(name, size, shape, adapter.rank.window, note))
+    return tasks

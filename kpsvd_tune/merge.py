@@ -110,7 +110,7 @@ def merge(
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
-        merged = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
+        merged: Any = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
         merged.eval()
         difference, agreement = _difference(expected, _logits(merged, batches))
         report = MergeReport(

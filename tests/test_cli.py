@@ -199,7 +199,7 @@ def test_exit_codes(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "load_recipe", fail)
+    monkeypatch.setattr("kpsvd_tune.cli.reading.load_recipe", fail)
     assert cli.run(["validate", "quickstart"]) == code
     captured = capsys.readouterr()
     assert message in captured.err

@@ -54,7 +54,7 @@ class KpsvdConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
         if isinstance(self.target_modules, (list, tuple, set)):
             self.target_modules = sorted(set(self.target_modules))

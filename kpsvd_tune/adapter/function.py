@@ -57,51 +57,71 @@ class KpsvdFunction(torch.autograd.Function):
         """
         ctx.save_for_backward(x, weight, a, b, left0, right0)
         ctx.plan, ctx.dtype, ctx.base_dtype = plan, dtype, base_dtype
-        terms = kernel.stack_terms(a, b, left0, right0, torch.promote_types(dtype, torch.float32))
-        # Only where the base computes in dtype too: at zero offsets y must have the base's bits.
-        is_exact = base_dtype == dtype and torch.finfo(dtype).bits >= 32
-        if plan.path == "weight" and weight is not None and is_exact:
-            return functional.linear(x, kernel.dense_weight(*terms, weight), bias)
-        y = base_output(x, weight, bias, base_dtype) if result is None else result
-        if plan.path == "weight":
-            delta = kernel.dense_weight(*terms, None).to(dtype)
-            update = functional.linear(x.to(dtype), delta)
-            return (y + update).to(y.dtype) if result is not None else y.add_(update)
-        left = kernel.left_form(terms[0].to(dtype), b.shape[1], plan.spread)
-        return add_activations(y, x, left, terms[1].to(dtype), plan, in_place=result is None)
+        ctx.is_autocast = ambient_autocast(x) is not None
+        factors = (a, b, left0, right0)
+        with outside_autocast(x, ctx.is_autocast):
+            return _forward(x, result, weight, bias, factors, plan, dtype, base_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, result, a and b."""
-        x, weight, a, b, left0, right0 = ctx.saved_tensors
-        plan, dtype = ctx.plan, ctx.dtype
-        needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
-        flat_gy = gy.reshape(-1, gy.shape[-1])
-        wide_gy = flat_gy.to(dtype)
-        gx = projected = ga = gb = None
-        if needs_x:
-            if weight is None:
-                gx = wide_gy.new_zeros(len(flat_gy), x.shape[-1])
-            elif not is_one_product(x, dtype, ctx.base_dtype):
-                gx = flat_gy.to(ctx.base_dtype) @ weight.to(ctx.base_dtype)
-                gx, weight = gx.to(dtype), None
-            factors = kernel.stack_terms(
-                a, b, left0, right0, torch.promote_types(dtype, torch.float32)
-            )
-            gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan)
-            gx = gx.to(x.dtype).view(x.shape)
-        if needs_a or needs_b:
-            flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
-            left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
-            if plan.gradient == "spread":
-                ga, gb = gradient.spread_gradients(flat_x, wide_gy, left, right, projected)
-            elif plan.gradient == "chunked":
-                ga, gb = gradient.chunked_gradients(flat_x, wide_gy, left, right)
-            else:
-                ga, gb = gradient.full_gradients(flat_x, wide_gy, left, right)
-            ga, gb = ga.to(a.dtype), gb.to(b.dtype)
-        return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 5
+        # Autograd runs this outside of autocast, torch.compile in the state of the forward pass.
+        with outside_autocast(gy, ctx.is_autocast):
+            return _backward(ctx, gy)
+
+
+def _forward(
+    x: Tensor,
+    result: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    plan: Plan,
+    dtype: torch.dtype,
+    base_dtype: torch.dtype,
+) -> Tensor:
+    terms = kernel.stack_terms(*factors, torch.promote_types(dtype, torch.float32))
+    # Only where the base computes in dtype too: at zero offsets y must have the base's bits.
+    is_exact = base_dtype == dtype and torch.finfo(dtype).bits >= 32
+    if plan.path == "weight" and weight is not None and is_exact:
+        return functional.linear(x, kernel.dense_weight(*terms, weight), bias)
+    y = base_output(x, weight, bias, base_dtype) if result is None else result
+    if plan.path == "weight":
+        delta = kernel.dense_weight(*terms, None).to(dtype)
+        update = functional.linear(x.to(dtype), delta)
+        return (y + update).to(y.dtype) if result is not None else y.add_(update)
+    left = kernel.left_form(terms[0].to(dtype), terms[1].shape[1], plan.spread)
+    return add_activations(y, x, left, terms[1].to(dtype), plan, in_place=result is None)
+
+
+def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, a, b, left0, right0 = ctx.saved_tensors
+    plan, dtype = ctx.plan, ctx.dtype
+    needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
+    flat_gy = gy.reshape(-1, gy.shape[-1])
+    wide_gy = flat_gy.to(dtype)
+    gx = projected = ga = gb = None
+    if needs_x:
+        if weight is None:
+            gx = wide_gy.new_zeros(len(flat_gy), x.shape[-1])
+        elif not is_one_product(x, dtype, ctx.base_dtype):
+            gx = flat_gy.to(ctx.base_dtype) @ weight.to(ctx.base_dtype)
+            gx, weight = gx.to(dtype), None
+        factors = kernel.stack_terms(a, b, left0, right0, torch.promote_types(dtype, torch.float32))
+        gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan)
+        gx = gx.to(x.dtype).view(x.shape)
+    if needs_a or needs_b:
+        flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
+        left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
+        if plan.gradient == "spread":
+            ga, gb = gradient.spread_gradients(flat_x, wide_gy, left, right, projected)
+        elif plan.gradient == "chunked":
+            ga, gb = gradient.chunked_gradients(flat_x, wide_gy, left, right)
+        else:
+            ga, gb = gradient.full_gradients(flat_x, wide_gy, left, right)
+        ga, gb = ga.to(a.dtype), gb.to(b.dtype)
+    return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 5
 
 
 def is_one_product(x: Tensor, dtype: torch.dtype, base_dtype: torch.dtype) -> bool:
@@ -162,10 +182,8 @@ def ambient_autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def outside_autocast(
-    x: Tensor, autocast_dtype: torch.dtype | None
-) -> AbstractContextManager[object]:
+def outside_autocast(x: Tensor, is_autocast: bool) -> AbstractContextManager[object]:
     """A context in which products keep the dtype they are given."""
-    if autocast_dtype is None:
+    if not is_autocast:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)

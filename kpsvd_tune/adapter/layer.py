@@ -246,13 +246,14 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             self.kpsvd_path[name],
             is_differentiated,
         )
-        with outside_autocast(x, autocast_dtype):
-            if is_differentiated or plan.path == "weight":
-                self._operands.pop(name, None)
-                adapted: Tensor = KpsvdFunction.apply(  # type: ignore[no-untyped-call]
-                    x, result, weight, bias, a, b, left0, right0, plan, dtype, base_dtype
-                )
-                return adapted
+        if is_differentiated and not torch.compiler.is_compiling():
+            self._operands.pop(name, None)
+        if is_differentiated or plan.path == "weight":
+            adapted: Tensor = KpsvdFunction.apply(  # type: ignore[no-untyped-call]
+                x, result, weight, bias, a, b, left0, right0, plan, dtype, base_dtype
+            )
+            return adapted
+        with outside_autocast(x, autocast_dtype is not None):
             left, right = self._inference_operands(name, plan, dtype)
             y = base_output(x, weight, bias, base_dtype) if result is None else result
             return add_activations(y, x, left, right, plan, in_place=result is None)

@@ -55,7 +55,7 @@ class KpsvdModel(BaseTuner):
         Raises:
             AdapterError: No layer is matched, a target cannot be adapted, or every rank is 0.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         if config.layers is None:
             # A copy, so that one config object given to two models decomposes each of them.
@@ -67,8 +67,11 @@ class KpsvdModel(BaseTuner):
             self._factors = {}
 
     @staticmethod
-    def _check_target_module_exists(config: KpsvdConfig, key: str) -> Any:
-        found = check_target_module_exists(config, key)
+    def _check_target_module_exists(
+        config: KpsvdConfig,  # type: ignore[override]
+        key: str,
+    ) -> Any:
+        found: Any = check_target_module_exists(config, key)
         return found if isinstance(found, _ExcludedModule) else key in (config.layers or {})
 
     def _create_and_replace(

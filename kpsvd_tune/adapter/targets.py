@@ -44,7 +44,7 @@ def match_targets(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)):
             continue
-        found = check_target_module_exists(config, name)
+        found: Any = check_target_module_exists(config, name)
         if isinstance(found, _ExcludedModule) or not found:
             continue
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -75,7 +75,7 @@ def _nothing_matched(model: nn.Module, wanted: Any) -> str:
             if isinstance(module, (nn.Linear, Conv1D))
         }
     )
-    names = [wanted] if isinstance(wanted, str) else sorted(wanted or [])
+    names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
     close = [
         match
         for name in names

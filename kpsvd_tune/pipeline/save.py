@@ -38,7 +38,7 @@ def save_adapter(
     partial = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder.parent))
     try:
         # No embedding is ever adapted; "auto" would ask the hub about the base model.
-        model.save_pretrained(partial, save_embedding_layers=False)
+        model.save_pretrained(str(partial), save_embedding_layers=False)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_card(model, recipe, report, results), encoding="utf-8")
         partial.chmod(0o755)

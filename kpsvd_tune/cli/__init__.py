@@ -1,0 +1,59 @@
+"""The command line: parse, one call into the pipeline, render, exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from typer.exceptions import TyperException
+
+# Importing a module of commands adds them to the application, in this order.
+from kpsvd_tune.cli import reading, training, using  # noqa: F401
+from kpsvd_tune.cli.shared import app
+from kpsvd_tune.errors import KpsvdTuneError
+
+__all__ = ["app", "main", "run"]
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code; errors become one message on stderr."""
+    debug = "--debug" in arguments
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
+        if code == 130:
+            # typer turns a Ctrl-C into this code, without a word.
+            _say("stopped")
+        return code if isinstance(code, int) else 0
+    except TyperException as error:
+        _say(f"error: {error.format_message()}")
+        return 2
+    except BrokenPipeError:
+        # The reader of our output is gone, as in `| head`; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KpsvdTuneError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except (OSError, MemoryError) as error:
+        return _fail(str(error) or type(error).__name__, 1, debug)
+    except Exception as error:
+        traceback.print_exc()
+        _say(f"error: {type(error).__name__}: {error}")
+        _say("This is a bug in kpsvd-tune: please report it.")
+        return 1
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    _say(f"error: {message}")
+    return code
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""Commands that only read files and import no torch: validate, report and recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kpsvd_tune.cli.shared import Debug, Json, Overrides, RecipeArgument, app, emit
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.recipe import load_recipe, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.report import console as view
+from kpsvd_tune.report.reading import read_run
+
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe and print it as resolved, with every default."""
+    resolved = load_recipe(recipe, overrides or ())
+    if as_json:
+        typer.echo(resolved.model_dump_json())
+    else:
+        typer.echo(recipe_to_yaml(resolved), nl=False)
+        Console(stderr=True).print(f"{recipe}: valid", style="green")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the ranks and results of a run again."""
+    emit(read_run(run), as_json, view.show_run)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the shipped recipes with their purpose."""
+    purposes = {name: view.purpose(path) for name, path in shipped_recipes().items()}
+    if as_json:
+        typer.echo(json.dumps(purposes))
+        return
+    for name, purpose in purposes.items():
+        typer.echo(f"{name:24} {purpose}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="File or folder; default: here, same name.")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe to edit it; never overwrites."""
+    source = _shipped(name)
+    path = target or Path(source.name)
+    if path.is_dir():
+        path = path / source.name
+    if path.exists():
+        raise InputError(f"{path} exists: name another file")
+    if not path.parent.is_dir():
+        raise InputError(f"the folder {path.parent} does not exist")
+    path.write_bytes(source.read_bytes())
+    typer.echo(str(path))
+
+
+def _shipped(name: str) -> Path:
+    recipes = shipped_recipes()
+    key = name.removesuffix(".yaml").removeprefix("recipes/")
+    if key not in recipes:
+        raise InputError(f"no shipped recipe {name!r}; there are: {', '.join(recipes)}")
+    return recipes[key]

@@ -1,0 +1,82 @@
+"""The application object, the options that commands share, and what each command does around."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from kpsvd_tune import __version__
+
+app = typer.Typer(
+    name="kpsvd-tune",
+    help="Fine-tune language models with KPSVD: Kronecker-product SVD adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change: train.max_steps=40"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Make no network call.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Train on that many GPUs.")]
+Processes = Annotated[
+    int | None, typer.Option("--processes", min=1, help="Train in that many CPU processes.")
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"kpsvd-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def prepare_libraries(offline: bool, debug: bool) -> None:
+    """Set what the libraries read when they are imported, so this comes before any of them."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not debug:
+        # Their warnings are about their insides; ours say what a user can act on. Their bars show
+        # a person that a download goes on, and fill a log file with noise.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.simplefilter("ignore")
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Print a command's result, as one JSON object or by ``show``; on the first rank alone."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    if as_json:
+        typer.echo(json.dumps(result, default=lambda value: value.to_dict()))
+    else:
+        show(result)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
-from kpsvd_tune.adapter.targets import match_targets
+from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import (
     KPSVD,
@@ -168,10 +168,15 @@ def _decompose(
 ) -> tuple[KpsvdConfig, dict[str, tuple[Tensor, Tensor]]]:
     """Spectra of all matched layers first, then the rules, then the factors of the chosen ranks."""
     rule = config.rank_rule()
-    targets = match_targets(model, config)
+    names = target_names(
+        model,
+        config.target_modules or [],
+        config.exclude_modules,
+        config.modules_to_save or (),
+    )
     decompositions: dict[str, KPSVD] = {}
-    for name, module in targets.items():
-        weight = base_weight(module)
+    for name in names:
+        weight = base_weight(model.get_submodule(name))
         try:
             shape = _shape(weight, config)
             terms = kpsvd(weight, shape, rule.window, seed=config.seed)

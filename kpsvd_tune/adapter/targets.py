@@ -1,9 +1,11 @@
-"""Which modules of a model a KPSVD adapter goes to, by PEFT's own matching rules."""
+"""Which layers of a model are targeted, by PEFT's own rules, and which weights stay untouched."""
 
 from __future__ import annotations
 
-import copy
 import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -12,77 +14,230 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import AdapterError
 
+LINEAR = (nn.Linear, Conv1D)
+# A message lists at most this many modules.
+LISTED = 6
 
-def match_targets(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Find the layers that a configuration targets, in model order.
+
+def target_names(
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> list[str]:
+    """List the layers that an adapter goes to, in model order.
+
+    The matching is PEFT's: ``all-linear`` takes every Linear and Conv1D but the output head; a
+    list matches whole names or their ends at a dot; any other string is a regular expression for
+    the whole name. Names and kinds are enough, so the model may be on the meta device.
 
     Args:
-        model: The base model, with or without adapters already injected; may be on meta.
-        config: A PEFT configuration with target_modules, exclude_modules and modules_to_save.
+        model: The base model; layers that adapters were put on count as what they were.
+        target_modules: ``all-linear``, a list, or a regular expression.
+        exclude_modules: A list or a regular expression of modules to leave alone.
+        modules_to_save: Modules trained whole, never targeted.
 
     Returns:
-        Module name to module, each a Linear or Conv1D (or an adapted one).
+        Full module names; each is an nn.Linear or transformers' Conv1D with a weight of its own.
 
     Raises:
-        AdapterError: Nothing matches, or a match is not a linear layer or shares its weight.
+        AdapterError: Nothing matches, an entry of the list matches nothing, or a match cannot be
+            adapted: an embedding, stacked experts, a tied or a packed quantised weight.
     """
-    config = copy.copy(config)
-    # PEFT's own resolution of "all-linear", which leaves the output embedding out.
-    _maybe_include_all_linear_layers(config, model)
-    inside = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    config = _peft_config(target_modules, exclude_modules, modules_to_save)
+    is_all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    try:
+        # PEFT reads and writes only target_modules and task_type of what it is given here.
+        _maybe_include_all_linear_layers(config, model)
+        found = {name: check_target_module_exists(config, name) for name, _ in _modules(model)}
+    except re.error as error:
+        raise AdapterError(
+            f"target_modules or exclude_modules is not a regular expression: {error}"
+        ) from error
+    matched = [name for name, hit in found.items() if hit and not isinstance(hit, _ExcludedModule)]
+    reasons = _reasons(model)
+    refused = [(name, reasons[name]) for name in matched if name in reasons]
+    if is_all_linear:
+        # "all" leaves out what cannot be adapted; `untouched` lists it with the reason.
+        left_out = {name for name, _ in refused}
+        matched = [name for name in matched if name not in left_out]
+    elif refused:
+        raise AdapterError(_refusal(refused))
+    elif not isinstance(target_modules, str):
+        _check_every_entry(model, target_modules, list(found))
+    if not matched:
+        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        raise AdapterError(
+            f"target_modules {target_modules!r} leaves no layer to adapt; " + _hint(model, wanted)
+        )
+    return matched
+
+
+def untouched(model: nn.Module, names: Iterable[str]) -> list[tuple[str, str]]:
+    """List every weight matrix that no adapter goes to, with the reason.
+
+    Args:
+        model: The base model; may be on the meta device.
+        names: The targeted modules.
+
+    Returns:
+        (name, reason) in model order; the name is the module's, or the parameter's own where it
+        is not called ``weight``. Vectors (biases, norms) are not matrices and are not listed.
+    """
+    targeted = set(names)
+    reasons = _reasons(model)
+    head = _output_head(model)
+    left: list[tuple[str, str]] = []
+    for module_name, module in _modules(model):
+        if module_name in targeted:
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            is_weight = parameter_name == "weight"
+            name = module_name if is_weight else f"{module_name}.{parameter_name}".lstrip(".")
+            if not is_weight or not isinstance(module, LINEAR):
+                reason = _parameter_reason(module, parameter)
+            else:
+                reason = reasons.get(module_name) or (
+                    "output head: named explicitly or not at all"
+                    if module is head
+                    else "not among the target modules"
+                )
+            left.append((name, reason))
+    return left
+
+
+def _peft_config(
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None,
+    modules_to_save: Sequence[str],
+) -> Any:
+    # A bare record: PEFT's own config classes would bring the fields of one method.
+    return SimpleNamespace(
+        target_modules=target_modules if isinstance(target_modules, str) else set(target_modules),
+        exclude_modules=exclude_modules,
+        modules_to_save=list(modules_to_save) or None,
+        target_parameters=None,
+        task_type=None,
     )
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or "\0"):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+            module = module.get_base_layer()
+        yield name, module
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    """Why a module cannot be adapted; modules that can are absent."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    targets: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
+    reasons: dict[str, str] = {}
+    for name, module in _modules(model):
+        if not isinstance(module, LINEAR):
+            reasons[name] = _module_reason(name, module)
             continue
-        found: Any = check_target_module_exists(config, name)
-        if isinstance(found, _ExcludedModule) or not found:
-            continue
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not isinstance(base, (nn.Linear, Conv1D)):
-            raise AdapterError(
-                f"target module {name} is a {type(base).__name__}: KPSVD adapts Linear and Conv1D "
-                "layers only; name other modules or exclude this one"
-            )
-        sharing = [
-            owner for owner in owners.get(id(base.weight), []) if not owner.startswith(f"{name}.")
-        ]
+        weight = module.weight
+        sharing = [other for other in owners[id(weight)] if not other.startswith(f"{name}.")]
         if sharing:
-            raise AdapterError(
-                f"target module {name} shares its weight with {sharing[0]}: adapting one would "
-                "change or untie the other; exclude it"
-            )
-        targets[name] = module
-    if not targets:
-        raise AdapterError(_nothing_matched(model, config.target_modules))
-    return targets
+            reasons[name] = f"tied: shares its weight with {sharing[0]}"
+        elif weight.ndim != 2 or not weight.is_floating_point():
+            reasons[name] = f"packed quantised weight ({type(module).__name__}, {weight.dtype})"
+    return reasons
 
 
-def _nothing_matched(model: nn.Module, wanted: Any) -> str:
-    kinds = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        }
-    )
-    names = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
-    close = [
-        match
-        for name in names
-        for match in difflib.get_close_matches(name.rpartition(".")[2], kinds, n=1)
-    ]
-    hint = f"; did you mean {', '.join(sorted(set(close)))}?" if close else ""
+def _module_reason(name: str, module: nn.Module) -> str:
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 2:
+            reason = _parameter_reason(module, parameter)
+            return reason if parameter_name == "weight" else f"{parameter_name}: {reason}"
+    inside = [child for child, kind in module.named_modules() if isinstance(kind, LINEAR)]
+    # A container's linear layers are what the user most likely means.
+    kinds = list(dict.fromkeys(child.rpartition(".")[2] for child in inside))
+    what = f"a {type(module).__name__}, not a linear layer"
+    return f"{what}; the linear layers in it are {', '.join(kinds)}" if kinds else what
+
+
+def _parameter_reason(module: nn.Module, parameter: Tensor) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"convolution ({kind})"
+    if parameter.ndim == 3:
+        return f"{len(parameter)} stacked matrices in one tensor ({kind})"
+    if not parameter.is_floating_point():
+        return f"packed quantised weight ({kind}, {parameter.dtype})"
+    return f"a parameter of a {kind}, not a linear layer"
+
+
+def _refusal(refused: list[tuple[str, str]]) -> str:
+    lines = [f"  {name}: {reason}" for name, reason in refused[:LISTED]]
+    if len(refused) > LISTED:
+        lines.append(f"  and {len(refused) - LISTED} more")
     return (
-        f"target_modules {wanted!r} match no layer of the model; its linear layers are "
-        f"{', '.join(kinds) or 'none'}{hint}"
+        f"target_modules name {len(refused)} modules that KPSVD cannot adapt (it takes nn.Linear "
+        "and Conv1D with a floating-point weight of their own):\n"
+        + "\n".join(lines)
+        + "\nname other modules, or put these into exclude_modules"
     )
+
+
+def _check_every_entry(model: nn.Module, entries: Sequence[str], names: list[str]) -> None:
+    # PEFT is silent about an entry that matches nothing while others do: a misspelt layer would
+    # simply not be trained.
+    idle = [
+        entry
+        for entry in entries
+        if not any(name == entry or name.endswith(f".{entry}") for name in names)
+    ]
+    if not idle:
+        return
+    stacked = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        for entry in idle
+        if parameter.ndim >= 2 and (name == entry or name.endswith(f".{entry}"))
+    }
+    if stacked:
+        raise AdapterError(
+            _refusal(
+                [
+                    (name, _parameter_reason(model.get_submodule(name.rpartition(".")[0]), value))
+                    for name, value in stacked.items()
+                ]
+            )
+        )
+    raise AdapterError(
+        f"target_modules: {', '.join(map(repr, idle))} matches no module; " + _hint(model, idle)
+    )
+
+
+def _hint(model: nn.Module, wanted: Sequence[str]) -> str:
+    kinds = sorted(
+        {name.rpartition(".")[2] for name, kind in _modules(model) if isinstance(kind, LINEAR)}
+    )
+    close = [
+        near
+        for entry in wanted
+        for near in difflib.get_close_matches(entry.rpartition(".")[2], kinds, n=1)
+    ]
+    hint = f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+    return f"the linear layers of this model are called {', '.join(kinds) or 'nothing'}{hint}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.progress import Progress, ProgressMeter
 from kpsvd_tune.decompose.ranks import rank_report
@@ -16,7 +17,7 @@ from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
 from kpsvd_tune.decompose.workers import run_processes
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import choose_shape
-from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton, target_names, untouched
+from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.results import RankReport
 

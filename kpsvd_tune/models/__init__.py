@@ -1,7 +1,6 @@
 """Base models: find them, load them, name their target layers, and stream their weights."""
 
 from kpsvd_tune.models.loading import load_model, load_skeleton, load_tokenizer
-from kpsvd_tune.models.names import target_names, untouched
 from kpsvd_tune.models.source import ModelSource, base_fingerprint, resolve_model
 from kpsvd_tune.models.stream import TensorLocation, WeightReader, stream_weights
 
@@ -15,6 +14,4 @@ __all__ = [
     "load_tokenizer",
     "resolve_model",
     "stream_weights",
-    "target_names",
-    "untouched",
 ]

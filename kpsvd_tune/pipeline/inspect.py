@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import StatelessSampler, prepare
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.models import load_skeleton, load_tokenizer, target_names
+from kpsvd_tune.models import load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report

@@ -69,7 +69,7 @@ class RankReport(_Result):
     Attributes:
         model: The base model, as the recipe names it.
         totals: modules, trainable_parameters, base_parameters (counts) and energy (share of the
-            energy of all target weights that the chosen terms hold, 0 to 1).
+            pooled window's energy that the chosen terms hold, 0 to 1).
         layers: One report for each target module, in the model's order.
         untouched: (name, reason) of every weight matrix that gets no adapter.
         rule: The rank rule, with the recipe's keys.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models import (
     WeightReader,
@@ -17,7 +18,6 @@ from kpsvd_tune.models import (
     load_skeleton,
     load_tokenizer,
     resolve_model,
-    target_names,
 )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
+from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models import (
     ModelSource,
@@ -21,7 +22,6 @@ from kpsvd_tune.models import (
     load_skeleton,
     resolve_model,
     stream_weights,
-    target_names,
 )
 from kpsvd_tune.models import stream as stream_module
 

@@ -12,8 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from kpsvd_tune.errors import ModelError
-from kpsvd_tune.models import load_skeleton, resolve_model, target_names, untouched
+from kpsvd_tune.adapter.targets import target_names, untouched
+from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.models import load_skeleton, resolve_model
 
 
 def lora_targets(model: nn.Module, **options: Any) -> list[str]:
@@ -101,7 +102,7 @@ def test_reasons_name_heads_embeddings_ties_and_stacked_experts() -> None:
 
 def test_a_tied_head_is_refused_by_name() -> None:
     with pytest.raises(
-        ModelError, match=r"lm_head: tied: shares its weight with transformer.wte.weight"
+        AdapterError, match=r"lm_head: tied: shares its weight with transformer.wte.weight"
     ):
         target_names(architectures.make("gpt2"), ["c_attn", "lm_head"])
 
@@ -120,7 +121,7 @@ def test_a_tied_head_is_refused_by_name() -> None:
     ],
 )
 def test_what_cannot_be_adapted_is_refused_by_name(target: list[str], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(AdapterError, match=message):
         target_names(architectures.make("mixtral"), target)
 
 
@@ -129,7 +130,7 @@ def test_a_packed_quantised_weight_is_refused_or_listed() -> None:
     packed = nn.Parameter(torch.zeros(128, 1, dtype=torch.uint8), requires_grad=False)
     model.model.layers[0].mlp.up_proj.weight = packed
     with pytest.raises(
-        ModelError, match=r"0.mlp.up_proj: packed quantised weight \(Linear, torch.u"
+        AdapterError, match=r"0.mlp.up_proj: packed quantised weight \(Linear, torch.u"
     ):
         target_names(model, ["up_proj"])
     names = target_names(model, "all-linear")
@@ -139,7 +140,7 @@ def test_a_packed_quantised_weight_is_refused_or_listed() -> None:
 
 def test_a_misspelt_entry_is_refused_though_others_match() -> None:
     with pytest.raises(
-        ModelError,
+        AdapterError,
         match=r"'q_porj' matches no module; .*are called down_proj, .*; did you mean q_proj\?",
     ):
         target_names(architectures.make("llama"), ["v_proj", "q_porj"])
@@ -156,5 +157,5 @@ def test_a_misspelt_entry_is_refused_though_others_match() -> None:
 def test_matching_nothing_is_an_error(
     target: str | list[str], exclude: list[str] | None, message: str
 ) -> None:
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(AdapterError, match=message):
         target_names(architectures.make("llama"), target, exclude)

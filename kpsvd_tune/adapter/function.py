@@ -147,7 +147,7 @@ def add_activations(
 ) -> Tensor:
     """Return y + x Delta^T in y's dtype; the sum is taken in the factors' dtype, rounded once."""
     flat = x.reshape(-1, x.shape[-1]).to(right.dtype)
-    total = y.to(right.dtype, copy=not in_place).view(-1, y.shape[-1])
+    total = y.to(right.dtype, copy=not in_place).reshape(-1, y.shape[-1])
     kernel.add_update(total, flat, left, right, plan.spread)
     return total.to(y.dtype).view(y.shape)
 

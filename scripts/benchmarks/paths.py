@@ -1,0 +1,148 @@
+"""Compare what the cost model chooses for a layer with every other way of computing it.
+
+    python scripts/benchmarks/paths.py --sizes smollm2 --json paths.json
+
+For every weight size, factor shape, rank and number of tokens the forward and backward pass of one
+adapted float32 layer is timed (process time of one thread, ways taking turns, fastest of several)
+along each path and with each way of differentiating the factors. The table says what was chosen,
+what was fastest, and how much slower the choice is. ``--inference`` times the forward pass alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kpsvd_tune.adapter import KpsvdLinear, cost, layer
+from kpsvd_tune.adapter.cost import Plan
+from kpsvd_tune.linalg import KroneckerShape, choose_shape
+
+SIZES = {
+    "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
+    "llama7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
+}
+RULES: dict[str, Any] = {"thin": "thin", "8x8": {"n": 8, "p": 8}, "balanced": "balanced"}
+
+
+def plans(is_training: bool) -> list[Plan]:
+    """Every way to compute a layer."""
+    gradients = ["spread", "chunked", "full"] if is_training else ["spread"]
+    forms = [("weight", True), ("activations", True), ("activations", False)]
+    return [Plan(path, spread, g) for (path, spread), g in itertools.product(forms, gradients)]
+
+
+def make_layer(shape: KroneckerShape, rank: int) -> KpsvdLinear:
+    """One adapted layer with non-zero offsets."""
+    base = nn.Linear(shape.in_features, shape.out_features, bias=False).requires_grad_(False)
+    adapted = KpsvdLinear(base, "default")
+    factors = torch.randn(rank, shape.m, shape.n), torch.randn(rank, shape.p, shape.q)
+    adapted.update_layer("default", shape, rank, 0.0, factors)
+    with torch.no_grad():
+        for parameter in (*adapted.kpsvd_left.values(), *adapted.kpsvd_right.values()):
+            parameter.normal_()
+    return adapted
+
+
+def fastest(calls: dict[Plan, Callable[[], object]], seconds: float) -> dict[Plan, float]:
+    """The fastest of several turns of each call, about ``seconds`` for a call in all."""
+    best = dict.fromkeys(calls, math.inf)
+    spent = dict.fromkeys(calls, 0.0)
+    for turn in range(200):
+        for plan, call in calls.items():
+            # What is far behind after a few turns is not timed for long.
+            if turn > 1 and (spent[plan] > seconds or best[plan] > 2 * min(best.values())):
+                continue
+            begin = time.process_time()
+            call()
+            took = time.process_time() - begin
+            spent[plan] += took
+            best[plan] = min(best[plan], took)
+    return best
+
+
+def measure(
+    shape: KroneckerShape, rank: int, tokens: int, is_training: bool, seconds: float
+) -> dict[str, Any]:
+    """Time all ways for one layer and number of tokens."""
+    adapted = make_layer(shape, rank)
+    x = torch.randn(tokens, shape.in_features, requires_grad=is_training)
+    gradient = torch.randn(tokens, shape.out_features)
+
+    def call(plan: Plan) -> Callable[[], None]:
+        def run() -> None:
+            layer.choose_plan = lambda *_: plan  # type: ignore[assignment]
+            with torch.set_grad_enabled(is_training):
+                y = adapted(x)
+            if is_training:
+                y.backward(gradient)
+
+        return run
+
+    took = fastest({plan: call(plan) for plan in plans(is_training)}, seconds)
+    chosen = cost.choose_plan(tokens, rank, shape, torch.float32, "auto", is_training)
+    if chosen.path == "weight":
+        chosen = Plan("weight", True, chosen.gradient)
+    if not is_training:
+        chosen = Plan(chosen.path, chosen.spread, "spread")
+    best = min(took, key=lambda plan: took[plan])
+    return {
+        "out": shape.out_features,
+        "in": shape.in_features,
+        "rank": rank,
+        "tokens": tokens,
+        "chosen": name_of(chosen),
+        "best": name_of(best),
+        "excess": took[chosen] / took[best] - 1,
+        "seconds": {name_of(plan): value for plan, value in took.items()},
+    }
+
+
+def name_of(plan: Plan) -> str:
+    """A plan in a word."""
+    form = "weight" if plan.path == "weight" else ("flat" if plan.spread else "batched")
+    return f"{form}+{plan.gradient}"
+
+
+def main() -> None:
+    """Read the options, measure the grid, print what was chosen and what it costs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", choices=sorted(SIZES), default="smollm2")
+    parser.add_argument("--rules", nargs="+", choices=sorted(RULES), default=sorted(RULES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--seconds", type=float, default=0.1, help="for each way of each point")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for size, rule, rank, tokens in itertools.product(
+        SIZES[args.sizes], args.rules, args.ranks, args.tokens
+    ):
+        shape = choose_shape(*size, RULES[rule]).shape
+        row = {"rule": rule} | measure(shape, rank, tokens, not args.inference, args.seconds)
+        rows.append(row)
+        print(
+            f"{size[0]:6}x{size[1]:<6}{rule:9} r{rank:<3}{tokens:5} tokens  chosen "
+            f"{row['chosen']:20} best {row['best']:20} +{100 * row['excess']:.0f} %",
+            flush=True,
+        )
+    within = sum(row["excess"] <= 0.1 for row in rows)
+    print(f"{within} of {len(rows)} within 10 %", file=sys.stderr)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -114,7 +114,8 @@ class KpsvdLayer(BaseTunerLayer):
     ) -> None:
         # PEFT's version also casts to the base's dtype and upcasts again afterwards, which would
         # round the factors of a bf16 base. Factors stay float32, so only the device changes.
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        of_base: Any = self._get_base_layer_device_and_dtype
+        target = device or of_base(self.get_base_layer())[0]
         if target is None or target.type == "meta":
             return
         for container in (self.kpsvd_left, self.kpsvd_right, self.kpsvd_left0, self.kpsvd_right0):

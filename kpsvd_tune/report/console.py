@@ -216,8 +216,12 @@ def show_run(run: Mapping[str, Any]) -> None:
 
 def _show_mapping(values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else value
-        _line(key, f"{value:,}" if isinstance(value, int) else str(shown))
+        if isinstance(value, bool):
+            _line(key, "yes" if value else "no")
+        elif isinstance(value, (int, float)):
+            _line(key, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+        else:
+            _line(key, str(value))
 
 
 def _line(name: str, text: str) -> None:

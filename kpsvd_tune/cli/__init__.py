@@ -11,7 +11,7 @@ from typer.exceptions import TyperException
 # Importing a module of commands adds them to the application, in this order.
 from kpsvd_tune.cli import reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import app
-from kpsvd_tune.errors import KpsvdTuneError
+from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
 
 __all__ = ["app", "main", "run"]
 
@@ -32,6 +32,9 @@ def run(arguments: list[str]) -> int:
         # The reader of our output is gone, as in `| head`; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except StoppedBySignal as error:
+        _say(f"{error}; the same command goes on from there")
+        return error.exit_code
     except KpsvdTuneError as error:
         return _fail(str(error), error.exit_code, debug)
     except (OSError, MemoryError) as error:

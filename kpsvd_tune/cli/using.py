@@ -150,4 +150,4 @@ def generate(
     if as_json:
         typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
     else:
-        typer.echo(text)
+        typer.echo(text.strip())

@@ -21,6 +21,7 @@ CHUNK_TOKENS = 64
 # Entries of W built or differentiated at a time: 4 MiB of float32, far below the 32 MiB above which
 # the C library maps fresh pages for every buffer and faults on each of them.
 BLOCK_ENTRIES = 1 << 20
+FRESH_BYTES = 32 << 20
 # Elsewhere than on a CPU small steps starve the device; this bounds an intermediate's entries.
 DEVICE_ENTRIES = 1 << 26
 
@@ -79,7 +80,7 @@ def add_update(y: Tensor, x: Tensor, left: Tensor, right: Tensor, spread: bool) 
 def project(gy: Tensor, left: Tensor, p: int, spread: bool) -> Tensor:
     """Return sum_i A[s, i, j] gy[t, i, k] as (t, n*s, p): what :func:`add_update` transposes to."""
     if spread:
-        return torch.mm(gy, left.T).view(len(gy), -1, p)
+        return torch.mm(gy, left.T).view(len(gy), left.shape[0] // p, p)
     m = left.shape[0]
     folded = left.T.expand(len(gy), left.shape[1], m)
     return torch.bmm(folded, gy.view(-1, m, p))
@@ -160,7 +161,7 @@ def chunk_tokens(x: Tensor, entries_per_token: int) -> int:
 def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised matrix; one lasting buffer a thread serves all large ones on a CPU."""
     size = rows * columns
-    small = size * like.element_size() <= 32 << 20
+    small = size * like.element_size() <= FRESH_BYTES
     if small or like.device.type != "cpu" or torch.compiler.is_compiling():
         return like.new_empty(rows, columns)
     held: Tensor | None = getattr(_scratch, "held", None)

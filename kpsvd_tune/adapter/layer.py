@@ -11,7 +11,7 @@ so 2r Kronecker terms, exactly zero while a = b = 0.
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,7 +20,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.adapter.cost import Plan, choose_plan
+from kpsvd_tune.adapter.cost import choose_plan
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
     add_activations,
@@ -28,6 +28,7 @@ from kpsvd_tune.adapter.function import (
     base_output,
     outside_autocast,
 )
+from kpsvd_tune.adapter.inference import ReadyUpdate, can_keep
 from kpsvd_tune.adapter.kernel import left_form, stack_terms
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
@@ -62,7 +63,7 @@ class KpsvdLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
         self.kpsvd_path: dict[str, str] = {}
-        self._operands: dict[str, tuple[object, Tensor, Tensor]] = {}
+        self._ready: ReadyUpdate | None = None
 
     def update_layer(
         self,
@@ -189,6 +190,9 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the base layer and the active adapters: (.., in) to (.., out)."""
+        ready = self._ready
+        if ready is not None and not args and not kwargs and ready.fits(self, x):
+            return ready.apply(x)
         if self.disable_adapters or self.merged:
             if self.disable_adapters and self.merged:
                 self.unmerge()
@@ -239,49 +243,37 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             # its float32 factors in float32 unless autocast says otherwise.
             dtype = torch.promote_types(torch.promote_types(a.dtype, x.dtype), torch.float32)
         is_differentiated = torch.is_grad_enabled()
+        tokens = x.numel() // x.shape[-1]
         plan = choose_plan(
-            x.numel() // x.shape[-1],
+            tokens,
             a.shape[0],
             self.kpsvd_shape[name],
             base_dtype if weight is not None else torch.bfloat16,
             self.kpsvd_path[name],
             is_differentiated,
         )
-        if is_differentiated and not torch.compiler.is_compiling():
-            self._operands.pop(name, None)
         if is_differentiated or plan.path == "weight":
+            if is_differentiated and not torch.compiler.is_compiling():
+                self._ready = None
             adapted: Tensor = KpsvdFunction.apply(  # type: ignore[no-untyped-call]
                 x, result, weight, bias, a, b, left0, right0, plan, dtype, base_dtype
             )
             return adapted
+        factors = (a, b, left0, right0)
+        if result is None and autocast_dtype is None and can_keep(factors, tokens):
+            self._ready = ReadyUpdate(self, name, x, plan.spread, dtype)
+            return self._ready.apply(x)
         with outside_autocast(x, autocast_dtype is not None):
-            left, right = self._inference_operands(name, plan, dtype)
+            left, right = stack_terms(*factors, dtype)
+            left = left_form(left, right.shape[1], plan.spread)
             y = base_output(x, weight, bias, base_dtype) if result is None else result
             return add_activations(y, x, left, right, plan, in_place=result is None)
 
-    def _inference_operands(
-        self, name: str, plan: Plan, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """The stacked factors as the products take them, kept until a factor changes.
-
-        A change is a new tensor or a higher version of the old one. Writes past the version, as
-        through ``.data``, are met by dropping what is kept at every differentiated call.
-        """
-        a, b = self.kpsvd_left[name], self.kpsvd_right[name]
-        left0, right0 = self.kpsvd_left0[name], self.kpsvd_right0[name]
-        factors = (a, b, left0, right0)
-        keeps = not torch.compiler.is_compiling() and not any(f.is_inference() for f in factors)
-        versions = [(f.data_ptr(), f._version) for f in factors] if keeps else []
-        state = (plan.spread, dtype, versions)
-        held = self._operands.get(name)
-        if keeps and held is not None and held[0] == state:
-            return held[1], held[2]
-        with torch.inference_mode(False), torch.no_grad():
-            left, right = stack_terms(a, b, left0, right0, dtype)
-            left = left_form(left, right.shape[1], plan.spread)
-        if keeps:
-            self._operands[name] = (state, left, right)
-        return left, right
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Moving and casting write past the factors' versions.
+        self._ready = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __repr__(self) -> str:
         return "kpsvd." + super().__repr__()

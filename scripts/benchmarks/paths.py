@@ -34,11 +34,19 @@ SIZES = {
 RULES: dict[str, Any] = {"thin": "thin", "8x8": {"n": 8, "p": 8}, "balanced": "balanced"}
 
 
-def plans(is_training: bool) -> list[Plan]:
-    """Every way to compute a layer."""
-    gradients = ["spread", "chunked", "full"] if is_training else ["spread"]
-    forms = [("weight", True), ("activations", True), ("activations", False)]
-    return [Plan(path, spread, g) for (path, spread), g in itertools.product(forms, gradients)]
+def plans(shape: KroneckerShape, rank: int, is_training: bool) -> list[Plan]:
+    """Every way to compute a layer, but flat products far wider than the layer itself."""
+    is_wide = 2 * rank * shape.n * shape.p > 2 * max(shape.out_features, shape.in_features)
+    gradients = ["chunked", "full"] if is_wide else ["spread", "chunked", "full"]
+    forms = [("weight", True), ("activations", False)]
+    if not is_wide:
+        forms.append(("activations", True))
+    return [
+        Plan(path, spread, gradient)
+        for (path, spread), gradient in itertools.product(
+            forms, gradients if is_training else ["full"]
+        )
+    ]
 
 
 def make_layer(shape: KroneckerShape, rank: int) -> KpsvdLinear:
@@ -88,12 +96,12 @@ def measure(
 
         return run
 
-    took = fastest({plan: call(plan) for plan in plans(is_training)}, seconds)
+    took = fastest({plan: call(plan) for plan in plans(shape, rank, is_training)}, seconds)
     chosen = cost.choose_plan(tokens, rank, shape, torch.float32, "auto", is_training)
     if chosen.path == "weight":
         chosen = Plan("weight", True, chosen.gradient)
     if not is_training:
-        chosen = Plan(chosen.path, chosen.spread, "spread")
+        chosen = Plan(chosen.path, chosen.spread, "full")
     best = min(took, key=lambda plan: took[plan])
     return {
         "out": shape.out_features,

@@ -1,0 +1,110 @@
+"""A layer's update made ready for inference: what does not depend on the input, kept.
+
+One token through a small layer takes some tens of microseconds, less than it takes to choose a way
+and to stack the factors. So both are done once, and every call only checks that they still hold.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kpsvd_tune.adapter.kernel import add_update, left_form, stack_terms
+
+if TYPE_CHECKING:
+    from kpsvd_tune.adapter.layer import KpsvdLinear
+
+# Above, the choice of a way takes no noticeable share of the call, and depends on the tokens.
+READY_TOKENS = 64
+FACTORS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
+
+
+class ReadyUpdate:
+    """The stacked factors of a layer's only active adapter, for inputs of one size.
+
+    Holds while the factors are the same tensors at the same versions. Writes past the version, as
+    through ``.data``, are met by the layer, which drops this at every differentiated call and
+    whenever it is moved or cast.
+    """
+
+    def __init__(
+        self, layer: KpsvdLinear, name: str, x: Tensor, spread: bool, dtype: torch.dtype
+    ) -> None:
+        self.name, self.x_shape, self.x_dtype, self.dtype = name, x.shape, x.dtype, dtype
+        self.spread = spread
+        self.device_kind = x.device.type
+        self.base = cast(nn.Linear, layer.base_layer)
+        self.factors = tuple(_held(layer, kind, name) for kind in FACTORS)
+        self.versions = [factor._version for factor in self.factors]
+        self.state = (layer.training, layer._active_adapter)
+        # Kept tensors must not be inference tensors: a later call may be outside that mode.
+        with torch.inference_mode(False), torch.no_grad():
+            a, b, left0, right0 = self.factors
+            left, self.right = stack_terms(a, b, left0, right0, dtype)
+            terms, self.p, self.q = self.right.shape
+            self.left = left_form(left, self.p, spread)
+            self.right_t = self.right.view(terms * self.p, self.q).T
+        self.out_features = self.base.out_features
+        self.is_single = x.numel() == x.shape[-1]
+        self.rows = self.left.shape[0] if spread else self.left.shape[1]
+
+    def fits(self, layer: KpsvdLinear, x: Tensor) -> bool:
+        """Whether this is what the layer has to compute for x."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if x.shape != self.x_shape or x.dtype != self.x_dtype or x.device.type != self.device_kind:
+            return False
+        if layer._disable_adapters or layer.merged_adapters:
+            return False
+        if (layer.training, layer._active_adapter) != self.state:
+            return False
+        base = layer._modules["base_layer"]
+        if base is not self.base or base._forward_hooks or base._forward_pre_hooks:
+            return False
+        if torch.is_autocast_enabled(self.device_kind):
+            return False
+        for kind, factor, version in zip(FACTORS, self.factors, self.versions, strict=True):
+            if factor._version != version or _held(layer, kind, self.name) is not factor:
+                return False
+        return True
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the base's output with the update, (.., out)."""
+        parameters = self.base._parameters
+        y = functional.linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
+        if y.dtype != self.dtype:
+            total = y.to(self.dtype).view(-1, self.out_features)
+            add_update(total, x.to(self.dtype).reshape(-1, x.shape[-1]), *self._operands())
+            return total.to(y.dtype).view(y.shape)
+        if not self.is_single:
+            flat = x.reshape(-1, x.shape[-1])
+            add_update(y.view(-1, self.out_features), flat, *self._operands())
+            return y
+        # The same two products as add_update's, with as few calls as can be.
+        inner = torch.mm(x.reshape(-1, self.q), self.right_t)
+        if self.spread:
+            y.view(1, self.out_features).addmm_(inner.view(1, self.rows), self.left)
+        else:
+            y.view(-1, self.p).addmm_(self.left, inner.view(self.rows, self.p))
+        return y
+
+    def _operands(self) -> tuple[Tensor, Tensor, bool]:
+        return self.left, self.right, self.spread
+
+
+def can_keep(factors: tuple[Tensor, ...], tokens: int) -> bool:
+    """Whether an update may be kept: few tokens, and factors whose changes can be seen."""
+    if tokens > READY_TOKENS or torch.compiler.is_compiling():
+        return False
+    return not any(factor.is_inference() for factor in factors)
+
+
+def _held(layer: KpsvdLinear, kind: str, name: str) -> Tensor:
+    # Past nn.Module's attribute lookup, which costs more than the comparison it is for.
+    container = layer._modules[kind]
+    assert container is not None
+    held = container._parameters.get(name)
+    return cast(Tensor, container._buffers[name] if held is None else held)

@@ -1,0 +1,239 @@
+"""The differentiable operation, each of its ways, against the oracle; what it keeps and rounds."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from kpsvd_tune.adapter import KpsvdLinear, kernel, layer
+from kpsvd_tune.adapter.cost import Plan
+from kpsvd_tune.linalg import KroneckerShape
+
+SHAPES = [(12, 2, 2, 12), (6, 4, 4, 6), (8, 1, 5, 7), (5, 7, 1, 8), (1, 3, 9, 4), (1, 1, 6, 5)]
+WAYS = [
+    Plan(path, spread, gradient)
+    for (path, spread), gradient in itertools.product(
+        [("activations", True), ("activations", False), ("weight", True)],
+        ["spread", "chunked", "full"],
+    )
+]
+
+
+def adapted(
+    sizes: tuple[int, int, int, int],
+    rank: int = 2,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+) -> KpsvdLinear:
+    """An adapted layer with random non-zero factors, float32 or in the dtype if that is wider."""
+    shape = KroneckerShape(*sizes)
+    base = nn.Linear(shape.in_features, shape.out_features, bias=bias).requires_grad_(False)
+    found = KpsvdLinear(base.to(dtype), "default")
+    factors = torch.randn(rank, shape.m, shape.n), torch.randn(rank, shape.p, shape.q)
+    found.update_layer("default", shape, rank, 0.0, factors)
+    if dtype == torch.float64:
+        found.double()
+    with torch.no_grad():
+        for parameter in trained(found):
+            parameter.normal_(std=0.3)
+    return found
+
+
+def trained(module: KpsvdLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    return module.kpsvd_left["default"], module.kpsvd_right["default"]
+
+
+def oracle_delta(module: KpsvdLinear) -> np.ndarray:
+    a, b = (p.detach().double().numpy() for p in trained(module))
+    left0, right0 = (
+        t["default"].double().numpy() for t in (module.kpsvd_left0, module.kpsvd_right0)
+    )
+    return oracle.delta(left0, right0, a, b)
+
+
+def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Contract the whole weight gradient block by block: d Delta[i*p+k, j*q+l] / d A_ij = B_kl."""
+    m, n, p, q = module.kpsvd_shape["default"].as_tuple()
+    a, b = (parameter.detach().double().numpy() for parameter in trained(module))
+    left = a + module.kpsvd_left0["default"].double().numpy()
+    right = b + module.kpsvd_right0["default"].double().numpy()
+    whole = (gy.double().flatten(0, -2).T @ x.detach().double().flatten(0, -2)).numpy()
+    ga, gb = np.zeros_like(left), np.zeros_like(right)
+    for term, i, j in itertools.product(range(len(left)), range(m), range(n)):
+        block = whole[i * p : (i + 1) * p, j * q : (j + 1) * q]
+        ga[term, i, j] = (block * right[term]).sum()
+        gb[term] += block * left[term, i, j]
+    return ga, gb
+
+
+def use(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    monkeypatch.setattr(layer, "choose_plan", lambda *_: plan)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_every_way_is_the_oracle(
+    sizes: tuple[int, int, int, int], plan: Plan, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plan)
+    # Small pieces, so that their seams are crossed: 27 tokens in chunks of 4, W in rows.
+    monkeypatch.setattr(kernel, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(kernel, "BLOCK_ENTRIES", 100)
+    module = adapted(sizes)
+    if not is_fused:
+        module.base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(3, 9, module.base_layer.in_features, requires_grad=True)
+    gy = torch.randn(3, 9, module.base_layer.out_features)
+    y = module(x)
+    y.backward(gy)
+    weight = module.base_layer.weight.double().numpy() + oracle_delta(module)
+    bias = module.base_layer.bias.double().numpy()
+    ga, gb = oracle_gradients(module, x, gy)
+    left, right = trained(module)
+    assert x.grad is not None
+    oracle.assert_close(y, x.detach().double().numpy() @ weight.T + bias, "float32")
+    oracle.assert_close(x.grad, gy.double().numpy() @ weight, "float32")
+    oracle.assert_close(left.grad, ga, "float32")
+    oracle.assert_close(right.grad, gb, "float32")
+    with torch.no_grad():
+        oracle.assert_close(module(x), y.detach(), "float32")
+
+
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_gradcheck(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, plan)
+    module = adapted((3, 2, 2, 4), dtype=torch.float64)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *_: Tensor) -> Any:
+        return module(x)
+
+    assert torch.autograd.gradcheck(function, (x, *trained(module)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_only_the_input_is_kept(
+    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plan)
+    module = adapted((6, 4, 4, 6), dtype=dtype)
+    own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    kept: list[Tensor] = []
+    x = torch.randn(10, 24, dtype=dtype)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    assert y.requires_grad
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_no_kronecker_product_is_built(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, plan)
+    monkeypatch.setattr(torch, "kron", None)
+    monkeypatch.setattr(Tensor, "kron", None)
+    module = adapted((6, 4, 4, 6))
+    module(torch.randn(10, 24)).sum().backward()
+    assert all(parameter.grad is not None for parameter in trained(module))
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("plan", WAYS[::3], ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1e-2])
+def test_bf16_rounds_the_update_no_more_than_lora(
+    plan: Plan, scale: float, is_autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of y - Wx, not of y: rounding W + Delta to bf16 would lose small updates."""
+    use(monkeypatch, plan)
+    module = adapted((16, 8, 8, 16), dtype=torch.bfloat16, bias=False)
+    with torch.no_grad():
+        for parameter in trained(module):
+            parameter.mul_(scale)
+    delta = torch.from_numpy(oracle_delta(module))
+    lora: Any = get_peft_model(
+        nn.Sequential(module.base_layer),
+        LoraConfig(target_modules=["0"], r=128, lora_alpha=128, init_lora_weights=False),
+    )
+    with torch.no_grad():
+        lora.base_model.model[0].lora_A["default"].weight.copy_(torch.eye(128))
+        lora.base_model.model[0].lora_B["default"].weight.copy_(delta)
+    x = torch.randn(200, 128, dtype=torch.bfloat16)
+    plain = module.base_layer(x).double()
+    wanted = x.double() @ delta.T
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        lora_update, inferred_update = (model(x).double() - plain for model in (lora, module))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        update = module(x).detach().double() - plain
+    lora_error = float((lora_update - wanted).norm())
+    # The same to the last bits: equal sums in another order round a few entries the other way.
+    assert float((update - wanted).norm()) <= 1.005 * lora_error
+    assert float((inferred_update - wanted).norm()) <= 1.005 * lora_error
+
+
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_offsets_give_the_bits_of_the_base(
+    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plan)
+    module = adapted((16, 8, 8, 16), dtype=dtype)
+    with torch.no_grad():
+        for parameter in trained(module):
+            parameter.zero_()
+    x = torch.randn(70, 128, dtype=dtype)
+    assert torch.equal(module(x), module.base_layer(x))
+    with torch.no_grad():
+        assert torch.equal(module(x), module.base_layer(x))
+
+
+def test_gradients_in_layouts_that_autograd_hands_over() -> None:
+    module = adapted((6, 4, 4, 6))
+    x = torch.randn(24, 10).T.requires_grad_()
+    y = module(x)
+    y.sum().backward()  # the gradient of a sum is one number, expanded
+    ga, gb = oracle_gradients(module, x, torch.ones_like(y))
+    oracle.assert_close(trained(module)[0].grad, ga, "float32")
+    oracle.assert_close(trained(module)[1].grad, gb, "float32")
+
+
+def test_no_tokens() -> None:
+    module = adapted((6, 4, 4, 6))
+    y = module(torch.randn(2, 0, 24, requires_grad=True))
+    y.sum().backward()
+    assert y.shape == (2, 0, 24)
+    assert float(trained(module)[0].grad.abs().sum()) == 0.0  # type: ignore[union-attr]
+
+
+def test_large_buffers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one lasting buffer may hold another layer's weight by the time backward runs."""
+    monkeypatch.setattr(kernel, "FRESH_BYTES", 16)
+    use(monkeypatch, Plan("weight", True, "full"))
+    first, second = adapted((6, 4, 4, 6)), adapted((6, 4, 4, 6))
+    x = torch.randn(10, 24, requires_grad=True)
+    gy = torch.randn(10, 24)
+    second(first(x)).backward(gy)
+    weights = [m.base_layer.weight.double().numpy() + oracle_delta(m) for m in (first, second)]
+    assert x.grad is not None
+    oracle.assert_close(x.grad, gy.double().numpy() @ weights[1] @ weights[0], "float32")
+
+
+def test_a_second_derivative_is_refused() -> None:
+    module = adapted((6, 4, 4, 6))
+    x = torch.randn(10, 24, requires_grad=True)
+    (gx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gx.sum().backward()

@@ -1,0 +1,154 @@
+"""Generation with an unmerged adapter: what is prepared once, and when it is prepared again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from kpsvd_tune.adapter import KpsvdConfig, function, inference, kernel, layer
+from kpsvd_tune.adapter.model import kpsvd_layers
+
+PROMPT = torch.arange(6).reshape(1, 6)
+
+
+def adapt(model: LlamaForCausalLM, shape: str = "balanced") -> PeftModel:
+    config = KpsvdConfig(target_modules="all-linear", rank=2, factor_shape=shape)
+    adapted: PeftModel = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    return adapted
+
+
+def generate(model: Any, tokens: int = 8) -> list[int]:
+    found: Tensor = model.generate(
+        input_ids=PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+    )
+    return found[0].tolist()
+
+
+@pytest.fixture
+def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every stacking of factors adds an entry, whoever asks for it."""
+    calls: list[int] = []
+    stack_terms = kernel.stack_terms
+
+    def count(*args: Any) -> Any:
+        calls.append(1)
+        return stack_terms(*args)
+
+    for module in (layer, inference, function.kernel):
+        monkeypatch.setattr(module, "stack_terms", count)
+    return calls
+
+
+@pytest.mark.parametrize("shape", ["balanced", "thin"])
+def test_factors_are_prepared_once_a_layer_not_once_a_token(
+    tiny_model: LlamaForCausalLM, stacked: list[int], shape: str
+) -> None:
+    model = adapt(tiny_model, shape)
+    layers = len(list(kpsvd_layers(model)))
+    generate(model, tokens=12)
+    # Once for the prompt and once for single tokens.
+    assert len(stacked) == 2 * layers
+    with torch.no_grad():
+        past = model(PROMPT, use_cache=True).past_key_values
+        past = model(PROMPT[:, :1], past_key_values=past).past_key_values
+        stacked.clear()
+        for _ in range(5):
+            past = model(PROMPT[:, :1], past_key_values=past).past_key_values
+    assert not stacked
+
+
+def test_an_optimiser_step_is_seen(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        with torch.no_grad():
+            model(PROMPT)
+        optimizer = kind(parameters, lr=0.1)
+        expected = model(PROMPT)
+        expected.logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            inferred = model(PROMPT).logits
+        torch.testing.assert_close(inferred, model(PROMPT).logits.detach(), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(inferred, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_write_past_the_version_is_seen_after_training(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    with torch.no_grad():
+        model(PROMPT)
+    model(PROMPT).logits.sum().backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(3)
+    with torch.no_grad():
+        inferred = model(PROMPT).logits
+    torch.testing.assert_close(inferred, model(PROMPT).logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["balanced", "thin"])
+def test_merged_and_unmerged_models_say_the_same(tiny_model: LlamaForCausalLM, shape: str) -> None:
+    plain = generate(tiny_model)
+    model = adapt(tiny_model, shape)
+    unmerged = generate(model)
+    with torch.inference_mode():
+        assert generate(model) == unmerged
+    assert unmerged != plain
+    assert generate(model.merge_and_unload()) == unmerged
+
+
+def test_moved_cast_and_replaced_factors_are_seen(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    with torch.no_grad():
+        single = model(PROMPT).logits
+        double = model.double()(PROMPT).logits
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
+        state = {name: 2 * t if "kpsvd" in name else t for name, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        changed = model(PROMPT).logits
+    assert not torch.allclose(changed, double)
+    model.train()
+    torch.testing.assert_close(model(PROMPT).logits.detach(), changed)
+
+
+def test_switching_adapters_is_seen(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    model.add_adapter("other", KpsvdConfig(target_modules="all-linear", rank=1))
+    with torch.no_grad():
+        first = model(PROMPT).logits
+        model.set_adapter("other")
+        other = model(PROMPT).logits
+        with model.disable_adapter():
+            base = model(PROMPT).logits
+        assert torch.equal(other, base)
+        model.set_adapter("default")
+        assert torch.equal(model(PROMPT).logits, first)
+        model.merge_adapter()
+        torch.testing.assert_close(model(PROMPT).logits, first, rtol=1e-4, atol=1e-5)
+
+
+def test_what_inference_mode_prepared_serves_no_grad_and_training(
+    tiny_model: LlamaForCausalLM,
+) -> None:
+    model = adapt(tiny_model)
+    with torch.inference_mode():
+        expected = model(PROMPT).logits.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(model(PROMPT).logits, expected.clone())
+    model(PROMPT).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""Writes the rank report as JSON and CSV."""
+"""Writes the rank report as JSON, CSV and a page."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import json
 import os
 from pathlib import Path
 
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.page import rank_page
 from kpsvd_tune.report.results import RankReport
 
 
-def write_rank_report(report: RankReport, folder: Path) -> None:
-    """Write rank_report.json and rank_report.csv, each replaced as a whole.
+def write_rank_report(report: RankReport, folder: Path) -> str | None:
+    """Write rank_report.json, rank_report.csv and rank_report.html, each replaced as a whole.
 
     Args:
         report: The ranks of all layers.
         folder: Made if it does not exist.
+
+    Returns:
+        Why there is no page, where plotly is not installed; None otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = report.to_dict()
@@ -29,6 +34,14 @@ def write_rank_report(report: RankReport, folder: Path) -> None:
         shape = "x".join(str(size) for size in layer["factor_shape"])
         writer.writerow({**layer, "factor_shape": shape})
     _replace(folder / "rank_report.csv", text.getvalue())
+    page = folder / "rank_report.html"
+    try:
+        _replace(page, rank_page(report))
+    except InputError as error:
+        # A page of earlier ranks beside the new tables would tell something else than they do.
+        page.unlink(missing_ok=True)
+        return f"{page.name} was not written: {error}"
+    return None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,0 +1,239 @@
+"""The rank report as one HTML page that opens from disk and asks the network for nothing.
+
+The page is `page.html` beside this module with the report filled in and plotly.js in it, which
+the Python package plotly brings along; what the reader clicks on is answered by the script there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.results import LayerReport, RankReport
+from kpsvd_tune.report.table import shorten
+
+# Characters of a kind of module that fit beside the heat map.
+KIND_WIDTH = 40
+# The place of modules that belong to no numbered layer, such as lm_head.
+NO_LAYER = "other"
+# Title of a table column -> its sort key is text (False) or a number (True).
+COLUMNS = {
+    "module": False,
+    "out × in": True,
+    "A": True,
+    "B": True,
+    "energy rank": True,
+    "elbow": True,
+    "rank": True,
+    "bound by": False,
+    "energy kept": True,
+    "parameters": True,
+    "relative error": True,
+    "stable rank": True,
+    "seconds": True,
+    "note": False,
+}
+
+
+def rank_page(report: RankReport) -> str:
+    """Render the ranks of all layers as a page with a heat map, spectra, totals and a table.
+
+    Args:
+        report: The ranks of all layers.
+
+    Returns:
+        A whole HTML document of about 5 MB, nearly all of it plotly.js.
+
+    Raises:
+        InputError: If plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError(
+            "plotly is not installed, and the HTML rank report is drawn with it; "
+            "install it with: pip install 'kpsvd-tune[report]'"
+        ) from error
+    parts = {
+        "model": escape(report.model),
+        "rule": _rule(report),
+        "cards": _cards(report),
+        "budget": _budget(report),
+        "columns": "".join(
+            f'<th scope="col" aria-sort="none"><button data-numeric="{int(numeric)}">{title}'
+            "</button></th>"
+            for title, numeric in COLUMNS.items()
+        ),
+        "rows": "\n".join(_row(index, layer) for index, layer in enumerate(report.layers)),
+        "untouched": _untouched(report),
+        "plotly": get_plotlyjs(),
+        "data": _script_json(_data(report)),
+    }
+    template = files("kpsvd_tune.report").joinpath("page.html").read_text(encoding="utf-8")
+    # One pass: a module's name that looks like a placeholder is filled in, never replaced.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def heat_map_place(name: str) -> tuple[str, int | None, str]:
+    """Split a module's name at its first number.
+
+    Args:
+        name: Full module name, such as model.layers.3.mlp.up_proj.
+
+    Returns:
+        What stands before the number, the number, and what stands behind it: the stack, the layer
+        and the kind of the module. A name without a number is all kind, in no layer.
+    """
+    words = name.split(".")
+    for index, word in enumerate(words):
+        if word.isascii() and word.isdigit():
+            return ".".join(words[:index]), int(word), ".".join(words[index + 1 :])
+    return "", None, name
+
+
+def _data(report: RankReport) -> dict[str, Any]:
+    """What the page's script draws: the layers, and which of them stands in which cell."""
+    places = [heat_map_place(layer.name) for layer in report.layers]
+    # Models with an encoder and a decoder number the layers of each from zero.
+    several = len({stack for stack, number, _ in places if number is not None}) > 1
+    kinds = [
+        f"{stack}: {kind}" if several and number is not None else kind
+        for stack, number, kind in places
+    ]
+    rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
+    numbers = sorted({number for _, number, _ in places if number is not None})
+    columns: dict[int | None, int] = {number: column for column, number in enumerate(numbers)}
+    if any(number is None for _, number, _ in places):
+        columns[None] = len(columns)
+    cells: list[list[int | None]] = [[None] * len(columns) for _ in rows]
+    for index, ((_, number, _), kind) in enumerate(zip(places, kinds, strict=True)):
+        cells[rows[kind]][columns[number]] = index
+    return {
+        "columns": [NO_LAYER if number is None else str(number) for number in columns],
+        "rows": [_plot_text(shorten(kind, KIND_WIDTH)) for kind in rows],
+        "cells": cells,
+        "layers": [
+            {
+                **layer.to_dict(),
+                "label": _plot_text(layer.name),
+                "bound_by_label": _plot_text(layer.bound_by),
+            }
+            for layer in report.layers
+        ],
+    }
+
+
+def _rule(report: RankReport) -> str:
+    """The rank rule in one line, without the keys that were left empty."""
+    stated = [f"{key} {value}" for key, value in report.rule.items() if value not in (None, {}, [])]
+    return escape(f"Rank rule: {', '.join(stated)}." if stated else "")
+
+
+def _cards(report: RankReport) -> str:
+    """The totals above the heat map."""
+    ranks = [layer.rank for layer in report.layers]
+    trainable, base = report.totals["trainable_parameters"], report.totals["base_parameters"]
+    lora = _lora_rank_one(report)
+    cards = {
+        "matrices with an adapter": f"{sum(rank > 0 for rank in ranks)} of {len(ranks)}",
+        "Kronecker rank, mean": f"{sum(ranks) / max(1, len(ranks)):.2f}"
+        f"<small>{min(ranks, default=0)} to {max(ranks, default=0)}</small>",
+        f"trainable parameters, {_percent(trainable, base)} of the base": f"{trainable:,}",
+        "of the windows' energy kept": f"{100 * report.totals['energy']:.1f} %",
+        "LoRA rank for the same budget": f"{trainable / lora:.2f}" if lora else "–",
+    }
+    return "".join(f"<li><b>{value}</b>{title}</li>" for title, value in cards.items())
+
+
+def _budget(report: RankReport) -> str:
+    """Rows that set the parameters beside those of LoRA and PiSSA, which cost the same."""
+    ranks = [layer.rank for layer in report.layers]
+    trainable, lora = int(report.totals["trainable_parameters"]), _lora_rank_one(report)
+    lines = [
+        ("this adapter", f"{min(ranks, default=0)} to {max(ranks, default=0)}", trainable),
+    ]
+    if lora:
+        within = trainable // lora
+        # The last rank that fits the budget and the first that does not.
+        lines += [
+            ("LoRA or PiSSA on the same layers", str(rank), rank * lora)
+            for rank in sorted({1, max(1, within), within + 1})
+        ]
+    return "".join(
+        f"<tr><td>{title}</td><td>{rank}</td><td>{parameters:,}</td>"
+        f"<td>{_percent(parameters, trainable)}</td></tr>"
+        for title, rank, parameters in lines
+    )
+
+
+def _lora_rank_one(report: RankReport) -> int:
+    return sum(layer.out_features + layer.in_features for layer in report.layers if layer.rank > 0)
+
+
+def _row(index: int, layer: LayerReport) -> str:
+    m, n, p, q = layer.factor_shape
+    cells: list[tuple[str | float, str]] = [
+        (layer.out_features * layer.in_features, f"{layer.out_features} × {layer.in_features}"),
+        (m * n, f"{m} × {n}"),
+        (p * q, f"{p} × {q}"),
+        (layer.rank_energy, str(layer.rank_energy)),
+        (layer.rank_elbow, str(layer.rank_elbow)),
+        (layer.rank, f"<b>{layer.rank}</b>"),
+        (layer.bound_by, escape(layer.bound_by)),
+        (layer.energy_total, f"{100 * layer.energy_total:.1f} %"),
+        (layer.parameters, f"{layer.parameters:,}"),
+        (layer.relative_error, f"{layer.relative_error:.3f}"),
+        (layer.stable_rank, f"{layer.stable_rank:.1f}"),
+        (layer.seconds, f"{layer.seconds:.2f}"),
+        (layer.note or "", escape(layer.note or "")),
+    ]
+    return (
+        f'<tr data-layer="{index}"><th scope="row" data-key="{escape(layer.name)}">'
+        f'<button class="pick">{escape(layer.name)}</button></th>'
+        + "".join(f'<td data-key="{escape(str(key))}">{shown}</td>' for key, shown in cells)
+        + "</tr>"
+    )
+
+
+def _untouched(report: RankReport) -> str:
+    if not report.untouched:
+        return ""
+    items = "".join(
+        f"<li><code>{escape(name)}</code>: {escape(reason)}</li>"
+        for name, reason in report.untouched
+    )
+    return (
+        f"<details><summary>{len(report.untouched)} weight matrices left alone</summary>"
+        f"<ul>{items}</ul></details>"
+    )
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.3g} %" if whole else "–"
+
+
+def _plot_text(text: str) -> str:
+    """Escape what Plotly would take for a tag or an entity in a label."""
+    return escape(text, quote=False)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in; null for what is not finite."""
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

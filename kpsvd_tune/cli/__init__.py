@@ -9,7 +9,7 @@ import traceback
 from typer.exceptions import TyperException
 
 # Importing a module of commands adds them to the application, in this order.
-from kpsvd_tune.cli import reading, training, using  # noqa: F401
+from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import app
 from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
 

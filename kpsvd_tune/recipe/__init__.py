@@ -11,6 +11,7 @@ from kpsvd_tune.recipe.adapter import AdapterRecipe, FactorSides, RankOverride, 
 from kpsvd_tune.recipe.loading import load_recipe, recipe_to_yaml, shipped_recipes
 from kpsvd_tune.recipe.schema import (
     Columns,
+    CompareRecipe,
     DatasetRecipe,
     EarlyStopping,
     EvaluationRecipe,
@@ -18,10 +19,12 @@ from kpsvd_tune.recipe.schema import (
     Recipe,
     TrainRecipe,
 )
+from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [
     "AdapterRecipe",
     "Columns",
+    "CompareRecipe",
     "DatasetRecipe",
     "EarlyStopping",
     "EvaluationRecipe",
@@ -32,6 +35,7 @@ __all__ = [
     "Recipe",
     "TrainRecipe",
     "load_recipe",
+    "read_number_of_parameters",
     "recipe_to_yaml",
     "shipped_recipes",
 ]

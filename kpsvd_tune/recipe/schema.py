@@ -219,6 +219,21 @@ class EvaluationRecipe(Section):
         return value
 
 
+class CompareRecipe(Section):
+    """What `compare` measures beside the validation loss."""
+
+    test: Text | None = Field(
+        default=None, description="rows that no choice looks at: a file, as dataset.path"
+    )
+    forgetting: Text | None = Field(
+        default=None, description="a UTF-8 text of another kind, to see what training forgets"
+    )
+    price_per_hour: Number | None = Field(
+        default=None, gt=0, description="price of an hour of one device; null: no costs"
+    )
+    currency: Text = Field(default="USD", description="of that price")
+
+
 class Recipe(Section):
     """One run, from the base model to the scores."""
 
@@ -232,6 +247,9 @@ class Recipe(Section):
     train: TrainRecipe = Field(default_factory=TrainRecipe, description="the training loop")
     evaluation: list[EvaluationRecipe] = Field(
         default_factory=list, description="tasks to score the trained model on"
+    )
+    compare: CompareRecipe = Field(
+        default_factory=CompareRecipe, description="what `compare` measures besides"
     )
     output_dir: Text = Field(description="folder of the run, such as runs/my_run")
     tracking: list[

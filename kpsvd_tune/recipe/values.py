@@ -75,9 +75,15 @@ def _read_precision(value: object) -> object:
 
 
 def _read_budget(value: object) -> object:
-    """Read a number of trainable parameters: 990000, `0.99M`, `300k` or `1e6`."""
-    if value is None:
-        return None
+    return None if value is None else read_number_of_parameters(value)
+
+
+def read_number_of_parameters(value: object) -> int:
+    """Read a number of trainable parameters: 990000, `0.99M`, `300k` or `1e6`.
+
+    Raises:
+        ValueError: It is no whole number of at least 1.
+    """
     number: Decimal | None = None
     if isinstance(value, str) and (match := _BUDGET.fullmatch(value.strip())):
         number = Decimal(match[1] + (match[2] or "")) * _BUDGET_UNITS[match[3].lower()]

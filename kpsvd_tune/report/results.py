@@ -12,7 +12,7 @@ from typing import Any
 from kpsvd_tune.errors import InputError
 
 
-class _Result:
+class Result:
     """What every result can do."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -22,7 +22,7 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class LayerReport(_Result):
+class LayerReport(Result):
     """The Kronecker rank of one target module, and why.
 
     Attributes:
@@ -63,7 +63,7 @@ class LayerReport(_Result):
 
 
 @dataclass(frozen=True)
-class RankReport(_Result):
+class RankReport(Result):
     """The ranks of all layers: the content of rank_report.json.
 
     Attributes:
@@ -125,7 +125,7 @@ class RankReport(_Result):
 
 
 @dataclass(frozen=True)
-class PreflightReport(_Result):
+class PreflightReport(Result):
     """What the dataset looks like to the model, before training.
 
     Attributes:
@@ -156,7 +156,7 @@ class PreflightReport(_Result):
 
 
 @dataclass(frozen=True)
-class StepMetrics(_Result):
+class StepMetrics(Result):
     """One optimiser step: a line of metrics.jsonl.
 
     Attributes:
@@ -183,7 +183,7 @@ class StepMetrics(_Result):
 
 
 @dataclass(frozen=True)
-class TrainResult(_Result):
+class TrainResult(Result):
     """How a training run ended: the core of results.json.
 
     Attributes:
@@ -206,7 +206,7 @@ class TrainResult(_Result):
 
 
 @dataclass(frozen=True)
-class MergeReport(_Result):
+class MergeReport(Result):
     """The proof that merged weights are base plus adapter: the content of merge_report.json.
 
     Attributes:
@@ -242,7 +242,7 @@ class MergeReport(_Result):
 
 
 @dataclass(frozen=True)
-class Score(_Result):
+class Score(Result):
     """A share of right answers.
 
     Attributes:

@@ -55,6 +55,7 @@ class Training:
         pad_token_id: Fills short rows; any id will do, since padding is masked.
         checkpoint: Where to go on from, as `RunDirectory.begin` said; None: from the first step.
         settings: Shown by trackers.
+        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
 
     Attributes:
         num_steps: Optimiser steps of the whole run.
@@ -78,6 +79,7 @@ class Training:
         pad_token_id: int,
         checkpoint: Path | None = None,
         settings: Mapping[str, Any] | None = None,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         _refuse_unavailable(recipe)
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
@@ -95,7 +97,7 @@ class Training:
             pad_token_id=pad_token_id,
             pad_to_multiple_of=None if accelerator.device.type == "cpu" else 8,
         )
-        self._stepper = Stepper(model, recipe, accelerator, self.num_steps)
+        self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
         self._signals = StopSignals()
         self._signal = 0
         self._saved_step = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +14,53 @@ from transformers import Adafactor, get_scheduler
 from kpsvd_tune.recipe import TrainRecipe
 
 
-def make_optimizer(recipe: TrainRecipe, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """Make the optimiser of `train.optimizer` over all `parameters`, in one group."""
+def make_optimizer(
+    recipe: TrainRecipe, parameters: Sequence[Tensor], rate_factors: Sequence[float] = ()
+) -> torch.optim.Optimizer:
+    """Make the optimiser of `train.optimizer` over all `parameters`.
+
+    Args:
+        recipe: Names the optimiser and its settings.
+        parameters: What to train.
+        rate_factors: What the learning rate of each parameter is multiplied with; empty: 1.
+            Parameters of equal factor make a group, which knows it as ``rate_factor``.
+    """
+    return _make_optimizer(recipe, _groups(recipe, parameters, rate_factors))
+
+
+def _groups(
+    recipe: TrainRecipe, parameters: Sequence[Tensor], rate_factors: Sequence[float]
+) -> list[dict[str, Any]]:
+    factors = rate_factors or [1.0] * len(parameters)
+    members: dict[float, list[Tensor]] = {}
+    for parameter, factor in zip(parameters, factors, strict=True):
+        members.setdefault(factor, []).append(parameter)
+    return [
+        {"params": group, "lr": recipe.learning_rate * factor, "rate_factor": factor}
+        for factor, group in members.items()
+    ]
+
+
+def _make_optimizer(recipe: TrainRecipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if recipe.optimizer == "adafactor":
         # Relative steps scale by a weight's size; offsets start at zero and would never leave it.
         return Adafactor(  # type: ignore[no-untyped-call]
-            parameters,
+            groups,
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             scale_parameter=False,
             relative_step=False,
         )
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
+        return torch.optim.SGD(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     # Hundreds of small tensors: one fused pass instead of ten operations for each.
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    fused = all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point()
+        for group in groups
+        for p in group["params"]
+    )
     return torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
+        groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
     )
 
 

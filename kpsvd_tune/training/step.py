@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -50,13 +50,19 @@ class Stepper:
         recipe: The `train` section.
         accelerator: The processes.
         num_steps: Length of the schedule.
+        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
 
     Raises:
         AdapterError: Nothing is trainable.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: TrainRecipe, accelerator: Accelerator, num_steps: int
+        self,
+        model: nn.Module,
+        recipe: TrainRecipe,
+        accelerator: Accelerator,
+        num_steps: int,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._max_grad_norm = recipe.max_grad_norm or math.inf
@@ -69,7 +75,10 @@ class Stepper:
         self.names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad
         }
-        self._optimizer = make_optimizer(recipe, list(self.names))
+        factors = rate_factors or {}
+        self._optimizer = make_optimizer(
+            recipe, list(self.names), [factors.get(name, 1.0) for name in self.names.values()]
+        )
         self._scheduler = make_scheduler(recipe, self._optimizer, num_steps)
 
     def take(
@@ -110,7 +119,8 @@ class Stepper:
         # An infinite gradient tells a loss scaler to scale less; only at its floor it is a fault.
         is_judged = scaler is None or scaler.get_scale() <= 1
         check_finite(step, losses, grad_norm if is_judged else None, rows_of)
-        learning_rate = self._optimizer.param_groups[0]["lr"]
+        group = self._optimizer.param_groups[0]
+        learning_rate = group["lr"] / group["rate_factor"]
         if scaler is None:
             self._optimizer.step()
         else:

@@ -1,0 +1,187 @@
+"""The four claims about KPSVD, each held, not held or undecided by the trials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from kpsvd_tune.compare.statistics import estimate, steps_to, variation
+from kpsvd_tune.report.comparison import Claim, Difference, Estimate, MethodSummary, TrialRow
+
+# Losses that differ by less, in nats, count as equal quality: half the change that a published
+# comparison would print in the second decimal of a loss.
+EQUAL_NATS = 0.005
+# "Fewer parameters" starts at three quarters of the other method's, as the paper's figure does.
+FEWER = 0.8
+
+Best = Mapping[tuple[str, int], Sequence[TrialRow]]
+
+
+def judge(
+    best: Best,
+    summaries: Sequence[MethodSummary],
+    differences: Sequence[Difference],
+    num_warmup: int,
+) -> tuple[Claim, ...]:
+    """Judge what can be judged: a KPSVD method and LoRA or PiSSA must be among the trials.
+
+    A claim holds where the 95 % confidence interval of the paired difference lies on its side, does
+    not hold where it lies on the other, and is undecided where it has zero inside or there is
+    only one seed. KPSVD stands for its best variant, and so do the others: the one of them with the
+    lowest mean validation loss at that budget.
+
+    Args:
+        best: (method, budget) to the rows of its best rate.
+        summaries: Of the same.
+        differences: Paired differences of validation losses.
+        num_warmup: Warm-up steps.
+    """
+    pairs = [
+        (ours, other)
+        for budget in sorted({summary.budget for summary in summaries})
+        if (ours := _ours(summaries, budget)) and (other := _others(summaries, budget))
+    ]
+    if not pairs:
+        return ()
+    _, largest = pairs[-1]
+    most_seeds = max(pairs, key=lambda pair: (pair[0].validation_loss.n, pair[0].budget))
+    return (
+        _fewer(summaries, differences, largest),
+        _quality(differences, *most_seeds),
+        _faster(best, *most_seeds),
+        _steadier(best, *most_seeds, num_warmup),
+    )
+
+
+def _fewer(
+    summaries: Sequence[MethodSummary], differences: Sequence[Difference], other: MethodSummary
+) -> Claim:
+    text = f"fewer parameters: at most {FEWER:.0%} of the best baseline's at no higher loss"
+    smaller = [
+        s
+        for s in summaries
+        if is_kpsvd(s.method) and s.trainable_parameters <= FEWER * other.trainable_parameters
+    ]
+    if not smaller:
+        return Claim(text, "undecided", "no KPSVD trial has that few parameters")
+    ours = min(smaller, key=lambda s: s.validation_loss.mean)
+    found = _find(differences, ours, other)
+    share = ours.trainable_parameters / other.trainable_parameters
+    figure = (
+        f"{ours.method} with {share:.0%} of the parameters of {other.method} "
+        f"({other.trainable_parameters:,}): {_shown(found)}"
+    )
+    return Claim(text, _verdict(found, EQUAL_NATS), figure)
+
+
+def _quality(differences: Sequence[Difference], ours: MethodSummary, other: MethodSummary) -> Claim:
+    text = f"equal or better quality at equal parameters (within {EQUAL_NATS} nats)"
+    found = _find(differences, ours, other)
+    figure = f"{ours.method} against {other.method} at {ours.budget:,}: {_shown(found)}"
+    return Claim(text, _verdict(found, EQUAL_NATS), figure)
+
+
+def _faster(best: Best, ours: MethodSummary, other: MethodSummary) -> Claim:
+    text = "faster convergence: fewer steps to the best baseline's final validation loss"
+    pairs = _pairs(best, ours, other)
+    goal = other.validation_loss.mean
+    # A run that never gets there took at least all its steps; with such runs the mean is a bound.
+    changes, is_bound = [], False
+    for own, theirs in pairs:
+        steps = [steps_to(row.validation_losses, goal) for row in (own, theirs)]
+        is_bound |= None in steps
+        lengths = (len(own.losses), len(theirs.losses))
+        own_steps, their_steps = (
+            float(length) if each is None else each
+            for each, length in zip(steps, lengths, strict=True)
+        )
+        changes.append(own_steps - their_steps)
+    if not changes:
+        return Claim(text, "undecided", "no seed in common")
+    found = estimate(changes)
+    note = "; runs that never reach it count with all their steps" if is_bound else ""
+    figure = (
+        f"{ours.method} against {other.method} at {ours.budget:,}, loss {goal:.4f}: "
+        f"{found.mean:+.1f} steps{_interval(found, 1)}{note}"
+    )
+    return Claim(text, _verdict(found, 0.0), figure)
+
+
+def _steadier(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup: int) -> Claim:
+    text = "steadier gradients: lower variation of the gradient norm after warm-up"
+    changes = [
+        variation(own.grad_norms, num_warmup) - variation(theirs.grad_norms, num_warmup)
+        for own, theirs in _pairs(best, ours, other)
+    ]
+    if not changes:
+        return Claim(text, "undecided", "no seed in common")
+    found = estimate(changes)
+    figure = (
+        f"{ours.method} {ours.gradient_variation.mean:.3f}, {other.method} "
+        f"{other.gradient_variation.mean:.3f} at {ours.budget:,}: {found.mean:+.3f}"
+        f"{_interval(found, 3)}; clipped steps {ours.clipped_share:.0%} and "
+        f"{other.clipped_share:.0%}"
+    )
+    return Claim(text, _verdict(found, 0.0), figure)
+
+
+def _verdict(found: Estimate | None, margin: float) -> str:
+    """Of a difference that should not be above ``margin``."""
+    if found is None or found.low is None or found.high is None:
+        return "undecided"
+    if found.high <= margin:
+        return "held"
+    return "not held" if found.low > margin else "undecided"
+
+
+def is_kpsvd(method: str) -> bool:
+    """Whether a method's name is one of ours."""
+    return method.startswith("kpsvd")
+
+
+def _ours(summaries: Sequence[MethodSummary], budget: int) -> MethodSummary | None:
+    return _lowest(s for s in summaries if s.budget == budget and is_kpsvd(s.method))
+
+
+def _others(summaries: Sequence[MethodSummary], budget: int) -> MethodSummary | None:
+    return _lowest(s for s in summaries if s.budget == budget and not is_kpsvd(s.method))
+
+
+def _lowest(summaries: Iterable[MethodSummary]) -> MethodSummary | None:
+    # Few seeds may look lucky: those with the most come first.
+    found = list(summaries)
+    most = max((s.validation_loss.n for s in found), default=0)
+    return min(
+        (s for s in found if s.validation_loss.n == most),
+        key=lambda s: s.validation_loss.mean,
+        default=None,
+    )
+
+
+def _find(
+    differences: Sequence[Difference], ours: MethodSummary, other: MethodSummary
+) -> Estimate | None:
+    wanted = (ours.method, ours.budget, other.method, other.budget)
+    return next(
+        (d.loss for d in differences if (d.method, d.budget, d.other, d.other_budget) == wanted),
+        None,
+    )
+
+
+def _pairs(
+    best: Best, ours: MethodSummary, other: MethodSummary
+) -> list[tuple[TrialRow, TrialRow]]:
+    theirs = {row.seed: row for row in best[other.method, other.budget]}
+    own = best[ours.method, ours.budget]
+    return [(row, theirs[row.seed]) for row in own if row.seed in theirs]
+
+
+def _shown(found: Estimate | None) -> str:
+    if found is None:
+        return "no seed in common"
+    return f"{found.mean:+.4f} nats{_interval(found, 4)}"
+
+
+def _interval(found: Estimate, digits: int) -> str:
+    if found.low is None or found.high is None:
+        return " (one seed)"
+    return f" (95 % interval {found.low:+.{digits}f} to {found.high:+.{digits}f}, n = {found.n})"

@@ -1,0 +1,150 @@
+"""Which trials a comparison consists of, and which of them come next."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kpsvd_tune.report.comparison import TrialRow
+
+
+@dataclass(frozen=True, order=True)
+class Trial:
+    """One training run of a comparison.
+
+    Attributes:
+        method: The method's name.
+        budget: Trainable parameters it may have.
+        learning_rate: Its highest learning rate.
+        seed: Seeds the order of the rows, dropout, and whatever the method draws.
+    """
+
+    method: str
+    budget: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder_name(self) -> str:
+        """A file name of its own."""
+        method = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.method)
+        return f"{method}-{self.budget}-{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared.
+
+    Attributes:
+        methods: Names.
+        budgets: Trainable parameters.
+        learning_rates: Tried for every method.
+        num_seeds: Seeds 0 to num_seeds - 1.
+        is_staged: Whether trials are saved where they say least; see :func:`next_trials`.
+    """
+
+    methods: Sequence[str]
+    budgets: Sequence[int]
+    learning_rates: Sequence[float]
+    num_seeds: int
+    is_staged: bool
+
+    def summary(self) -> dict[str, Any]:
+        """What would be run, for a person or as JSON."""
+        rates, seeds, budgets = len(self.learning_rates), self.num_seeds, len(self.budgets)
+        each = rates * seeds * budgets
+        if self.is_staged:
+            each = rates + min(2, rates) * (seeds - 1) + (budgets - 1) * seeds
+        return {
+            "methods": list(self.methods),
+            "budgets": list(self.budgets),
+            "learning_rates": list(self.learning_rates),
+            "seeds": seeds,
+            "plan": "staged" if self.is_staged else "full",
+            "trials_per_method": each,
+            "trials": each * len(self.methods),
+        }
+
+
+def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
+    """Trials to run now; after them more may follow, until none is left.
+
+    The full plan is every combination. The staged one has three stages: every rate with one seed
+    at the middle budget; then all seeds at each method's two best rates there; then the other
+    budgets with all seeds at each method's best rate. Every method gets the same number of trials
+    in either. Methods take turns, so that a comparison stopped early has a bit of each.
+
+    Args:
+        grid: What is compared.
+        rows: Trials that are done.
+
+    Returns:
+        The trials of the first stage that is not done, without those that are; empty at the end.
+    """
+    done = {Trial(row.method, row.budget, row.learning_rate, row.seed): row for row in rows}
+    for stage in _full(grid) if not grid.is_staged else _stages(grid, done):
+        if left := [trial for trial in stage if trial not in done]:
+            return left
+    return []
+
+
+def _full(grid: Grid) -> list[list[Trial]]:
+    return [
+        [
+            Trial(method, budget, rate, seed)
+            for seed in range(grid.num_seeds)
+            for budget in grid.budgets
+            for rate in grid.learning_rates
+            for method in grid.methods
+        ]
+    ]
+
+
+def _stages(grid: Grid, done: dict[Trial, TrialRow]) -> Iterable[list[Trial]]:
+    # The next stage is asked for when this one is done, so its rows are there.
+    middle = sorted(grid.budgets)[len(grid.budgets) // 2]
+    yield [
+        Trial(method, middle, rate, 0) for rate in grid.learning_rates for method in grid.methods
+    ]
+    best = {
+        method: _best_rates(
+            [done[Trial(method, middle, rate, 0)] for rate in grid.learning_rates], 2
+        )
+        for method in grid.methods
+    }
+    yield [
+        Trial(method, middle, best[method][place], seed)
+        for seed in range(1, grid.num_seeds)
+        for place in range(len(best[grid.methods[0]]))
+        for method in grid.methods
+    ]
+    finalists = {
+        method: _best_rates(
+            [
+                done[Trial(method, middle, rate, seed)]
+                for rate in best[method]
+                for seed in range(grid.num_seeds)
+            ],
+            1,
+        )[0]
+        for method in grid.methods
+    }
+    yield [
+        Trial(method, budget, finalists[method], seed)
+        for seed in range(grid.num_seeds)
+        for budget in grid.budgets
+        for method in grid.methods
+        if budget != middle
+    ]
+
+
+def _best_rates(rows: Sequence[TrialRow], count: int) -> list[float]:
+    """The rates with the lowest mean validation loss; a failed trial counts as infinite."""
+    losses: dict[float, list[float]] = {}
+    for row in rows:
+        loss = math.inf if row.validation_loss is None else row.validation_loss
+        losses.setdefault(row.learning_rate, []).append(loss)
+    return sorted(losses, key=lambda rate: (sum(losses[rate]) / len(losses[rate]), rate))[:count]

@@ -1,0 +1,66 @@
+"""Means with confidence intervals over few seeds, and figures read off one run's curves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from kpsvd_tune.report.comparison import Estimate
+
+# 97.5 % quantiles of Student's t by degrees of freedom, from any table of the distribution.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+_T_INFINITE = 1.960
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean, standard deviation and 95 % confidence interval of the mean, by Student's t.
+
+    Args:
+        values: One a seed, at least one. Seeds are taken as independent and normal.
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Estimate(mean, None, None, None, 1)
+    deviation = statistics.stdev(values)
+    freedom = len(values) - 1
+    quantile = _T[freedom - 1] if freedom <= len(_T) else _T_INFINITE
+    half = quantile * deviation / math.sqrt(len(values))
+    return Estimate(mean, deviation, mean - half, mean + half, len(values))
+
+
+def variation(norms: Sequence[float], num_warmup: int) -> float:
+    """Coefficient of variation of the gradient norm after warm-up: deviation over mean.
+
+    Args:
+        norms: Of every step, before clipping.
+        num_warmup: Steps to leave out.
+
+    Returns:
+        0 where fewer than two steps are left.
+    """
+    rest = norms[num_warmup:]
+    mean = statistics.fmean(rest) if rest else 0.0
+    return statistics.stdev(rest) / mean if len(rest) > 1 and mean > 0 else 0.0
+
+
+def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
+    """Steps until a validation curve first falls to a loss.
+
+    Args:
+        curve: (step, validation loss), in order of steps.
+        loss: The loss to reach.
+
+    Returns:
+        The step, on straight lines between validations; None where it never falls so far.
+    """
+    for (step, before), (later, after) in zip(curve, curve[1:], strict=False):
+        if before <= loss:
+            return float(step)
+        if after <= loss:
+            return step + (later - step) * (before - loss) / (before - after)
+    return float(curve[-1][0]) if curve and curve[-1][1] <= loss else None

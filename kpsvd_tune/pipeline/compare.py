@@ -1,0 +1,280 @@
+"""The command `compare`: the same training for every method, trial by trial, and the verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.checkpoint import RunDirectory, read_json, replace_file, to_json
+from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
+from kpsvd_tune.checkpoint.identity import changes, describe
+from kpsvd_tune.compare.baselines import baseline
+from kpsvd_tune.compare.methods import Method
+from kpsvd_tune.compare.plan import Grid, Trial, next_trials
+from kpsvd_tune.compare.verdict import compare_rows
+from kpsvd_tune.data import prepare
+from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
+from kpsvd_tune.decompose import Spectra, collect_spectra
+from kpsvd_tune.errors import CheckpointError, DataError, InputError, RecipeError
+from kpsvd_tune.models import (
+    ModelSource,
+    WeightReader,
+    base_fingerprint,
+    load_skeleton,
+    load_tokenizer,
+)
+from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
+from kpsvd_tune.pipeline.trial import Material, Setup
+from kpsvd_tune.pipeline.workers import run_base, run_setups
+from kpsvd_tune.recipe import RankRecipe, Recipe
+from kpsvd_tune.report.comparison import Comparison, TrialRow
+
+RESULTS = "results.jsonl"
+
+
+class Watcher(Protocol):
+    """What a comparison tells whoever started it, besides events."""
+
+    def begin(self, rows: Sequence[TrialRow]) -> None:
+        """Show the trials that are done already."""
+
+    def stepped(self, trial: Trial, step: int, total: int, loss: float) -> None:
+        """Report one step of a trial that runs."""
+
+    def finished(self, row: TrialRow) -> None:
+        """Report a trial that is done."""
+
+
+def compare(
+    recipes: Mapping[str, Recipe],
+    methods: Sequence[Method],
+    grid: Grid,
+    events: Events,
+    watcher: Watcher,
+    *,
+    jobs: int = 1,
+    offline: bool = False,
+) -> Comparison:
+    """Run every trial that is not done yet, and draw the verdict.
+
+    Args:
+        recipes: The recipe of each method by its name; equal but for the settings of methods.
+        methods: The methods of the grid.
+        grid: Budgets, rates and seeds.
+        events: Told of stages and progress.
+        watcher: Told of trials.
+        jobs: Trials at a time; on GPUs each takes its own.
+        offline: Make no network call.
+
+    Returns:
+        The verdict, also written to comparison.json and comparison.html in the recipe's
+        output_dir, beside results.jsonl with a row a trial.
+
+    Raises:
+        StoppedBySignal: SIGINT or SIGTERM; running trials were saved.
+        KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
+    """
+    recipe = next(iter(recipes.values()))
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `compare` needs")
+    run = RunDirectory(recipe.output_dir)
+    with run.lock():
+        source = find_model(recipe, offline)
+        tokenizer = load_tokenizer(source)
+        events.stage(f"reading {recipe.dataset.path}")
+        data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline)
+        events.preflight(data.report)
+        if not data.validation:
+            raise DataError(
+                "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
+                "a number of rows or a file"
+            )
+        skeleton = load_skeleton(source)
+        embeddings: Any = skeleton.get_input_embeddings()
+        check_known_tokens(data.train, embeddings.num_embeddings)
+        material = Material(
+            source,
+            data.train,
+            data.validation,
+            _test_rows(recipe, tokenizer, offline),
+            None if recipe.compare.forgetting is None else Path(recipe.compare.forgetting),
+            pad_token_id(tokenizer),
+        )
+        identity = {
+            "recipe": _fixed_part(recipe),
+            "base": base_fingerprint(source),
+            "dataset": data.sha256,
+        }
+        rows = _open(run.path, identity)
+        names = target_names(
+            skeleton,
+            recipe.adapter.target_modules,
+            recipe.adapter.exclude_modules,
+            recipe.adapter.modules_to_save,
+        )
+        reader = WeightReader(source, names, skeleton)
+        sizes = {name: reader.size(name) for name in names}
+        reader.close()
+        plan = _Plan(recipes, methods, sizes, run.path)
+        # What cannot be met is refused before the first trial, not after hours.
+        plan.check_baselines(grid.budgets)
+        plan.decompose(source, grid.budgets, events)
+        base = run_base(material, recipe, run.path / "base.json", events)
+        watcher.begin(rows)
+        while pending := next_trials(grid, rows):
+            setups = [plan.setup(trial, base) for trial in pending]
+            for row in run_setups(setups, material, jobs, watcher.stepped):
+                _append(run.path / RESULTS, row)
+                rows.append(row)
+                watcher.finished(row)
+        names_of_grid = set(grid.methods)
+        verdict = _verdict(recipe, [r for r in rows if r.method in names_of_grid], base)
+        replace_file(run.path / "comparison.json", to_json(verdict.to_dict()))
+    return verdict
+
+
+class _Plan:
+    """Turns trials into setups."""
+
+    def __init__(
+        self,
+        recipes: Mapping[str, Recipe],
+        methods: Sequence[Method],
+        sizes: Mapping[str, tuple[int, int]],
+        folder: Path,
+    ) -> None:
+        self._recipes, self._sizes, self._folder = recipes, sizes, folder
+        self._methods = {method.name: method for method in methods}
+        self._ranks: dict[tuple[str, int], RankRecipe] = {}
+
+    def check_baselines(self, budgets: Sequence[int]) -> None:
+        for method in self._methods.values():
+            for budget in budgets:
+                if method.kind != "kpsvd":
+                    baseline(method, self._sizes, budget)
+
+    def decompose(self, source: ModelSource, budgets: Sequence[int], events: Events) -> None:
+        """Fill the spectra cache, so that no trial spends time on it, and choose the rank rules."""
+        for name, method in self._methods.items():
+            if method.kind != "kpsvd":
+                continue
+            recipe = self._recipes[name]
+            events.stage(f"decomposing {recipe.model.path} for {name}")
+            spectra = collect_spectra(source, recipe.adapter, progress=report_decomposition(events))
+            events.end_progress()
+            for budget in budgets:
+                self._ranks[name, budget] = rule = _rank_rule(method, recipe, spectra, budget)
+                spectra.factors(spectra.report(rule))
+
+    def setup(self, trial: Trial, base: Mapping[str, float | None]) -> Setup:
+        method, recipe = self._methods[trial.method], self._recipes[trial.method]
+        adapter, own = recipe.adapter, None
+        if method.kind == "kpsvd":
+            rank = self._ranks[trial.method, trial.budget]
+            adapter = adapter.model_copy(update={"rank": rank})
+        else:
+            own = baseline(method, self._sizes, trial.budget)
+        train = recipe.train.model_copy(
+            update={"learning_rate": trial.learning_rate, "seed": trial.seed}
+        )
+        folder = self._folder / "trials" / trial.folder_name
+        recipe = recipe.model_copy(
+            update={"adapter": adapter, "train": train, "output_dir": str(folder)}
+        )
+        return Setup(trial, method, recipe, own, folder, base)
+
+
+def _rank_rule(method: Method, recipe: Recipe, spectra: Spectra, budget: int) -> RankRecipe:
+    """The recipe's rule within the budget, where the method names one; else equal ranks.
+
+    Equal ranks are what the baselines get: the same number of terms in every layer, and one more
+    where it holds the most energy for its parameters until the budget is used up.
+    """
+    rank = recipe.adapter.rank
+    if any(key.startswith("rank") for key in method.settings):
+        return rank.model_copy(update={"budget": budget})
+    one = rank.model_copy(update={"method": "fixed", "min": 1, "max": 1, "budget": None})
+    cost = int(spectra.report(one).totals["trainable_parameters"])
+    equal = min(budget // cost, rank.window)
+    return one.model_copy(
+        update={"min": equal, "max": min(equal + 1, rank.window), "budget": budget}
+    )
+
+
+def _test_rows(recipe: Recipe, tokenizer: Any, offline: bool) -> Sequence[Any]:
+    if recipe.compare.test is None:
+        return ()
+    assert recipe.dataset is not None
+    dataset = recipe.dataset.model_copy(
+        update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
+    )
+    return prepare(dataset, tokenizer, seed=0, offline=offline).train
+
+
+def _fixed_part(recipe: Recipe) -> dict[str, Any]:
+    """What must be equal in all trials; methods, budgets, rates and seeds may be added later."""
+    content = recipe.model_dump(mode="json")
+    for key in ("output_dir", "tracking", "evaluation", "adapter"):
+        del content[key]
+    for key in ("learning_rate", "seed"):
+        del content["train"][key]
+    for key in ("price_per_hour", "currency"):
+        del content["compare"][key]
+    content["adapter"] = {
+        key: value
+        for key, value in recipe.adapter.model_dump(mode="json").items()
+        if key in ("target_modules", "exclude_modules", "modules_to_save", "dropout")
+    }
+    return content
+
+
+def _open(folder: Path, identity: Mapping[str, Any]) -> list[TrialRow]:
+    """The rows that are done; refuses a folder of another comparison."""
+    file = folder / "compare.json"
+    plain = json.loads(to_json(dict(identity)))
+    if file.exists():
+        if found := changes(read_json(file), plain):
+            raise CheckpointError(
+                f"{folder} holds a comparison with other settings:\n{describe(found)}\n"
+                "Its trials cannot be compared with new ones: undo the change, or choose another "
+                "output_dir"
+            )
+    else:
+        replace_file(file, to_json(plain))
+    results = folder / RESULTS
+    if not results.exists():
+        return []
+    content = results.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    # A crash can leave half a line behind; its trial is run again.
+    truncate_file(results, len(whole))
+    try:
+        return [TrialRow.from_dict(json.loads(line)) for line in whole.splitlines()]
+    except ValueError as error:
+        raise InputError(f"{results} holds a line that is not JSON: {error}") from error
+
+
+def _append(file: Path, row: TrialRow) -> None:
+    append_file(file, (json.dumps(row.to_dict(), allow_nan=False) + "\n").encode())
+    sync_file(file)
+
+
+def _verdict(
+    recipe: Recipe, rows: Sequence[TrialRow], base: Mapping[str, float | None]
+) -> Comparison:
+    train = recipe.train
+    steps = max(len(row.losses) for row in rows)
+    return compare_rows(
+        [replace(row) for row in rows],
+        model=recipe.model.path,
+        steps=steps,
+        base=base,
+        num_warmup=-int(-train.warmup_ratio * steps // 1),
+        max_grad_norm=train.max_grad_norm,
+        price_per_hour=recipe.compare.price_per_hour,
+        currency=recipe.compare.currency,
+    )

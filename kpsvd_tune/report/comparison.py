@@ -1,0 +1,203 @@
+"""What a comparison found, as frozen values: rows of trials, and the verdict drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.results import Result
+
+
+@dataclass(frozen=True)
+class TrialRow(Result):
+    """One training run of a comparison: a line of results.jsonl.
+
+    Attributes:
+        method: The method's name.
+        budget: Trainable parameters it might have.
+        learning_rate: Its highest learning rate.
+        seed: Seed of the order of the rows and of whatever the method draws.
+        rank: Rank, or smallest and largest one as 1-4.
+        trainable_parameters: What it trained.
+        stored_parameters: What an adapter for the unmodified base holds.
+        validation_loss: Loss on the held-out rows at the end; None where the run failed.
+        validation_losses: (step, loss) over the run, the first before any step.
+        test_loss: Loss on the test rows at the end, which no choice looks at.
+        forgetting: Loss on the forgetting text after training minus the base model's.
+        losses: Training loss of every step.
+        grad_norms: Norm of the gradient of every step, before clipping.
+        seconds_per_step: Median wall time of a step.
+        cpu_seconds_per_step: Processor time of the training over its steps; 0 on a GPU.
+        init_seconds: Time to make the adapter: decomposition, or PEFT's own start.
+        wall_seconds: Time of the training.
+        peak_memory_bytes: Most memory held: of the device, or resident on a CPU.
+        failed: Why the run ended early; None otherwise.
+    """
+
+    method: str
+    budget: int
+    learning_rate: float
+    seed: int
+    rank: str
+    trainable_parameters: int
+    stored_parameters: int
+    validation_loss: float | None
+    validation_losses: tuple[tuple[int, float], ...]
+    test_loss: float | None
+    forgetting: float | None
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    seconds_per_step: float
+    cpu_seconds_per_step: float
+    init_seconds: float
+    wall_seconds: float
+    peak_memory_bytes: int
+    failed: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialRow:
+        """Read a line of results.jsonl.
+
+        Raises:
+            InputError: A key is missing or unknown.
+        """
+        names = {each.name for each in fields(cls)}
+        if wrong := sorted((names - {"failed"} - data.keys()) | (data.keys() - names)):
+            raise InputError(
+                f"a row of results.jsonl lacks or has the unknown {', '.join(wrong)}; expected "
+                "rows of this version: choose another output_dir"
+            )
+        tuples = {name: tuple(data[name]) for name in ("losses", "grad_norms")}
+        points = tuple((int(step), float(loss)) for step, loss in data["validation_losses"])
+        return cls(**{**data, **tuples, "validation_losses": points})
+
+
+@dataclass(frozen=True)
+class Estimate(Result):
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        deviation: Standard deviation over seeds; None for one seed.
+        low: Lower end of the 95 % confidence interval of the mean (Student's t); None for one.
+        high: Its upper end.
+        n: Seeds.
+    """
+
+    mean: float
+    deviation: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class MethodSummary(Result):
+    """One method at one budget, at its best learning rate.
+
+    Attributes:
+        method: The method's name.
+        budget: Trainable parameters it might have.
+        trainable_parameters: What it trained.
+        stored_parameters: What an adapter for the unmodified base holds.
+        rank: Rank, or smallest and largest one.
+        learning_rate: The rate with the lowest mean validation loss among those with most seeds.
+        is_edge: Whether that rate is the lowest or highest tried, so that a better one may lie
+            outside.
+        num_trials: Trials of this method at this budget.
+        validation_loss: Over seeds.
+        test_loss: Over seeds; None without test rows.
+        steps_to_reference: Steps until the validation loss is the reference's at the end,
+            interpolated between validations; None where it never is on some seed.
+        seconds_to_reference: Those steps times the seconds of a step.
+        gradient_variation: Coefficient of variation of the gradient norm after warm-up.
+        clipped_share: Share of the steps whose gradient was clipped, 0 to 1.
+        forgetting: Loss change on the forgetting text; None without one.
+        seconds_per_step: Median over seeds.
+        init_seconds: Median over seeds.
+        peak_memory_bytes: Largest over seeds.
+        cost: Device time of one run, init included, times the price; None without a price.
+    """
+
+    method: str
+    budget: int
+    trainable_parameters: int
+    stored_parameters: int
+    rank: str
+    learning_rate: float
+    is_edge: bool
+    num_trials: int
+    validation_loss: Estimate
+    test_loss: Estimate | None
+    steps_to_reference: Estimate | None
+    seconds_to_reference: float | None
+    gradient_variation: Estimate
+    clipped_share: float
+    forgetting: Estimate | None
+    seconds_per_step: float
+    init_seconds: float
+    peak_memory_bytes: int
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Difference(Result):
+    """A method against another, seed by seed, each at its best rate.
+
+    Attributes:
+        method: The method.
+        budget: Its budget.
+        other: The method it is compared with.
+        other_budget: That one's budget.
+        loss: Validation loss of the method minus the other's; below 0 the method is better.
+    """
+
+    method: str
+    budget: int
+    other: str
+    other_budget: int
+    loss: Estimate
+
+
+@dataclass(frozen=True)
+class Claim(Result):
+    """One claim about KPSVD, and what the trials say.
+
+    Attributes:
+        text: The claim.
+        verdict: held, not held, or undecided.
+        figure: The figures behind the verdict.
+    """
+
+    text: str
+    verdict: str
+    figure: str
+
+
+@dataclass(frozen=True)
+class Comparison(Result):
+    """The verdict of a comparison: the content of comparison.json.
+
+    Attributes:
+        model: The base model.
+        steps: Optimiser steps of every trial.
+        base: Losses of the base model: validation_loss, test_loss, forgetting_loss.
+        reference: The method that the others are compared with.
+        summaries: Every method at every budget that has trials.
+        differences: Paired differences.
+        claims: The claims that these trials can test.
+        notes: What a reader must know.
+        currency: Of the costs.
+    """
+
+    model: str
+    steps: int
+    base: Mapping[str, float | None]
+    reference: str
+    summaries: tuple[MethodSummary, ...]
+    differences: tuple[Difference, ...]
+    claims: tuple[Claim, ...]
+    notes: tuple[str, ...]
+    currency: str

@@ -2,9 +2,10 @@
 
     python docs/study/prepare.py GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl MBPP.jsonl FOLDER
 
-Writes train.jsonl, validation.jsonl (64 rows of the training file), test.jsonl (64 rows of at most 128
-tokens of the test file) and forgetting.txt (some 1,500 tokens of Python tasks with their programs) into FOLDER, and the
-base model as base/ in safetensors, which loads faster than its GGUF file.
+Writes into FOLDER: train.jsonl and validation.jsonl (64 rows) out of the training file, test.jsonl
+(at most 64 rows, of at most 128 tokens) out of the test file, forgetting.txt (some 1,500 tokens of
+Python tasks with their programs), and the base model as base/ in safetensors, which loads faster
+than its GGUF file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from kpsvd_tune.decompose.cache import default_cache_dir
 from kpsvd_tune.decompose.collect import Spectra, collect_spectra
-from kpsvd_tune.decompose.decomposition import Decomposition, decompose
+from kpsvd_tune.decompose.decomposition import Decomposition, decompose, layers_of
 from kpsvd_tune.decompose.progress import Progress
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "collect_spectra",
     "decompose",
     "default_cache_dir",
+    "layers_of",
 ]

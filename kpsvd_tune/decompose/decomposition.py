@@ -90,13 +90,23 @@ def decompose(
         progress=progress,
     )
     report = spectra.report(adapter.rank)
-    layers = {
+    return Decomposition(report, layers_of(report), spectra.factors(report), spectra.notes)
+
+
+def layers_of(report: RankReport, *, has_fingerprints: bool = True) -> dict[str, dict[str, Any]]:
+    """What ``KpsvdConfig`` keeps of each adapted layer: shape, rank and fingerprint.
+
+    Args:
+        report: The ranks of all layers.
+        has_fingerprints: Whether the factors are the weight's own terms. The product of others
+            with the weight is near zero for any base, so it tells none from another.
+    """
+    return {
         layer.name: {
             "shape": list(layer.factor_shape),
             "rank": layer.rank,
-            "fingerprint": layer.singular_values[0] ** 2,
+            "fingerprint": layer.singular_values[0] ** 2 if has_fingerprints else None,
         }
         for layer in report.layers
         if layer.rank > 0
     }
-    return Decomposition(report, layers, spectra.factors(report), spectra.notes)

@@ -16,16 +16,18 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, Start, read_json
-from kpsvd_tune.data import PreparedData, prepare
+from kpsvd_tune.data import PreparedData, TokenizedRow, prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
-from kpsvd_tune.decompose import Decomposition, decompose
+from kpsvd_tune.decompose import Decomposition, layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.scoring import check_code_execution
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_tokenizer
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, as_mapping
-from kpsvd_tune.pipeline.stages import Events, adapt, find_model, report_decomposition
+from kpsvd_tune.pipeline.stages import Events, adapt, find_model
+from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport, Score
@@ -93,8 +95,12 @@ def train(
                 "another output_dir or pass --resume never"
             )
             return read_json(run.results_file)
-        report, factors = _decompose(recipe, source, run, start, accelerator, events)
-        model = adapt(recipe, source, _layers(report), factors, base_files)
+        pad_id = pad_token_id(tokenizer)
+        report, factors = _decompose(
+            recipe, source, data.train, pad_id, run, start, accelerator, events
+        )
+        layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
+        model = adapt(recipe, source, layers, factors, base_files)
         scorer = Scorer(
             tokenizer,
             recipe.dataset.template,
@@ -117,9 +123,14 @@ def train(
             recipe.train,
             accelerator,
             run,
-            pad_token_id=pad_token_id(tokenizer),
+            pad_token_id=pad_id,
             checkpoint=start.checkpoint,
             settings=recipe.model_dump(mode="json"),
+            rate_factors=rate_factors(
+                model,
+                ratio=recipe.adapter.rate_ratio,
+                is_relative=recipe.adapter.rate == "relative",
+            ),
         )
         if start.checkpoint is not None:
             events.note(f"continuing from {start.checkpoint}")
@@ -159,6 +170,8 @@ def _prepare(
 def _decompose(
     recipe: Recipe,
     source: ModelSource,
+    rows: Sequence[TokenizedRow],
+    pad_id: int,
     run: RunDirectory,
     start: Start,
     accelerator: Accelerator,
@@ -170,14 +183,15 @@ def _decompose(
     def compute() -> None:
         events.stage(f"decomposing {recipe.model.path}")
         began = time.monotonic()
-        decomposition = decompose(
+        decomposition = starting_factors(
+            recipe,
             source,
-            recipe.adapter,
+            rows,
+            pad_id,
+            accelerator.device,
+            events,
             seed=recipe.train.seed,
-            device=str(accelerator.device),
-            progress=report_decomposition(events),
         )
-        events.end_progress()
         for note in decomposition.notes:
             events.note(note)
         # Factors last: with them the stage counts as done.
@@ -191,19 +205,6 @@ def _decompose(
     report = RankReport.from_dict(read_json(report_file))
     events.ranks(report)
     return report, Decomposition.load_factors(factors_file)
-
-
-def _layers(report: RankReport) -> dict[str, dict[str, Any]]:
-    """What KpsvdConfig keeps of each adapted layer."""
-    return {
-        layer.name: {
-            "shape": list(layer.factor_shape),
-            "rank": layer.rank,
-            "fingerprint": layer.singular_values[0] ** 2,
-        }
-        for layer in report.layers
-        if layer.rank > 0
-    }
 
 
 def _scores(

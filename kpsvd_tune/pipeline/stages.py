@@ -43,6 +43,31 @@ class Events(Protocol):
         """Close the bar that is open, if any."""
 
 
+class SilentEvents:
+    """Events that nobody watches."""
+
+    def stage(self, text: str) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def preflight(self, report: PreflightReport) -> None:
+        """Do nothing."""
+
+    def ranks(self, report: RankReport) -> None:
+        """Do nothing."""
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        """Do nothing."""
+
+    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """Do nothing."""
+
+    def end_progress(self) -> None:
+        """Do nothing."""
+
+
 def find_model(recipe: Recipe, offline: bool) -> ModelSource:
     """Resolve `model.path`, fetching it where needed."""
     return resolve_model(recipe.model.path, recipe.model.revision, offline)

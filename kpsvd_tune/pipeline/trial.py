@@ -17,17 +17,18 @@ from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
+from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.compare.baselines import Baseline
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Trial
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.decompose import decompose
 from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
-from kpsvd_tune.pipeline.stages import adapt
-from kpsvd_tune.recipe import Recipe, recipe_to_yaml
+from kpsvd_tune.pipeline.stages import SilentEvents, adapt, device
+from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.recipe import AdapterRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.training import Training, make_accelerator
@@ -111,7 +112,7 @@ def run_trial(
     run = RunDirectory(setup.folder)
     with run.lock():
         identity = {"recipe": recipe.model_dump(mode="json"), "method": setup.method.name}
-        start = run.begin(recipe_to_yaml(recipe), identity, {"trial": setup.trial.folder_name})
+        begun = run.begin(recipe_to_yaml(recipe), identity, {"trial": setup.trial.folder_name})
         torch.manual_seed(recipe.train.seed)
         model, rank, init_seconds = _adapted(setup, material)
         training = Training(
@@ -122,8 +123,8 @@ def run_trial(
             accelerator,
             run,
             pad_token_id=material.pad_token_id,
-            checkpoint=start.checkpoint,
-            rate_factors=_rate_factors(model, setup.baseline),
+            checkpoint=begun.checkpoint,
+            rate_factors=_rate_factors(model, setup.baseline, recipe.adapter),
         )
         # A resumed trial counts the processor time of its last session only, over its steps.
         began, first, failed = time.process_time(), training.progress.step, None
@@ -184,18 +185,24 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
         began = time.monotonic()
         baseline: Any = get_peft_model(base, setup.baseline.config)
         return baseline, str(setup.baseline.rank), time.monotonic() - began
-    decomposition = decompose(source, recipe.adapter)
+    began = time.monotonic()
+    decomposition = starting_factors(
+        recipe, source, material.train, material.pad_token_id, device(), SilentEvents()
+    )
+    took = time.monotonic() - began
     model = adapt(recipe, source, decomposition.layers, decomposition.factors, None)
     ranks = [layer.rank for layer in decomposition.report.layers]
     low, high = min(ranks), max(ranks)
     # What the cache spared is counted all the same.
     seconds = sum(layer.seconds for layer in decomposition.report.layers)
-    return model, str(low) if low == high else f"{low}-{high}", seconds
+    return model, str(low) if low == high else f"{low}-{high}", max(seconds, took)
 
 
-def _rate_factors(model: PeftModel, baseline: Baseline | None) -> dict[str, float]:
+def _rate_factors(
+    model: PeftModel, baseline: Baseline | None, adapter: AdapterRecipe
+) -> dict[str, float]:
     if baseline is None:
-        return {}
+        return rate_factors(model, ratio=adapter.rate_ratio, is_relative=adapter.rate == "relative")
     return {
         name: factor
         for name, parameter in model.named_parameters()

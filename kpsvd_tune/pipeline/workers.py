@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -170,6 +171,8 @@ def _work(
     # Out of the terminal's group: its Ctrl-C reaches the parent alone, which passes it on once.
     os.setsid()
     torch.set_num_threads(threads)
+    # Libraries warn about their insides, once for each process.
+    warnings.simplefilter("ignore")
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
     trial = arguments[0].trial if isinstance(arguments[0], Setup) else None

@@ -161,8 +161,21 @@ class AdapterRecipe(Section):
     factor_shape: FactorShape = Field(
         default="balanced", description="balanced, thin, pissa, auto, or {n, p} for every layer"
     )
-    init: Literal["weight"] = Field(
-        default="weight", description="what the first factors come from"
+    init: Literal["weight", "gradient", "random"] = Field(
+        default="weight",
+        description="where the first factors point: the weight's terms, those of the loss's mean "
+        "gradient over the first batches (which then decides the ranks too), or nowhere",
+    )
+    gradient_batches: int = Field(
+        default=4, ge=1, description="micro batches that the gradient of init is the mean of"
+    )
+    rate: Literal["factors", "relative"] = Field(
+        default="factors",
+        description="what the learning rate means: how far an optimiser's step moves entries of "
+        "the factors, or that step's relative change of each weight",
+    )
+    rate_ratio: Number = Field(
+        default=1.0, gt=0, description="rate of the right factors over that of the left ones"
     )
     path: Literal["auto", "activations", "weight"] = Field(
         default="auto", description="how the update is applied; auto decides by cost for each layer"

@@ -1,0 +1,51 @@
+"""Learning rates of the two factors: a ratio between them, and a rate relative to the weight."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+
+
+def rate_factors(
+    model: nn.Module,
+    *,
+    ratio: float = 1.0,
+    is_relative: bool = False,
+    adapter_name: str = "default",
+) -> dict[str, float]:
+    """What the learning rate of each offset is to be multiplied with.
+
+    With Adam one step moves every entry of a factor by about the rate. Moving a alone moves Delta
+    by sum_k a_k kron B0_k, so with m*n entries of size eta its Frobenius norm is
+    eta sqrt(m n sum_k ||B0_k||^2), which differs by shape, layer and rank. The relative rate
+    divides by that and multiplies with ||W||_F: the learning rate then is the relative change of
+    W that one step of one factor makes, everywhere.
+
+    Args:
+        model: A model with KPSVD layers, wrapped by PEFT.
+        ratio: Rate of the right factors over that of the left ones; their geometric mean stays.
+        is_relative: Whether to scale as above.
+        adapter_name: The adapter.
+
+    Returns:
+        Name in ``model.named_parameters()`` to factor, for offsets that are trained.
+    """
+    factors: dict[int, float] = {}
+    for _, layer in kpsvd_layers(model, adapter_name):
+        left0, right0 = layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name]
+        shape = layer.kpsvd_shape[adapter_name]
+        left = right = 1.0
+        if is_relative:
+            norm = float(base_weight(layer).float().norm())
+            left = norm / math.sqrt(shape.m * shape.n * float(right0.square().sum()))
+            right = norm / math.sqrt(shape.p * shape.q * float(left0.square().sum()))
+        factors[id(layer.kpsvd_left[adapter_name])] = left / math.sqrt(ratio)
+        factors[id(layer.kpsvd_right[adapter_name])] = right * math.sqrt(ratio)
+    return {
+        name: factors[id(parameter)]
+        for name, parameter in model.named_parameters()
+        if id(parameter) in factors
+    }

@@ -26,6 +26,18 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "compare": {
+        "--methods",
+        "--budgets",
+        "--learning-rates",
+        "--seeds",
+        "--plan",
+        "--jobs",
+        "--dry-run",
+        "--offline",
+        "--json",
+        "--debug",
+    },
     "init-only": {"--processes", "--sweep", "--offline", "--json", "--debug"},
     "merge": {
         "--output",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from kpsvd_tune.compare.verdict import compare_rows
 from kpsvd_tune.data import prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import Spectra, collect_spectra
-from kpsvd_tune.errors import CheckpointError, DataError, InputError, RecipeError
+from kpsvd_tune.errors import CheckpointError, DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
     ModelSource,
     WeightReader,
@@ -32,6 +33,7 @@ from kpsvd_tune.pipeline.trial import Material, Setup
 from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import RankRecipe, Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
+from kpsvd_tune.report.comparison_page import comparison_page
 
 RESULTS = "results.jsonl"
 
@@ -125,15 +127,53 @@ def compare(
         plan.decompose(source, grid.budgets, events)
         base = run_base(material, recipe, run.path / "base.json", events)
         watcher.begin(rows)
-        while pending := next_trials(grid, rows):
-            setups = [plan.setup(trial, base) for trial in pending]
-            for row in run_setups(setups, material, jobs, watcher.stepped):
-                _append(run.path / RESULTS, row)
-                rows.append(row)
-                watcher.finished(row)
-        names_of_grid = set(grid.methods)
-        verdict = _verdict(recipe, [r for r in rows if r.method in names_of_grid], base)
-        replace_file(run.path / "comparison.json", to_json(verdict.to_dict()))
+        try:
+            while pending := next_trials(grid, rows):
+                setups = [plan.setup(trial, base) for trial in pending]
+                for row in run_setups(setups, material, jobs, watcher.stepped):
+                    _append(run.path / RESULTS, row)
+                    rows.append(row)
+                    watcher.finished(row)
+        except StoppedBySignal:
+            # What is known so far is worth a look.
+            with suppress(InputError):
+                _conclude(recipe, grid, rows, base, run.path, events)
+            raise
+        return _conclude(recipe, grid, rows, base, run.path, events)
+
+
+def _conclude(
+    recipe: Recipe,
+    grid: Grid,
+    rows: Sequence[TrialRow],
+    base: Mapping[str, float | None],
+    folder: Path,
+    events: Events,
+) -> Comparison:
+    """Write the verdict on the trials of the grid, also where more of them are to come."""
+    chosen = [row for row in rows if row.method in grid.methods and row.budget in grid.budgets]
+    train = recipe.train
+    steps = max((len(row.losses) for row in chosen), default=0)
+    verdict = compare_rows(
+        chosen,
+        model=recipe.model.path,
+        steps=steps,
+        base=base,
+        num_warmup=math.ceil(train.warmup_ratio * steps),
+        max_grad_norm=train.max_grad_norm,
+        price_per_hour=recipe.compare.price_per_hour,
+        currency=recipe.compare.currency,
+    )
+    replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
+    page = folder / "comparison.html"
+    try:
+        replace_file(page, comparison_page(verdict, chosen).encode())
+    except InputError as error:
+        # A page of earlier trials beside the new figures would tell something else.
+        page.unlink(missing_ok=True)
+        events.note(f"{page.name} was not written: {error}")
+    else:
+        events.note(f"written: {page}, comparison.json and {RESULTS}")
     return verdict
 
 
@@ -261,20 +301,3 @@ def _open(folder: Path, identity: Mapping[str, Any]) -> list[TrialRow]:
 def _append(file: Path, row: TrialRow) -> None:
     append_file(file, (json.dumps(row.to_dict(), allow_nan=False) + "\n").encode())
     sync_file(file)
-
-
-def _verdict(
-    recipe: Recipe, rows: Sequence[TrialRow], base: Mapping[str, float | None]
-) -> Comparison:
-    train = recipe.train
-    steps = max(len(row.losses) for row in rows)
-    return compare_rows(
-        [replace(row) for row in rows],
-        model=recipe.model.path,
-        steps=steps,
-        base=base,
-        num_warmup=-int(-train.warmup_ratio * steps // 1),
-        max_grad_norm=train.max_grad_norm,
-        price_per_hour=recipe.compare.price_per_hour,
-        currency=recipe.compare.currency,
-    )

@@ -53,13 +53,6 @@ def rank_page(report: RankReport) -> str:
     Raises:
         InputError: If plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise InputError(
-            "plotly is not installed, and the HTML rank report is drawn with it; "
-            "install it with: pip install 'kpsvd-tune[report]'"
-        ) from error
     parts = {
         "model": escape(report.model),
         "rule": _rule(report),
@@ -72,12 +65,32 @@ def rank_page(report: RankReport) -> str:
         ),
         "rows": "\n".join(_row(index, layer) for index, layer in enumerate(report.layers)),
         "untouched": _untouched(report),
-        "plotly": get_plotlyjs(),
-        "data": _script_json(_data(report)),
+        "plotly": plotly_script("the HTML rank report"),
+        "data": script_json(_data(report)),
     }
     template = files("kpsvd_tune.report").joinpath("page.html").read_text(encoding="utf-8")
     # One pass: a module's name that looks like a placeholder is filled in, never replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def plotly_script(what: str) -> str:
+    """plotly.js as text.
+
+    Args:
+        what: What is drawn with it, for the message.
+
+    Raises:
+        InputError: If plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise InputError(
+            f"plotly is not installed, and {what} is drawn with it; "
+            "install it with: pip install 'kpsvd-tune[report]'"
+        ) from error
+    script: str = get_plotlyjs()
+    return script
 
 
 def heat_map_place(name: str) -> tuple[str, int | None, str]:
@@ -223,8 +236,8 @@ def _plot_text(text: str) -> str:
     return escape(text, quote=False)
 
 
-def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in; null for what is not finite."""
+def script_json(value: Any) -> str:
+    """Give JSON that cannot end the script element it stands in; null for what is not finite."""
     text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

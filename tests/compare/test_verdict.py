@@ -1,0 +1,154 @@
+"""What is concluded from trials made by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from trial_rows import row
+
+from kpsvd_tune.compare.verdict import compare_rows
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.comparison import Comparison, TrialRow
+
+BASE = {"validation_loss": 2.0, "test_loss": 2.1, "forgetting_loss": 1.0}
+
+
+def verdict(rows: list[TrialRow], **changes: Any) -> Comparison:
+    settings: dict[str, Any] = {
+        "model": "tiny",
+        "steps": 4,
+        "base": BASE,
+        "num_warmup": 1,
+        "max_grad_norm": 1.0,
+    }
+    return compare_rows(rows, **(settings | changes))
+
+
+def seeds(method: str, losses: list[float], budget: int = 100, **changes: Any) -> list[TrialRow]:
+    return [row(method, budget, 1e-3, seed, loss, **changes) for seed, loss in enumerate(losses)]
+
+
+def claim(found: Comparison, word: str) -> Any:
+    return next(each for each in found.claims if word in each.text)
+
+
+def test_the_best_rate_is_chosen_by_validation_and_never_by_test() -> None:
+    rows = [
+        row(rate=1e-3, loss=1.2, test_loss=0.1),
+        row(rate=2e-3, loss=1.0, test_loss=9.0),
+        row(rate=4e-3, loss=1.1, test_loss=0.1),
+    ]
+    (summary,) = verdict(rows).summaries
+    assert summary.learning_rate == 2e-3
+    assert not summary.is_edge
+    assert summary.num_trials == 3
+    assert summary.test_loss is not None
+    assert summary.test_loss.mean == 9.0
+
+
+def test_rates_with_fewer_seeds_do_not_compete() -> None:
+    rows = [row(rate=2e-3, loss=0.5), *seeds("lora", [1.0, 1.1])]
+    (summary,) = verdict(rows).summaries
+    assert (summary.learning_rate, summary.validation_loss.n) == (1e-3, 2)
+
+
+def test_an_edge_and_a_failure_are_told() -> None:
+    rows = [row(rate=1e-3, loss=1.0), row(rate=2e-3, loss=None, failed="step 3: the loss is nan")]
+    found = verdict(rows)
+    assert found.summaries[0].is_edge
+    assert any("at the edge of those tried" in note for note in found.notes)
+    assert any("step 3: the loss is nan" in note for note in found.notes)
+
+
+def test_figures_of_a_summary() -> None:
+    (summary,) = verdict([row()], price_per_hour=1800.0, currency="EUR").summaries
+    # After one warm-up step the norms are 2, 1, 0.5; two of all four are above 1.
+    assert summary.gradient_variation.mean == pytest.approx(0.6547, abs=1e-3)
+    assert summary.clipped_share == 0.5
+    assert summary.steps_to_reference is not None
+    assert summary.steps_to_reference.mean == 10.0
+    assert summary.seconds_to_reference == 20.0
+    # Four steps of two seconds and four of start, at half a euro a second.
+    assert summary.cost == pytest.approx(6.0)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    rows = seeds("kpsvd", [1.1, 2.1, 3.1]) + seeds("lora", [1.0, 2.0, 3.0])
+    found = verdict(rows)
+    difference = next(d for d in found.differences if d.method == "kpsvd" and d.other == "lora")
+    assert difference.loss.mean == pytest.approx(0.1)
+    # The seeds differ by much and the pairs do not.
+    assert difference.loss.low == pytest.approx(0.1)
+    assert difference.loss.high == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        ([0.9, 0.91, 0.89], "held"),
+        ([1.2, 1.21, 1.19], "not held"),
+        ([1.02, 0.98, 1.01], "undecided"),
+        ([1.2], "undecided"),
+    ],
+)
+def test_quality(ours: list[float], expected: str) -> None:
+    rows = seeds("kpsvd", ours) + seeds("lora", [1.0, 1.01, 0.99][: len(ours)])
+    assert claim(verdict(rows), "equal or better quality").verdict == expected
+
+
+def test_fewer_parameters_needs_a_smaller_trial() -> None:
+    lora = seeds("lora", [1.0, 1.01, 0.99])
+    equal = verdict(lora + seeds("kpsvd", [0.5, 0.51, 0.49]))
+    assert claim(equal, "fewer parameters").verdict == "undecided"
+    smaller = verdict(lora + seeds("kpsvd", [0.5, 0.51, 0.49], budget=70))
+    assert smaller.claims == ()  # no budget in common
+    both = lora + seeds("kpsvd", [0.9, 0.9, 0.9]) + seeds("kpsvd", [0.5, 0.51, 0.49], budget=70)
+    assert claim(verdict(both), "fewer parameters").verdict == "held"
+
+
+def test_faster_counts_steps_to_the_baselines_loss() -> None:
+    fast = ((0, 2.0), (5, 1.0), (10, 0.9))
+    rows = seeds("kpsvd", [0.9] * 3, validation_losses=fast) + seeds("lora", [1.0] * 3)
+    found = claim(verdict(rows), "faster")
+    assert found.verdict == "held"
+    assert "-5.0 steps" in found.figure
+
+
+def test_steadier_compares_the_variation_after_warm_up() -> None:
+    steady = seeds("kpsvd", [1.0] * 3, grad_norms=(9.0, 1.0, 1.0, 1.0))
+    assert claim(verdict(steady + seeds("lora", [1.0] * 3)), "steadier").verdict == "held"
+    wild = seeds("kpsvd", [1.0] * 3, grad_norms=(1.0, 1.0, 9.0, 1.0))
+    assert claim(verdict(wild + seeds("lora", [1.0] * 3)), "steadier").verdict == "not held"
+
+
+def test_a_rank_that_does_not_bind_is_told() -> None:
+    flat = seeds("lora", [1.0, 1.1]) + seeds("lora", [0.99, 1.09], budget=400)
+    assert any("the rank does not bind" in note for note in verdict(flat).notes)
+    steep = seeds("lora", [2.0, 2.01]) + seeds("lora", [1.0, 1.01], budget=400)
+    assert not any("does not bind" in note for note in verdict(steep).notes)
+
+
+def test_the_verdict_survives_json() -> None:
+    found = verdict(seeds("kpsvd", [1.0, 1.1]) + seeds("lora", [1.0, 1.1]))
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["summaries"][0]["method"] == "kpsvd"
+    assert {each["verdict"] for each in content["claims"]} <= {"held", "not held", "undecided"}
+
+
+def test_rows_survive_json() -> None:
+    line = row(failed="why")
+    assert TrialRow.from_dict(json.loads(json.dumps(line.to_dict()))) == line
+
+
+def test_a_row_of_another_version_is_refused() -> None:
+    content = row().to_dict()
+    del content["rank"]
+    with pytest.raises(InputError, match="lacks or has the unknown rank"):
+        TrialRow.from_dict(content | {})
+
+
+def test_nothing_to_compare() -> None:
+    with pytest.raises(InputError, match="no trial has ended with a loss yet"):
+        verdict([row(loss=None)])

@@ -269,3 +269,16 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
     losses = [[line["loss"] for line in metrics(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["gradient", "random"])
+def test_another_start_trains_saves_and_merges(
+    init: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [f"adapter.init={init}", "adapter.rate=relative", "adapter.rate_ratio=2"]
+    assert cli.run(["train", str(recipe), *changes, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["validation_loss"] < results["validation_loss_before"]
+    merged = tmp_path / "merged"
+    assert cli.run(["merge", str(tmp_path / "run"), "--output", str(merged), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"]

@@ -47,5 +47,5 @@ def rate_factors(
     return {
         name: factors[id(parameter)]
         for name, parameter in model.named_parameters()
-        if id(parameter) in factors
+        if parameter.requires_grad and id(parameter) in factors
     }

@@ -66,9 +66,11 @@ def rank_report(
 
 
 def _rule(rank: RankRecipe) -> RankRule:
-    return RankRule(
-        **{key: value for key, value in rank.model_dump().items() if key != "overrides"}
-    )
+    settings = {key: value for key, value in rank.model_dump().items() if key != "overrides"}
+    if rank.energy == "auto":
+        # Only training tells; until then the default stands in.
+        settings["energy"] = RankRecipe().energy
+    return RankRule(**settings)
 
 
 def _overrides(rank: RankRecipe) -> dict[str, int | dict[str, Any]]:

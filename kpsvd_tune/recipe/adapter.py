@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from kpsvd_tune.recipe.values import (
     CLOSED,
     Budget,
+    Energy,
     Number,
     Pattern,
     PatternOrList,
@@ -73,7 +74,10 @@ class RankRecipe(Section):
     method: Method = Field(
         default="energy+elbow", description="rank rule; energy+elbow takes the smaller of the two"
     )
-    energy: Number = Field(default=0.5, gt=0, le=1, description="energy threshold")
+    energy: Energy = Field(
+        default=0.5,
+        description="energy threshold; auto: `train` chooses it by short trainings (0.5 elsewhere)",
+    )
     energy_of: Literal["pooled", "window", "total"] = Field(
         default="pooled",
         description="energy the threshold is a share of: all layers' windows, a layer's window, "

@@ -113,6 +113,15 @@ def _read_validation(value: object) -> object:
     return number
 
 
+def _read_energy(value: object) -> object:
+    """Read a share above 0 and up to 1, or auto."""
+    number = _read_number(value)
+    is_share = _is_number(number) and 0 < number <= 1  # type: ignore[operator]
+    if value != "auto" and not is_share:
+        raise ValueError(f"got {show(value)}; expected a share above 0, up to 1, or auto")
+    return "auto" if value == "auto" else float(number)  # type: ignore[arg-type]
+
+
 def read_factor_shape(value: object) -> object:
     """Refuse what is neither a name nor a mapping, naming both forms."""
     if not isinstance(value, str | Mapping):
@@ -179,5 +188,6 @@ Targets = Annotated[
     Discriminator(_list_or_scalar),
 ]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_read_precision)]
+Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
 Budget = Annotated[int | None, BeforeValidator(_read_budget)]
 Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]

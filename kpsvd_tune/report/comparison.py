@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.results import Result
+from kpsvd_tune.report.result import Result
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,11 @@ Nothing is computed here and no library is imported, so that reading a report st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-
-
-class Result:
-    """What every result can do."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the fields as JSON has them: lists for tuples, mappings for results within."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+from kpsvd_tune.report.result import Probe, Result
 
 
 @dataclass(frozen=True)
@@ -73,6 +65,7 @@ class RankReport(Result):
         layers: One report for each target module, in the model's order.
         untouched: (name, reason) of every weight matrix that gets no adapter.
         rule: The rank rule, with the recipe's keys.
+        probes: Trainings that chose the energy threshold, where it is auto.
     """
 
     model: str
@@ -80,6 +73,7 @@ class RankReport(Result):
     layers: tuple[LayerReport, ...]
     untouched: tuple[tuple[str, str], ...] = ()
     rule: Mapping[str, Any] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the content of rank_report.json."""
@@ -99,7 +93,7 @@ class RankReport(Result):
         Raises:
             InputError: If a key is missing or unknown.
         """
-        _check_keys(data, _names(cls), {"untouched", "rule"}, "rank report")
+        _check_keys(data, _names(cls), {"untouched", "rule", "probes"}, "rank report")
         # Totals may grow; those that every table prints must be there.
         _check_keys(
             data["totals"], _TOTALS | data["totals"].keys(), set(), "totals of the rank report"
@@ -121,6 +115,7 @@ class RankReport(Result):
             ),
             untouched=tuple((each["name"], each["reason"]) for each in data.get("untouched", ())),
             rule=dict(data.get("rule", {})),
+            probes=tuple(Probe(**each) for each in data.get("probes", ())),
         )
 
 
@@ -265,14 +260,6 @@ _TOTALS = {"modules", "trainable_parameters", "base_parameters", "energy"}
 
 def _names(of: type[Any]) -> set[str]:
     return {each.name for each in fields(of)}
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def _check_keys(data: Mapping[str, Any], known: set[str], optional: set[str], what: str) -> None:

@@ -73,6 +73,11 @@ def rank_summary(report: RankReport) -> list[str]:
         f"stored, twice as many; LoRA of rank 1 on the same layers: {lora:,}",
         f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
+    lines += [
+        f"probe of energy {probe.energy:g}: {probe.parameters:,} parameters, validation loss "
+        f"{probe.loss_before:.4f} to {probe.loss:.4f} in {probe.steps} steps"
+        for probe in report.probes
+    ]
     notes = sum(bool(layer.note) for layer in report.layers)
     if notes:
         lines.append(f"{notes} layers with a note (a rule fell back): see rank_report.json")

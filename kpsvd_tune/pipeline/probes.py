@@ -1,0 +1,247 @@
+"""`adapter.rank.energy: auto`: the threshold of a task, chosen by short trainings.
+
+Successive halving (Jamieson and Talwalkar 2016): every candidate is trained for a few steps, the
+better half for twice as many, until one is left.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator  # type: ignore[import-untyped]
+
+from kpsvd_tune.adapter.rates import rate_factors
+from kpsvd_tune.checkpoint import RunDirectory, read_json, replace_file, to_json
+from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.errors import DataError
+from kpsvd_tune.models import ModelSource
+from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
+from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.recipe import Recipe, recipe_to_yaml
+from kpsvd_tune.report.result import Probe
+from kpsvd_tune.training import Training, on_main_process
+
+CANDIDATES = (0.2, 0.4, 0.6, 0.8)
+# A candidate with fewer parameters wins where it keeps this share of the best fall of the loss:
+# falls differ by a few per cent where parameters differ by several times.
+KEPT_FALL = 0.98
+# All probes together take at most this share of the run's steps, but no round fewer than this many.
+STEP_SHARE = 0.25
+FEWEST_STEPS = 5
+
+
+def choose_energy(
+    recipe: Recipe,
+    source: ModelSource,
+    train_rows: Sequence[TokenizedRow],
+    validation_rows: Sequence[TokenizedRow],
+    pad_token_id: int,
+    num_steps: int,
+    accelerator: Accelerator,
+    run: RunDirectory,
+    events: Events,
+) -> tuple[float, tuple[Probe, ...]]:
+    """Train candidates of the energy threshold for a few steps and choose one.
+
+    Probes that are done are kept in probes/ of the run, so that a stopped choice goes on.
+
+    Args:
+        recipe: With ``adapter.rank.energy`` auto.
+        source: The base model.
+        train_rows: Rows to learn from; every probe sees the same ones in the same order.
+        validation_rows: Held-out rows that judge.
+        pad_token_id: Fills short rows.
+        num_steps: Steps of the whole run, which cap those of the probes.
+        accelerator: The processes.
+        run: The run's folder.
+        events: Told of progress.
+
+    Returns:
+        The threshold, and every probe in the order run.
+
+    Raises:
+        DataError: There are no held-out rows.
+        StoppedBySignal: The probes done so far are kept.
+    """
+    if not validation_rows:
+        raise DataError(
+            "adapter.rank.energy: auto compares thresholds on held-out rows and "
+            "dataset.validation is 0; set it above 0, or give a threshold such as 0.5"
+        )
+    candidates = _different(recipe, source, accelerator)
+    lengths = round_lengths(len(candidates), num_steps)
+    cost = sum(length * max(1, len(candidates) >> place) for place, length in enumerate(lengths))
+    events.stage(
+        f"choosing the energy threshold among {', '.join(map(str, candidates))}: {cost} steps "
+        f"in {len(lengths)} rounds, beside the run's {num_steps}"
+    )
+    probes: list[Probe] = []
+    left = list(candidates)
+    for length in lengths:
+        done = [
+            _probe(
+                recipe,
+                source,
+                energy,
+                length,
+                train_rows,
+                validation_rows,
+                pad_token_id,
+                accelerator,
+                run,
+            )
+            for energy in left
+        ]
+        for probe in done:
+            events.note(
+                f"energy {probe.energy:g}: {probe.parameters:,} parameters, validation loss "
+                f"{probe.loss_before:.4f} to {probe.loss:.4f} in {probe.steps} steps"
+            )
+        probes += done
+        left = [probe.energy for probe in best_first(done)][: max(1, len(done) // 2)]
+    return left[0], tuple(probes)
+
+
+def round_lengths(num_candidates: int, num_steps: int) -> list[int]:
+    """Steps of a probe in each round: doubling, while the candidates halve.
+
+    Args:
+        num_candidates: At least 1; one candidate needs no round.
+        num_steps: Steps of the whole run.
+    """
+    num_rounds = max(0, num_candidates - 1).bit_length()
+    # Every round costs about num_candidates times the first length.
+    budget = STEP_SHARE * num_steps
+    first = max(FEWEST_STEPS, int(budget / max(1, num_candidates * num_rounds)))
+    return [first << place for place in range(num_rounds)]
+
+
+def best_first(probes: Sequence[Probe]) -> list[Probe]:
+    """Order probes of one round: those that keep the best fall by parameters, others by loss.
+
+    Args:
+        probes: Of equal numbers of steps.
+    """
+    fall = max(probe.loss_before - probe.loss for probe in probes)
+    keeps = [p for p in probes if p.loss_before - p.loss >= KEPT_FALL * fall and fall > 0]
+    rest = [probe for probe in probes if probe not in keeps]
+    return sorted(keeps, key=lambda p: (p.parameters, p.loss)) + sorted(
+        rest, key=lambda p: (p.loss, p.parameters)
+    )
+
+
+def with_energy(recipe: Recipe, energy: float) -> Recipe:
+    """The recipe with a threshold in place of auto."""
+    rank = recipe.adapter.rank.model_copy(update={"energy": energy})
+    adapter = recipe.adapter.model_copy(update={"rank": rank})
+    return recipe.model_copy(update={"adapter": adapter})
+
+
+def _different(recipe: Recipe, source: ModelSource, accelerator: Accelerator) -> list[float]:
+    """The candidates without those that give the ranks of a smaller one."""
+
+    def find() -> list[float]:
+        found: dict[tuple[int, ...], float] = {}
+        for energy in CANDIDATES:
+            report = _start(with_energy(recipe, energy), source, (), 0, accelerator).report
+            found.setdefault(tuple(layer.rank for layer in report.layers), energy)
+        return list(found.values())
+
+    return on_main_process(accelerator, find)
+
+
+def _start(
+    recipe: Recipe,
+    source: ModelSource,
+    rows: Sequence[TokenizedRow],
+    pad_token_id: int,
+    accelerator: Accelerator,
+) -> Decomposition:
+    if not rows:
+        # Ranks alone: those of the weights, which cost nothing once their spectra are known.
+        adapter = recipe.adapter.model_copy(update={"init": "weight"})
+        recipe = recipe.model_copy(update={"adapter": adapter})
+    return starting_factors(
+        recipe,
+        source,
+        rows,
+        pad_token_id,
+        accelerator.device,
+        SilentEvents(),
+        seed=recipe.train.seed,
+    )
+
+
+def _probe(
+    recipe: Recipe,
+    source: ModelSource,
+    energy: float,
+    length: int,
+    train_rows: Sequence[TokenizedRow],
+    validation_rows: Sequence[TokenizedRow],
+    pad_token_id: int,
+    accelerator: Accelerator,
+    run: RunDirectory,
+) -> Probe:
+    folder = run.path / "probes" / f"energy-{energy:g}-steps-{length}"
+    file = folder.with_suffix(".json")
+    known: dict[str, Any] | None = on_main_process(
+        accelerator, lambda: read_json(file) if file.exists() else None
+    )
+    if known is not None:
+        return Probe(**known)
+    began = time.monotonic()
+    tried = with_energy(recipe, energy)
+    update = {"max_steps": length, "eval_every": 0, "save_every": 0, "early_stopping": None}
+    train = tried.train.model_copy(update=update)
+    # The cache makes this cheap, and every process needs the factors.
+    start = _start(tried, source, train_rows, pad_token_id, accelerator)
+    model = adapt(tried, source, start.layers, start.factors, None)
+    own = RunDirectory(folder)
+    begun = on_main_process(
+        accelerator,
+        lambda: own.begin(
+            recipe_to_yaml(tried),
+            {"recipe": tried.model_dump(mode="json"), "steps": length},
+            {"probe": energy},
+        ),
+    )
+    training = Training(
+        model,
+        train_rows,
+        validation_rows,
+        train,
+        accelerator,
+        own,
+        pad_token_id=pad_token_id,
+        checkpoint=begun.checkpoint,
+        rate_factors=rate_factors(
+            model,
+            ratio=tried.adapter.rate_ratio,
+            is_relative=tried.adapter.rate == "relative",
+        ),
+    )
+    for _ in training.steps():
+        pass
+    outcome = training.result()
+    assert outcome.validation_loss is not None
+    assert outcome.validation_loss_before is not None
+    probe = Probe(
+        energy=energy,
+        steps=length,
+        parameters=outcome.trainable_parameters,
+        loss_before=outcome.validation_loss_before,
+        loss=outcome.validation_loss,
+        seconds=time.monotonic() - began,
+    )
+
+    def keep() -> None:
+        replace_file(file, to_json(probe.to_dict()))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    on_main_process(accelerator, keep)
+    return probe

@@ -276,9 +276,9 @@ def test_a_misspelt_key_beside_the_right_one_is_one_fault(faults):
         ("evaluation: [{task: math, limt: 3}]", "evaluation[0].limt: unknown key; did you mean "
          "limit?"),
         ("<<: 1", "<<: unknown key; expected model, dataset, adapter, train, evaluation, "
-         "output_dir or tracking"),
+         "compare, output_dir or tracking"),
         ('"a\\nb": 1', "'a\\nb': unknown key; expected model, dataset, adapter, train, "
-         "evaluation, output_dir or tracking"),
+         "evaluation, compare, output_dir or tracking"),
         ("model.revision: x", "'model.revision': unknown key; dots are for overrides; in a file "
          "nest the keys"),
     ],
@@ -314,14 +314,18 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
          "energy_of, ..."),
         ("adapter.rank.method=magic", "adapter.rank.method: got 'magic'; expected energy, elbow, "
          "energy+elbow, noise_edge or fixed"),
-        ("adapter.rank.energy=0", "adapter.rank.energy: got 0; expected a number above 0"),
-        ("adapter.rank.energy=1.01", "adapter.rank.energy: got 1.01; expected a number of at most "
-         "1"),
-        ("adapter.rank.energy=true", "adapter.rank.energy: got true; expected a number"),
-        ("adapter.rank.energy=high", "adapter.rank.energy: got 'high'; expected a number"),
+        ("adapter.rank.energy=0", "adapter.rank.energy: got 0; expected a share above 0, "
+         "up to 1, or auto"),
+        ("adapter.rank.energy=1.01", "adapter.rank.energy: got 1.01; expected a share above "
+         "0, up to 1, or auto"),
+        ("adapter.rank.energy=true", "adapter.rank.energy: got true; expected a share above "
+         "0, up to 1, or auto"),
+        ("adapter.rank.energy=high", "adapter.rank.energy: got 'high'; expected a share above "
+         "0, up to 1, or auto"),
         ("adapter.rank.energy=.nan", "adapter.rank.energy: got nan; expected a finite number"),
         ("adapter.rank.energy=1e999", "adapter.rank.energy: got inf; expected a finite number"),
-        ("adapter.rank.energy=[]", "adapter.rank.energy: got an empty list; expected a number"),
+        ("adapter.rank.energy=[]", "adapter.rank.energy: got an empty list; expected a share above "
+         "0, up to 1, or auto"),
         ("adapter.rank.budget=0.99", "adapter.rank.budget: got 0.99; expected a whole number of "
          "trainable parameters of at least 1, such as 990000, 0.99M or 300k, or null for no "
          "budget"),

@@ -13,25 +13,23 @@ from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory, read_json, replace_file, to_json
 from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
 from kpsvd_tune.checkpoint.identity import changes, describe
-from kpsvd_tune.compare.baselines import baseline
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials
 from kpsvd_tune.compare.verdict import compare_rows
 from kpsvd_tune.data import prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
-from kpsvd_tune.decompose import Spectra, collect_spectra
 from kpsvd_tune.errors import CheckpointError, DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
-    ModelSource,
     WeightReader,
     base_fingerprint,
     load_skeleton,
     load_tokenizer,
 )
-from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
-from kpsvd_tune.pipeline.trial import Material, Setup
+from kpsvd_tune.pipeline.setups import Setups
+from kpsvd_tune.pipeline.stages import Events, find_model
+from kpsvd_tune.pipeline.trial import Material
 from kpsvd_tune.pipeline.workers import run_base, run_setups
-from kpsvd_tune.recipe import RankRecipe, Recipe
+from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
 
@@ -121,7 +119,7 @@ def compare(
         reader = WeightReader(source, names, skeleton)
         sizes = {name: reader.size(name) for name in names}
         reader.close()
-        plan = _Plan(recipes, methods, sizes, run.path)
+        plan = Setups(recipes, methods, sizes, run.path)
         # What cannot be met is refused before the first trial, not after hours.
         plan.check_baselines(grid.budgets)
         plan.decompose(source, grid.budgets, events)
@@ -175,74 +173,6 @@ def _conclude(
     else:
         events.note(f"written: {page}, comparison.json and {RESULTS}")
     return verdict
-
-
-class _Plan:
-    """Turns trials into setups."""
-
-    def __init__(
-        self,
-        recipes: Mapping[str, Recipe],
-        methods: Sequence[Method],
-        sizes: Mapping[str, tuple[int, int]],
-        folder: Path,
-    ) -> None:
-        self._recipes, self._sizes, self._folder = recipes, sizes, folder
-        self._methods = {method.name: method for method in methods}
-        self._ranks: dict[tuple[str, int], RankRecipe] = {}
-
-    def check_baselines(self, budgets: Sequence[int]) -> None:
-        for method in self._methods.values():
-            for budget in budgets:
-                if method.kind != "kpsvd":
-                    baseline(method, self._sizes, budget)
-
-    def decompose(self, source: ModelSource, budgets: Sequence[int], events: Events) -> None:
-        """Fill the spectra cache, so that no trial spends time on it, and choose the rank rules."""
-        for name, method in self._methods.items():
-            if method.kind != "kpsvd":
-                continue
-            recipe = self._recipes[name]
-            events.stage(f"decomposing {recipe.model.path} for {name}")
-            spectra = collect_spectra(source, recipe.adapter, progress=report_decomposition(events))
-            events.end_progress()
-            for budget in budgets:
-                self._ranks[name, budget] = rule = _rank_rule(method, recipe, spectra, budget)
-                spectra.factors(spectra.report(rule))
-
-    def setup(self, trial: Trial, base: Mapping[str, float | None]) -> Setup:
-        method, recipe = self._methods[trial.method], self._recipes[trial.method]
-        adapter, own = recipe.adapter, None
-        if method.kind == "kpsvd":
-            rank = self._ranks[trial.method, trial.budget]
-            adapter = adapter.model_copy(update={"rank": rank})
-        else:
-            own = baseline(method, self._sizes, trial.budget)
-        train = recipe.train.model_copy(
-            update={"learning_rate": trial.learning_rate, "seed": trial.seed}
-        )
-        folder = self._folder / "trials" / trial.folder_name
-        recipe = recipe.model_copy(
-            update={"adapter": adapter, "train": train, "output_dir": str(folder)}
-        )
-        return Setup(trial, method, recipe, own, folder, base)
-
-
-def _rank_rule(method: Method, recipe: Recipe, spectra: Spectra, budget: int) -> RankRecipe:
-    """The recipe's rule within the budget, where the method names one; else equal ranks.
-
-    Equal ranks are what the baselines get: the same number of terms in every layer, and one more
-    where it holds the most energy for its parameters until the budget is used up.
-    """
-    rank = recipe.adapter.rank
-    if any(key.startswith("rank") for key in method.settings):
-        return rank.model_copy(update={"budget": budget})
-    one = rank.model_copy(update={"method": "fixed", "min": 1, "max": 1, "budget": None})
-    cost = int(spectra.report(one).totals["trainable_parameters"])
-    equal = min(budget // cost, rank.window)
-    return one.model_copy(
-        update={"min": equal, "max": min(equal + 1, rank.window), "budget": budget}
-    )
 
 
 def _test_rows(recipe: Recipe, tokenizer: Any, offline: bool) -> Sequence[Any]:

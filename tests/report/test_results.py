@@ -81,7 +81,7 @@ def test_a_rank_report_comes_back_equal_from_json(report: RankReport):
 
 def test_a_rank_report_has_the_agreed_keys_in_order(report: RankReport):
     content = report.to_dict()
-    assert list(content) == ["model", "totals", "layers", "untouched", "rule"]
+    assert list(content) == ["model", "totals", "layers", "untouched", "rule", "probes"]
     assert list(content["layers"][0]) == LAYER_KEYS
     assert content["layers"][0]["factor_shape"] == [3, 2, 2, 2]
     assert content["layers"][0]["singular_values"] == [3.0, 2.0, 1.0]
@@ -90,7 +90,7 @@ def test_a_rank_report_has_the_agreed_keys_in_order(report: RankReport):
 
 def test_what_may_be_left_out_has_a_default(report: RankReport):
     content = report.to_dict()
-    del content["untouched"], content["rule"], content["layers"][0]["note"]
+    del content["untouched"], content["rule"], content["probes"], content["layers"][0]["note"]
     read = RankReport.from_dict(content)
     assert (read.untouched, read.rule, read.layers[0].note) == ((), {}, None)
 

@@ -26,7 +26,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
-    "init-only": {"--processes", "--sweep", "--offline", "--json", "--debug"},
+    "init-only": {"--gpus", "--processes", "--sweep", "--offline", "--json", "--debug"},
     "merge": {
         "--output",
         "-o",

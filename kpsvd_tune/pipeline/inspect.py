@@ -119,9 +119,7 @@ def sweep_ranks(
     events.end_progress()
     for note in spectra.notes:
         events.note(note)
-    reports = {
-        setting: spectra.report(recipe.adapter.rank) for setting, recipe in variants.items()
-    }
+    reports = {setting: spectra.report(recipe.adapter.rank) for setting, recipe in variants.items()}
     ranks = {tuple(layer.rank for layer in report.layers) for report in reports.values()}
     if len(reports) > 1 and len(ranks) == 1:
         rule = widest.adapter.rank

@@ -102,7 +102,8 @@ def data_of(page: str):
 
 def budget_of(page: str) -> list[list[str]]:
     """Rank, parameters and share of each line that compares with LoRA."""
-    return [row[1:] for row in Elements(page).rows if row and row[0].startswith("LoRA")]
+    rows = Elements(page.replace("\N{NO-BREAK SPACE}", " ")).rows
+    return [row[1:] for row in rows if row and row[0].startswith("LoRA")]
 
 
 def test_every_layer_has_its_cell_by_number_and_kind(report: RankReport):

@@ -38,7 +38,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
-    "init-only": {"--processes", "--sweep", "--offline", "--json", "--debug"},
+    "init-only": {"--gpus", "--processes", "--sweep", "--offline", "--json", "--debug"},
     "merge": {
         "--output",
         "-o",

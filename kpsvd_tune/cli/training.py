@@ -74,7 +74,13 @@ def train(
 def init_only(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    processes: Processes = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Decompose on that many GPUs.")
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Decompose in that many CPU processes."),
+    ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=A,B,C", help="Show the totals for several values of a key."),
@@ -85,6 +91,7 @@ def init_only(
 ) -> None:
     """Decompose and choose the ranks, without data and without training."""
     resolved = load_recipe(recipe, overrides or ())
+    _check_exclusive(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
@@ -92,14 +99,21 @@ def init_only(
         if sweep:
             variants = _sweep(recipe, overrides or (), sweep)
             emit(
-                pipeline.sweep_ranks(variants, events, offline=offline, processes=processes or 1),
+                pipeline.sweep_ranks(
+                    variants, events, offline=offline, processes=processes or 1, gpus=gpus
+                ),
                 as_json,
                 view.show_sweep,
             )
             return
-        report = pipeline.init_only(resolved, events, offline=offline, processes=processes or 1)
+        report = pipeline.init_only(
+            resolved, events, offline=offline, processes=processes or 1, gpus=gpus
+        )
         emit(report, as_json, view.show_ranks)
-        events.note(f"written: {Path(resolved.output_dir) / 'init'}/rank_report.json and .csv")
+        init = Path(resolved.output_dir) / "init"
+        page = init / "rank_report.html"
+        look = f"; open {page} in a browser" if page.exists() else ""
+        events.note(f"written: {init}/rank_report.json and .csv{look}")
 
 
 def _sweep(recipe: str, overrides: Sequence[str], sweep: list[str]) -> dict[str, Recipe]:
@@ -115,10 +129,14 @@ def _sweep(recipe: str, overrides: Sequence[str], sweep: list[str]) -> dict[str,
     return variants
 
 
-def _launch_processes(gpus: int | None, processes: int | None) -> None:
-    """Start the same command on several ranks, unless this is one of them already."""
+def _check_exclusive(gpus: int | None, processes: int | None) -> None:
     if gpus and processes:
         raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
+
+
+def _launch_processes(gpus: int | None, processes: int | None) -> None:
+    """Start the same command on several ranks, unless this is one of them already."""
+    _check_exclusive(gpus, processes)
     count = gpus or processes
     if count is None or "WORLD_SIZE" in os.environ:
         return

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import StatelessSampler, prepare
 from kpsvd_tune.decompose import collect_spectra, decompose
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import CheckpointError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
@@ -19,39 +23,67 @@ from kpsvd_tune.report.results import RankReport
 
 
 def init_only(
-    recipe: Recipe, events: Events, *, offline: bool = False, processes: int = 1
+    recipe: Recipe,
+    events: Events,
+    *,
+    offline: bool = False,
+    processes: int = 1,
+    gpus: int | None = None,
 ) -> RankReport:
-    """Decompose every target, choose the ranks, and write the rank report and the factors.
+    """Decompose every target, choose the ranks, and write the rank report.
+
+    The factors stay in the spectra cache, from which `train` takes them at once.
 
     Args:
         recipe: Its model and adapter sections; no dataset is needed.
         events: Told of progress.
         offline: Make no network call.
         processes: Worker processes for the decomposition.
+        gpus: One worker on each of that many GPUs instead; None computes on the CPU.
 
     Returns:
-        The rank report, also written to init/rank_report.json and .csv.
+        The rank report, also written to init/rank_report.json, .csv and .html.
+
+    Raises:
+        CheckpointError: The folder holds a training run, whose ranks must stay as they are.
+        InputError: There are fewer GPUs.
+        StoppedBySignal: Ctrl-C; finished matrices are in the cache.
     """
     source = find_model(recipe, offline)
+    processes, device = _workers(processes, gpus)
     run = RunDirectory(recipe.output_dir)
-    with run.lock():
+    if run.run_file.exists():
+        # A run that goes on reads init/ back: other ranks there would not fit its factors.
+        raise CheckpointError(
+            f"{run.path} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
+            f"{run.path}` shows them. To try other ranks, choose another output_dir"
+        )
+    with run.lock(), _stoppable():
         events.stage(f"decomposing {recipe.model.path}")
         decomposition = decompose(
             source,
             recipe.adapter,
             seed=recipe.train.seed,
             processes=processes,
+            device=device,
             progress=report_decomposition(events),
         )
         events.end_progress()
         for note in decomposition.notes:
             events.note(note)
-        write_rank_report(decomposition.report, run.init)
+        missing_page = write_rank_report(decomposition.report, run.init)
+    if missing_page is not None:
+        events.note(missing_page)
     return decomposition.report
 
 
 def sweep_ranks(
-    variants: Mapping[str, Recipe], events: Events, *, offline: bool = False, processes: int = 1
+    variants: Mapping[str, Recipe],
+    events: Events,
+    *,
+    offline: bool = False,
+    processes: int = 1,
+    gpus: int | None = None,
 ) -> dict[str, RankReport]:
     """Apply several rank rules to spectra that are computed once.
 
@@ -60,10 +92,14 @@ def sweep_ranks(
         events: Told of progress.
         offline: Make no network call.
         processes: Worker processes for the decomposition.
+        gpus: One worker on each of that many GPUs instead; None computes on the CPU.
 
     Raises:
         RecipeError: The swept key is not one of adapter.rank.
+        InputError: There are fewer GPUs.
+        StoppedBySignal: Ctrl-C; finished matrices are in the cache.
     """
+    processes, device = _workers(processes, gpus)
     recipes = list(variants.values())
     widest = max(recipes, key=lambda recipe: recipe.adapter.rank.window)
     for setting, recipe in variants.items():
@@ -71,15 +107,49 @@ def sweep_ranks(
         if recipe.model_copy(update={"adapter": adapter}) != widest:
             raise RecipeError(f"--sweep {setting}: only keys of adapter.rank can be swept")
     events.stage(f"decomposing {widest.model.path}")
-    spectra = collect_spectra(
-        find_model(widest, offline),
-        widest.adapter,
-        seed=widest.train.seed,
-        processes=processes,
-        progress=report_decomposition(events),
-    )
+    with _stoppable():
+        spectra = collect_spectra(
+            find_model(widest, offline),
+            widest.adapter,
+            seed=widest.train.seed,
+            processes=processes,
+            device=device,
+            progress=report_decomposition(events),
+        )
     events.end_progress()
-    return {setting: spectra.report(recipe.adapter.rank) for setting, recipe in variants.items()}
+    for note in spectra.notes:
+        events.note(note)
+    reports = {setting: spectra.report(recipe.adapter.rank) for setting, recipe in variants.items()}
+    ranks = {tuple(layer.rank for layer in report.layers) for report in reports.values()}
+    if len(reports) > 1 and len(ranks) == 1:
+        rule = widest.adapter.rank
+        events.note(
+            f"every value gives the same ranks: with method {rule.method}, max {rule.max} and "
+            f"budget {rule.budget} the key swept decides nothing"
+        )
+    return reports
+
+
+def _workers(processes: int, gpus: int | None) -> tuple[int, str]:
+    """How many workers decompose, and on what."""
+    if gpus is None:
+        return processes, "cpu"
+    found = torch.cuda.device_count()
+    if gpus > found:
+        raise InputError(
+            f"--gpus {gpus}: PyTorch sees {found} CUDA GPUs here; ask for at most {found}, or "
+            "use --processes for CPU processes"
+        )
+    return gpus, "cuda"
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Say at Ctrl-C that nothing is lost: every finished matrix is in the cache."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StoppedBySignal(signal.SIGINT) from None
 
 
 def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, Any]:

@@ -195,7 +195,9 @@ def _decompose(
         for note in decomposition.notes:
             events.note(note)
         # Factors last: with them the stage counts as done.
-        write_rank_report(decomposition.report, run.init)
+        missing_page = write_rank_report(decomposition.report, run.init)
+        if missing_page is not None:
+            events.note(missing_page)
         decomposition.save_factors(factors_file)
         run.update(init_seconds=time.monotonic() - began)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -156,7 +156,7 @@ def _cards(report: RankReport) -> str:
     cards = {
         "matrices with an adapter": f"{sum(rank > 0 for rank in ranks)} of {len(ranks)}",
         "Kronecker rank, mean": f"{sum(ranks) / max(1, len(ranks)):.2f}"
-        f"<small>{min(ranks, default=0)} to {max(ranks, default=0)}</small>",
+        f"<small>{_spread(ranks)}</small>",
         f"trainable parameters, {_percent(trainable, base)} of the base": f"{trainable:,}",
         "of the windows' energy kept": f"{100 * report.totals['energy']:.1f} %",
         "LoRA rank for the same budget": f"{trainable / lora:.2f}" if lora else "–",
@@ -169,7 +169,7 @@ def _budget(report: RankReport) -> str:
     ranks = [layer.rank for layer in report.layers]
     trainable, lora = int(report.totals["trainable_parameters"]), _lora_rank_one(report)
     lines = [
-        ("this adapter", f"{min(ranks, default=0)} to {max(ranks, default=0)}", trainable),
+        ("this adapter", _spread(ranks), trainable),
     ]
     if lora:
         within = trainable // lora
@@ -183,6 +183,11 @@ def _budget(report: RankReport) -> str:
         f"<td>{_percent(parameters, trainable)}</td></tr>"
         for title, rank, parameters in lines
     )
+
+
+def _spread(ranks: Sequence[int]) -> str:
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return f"{low} everywhere" if low == high else f"{low} to {high}"
 
 
 def _lora_rank_one(report: RankReport) -> int:
@@ -228,7 +233,7 @@ def _untouched(report: RankReport) -> str:
 
 
 def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.3g} %" if whole else "–"
+    return f"{100 * part / whole:.3g}\N{NO-BREAK SPACE}%" if whole else "–"
 
 
 def _plot_text(text: str) -> str:

@@ -8,6 +8,8 @@ from rich.text import Text
 from kpsvd_tune.report.results import LayerReport, MergeReport, PreflightReport, RankReport
 
 MODULE_WIDTH = 28
+# The summary names at most this many matrices.
+LISTED = 3
 COLUMNS = {
     "module": MODULE_WIDTH,
     "out x in": 11,
@@ -78,6 +80,12 @@ def rank_summary(report: RankReport) -> list[str]:
         f"{probe.loss_before:.4f} to {probe.loss:.4f} in {probe.steps} steps"
         for probe in report.probes
     ]
+    if report.untouched:
+        names = [f"{name} ({reason})" for name, reason in report.untouched[:LISTED]]
+        more = "; all of them: rank_report.json" if len(report.untouched) > LISTED else ""
+        lines.append(
+            f"{len(report.untouched)} weight matrices left alone: {', '.join(names)}{more}"
+        )
     notes = sum(bool(layer.note) for layer in report.layers)
     if notes:
         lines.append(f"{notes} layers with a note (a rule fell back): see rank_report.json")

@@ -74,6 +74,11 @@ def main() -> None:
             f"{rule:9s} {len(weights)} matrices: worst {worst[0]:.5%} ({worst[1]}), mean "
             f"{mean:.5%}, {seconds:.1f} cpu-s"
         )
+    low = min(rows, key=lambda row: row["captured"])
+    print(
+        f"worst of {len(rows)} (matrix, shape) pairs: {low['captured']:.5%} ({low['name']}, "
+        f"{low['rule']})"
+    )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

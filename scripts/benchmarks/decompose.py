@@ -6,7 +6,8 @@ Both methods start from the same bf16 weight, rearranged and cast within the tim
 run in turn in one process. svd_lowrank(q=16, niter=16) is what PEFT's ``pissa_niter_16`` calls.
 "Equal" is our method at the loosest of a few tolerances at which it still captures what
 svd_lowrank captures. The optimum is our Lanczos run until it stands still (tolerance 1e-9);
-``--exact`` checks it by a full SVD of the first matrix, about half a minute. The weights are a
+``--exact`` checks it by a full SVD of the first matrix, about half a minute. A smaller matrix
+shows what a full SVD costs beside both, and its optimum is exact. The weights are a
 spectrum sigma_k = strength * edge * k^-decay planted over a Gaussian bulk whose own largest
 singular value is ``edge``: flat near rank 16, as real weights are.
 """
@@ -27,6 +28,8 @@ from torch import Tensor
 from kpsvd_tune.linalg import KroneckerShape, choose_shape, kpsvd, rearrange, unrearrange
 
 SIZES = [(4096, 4096), (11008, 4096)]
+# Where a full SVD joins in: it costs seconds here, a minute or more at the sizes above.
+SMALL = (2048, 2048)
 RANK = 16
 NUM_PLANTED = 256
 STRENGTH, DECAY = 1.2, 0.05
@@ -70,8 +73,10 @@ def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float, float, float]:
     return values, wall, processor, peak_memory_mb() - start
 
 
-def measure(out_features: int, in_features: int, repeats: int, exact: bool) -> dict[str, Any]:
-    """Compare the methods on one matrix."""
+def measure(
+    out_features: int, in_features: int, repeats: int, *, exact: bool = False, full: bool = False
+) -> dict[str, Any]:
+    """Compare the methods on one matrix; ``full`` adds torch.linalg.svd to them."""
     shape = choose_shape(out_features, in_features, "balanced").shape
     weight = planted_weight(shape)
 
@@ -80,6 +85,9 @@ def measure(out_features: int, in_features: int, repeats: int, exact: bool) -> d
 
     def theirs() -> Tensor:
         return torch.svd_lowrank(rearrange(weight.float(), shape), q=RANK, niter=16)[1]
+
+    def whole() -> Tensor:
+        return torch.linalg.svd(rearrange(weight.float(), shape), full_matrices=False)[1]
 
     def energy(values: Tensor) -> float:
         return float(values[:RANK].double().square().sum())
@@ -90,10 +98,10 @@ def measure(out_features: int, in_features: int, repeats: int, exact: bool) -> d
         "factor_shape": shape.as_tuple(),
         "optimum_share_of_weight": optimum / float(weight.double().square().sum()),
     }
-    if exact:
-        full = energy(torch.linalg.svdvals(rearrange(weight.float(), shape)))
-        result["optimum_over_full_svd"] = optimum / full
-        optimum = full
+    if exact or full:
+        best = energy(torch.linalg.svdvals(rearrange(weight.float(), shape)))
+        result["optimum_over_full_svd"] = optimum / best
+        optimum = best
     goal = energy(theirs())
     equal = next((t for t in TOLERANCES if energy(ours(t)) >= goal), TOLERANCES[-1])
     methods: dict[str, Callable[[], Tensor]] = {
@@ -101,6 +109,8 @@ def measure(out_features: int, in_features: int, repeats: int, exact: bool) -> d
         "kpsvd, default": lambda: ours(5e-3),
         f"kpsvd, equal (tolerance {equal:g})": lambda: ours(equal),
     }
+    if full:
+        methods["torch.linalg.svd, all terms"] = whole
     runs: dict[str, list[tuple[Tensor, float, float, float]]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, call in methods.items():
@@ -132,8 +142,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     results = []
-    for index, size in enumerate(SIZES):
-        result = measure(*size, options.repeats, options.exact and index == 0)
+    for size in [*SIZES, SMALL]:
+        exact = options.exact and size == SIZES[0]
+        result = measure(*size, options.repeats, exact=exact, full=size == SMALL)
         results.append(result)
         print(
             f"{size[0]} x {size[1]}, factors {result['factor_shape']}, best {RANK} terms hold "

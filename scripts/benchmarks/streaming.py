@@ -1,12 +1,12 @@
-"""Measure the decomposition of a whole checkpoint from its files: time and memory.
+"""Measure `init-only` on a whole checkpoint: time and memory of the command as users type it.
 
     python scripts/make_checkpoint.py llama2-7b /path/llama2-7b
-    python scripts/benchmarks/streaming.py /path/llama2-7b --window 16 --budget 990000
+    python scripts/benchmarks/streaming.py /path/llama2-7b --budget 0.99M --json streaming.json
 
-Runs the stage twice on an empty cache folder: once with everything to compute, once with another
-threshold. Memory is sampled over this process and its workers. Anonymous memory is what the
-machine must really have; resident memory counts mapped file pages on top of it. The result is
-JSON on standard output.
+Runs the command twice on an empty cache: first with everything to compute, then with another
+threshold. Seconds include Python's start and all imports. Memory is sampled over the command and
+its workers: anonymous memory is what the machine must really have, resident memory counts mapped
+file pages on top of it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from kpsvd_tune.decompose import Progress, decompose
-from kpsvd_tune.models import ModelSource, resolve_model
-from kpsvd_tune.recipe.adapter import AdapterRecipe
 
 SAMPLE_SECONDS = 0.05
 
@@ -40,39 +33,22 @@ class Memory:
         process_anonymous: Anonymous memory of the largest process.
         process_resident: Resident memory of the largest process.
         all_anonymous: Anonymous memory of all processes at one moment.
+        all_resident: Resident memory of all processes at one moment; shared pages count in each.
     """
 
     process_anonymous: int = 0
     process_resident: int = 0
     all_anonymous: int = 0
+    all_resident: int = 0
 
-
-class MemorySampler:
-    """Watches this process and its children from a thread."""
-
-    def __init__(self) -> None:
-        self.peak = Memory()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> MemorySampler:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            samples = [memory_of(process) for process in [os.getpid(), *children()]]
-            anonymous = [sample[0] for sample in samples]
-            peak = self.peak
-            peak.process_anonymous = max(peak.process_anonymous, *anonymous)
-            peak.process_resident = max(peak.process_resident, *(x[1] for x in samples))
-            peak.all_anonymous = max(peak.all_anonymous, sum(anonymous))
-            if self._stop.wait(SAMPLE_SECONDS):
-                return
+    def sample(self, root: int) -> None:
+        """Look at a process and everything below it."""
+        seen = [memory_of(process) for process in family(root)]
+        anonymous, resident = [each[0] for each in seen], [each[1] for each in seen]
+        self.process_anonymous = max(self.process_anonymous, *anonymous)
+        self.process_resident = max(self.process_resident, *resident)
+        self.all_anonymous = max(self.all_anonymous, sum(anonymous))
+        self.all_resident = max(self.all_resident, sum(resident))
 
 
 def memory_of(process: int) -> tuple[int, int]:
@@ -89,53 +65,49 @@ def memory_of(process: int) -> tuple[int, int]:
     return values.get("Anonymous", 0), values.get("Rss", 0)
 
 
-def children() -> list[int]:
-    """Processes that this one started."""
-    found: list[int] = []
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            found += map(int, (task / "children").read_text().split())
-        except OSError:
-            continue  # a thread that has just ended
+def family(root: int) -> list[int]:
+    """A process and all processes that it or they started."""
+    found = [root]
+    for process in found:
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            try:
+                found += map(int, children.read_text().split())
+            except OSError:
+                continue  # a thread that has just ended
     return found
 
 
-def show(progress: Progress) -> None:
-    """Print one line now and then."""
-    if progress.done % 16 == 0 or progress.done == progress.total:
-        left = "?" if progress.seconds_left is None else f"{progress.seconds_left:.0f}"
-        print(
-            f"  {progress.done}/{progress.total}, {left} s left, "
-            f"windows hold {100 * progress.energy:.1f} %",
-            file=sys.stderr,
-        )
-
-
-def measure(
-    source: ModelSource, recipe: AdapterRecipe, cache_dir: Path, processes: int
-) -> dict[str, Any]:
-    """Run the stage once and describe it."""
-    before = memory_of(os.getpid())[0]
+def measure(command: list[str], environment: dict[str, str]) -> tuple[dict[str, Any], Any]:
+    """Run a command that prints JSON: what it cost, and what it printed."""
+    peak = Memory()
     started = time.perf_counter()
-    with MemorySampler() as sampler:
-        found = decompose(source, recipe, cache_dir=cache_dir, processes=processes, progress=show)
-    ranks = [layer.rank for layer in found.report.layers]
+    # A file, not a pipe, which would fill up while nobody reads.
+    with tempfile.TemporaryFile() as output:
+        with subprocess.Popen(command, env=environment, stdout=output) as process:
+            while process.poll() is None:
+                peak.sample(process.pid)
+                time.sleep(SAMPLE_SECONDS)
+        seconds = time.perf_counter() - started
+        if process.returncode != 0:
+            raise SystemExit(f"the command failed with exit code {process.returncode}")
+        output.seek(0)
+        return {"seconds": seconds, "peak_bytes": asdict(peak)}, json.load(output)
+
+
+def describe(report: dict[str, Any]) -> dict[str, Any]:
+    """What the rank report says about the whole model."""
+    layers = report["layers"]
+    ranks = [layer["rank"] for layer in layers]
+    shapes = [layer["factor_shape"] for layer in layers]
     return {
-        "rank": recipe.rank.model_dump(),
-        "seconds": time.perf_counter() - started,
-        "matrix_seconds": sum(layer.seconds for layer in found.report.layers),
-        "anonymous_bytes_before": before,
-        "peak_bytes": asdict(sampler.peak),
-        "modules": len(ranks),
+        "modules": len(layers),
         "adapted": sum(rank > 0 for rank in ranks),
         "ranks": [min(ranks), max(ranks)],
-        "trainable_parameters": found.report.totals["trainable_parameters"],
-        "largest_term_parameters": max(
-            layer.factor_shape[0] * layer.factor_shape[1]
-            + layer.factor_shape[2] * layer.factor_shape[3]
-            for layer in found.report.layers
-        ),
-        "energy": found.report.totals["energy"],
+        "matrix_seconds": sum(layer["seconds"] for layer in layers),
+        "trainable_parameters": report["totals"]["trainable_parameters"],
+        "budget": report["rule"]["budget"],
+        "smallest_term_parameters": min(m * n + p * q for m, n, p, q in shapes),
+        "energy": report["totals"]["energy"],
     }
 
 
@@ -145,39 +117,49 @@ def main() -> int:
     parser.add_argument("model", help="a folder, hub id or .gguf file")
     parser.add_argument("--factor-shape", default="balanced")
     parser.add_argument("--window", type=int, default=16)
-    parser.add_argument("--energy", type=float, nargs=2, default=[0.5, 0.7], metavar="TAU")
-    parser.add_argument("--budget", default=None, help="trainable parameters, such as 0.99M")
+    parser.add_argument("--energy", type=float, nargs=2, default=[0.5, 0.3], metavar="TAU")
+    parser.add_argument("--budget", default="null", help="trainable parameters, such as 0.99M")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--cache", type=Path, default=None, help="cache folder; default: empty")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     options = parser.parse_args()
-    source = resolve_model(options.model)
     runs = []
     with tempfile.TemporaryDirectory() as temporary:
-        cache_dir = options.cache or Path(temporary)
+        recipe = Path(temporary) / "recipe.yaml"
+        recipe.write_text(
+            f"model: {{path: {json.dumps(options.model)}}}\n"
+            "adapter:\n"
+            f"  factor_shape: {options.factor_shape}\n"
+            f"  rank: {{window: {options.window}, max: {options.window}, min: 0, "
+            f"budget: {options.budget}}}\n"
+            f"output_dir: {temporary}/run\n"
+        )
+        command = [sys.executable, "-m", "kpsvd_tune", "init-only", str(recipe), "--json"]
+        command += ["--processes", str(options.processes)]
+        environment = os.environ | {"XDG_CACHE_HOME": f"{temporary}/cache"}
         for energy in options.energy:
-            rank = {
-                "energy": energy,
-                "window": options.window,
-                "max": options.window,
-                "min": 0,
-                "budget": options.budget,
-            }
-            recipe = AdapterRecipe.model_validate(
-                {"rank": rank, "factor_shape": options.factor_shape}
-            )
             print(f"energy {energy}:", file=sys.stderr)
-            runs.append(measure(source, recipe, cache_dir, options.processes))
+            cost, report = measure([*command, f"adapter.rank.energy={energy}"], environment)
+            runs.append({"energy_threshold": energy} | cost | describe(report))
+            peak = cost["peak_bytes"]
+            print(
+                f"  {cost['seconds']:.1f} s; peak anonymous {peak['all_anonymous'] / 1e9:.2f} GB, "
+                f"resident {peak['all_resident'] / 1e9:.2f} GB; "
+                f"{runs[-1]['trainable_parameters']:,} parameters in {runs[-1]['adapted']} of "
+                f"{runs[-1]['modules']} matrices",
+                file=sys.stderr,
+            )
     result = {
-        "model": source.path,
-        "weight_bytes": sum(file.stat().st_size for file in source.weight_files),
+        "model": options.model,
         "processes": options.processes,
-        "threads": torch.get_num_threads(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "cpus": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "runs": runs,
     }
-    print(json.dumps(result, indent=1))
+    text = json.dumps(result, indent=1)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
     return 0
 
 

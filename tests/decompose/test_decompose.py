@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from kpsvd_tune.decompose import Decomposition, Progress, collect_spectra, decompose, spectra
 from kpsvd_tune.decompose.tasks import Task, shares
 from kpsvd_tune.errors import AdapterError, ModelError
-from kpsvd_tune.linalg import KroneckerShape, auto_shape, kpsvd
+from kpsvd_tune.linalg import KroneckerShape, auto_shape, kpsvd, unrearrange
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
 from kpsvd_tune.recipe.adapter import AdapterRecipe
+from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.table import rank_summary
 
 
 def recipe(**rank: object) -> AdapterRecipe:
@@ -266,6 +269,59 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj cannot be decomposed: .*non-fin"):
         decompose(resolve_model(str(tmp_path)), recipe())
+
+
+@pytest.mark.parametrize("architecture", architectures.CONFIGS)
+def test_every_weight_matrix_is_decomposed_or_listed_with_a_reason(
+    architecture: str, tmp_path: Path
+) -> None:
+    model = architectures.save(architecture, tmp_path)
+    report = decompose(resolve_model(str(tmp_path)), recipe(window=2, max=2)).report
+    named = {f"{layer.name}.weight" for layer in report.layers}
+    reasons = dict(report.untouched)
+    assert all(reasons.values())
+    left = {name if name in model.state_dict() else f"{name}.weight" for name in reasons}
+    matrices = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.ndim > 1
+    }
+    assert not named & left
+    assert named | left == matrices
+
+
+def spoilt(folder: Path) -> RankReport:
+    """A report on a model with a flat, a rank-deficient and a zero weight."""
+    architectures.save("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    flat = unrearrange(torch.linalg.qr(torch.randn(16, 16)).Q, KroneckerShape(4, 4, 4, 4))
+    tensors["model.layers.0.self_attn.q_proj.weight"] = flat
+    poor = torch.kron(torch.randn(4, 4), torch.randn(4, 4))
+    tensors["model.layers.0.self_attn.o_proj.weight"] = poor
+    tensors["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    rank = {"method": "elbow", "min": 2}
+    return decompose(resolve_model(str(folder)), recipe(**rank)).report
+
+
+def test_spectra_that_no_rule_can_cut_fall_back_and_the_report_says_so(tmp_path: Path) -> None:
+    report = spoilt(tmp_path)
+    layers = {layer.name: layer for layer in report.layers}
+    flat = layers["model.layers.0.self_attn.q_proj"]
+    assert (flat.rank, flat.note) == (6, "no elbow: the spectrum is flat")
+    poor = layers["model.layers.0.self_attn.o_proj"]
+    assert (poor.rank, poor.bound_by) == (1, "window")
+    assert poor.note == "only 1 terms of the weight are more than rounding"
+    empty = layers["model.layers.1.self_attn.o_proj"]
+    assert (empty.rank, empty.energy_total) == (0, 0.0)
+    assert empty.note is not None
+    assert all(layer.rank > 0 for layer in report.layers if layer.note is None)
+    write_rank_report(report, tmp_path / "init")
+    for kind in ("json", "csv", "html"):
+        text = (tmp_path / "init" / f"rank_report.{kind}").read_text()
+        assert "no elbow: the spectrum is flat" in text
+        assert "only 1 terms of the weight" in text
+    assert any("3 layers with a note" in line for line in rank_summary(report))
 
 
 @pytest.mark.parametrize(

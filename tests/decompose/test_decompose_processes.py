@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
@@ -86,6 +88,39 @@ def test_a_killed_run_goes_on_after_the_last_matrix_with_the_same_end(
     assert_same(decompose(source, AdapterRecipe()), undisturbed)
     assert {file: time for file, time in entries().items() if file in written} == written
     assert len(entries()) == 14
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_an_entry_ends_the_same(
+    tiny_model_dir: Path, undisturbed: Decomposition
+) -> None:
+    # The fifth entry dies between its last byte and its name, in a process of its own.
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from kpsvd_tune.decompose import cache, decompose\n"
+        "from kpsvd_tune.models import resolve_model\n"
+        "from kpsvd_tune.recipe.adapter import AdapterRecipe\n"
+        "rename, entries = pathlib.Path.replace, []\n"
+        "def replace(self, target):\n"
+        "    entries.append(target)\n"
+        "    if len(entries) == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return rename(self, target)\n"
+        "pathlib.Path.replace = replace\n"
+        "decompose(resolve_model(sys.argv[1]), AdapterRecipe())\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model_dir)], env=environment, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    written = entries()
+    assert len(written) == 4
+    assert len(list((default_cache_dir() / "spectra").rglob("*.tmp"))) == 1
+    assert_same(decompose(resolve_model(str(tiny_model_dir)), AdapterRecipe()), undisturbed)
+    assert {file: time for file, time in entries().items() if file in written} == written
+    assert len(entries()) == 14
+    assert not list((default_cache_dir() / "spectra").rglob("*.tmp"))
 
 
 @pytest.mark.slow

@@ -102,7 +102,8 @@ def data_of(page: str):
 
 def budget_of(page: str) -> list[list[str]]:
     """Rank, parameters and share of each line that compares with LoRA."""
-    return [row[1:] for row in Elements(page).rows if row and row[0].startswith("LoRA")]
+    rows = Elements(page.replace("\N{NO-BREAK SPACE}", " ")).rows
+    return [row[1:] for row in rows if row and row[0].startswith("LoRA")]
 
 
 def test_every_layer_has_its_cell_by_number_and_kind(report: RankReport):
@@ -271,13 +272,13 @@ def test_a_click_on_a_cell_shows_the_spectrum_of_its_layer(
     opened = browser(tmp_path / "rank_report.html")
     page = opened.page
     assert page.inner_text("#spectrum-title") == "model.layers.0.self_attn.q_proj"
-    assert marks(page) == ["chosen rank 1", "energy 5", "elbow 3"]
+    assert marks(page) == ["chosen rank 1", "energy threshold 5", "elbow 3"]
 
     click_cell(page, row=1, column=1, rows=2, columns=3)
     page.wait_for_function(
         "document.getElementById('spectrum-title').textContent.includes('layers.1.mlp')"
     )
-    assert marks(page) == ["chosen rank 4", "energy 5", "elbow 6"]
+    assert marks(page) == ["chosen rank 4", "energy threshold 5", "elbow 6"]
     assert page.evaluate("[...document.getElementById('spectrum').data[0].y]") == [9.0, 7.5]
 
     assert opened.complaints == []

@@ -1,0 +1,98 @@
+"""The init-only command: what it says, what it refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from kpsvd_tune import cli
+from kpsvd_tune.decompose.tasks import Settings
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "# Purpose: a tiny test.\n"
+        f"model: {{path: {tiny_model_dir}, dtype: float32}}\n"
+        "adapter: {rank: {window: 8, max: 4}}\n"
+        f"output_dir: {tmp_path / 'run'}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_init_only_names_the_page_and_leaves_a_training_run_alone(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert cli.run(["init-only", str(recipe)]) == 0
+    assert f"open {run}/init/rank_report.html in a browser" in capsys.readouterr().err
+    (run / "run.json").write_text("{}")
+    before = (run / "init" / "rank_report.json").read_bytes()
+    assert cli.run(["init-only", str(recipe), "adapter.rank.max=1"]) == 1
+    assert "holds a training run, and its ranks stay as they are" in capsys.readouterr().err
+    assert (run / "init" / "rank_report.json").read_bytes() == before
+
+
+def test_init_only_without_plotly_says_how_to_get_the_page(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert cli.run(["init-only", str(recipe)]) == 0
+    said = capsys.readouterr().err
+    assert "pip install 'kpsvd-tune[report]'" in said
+    assert "in a browser" not in said
+
+
+@pytest.mark.parametrize("more", [[], ["--sweep", "adapter.rank.energy=0.2,0.9"]])
+def test_a_stopped_decomposition_says_that_nothing_is_lost(
+    recipe: Path,
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kpsvd_tune.decompose.collect.run_processes", stopped)
+    assert cli.run(["init-only", str(recipe), "--processes", "2", *more]) == 130
+    said = capsys.readouterr().err
+    assert "stopped by SIGINT; the state was saved first; the same command goes on" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--sweep", "adapter.rank.energy=0.2,0.9"]])
+def test_more_gpus_than_there_are_is_refused(
+    recipe: Path,
+    more: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert cli.run(["init-only", str(recipe), "--gpus", "3", *more]) == 2
+    assert "--gpus 3: PyTorch sees 1 CUDA GPUs here" in capsys.readouterr().err
+    assert cli.run(["init-only", str(recipe), "--gpus", "1", "--processes", "2"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_gpus_decompose_in_one_worker_each(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def workers(source: object, tasks: object, settings: Settings, number: int, *_: object) -> None:
+        asked.append((number, settings.device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("kpsvd_tune.decompose.collect.run_processes", workers)
+    assert cli.run(["init-only", str(recipe), "--gpus", "2"]) == 130
+    assert asked == [(2, "cuda")]
+
+
+def test_a_sweep_that_changes_nothing_says_so(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["init-only", str(recipe), "adapter.rank.method=fixed"]
+    assert cli.run([*sweep, "--sweep", "adapter.rank.energy=0.2,0.9"]) == 0
+    assert "every value gives the same ranks: with method fixed" in capsys.readouterr().err

@@ -19,8 +19,9 @@ BUILD_PER_ENTRY = 40.0
 BUILD_PER_TERM = 1.5
 # Reading and writing an activation once, per entry: what keeps narrow products from full speed.
 PASS_PER_ENTRY = 10.0
-# Products batched over tokens are too small for full speed.
+# Products batched over tokens are too small for full speed, in the gradients a little more so.
 BATCHED_SLOWNESS = 2.0
+CHUNKED_SLOWNESS = 2.0
 # The weight gradient is made at full speed; rearranging and contracting it is not.
 REARRANGE_PER_ENTRY = 60.0
 # A call of a small product, whatever its size.
@@ -105,7 +106,7 @@ def gradient_costs(tokens: int, rank: int, shape: KroneckerShape) -> dict[str, f
     passes = PASS_PER_ENTRY * (size + out)
     return {
         "spread": tokens * 2 * (narrow + rank * shape.n * shape.p * out + passes),
-        "chunked": tokens * BATCHED_SLOWNESS * 2 * (narrow + rank * shape.n * out)
+        "chunked": tokens * CHUNKED_SLOWNESS * 2 * (narrow + rank * shape.n * out)
         + tokens * 2 * passes,
         "full": out * size * (tokens + REARRANGE_PER_ENTRY + 2 * rank),
     }

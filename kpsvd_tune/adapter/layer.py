@@ -28,12 +28,10 @@ from kpsvd_tune.adapter.function import (
     base_output,
     outside_autocast,
 )
-from kpsvd_tune.adapter.inference import ReadyUpdate, can_keep
+from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_keep
 from kpsvd_tune.adapter.kernel import left_form, stack_terms
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
-
-PLAIN = (Tensor, nn.Parameter)
 
 
 class KpsvdLayer(BaseTunerLayer):

@@ -15,16 +15,19 @@ import torch
 from kpsvd_tune.linalg import KroneckerShape
 
 # Building W + Delta moves two matrices of W's size and multiplies with an inner size of only 2r.
-BUILD_PER_ENTRY = 40.0
-BUILD_PER_TERM = 1.5
+BUILD_PER_ENTRY = 41.0
+BUILD_PER_TERM = 1.0
 # Reading and writing an activation once, per entry: what keeps narrow products from full speed.
-PASS_PER_ENTRY = 10.0
-# Products batched over tokens are too small for full speed.
-BATCHED_SLOWNESS = 2.0
+PASS_PER_ENTRY = 8.7
+# Products batched over tokens, in the output and in the gradients, are too small for full speed.
+BATCHED_SLOWNESS = 2.7
+CHUNKED_SLOWNESS = 1.87
+# The gradients' batched products have p columns: the slower, the fewer they are.
+NARROW = 0.85
 # The weight gradient is made at full speed; rearranging and contracting it is not.
-REARRANGE_PER_ENTRY = 60.0
+REARRANGE_PER_ENTRY = 43.0
 # A call of a small product, whatever its size.
-CALL = 1.5e5
+CALL = 1.75e5
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ def gradient_costs(tokens: int, rank: int, shape: KroneckerShape) -> dict[str, f
     passes = PASS_PER_ENTRY * (size + out)
     return {
         "spread": tokens * 2 * (narrow + rank * shape.n * shape.p * out + passes),
-        "chunked": tokens * BATCHED_SLOWNESS * 2 * (narrow + rank * shape.n * out)
+        "chunked": tokens
+        * CHUNKED_SLOWNESS
+        * (1 + NARROW / shape.p)
+        * 2
+        * (narrow + rank * shape.n * out)
         + tokens * 2 * passes,
         "full": out * size * (tokens + REARRANGE_PER_ENTRY + 2 * rank),
     }

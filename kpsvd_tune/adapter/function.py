@@ -17,6 +17,12 @@ from torch.nn import functional
 from kpsvd_tune.adapter import gradient, kernel
 from kpsvd_tune.adapter.cost import Plan
 
+CPU_MULTIPLIES_BF16 = (
+    any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+    if hasattr(torch.cpu, "get_capabilities")
+    else False
+)
+
 
 class KpsvdFunction(torch.autograd.Function):
     """y = x (W + Delta)^T + bias, or y = result + x Delta^T when the base layer ran elsewhere.
@@ -97,40 +103,46 @@ def _forward(
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, left0, right0 = ctx.saved_tensors
-    plan, dtype = ctx.plan, ctx.dtype
+    plan, dtype, base_dtype = ctx.plan, ctx.dtype, ctx.base_dtype
     needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
     flat_gy = gy.reshape(-1, gy.shape[-1])
-    wide_gy = flat_gy.to(dtype)
+    # Large products in 16 bits where the device has units for them; what they round was rounded
+    # as coarsely in gy and x.
+    large_dtype = base_dtype if multiplies_narrow(base_dtype, x.device.type) else dtype
+    large_gy, wide_gy = flat_gy.to(large_dtype), flat_gy.to(dtype)
     gx = projected = ga = gb = None
     if needs_x:
-        if weight is None:
-            gx = wide_gy.new_zeros(len(flat_gy), x.shape[-1])
-        elif not is_one_product(x, dtype, ctx.base_dtype):
-            gx = flat_gy.to(ctx.base_dtype) @ weight.to(ctx.base_dtype)
-            gx, weight = gx.to(dtype), None
+        if weight is not None and torch.finfo(large_dtype).bits < 32:
+            # Never W + Delta, rounded to 16 bits: two products.
+            gx, weight = torch.mm(large_gy, weight.to(large_dtype)), None
         factors = kernel.stack_terms(a, b, left0, right0, torch.promote_types(dtype, torch.float32))
-        gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan)
+        if plan.path == "weight":
+            gx = _input_gradient_by_weight(gx, large_gy, weight, *factors)
+        else:
+            gx = None if gx is None else gx.to(dtype)
+            gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan.spread)
         gx = gx.to(x.dtype).view(x.shape)
     if needs_a or needs_b:
-        flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
+        flat_x = x.reshape(-1, x.shape[-1])
         left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
         if plan.gradient == "spread":
-            ga, gb = gradient.spread_gradients(flat_x, wide_gy, left, right, projected)
+            ga, gb = gradient.spread_gradients(flat_x.to(dtype), wide_gy, left, right, projected)
         elif plan.gradient == "chunked":
-            ga, gb = gradient.chunked_gradients(flat_x, wide_gy, left, right)
+            ga, gb = gradient.chunked_gradients(flat_x.to(dtype), wide_gy, left, right)
         else:
-            ga, gb = gradient.full_gradients(flat_x, wide_gy, left, right)
+            ga, gb = gradient.full_gradients(flat_x.to(large_dtype), large_gy, left, right)
         ga, gb = ga.to(a.dtype), gb.to(b.dtype)
     return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 5
 
 
-def is_one_product(x: Tensor, dtype: torch.dtype, base_dtype: torch.dtype) -> bool:
-    """Whether W + Delta may stand for W in the gradient of x: never rounded to 16 bits.
+def multiplies_narrow(dtype: torch.dtype, device_kind: str) -> bool:
+    """Whether products of 16-bit numbers are at least as fast as those of 32-bit ones.
 
-    A CPU without units for 16-bit numbers multiplies 32-bit ones many times faster, so there the
-    product is taken in ``dtype`` even if the base computes in 16 bits.
+    A CPU without units for bfloat16 multiplies float32 many times faster.
     """
-    return torch.finfo(dtype).bits >= 32 and (base_dtype == dtype or x.device.type == "cpu")
+    if torch.finfo(dtype).bits >= 32:
+        return False
+    return device_kind != "cpu" or (dtype == torch.bfloat16 and CPU_MULTIPLIES_BF16)
 
 
 def base_output(
@@ -153,25 +165,35 @@ def add_activations(
 
 
 def _input_gradient(
-    gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, plan: Plan
+    gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, spread: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return gx + gy (W + Delta), and the projection of gy on the left factors if it was made.
 
-    ``gx`` None stands for zero, ``weight`` None for a W that ``gx`` has already.
+    ``gx`` None stands for zero, ``weight`` None for a W that ``gx`` has already or never gets.
     """
-    dtype, p = gy.dtype, right.shape[1]
-    if plan.path == "weight":
-        for rows in kernel.row_blocks(left, right[0].numel() * left.shape[2]):
-            block = kernel.dense_update(left, right, weight, rows).to(dtype)
-            part = gy[:, rows.start * p : rows.stop * p]
-            gx = torch.mm(part, block) if gx is None else gx.addmm_(part, block)
-        assert gx is not None
-        return gx, None
+    p, q = right.shape[1:]
     if gx is None:
-        assert weight is not None
-        gx = torch.mm(gy, weight.to(dtype))
-    left_operand = kernel.left_form(left.to(dtype), p, plan.spread)
-    return gx, kernel.add_transposed(gx, gy, left_operand, right.to(dtype), plan.spread)
+        size = left.shape[2] * q
+        gx = gy.new_zeros(len(gy), size) if weight is None else torch.mm(gy, weight.to(gy.dtype))
+    left_operand = kernel.left_form(left.to(gy.dtype), p, spread)
+    return gx, kernel.add_transposed(gx, gy, left_operand, right.to(gy.dtype), spread)
+
+
+def _input_gradient_by_weight(
+    gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor
+) -> Tensor:
+    """As :func:`_input_gradient`, by W + Delta; 16-bit sums over blocks would round each time."""
+    if torch.finfo(gy.dtype).bits < 32:
+        blocks = [slice(0, left.shape[1])]
+    else:
+        blocks = kernel.row_blocks(left, right[0].numel() * left.shape[2])
+    p = right.shape[1]
+    for rows in blocks:
+        block = kernel.dense_update(left, right, weight, rows).to(gy.dtype)
+        part = gy[:, rows.start * p : rows.stop * p]
+        gx = torch.mm(part, block) if gx is None else gx.addmm_(part, block)
+    assert gx is not None
+    return gx
 
 
 def ambient_autocast(x: Tensor) -> torch.dtype | None:

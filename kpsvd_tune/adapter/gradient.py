@@ -58,15 +58,17 @@ def chunked_gradients(x: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> tup
 def full_gradients(x: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients by way of the weight gradient gy^T x; see :func:`spread_gradients`.
 
-    A block of rows at a time is rearranged and contracted, so the whole of it never exists.
+    A block of rows at a time is rearranged and contracted, so the whole of it never exists. x and
+    gy may be in 16 bits beside wider factors: the block is then rounded once, the rest is not.
     """
     (r, m, n), (_, p, q) = left.shape, right.shape
-    ga, gb = x.new_empty(r, m, n), x.new_zeros(r, p * q)
+    ga, gb = left.new_empty(r, m, n), left.new_zeros(r, p * q)
     flat = right.reshape(r, p * q)
     for rows in row_blocks(left, n * p * q):
         height = rows.stop - rows.start
         gradient = torch.mm(gy[:, rows.start * p : rows.stop * p].T, x)
-        rearranged = gradient.view(height, p, n, q).transpose(1, 2).reshape(height * n, p * q)
+        blocks = gradient.view(height, p, n, q).transpose(1, 2)
+        rearranged = left.new_empty(height, n, p, q).copy_(blocks).view(height * n, p * q)
         ga[:, rows] = torch.mm(flat, rearranged.T).view(r, height, n)
         gb.addmm_(left[:, rows].reshape(r, height * n), rearranged)
     return ga, gb.view(r, p, q)

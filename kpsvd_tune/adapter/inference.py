@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Above, the choice of a way takes no noticeable share of the call, and depends on the tokens.
 READY_TOKENS = 64
+PLAIN = (Tensor, nn.Parameter)
 FACTORS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 
 
@@ -63,6 +64,9 @@ class ReadyUpdate:
             return False
         base = layer._modules["base_layer"]
         if base is not self.base or base._forward_hooks or base._forward_pre_hooks:
+            return False
+        # Offloading replaces a layer's forward and leaves its weight elsewhere.
+        if "forward" in base.__dict__ or type(base._parameters["weight"]) not in PLAIN:
             return False
         if torch.is_autocast_enabled(self.device_kind):
             return False

@@ -28,12 +28,10 @@ from kpsvd_tune.adapter.function import (
     base_output,
     outside_autocast,
 )
-from kpsvd_tune.adapter.inference import ReadyUpdate, can_keep
+from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_keep
 from kpsvd_tune.adapter.kernel import left_form, stack_terms
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
-
-PLAIN = (Tensor, nn.Parameter)
 
 
 class KpsvdLayer(BaseTunerLayer):
@@ -244,12 +242,24 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             dtype = torch.promote_types(torch.promote_types(a.dtype, x.dtype), torch.float32)
         is_differentiated = torch.is_grad_enabled()
         tokens = x.numel() // x.shape[-1]
+        factors = (a, b, left0, right0)
+        path = self.kpsvd_path[name]
+        keeps = (
+            not is_differentiated
+            and result is None
+            and autocast_dtype is None
+            and path != "weight"
+            and can_keep(factors, tokens)
+        )
+        if keeps:
+            # Kept factors cost nothing to stack again, while W + Delta would have to be built.
+            path = "activations"
         plan = choose_plan(
             tokens,
             a.shape[0],
             self.kpsvd_shape[name],
             base_dtype if weight is not None else torch.bfloat16,
-            self.kpsvd_path[name],
+            path,
             is_differentiated,
         )
         if is_differentiated or plan.path == "weight":
@@ -259,8 +269,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
                 x, result, weight, bias, a, b, left0, right0, plan, dtype, base_dtype
             )
             return adapted
-        factors = (a, b, left0, right0)
-        if result is None and autocast_dtype is None and can_keep(factors, tokens):
+        if keeps:
             self._ready = ReadyUpdate(self, name, x, plan.spread, dtype)
             return self._ready.apply(x)
         with outside_autocast(x, autocast_dtype is not None):

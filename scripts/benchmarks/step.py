@@ -238,6 +238,7 @@ def main() -> None:
             f"{spread:>18} {row.get('to_lora', float('nan')):9.3f}"
         )
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         versions = {
             "python": platform.python_version(),
@@ -245,7 +246,9 @@ def main() -> None:
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         }
-        result = {"settings": settings, "versions": versions, "rows": rows}
+        processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+        on = torch.cuda.get_device_name() if args.device.startswith("cuda") else processor
+        result = {"machine": on, "settings": settings, "versions": versions, "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

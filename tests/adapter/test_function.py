@@ -11,8 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kpsvd_tune.adapter import KpsvdLinear, kernel, layer
+from kpsvd_tune.adapter import KpsvdLinear, function, kernel, layer
 from kpsvd_tune.adapter.cost import Plan
 from kpsvd_tune.linalg import KroneckerShape
 
@@ -48,6 +49,18 @@ def adapted(
 
 def trained(module: KpsvdLinear) -> tuple[nn.Parameter, nn.Parameter]:
     return module.kpsvd_left["default"], module.kpsvd_right["default"]
+
+
+def base_of(module: KpsvdLinear) -> nn.Linear:
+    base = module.base_layer
+    assert isinstance(base, nn.Linear)
+    return base
+
+
+def assert_to_1e_5(got: Any, expected: np.ndarray) -> None:
+    """The layer's own bound in float32, half of what the common table allows."""
+    error = np.abs(got.detach().double().numpy() - expected).max() / np.abs(expected).max()
+    assert error <= 1e-5, f"relative error {error:.2e}"
 
 
 def oracle_delta(module: KpsvdLinear) -> np.ndarray:
@@ -90,19 +103,19 @@ def test_every_way_is_the_oracle(
     module = adapted(sizes)
     if not is_fused:
         module.base_layer.register_forward_hook(lambda *_: None)
-    x = torch.randn(3, 9, module.base_layer.in_features, requires_grad=True)
-    gy = torch.randn(3, 9, module.base_layer.out_features)
+    x = torch.randn(3, 9, base_of(module).in_features, requires_grad=True)
+    gy = torch.randn(3, 9, base_of(module).out_features)
     y = module(x)
     y.backward(gy)
-    weight = module.base_layer.weight.double().numpy() + oracle_delta(module)
-    bias = module.base_layer.bias.double().numpy()
+    weight = base_of(module).weight.double().numpy() + oracle_delta(module)
+    bias = base_of(module).bias.double().numpy()
     ga, gb = oracle_gradients(module, x, gy)
     left, right = trained(module)
     assert x.grad is not None
-    oracle.assert_close(y, x.detach().double().numpy() @ weight.T + bias, "float32")
-    oracle.assert_close(x.grad, gy.double().numpy() @ weight, "float32")
-    oracle.assert_close(left.grad, ga, "float32")
-    oracle.assert_close(right.grad, gb, "float32")
+    assert_to_1e_5(y, x.detach().double().numpy() @ weight.T + bias)
+    assert_to_1e_5(x.grad, gy.double().numpy() @ weight)
+    assert_to_1e_5(left.grad, ga)
+    assert_to_1e_5(right.grad, gb)
     with torch.no_grad():
         oracle.assert_close(module(x), y.detach(), "float32")
 
@@ -226,9 +239,78 @@ def test_large_buffers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(10, 24, requires_grad=True)
     gy = torch.randn(10, 24)
     second(first(x)).backward(gy)
-    weights = [m.base_layer.weight.double().numpy() + oracle_delta(m) for m in (first, second)]
+    weights = [base_of(m).weight.double().numpy() + oracle_delta(m) for m in (first, second)]
     assert x.grad is not None
     oracle.assert_close(x.grad, gy.double().numpy() @ weights[1] @ weights[0], "float32")
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_bf16_gradients_with_and_without_units_for_it(
+    plan: Plan, has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plan)
+    monkeypatch.setattr(function, "CPU_MULTIPLIES_BF16", has_units)
+    module = adapted((16, 8, 8, 16), dtype=torch.bfloat16)
+    x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+    gy = torch.randn(64, 128, dtype=torch.bfloat16)
+    module(x).backward(gy)
+    weight = base_of(module).weight.double().numpy() + oracle_delta(module)
+    ga, gb = oracle_gradients(module, x, gy)
+    assert x.grad is not None
+    oracle.assert_close(x.grad, gy.double().numpy() @ weight, "bfloat16")
+    left, right = (parameter.grad for parameter in trained(module))
+    assert left is not None
+    assert left.dtype == torch.float32
+    oracle.assert_close(left, ga, "bfloat16")
+    oracle.assert_close(right, gb, "bfloat16")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("plan", WAYS[::4], ids=str)
+def test_checkpointing_changes_no_bit(
+    plan: Plan, use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plan)
+    module = adapted((6, 4, 4, 6))
+    x = torch.randn(10, 24, requires_grad=True)
+    module(x).square().sum().backward()
+    expected = [x.grad, *(parameter.grad for parameter in trained(module))]
+    x.grad = None
+    module.zero_grad()
+    y: Any = checkpoint(module, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    for found, wanted in zip(
+        [x.grad, *(parameter.grad for parameter in trained(module))], expected, strict=True
+    ):
+        assert found is not None
+        assert wanted is not None
+        assert torch.equal(found, wanted)
+
+
+# Dynamo itself makes an instance of every autograd function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", WAYS[::2], ids=str)
+def test_compiled_training_and_inference_have_no_graph_break(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, plan)
+    module = adapted((6, 4, 4, 6))
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(10, 24, requires_grad=True)
+    gy = torch.randn(10, 24)
+    with torch.no_grad():
+        kept = module(x)  # what is kept for inference must not leak into the graph
+        torch.testing.assert_close(compiled(x), kept, rtol=1e-4, atol=1e-5)
+    module(x).backward(gy)
+    expected = [x.grad, *(parameter.grad for parameter in trained(module))]
+    x.grad = None
+    module.zero_grad()
+    compiled(x).backward(gy)
+    found = [x.grad, *(parameter.grad for parameter in trained(module))]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_derivative_is_refused() -> None:

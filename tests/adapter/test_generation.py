@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from kpsvd_tune.adapter import KpsvdConfig, function, inference, kernel, layer
+from kpsvd_tune.adapter import KpsvdConfig, inference, kernel, layer
 from kpsvd_tune.adapter.model import kpsvd_layers
 
 PROMPT = torch.arange(6).reshape(1, 6)
@@ -47,7 +48,7 @@ def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return stack_terms(*args)
 
-    for module in (layer, inference, function.kernel):
+    for module in (layer, inference, kernel):
         monkeypatch.setattr(module, "stack_terms", count)
     return calls
 
@@ -152,3 +153,67 @@ def test_what_inference_mode_prepared_serves_no_grad_and_training(
         torch.testing.assert_close(model(PROMPT).logits, expected.clone())
     model(PROMPT).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_deleting_and_adding_an_adapter_of_the_same_name_is_seen(
+    tiny_model: LlamaForCausalLM,
+) -> None:
+    model = adapt(tiny_model)
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(PROMPT).logits
+        first = model(PROMPT).logits
+        model.add_adapter("other", KpsvdConfig(target_modules="all-linear", rank=1))
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        assert torch.equal(model(PROMPT).logits, base)
+        model.add_adapter("default", KpsvdConfig(target_modules="all-linear", rank=2))
+        model.set_adapter("default")
+        assert torch.equal(model(PROMPT).logits, base)
+        assert not torch.equal(first, base)
+
+
+def test_a_new_base_weight_and_autocast_are_seen(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    with torch.no_grad():
+        before = model(PROMPT).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(PROMPT).logits.dtype == torch.bfloat16
+        assert torch.equal(model(PROMPT).logits, before)
+        for _, module in kpsvd_layers(model):
+            module.set_base_weight(2 * module.get_base_weight())
+        changed = model(PROMPT).logits
+    assert not torch.allclose(changed, before)
+    torch.testing.assert_close(model(PROMPT).logits.detach(), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_keeps_nothing_of_its_original(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    with torch.no_grad():
+        original = model(PROMPT).logits
+        twin = copy.deepcopy(model)
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+        changed = twin(PROMPT).logits
+        assert torch.equal(model(PROMPT).logits, original)
+    assert not torch.allclose(changed, original)
+    torch.testing.assert_close(twin(PROMPT).logits.detach(), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_layer_that_is_offloaded_later_is_called(tiny_model: LlamaForCausalLM) -> None:
+    """Accelerate replaces a layer's forward by one that brings the weight first."""
+    model = adapt(tiny_model)
+    calls: list[str] = []
+    with torch.no_grad():
+        before = model(PROMPT).logits
+        for name, module in kpsvd_layers(model):
+            base: Any = module.get_base_layer()
+
+            def forward(x: Tensor, plain: Any = base.forward, name: str = name) -> Tensor:
+                calls.append(name)
+                return plain(x)  # type: ignore[no-any-return]
+
+            base.forward = forward
+        torch.testing.assert_close(model(PROMPT).logits, before, rtol=1e-4, atol=1e-5)
+    assert len(calls) == len(list(kpsvd_layers(model)))

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from kpsvd_tune.adapter import KpsvdConfig
 
@@ -41,7 +41,7 @@ def train(model: nn.Module, batches: list[Tensor]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def trained_values(model: nn.Module) -> list[Tensor]:
@@ -78,7 +78,7 @@ def work(rank: int, folder: str, kind: str, shape: str) -> None:
 def test_two_processes_train_as_one(kind: str, shape: str, tmp_path: Path) -> None:
     batches = [torch.randn(16, 24) for _ in range(STEPS)]
     torch.save(batches, tmp_path / "batches.pt")
-    mp.spawn(work, args=(str(tmp_path), kind, shape), nprocs=2)
+    spawn(work, args=(str(tmp_path), kind, shape), nprocs=2)
     model = make_model(shape)
     start = trained_values(model)
     train(model, batches)

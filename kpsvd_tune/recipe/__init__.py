@@ -1,25 +1,31 @@
 """The recipe: a closed YAML schema, read safely, with every fault reported at once.
 
-`schema` and `adapter` hold the keys; `values` the kinds of value; `reading` turns YAML into plain
-values with lines; `overrides` applies key=value; `checking` and `faults` turn what is wrong into
-messages; `loading` is the way in. Imports neither torch nor transformers.
+`schema`, `adapter`, `columns` and `evaluation` hold the keys; `values` the kinds of value;
+`reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking` and
+`faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe, FactorSides, RankOverride, RankRecipe
-from kpsvd_tune.recipe.loading import load_recipe, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe.columns import Columns
+from kpsvd_tune.recipe.evaluation import LOSS_TASKS, EvaluationRecipe
+from kpsvd_tune.recipe.loading import (
+    evaluation_section,
+    load_recipe,
+    recipe_to_yaml,
+    shipped_recipes,
+)
 from kpsvd_tune.recipe.schema import (
-    Columns,
     DatasetRecipe,
     EarlyStopping,
-    EvaluationRecipe,
     ModelRecipe,
     Recipe,
     TrainRecipe,
 )
 
 __all__ = [
+    "LOSS_TASKS",
     "AdapterRecipe",
     "Columns",
     "DatasetRecipe",
@@ -31,6 +37,7 @@ __all__ = [
     "RankRecipe",
     "Recipe",
     "TrainRecipe",
+    "evaluation_section",
     "load_recipe",
     "recipe_to_yaml",
     "shipped_recipes",

@@ -117,7 +117,7 @@ def evaluate(
         temperature=recipe.temperature,
         num_samples=recipe.samples,
         stop=stop_strings(recipe, template),
-        seed=recipe.seed,
+        seed=recipe.sampling_seed,
         end_token_ids=end_token_ids,
     )
     file = output_folder / COMPLETIONS_FILE
@@ -168,14 +168,15 @@ def conditions(recipe: EvaluationRecipe) -> str:
         rows += f" ({recipe.split})"
     parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
     if recipe.task in LOSS_TASKS:
-        return ", ".join([*parts, f"{recipe.max_length} tokens at a time"])
+        return ", ".join([*parts, f"{recipe.window} tokens at a time"])
     template = recipe.template or default_template(recipe.task)
     harness = f"{recipe.prompt} prompt"
     parts.append(f"template {template!r}" if recipe.prompt == "template" else harness)
     parts.append(f"{num_shots(recipe)} worked examples")
     if recipe.temperature:
         parts.append(
-            f"{recipe.samples} samples at temperature {recipe.temperature:g}, seed {recipe.seed}"
+            f"{recipe.samples} samples at temperature {recipe.temperature:g}, seed "
+            f"{recipe.sampling_seed}"
         )
     else:
         parts.append("greedy")

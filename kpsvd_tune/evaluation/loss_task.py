@@ -56,7 +56,7 @@ def score_loss(
     }
     if recipe.task == "forgetting":
         text = Path(str(recipe.path))
-        found = forgetting(model, tokenizer, text, window=recipe.max_length, **sizes)
+        found = forgetting(model, tokenizer, text, window=recipe.window, **sizes)
         return [
             Score("loss_change", found.change, found.adapted.n, found.stderr),
             _score("loss", found.adapted),
@@ -64,7 +64,7 @@ def score_loss(
         ]
     if is_text(recipe):
         text = Path(str(recipe.path))
-        loss = text_loss(model, tokenizer, text, window=recipe.max_length, **sizes)
+        loss = text_loss(model, tokenizer, text, window=recipe.window, **sizes)
     else:
         loss = completion_loss(
             model,
@@ -74,7 +74,7 @@ def score_loss(
             split=recipe.split,
             template=template,
             columns=_columns(recipe),
-            max_length=recipe.max_length,
+            max_length=recipe.window,
             offline=offline,
             **sizes,
         )

@@ -2,7 +2,8 @@
 
 `schema`, `adapter`, `columns` and `evaluation` hold the keys; `values` the kinds of value;
 `reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking` and
-`faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor transformers.
+`faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations

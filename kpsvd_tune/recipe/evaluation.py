@@ -67,8 +67,8 @@ class EvaluationRecipe(Section):
     samples: int = Field(
         default=1, ge=1, description="answers to each question; pass@k needs k or more"
     )
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
-    max_length: int = Field(
+    sampling_seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
+    window: int = Field(
         default=1024, ge=2, description="tokens of a row (loss) or of a window (forgetting)"
     )
 

@@ -137,7 +137,7 @@ def test_a_prompt_is_that_of_training(tokenizer, rows_file: Path, template: str)
 SHIPPED_ROWS: dict[str, dict[str, object]] = {
     "gsm8k": {"question": "1 + 1?", "answer": "#### 2"},
     "math": {"problem": "1 + 1?", "solution": "\\boxed{2}", "level": "1"},
-    "mbpp": CODE_ROWS[5],
+    "mbpp": dict(CODE_ROWS[5]),
 }
 
 

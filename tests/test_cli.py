@@ -21,6 +21,7 @@ OPTIONS = {
         "--resume",
         "--allow-change",
         "--allow-code-execution",
+        "--sandbox",
         "--dry-run",
         "--offline",
         "--json",
@@ -53,14 +54,20 @@ OPTIONS = {
         "--task",
         "--path",
         "--limit",
+        "--shots",
+        "--temperature",
+        "--samples",
         "--max-new-tokens",
         "--batch-size",
         "--output",
         "-o",
         "--base-only",
+        "--dtype",
         "--rescore",
         "--allow-code-execution",
         "--sandbox",
+        "--gpus",
+        "--processes",
         "--offline",
         "--json",
         "--debug",
@@ -168,17 +175,32 @@ def test_rescoring_stored_completions(tmp_path: Path, capsys: pytest.CaptureFixt
     file = tmp_path / "completions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.run(["eval", "--rescore", str(file), "--task", "gsm8k", "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)["scores"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() == {"scores"}
+    scores = printed["scores"]
     assert scores["strict"].keys() == {"value", "n", "stderr", "unextractable"}
     assert scores["strict"]["value"] == 0.5
     assert scores["flexible"]["unextractable"] == 1
+    # The evaluation that wrote the file says which task it was.
+    assert cli.run(["eval", "--rescore", str(file)]) == 2
+    assert "say whose scorers to use" in capsys.readouterr().err
+    (tmp_path / "evaluation.json").write_text('{"task": "gsm8k"}')
+    assert cli.run(["eval", "--rescore", str(file)]) == 0
+    assert "gsm8k, strict              50.0 % of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval"], "eval needs a RUN_OR_MODEL, or --rescore FILE"),
-        (["eval", "m", "--task", "gsm9k"], "--task: Input should be 'gsm8k'"),
+        (["eval", "m"], "say what to score, as in --task gsm8k"),
+        (["eval", "m", "--task", "gsm9k"], "--task: got 'gsm9k'; expected gsm8k, math, mbpp"),
+        (["eval", "m", "--task", "gsm8k", "shot=5"], "shot: unknown key; did you mean shots?"),
+        (["eval", "m", "--task", "gsm8k", "--samples", "4"], "--samples: at temperature 0 all"),
+        (["eval", "m", "--task", "math", "prompt=bigcode"], "no bigcode prompt for math"),
+        (["eval", "m", "--task", "gsm8k", "limit=0"], "limit: got 0; expected a number of at"),
+        (["eval", "m", "--task", "forgetting", "--path", "t.txt"], "give a run or an adapter"),
+        (["eval", "m", "--task", "gsm8k"], "so say where completions go: --output DIR"),
         (["eval", "m", "--task", "mbpp"], "--allow-code-execution"),
         (["eval", "m", "--sandbox", "docker"], "--sandbox docker: expected bwrap or none"),
         (["eval", "m", "--task", "exact_match"], "path"),

@@ -12,7 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.recipe import Recipe, load_recipe, loading, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe import (
+    Recipe,
+    evaluation_section,
+    load_recipe,
+    loading,
+    recipe_to_yaml,
+    shipped_recipes,
+)
 from kpsvd_tune.recipe.faults import LEVELS, message_of
 
 ROOT = Path(__file__).parents[1]
@@ -731,3 +738,36 @@ def test_importing_the_recipe_loads_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "message"),
+    [
+        ({}, [], "task: missing; expected scorer and prompt"),
+        ({"task": "loss"}, [], "--task: loss has no data of its own; give a path"),
+        ({"task": "forgetting"}, ["path=[a.txt]"], "path: forgetting reads one text file"),
+        ({"task": "forgetting", "path": "a"}, ["before=true"], "before: forgetting is measured"),
+        ({"task": "gsm8k"}, ["prompt=bigcode"], "prompt: there is no bigcode prompt for gsm8k; "
+         "expected template or lm-eval"),
+        ({"task": "gsm8k", "samples": 2}, [], "--samples: at temperature 0 all samples"),
+        ({"task": "gsm8k", "max_new_tokens": 0}, [], "--max-new-tokens: got 0; expected a number"),
+        ({"task": "gsm8k"}, ["shots"], "shots: has no '='"),
+        ({"task": "gsm8k"}, ["=1"], "=1: has an empty key"),
+        ({"task": "gsm8k"}, ["stop=['']"], "stop[0]: "),
+        ({"task": "gsm9k"}, ["shot=1"], "shot: unknown key; did you mean shots?"),
+    ],
+)  # fmt: skip
+def test_faults_of_an_evaluation_are_told_in_the_words_of_the_command_line(
+    options: dict[str, object], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        evaluation_section({}, options, overrides)
+    assert any(line.startswith(message) for line in str(caught.value).splitlines())
+
+
+def test_an_evaluation_is_keys_then_options_then_overrides() -> None:
+    keys = {"task": "gsm8k", "limit": 5, "shots": 1, "split": "train"}
+    section = evaluation_section(keys, {"limit": 6, "shots": 2}, ["shots=3", "temperature=1e-1"])
+    assert (section.split, section.limit, section.shots, section.temperature) == (
+        "train", 6, 3, 0.1,
+    )  # fmt: skip

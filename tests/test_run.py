@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +271,82 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
     losses = [[line["loss"] for line in metrics(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_evaluating_a_finished_run_keeps_the_scores_with_it(
+    recipe: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words nobody trains on. " * 9, encoding="utf-8")
+    tasks = (
+        f"evaluation=[{{task: exact_match, path: {rows_file}, max_new_tokens: 4, limit: 3}}, "
+        f"{{task: exact_match, path: {rows_file}, max_new_tokens: 4, limit: 2}}, "
+        f"{{task: loss, path: {rows_file}, before: true}}, {{task: forgetting, path: {text}}}]"
+    )
+    run = tmp_path / "run"
+    assert cli.run(["train", str(recipe), tasks, "train.max_steps=2", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [each["exact_match"]["n"] for each in list(results["scores"].values())[:2]] == [3, 2]
+    assert list(results["scores"]) == ["exact_match", "exact_match-2", "loss", "forgetting"]
+    assert results["loss"]["before"] == results["base_scores"]["loss"]["loss"]["value"]
+    change = results["scores"]["forgetting"]
+    assert change["loss_change"]["value"] == pytest.approx(
+        change["loss"]["value"] - change["base_loss"]["value"]
+    )
+    assert "the first 3" in results["score_conditions"]["exact_match"]
+
+    # The run's own section holds where nothing else is typed, and its columns are those trained on.
+    sampled = ["--task", "exact_match", "--temperature", "0.9", "samples=2"]
+    again = ["eval", str(run), *sampled, "-o", str(tmp_path / "sampled")]
+    assert cli.run([*again, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["scores"]["exact_match"]["n"] == 3
+    rows = (tmp_path / "sampled" / "completions.jsonl").read_text().splitlines()
+    assert len(rows) == 6
+    stored = json.loads((tmp_path / "sampled" / "results.json").read_text())
+    assert stored == answer
+    results = json.loads((run / "results.json").read_text())
+    assert results["scores"]["exact_match"] == answer["scores"]
+    assert cli.run(["eval", str(run), "--task", "loss", "--base-only"]) == 0
+    card = (run / "adapter" / "README.md").read_text()
+    assert card.count("## Evaluation") == 1
+    assert "| forgetting | loss_change |" in card
+    assert "| loss, base model | perplexity |" in card
+    assert "2 samples at temperature 0.9" in card
+    # Scores that were added do not make the run another one.
+    assert cli.run(["train", str(recipe), tasks, "train.max_steps=2"]) == 0
+    assert "is finished; nothing was done" in capsys.readouterr().err
+    assert cli.run(["report", str(run)]) == 0
+    assert "loss, change" in capsys.readouterr().out
+    assert cli.run(["eval", str(run)]) == 2
+    assert "the run's own are exact_match, exact_match, loss, forgetting" in capsys.readouterr().err
+    assert cli.run(["eval", str(run), "--task", "forgetting", "--base-only"]) == 2
+
+
+def test_what_would_stop_the_scoring_is_refused_before_the_training(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = f"evaluation=[{{task: gsm8k, path: {tmp_path / 'missing.jsonl'}}}]"
+    assert cli.run(["train", str(recipe), missing]) == 2
+    assert "missing.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(
+    tiny_model_dir: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "kpsvd_tune", "eval", str(tiny_model_dir), "--json"]
+    command += ["--task", "gsm8k", "--path", str(rows_file), "--max-new-tokens", "5"]
+    scores = []
+    for number in (1, 2):
+        folder = tmp_path / f"by-{number}"
+        more = ["--processes", str(number), "-o", str(folder)]
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout)["scores"])
+        assert len((folder / "completions.jsonl").read_text().splitlines()) == 8
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("init", ["gradient", "random"])

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kpsvd_tune import __version__
+from kpsvd_tune.errors import InputError
 
 app = typer.Typer(
     name="kpsvd-tune",
@@ -32,9 +33,15 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, n
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Make no network call.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Train on that many GPUs.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Share the work over that many GPUs.")
+]
 Processes = Annotated[
-    int | None, typer.Option("--processes", min=1, help="Train in that many CPU processes.")
+    int | None,
+    typer.Option("--processes", min=1, help="Share the work over that many CPU processes."),
+]
+SandboxOption = Annotated[
+    str, typer.Option("--sandbox", help="bwrap; none runs code without protection.")
 ]
 
 
@@ -80,3 +87,32 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         typer.echo(json.dumps(result, default=lambda value: value.to_dict()))
     else:
         show(result)
+
+
+def check_exclusive(gpus: int | None, processes: int | None) -> None:
+    """Refuse --gpus together with --processes.
+
+    Raises:
+        InputError: Both were given.
+    """
+    if gpus and processes:
+        raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
+
+
+def launch_processes(gpus: int | None, processes: int | None) -> None:
+    """Start the same command on several ranks, unless this is one of them already.
+
+    Raises:
+        InputError: Both kinds of process were asked for.
+    """
+    check_exclusive(gpus, processes)
+    count = gpus or processes
+    if count is None or "WORLD_SIZE" in os.environ:
+        return
+    if processes == 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if count == 1:
+        return
+    from kpsvd_tune.launch import launch
+
+    raise typer.Exit(launch(sys.argv[1:], count, use_cpu=processes is not None))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +17,11 @@ from kpsvd_tune.cli.shared import (
     Overrides,
     Processes,
     RecipeArgument,
+    SandboxOption,
     app,
+    check_exclusive,
     emit,
+    launch_processes,
     prepare_libraries,
 )
 from kpsvd_tune.errors import InputError
@@ -44,6 +45,7 @@ def train(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run generated code when scoring MBPP.")
     ] = False,
+    sandbox: SandboxOption = "bwrap",
     dry_run: DryRun = False,
     offline: Offline = False,
     as_json: Json = False,
@@ -51,7 +53,7 @@ def train(
 ) -> None:
     """Decompose, train, score and save the adapter of a recipe."""
     resolved = load_recipe(recipe, overrides or ())
-    _launch_processes(gpus, processes)
+    launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
@@ -66,6 +68,7 @@ def train(
             resume=resume,
             allow_change=tuple(allow_change or ()),
             allow_code_execution=allow_code_execution,
+            sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
         )
         emit(result, as_json, view.show_results)
 
@@ -91,7 +94,7 @@ def init_only(
 ) -> None:
     """Decompose and choose the ranks, without data and without training."""
     resolved = load_recipe(recipe, overrides or ())
-    _check_exclusive(gpus, processes)
+    check_exclusive(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
@@ -127,23 +130,3 @@ def _sweep(recipe: str, overrides: Sequence[str], sweep: list[str]) -> dict[str,
             setting = f"{key}={value}"
             variants[setting] = load_recipe(recipe, [*overrides, setting])
     return variants
-
-
-def _check_exclusive(gpus: int | None, processes: int | None) -> None:
-    if gpus and processes:
-        raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
-
-
-def _launch_processes(gpus: int | None, processes: int | None) -> None:
-    """Start the same command on several ranks, unless this is one of them already."""
-    _check_exclusive(gpus, processes)
-    count = gpus or processes
-    if count is None or "WORLD_SIZE" in os.environ:
-        return
-    if processes == 1:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    if count == 1:
-        return
-    from kpsvd_tune.launch import launch
-
-    raise typer.Exit(launch(sys.argv[1:], count, use_cpu=processes is not None))

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from kpsvd_tune.cli.shared import Debug, Json, Offline, app, emit, prepare_libraries
+from kpsvd_tune.cli.shared import (
+    Debug,
+    Gpus,
+    Json,
+    Offline,
+    Processes,
+    SandboxOption,
+    app,
+    emit,
+    launch_processes,
+    prepare_libraries,
+)
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.evaluation.scoring import (
+    check_code_execution,
+    missing_scorers,
+    rescore,
+    stored_task,
+)
+from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.score import as_mapping
+
+# Keys of an evaluation that belong to its rows.
+_OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
 
 
 @app.command()
@@ -51,28 +72,52 @@ def evaluate(
     source: Annotated[
         str | None, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
     ] = None,
-    task: Annotated[str, typer.Option(help="gsm8k, math, mbpp or exact_match.")] = "gsm8k",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Keys of the recipe's evaluation: template=chat"
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="gsm8k, math, mbpp, exact_match, loss or forgetting."),
+    ] = None,
     path: Annotated[
         str | None, typer.Option(help="The questions: file or hub id; default: the task's own.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions to ask.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Questions to ask.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Worked examples before each question.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0, the default: the likeliest token.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Answers to each question, for pass@k.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens; default 256.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Questions answered together; default 16.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the completions.")
     ] = None,
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Score without the adapter, to compare.")
     ] = False,
-    rescore: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Score stored completions again.")
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
+    ] = None,
+    stored: Annotated[
+        Path | None,
+        typer.Option("--rescore", metavar="FILE", help="Score stored completions again."),
     ] = None,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run generated code (mbpp).")
     ] = False,
-    sandbox: Annotated[str, typer.Option(help="bwrap; none runs code without protection.")] = (
-        "bwrap"
-    ),
+    sandbox: SandboxOption = "bwrap",
+    gpus: Gpus = None,
+    processes: Processes = None,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -80,24 +125,27 @@ def evaluate(
     """Score a run or a model on a task, or score stored completions again."""
     if sandbox not in ("bwrap", "none"):
         raise InputError(f"--sandbox {sandbox}: expected bwrap or none")
-    may = {"allow_code_execution": allow_code_execution, "sandbox": sandbox}
-    if rescore is not None:
-        from kpsvd_tune.evaluation.scoring import rescore as score_again
-
-        scores = {score.scorer: score.to_dict() for score in score_again(rescore, task, **may)}  # type: ignore[arg-type]
-        for score in scores.values():
-            del score["scorer"]
-        emit({"task": task, "scores": scores}, as_json, view.show_scores)
+    may: dict[str, Any] = {"allow_code_execution": allow_code_execution, "sandbox": sandbox}
+    if stored is not None:
+        _rescore(stored, task, as_json, may)
         return
     if source is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
-    section: dict[str, Any] = {"task": task, "limit": limit, "path": path}
-    section |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    try:
-        wanted = EvaluationRecipe(**section)
-    except ValidationError as error:
-        faults = (f"--{each['loc'][0]}: {each['msg']}" for each in error.errors())
-        raise InputError("; ".join(faults)) from error
+    given = {
+        "task": task,
+        "path": path,
+        "limit": limit,
+        "shots": shots,
+        "temperature": temperature,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    wanted = _task(source, options, overrides or ())
+    # Before the processes start and the libraries are loaded: nothing is to be waited for.
+    check_code_execution(wanted.task, **may)
+    launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 
@@ -108,10 +156,43 @@ def evaluate(
             events,
             output=output,
             base_only=base_only,
+            dtype=dtype,
             offline=offline,
-            **may,  # type: ignore[arg-type]
+            **may,
         )
         emit(result, as_json, view.show_scores)
+
+
+def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> EvaluationRecipe:
+    """What to score: the run's own task of that name where it has one, changed as was typed."""
+    recipe = Path(source) / "recipe.yaml"
+    own = load_recipe(recipe).evaluation if recipe.is_file() else []
+    name = options.get("task", own[0].task if len({each.task for each in own}) == 1 else None)
+    if name is None:
+        among = f"; the run's own are {', '.join(each.task for each in own)}" if own else ""
+        raise InputError(f"say what to score, as in --task gsm8k{among}")
+    keys = next((each.model_dump() for each in own if each.task == name), {})
+    if "path" in options:
+        # Other questions: what the recipe says of its own may not hold for them.
+        keys = {key: value for key, value in keys.items() if key not in _OF_THE_ROWS}
+    # The base model alone is scored by --base-only.
+    return evaluation_section({**keys, "task": name, "before": False}, options, overrides)
+
+
+def _rescore(file: Path, task: str | None, as_json: bool, may: Mapping[str, Any]) -> None:
+    task = task or stored_task(file)
+    if task is None:
+        raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
+    with view.Events() as events:
+        scores = rescore(
+            file,
+            task,
+            progress=lambda done, total: events.advance("running programs", done, total),
+            **may,
+        )
+        for note in missing_scorers(task):
+            events.note(note)
+    emit({"scores": as_mapping(scores)}, as_json, lambda r: view.show_scores({"task": task, **r}))
 
 
 @app.command()

@@ -39,12 +39,14 @@ def column(row: Row, name: str) -> Any:
 
 
 def text_of(row: Row, name: str) -> str:
-    """The text of a column: null is empty, a whole number is written out.
+    """The text of a column: null is empty, a whole number is written out, texts are lines.
 
     Raises:
         DataError: The column is missing from this row, or holds something that is not text.
     """
     value = column(row, name)
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        value = "\n".join(value)  # as MBPP holds the tests of a task
     if isinstance(value, str):
         try:
             value.encode("utf-8")

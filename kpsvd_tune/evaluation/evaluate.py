@@ -10,15 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
-    Completion,
     append_completion,
     read_completions,
     repair_completions,
@@ -30,18 +29,39 @@ from kpsvd_tune.evaluation.generate import (
     Prompt,
     generate_completions,
 )
-from kpsvd_tune.evaluation.prompts import Prompting, build_prompts, read_shots, stop_strings
+from kpsvd_tune.evaluation.loss_task import check_loss, score_loss
+from kpsvd_tune.evaluation.processes import num_processes, on_first_process, rank, wait_for_all
+from kpsvd_tune.evaluation.prompts import (
+    build_prompts,
+    num_shots,
+    read_shots,
+    stop_strings,
+)
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
-from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"
 _SAMPLED_WEIGHTS = 64
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how an evaluation goes.
+
+    Attributes:
+        answering: called as completions are finished, with tokens per second and time left; of
+            several processes each counts its own share.
+        running: called with (done, total): programs run, or rows and windows whose loss is known.
+        note: told what a person should know.
+    """
+
+    answering: ProgressCallback | None = None
+    running: Callable[[int, int], None] | None = None
+    note: Callable[[str], None] | None = None
 
 
 def evaluate(
@@ -51,15 +71,11 @@ def evaluate(
     output_folder: Path,
     *,
     template: str | None = None,
-    prompting: Prompting | None = None,
-    temperature: float = 0.0,
-    num_samples: int = 1,
-    seed: int = 0,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
     offline: bool = False,
-    progress: ProgressCallback | None = None,
-    score_progress: Callable[[int, int], None] | None = None,
+    set_aside: bool = False,
+    watch: Watch | None = None,
 ) -> list[Score]:
     """Run one task on a model and score it; an interrupted run goes on where it stopped.
 
@@ -69,18 +85,15 @@ def evaluate(
     Args:
         model: a causal language model, adapter included, on its device.
         tokenizer: the model's tokenizer.
-        recipe: the task, its data and the sizes.
+        recipe: the task, its data, its prompt and how to answer.
         output_folder: where completions.jsonl and evaluation.json lie.
         template: the training template, used where the recipe's section has none.
-        prompting: style of the prompt, worked examples, stop strings.
-        temperature: 0 is greedy.
-        num_samples: answers to each prompt; pass@k needs several.
-        seed: of the sampling.
         allow_code_execution: must be true for a task that runs generated programs.
         sandbox: "bwrap", or "none" to run them without protection.
         offline: use only what the local hub cache holds.
-        progress: called as completions are finished, with tokens per second and time left.
-        score_progress: called with (done, total) programs run.
+        set_aside: move completions of another model or with other settings out of the way,
+            instead of refusing to go on.
+        watch: who is told of progress.
 
     Returns:
         One score a scorer of the task.
@@ -91,44 +104,88 @@ def evaluate(
         DataError: the data cannot be read or do not fit the task.
     """
     check_code_execution(recipe.task, allow_code_execution=allow_code_execution, sandbox=sandbox)
-    prompting = prompting or Prompting()
-    template = recipe.template or template or SOURCES[recipe.task].template
+    watch = watch or Watch()
+    template = recipe.template or template or default_template(recipe.task)
+    if recipe.task in LOSS_TASKS:
+        return score_loss(model, tokenizer, recipe, template, offline, watch.running)
     questions = read_questions(recipe, offline=offline)
-    shots = read_shots(recipe, prompting, offline=offline)
-    prompts, end_token_ids = build_prompts(
-        questions, tokenizer, template, recipe.task, prompting, shots
-    )
+    shots = read_shots(recipe, offline=offline)
+    prompts, end_token_ids = build_prompts(questions, tokenizer, template, recipe, shots)
     options = GenerationOptions(
         max_new_tokens=recipe.max_new_tokens,
         batch_size=recipe.batch_size,
-        temperature=temperature,
-        num_samples=num_samples,
-        stop=stop_strings(prompting, template, recipe.task),
-        seed=seed,
+        temperature=recipe.temperature,
+        num_samples=recipe.samples,
+        stop=stop_strings(recipe, template),
+        seed=recipe.sampling_seed,
         end_token_ids=end_token_ids,
     )
     file = output_folder / COMPLETIONS_FILE
     settings = _settings(model, recipe.task, options)
-    _on_first_process(lambda: _open_folder(output_folder, settings))
-    done = _finished(file, prompts)
-    _wait_for_all()  # nobody appends before everybody has read
-    mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[_rank() :: _num_processes()]
+    on_first_process(lambda: _open_folder(output_folder, settings, prompts, set_aside))
+    done = {each.key for each in read_completions(file)} if file.exists() else set()
+    wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
+    if watch.note is not None and (found := len(wanted & done)):
+        watch.note(f"{found} of {len(wanted)} answers are in {file} already")
+    wait_for_all()  # nobody appends before everybody has read
+    mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: num_processes()]
     for completion in generate_completions(
-        model, tokenizer, mine, options, done=done, progress=progress
+        model, tokenizer, mine, options, done=done, progress=watch.answering
     ):
         append_completion(file, completion)
-    _wait_for_all()
-    wanted = {(prompt.id, sample) for prompt in prompts for sample in range(num_samples)}
+    wait_for_all()
     completions = [each for each in read_completions(file) if each.key in wanted]
-    return _on_first_process(
+    return on_first_process(
         lambda: score_completions(
             recipe.task,
             completions,
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,
-            progress=score_progress,
+            progress=watch.running,
         )
     )
+
+
+def check_task(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
+    """Find now what would stop the task later: rows that cannot be read, a missing file.
+
+    Raises:
+        InputError: worked examples are wanted, and there are no rows to take them from.
+        DataError: the data cannot be read or do not fit the task.
+    """
+    if recipe.task in LOSS_TASKS:
+        check_loss(recipe, offline=offline)
+    else:
+        read_questions(recipe, offline=offline)
+        read_shots(recipe, offline=offline)
+
+
+def conditions(recipe: EvaluationRecipe) -> str:
+    """How a task is asked, in words: what one has to know to compare its scores with others."""
+    source = recipe.path or SOURCES[recipe.task].path
+    rows = ", ".join(source) if isinstance(source, list) else str(source)
+    if recipe.task != "forgetting" and not Path(rows).suffix:
+        rows += f" ({recipe.split})"
+    parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
+    if recipe.task in LOSS_TASKS:
+        return ", ".join([*parts, f"{recipe.window} tokens at a time"])
+    template = recipe.template or default_template(recipe.task)
+    harness = f"{recipe.prompt} prompt"
+    parts.append(f"template {template!r}" if recipe.prompt == "template" else harness)
+    parts.append(f"{num_shots(recipe)} worked examples")
+    if recipe.temperature:
+        parts.append(
+            f"{recipe.samples} samples at temperature {recipe.temperature:g}, seed "
+            f"{recipe.sampling_seed}"
+        )
+    else:
+        parts.append("greedy")
+    return ", ".join([*parts, f"at most {recipe.max_new_tokens} new tokens"])
+
+
+def default_template(task: str) -> str:
+    """The template of a task, where neither its section nor the training has one."""
+    return SOURCES[task].template if task in SOURCES else "{prompt}{completion}"
 
 
 def weights_fingerprint(model: LanguageModel) -> str:
@@ -159,81 +216,54 @@ def _settings(model: LanguageModel, task: str, options: GenerationOptions) -> di
     }
 
 
-def _open_folder(folder: Path, settings: dict[str, Any]) -> None:
+def _open_folder(
+    folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt], set_aside: bool
+) -> None:
+    """Make the folder ready to be filled or to go on with."""
     folder.mkdir(parents=True, exist_ok=True)
     repair_completions(folder / COMPLETIONS_FILE)
-    _check_settings(folder, settings)
+    try:
+        _check_folder(folder, settings, prompts)
+    except InputError:
+        if not set_aside:
+            raise
+        number = 1
+        while (aside := folder / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for name in (COMPLETIONS_FILE, SETTINGS_FILE):
+            if (folder / name).exists():
+                (folder / name).rename(aside / name)
+    if not (folder / COMPLETIONS_FILE).exists():
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / SETTINGS_FILE
-    has_completions = (folder / COMPLETIONS_FILE).exists()
-    if path.exists() and has_completions:
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            stored = {}
-        for key, value in settings.items():
-            if stored.get(key) != value:
-                raise InputError(
-                    f"{folder} holds completions made with {key} {stored.get(key)!r}, but now it "
-                    f"is {value!r}. Expected the same evaluation to go on with; choose another "
-                    f"folder, or delete {COMPLETIONS_FILE} there to start again."
-                )
-    elif has_completions:
+def _check_folder(folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+    """Refuse to go on with completions of another model, other settings or other prompts."""
+    file, path = folder / COMPLETIONS_FILE, folder / SETTINGS_FILE
+    if not file.exists():
+        return
+    cure = f"choose another folder (--output), or delete {COMPLETIONS_FILE} there to start again."
+    if not path.exists():
         raise InputError(
             f"{folder} holds {COMPLETIONS_FILE} but no {SETTINGS_FILE}, so nobody knows how it was "
-            "made. Choose another folder, or delete that file to start again."
+            f"made: {cure}"
         )
-    else:
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _finished(file: Path, prompts: Sequence[Prompt]) -> set[tuple[int | str, int]]:
-    """What need not be generated again, once each of them is an answer to the same prompt."""
-    if not file.exists():
-        return set()
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        stored = {}
+    for key, value in settings.items():
+        if stored.get(key) != value:
+            raise InputError(
+                f"{folder} holds completions made with {key} {stored.get(key)!r}, but now it "
+                f"is {value!r}. Expected the same evaluation to go on with; {cure}"
+            )
     texts = {prompt.id: prompt.text for prompt in prompts}
-    completions: list[Completion] = read_completions(file)
-    for completion in completions:
+    for completion in read_completions(file):
         if texts.get(completion.id, completion.prompt) != completion.prompt:
             raise DataError(
                 f"{file} answers another prompt under the id {completion.id!r}: "
                 f"{completion.prompt[:80]!r} instead of {texts[completion.id][:80]!r}. Expected "
-                "the same data and template; choose another folder, or delete that file."
+                f"the same data and template; {cure}"
             )
-    return {completion.key for completion in completions}
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _is_distributed() else 0
-
-
-def _num_processes() -> int:
-    return torch.distributed.get_world_size() if _is_distributed() else 1
-
-
-def _wait_for_all() -> None:
-    if _is_distributed():
-        torch.distributed.barrier()
-
-
-def _on_first_process(work: Callable[[], Result]) -> Result:
-    """The result of work done once, on every process; an error is raised on all of them."""
-    if not _is_distributed():
-        return work()
-    box: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            box[0] = work()
-        except Exception as error:
-            box[1] = error
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    result: Result = box[0]
-    return result

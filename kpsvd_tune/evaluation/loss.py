@@ -67,6 +67,8 @@ def completion_loss(
     path: str | Sequence[str],
     *,
     template: str,
+    name: str | Sequence[str] | None = None,
+    split: str = "train",
     columns: Mapping[str, str] | None = None,
     max_length: int = 1024,
     batch_size: int = 8,
@@ -81,6 +83,8 @@ def completion_loss(
         tokenizer: its tokenizer.
         path: local file or hub id, or several.
         template: the training template, or "chat".
+        name: configuration on the hub, or several.
+        split: split on the hub.
         columns: column of each role, where its name differs.
         max_length: tokens a row is cut to.
         batch_size: rows at a time.
@@ -92,7 +96,9 @@ def completion_loss(
         DataError: the file cannot be read or no token of a completion is left in it.
     """
     encoder = Encoder(tokenizer, template, max_length)
-    found = read_examples(path, columns=columns, template=template, offline=offline)
+    found = read_examples(
+        path, name=name, split=split, columns=columns, template=template, offline=offline
+    )
     rows = []
     for number, (_, example) in enumerate(found):
         if limit is not None and number >= limit:
@@ -115,6 +121,7 @@ def text_loss(
     *,
     window: int = 1024,
     batch_size: int = 4,
+    limit: int | None = None,
     progress: RowProgress | None = None,
 ) -> TokenLoss:
     """Loss on a text file, read as one stream in windows that do not overlap.
@@ -128,13 +135,14 @@ def text_loss(
         path: a UTF-8 text.
         window: tokens a window, at most the model's context.
         batch_size: windows at a time.
+        limit: windows to take; None: all.
         progress: called with (done, total) windows.
 
     Raises:
         DataError: the file is no readable UTF-8 text or has fewer than two tokens.
         InputError: the window is smaller than two tokens.
     """
-    rows = _windows(model, tokenizer, path, window)
+    rows = _windows(model, tokenizer, path, window)[:limit]
     return _summarise(_token_losses(model, tokenizer, rows, batch_size, progress))
 
 
@@ -145,6 +153,7 @@ def forgetting(
     *,
     window: int = 1024,
     batch_size: int = 4,
+    limit: int | None = None,
     progress: RowProgress | None = None,
 ) -> Forgetting:
     """Loss of a model with an adapter and of its base on a text the user cares about.
@@ -155,6 +164,7 @@ def forgetting(
         path: a UTF-8 text.
         window: tokens a window.
         batch_size: windows at a time.
+        limit: windows to take; None: all.
         progress: called with (done, total) windows, for the base and then for the adapter.
 
     Raises:
@@ -167,7 +177,7 @@ def forgetting(
             f"{type(model).__name__} has no adapter, so there is nothing it could have forgotten. "
             "Expected a base model with an adapter; use text_loss for a model alone."
         )
-    rows = _windows(model, tokenizer, path, window)
+    rows = _windows(model, tokenizer, path, window)[:limit]
     with disable_adapter():
         base = _token_losses(model, tokenizer, rows, batch_size, progress)
     adapted = _token_losses(model, tokenizer, rows, batch_size, progress)
@@ -175,15 +185,24 @@ def forgetting(
     return Forgetting(_summarise(base), _summarise(adapted), change.value, change.stderr)
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: the file cannot be read, or is no UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} as UTF-8 text: {error}.") from error
+
+
 def _windows(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, path: Path, window: int
 ) -> list[TokenizedRow]:
     if window < 2:
         raise InputError(f"window must be 2 tokens or more, got {window}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text: {error}.") from error
+    text = read_text(path)
     window = min(window, int(getattr(model.config, "max_position_embeddings", None) or window))
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     rows = []

@@ -8,8 +8,6 @@ harnesses, for comparison with published figures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,63 +20,51 @@ from kpsvd_tune.evaluation.generate import Prompt
 from kpsvd_tune.evaluation.tasks import SOURCES, Message, Question, read_rows
 from kpsvd_tune.recipe import EvaluationRecipe
 
-PromptStyle = Literal["template", "lm-eval", "bigcode"]
-
 _NO_LIMIT = 2**31  # a prompt is never cut: one that does not fit is refused by name
 _LM_EVAL_CODE_SHOTS = (2, 3, 4)  # the task_id of MBPP rows
-_STYLE_STOPS: Mapping[tuple[PromptStyle, str], tuple[str, ...]] = {
+# Worked examples of a harness, where the recipe says nothing.
+_HARNESS_SHOTS = {("lm-eval", "mbpp"): 3, ("lm-eval", "gsm8k"): 5}
+_HARNESS_STOPS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("lm-eval", "gsm8k"): ("Question:",),
     ("lm-eval", "mbpp"): ("[DONE]",),
     ("bigcode", "mbpp"): ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
 }
 
 
-@dataclass(frozen=True)
-class Prompting:
-    """How a question is put to the model.
-
-    Attributes:
-        style: "template": the training template (text or chat); "lm-eval" for gsm8k and mbpp and
-            "bigcode" for mbpp: the prompts of those harnesses.
-        num_shots: worked examples before each question; None: as the style has it (3 for mbpp in
-            lm-eval, none elsewhere).
-        shots_path: file or hub id of the examples; None: the task's own training rows.
-        stop: texts that end an answer; None: those of the style, or the start of the template.
-    """
-
-    style: PromptStyle = "template"
-    num_shots: int | None = None
-    shots_path: str | None = None
-    stop: tuple[str, ...] | None = None
+def num_shots(recipe: EvaluationRecipe) -> int:
+    """Worked examples before each question: the recipe's number, else as the prompt has it."""
+    if recipe.shots is not None:
+        return recipe.shots
+    return _HARNESS_SHOTS.get((recipe.prompt, recipe.task), 0)
 
 
-def read_shots(
-    recipe: EvaluationRecipe, prompting: Prompting, *, offline: bool = False
-) -> list[Question]:
+def read_shots(recipe: EvaluationRecipe, *, offline: bool = False) -> list[Question]:
     """The worked examples to put before each question, never rows that are scored.
 
     Raises:
         InputError: there are no other rows to take them from; the message says what to give.
         DataError: the source holds too few.
     """
-    is_lm_eval_code = prompting.style == "lm-eval" and recipe.task == "mbpp"
-    wanted = prompting.num_shots if prompting.num_shots is not None else 3 * is_lm_eval_code
+    wanted = num_shots(recipe)
     if wanted == 0:
         return []
     source = SOURCES[recipe.task]
-    path = prompting.shots_path or recipe.path or source.path
+    path = recipe.shots_path or recipe.path or source.path
     is_file = isinstance(path, str) and is_local_file(path)
     if path is None or (recipe.task != "mbpp" and is_file and path == recipe.path):
         raise InputError(
             f"worked examples for {recipe.task} must be other rows than those that are scored. "
-            "Give a file of examples, or num_shots 0."
+            "Give a file of examples (shots_path), or shots=0."
         )
-    name = recipe.name if path == recipe.path else source.name
+    name = recipe.name if path == recipe.path or recipe.name else source.name
     shots = read_rows(recipe, path, name, source.shots_split, offline)
-    if is_lm_eval_code:
+    if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
         shots = [shot for shot in shots if shot.id in _LM_EVAL_CODE_SHOTS]
     if len(shots) < wanted:
-        raise DataError(f"{path} holds {len(shots)} worked examples, but num_shots is {wanted}.")
+        raise DataError(
+            f"{path} holds {len(shots)} worked examples, but {wanted} are wanted: set shots to "
+            f"{len(shots)} or less, or shots_path to a source with more."
+        )
     return shots[:wanted]
 
 
@@ -86,8 +72,7 @@ def build_prompts(
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    task: str,
-    prompting: Prompting,
+    recipe: EvaluationRecipe,
     shots: Sequence[Question] = (),
 ) -> tuple[list[Prompt], tuple[int, ...]]:
     """What the model is given for each question.
@@ -96,70 +81,67 @@ def build_prompts(
         questions: the rows.
         tokenizer: the model's tokenizer.
         template: text with {prompt} and {completion}, or "chat".
-        task: name of the task.
-        prompting: style of the prompt.
+        recipe: the task and whose prompt to use.
         shots: worked examples.
 
     Returns:
         The prompts, and the tokens that end an answer.
 
     Raises:
-        InputError: the style does not exist for the task.
         DataError: the template does not work with the tokenizer.
     """
-    if prompting.style != "template" and (prompting.style, task) not in _STYLE_STOPS:
-        raise InputError(
-            f"there is no {prompting.style} prompt for the task {task}. Expected template, or "
-            + ", ".join(f"{style} for {name}" for style, name in _STYLE_STOPS)
-            + "."
-        )
     is_chat = any(not isinstance(question.prompt, str) for question in questions)
-    if is_chat or (template == "chat" and prompting.style == "template"):
+    if is_chat or (template == "chat" and recipe.prompt == "template"):
         chat = Encoder(tokenizer, "chat", _NO_LIMIT)
         prompts = []
         for question in questions:
-            ids = chat.encode_prompt(_messages(question, task, shots))
+            ids = chat.encode_prompt(_messages(question, recipe.task, shots))
             prompts.append(Prompt(question.id, chat.decode(ids), tuple(ids), question.gold))
         return prompts, chat.end_token_ids
     plain = Encoder(tokenizer, "{prompt}{completion}", _NO_LIMIT)
     before = "".join(
-        text + answer + "\n\n"
-        for text, answer in (_render(s, template, task, prompting) for s in shots)
+        text + answer + "\n\n" for text, answer in (_render(s, template, recipe) for s in shots)
     )
     prompts = []
     for question in questions:
-        text = before + _render(question, template, task, prompting)[0]
+        text = before + _render(question, template, recipe)[0]
         ids = plain.encode_prompt(text)
         prompts.append(Prompt(question.id, text, tuple(ids), question.gold))
     return prompts, plain.end_token_ids
 
 
-def stop_strings(prompting: Prompting, template: str, task: str) -> tuple[str, ...]:
+def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
     """Texts that end an answer besides the end token.
 
     By default the start of the training template: a model that was never taught to stop goes on
     with a next question of its own, which is no part of its answer.
     """
-    if prompting.stop is not None:
-        return prompting.stop
-    if prompting.style != "template":
-        return _STYLE_STOPS[prompting.style, task]
+    if recipe.stop is not None:
+        return tuple(recipe.stop)
+    if recipe.prompt != "template":
+        return _HARNESS_STOPS[recipe.prompt, recipe.task]
     head = "" if template == "chat" else template.split("{")[0].strip()
     return ("\n" + head,) if head else ()
 
 
 def _asked(question: Question, task: str) -> str:
-    """The question as the template takes it; without its tests a program's name is unknown."""
+    """The question as the template takes it.
+
+    Without its tests a program's name is unknown. They stand as in training, where the recipe
+    reads the text as an instruction and the tests as its input.
+    """
     assert isinstance(question.prompt, str)
-    return "\n".join([question.prompt, *question.tests]) if task == "mbpp" else question.prompt
+    if task != "mbpp" or not question.tests:
+        return question.prompt
+    return question.prompt + "\n\n" + "\n".join(question.tests)
 
 
-def _render(question: Question, template: str, task: str, prompting: Prompting) -> tuple[str, str]:
+def _render(question: Question, template: str, recipe: EvaluationRecipe) -> tuple[str, str]:
     """Prompt text and answer text of one row."""
     assert isinstance(question.prompt, str)
-    if prompting.style == "bigcode":
+    if recipe.prompt == "bigcode":
         return f'"""\n{question.prompt}\n{question.tests[0]}\n"""\n', question.answer
-    if prompting.style == "lm-eval" and task == "mbpp":
+    if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
         # The sentence of the MBPP paper (Austin et al. 2021, section 3), which fixes the protocol.
         tests = "\n".join(question.tests[:3])
         return (
@@ -167,9 +149,9 @@ def _render(question: Question, template: str, task: str, prompting: Prompting) 
             f"{question.prompt} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
             question.answer + "\n[DONE]",
         )
-    if prompting.style == "lm-eval":
-        template = SOURCES[task].template
-    pair = Pair(_asked(question, task), question.answer, question.system)
+    if recipe.prompt == "lm-eval":
+        template = SOURCES[recipe.task].template
+    pair = Pair(_asked(question, recipe.task), question.answer, question.system)
     return TextTemplate(template).render(pair)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -150,6 +151,16 @@ def rescore(
         sandbox=sandbox,
         progress=progress,
     )
+
+
+def stored_task(file: Path) -> str | None:
+    """The task that stored completions answer, where the evaluation left word of it beside them."""
+    try:
+        settings = json.loads((file.parent / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    task = settings.get("task") if isinstance(settings, dict) else None
+    return task if task in TASKS else None
 
 
 def _text(completion: Completion) -> str:

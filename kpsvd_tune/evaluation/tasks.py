@@ -57,6 +57,7 @@ SOURCES: Mapping[str, TaskSource] = {
         "prompt",
     ),
     "exact_match": TaskSource(None, None, {}, "Question: {prompt}\nAnswer: {completion}"),
+    "loss": TaskSource(None, None, {}, "Question: {prompt}\nAnswer: {completion}"),
 }
 # The first and last task_id of each split, for local files, which hold all splits together.
 _MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}

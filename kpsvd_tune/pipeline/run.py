@@ -22,15 +22,16 @@ from kpsvd_tune.data import PreparedData, TokenizedRow, prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import Decomposition, layers_of
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.evaluation.scoring import check_code_execution
+from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_tokenizer
 from kpsvd_tune.pipeline.save import save_adapter
-from kpsvd_tune.pipeline.score import Scorer, as_mapping
+from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport, Score
+from kpsvd_tune.report.score import as_mapping
 from kpsvd_tune.training import Training, make_accelerator, on_main_process
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
@@ -44,6 +45,7 @@ def train(
     resume: str = "auto",
     allow_change: Sequence[str] = (),
     allow_code_execution: bool = False,
+    sandbox: Sandbox = "bwrap",
 ) -> dict[str, Any]:
     """Run a recipe, or continue the run that its output_dir holds.
 
@@ -54,6 +56,7 @@ def train(
         resume: auto, never, or the path of a checkpoint.
         allow_change: Recipe keys that may differ from those the run began with.
         allow_code_execution: Whether an evaluation may run generated programs.
+        sandbox: What they run in; none runs them without protection.
 
     Returns:
         The content of results.json.
@@ -64,8 +67,13 @@ def train(
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     # Everything that can be refused is refused before the first long stage.
-    for task in recipe.evaluation:
-        check_code_execution(task.task, allow_code_execution=allow_code_execution, sandbox="bwrap")
+    check_tasks(
+        recipe.evaluation,
+        recipe.dataset,
+        allow_code_execution=allow_code_execution,
+        sandbox=sandbox,
+        offline=offline,
+    )
     run = RunDirectory(recipe.output_dir)
     accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
     with ExitStack() as stack:
@@ -103,16 +111,18 @@ def train(
         model = adapt(recipe, source, layers, factors, base_files)
         scorer = Scorer(
             tokenizer,
-            recipe.dataset.template,
+            recipe.dataset,
             accelerator.device,
             events,
             offline=offline,
             allow_code_execution=allow_code_execution,
+            sandbox=sandbox,
         )
+        tasks = labelled(recipe.evaluation)
         # Offsets are zero here, so this is the base model's score, also when a run goes on.
         before = scorer.score_all(
             model,
-            [task for task in recipe.evaluation if task.before],
+            {label: task for label, task in tasks.items() if task.before},
             run.path / "evaluation" / "before",
         )
         check_known_tokens(data.train, model.get_input_embeddings().num_embeddings)
@@ -139,8 +149,10 @@ def train(
             events.step(metrics, training.num_steps)
         events.end_progress()
         outcome = training.result()
-        after = scorer.score_all(model, recipe.evaluation, run.path / "evaluation" / "after")
+        after = scorer.score_all(model, tasks, run.path / "evaluation" / "after")
         results = outcome.to_dict() | _scores(before, after)
+        if tasks:
+            results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(
             accelerator, lambda: _finish(run, model, tokenizer, recipe, report, results)
         )
@@ -215,6 +227,8 @@ def _scores(
     results: dict[str, Any] = {}
     if after:
         results["scores"] = {task: as_mapping(scores) for task, scores in after.items()}
+    if before:
+        results["base_scores"] = {task: as_mapping(scores) for task, scores in before.items()}
     for task in before:
         results[task] = {
             "before": before[task][0].value,

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune import __version__
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.score import score_table
+
+_EVALUATION = "## Evaluation"
 
 
 def save_adapter(
@@ -93,9 +96,31 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         ),
     ]
-    for task, scores in results.get("scores", {}).items():
-        lines += [
-            f"| {task}, {name} | {score['value']:.4f} ± {score['stderr']:.4f} (n = {score['n']}) |"
-            for name, score in scores.items()
-        ]
+    return "\n".join(lines) + "\n" + _evaluation_section(results)
+
+
+def update_card(folder: Path, results: Mapping[str, Any]) -> None:
+    """Bring the evaluation section of a model card up to date; the rest stays as it is.
+
+    Args:
+        folder: An adapter folder; nothing happens where it has no card.
+        results: The content of results.json.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8").partition(f"\n{_EVALUATION}\n")[0].rstrip("\n")
+    partial = card.with_name(".README.md.partial")
+    partial.write_text(f"{text}\n{_evaluation_section(results)}", encoding="utf-8")
+    partial.replace(card)
+
+
+def _evaluation_section(results: Mapping[str, Any]) -> str:
+    """The scores and how they were made; nothing where nothing was scored."""
+    scores = dict(results.get("scores", {}))
+    scores |= {f"{task}, base model": each for task, each in results.get("base_scores", {}).items()}
+    if not scores:
+        return ""
+    lines = ["", _EVALUATION, "", *score_table(scores), ""]
+    lines += [f"- {task}: {text}" for task, text in results.get("score_conditions", {}).items()]
     return "\n".join(lines) + "\n"

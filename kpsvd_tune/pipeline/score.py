@@ -1,25 +1,62 @@
-"""Scoring: the tasks of a recipe around training, one task on anything, and stored completions."""
+"""Scoring: the tasks of a recipe around training, one task on anything, and what is kept of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
+from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
+from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find
+from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
-from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
+from kpsvd_tune.report.console import duration
 from kpsvd_tune.report.results import Score
+from kpsvd_tune.report.score import as_mapping, score_text
+
+
+def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
+    """Tasks by the name of their scores: the task's, numbered from the second of a kind on."""
+    named: dict[str, EvaluationRecipe] = {}
+    for task in tasks:
+        number = sum(each.task == task.task for each in named.values()) + 1
+        named[task.task if number == 1 else f"{task.task}-{number}"] = task
+    return named
+
+
+def check_tasks(
+    tasks: Sequence[EvaluationRecipe],
+    dataset: DatasetRecipe | None,
+    *,
+    allow_code_execution: bool = False,
+    sandbox: Sandbox = "bwrap",
+    offline: bool = False,
+) -> None:
+    """Refuse now what would stop the scoring after a training.
+
+    Raises:
+        InputError: Code may not be run, or there is no sandbox for it.
+        DataError: A task's rows or text cannot be read.
+    """
+    for task in tasks:
+        check_code_execution(task.task, allow_code_execution=allow_code_execution, sandbox=sandbox)
+    for task in tasks:
+        check_task(_as_trained(task, dataset), offline=offline)
 
 
 class Scorer:
@@ -27,7 +64,8 @@ class Scorer:
 
     Args:
         tokenizer: The model's tokenizer.
-        template: The training template; None: the task's own.
+        dataset: What the model was trained on, whose template and columns hold where a task has
+            none; None: the tasks' own.
         place: Device to compute on.
         events: Told of progress and scores.
         offline: Make no network call.
@@ -38,7 +76,7 @@ class Scorer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        template: str | None,
+        dataset: DatasetRecipe | None,
         place: torch.device,
         events: Events,
         *,
@@ -47,7 +85,7 @@ class Scorer:
         sandbox: Sandbox = "bwrap",
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._dataset = dataset
         self._place = place
         self._events = events
         self._offline = offline
@@ -55,49 +93,58 @@ class Scorer:
         self._sandbox = sandbox
 
     def score_all(
-        self, model: Any, tasks: Sequence[EvaluationRecipe], folder: Path
+        self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
     ) -> dict[str, list[Score]]:
-        """Scores by task; the n-th task's completions go to ``folder/N-TASK``."""
+        """Scores by name; each task's completions go to a folder of its name.
+
+        Completions there that another model wrote, as those of an earlier run in this place, are
+        set aside.
+        """
         return {
-            task.task: self.score(model, task, folder / f"{number}-{task.task}")
-            for number, task in enumerate(tasks)
+            name: self.score(model, task, folder / name, set_aside=True)
+            for name, task in tasks.items()
         }
 
-    def score(self, model: Any, task: EvaluationRecipe, folder: Path) -> list[Score]:
+    def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
+        """How each task was asked, in words."""
+        return {name: conditions(_as_trained(task, self._dataset)) for name, task in tasks.items()}
+
+    def score(
+        self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
+    ) -> list[Score]:
         """Run one task; an interrupted one goes on from the completions in ``folder``."""
-        self._events.stage(f"scoring {task.task} in {folder}")
+        task = _as_trained(task, self._dataset)
+        self._events.stage(f"scoring {task.task}: {conditions(task)}")
         model.to(self._place)
         scores = run_task(
             model,
             self._tokenizer,
             task,
             folder,
-            template=self._template,
             allow_code_execution=self._allow_code_execution,
             sandbox=self._sandbox,
             offline=self._offline,
-            progress=self._answering,
-            score_progress=lambda done, total: self._events.advance("running", done, total),
+            set_aside=set_aside,
+            watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
         self._events.end_progress()
         for score in scores:
-            self._events.note(
-                f"{score.scorer}: {100 * score.value:.1f} % of {score.n} (standard error "
-                f"{100 * score.stderr:.1f}), {score.unextractable} without an answer"
-            )
+            self._events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
         for note in missing_scorers(task.task):
             self._events.note(note)
         return scores
 
     def _answering(self, progress: GenerationProgress) -> None:
-        left = progress.seconds_left
+        others = num_processes()
+        phase = "answering" if others == 1 else f"answering, one share of {others},"
         detail = f"{progress.tokens_per_second:.0f} tokens/s"
-        self._events.advance(
-            "answering",
-            progress.done,
-            progress.total,
-            detail if left is None else f"{detail}, {left:.0f} s left",
-        )
+        if (left := progress.seconds_left) is not None:
+            detail += f", {duration(left)} left"
+        self._events.advance(phase, progress.done, progress.total, detail)
+
+    def _counting(self, task: str) -> Callable[[int, int], None]:
+        phase = "running programs" if task == "mbpp" else "measuring"
+        return lambda done, total: self._events.advance(phase, done, total)
 
 
 def evaluate(
@@ -107,11 +154,15 @@ def evaluate(
     *,
     output: Path | None = None,
     base_only: bool = False,
+    dtype: str | None = None,
     offline: bool = False,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
 ) -> dict[str, Any]:
     """Score a run, an adapter or a model on a task.
+
+    The scores also go to results.json beside the completions; those of a run to its results.json
+    and its model card as well.
 
     Args:
         source: A run, an adapter folder, or a model.
@@ -119,51 +170,99 @@ def evaluate(
         events: Told of progress.
         output: Folder of the completions; by default one inside the run.
         base_only: Score the base model without the adapter.
+        dtype: Of the weights; by default the recipe's, else float32.
         offline: Make no network call.
         allow_code_execution: Whether generated programs may be run.
         sandbox: bwrap, or none to run them without protection.
 
     Returns:
-        ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}`` and where the
-        completions lie.
+        ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, the task, how it was
+        asked, and where the completions lie.
 
     Raises:
-        InputError: Code may not be run, or a model was given without an output folder.
+        InputError: Code may not be run, a model was given without an output folder, or what a
+            model forgot was asked without an adapter.
+        DataError: The task's rows or text cannot be read.
     """
-    check_code_execution(task.task, allow_code_execution=allow_code_execution, sandbox=sandbox)
     found = find(source)
+    dataset = found.recipe.dataset if found.recipe else None
+    if task.task == "forgetting" and (found.adapter is None or base_only):
+        raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
     if output is None:
         if found.recipe is None:
             raise InputError(f"{source} is no run, so say where completions go: --output DIR")
         output = Path(source) / "evaluation" / f"{'base-' if base_only else ''}{task.task}"
-    model_source = resolve_model(found.base, found.revision, offline)
+    check_tasks(
+        [task],
+        dataset,
+        allow_code_execution=allow_code_execution,
+        sandbox=sandbox,
+        offline=offline,
+    )
+    place = _place()
+    model_source = on_first_process(lambda: resolve_model(found.base, found.revision, offline))
     events.stage(f"loading {model_source.path}")
-    model: Any = load_model(model_source, found.recipe.model.dtype if found.recipe else "float32")
+    known = found.recipe.model.dtype if found.recipe else "float32"
+    model: Any = load_model(model_source, dtype or known)
     if found.adapter is not None and not base_only:
         model = PeftModel.from_pretrained(model, found.adapter)
-    dataset = found.recipe.dataset if found.recipe else None
-    if task.task == "exact_match" and dataset is not None and not task.columns:
-        # It has no columns of its own; those of the training are the likeliest.
-        task = task.model_copy(update={"columns": dataset.columns})
     scorer = Scorer(
         load_tokenizer(model_source),
-        dataset.template if dataset else None,
-        device(),
+        dataset,
+        place,
         events,
         offline=offline,
         allow_code_execution=allow_code_execution,
         sandbox=sandbox,
     )
-    return {
-        "task": task.task,
-        "scores": as_mapping(scorer.score(model, task, output)),
-        "completions": str(output / "completions.jsonl"),
-    }
+    scores = as_mapping(scorer.score(model, task, output))
+    asked = scorer.conditions({task.task: task})[task.task]
+    result = {"task": task.task, "scores": scores, "conditions": asked}
+    if (file := output / "completions.jsonl").exists():
+        result["completions"] = str(file)
+
+    def keep() -> None:
+        durable.make_folder(output)
+        durable.replace_file(output / "results.json", durable.to_json(result))
+        if found.recipe is not None:
+            _record(RunDirectory(source), result, base_only, events)
+
+    on_first_process(keep)
+    return result
 
 
-def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
-    """Scorer to its value, n, stderr and unextractable."""
-    return {
-        score.scorer: {k: v for k, v in score.to_dict().items() if k != "scorer"}
-        for score in scores
-    }
+def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
+    """The task with what it leaves open taken from the training."""
+    if dataset is None:
+        return task
+    update: dict[str, Any] = {"template": task.template or dataset.template}
+    if task.task in ("exact_match", "loss") and not task.columns:
+        # They have no columns of their own; those of the training are the likeliest.
+        update["columns"] = dataset.columns
+    return task.model_copy(update=update)
+
+
+def _record(run: RunDirectory, result: Mapping[str, Any], base_only: bool, events: Events) -> None:
+    """Put scores among the results of a finished run; the latest of a task stand there."""
+    if not (run.run_file.exists() and run.results_file.exists()):
+        events.note(f"{run.path} has no results.json to add the scores to")
+        return
+    try:
+        with run.lock():
+            results = read_json(run.results_file)
+            place, name = "base_scores" if base_only else "scores", result["task"]
+            label = f"{name}, base model" if base_only else name
+            results.setdefault(place, {})[name] = result["scores"]
+            results.setdefault("score_conditions", {})[label] = result["conditions"]
+            run.finish(results)
+            update_card(run.adapter, results)
+    except CheckpointError as error:
+        events.note(f"the scores were not added to {run.results_file}: {error}")
+
+
+def _place() -> torch.device:
+    """This process's device, once it has met the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device()
+    place: torch.device = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true").device
+    return place

@@ -1,20 +1,26 @@
 """The recipe: a closed YAML schema, read safely, with every fault reported at once.
 
-`schema` and `adapter` hold the keys; `values` the kinds of value; `reading` turns YAML into plain
-values with lines; `overrides` applies key=value; `checking` and `faults` turn what is wrong into
-messages; `loading` is the way in. Imports neither torch nor transformers.
+`schema`, `adapter`, `columns` and `evaluation` hold the keys; `values` the kinds of value;
+`reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking` and
+`faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe, FactorSides, RankOverride, RankRecipe
-from kpsvd_tune.recipe.loading import load_recipe, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe.columns import Columns
+from kpsvd_tune.recipe.evaluation import LOSS_TASKS, EvaluationRecipe
+from kpsvd_tune.recipe.loading import (
+    evaluation_section,
+    load_recipe,
+    recipe_to_yaml,
+    shipped_recipes,
+)
 from kpsvd_tune.recipe.schema import (
-    Columns,
     CompareRecipe,
     DatasetRecipe,
     EarlyStopping,
-    EvaluationRecipe,
     ModelRecipe,
     Recipe,
     TrainRecipe,
@@ -22,6 +28,7 @@ from kpsvd_tune.recipe.schema import (
 from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [
+    "LOSS_TASKS",
     "AdapterRecipe",
     "Columns",
     "CompareRecipe",
@@ -34,6 +41,7 @@ __all__ = [
     "RankRecipe",
     "Recipe",
     "TrainRecipe",
+    "evaluation_section",
     "load_recipe",
     "read_number_of_parameters",
     "recipe_to_yaml",

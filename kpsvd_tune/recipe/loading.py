@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
+from typing import Any
 
 import yaml
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe.checking import MAX_FAULTS, check, written_path
+from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.overrides import apply_override
 from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
 from kpsvd_tune.recipe.schema import Recipe
@@ -60,6 +62,40 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if recipe is None or document.faults:
         raise RecipeError(_render(name, document))
     return recipe
+
+
+def evaluation_section(
+    keys: Mapping[str, Any], options: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> EvaluationRecipe:
+    """Read and check one section of `evaluation` that stands alone, as the command `eval` has it.
+
+    Args:
+        keys: What holds where nothing else is said.
+        options: Key to the value of the command line's option of that name.
+        overrides: `key=value` each, as for a recipe but with the section's own keys.
+
+    Raises:
+        RecipeError: With one line for every fault, each with the words of the command line.
+    """
+    section = {**keys, **options}
+    # A whole recipe around it, so that it is checked and faults are told as everywhere else.
+    document = Document({"model": {"path": "-"}, "output_dir": "-", "evaluation": [section]})
+    place = ("evaluation", 0)
+    document.origins |= {(*place, key): f"--{key.replace('_', '-')}" for key in options}
+    for override in overrides:
+        apply_override(document, f"evaluation.0.{override}")
+    recipe = check(document)
+    if recipe is None or document.faults:
+        lines = []
+        for origin, path, message in document.faults:
+            # An option's name is that of its key.
+            is_option = isinstance(origin, str) and origin.startswith("--")
+            key = origin if is_option else written_path(path[2:])
+            if not key and isinstance(origin, str):
+                key = origin.removeprefix("evaluation.0.")
+            lines.append(f"{key}: {' '.join(message.split())}")
+        raise RecipeError("\n".join(lines))
+    return recipe.evaluation[0]
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

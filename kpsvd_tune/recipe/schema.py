@@ -7,16 +7,14 @@ name, so that faults elsewhere in the section do not hide them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
-from typing_extensions import TypedDict
-
 from kpsvd_tune.recipe.adapter import AdapterRecipe
+from kpsvd_tune.recipe.columns import Columns
+from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.values import (
-    CLOSED,
     Number,
     Precision,
     Section,
@@ -52,20 +50,6 @@ class ModelRecipe(Section):
             if not (name and file):
                 raise ValueError(f"got {show(path)}; expected package:NAME/FILE.gguf")
         return path
-
-
-class Columns(TypedDict, total=False):
-    """Which column of the dataset plays which role."""
-
-    __pydantic_config__ = CLOSED  # type: ignore[misc]  # pydantic's documented place for it
-    prompt: Annotated[Text, Field(description="column with the prompt")]
-    completion: Annotated[Text, Field(description="column with the text to learn")]
-    system: Annotated[Text, Field(description="column with the system prompt")]
-    instruction: Annotated[Text, Field(description="column with an alpaca instruction")]
-    input: Annotated[Text, Field(description="column with an alpaca input")]
-    output: Annotated[Text, Field(description="column with an alpaca output")]
-    messages: Annotated[Text, Field(description="column with a list of chat messages")]
-    conversations: Annotated[Text, Field(description="column with a sharegpt conversation")]
 
 
 class DatasetRecipe(Section):
@@ -182,40 +166,6 @@ class TrainRecipe(Section):
     ) -> EarlyStopping | None:
         if value is not None and info.data.get("eval_every") == 0:
             raise conflict("needs validations during the run; set eval_every", "eval_every")
-        return value
-
-
-class EvaluationRecipe(Section):
-    """One task to score the model on."""
-
-    task: Literal["gsm8k", "math", "mbpp", "exact_match"] = Field(description="scorer and prompt")
-    path: TextOrList | None = Field(
-        default=None,
-        validate_default=True,
-        description="hub id or local file; null: the task's own",
-    )
-    name: TextOrList | None = Field(
-        default=None, description="configuration on the hub, or a list of them"
-    )
-    split: Text = Field(default="test", description="split to score")
-    limit: int | None = Field(default=None, ge=1, description="rows to score; null: all")
-    before: bool = Field(default=False, description="score the base model too, before training")
-    max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
-    batch_size: int = Field(default=8, ge=1, description="prompts generated together")
-    columns: Columns = Field(
-        default_factory=Columns, description="column of each role, where its name differs"
-    )
-    template: Text | None = Field(
-        default=None, description="as in dataset; null: that of the dataset"
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _check_path(
-        cls, value: str | list[str] | None, info: ValidationInfo
-    ) -> str | list[str] | None:
-        if value is None and info.data.get("task") == "exact_match":
-            raise conflict("exact_match has no data of its own; give a path", "task")
         return value
 
 

@@ -24,6 +24,7 @@ from kpsvd_tune.report.results import (
     RankReport,
     StepMetrics,
 )
+from kpsvd_tune.report.score import score_text, score_value
 from kpsvd_tune.report.table import merge_lines, preflight_lines, rank_summary, rank_table
 
 # Plain lines: one per this many seconds at most.
@@ -185,26 +186,24 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 def show_results(results: Mapping[str, Any]) -> None:
     """The results of a run: figures, then one line a score."""
     results = dict(results)
-    scores = results.pop("scores", {})
+    scores, base = results.pop("scores", {}), results.pop("base_scores", {})
+    results.pop("score_conditions", None)
     _show_mapping({k: v for k, v in results.items() if not isinstance(v, Mapping)})
     for task, by_scorer in scores.items():
         show_scores({"task": task, "scores": by_scorer})
+    for task, by_scorer in base.items():
+        show_scores({"task": f"{task}, base", "scores": by_scorer})
     for task, change in results.items():
         if isinstance(change, Mapping):
-            _line(
-                f"{task}, change",
-                f"{_percent(change['before'])} before training, {_percent(change['after'])} after",
-            )
+            scorer = next(iter(scores.get(task, {"": None})))
+            before, after = (score_value(scorer, change[key]) for key in ("before", "after"))
+            _line(f"{task}, change", f"{before} before training, {after} after")
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
     """One line a scorer of a task."""
     for scorer, score in result["scores"].items():
-        _line(
-            f"{result['task']}, {scorer}",
-            f"{_percent(score['value'])} of {score['n']} (standard error "
-            f"{_percent(score['stderr'])}), {score['unextractable']} without an answer",
-        )
+        _line(f"{result['task']}, {scorer}", score_text(scorer, score))
 
 
 def show_run(run: Mapping[str, Any]) -> None:
@@ -226,10 +225,6 @@ def _show_mapping(values: Mapping[str, Any]) -> None:
 
 def _line(name: str, text: str) -> None:
     _out().print(Text(f"{name:<26} {text}"), soft_wrap=True)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def purpose(path: Path) -> str:

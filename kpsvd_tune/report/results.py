@@ -238,13 +238,13 @@ class MergeReport(Result):
 
 @dataclass(frozen=True)
 class Score(Result):
-    """A share of right answers.
+    """A share of right answers, or a loss.
 
     Attributes:
         scorer: Name of the rule that judged.
-        value: Share of right answers, 0 to 1.
-        n: Answers judged.
-        stderr: Standard error of the share, sqrt(value * (1 - value) / n).
+        value: Share of right answers, 0 to 1; for a loss the mean in nats, or its perplexity.
+        n: Questions judged; for a loss the tokens.
+        stderr: Standard error of the value; of a share sqrt(value * (1 - value) / n).
         unextractable: Answers in which the rule found nothing to judge; they count as wrong.
     """
 

@@ -164,7 +164,7 @@ def test_columns_that_do_not_fit_are_refused(
     ("value", "message"),
     [
         ({"a": 1}, r"holds an object .* write the column as completion\.a"),
-        (["a"], r"holds a list .* set dataset\.format to chat or sharegpt"),
+        (["a", 1], r"holds a list .* set dataset\.format to chat or sharegpt"),
         (1.5, r"holds a decimal number \(1\.5\); expected text; write it as text"),
         (True, r"holds true or false"),
         ("\ud800", r"half a surrogate pair"),
@@ -175,6 +175,12 @@ def test_columns_that_are_not_text_are_refused(value: object, message: str) -> N
         DataError, match=r"^rows\.jsonl, line 1: the column 'completion' .*" + message
     ):
         find({"prompt": "a", "completion": "b"}).example(row(prompt="a", completion=value))
+
+
+def test_a_list_of_texts_is_read_as_lines() -> None:
+    values = {"text": "Add.", "test_list": ["assert a", "assert b"], "code": "c"}
+    found = find(values, instruction="text", input="test_list", output="code")
+    assert found.example(row(**values)) == Pair("Add.\n\nassert a\nassert b", "c")
 
 
 def test_a_row_without_a_column_that_others_have_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -134,6 +135,68 @@ def test_other_settings_do_not_continue_the_completions(
         evaluate(tiny_model, tokenizer, recipe, tmp_path)
 
 
+def test_completions_of_another_model_can_be_set_aside(
+    model_factory, tokenizer, recipe, tmp_path: Path
+):
+    evaluate(model_factory(0), tokenizer, recipe, tmp_path)
+    first = (tmp_path / "completions.jsonl").read_bytes()
+    expected = evaluate(model_factory(1), tokenizer, recipe, tmp_path / "fresh")
+    assert evaluate(model_factory(1), tokenizer, recipe, tmp_path, set_aside=True) == expected
+    assert (tmp_path / "previous-1" / "completions.jsonl").read_bytes() == first
+    evaluate(model_factory(1), tokenizer, recipe, tmp_path, set_aside=True)
+    assert not (tmp_path / "previous-2").exists()
+
+
+def test_going_on_says_how_many_answers_are_there(tiny_model, tokenizer, recipe, tmp_path: Path):
+    notes: list[str] = []
+    some = recipe.model_copy(update={"limit": 3})
+    evaluate(tiny_model, tokenizer, some, tmp_path, watch=module.Watch(note=notes.append))
+    assert notes == []
+    evaluate(tiny_model, tokenizer, recipe, tmp_path, watch=module.Watch(note=notes.append))
+    assert [note.startswith("3 of 8 answers are in") for note in notes] == [True]
+
+
+def test_loss_and_forgetting_are_tasks_too(tiny_model, tokenizer, recipe, tmp_path: Path):
+    rows = recipe.model_copy(update={"task": "loss"})
+    loss, perplexity = evaluate(tiny_model, tokenizer, rows, tmp_path)
+    assert (loss.scorer, perplexity.scorer) == ("loss", "perplexity")
+    assert perplexity.value == pytest.approx(math.exp(loss.value))
+    assert perplexity.stderr == pytest.approx(perplexity.value * loss.stderr)
+    text = tmp_path / "text.txt"
+    text.write_text("A plain text. " * 20, encoding="utf-8")
+    plain = EvaluationRecipe(task="loss", path=str(text), window=64)
+    assert evaluate(tiny_model, tokenizer, plain, tmp_path)[0].n == 280 - 5
+    few = plain.model_copy(update={"limit": 2})
+    assert evaluate(tiny_model, tokenizer, few, tmp_path)[0].n == 126
+    forgetting = EvaluationRecipe(task="forgetting", path=str(text))
+    with pytest.raises(InputError, match="no adapter, so there is nothing"):
+        evaluate(tiny_model, tokenizer, forgetting, tmp_path)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "loss", "forgetting"])
+def test_missing_files_are_found_before_the_work(task, tmp_path: Path):
+    recipe = EvaluationRecipe(task=task, path=str(tmp_path / "missing.jsonl"))
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
+        module.check_task(recipe)
+
+
+def test_the_conditions_name_all_that_changes_a_score():
+    greedy = EvaluationRecipe(task="gsm8k", limit=5)
+    assert module.conditions(greedy) == (
+        "openai/gsm8k (test), the first 5, template 'Question: {prompt}\\nAnswer: {completion}', "
+        "0 worked examples, greedy, at most 256 new tokens"
+    )
+    sampled = EvaluationRecipe(
+        task="mbpp", prompt="lm-eval", path=["a.jsonl", "b.jsonl"], temperature=0.8, samples=5
+    )
+    assert module.conditions(sampled) == (
+        "a.jsonl, b.jsonl, lm-eval prompt, 3 worked examples, 5 samples at temperature 0.8, seed "
+        "0, at most 256 new tokens"
+    )
+    text = EvaluationRecipe(task="forgetting", path="t.txt", window=64)
+    assert module.conditions(text) == "t.txt, 64 tokens at a time"
+
+
 def test_one_step_of_one_parameter_changes_the_fingerprint(model_factory):
     model = model_factory(0)
     before = weights_fingerprint(model)
@@ -144,9 +207,8 @@ def test_one_step_of_one_parameter_changes_the_fingerprint(model_factory):
 
 
 def test_samples_of_a_prompt_count_as_one_question(tiny_model, tokenizer, recipe, tmp_path: Path):
-    scores = evaluate(
-        tiny_model, tokenizer, recipe, tmp_path, temperature=1.0, num_samples=2, seed=3
-    )
+    sampled = recipe.model_copy(update={"temperature": 1.0, "samples": 2, "sampling_seed": 3})
+    scores = evaluate(tiny_model, tokenizer, sampled, tmp_path)
     assert scores[0].n == 8
     assert len(read_completions(tmp_path / "completions.jsonl")) == 16
 
@@ -155,9 +217,9 @@ def test_processes_share_the_prompts_between_them(
     tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = evaluate(tiny_model, tokenizer, recipe, tmp_path / "whole")
-    monkeypatch.setattr(module, "_num_processes", lambda: 3)
+    monkeypatch.setattr(module, "num_processes", lambda: 3)
     for rank, num_stored in [(0, 3), (1, 6), (2, 8)]:
-        monkeypatch.setattr(module, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         scores = evaluate(tiny_model, tokenizer, recipe, tmp_path / "shared")
         assert len(read_completions(tmp_path / "shared" / "completions.jsonl")) == num_stored
     assert scores == whole

@@ -12,23 +12,75 @@ from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, progra
 ONE_TEST = {"test_list": ["assert f(1) == 2"]}
 
 
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        ("x = 1", "x = 1"),
-        ("", ""),
-        ("x = 1\n[DONE]\nmore", "x = 1\n"),
-        ("[DONE]", ""),
-        ("```python\nx = 1\n```", "x = 1\n"),
-        ("```\nx = 1\n```", "x = 1\n"),
-        ("``` py\nx = 1\n```\nText", "x = 1\n"),
-        ("Sure:\n```python\nx = 1\n```\n```python\ny = 2\n```", "x = 1\n"),
-        ("```python\nx = 1", "x = 1"),
-        ("```python\nx = 1\n[DONE]", "x = 1\n"),
-        ("x = 1\r\ny = 2", "x = 1\r\ny = 2"),
-        ("    return 1", "    return 1"),
-    ],
-)
+PROGRAMS = [
+    ("x = 1", "x = 1"),
+    ("", ""),
+    ("x = 1\n[DONE]\nmore", "x = 1\n"),
+    ("[DONE]", ""),
+    ("```python\nx = 1\n```", "x = 1\n"),
+    ("```\nx = 1\n```", "x = 1\n"),
+    ("``` py\nx = 1\n```\nText", "x = 1\n"),
+    ("Sure:\n```python\nx = 1\n```\n```python\ny = 2\n```", "x = 1\n"),
+    ("```python\nx = 1", "x = 1"),
+    ("```python\nx = 1\n[DONE]", "x = 1\n"),
+    ("x = 1\r\ny = 2", "x = 1\r\ny = 2"),
+    ("    return 1", "    return 1"),
+    (" ", " "),
+    ("\n\n", "\n\n"),
+    ("\tx = 1", "\tx = 1"),
+    ("x = 1\n", "x = 1\n"),
+    ("\nx = 1", "\nx = 1"),
+    ("x = 1[DONE]", "x = 1"),
+    ("x = 1\n[done]", "x = 1\n[done]"),
+    ("[DONE]\nx = 1", ""),
+    ("x = [1]\n[DONE]\n[DONE]", "x = [1]\n"),
+    ("x = 'DONE'", "x = 'DONE'"),
+    ("[BEGIN]\nx = 1", "[BEGIN]\nx = 1"),
+    ("x = 1\n[DONE]\n```python\ny = 2\n```", "y = 2\n"),
+    ("``` \nx = 1\n```", "x = 1\n"),
+    ("```Python\nx = 1\n```", "x = 1\n"),
+    ("```python3\nx = 1\n```", "x = 1\n"),
+    ("```py title=a.py\nx = 1\n```", "x = 1\n"),
+    ("```python\r\nx = 1\r\n```", "x = 1\r\n"),
+    ("```\n```", ""),
+    ("```python\n```\n```python\nx = 1\n```", ""),
+    ("```python\n", ""),
+    ("```python", "```python"),
+    ("```x = 1```", "```x = 1```"),
+    ("`x = 1`", "`x = 1`"),
+    ("Use `f`.\n```\nx = 1\n```", "x = 1\n"),
+    ("~~~\nx = 1\n~~~", "~~~\nx = 1\n~~~"),
+    ("```python\nx = 1\n\n\ny = 2\n```", "x = 1\n\n\ny = 2\n"),
+    ("```python\n    x = 1\n```", "    x = 1\n"),
+    ("```python\n\tx = 1\n```", "\tx = 1\n"),
+    ("```python\nx = '`'\n```", "x = '`'\n"),
+    ("```python\nx = '``'\n```", "x = '``'\n"),
+    ("```python\nx = 1```", "x = 1"),
+    ("```python\nx = 1\n````", "x = 1\n"),
+    ("   ```python\nx = 1\n   ```", "x = 1\n   "),
+    ("1. First\n   ```\nx = 1\n```\n2. Then", "x = 1\n"),
+    ("```python\nx = 1\n```[DONE]", "x = 1\n"),
+    ("```python\nx = 1\n[DONE]\n```", "x = 1\n"),
+    ("x = 1  # comment", "x = 1  # comment"),
+    ("# only a comment", "# only a comment"),
+    ('"""text"""\nx = 1', '"""text"""\nx = 1'),
+    ("def f():\n    return 1\n\nprint(f())", "def f():\n    return 1\n\nprint(f())"),
+    ("Here it is: x = 1", "Here it is: x = 1"),
+    ("x = 'ä\u2212'", "x = 'ä\u2212'"),
+    ("```python\nx = 'ä\u2212'\n```", "x = 'ä\u2212'\n"),
+    ("x = 1\x00", "x = 1\x00"),
+    ("x = 1\n```", "x = 1\n```"),
+    ("```\nx = 1\n```\n[DONE]\n```\ny = 2\n```", "x = 1\n"),
+    ("```output\n5\n```\n```python\nx = 1\n```", "5\n"),
+    ("def f(x):\r\n    return x\r\n", "def f(x):\r\n    return x\r\n"),
+]
+
+
+def test_there_are_sixty_cases():
+    assert len({completion for completion, _ in PROGRAMS}) >= 60
+
+
+@pytest.mark.parametrize(("completion", "expected"), PROGRAMS)
 def test_program_text(completion: str, expected: str):
     assert program_text(completion) == expected
 

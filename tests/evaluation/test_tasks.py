@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune.data import Encoder
+from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.format import Pair
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.prompts import (
-    Prompting,
-    PromptStyle,
-    build_prompts,
-    read_shots,
-    stop_strings,
-)
+from kpsvd_tune.evaluation.prompts import build_prompts, num_shots, read_shots, stop_strings
 from kpsvd_tune.evaluation.tasks import SOURCES, Question, read_questions
 from kpsvd_tune.recipe import EvaluationRecipe
 
@@ -128,7 +122,8 @@ def test_an_empty_split_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("template", ["Question: {prompt}\nAnswer: {completion}", "chat"])
 def test_a_prompt_is_that_of_training(tokenizer, rows_file: Path, template: str):
     questions = read_questions(recipe("gsm8k", str(rows_file)))
-    prompts, ends = build_prompts(questions, tokenizer, template, "gsm8k", Prompting())
+    task = recipe("gsm8k", str(rows_file))
+    prompts, ends = build_prompts(questions, tokenizer, template, task)
     encoder = Encoder(tokenizer, template, 512)
     for prompt, question in zip(prompts, questions, strict=True):
         row = encoder.encode(Pair(str(question.prompt), question.answer), 0).row
@@ -139,55 +134,80 @@ def test_a_prompt_is_that_of_training(tokenizer, rows_file: Path, template: str)
     assert tokenizer.eos_token_id in ends
 
 
-def test_the_shipped_recipes_train_on_the_default_prompts():
+SHIPPED_ROWS: dict[str, dict[str, object]] = {
+    "gsm8k": {"question": "1 + 1?", "answer": "#### 2"},
+    "math": {"problem": "1 + 1?", "solution": "\\boxed{2}", "level": "1"},
+    "mbpp": dict(CODE_ROWS[5]),
+}
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math", "mbpp"])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_the_default_prompt_is_what_the_shipped_recipe_trains_on(
+    tokenizer, tmp_path: Path, task: str, is_chat: bool
+):
     from kpsvd_tune.recipe import load_recipe, shipped_recipes
 
-    shipped = {name: load_recipe(path).dataset for name, path in shipped_recipes().items()}
-    for task in ("gsm8k", "math", "mbpp"):
-        dataset = shipped[f"{task}_llama2"]
-        assert dataset is not None
-        assert (dataset.template, dataset.path) == (SOURCES[task].template, SOURCES[task].path)
+    dataset = load_recipe(shipped_recipes()[f"{task}_llama2"]).dataset
+    assert dataset is not None
+    assert (dataset.template, dataset.path) == (SOURCES[task].template, SOURCES[task].path)
+    path = write(tmp_path / "rows.jsonl", [SHIPPED_ROWS[task]])
+    template = "chat" if is_chat else dataset.template
+    columns = {role: str(name) for role, name in dataset.columns.items()}
+    ((_, example),) = read_examples(path, columns=columns, template=template)
+    assert example is not None
+    row = Encoder(tokenizer, template, 512).encode(example, 0).row
+    assert row is not None
+    trained = next(i for i, label in enumerate(row.labels) if label >= 0)
+    section = recipe(task, path)
+    ((prompt,), _) = build_prompts(read_questions(section), tokenizer, template, section)
+    assert prompt.input_ids == row.input_ids[:trained]
 
 
 def test_worked_examples_stand_before_the_question(tokenizer, rows_file: Path, tmp_path: Path):
     shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}] * 5)
-    prompting = Prompting(num_shots=2, shots_path=shots_file)
-    task = recipe("gsm8k", str(rows_file), limit=1)
-    shots = read_shots(task, prompting)
+    task = recipe("gsm8k", str(rows_file), limit=1, shots=2, shots_path=shots_file)
+    shots = read_shots(task)
     text = SOURCES["gsm8k"].template
-    ((prompt,), _) = build_prompts(read_questions(task), tokenizer, text, "gsm8k", prompting, shots)
+    ((prompt,), _) = build_prompts(read_questions(task), tokenizer, text, task, shots)
     example = "Question: 0 + 0?\nAnswer: 0\n\n"
     assert prompt.text == (
         example * 2 + "Question: Tom has 1 nuts and finds 2 more. How many?\nAnswer:"
     )
-    ((chat,), _) = build_prompts(read_questions(task), tokenizer, "chat", "gsm8k", prompting, shots)
+    ((chat,), _) = build_prompts(read_questions(task), tokenizer, "chat", task, shots)
     assert chat.text.count("<|user|>0 + 0?</s><|assistant|>0</s>") == 2
 
 
 def test_worked_examples_are_never_the_rows_that_are_scored(rows_file: Path):
-    with pytest.raises(InputError, match="must be other rows than those that are scored"):
-        read_shots(recipe("gsm8k", str(rows_file)), Prompting(num_shots=2))
+    for keys in ({"shots": 2}, {"prompt": "lm-eval"}):
+        with pytest.raises(InputError, match="must be other rows than those that are scored"):
+            read_shots(recipe("gsm8k", str(rows_file), **keys))
 
 
 def test_too_few_worked_examples_are_refused(rows_file: Path, tmp_path: Path):
     shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}])
-    prompting = Prompting(num_shots=2, shots_path=shots_file)
-    with pytest.raises(DataError, match="holds 1 worked examples, but num_shots is 2"):
-        read_shots(recipe("gsm8k", str(rows_file)), prompting)
+    task = recipe("gsm8k", str(rows_file), shots=2, shots_path=shots_file)
+    with pytest.raises(DataError, match="holds 1 worked examples, but 2 are wanted: set shots to"):
+        read_shots(task)
+
+
+def test_a_harness_has_its_own_number_of_worked_examples():
+    assert num_shots(EvaluationRecipe(task="gsm8k", prompt="lm-eval")) == 5
+    assert num_shots(EvaluationRecipe(task="mbpp", prompt="lm-eval")) == 3
+    assert num_shots(EvaluationRecipe(task="mbpp", prompt="lm-eval", shots=0)) == 0
+    assert num_shots(EvaluationRecipe(task="mbpp", prompt="bigcode")) == 0
 
 
 def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
-    task = recipe("mbpp", code_file, limit=1)
-    questions = read_questions(task)
     text = SOURCES["mbpp"].template
 
-    def prompt(style: PromptStyle) -> str:
-        prompting = Prompting(style)
-        shots = read_shots(task, prompting)
-        return build_prompts(questions, tokenizer, text, "mbpp", prompting, shots)[0][0].text
+    def prompt(style: str) -> str:
+        task = recipe("mbpp", code_file, limit=1, prompt=style)
+        shots = read_shots(task)
+        return build_prompts(read_questions(task), tokenizer, text, task, shots)[0][0].text
 
     tests = "assert add(0) == 11\nassert add(1) == 12\nassert add(2) == 13"
-    assert prompt("template") == (f"Task: Write a function that adds 11.\n{tests}\nPython:\n")
+    assert prompt("template") == (f"Task: Write a function that adds 11.\n\n{tests}\nPython:\n")
     assert prompt("bigcode") == ('"""\nWrite a function that adds 11.\nassert add(0) == 11\n"""\n')
     parts = prompt("lm-eval").split("\n\nYou are an expert")
     assert len(parts) == 4  # three worked examples, the ids 2, 3 and 4, and the question
@@ -196,22 +216,17 @@ def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
     assert parts[3].endswith(f"should pass these tests:\n\n{tests}\n[BEGIN]\n")
 
 
-def test_a_style_without_the_task_is_refused(tokenizer):
-    with pytest.raises(InputError, match="no bigcode prompt for the task gsm8k. Expected template"):
-        build_prompts([], tokenizer, "chat", "gsm8k", Prompting("bigcode"))
-
-
 @pytest.mark.parametrize(
-    ("prompting", "template", "task", "expected"),
+    ("keys", "template", "expected"),
     [
-        (Prompting(), "Question: {prompt}\nAnswer: {completion}", "gsm8k", ("\nQuestion:",)),
-        (Prompting(), "{prompt}\n{completion}", "gsm8k", ()),
-        (Prompting(), "chat", "gsm8k", ()),
-        (Prompting(stop=("x",)), "Question: {prompt}{completion}", "gsm8k", ("x",)),
-        (Prompting(stop=()), "Question: {prompt}{completion}", "gsm8k", ()),
-        (Prompting("lm-eval"), "chat", "mbpp", ("[DONE]",)),
-        (Prompting("lm-eval"), "chat", "gsm8k", ("Question:",)),
+        ({"task": "gsm8k"}, "Question: {prompt}\nAnswer: {completion}", ("\nQuestion:",)),
+        ({"task": "gsm8k"}, "{prompt}\n{completion}", ()),
+        ({"task": "gsm8k"}, "chat", ()),
+        ({"task": "gsm8k", "stop": ["x"]}, "Question: {prompt}{completion}", ("x",)),
+        ({"task": "gsm8k", "stop": []}, "Question: {prompt}{completion}", ()),
+        ({"task": "mbpp", "prompt": "lm-eval"}, "chat", ("[DONE]",)),
+        ({"task": "gsm8k", "prompt": "lm-eval"}, "chat", ("Question:",)),
     ],
 )
-def test_stop_strings(prompting: Prompting, template: str, task: str, expected: tuple[str, ...]):
-    assert stop_strings(prompting, template, task) == expected
+def test_stop_strings(keys: dict[str, Any], template: str, expected: tuple[str, ...]):
+    assert stop_strings(EvaluationRecipe(**keys), template) == expected

@@ -42,9 +42,12 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         InputError: If plotly is not installed.
     """
     methods = list(dict.fromkeys(summary.method for summary in verdict.summaries))
+    most = max(s.validation_loss.n for s in verdict.summaries)
+    budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(methods)}
     parts = {
         "model": escape(verdict.model),
+        "at": f"at {budget:,} parameters",
         "subtitle": escape(
             f"{verdict.steps} steps a trial, {len(rows)} trials; the reference is "
             f"{verdict.reference}; bands and bars span the seeds, intervals are 95 %."
@@ -64,7 +67,7 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         ),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in verdict.notes) or "<li>none</li>",
         "plotly": plotly_script("the page of a comparison"),
-        "data": script_json(_figures(verdict, rows, colours)),
+        "data": script_json(_figures(verdict, rows, budget, colours)),
     }
     template = files("kpsvd_tune.report").joinpath("comparison_page.html")
     text = template.read_text(encoding="utf-8")
@@ -72,11 +75,9 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
 
 
 def _figures(
-    verdict: Comparison, rows: Sequence[TrialRow], colours: Mapping[str, str]
+    verdict: Comparison, rows: Sequence[TrialRow], budget: int, colours: Mapping[str, str]
 ) -> dict[str, Any]:
     """Traces and axis titles of each figure, as plotly.js takes them."""
-    most = max(s.validation_loss.n for s in verdict.summaries)
-    budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
     shown = [s for s in verdict.summaries if s.budget == budget]
     chosen = {s.method: _chosen(s, rows) for s in shown}
     curves, norms = [], []
@@ -86,9 +87,12 @@ def _figures(
         curves += _band(method, steps, losses, colours[method])
         smooth = [_moving_median(row.grad_norms) for row in own]
         norms += _band(method, list(range(1, len(smooth[0]) + 1)), smooth, colours[method])
-    at = f"at {budget:,} parameters"
+    # The first validation after the start sets the scale; the start itself would flatten the rest.
+    later = [loss for own in chosen.values() for r in own for _, loss in r.validation_losses[1:]]
+    low, high = min(later, default=0.0), max(later, default=1.0)
+    scale = {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
     return {
-        "curves": _figure(curves, "step", f"validation loss, {at}"),
+        "curves": _figure(curves, "step", "validation loss", scale=scale),
         "front": _figure(
             [
                 _front(m, [s for s in verdict.summaries if s.method == m], c)
@@ -101,10 +105,10 @@ def _figures(
         "rates": _figure(
             [trace for m, c in colours.items() for trace in _rates(m, rows, budget, c)],
             "learning rate",
-            f"validation loss, {at}",
+            "validation loss",
             x_type="log",
         ),
-        "norms": _figure(norms, "step", f"gradient norm before clipping, {at}", y_type="log"),
+        "norms": _figure(norms, "step", "gradient norm", y_type="log"),
     }
 
 
@@ -198,11 +202,12 @@ def _figure(
     *,
     x_type: str = "linear",
     y_type: str = "linear",
+    scale: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
         "traces": traces,
         "x": {"title": {"text": x_title}, "type": x_type},
-        "y": {"title": {"text": y_title}, "type": y_type},
+        "y": {"title": {"text": y_title}, "type": y_type, **(scale or {})},
     }
 
 

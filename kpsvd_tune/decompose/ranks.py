@@ -36,6 +36,9 @@ def rank_report(
     Raises:
         AdapterError: A budget below the minima, or an override that matches nothing.
     """
+    if rank.energy == "auto":
+        # Only training tells; until then the default stands in.
+        rank = rank.model_copy(update={"energy": RankRecipe().energy})
     spectra = [
         LayerSpectrum(done.name, done.values[: rank.window], done.squared_norm, done.shape)
         for done in finished
@@ -66,11 +69,9 @@ def rank_report(
 
 
 def _rule(rank: RankRecipe) -> RankRule:
-    settings = {key: value for key, value in rank.model_dump().items() if key != "overrides"}
-    if rank.energy == "auto":
-        # Only training tells; until then the default stands in.
-        settings["energy"] = RankRecipe().energy
-    return RankRule(**settings)
+    return RankRule(
+        **{key: value for key, value in rank.model_dump().items() if key != "overrides"}
+    )
 
 
 def _overrides(rank: RankRecipe) -> dict[str, int | dict[str, Any]]:

@@ -71,6 +71,11 @@ def init_only(
         events.end_progress()
         for note in decomposition.notes:
             events.note(note)
+        if recipe.adapter.rank.energy == "auto":
+            default = decomposition.report.rule["energy"]
+            events.note(
+                f"adapter.rank.energy: auto is chosen by `train`; here {default:g} stands in"
+            )
         missing_page = write_rank_report(decomposition.report, run.init)
     if missing_page is not None:
         events.note(missing_page)

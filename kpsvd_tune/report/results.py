@@ -169,6 +169,7 @@ class StepMetrics(_Result):
         tokens_per_second: The same, per second of the step.
         seconds: Time since the run began.
         validation_loss: Loss on the held-out rows, where this step measured it.
+        skipped: Why the step moved no weight; None for a step that was taken.
     """
 
     step: int
@@ -180,6 +181,7 @@ class StepMetrics(_Result):
     tokens_per_second: float
     seconds: float
     validation_loss: float | None = None
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class TrainResult(_Result):
         trainable_parameters: Parameters that were trained.
         wall_seconds: Time the run took.
         peak_memory_bytes: Most memory of one process: of the device, or resident on a CPU.
+        best_step: The step with the lowest validation loss, whose checkpoint is kept; None without
+            validations during the run.
     """
 
     train_loss: float
@@ -203,6 +207,7 @@ class TrainResult(_Result):
     trainable_parameters: int
     wall_seconds: float
     peak_memory_bytes: int
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)

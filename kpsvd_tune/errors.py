@@ -58,6 +58,8 @@ class InputError(KpsvdTuneError):
 class RecipeError(InputError):
     """The recipe or an override is wrong; the message holds one line for each fault."""
 
+    is_everywhere = True
+
 
 class DataError(InputError):
     """The dataset cannot be read or used as the recipe says."""

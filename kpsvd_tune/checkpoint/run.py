@@ -242,8 +242,9 @@ class RunDirectory:
         state = self.load(checkpoint)
         if durable.sync_file(self.metrics_file) < state.metrics_bytes:
             _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
-        durable.truncate_file(self.metrics_file, state.metrics_bytes)
+        # First, for a checkpoint that can still be chosen needs its lines of the log.
         self._abandon_after(state.step)
+        durable.truncate_file(self.metrics_file, state.metrics_bytes)
         return state
 
     def _choose(self, explicit: Path | None) -> Path | None:

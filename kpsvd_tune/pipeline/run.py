@@ -25,7 +25,7 @@ from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.scoring import check_code_execution
 from kpsvd_tune.launch import tell_phase
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_tokenizer
-from kpsvd_tune.pipeline.save import save_adapter
+from kpsvd_tune.pipeline.save import explained_disk, save_adapter
 from kpsvd_tune.pipeline.score import Scorer, as_mapping
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model, report_decomposition
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
@@ -221,9 +221,10 @@ def _decompose(
         events.end_progress()
         for note in decomposition.notes:
             events.note(note)
-        # Factors last: with them the stage counts as done.
-        write_rank_report(decomposition.report, run.init)
-        decomposition.save_factors(factors_file)
+        with explained_disk(run.init):
+            # Factors last: with them the stage counts as done.
+            write_rank_report(decomposition.report, run.init)
+            decomposition.save_factors(factors_file)
         run.update(init_seconds=time.monotonic() - began)
 
     is_ours = start.checkpoint is not None or start.is_same

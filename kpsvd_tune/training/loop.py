@@ -24,7 +24,7 @@ from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
 from kpsvd_tune.training.nonfinite import skip_or_refuse
-from kpsvd_tune.training.processes import gather_numbers, peak_memory_bytes
+from kpsvd_tune.training.processes import gather_numbers, is_lost_process, peak_memory_bytes
 from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.signals import StopSignals
 from kpsvd_tune.training.step import Stepper
@@ -110,6 +110,11 @@ class Training:
         with self._signals:
             try:
                 yield from self._steps()
+            except RuntimeError as error:
+                # The others may have got the signal just before or after they could catch it.
+                if self._signals.requested and is_lost_process(error):
+                    raise StoppedBySignal(self._signals.requested) from error
+                raise
             finally:
                 self._tracking.end()
 

@@ -17,6 +17,7 @@ from accelerate.state import PartialState  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
 from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
+    DistributedType,
     GradientAccumulationPlugin,
 )
 
@@ -67,6 +68,13 @@ def make_accelerator(
     )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        kind = str(accelerator.distributed_type.value)
+        raise RecipeError(
+            f"Accelerate's configuration asks for {kind}; expected plain processes (MULTI_GPU or "
+            "MULTI_CPU): take it out of the configuration, and set train.parallel: fsdp to share "
+            "out the weights"
+        )
     global _patient_group
     if dist.is_available() and dist.is_initialized() and _patient_group is None:
         # Made while all processes are here, for making it is a meeting with a time limit.
@@ -132,14 +140,20 @@ def name_lost_process(phase: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = str(error).lower()
-        if not (dist.is_initialized() and any(each in words for each in _LOST)):
+        if not is_lost_process(error):
             raise
         reason = str(error).splitlines()[0]
         raise RunError(
             f"rank {dist.get_rank()} lost the connection to another rank, which has died, while "
             f"{phase()} ({reason}). The last checkpoint is whole; the same command goes on from it"
         ) from error
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    words = str(error).lower()
+    is_together = dist.is_available() and dist.is_initialized()
+    return is_together and any(each in words for each in _LOST)
 
 
 def gather_numbers(accelerator: Accelerator, numbers: Sequence[float]) -> list[list[float]]:

@@ -69,8 +69,8 @@ class Progress:
         """The metrics of a step whose validation and line are still to come."""
         if self.pending is None:
             return None
-        numbers = {"loss", "grad_norm"}
-        return StepMetrics(**{k: float(v) if k in numbers else v for k, v in self.pending.items()})
+        numbers = {name: float(self.pending[name]) for name in ("loss", "grad_norm")}
+        return StepMetrics(**{**self.pending, **numbers})
 
     def count_validation(self, loss: float, rule: EarlyStopping | None) -> None:
         """Take in a validation loss, and decide about stopping early."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
+from kpsvd_tune.training import Training
 from kpsvd_tune.training.nonfinite import find_fault
 
 
@@ -82,7 +83,7 @@ def spoil(model, training, steps, times=99):
 
 
 def run_spoiled(start_training, model, folder, steps, times=99, **changes):
-    holder = []
+    holder: list[Training] = []
     spoil(model, lambda: holder[0], steps, times)
     holder.append(start_training(folder, model=model, **changes))
     return holder[0]
@@ -178,7 +179,7 @@ def test_retries_before_the_first_checkpoint_and_their_end(start_training, lora_
     model = lora_model()
     before = weights(model)
     training = run_spoiled(start_training, model, "run", {2}, on_nonfinite="retry")
-    steps = []
+    steps: list[int] = []
     with pytest.raises(NonFiniteError, match=r"tried again 2 times, the last one with 0\.25 times"):
         steps.extend(metrics.step for metrics in training.steps())
     assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()

@@ -15,8 +15,8 @@ from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.step import _check_shardable
 from kpsvd_tune.training.processes import make_accelerator
+from kpsvd_tune.training.step import _check_shardable
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -161,7 +161,7 @@ def main(folder: Path) -> None:
     train(folder, "parts+resumed", dropout=0.3, batch_size=2)
     train(folder, "nan", batch_size=2, plant=plant_nan)
     train(folder, "signal", batch_size=2, plant=kill_once)
-    sharded = {"batch_size": 2, "parallel": "fsdp"}
+    sharded: dict[str, Any] = {"batch_size": 2, "parallel": "fsdp"}
     train(folder, "sharded", **sharded)
     train(folder, "sharded-accumulated", parallel="fsdp", batch_size=1, gradient_accumulation=2)
     train(folder, "sharded-checkpointing", **sharded, gradient_checkpointing=True)

@@ -192,10 +192,7 @@ class RunDirectory:
         return folder
 
     def rewind(self) -> Path:
-        """Go back to the newest whole checkpoint: cut the log to it, move later ones away.
-
-        Returns:
-            Its folder.
+        """Go back to the newest whole checkpoint and give it; later ones are moved away.
 
         Raises:
             CheckpointError: There is none.

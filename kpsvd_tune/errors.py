@@ -38,9 +38,15 @@ __all__ = [
 
 
 class KpsvdTuneError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what the command line returns."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        exit_code: What the command line returns.
+        is_everywhere: Whether every process of the run raises it, so that one message is enough.
+    """
 
     exit_code: int = 1
+    is_everywhere: bool = False
 
 
 class InputError(KpsvdTuneError):
@@ -51,6 +57,8 @@ class InputError(KpsvdTuneError):
 
 class RecipeError(InputError):
     """The recipe or an override is wrong; the message holds one line for each fault."""
+
+    is_everywhere = True
 
 
 class DataError(InputError):
@@ -85,10 +93,13 @@ class NonFiniteError(KpsvdTuneError):
     """The loss or the gradient norm is infinite or NaN."""
 
     exit_code = 3
+    is_everywhere = True
 
 
 class StoppedBySignal(KpsvdTuneError):
     """A signal asked the run to stop; raised after the state was saved."""
+
+    is_everywhere = True
 
     def __init__(self, signum: int) -> None:
         """Take the number of the signal; the exit code is 128 + signum, as shells have it."""

@@ -7,25 +7,40 @@ Accelerate in the workers reads the same environment variables that torchrun wou
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 # After one rank failed the others get this long to end by themselves, then they are killed:
 # a rank that waits for the dead one would wait for ever.
 GRACE_SECONDS = 10.0
+# Names the file in which a rank keeps what it is doing, for the message if it dies.
+PHASE_FILE = "KPSVD_TUNE_PHASE_FILE"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def tell_phase(phase: str) -> None:
+    """Tell the launcher, where there is one, what this rank does now, such as "training"."""
+    if path := os.environ.get(PHASE_FILE):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(phase, encoding="utf-8")
 
 
 def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
 
     SIGINT and SIGTERM are passed on to every rank once; each saves and ends by itself. A second
-    one kills them.
+    one kills them. When this process is killed itself, Linux sends the ranks a SIGTERM, so none
+    is left behind.
 
     Args:
         arguments: What follows `kpsvd-tune` on the command line.
@@ -47,15 +62,23 @@ def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # Every rank with all threads is slower than one rank alone.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_processes)))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "kpsvd_tune", *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            # A group of its own: the terminal's Ctrl-C reaches the ranks through us alone, once.
-            start_new_session=True,
-        )
-        for rank in range(num_processes)
-    ]
+    with tempfile.TemporaryDirectory(prefix="kpsvd-tune-") as folder:
+        phases = [Path(folder, str(rank)) for rank in range(num_processes)]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "kpsvd_tune", *arguments],
+                env=environment
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), PHASE_FILE: str(phases[rank])},
+                # A group of its own: a terminal's Ctrl-C reaches the ranks through us alone, once.
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+            for rank in range(num_processes)
+        ]
+        return _attend(ranks, phases)
+
+
+def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
     signals = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -67,7 +90,7 @@ def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(ranks)
+        return _wait(ranks, phases)
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -77,7 +100,7 @@ def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
     first_failure: int | None = None
     deadline = float("inf")
     while True:
@@ -88,20 +111,34 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 deadline = time.monotonic() + GRACE_SECONDS
                 if code < 0:
                     name = signal.Signals(-code).name
-                    print(f"error: rank {index} was killed by {name}", file=sys.stderr)
+                    doing = _phase(phases[index])
+                    print(f"error: rank {index} was killed by {name} {doing}", file=sys.stderr)
         if all(code is not None for code in codes):
             return first_failure or 0
         if time.monotonic() > deadline:
-            waiting = [str(index) for index, code in enumerate(codes) if code is None]
-            print(
-                f"error: a rank failed; stopping rank {', '.join(waiting)}, which still waits",
-                file=sys.stderr,
-            )
-            for rank in ranks:
-                if rank.poll() is None:
+            for index, rank in enumerate(ranks):
+                if codes[index] is None:
+                    doing = _phase(phases[index])
+                    print(
+                        f"error: a rank failed; stopping rank {index}, which still waits {doing}",
+                        file=sys.stderr,
+                    )
                     rank.kill()
             deadline = float("inf")
         time.sleep(0.05)
+
+
+def _phase(file: Path) -> str:
+    """What a rank did last, as the end of a sentence."""
+    try:
+        return f"while {file.read_text(encoding='utf-8')}"
+    except OSError:
+        return "while starting"
+
+
+def _end_with_parent() -> None:
+    """In a new rank: ask Linux for a SIGTERM when the launcher ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
-import socket
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.checkpoint.commit import commit, read_committed
 from kpsvd_tune.checkpoint.identity import Change, changes, describe, refused
+from kpsvd_tune.checkpoint.lock import lock_folder
 from kpsvd_tune.checkpoint.state import TrainingState, from_files, to_files
 from kpsvd_tune.errors import CheckpointError
 
@@ -27,6 +25,7 @@ _ENTRIES = (
     "recipe.yaml",
     "run.json",
     "init",
+    "probes",
     "metrics.jsonl",
     "checkpoints",
     "adapter",
@@ -80,26 +79,8 @@ class RunDirectory:
             CheckpointError: Another process holds it; the message names it.
             ResourceError: The folder cannot be made.
         """
-        durable.make_folder(self.path)
-        with durable.explained(f"open {self.path / '.lock'}"):
-            file = (self.path / ".lock").open("a+", encoding="utf-8")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise CheckpointError(
-                    f"{self.path} is in use by another run ({holder}); wait for it, stop it, or "
-                    "choose another output_dir"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
+        with lock_folder(self.path):
+            yield
 
     def begin(
         self,
@@ -159,11 +140,7 @@ class RunDirectory:
                 f"{self.path} holds a finished run without checkpoints, which cannot go on with "
                 "other settings; choose another output_dir or pass --resume never"
             )
-        state = self.load(checkpoint)
-        if durable.sync_file(self.metrics_file) < state.metrics_bytes:
-            _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
-        durable.truncate_file(self.metrics_file, state.metrics_bytes)
-        self._abandon_after(state.step)
+        state = self._return_to(checkpoint)
         durable.replace_file(self.recipe_file, recipe_text.encode())
         history = recorded.get("changes", []) + [
             {"step": state.step, "key": key, "old": old, "new": new}
@@ -188,8 +165,13 @@ class RunDirectory:
         text = json.dumps(line, allow_nan=False)
         durable.append_file(self.metrics_file, f"{text}\n".encode())
 
-    def save(self, state: TrainingState, keep: int) -> Path:
+    def save(self, state: TrainingState, keep: int, best_step: int | None = None) -> Path:
         """Commit a checkpoint, then delete the oldest beyond `keep`.
+
+        Args:
+            state: What to save.
+            keep: How many of the newest stay.
+            best_step: The step of one more that stays, however old.
 
         Returns:
             Its folder.
@@ -203,11 +185,24 @@ class RunDirectory:
         state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
         folder = self.checkpoints / f"step-{state.step:06d}"
         commit(folder, to_files(state))
-        for _, old in self._steps()[keep:]:
-            durable.remove_folder(old)
+        for step, old in self._steps()[keep:]:
+            if step != best_step:
+                durable.remove_folder(old)
         for leftover in self.checkpoints.glob(".removed-*"):
             durable.remove_folder(leftover)
         return folder
+
+    def rewind(self) -> Path:
+        """Go back to the newest whole checkpoint and give it; later ones are moved away.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        checkpoint = self.newest_checkpoint()
+        if checkpoint is None:
+            raise CheckpointError(f"{self.checkpoints} holds no checkpoint to go back to")
+        self._return_to(checkpoint)
+        return checkpoint
 
     def load(self, checkpoint: Path) -> TrainingState:
         """Read a checkpoint, every file checked.
@@ -240,6 +235,15 @@ class RunDirectory:
                 + "\nPass --resume never to start again; this run is then kept in previous/."
             )
         return None
+
+    def _return_to(self, checkpoint: Path) -> TrainingState:
+        state = self.load(checkpoint)
+        if durable.sync_file(self.metrics_file) < state.metrics_bytes:
+            _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
+        # First, for a checkpoint that can still be chosen needs its lines of the log.
+        self._abandon_after(state.step)
+        durable.truncate_file(self.metrics_file, state.metrics_bytes)
+        return state
 
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:

@@ -21,8 +21,9 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
-        if code == 130:
-            # typer turns a Ctrl-C into this code, without a word.
+        if code == 130 and "WORLD_SIZE" not in os.environ:
+            # typer turns a Ctrl-C into this code, without a word; of several ranks, the launcher
+            # says it once.
             _say("stopped")
         return code if isinstance(code, int) else 0
     except TyperException as error:

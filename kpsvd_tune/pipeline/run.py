@@ -14,25 +14,32 @@ from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, Start, read_json
-from kpsvd_tune.data import PreparedData, TokenizedRow, prepare
+from kpsvd_tune.checkpoint import RunDirectory, read_json
+from kpsvd_tune.data import TokenizedRow, prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
-from kpsvd_tune.decompose import Decomposition, layers_of
+from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.sandbox import Sandbox
-from kpsvd_tune.models import ModelSource, base_fingerprint, load_tokenizer
+from kpsvd_tune.launch import tell_phase
+from kpsvd_tune.models import base_fingerprint, load_tokenizer
+from kpsvd_tune.pipeline.initialise import initialise
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model
-from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
-from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.score import as_mapping
-from kpsvd_tune.training import Training, make_accelerator, on_main_process
+from kpsvd_tune.training import (
+    Training,
+    end_processes,
+    make_accelerator,
+    name_lost_process,
+    on_main_process,
+)
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
@@ -64,8 +71,14 @@ def train(
     Raises:
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`; the message says what to do.
     """
-    if recipe.dataset is None:
+    dataset = recipe.dataset
+    if dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
+    if recipe.train.parallel == "fsdp" and recipe.evaluation:
+        raise RecipeError(
+            "evaluation: answers are not generated from sharded weights (train.parallel: fsdp); "
+            "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
+        )
     # Everything that can be refused is refused before the first long stage.
     check_tasks(
         recipe.evaluation,
@@ -75,12 +88,21 @@ def train(
         offline=offline,
     )
     run = RunDirectory(recipe.output_dir)
-    accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
+    phase = _Phase()
     with ExitStack() as stack:
+        phase.enter("meeting the other ranks")
+        stack.callback(end_processes)
+        accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
+        stack.enter_context(name_lost_process(lambda: phase.name))
         on_main_process(accelerator, lambda: stack.enter_context(run.lock()))
+        phase.enter("finding the base model")
         source = on_main_process(accelerator, lambda: find_model(recipe, offline))
         tokenizer = load_tokenizer(source)
-        data = _prepare(recipe.dataset, tokenizer, recipe.train.seed, events, offline)
+        phase.enter("reading and tokenising the data")
+        train_rows, validation_rows, data_sha256 = on_main_process(
+            accelerator,
+            lambda: _prepare(dataset, tokenizer, recipe.train.seed, events, offline),
+        )
         base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
         start = on_main_process(
             accelerator,
@@ -89,7 +111,7 @@ def train(
                 {
                     "recipe": recipe.model_dump(mode="json"),
                     "base": base_files,
-                    "dataset": data.sha256,
+                    "dataset": data_sha256,
                     "num_processes": accelerator.num_processes,
                 },
                 _about(recipe, accelerator),
@@ -103,15 +125,25 @@ def train(
                 "another output_dir or pass --resume never"
             )
             return read_json(run.results_file)
+        phase.enter("decomposing the base model")
         pad_id = pad_token_id(tokenizer)
-        report, factors = _decompose(
-            recipe, source, data.train, pad_id, run, start, accelerator, events
+        recipe, report, factors = initialise(
+            recipe,
+            source,
+            train_rows,
+            validation_rows,
+            pad_id,
+            run,
+            start,
+            accelerator,
+            events,
         )
+        phase.enter("loading the base model")
         layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
         model = adapt(recipe, source, layers, factors, base_files)
         scorer = Scorer(
             tokenizer,
-            recipe.dataset,
+            dataset,
             accelerator.device,
             events,
             offline=offline,
@@ -119,17 +151,18 @@ def train(
             sandbox=sandbox,
         )
         tasks = labelled(recipe.evaluation)
+        phase.enter("scoring the base model")
         # Offsets are zero here, so this is the base model's score, also when a run goes on.
         before = scorer.score_all(
             model,
             {label: task for label, task in tasks.items() if task.before},
             run.path / "evaluation" / "before",
         )
-        check_known_tokens(data.train, model.get_input_embeddings().num_embeddings)
+        check_known_tokens(train_rows, model.get_input_embeddings().num_embeddings)
         training = Training(
             model,
-            data.train,
-            data.validation,
+            train_rows,
+            validation_rows,
             recipe.train,
             accelerator,
             run,
@@ -145,19 +178,33 @@ def train(
         if start.checkpoint is not None:
             events.note(f"continuing from {start.checkpoint}")
         events.stage(f"training for {training.num_steps} steps")
+        phase.enter(f"training, step {training.progress.step + 1} of {training.num_steps}")
         for metrics in training.steps():
             events.step(metrics, training.num_steps)
+            phase.enter(f"training, step {metrics.step + 1} of {training.num_steps}")
         events.end_progress()
+        phase.enter("scoring and saving")
         outcome = training.result()
+        weights = training.trained_weights()
         after = scorer.score_all(model, tasks, run.path / "evaluation" / "after")
         results = outcome.to_dict() | _scores(before, after)
         if tasks:
             results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(
-            accelerator, lambda: _finish(run, model, tokenizer, recipe, report, results)
+            accelerator, lambda: _finish(run, model, weights, tokenizer, recipe, report, results)
         )
         events.note(f"adapter: {run.adapter}, results: {run.results_file}")
     return results
+
+
+class _Phase:
+    """What this process is doing, for the message where it or another one dies."""
+
+    name = "starting"
+
+    def enter(self, name: str) -> None:
+        self.name = name
+        tell_phase(name)
 
 
 def _prepare(
@@ -166,7 +213,8 @@ def _prepare(
     seed: int,
     events: Events,
     offline: bool,
-) -> PreparedData:
+) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str]:
+    """Rows to train on, held-out rows, and the hash of both."""
     events.stage(f"reading {dataset.path}")
     data = prepare(
         dataset,
@@ -176,49 +224,7 @@ def _prepare(
         progress=lambda done, total: events.advance("tokenising", done, total),
     )
     events.preflight(data.report)
-    return data
-
-
-def _decompose(
-    recipe: Recipe,
-    source: ModelSource,
-    rows: Sequence[TokenizedRow],
-    pad_id: int,
-    run: RunDirectory,
-    start: Start,
-    accelerator: Accelerator,
-    events: Events,
-) -> tuple[RankReport, Mapping[str, Any]]:
-    """The decomposition of this run: read back where a run goes on, never made twice."""
-    factors_file, report_file = run.init / "factors.safetensors", run.init / "rank_report.json"
-
-    def compute() -> None:
-        events.stage(f"decomposing {recipe.model.path}")
-        began = time.monotonic()
-        decomposition = starting_factors(
-            recipe,
-            source,
-            rows,
-            pad_id,
-            accelerator.device,
-            events,
-            seed=recipe.train.seed,
-        )
-        for note in decomposition.notes:
-            events.note(note)
-        # Factors last: with them the stage counts as done.
-        missing_page = write_rank_report(decomposition.report, run.init)
-        if missing_page is not None:
-            events.note(missing_page)
-        decomposition.save_factors(factors_file)
-        run.update(init_seconds=time.monotonic() - began)
-
-    is_ours = start.checkpoint is not None or start.is_same
-    if not (is_ours and factors_file.is_file() and report_file.is_file()):
-        on_main_process(accelerator, compute)
-    report = RankReport.from_dict(read_json(report_file))
-    events.ranks(report)
-    return report, Decomposition.load_factors(factors_file)
+    return data.train, data.validation, data.sha256
 
 
 def _scores(
@@ -241,12 +247,13 @@ def _scores(
 def _finish(
     run: RunDirectory,
     model: PeftModel,
+    weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     report: RankReport,
     results: Mapping[str, Any],
 ) -> None:
-    save_adapter(model, tokenizer, run.adapter, recipe, report, results)
+    save_adapter(model, weights, tokenizer, run.adapter, recipe, report, results)
     run.finish(results)
 
 

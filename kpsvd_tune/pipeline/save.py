@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
+from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.score import score_table
@@ -21,6 +27,7 @@ _EVALUATION = "## Evaluation"
 
 def save_adapter(
     model: PeftModel,
+    weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     recipe: Recipe,
@@ -31,25 +38,63 @@ def save_adapter(
 
     Args:
         model: The trained model.
+        weights: Its trained tensors by name, whole where the model holds only this process's part.
         tokenizer: Kept beside the adapter, as PEFT's users expect.
         folder: Replaced if it exists.
         recipe: For the model card.
         report: For the model card.
         results: For the model card.
+
+    Raises:
+        ResourceError: The disk refused; an adapter that was there stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder.parent))
+    durable.make_folder(folder.parent)
+    with explained_disk(folder):
+        partial = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder.parent))
     try:
-        # No embedding is ever adapted; "auto" would ask the hub about the base model.
-        model.save_pretrained(str(partial), save_embedding_layers=False)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_card(model, recipe, report, results), encoding="utf-8")
-        partial.chmod(0o755)
+        with explained_disk(folder):
+            _write(model, weights, tokenizer, partial, _card(model, recipe, report, results))
         if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+            durable.remove_folder(folder)
+        durable.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained_disk(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise where a disk refuses into our message.
+
+    Raises:
+        ResourceError: Names the path, and what to do.
+    """
+    with durable.explained(f"write {path}"):
+        try:
+            yield
+        except SafetensorError as error:
+            # The library keeps the system's number only in its text.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _write(
+    model: PeftModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+) -> None:
+    # No embedding is ever adapted; "auto" would ask the hub about the base model.
+    model.save_pretrained(
+        str(folder), state_dict={**model.state_dict(), **weights}, save_embedding_layers=False
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        durable.sync_file(file)
 
 
 def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]) -> str:

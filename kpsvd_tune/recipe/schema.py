@@ -100,6 +100,17 @@ class EarlyStopping(Section):
     )
 
 
+class NonfiniteRecipe(Section):
+    """How far `train.on_nonfinite` goes before the run ends all the same."""
+
+    max_streak: int = Field(default=3, ge=1, description="skip: most steps skipped in a row")
+    max_total: int = Field(default=20, ge=1, description="skip: most steps skipped in all")
+    max_retries: int = Field(default=2, ge=1, description="retry: returns to the last checkpoint")
+    retry_factor: Number = Field(
+        default=0.5, gt=0, le=1, description="retry: what each return multiplies the rate by"
+    )
+
+
 class TrainRecipe(Section):
     """The training loop."""
 
@@ -146,14 +157,21 @@ class TrainRecipe(Section):
     save_every: int = Field(
         default=50, ge=0, description="steps between checkpoints; 0: at the end only"
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints to keep")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="newest checkpoints to keep, besides the best one"
+    )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of everything random")
     num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: none")
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how several processes share work"
     )
     on_nonfinite: Literal["abort", "skip", "retry"] = Field(
-        default="abort", description="what a loss or gradient that is infinite or NaN leads to"
+        default="abort",
+        description="where a loss or gradient is infinite or NaN: end the run, skip the step, or "
+        "retry from the last checkpoint with a lower rate",
+    )
+    nonfinite: NonfiniteRecipe = Field(
+        default_factory=NonfiniteRecipe, description="limits of on_nonfinite: skip and retry"
     )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="stop when the validation loss no longer falls; null: never"

@@ -164,6 +164,7 @@ class StepMetrics(Result):
         tokens_per_second: The same, per second of the step.
         seconds: Time since the run began.
         validation_loss: Loss on the held-out rows, where this step measured it.
+        skipped: Why the step moved no weight; None for a step that was taken.
     """
 
     step: int
@@ -175,6 +176,7 @@ class StepMetrics(Result):
     tokens_per_second: float
     seconds: float
     validation_loss: float | None = None
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class TrainResult(Result):
         trainable_parameters: Parameters that were trained.
         wall_seconds: Time the run took.
         peak_memory_bytes: Most memory of one process: of the device, or resident on a CPU.
+        best_step: The step with the lowest validation loss, whose checkpoint is kept; None without
+            validations during the run.
     """
 
     train_loss: float
@@ -198,6 +202,7 @@ class TrainResult(Result):
     trainable_parameters: int
     wall_seconds: float
     peak_memory_bytes: int
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)

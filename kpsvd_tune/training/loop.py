@@ -6,9 +6,7 @@ step, validate if it is time, log the line, commit a checkpoint if it is time, o
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,20 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
-from torch import nn
+from torch import Tensor, nn
 
-from kpsvd_tune.checkpoint import RunDirectory, TrainingState, load_random_state, random_state
+from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
-from kpsvd_tune.errors import RecipeError, StoppedBySignal
+from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
-from kpsvd_tune.training.processes import gather_numbers, on_main_process, peak_memory_bytes
-from kpsvd_tune.training.progress import Progress
+from kpsvd_tune.training.nonfinite import skip_or_refuse
+from kpsvd_tune.training.processes import gather_numbers, is_lost_process, peak_memory_bytes
+from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.signals import StopSignals
 from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.stream import stream_steps
@@ -64,7 +60,7 @@ class Training:
     Raises:
         AdapterError: Nothing is trainable.
         CheckpointError: The checkpoint is damaged or does not fit the model.
-        RecipeError: The recipe asks for something that this version does not do.
+        RecipeError: The recipe asks for what shared-out weights (fsdp) cannot do.
     """
 
     def __init__(
@@ -81,7 +77,6 @@ class Training:
         settings: Mapping[str, Any] | None = None,
         rate_factors: Mapping[str, float] | None = None,
     ) -> None:
-        _refuse_unavailable(recipe)
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
         self._train_rows, self._validation_rows = train_rows, validation_rows
         self._sampler = StatelessSampler(
@@ -100,12 +95,8 @@ class Training:
         self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
         self._signals = StopSignals()
         self._signal = 0
-        self._saved_step = 0
-        self.progress = Progress()
-        if checkpoint is None:
-            _seed_everything(recipe.seed, accelerator.process_index, 0)
-        else:
-            self._restore(run.load(checkpoint))
+        self._saving = Saving(self._stepper, run, accelerator, recipe)
+        self.progress = self._saving.start(checkpoint)
         self._began = time.monotonic() - self.progress.seconds
         self._tracking = Tracking(accelerator, settings or {})
 
@@ -113,13 +104,19 @@ class Training:
         """Train, giving the metrics of each step once the step is done, logged and saved.
 
         Raises:
-            NonFiniteError: A loss or gradient is infinite or NaN; the step was not taken.
+            NonFiniteError: A loss or gradient is infinite or NaN, and the recipe wants no skip or
+                retry, or no more of them; the step was not taken.
             StoppedBySignal: SIGINT or SIGTERM came; the state was saved.
             ResourceError: The disk refused a checkpoint or a line of metrics.
         """
         with self._signals:
             try:
                 yield from self._steps()
+            except RuntimeError as error:
+                # The others may have got the signal just before or after they could catch it.
+                if self._signals.requested and is_lost_process(error):
+                    raise StoppedBySignal(self._signals.requested) from error
+                raise
             finally:
                 self._tracking.end()
 
@@ -134,7 +131,12 @@ class Training:
             trainable_parameters=sum(parameter.numel() for parameter in self._stepper.names),
             wall_seconds=self.progress.seconds,
             peak_memory_bytes=int(max(each for (each,) in peak)),
+            best_step=self.progress.best_step,
         )
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Every trained tensor by its name in the model, whole; all processes must ask."""
+        return self._stepper.trained_weights()
 
     @property
     def _is_over(self) -> bool:
@@ -146,21 +148,35 @@ class Training:
         if self._validation_rows and progress.step == 0:
             progress.validation_loss_before = progress.validation_loss = self._validate()
             self._obey()
-        if progress.pending is not None:
-            yield self._complete(StepMetrics(**progress.pending))
-        batches = stream_steps(
+        if self._recipe.on_nonfinite == "retry" and progress.step == 0:
+            # To go back to if one of the first steps fails.
+            self._save()
+        if (pending := progress.pending_metrics()) is not None:
+            yield self._complete(pending)
+        batches = self._batches()
+        while not self._is_over:
+            try:
+                metrics = self._complete(self._take_step(next(batches)))
+            except NonFiniteError as error:
+                self.progress = self._saving.go_back(self.progress, error)
+                batches.close()
+                batches = self._batches()
+            else:
+                yield metrics
+        # One that came while the last checkpoint was written.
+        self._agree_on_signal()
+        self._obey()
+
+    def _batches(self) -> Generator[list[MicroBatch], None, None]:
+        """This process's batches from the next step on."""
+        return stream_steps(
             self._train_rows,
             self._sampler,
-            range(progress.step, self.num_steps),
+            range(self.progress.step, self.num_steps),
             self._accelerator.process_index,
             self._make_batch,
             self._recipe.num_workers,
         )
-        while not self._is_over:
-            yield self._complete(self._take_step(next(batches)))
-        # One that came while the last checkpoint was written.
-        self._agree_on_signal()
-        self._obey()
 
     def _take_step(self, batches: list[MicroBatch]) -> StepMetrics:
         began = time.monotonic()
@@ -169,6 +185,9 @@ class Training:
             step, batches, partial(self._rows_of, step), lambda: self._signals.requested
         )
         self._signal = sums.signal
+        if sums.fault is not None:
+            is_main = self._accelerator.is_main_process
+            skip_or_refuse(sums.fault, self.progress, self._recipe, is_main)
         now = time.monotonic()
         metrics = StepMetrics(
             step=step,
@@ -179,6 +198,7 @@ class Training:
             tokens=sums.num_tokens,
             tokens_per_second=sums.num_tokens / max(now - began, 1e-9),
             seconds=now - self._began,
+            skipped=sums.fault,
         )
         self.progress.count_step(sums.loss, sums.num_supervised, metrics)
         return metrics
@@ -196,9 +216,11 @@ class Training:
                 progress.count_validation(loss, recipe.early_stopping)
                 metrics = replace(metrics, validation_loss=loss)
         progress.pending = None
-        if self._is_over or metrics.validation_loss is not None or _divides(recipe.log_every, step):
+        is_worth_a_line = metrics.validation_loss is not None or metrics.skipped is not None
+        if self._is_over or is_worth_a_line or _divides(recipe.log_every, step):
             self._log(metrics)
-        if self._is_over or self._signal or _divides(recipe.save_every, step):
+        is_best = metrics.validation_loss is not None and progress.best_step == step
+        if self._is_over or self._signal or is_best or _divides(recipe.save_every, step):
             self._save()
         progress.seconds = time.monotonic() - self._began
         self._obey()
@@ -239,35 +261,8 @@ class Training:
         self._tracking.log({k: v for k, v in numbers.items() if k != "step"}, metrics.step)
 
     def _save(self) -> None:
-        """Commit a checkpoint of this step, unless there is one."""
-        progress = self.progress
-        if progress.step == self._saved_step:
-            return
-        progress.seconds = time.monotonic() - self._began
-        generators = gather_object([random_state(self._stepper.devices())])
-
-        def commit() -> None:
-            state = TrainingState(
-                step=progress.step,
-                random=generators,
-                progress=progress.to_json(),
-                **self._stepper.state(),
-            )
-            self._run.save(state, self._recipe.keep_checkpoints)
-
-        on_main_process(self._accelerator, commit)
-        self._saved_step = progress.step
-
-    def _restore(self, state: TrainingState) -> None:
-        self._stepper.load_state(state.offsets, state.optimizer, state.scheduler)
-        self.progress = Progress.from_json(state.progress)
-        self._saved_step = state.step
-        index = self._accelerator.process_index
-        if len(state.random) == self._accelerator.num_processes:
-            load_random_state(state.random[index])
-        else:
-            # Another number of processes was allowed: no generator's state is theirs.
-            _seed_everything(self._recipe.seed, index, state.step)
+        self.progress.seconds = time.monotonic() - self._began
+        self._saving.save(self.progress)
 
     def _rows_of(self, step: int, process: int) -> list[int]:
         """Row numbers, in their source, of a step (from 1) on one process."""
@@ -280,21 +275,3 @@ class Training:
 
 def _divides(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _seed_everything(seed: int, process_index: int, step: int) -> None:
-    """Seed every generator, each process apart, for they should not drop out the same units."""
-    digest = hashlib.sha256(f"train {seed} {process_index} {step}".encode()).digest()
-    number = int.from_bytes(digest[:4], "big")
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
-
-
-def _refuse_unavailable(recipe: TrainRecipe) -> None:
-    if recipe.parallel != "ddp":
-        raise RecipeError("train.parallel: fsdp is not available yet; expected ddp")
-    if recipe.on_nonfinite != "abort":
-        raise RecipeError(
-            f"train.on_nonfinite: {recipe.on_nonfinite} is not available yet; expected abort"
-        )

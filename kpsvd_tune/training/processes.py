@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import PartialState  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
 from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
+    DistributedType,
     GradientAccumulationPlugin,
-    broadcast_object_list,
 )
 
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, RunError
 from kpsvd_tune.recipe import TrainRecipe
 
 T = TypeVar("T")
+
+# Longer than any work that one process does for all: a big base decomposed, a big corpus read.
+_PATIENCE = timedelta(days=30)
+# What gloo and NCCL say when the other end of a connection is gone; neither has a type for it.
+_LOST = ("connection closed", "connection reset", "broken pipe", "socket", "remote process exited")
+# The group that waits with that patience; None until there are several processes.
+_patient_group: dist.ProcessGroup | None = None
 
 
 def make_accelerator(
@@ -57,11 +68,24 @@ def make_accelerator(
     )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        kind = str(accelerator.distributed_type.value)
+        raise RecipeError(
+            f"Accelerate's configuration asks for {kind}; expected plain processes (MULTI_GPU or "
+            "MULTI_CPU): take it out of the configuration, and set train.parallel: fsdp to share "
+            "out the weights"
+        )
+    global _patient_group
+    if dist.is_available() and dist.is_initialized() and _patient_group is None:
+        # Made while all processes are here, for making it is a meeting with a time limit.
+        _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return accelerator
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Run `function` on the main process while the others wait; all get its result or its error.
+
+    The others wait without a time limit, and notice at once when the main process dies.
 
     Args:
         accelerator: The processes.
@@ -71,6 +95,8 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
         KpsvdTuneError: What `function` raised, on every process alike, so that none waits for
             one that has gone; other exceptions become a RunError on the others.
     """
+    if accelerator.num_processes == 1:
+        return function()
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -79,13 +105,55 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
             outcome[1] = error
         except Exception as error:
             outcome[1] = RunError(f"the main process failed: {type(error).__name__}: {error}")
-            broadcast_object_list(outcome)
+            dist.broadcast_object_list(outcome, src=0, group=_patient_group)
             raise
-    broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, src=0, group=_patient_group)
     if outcome[1] is not None:
+        outcome[1].is_everywhere = True
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def end_processes() -> None:
+    """Take leave of the other processes; does nothing where there are none.
+
+    Without it the threads of a process group outlive Python, and ending them by force may end the
+    program with SIGABRT after all its work is done.
+    """
+    global _patient_group
+    _patient_group = None
+    if dist.is_available() and dist.is_initialized():
+        PartialState().destroy_process_group()
+
+
+@contextlib.contextmanager
+def name_lost_process(phase: Callable[[], str]) -> Iterator[None]:
+    """Turn the failure of a collective whose partner died into a message with rank and phase.
+
+    Args:
+        phase: Asked for what this process was doing.
+
+    Raises:
+        RunError: The connection to another process broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"rank {dist.get_rank()} lost the connection to another rank, which has died, while "
+            f"{phase()} ({reason}). The last checkpoint is whole; the same command goes on from it"
+        ) from error
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    words = str(error).lower()
+    is_together = dist.is_available() and dist.is_initialized()
+    return is_together and any(each in words for each in _LOST)
 
 
 def gather_numbers(accelerator: Accelerator, numbers: Sequence[float]) -> list[list[float]]:

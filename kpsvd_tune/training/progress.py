@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +27,12 @@ class Progress:
         best_validation_loss: The lowest one that early stopping counted as a gain.
         num_stale: Validations since then.
         is_stopped_early: Early stopping ended the run.
+        best_step: The step with the lowest validation loss of all, whose checkpoint is kept.
+        best_step_loss: That loss.
+        num_skipped: Steps that were skipped because something was not finite.
+        skip_streak: Those of them since the last step that was taken.
+        num_retries: Returns to a checkpoint because something was not finite.
+        rate_factor: What they left of the learning rate.
         pending: Metrics of a step that is done but neither validated nor logged, for a signal
             came in between.
     """
@@ -38,17 +45,38 @@ class Progress:
     best_validation_loss: float | None = None
     num_stale: int = 0
     is_stopped_early: bool = False
+    best_step: int | None = None
+    best_step_loss: float | None = None
+    num_skipped: int = 0
+    skip_streak: int = 0
+    num_retries: int = 0
+    rate_factor: float = 1.0
     pending: dict[str, Any] | None = None
 
     def count_step(self, loss: float, num_supervised: float, metrics: StepMetrics) -> None:
-        """Count a step that was just taken."""
+        """Count a step that was just taken, or skipped."""
         self.step = metrics.step
-        self.recent = [*self.recent, [loss, num_supervised]][-_RECENT_STEPS:]
-        self.pending = asdict(metrics)
+        # JSON has no NaN and no infinity.
+        self.pending = {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(metrics).items()
+        }
+        if metrics.skipped is None:
+            self.skip_streak = 0
+            self.recent = [*self.recent, [loss, num_supervised]][-_RECENT_STEPS:]
+
+    def pending_metrics(self) -> StepMetrics | None:
+        """The metrics of a step whose validation and line are still to come."""
+        if self.pending is None:
+            return None
+        numbers = {name: float(self.pending[name]) for name in ("loss", "grad_norm")}
+        return StepMetrics(**{**self.pending, **numbers})
 
     def count_validation(self, loss: float, rule: EarlyStopping | None) -> None:
         """Take in a validation loss, and decide about stopping early."""
         self.validation_loss = loss
+        if self.best_step_loss is None or loss < self.best_step_loss:
+            self.best_step, self.best_step_loss = self.step, loss
         if rule is None:
             return
         best = self.best_validation_loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,12 +14,21 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
-from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.errors import AdapterError, CheckpointError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
-from kpsvd_tune.training.nonfinite import check_finite
+from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
 from kpsvd_tune.training.processes import gather_numbers
+from kpsvd_tune.training.sharding import (
+    copy_into,
+    is_sharded,
+    number,
+    parts_of_state,
+    shard,
+    sum_gradients,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class StepSums:
         learning_rate: The rate of this step.
         grad_norm: Global norm of the gradient before clipping.
         signal: Number of a signal that came to any process, 0 for none.
+        fault: What was not finite, for which reason no weight was moved; None for a step taken.
     """
 
     loss: float
@@ -40,6 +51,7 @@ class StepSums:
     learning_rate: float
     grad_norm: float
     signal: int
+    fault: str | None
 
 
 class Stepper:
@@ -54,6 +66,7 @@ class Stepper:
 
     Raises:
         AdapterError: Nothing is trainable.
+        RecipeError: The recipe shares out weights (fsdp) and asks for what cannot be done then.
     """
 
     def __init__(
@@ -71,7 +84,14 @@ class Stepper:
             raise AdapterError("the model has no trainable parameter; expected an adapter on it")
         if recipe.gradient_checkpointing:
             _enable_checkpointing(model)
-        self._module: nn.Module = accelerator.prepare_model(self.token_loss)
+        if recipe.parallel == "fsdp" and accelerator.num_processes > 1:
+            _check_shardable(model, recipe)
+            shard(self.token_loss, model, accelerator)
+        self.is_sharded = is_sharded(self.token_loss)
+        # What is sharded already is not wrapped by DDP; precision is set up either way.
+        self._module: nn.Module = accelerator.prepare_model(
+            self.token_loss, evaluation_mode=self.is_sharded
+        )
         self.names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad
         }
@@ -80,6 +100,7 @@ class Stepper:
             recipe, list(self.names), [factors.get(name, 1.0) for name in self.names.values()]
         )
         self._scheduler = make_scheduler(recipe, self._optimizer, num_steps)
+        self._base_rates = list(self._scheduler.base_lrs)
 
     def take(
         self,
@@ -88,7 +109,7 @@ class Stepper:
         rows_of: Callable[[int], Sequence[int]],
         signal: Callable[[], int],
     ) -> StepSums:
-        """Move the weights once.
+        """Move the weights once, unless a loss or the gradient is not finite.
 
         Args:
             step: Number of the step, from 1.
@@ -96,8 +117,8 @@ class Stepper:
             rows_of: Row numbers of the step on one process, for messages.
             signal: The number of a signal that came to this process, or 0.
 
-        Raises:
-            NonFiniteError: On all processes alike, before any weight has moved.
+        Returns:
+            Sums that are equal on all processes; a `fault` in them says that no weight has moved.
         """
         accelerator = self._accelerator
         own = sum(batch.num_supervised for batch in batches)
@@ -108,6 +129,8 @@ class Stepper:
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             # Gradients travel once a step, with the last micro batch.
+            if self.is_sharded:
+                sum_gradients(self.token_loss, is_last)
             with nullcontext() if is_last else accelerator.no_sync(self._module):
                 summed = self._module(**batch.to(accelerator.device))
                 accelerator.backward(summed * scale)
@@ -118,16 +141,21 @@ class Stepper:
         scaler = accelerator.scaler
         # An infinite gradient tells a loss scaler to scale less; only at its floor it is a fault.
         is_judged = scaler is None or scaler.get_scale() <= 1
-        check_finite(step, losses, grad_norm if is_judged else None, rows_of)
+        fault = find_fault(step, losses, grad_norm if is_judged else None, rows_of)
         group = self._optimizer.param_groups[0]
         learning_rate = group["lr"] / group["rate_factor"]
-        if scaler is None:
-            self._optimizer.step()
-        else:
-            scaler.step(self._optimizer)
+        if scaler is not None:
+            if fault is None:
+                scaler.step(self._optimizer)
             scaler.update()
-        # Ours to call, once: Accelerate's own scheduler steps once for each process.
-        self._scheduler.step()
+        elif fault is None:
+            self._optimizer.step()
+        with warnings.catch_warnings():
+            if fault is not None:
+                # Of torch, where no step was ever taken before the schedule moves.
+                warnings.simplefilter("ignore", UserWarning)
+            # Ours to call, once: Accelerate's own scheduler steps once for each process.
+            self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
         return StepSums(
             loss=sum(losses),
@@ -136,6 +164,7 @@ class Stepper:
             learning_rate=float(learning_rate),
             grad_norm=grad_norm,
             signal=int(max(signals)),
+            fault=fault,
         )
 
     def devices(self) -> list[torch.device]:
@@ -143,21 +172,32 @@ class Stepper:
         return sorted({p.device for p in self.token_loss.parameters()}, key=str)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: `offsets`, `optimizer`, `scheduler`; tensors not copied."""
+        """What a checkpoint keeps: `offsets`, `optimizer`, `scheduler`; tensors not copied.
+
+        All processes must ask, for what is shared out is put together.
+        """
         scaler = self._accelerator.scaler
         return {
-            "offsets": {name: parameter.detach() for parameter, name in self.names.items()},
-            "optimizer": optimizer_state(self._optimizer, self.names),
+            "offsets": self.trained_weights(),
+            "optimizer": whole(optimizer_state(self._optimizer, self.names)),
             "scheduler": {
                 "schedule": self._scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             },
         }
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Every trained tensor by name, whole; all processes must ask."""
+        return {name: whole(parameter.detach()) for parameter, name in self.names.items()}
+
     def load_state(
-        self, offsets: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any]
+        self,
+        offsets: dict[str, Tensor],
+        optimizer: dict[str, Any],
+        scheduler: dict[str, Any],
+        rate_factor: float,
     ) -> None:
-        """Put back what `state` gave.
+        """Put back what `state` gave, with the recipe's learning rate times `rate_factor`.
 
         Settings (rates, decay) are the recipe's: equal to the saved ones unless the user allowed
         a change, which then counts from here on.
@@ -168,15 +208,16 @@ class Stepper:
         own = {name: parameter for parameter, name in self.names.items()}
         if found := _difference(own, offsets):
             raise CheckpointError(f"the checkpoint does not fit the model: {found}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(offsets[name])
+        for name, parameter in own.items():
+            copy_into(parameter, offsets[name])
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        load_optimizer_state(self._optimizer, optimizer, self.names)
-        schedule = {**scheduler["schedule"], "base_lrs": self._scheduler.base_lrs}
+        parts = {**optimizer, "state": parts_of_state(optimizer["state"], own)}
+        load_optimizer_state(self._optimizer, parts, self.names)
+        base_rates = [rate * rate_factor for rate in self._base_rates]
+        schedule = {**scheduler["schedule"], "base_lrs": base_rates}
         self._scheduler.load_state_dict(schedule)
         rates = [
             base * factor(self._scheduler.last_epoch)
@@ -194,7 +235,32 @@ class Stepper:
     def _clip(self) -> float:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.unscale_(self._optimizer)
-        return float(torch.nn.utils.clip_grad_norm_(list(self.names), self._max_grad_norm))
+        return number(torch.nn.utils.clip_grad_norm_(list(self.names), self._max_grad_norm))
+
+
+def _check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Refuse what fully_shard or a sharded optimiser cannot do.
+
+    Raises:
+        RecipeError: Names the key.
+    """
+    if recipe.optimizer == "adafactor":
+        raise RecipeError(
+            "train.optimizer: adafactor takes means over whole tensors, which train.parallel: fsdp "
+            "shares out; expected adamw or sgd, or train.parallel: ddp"
+        )
+    if recipe.precision == "fp16":
+        raise RecipeError(
+            "train.precision: fp16 needs a loss scaler, which train.parallel: fsdp does not have; "
+            "expected bf16 or no"
+        )
+    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise RecipeError(
+            f"train.parallel: fsdp needs one type for all that is trained, got "
+            f"{' and '.join(sorted(dtypes))}; set model.dtype: float32, or "
+            "adapter.modules_to_save: []"
+        )
 
 
 def _enable_checkpointing(model: nn.Module) -> None:

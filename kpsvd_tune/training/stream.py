@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -20,7 +20,7 @@ def stream_steps(
     process_index: int,
     make_batch: Callable[[Sequence[TokenizedRow]], MicroBatch],
     num_workers: int = 0,
-) -> Iterator[list[MicroBatch]]:
+) -> Generator[list[MicroBatch], None, None]:
     """Give the micro batches of each step of `steps` for one process.
 
     Nothing of it has a position that would have to be saved, and no global random number is

@@ -10,6 +10,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.processes import gather_numbers
+from kpsvd_tune.training.sharding import free, is_sharded
 
 
 def validation_loss(
@@ -47,14 +48,19 @@ def validation_loss(
             if any(each for (each,) in gather_numbers(accelerator, [stop_requested()])):
                 return None
             own = first + accelerator.process_index * batch_size
-            # The last round may leave a process without rows; it still answers the question above.
-            if part := ordered[own : own + batch_size]:
-                batch = make_batch(part)
+            part = ordered[own : own + batch_size]
+            # The last round may leave a process without rows. It still answers the question above,
+            # and computes something where others need its part of the weights.
+            if part or is_sharded(token_loss):
+                batch = make_batch(part or ordered[-1:])
                 with torch.no_grad():
-                    loss += token_loss(**batch.to(accelerator.device)).item()
+                    found = token_loss(**batch.to(accelerator.device)).item()
+            if part:
+                loss += found
                 num_supervised += batch.num_supervised
     finally:
         token_loss.train(was_training)
+        free(token_loss)
     sums = gather_numbers(accelerator, [loss, num_supervised])
     # In the order of processes, so that all of them get the same bits.
     return sum(each for each, _ in sums) / max(1.0, sum(each for _, each in sums))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load
 
 from kpsvd_tune.checkpoint import read_committed
 
@@ -105,8 +106,6 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder):
 
 def test_processes_drop_out_different_units(folder):
     tensors = read_committed(folder / "whole" / "checkpoints" / "step-000004")
-    from safetensors.torch import load
-
     random = load(tensors["random.safetensors"])
     assert not random["0/torch"].equal(random["1/torch"])
 
@@ -130,3 +129,58 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(folder):
 
 def test_an_error_on_the_main_process_reaches_the_other(folder):
     assert [seen(folder, "main", rank) for rank in (0, 1)] == ["the disk is full"] * 2
+
+
+SHARDED = ("sharded", "sharded-accumulated", "sharded-checkpointing")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_weights_shared_out_train_as_on_one_process(folder, tmp_path, name):
+    runpy.run_path(str(SCRIPT))["train"](tmp_path, "one", batch_size=4)
+    one, two = seen(tmp_path, "one"), seen(folder, name)
+    assert two["kinds"] == ["DTensor"], "every parameter must be shared out, not copied"
+    assert one["kinds"] == ["Parameter"]
+    for key in ("loss", "grad_norm", "learning_rate", "tokens"):
+        assert [m[key] for m in two["metrics"]] == pytest.approx(
+            [m[key] for m in one["metrics"]], rel=1e-5
+        )
+    for key in ("train_loss", "validation_loss", "validation_loss_before"):
+        assert two["result"][key] == pytest.approx(one["result"][key], rel=1e-5)
+    assert flat(two["weights"]) == pytest.approx(flat(one["weights"]), abs=1e-5)
+    assert seen(folder, name, 1)["weights"] == two["weights"]
+
+
+def test_a_sharded_run_resumes_to_the_same_bits_and_its_checkpoint_is_whole(folder):
+    assert [m["step"] for m in seen(folder, "sharded-parts+resumed", 1)["metrics"]] == [3, 4]
+    saved = [
+        read_committed(folder / name / "checkpoints" / "step-000004")
+        for name in ("sharded", "sharded-parts", "plain")
+    ]
+    for name in ("offsets.safetensors", "optimizer.safetensors"):
+        assert saved[0][name] == saved[1][name]
+        # The same tensors with the same shapes as where every process holds everything.
+        shapes = [{k: v.shape for k, v in load(each[name]).items()} for each in saved]
+        assert shapes[0] == shapes[2]
+
+
+def test_a_nan_in_a_sharded_run_stops_both(folder):
+    for rank in (0, 1):
+        assert seen(folder, "sharded-nan", rank)["error"][0] == "NonFiniteError"
+
+
+def test_both_processes_skip_the_same_step(folder):
+    for rank in (0, 1):
+        metrics = seen(folder, "skip", rank)["metrics"]
+        assert [each["skipped"] is not None for each in metrics] == [False, False, True, False]
+        assert "the loss is nan on process 1" in metrics[2]["skipped"]
+    assert seen(folder, "skip", 0)["weights"] == seen(folder, "skip", 1)["weights"]
+
+
+def test_both_processes_go_back_together(folder):
+    for rank in (0, 1):
+        outcome = seen(folder, "retry", rank)
+        assert outcome["error"] is None
+        assert [each["step"] for each in outcome["metrics"]] == [1, 2, 3, 4]
+        rates = [each["learning_rate"] for each in outcome["metrics"]]
+        assert rates == [0.01, 0.01, 0.005, 0.005]
+    assert seen(folder, "retry", 0)["weights"] == seen(folder, "retry", 1)["weights"]

@@ -217,3 +217,16 @@ def test_only_logged_steps_enter_the_file_and_every_step_is_given(start_training
     # The last step is logged whatever log_every says.
     assert [line["step"] for line in lines] == [4, 6]
     assert set(lines[0]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"}
+
+
+def test_the_best_checkpoint_stays_however_old(start_training, rows, tmp_path, monkeypatch):
+    losses = iter([9.0, 5.0, 3.0, 4.0, 4.5, 4.4])
+    monkeypatch.setattr("kpsvd_tune.training.loop.validation_loss", lambda *_: next(losses))
+    training = start_training(validation=rows[:3], eval_every=1, max_steps=5, keep_checkpoints=1)
+    list(training.steps())
+    names = sorted(each.name for each in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000005"]
+    assert training.result().best_step == 2
+    # A resumed run remembers which one it was.
+    again = start_training(validation=rows[:3], eval_every=1, max_steps=5, keep_checkpoints=1)
+    assert (again.progress.best_step, again.progress.best_step_loss) == (2, 3.0)

@@ -16,6 +16,7 @@ from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
 from kpsvd_tune.training.processes import make_accelerator
+from kpsvd_tune.training.step import _check_shardable
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -216,14 +217,38 @@ def test_a_model_without_trainable_parameters_is_refused(start_training, tiny_mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": "fsdp"}, "train.parallel: fsdp is not available yet; expected ddp"),
-        ({"on_nonfinite": "skip"}, "train.on_nonfinite: skip is not available yet"),
         ({"precision": "fp16"}, "train.precision: fp16 needs a GPU"),
     ],
 )
 def test_what_cannot_be_done_is_refused(start_training, changes, message):
     with pytest.raises(RecipeError, match=message):
         start_training(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "modules_to_save", "message"),
+    [
+        ({"optimizer": "adafactor"}, None, "train.optimizer: adafactor takes means over whole"),
+        ({"precision": "fp16"}, None, "train.precision: fp16 needs a loss scaler"),
+        (
+            {},
+            ["lm_head"],
+            r"one type for all that is trained, got torch.bfloat16 and torch.float32",
+        ),
+    ],
+)
+def test_what_shared_out_weights_cannot_do_is_refused(
+    lora_model, changes, modules_to_save, message
+):
+    model = lora_model(modules_to_save=modules_to_save)
+    if modules_to_save:
+        model.get_output_embeddings().to(torch.bfloat16)
+    with pytest.raises(RecipeError, match=message):
+        _check_shardable(model, TrainRecipe.model_validate({"parallel": "fsdp"} | changes))
+
+
+def test_one_process_shares_nothing_out(start_training):
+    assert not start_training(parallel="fsdp")._stepper.is_sharded
 
 
 def test_a_missing_tracker_is_refused_with_the_line_that_installs_it(monkeypatch):

@@ -23,7 +23,7 @@ from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training import Training, make_accelerator, on_main_process
+from kpsvd_tune.training import Training, end_processes, make_accelerator, on_main_process
 
 
 def make_model(dropout: float = 0.0) -> torch.nn.Module:
@@ -107,7 +107,8 @@ def train(
                 steps.close()
     except KpsvdTuneError as error:
         seen["error"] = [type(error).__name__, error.exit_code, str(error)]
-    seen["weights"] = {n: p.tolist() for n, p in model.named_parameters() if p.requires_grad}
+    seen["weights"] = {name: each.tolist() for name, each in training.trained_weights().items()}
+    seen["kinds"] = sorted({type(parameter).__name__ for parameter in model.parameters()})
     seen["result"] = training.result().to_dict()
     path = folder / f"{name}-{accelerator.process_index}.json"
     path.write_text(json.dumps(seen))
@@ -116,6 +117,22 @@ def train(
 def plant_nan(model: torch.nn.Module, step: int) -> None:
     if step == 2 and os.environ["RANK"] == "1":
         next(p for p in model.parameters() if not p.requires_grad).data.fill_(math.nan)
+
+
+def plant_nan_once(model: torch.nn.Module, step: int) -> None:
+    """Make the loss NaN on rank 1 in step 3, the first time that it is computed."""
+    if step != 2 or os.environ["RANK"] != "1":
+        return
+    projection = model.get_output_embeddings()  # type: ignore[operator]
+
+    def spoil(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        # Not in the validation that comes first where a run goes back to step 2.
+        if not model.training:
+            return output
+        handle.remove()
+        return output * math.nan
+
+    handle = projection.register_forward_hook(spoil)
 
 
 def kill_once(model: torch.nn.Module, step: int) -> None:
@@ -144,7 +161,17 @@ def main(folder: Path) -> None:
     train(folder, "parts+resumed", dropout=0.3, batch_size=2)
     train(folder, "nan", batch_size=2, plant=plant_nan)
     train(folder, "signal", batch_size=2, plant=kill_once)
+    sharded: dict[str, Any] = {"batch_size": 2, "parallel": "fsdp"}
+    train(folder, "sharded", **sharded)
+    train(folder, "sharded-accumulated", parallel="fsdp", batch_size=1, gradient_accumulation=2)
+    train(folder, "sharded-checkpointing", **sharded, gradient_checkpointing=True)
+    train(folder, "sharded-parts", **sharded, stop_after=3)
+    train(folder, "sharded-parts+resumed", **sharded)
+    train(folder, "sharded-nan", **sharded, plant=plant_nan)
+    train(folder, "skip", batch_size=2, plant=plant_nan_once, on_nonfinite="skip")
+    train(folder, "retry", batch_size=2, plant=plant_nan_once, on_nonfinite="retry")
     fail_on_main(folder)
+    end_processes()
 
 
 if __name__ == "__main__":

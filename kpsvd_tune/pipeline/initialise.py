@@ -1,0 +1,118 @@
+"""The stage before training: threshold, ranks and factors, made once and read back by a resume."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor
+
+from kpsvd_tune.checkpoint import RunDirectory, Start, read_json
+from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.models import ModelSource
+from kpsvd_tune.pipeline.probes import choose_energy, with_energy
+from kpsvd_tune.pipeline.save import explained_disk
+from kpsvd_tune.pipeline.stages import Events
+from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.result import Probe
+from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.training import on_main_process
+
+
+def initialise(
+    recipe: Recipe,
+    source: ModelSource,
+    train_rows: Sequence[TokenizedRow],
+    validation_rows: Sequence[TokenizedRow],
+    pad_token_id: int,
+    run: RunDirectory,
+    start: Start,
+    accelerator: Accelerator,
+    events: Events,
+) -> tuple[Recipe, RankReport, Mapping[str, tuple[Tensor, Tensor]]]:
+    """Decompose, choose the ranks and give the factors; a run that goes on reads its own back.
+
+    Args:
+        recipe: The recipe.
+        source: The base model.
+        train_rows: Rows to learn from.
+        validation_rows: Held-out rows.
+        pad_token_id: Fills short rows.
+        run: The run's folder; init/ is written.
+        start: Where the run begins or goes on.
+        accelerator: The processes; the main one decomposes.
+        events: Told of progress.
+
+    Returns:
+        The recipe with a threshold in place of auto, the ranks, and the factors by module.
+    """
+    factors_file, report_file = run.init / "factors.safetensors", run.init / "rank_report.json"
+    is_ours = start.checkpoint is not None or start.is_same
+    is_auto = recipe.adapter.rank.energy == "auto"
+    if is_ours and factors_file.is_file() and report_file.is_file():
+        report = RankReport.from_dict(read_json(report_file))
+        if is_auto:
+            recipe = with_energy(recipe, report.rule["energy"])
+        events.ranks(report)
+        return recipe, report, Decomposition.load_factors(factors_file)
+    probes: tuple[Probe, ...] = ()
+    if is_auto:
+        if not is_ours:
+            # Probes of other settings say nothing about these.
+            on_main_process(
+                accelerator, lambda: shutil.rmtree(run.path / "probes", ignore_errors=True)
+            )
+        train = recipe.train
+        sampler = StatelessSampler(
+            len(train_rows),
+            train.batch_size,
+            accelerator.num_processes,
+            train.gradient_accumulation,
+            train.seed,
+        )
+        energy, probes = choose_energy(
+            recipe,
+            source,
+            train_rows,
+            validation_rows,
+            pad_token_id,
+            train.max_steps or sampler.num_steps(train.epochs),
+            accelerator,
+            run,
+            events,
+        )
+        events.note(f"energy threshold chosen: {energy:g}")
+        recipe = with_energy(recipe, energy)
+
+    def compute() -> None:
+        events.stage(f"decomposing {recipe.model.path}")
+        began = time.monotonic()
+        decomposition = starting_factors(
+            recipe,
+            source,
+            train_rows,
+            pad_token_id,
+            accelerator.device,
+            events,
+            seed=recipe.train.seed,
+        )
+        for note in decomposition.notes:
+            events.note(note)
+        with explained_disk(run.init):
+            # Factors last: with them the stage counts as done.
+            missing_page = write_rank_report(replace(decomposition.report, probes=probes), run.init)
+            decomposition.save_factors(factors_file)
+        if missing_page is not None:
+            events.note(missing_page)
+        run.update(init_seconds=time.monotonic() - began)
+
+    on_main_process(accelerator, compute)
+    report = RankReport.from_dict(read_json(report_file))
+    events.ranks(report)
+    return recipe, report, Decomposition.load_factors(factors_file)

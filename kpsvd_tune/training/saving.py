@@ -1,0 +1,120 @@
+"""Checkpoints of a training: taking one, going on from one, going back to one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
+
+from kpsvd_tune.checkpoint import RunDirectory, TrainingState, load_random_state, random_state
+from kpsvd_tune.errors import NonFiniteError
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.nonfinite import retry_or_refuse
+from kpsvd_tune.training.processes import on_main_process
+from kpsvd_tune.training.progress import Progress
+from kpsvd_tune.training.step import Stepper
+
+_log = logging.getLogger(__name__)
+
+
+class Saving:
+    """Commits checkpoints of one training, and puts it back to where one was taken.
+
+    Args:
+        stepper: The model and its optimiser.
+        run: The run's folder; the main process writes there.
+        accelerator: The processes.
+        recipe: The `train` section.
+    """
+
+    def __init__(
+        self, stepper: Stepper, run: RunDirectory, accelerator: Accelerator, recipe: TrainRecipe
+    ) -> None:
+        self._stepper, self._run = stepper, run
+        self._accelerator, self._recipe = accelerator, recipe
+        self._saved_step: int | None = None
+
+    def start(self, checkpoint: Path | None) -> Progress:
+        """Seed all generators, or put everything back to a checkpoint."""
+        if checkpoint is not None:
+            return self._restore(checkpoint, None)
+        _seed_everything(self._recipe.seed, self._accelerator.process_index, 0)
+        return Progress()
+
+    def save(self, progress: Progress) -> None:
+        """Commit a checkpoint of this step, unless there is one; all processes must ask.
+
+        Raises:
+            NonFiniteError: A tensor is infinite or NaN.
+            ResourceError: The disk refused.
+        """
+        if progress.step == self._saved_step:
+            return
+        generators = gather_object([random_state(self._stepper.devices())])
+        parts = self._stepper.state()
+
+        def commit() -> None:
+            state = TrainingState(
+                step=progress.step, random=generators, progress=progress.to_json(), **parts
+            )
+            self._run.save(state, self._recipe.keep_checkpoints, progress.best_step)
+
+        on_main_process(self._accelerator, commit)
+        self._saved_step = progress.step
+
+    def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
+        """Return to the newest checkpoint with a lower learning rate.
+
+        Args:
+            progress: Where the training stood when it failed.
+            error: What it failed of.
+
+        Returns:
+            Where it stands now.
+
+        Raises:
+            NonFiniteError: The recipe wants no retry, or all of them are used up.
+        """
+        num_retries, rate_factor = retry_or_refuse(error, progress, self._recipe)
+        checkpoint = on_main_process(self._accelerator, self._run.rewind)
+        if self._accelerator.is_main_process:
+            _log.warning(
+                "%s. Going back to %s with %g times the learning rate (retry %d of %d)",
+                error,
+                checkpoint.name,
+                rate_factor,
+                num_retries,
+                self._recipe.nonfinite.max_retries,
+            )
+        restored = self._restore(checkpoint, rate_factor)
+        restored.num_retries, restored.rate_factor = num_retries, rate_factor
+        return restored
+
+    def _restore(self, checkpoint: Path, rate_factor: float | None) -> Progress:
+        state = self._run.load(checkpoint)
+        progress = Progress.from_json(state.progress)
+        factor = progress.rate_factor if rate_factor is None else rate_factor
+        self._stepper.load_state(state.offsets, state.optimizer, state.scheduler, factor)
+        self._saved_step = state.step
+        index = self._accelerator.process_index
+        if len(state.random) == self._accelerator.num_processes:
+            load_random_state(state.random[index])
+        else:
+            # Another number of processes was allowed: no generator's state is theirs.
+            _seed_everything(self._recipe.seed, index, state.step)
+        return progress
+
+
+def _seed_everything(seed: int, process_index: int, step: int) -> None:
+    """Seed every generator, each process apart, for they should not drop out the same units."""
+    digest = hashlib.sha256(f"train {seed} {process_index} {step}".encode()).digest()
+    number = int.from_bytes(digest[:4], "big")
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)

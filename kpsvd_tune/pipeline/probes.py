@@ -188,7 +188,7 @@ def _probe(
     run: RunDirectory,
 ) -> Probe:
     folder = run.path / "probes" / f"energy-{energy:g}-steps-{length}"
-    file = folder.with_suffix(".json")
+    file = folder.with_name(f"{folder.name}.json")
     known: dict[str, Any] | None = on_main_process(
         accelerator, lambda: read_json(file) if file.exists() else None
     )

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from kpsvd_tune.compare.statistics import estimate, steps_to, variation
 from kpsvd_tune.report.comparison import Claim, Difference, Estimate, MethodSummary, TrialRow
 
-# Losses that differ by less, in nats, count as equal quality: half the change that a published
-# comparison would print in the second decimal of a loss.
+# Losses this close, in nats, count as equal quality: well below what one step on a usual grid of
+# learning rates changes.
 EQUAL_NATS = 0.005
 # "Fewer parameters" starts at three quarters of the other method's, as the paper's figure does.
 FEWER = 0.8

@@ -78,6 +78,10 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(recipe: Path, tmp_path: P
     assert process.wait() == -signal.SIGKILL
     early = rows_of(folder)
     assert 3 <= len(early) < 8
+    # The moment between a trial's end and its row: finished, and no row is there.
+    lines = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:-1]))
+    early = early[:-1]
     # What a crash in the middle of a line would leave.
     with results.open("ab") as file:
         file.write(b'{"method": "kpsvd", "bud')
@@ -123,6 +127,49 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(recipe: Path, tmp_path: P
     assert done.returncode == 1
     assert "train.max_steps: 4 in the run, 5 now" in done.stderr
     assert "Traceback" not in done.stderr
+    # So are other settings of a method that has trials, and a test file of other rows.
+    done = subprocess.run(
+        [*command, "adapter.init=random"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "kpsvd: adapter.init: 'weight' in the run, 'random' now" in done.stderr
+    # Judging alone runs nothing; a line that is no row is named.
+    judged = [*command, "--plan", "done", "--json"]
+    done = subprocess.run(judged, capture_output=True, text=True, timeout=120, check=False)
+    assert json.loads(done.stdout)["summaries"] == verdict["summaries"]
+    with results.open("ab") as file:
+        file.write(b"[]\n")
+    done = subprocess.run(judged, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "results.jsonl:9 is no row of a trial" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_a_row_and_a_corrected_typo_is_no_other_comparison(
+    recipe: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), "--offline", "--json"]
+    command += ["--budgets", "3k", "--seeds", "1", "--learning-rates", "1"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], capture_output=True, text=True, timeout=180, check=False
+        )
+
+    # No trial ran under these settings, so the corrected command may use the folder.
+    assert run("--methods", "lora", "adapter.target_modules=nosuch").returncode == 2
+    # Every step logs a line and no worker process is started, whatever the recipe says.
+    odd = ("train.eval_every=1", "train.warmup_ratio=0", "train.log_every=3", "train.num_workers=1")
+    done = run("--methods", "lora:alpha=100000000000000000000,lora", *odd)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    diverged, sound = sorted(rows_of(tmp_path / "comparison"), key=lambda row: row.failed is None)
+    assert diverged.validation_loss is None
+    assert diverged.failed is not None
+    assert sound.failed is None
+    assert len(sound.losses) == 4
+    assert any(diverged.failed in note for note in json.loads(done.stdout)["notes"])
 
 
 @pytest.mark.slow
@@ -144,6 +191,7 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> N
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "the same command goes on from there" in errors
+    assert "leaked" not in errors
     assert "Traceback" not in errors
     assert list(metrics.glob("*/checkpoints/step-*"))
 
@@ -161,11 +209,14 @@ def test_a_plan_is_shown_without_any_library(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "half"], "--plan half: expected full or staged"),
+        (["--plan", "half"], "--plan half: expected full, staged or done"),
         (["--budgets", "x"], "--budgets: got 'x'; expected a whole number"),
         (["--budgets", ","], "--budgets is empty"),
         (["--learning-rates", "0"], "--learning-rates: got '0'; expected a number above 0"),
         (["--methods", "kpsvd:innit=random"], "adapter.innit: unknown key; did you mean init?"),
+        (["compare.forgetting=nowhere.txt"], "nowhere.txt cannot be read as UTF-8 text"),
+        (["adapter.modules_to_save=[lm_head]"], "would count against no budget"),
+        (["--methods", "lokr", "adapter.dropout=0.1"], "PEFT's LoKr cannot drop inputs"),
         (["--methods", "kpsvd,lora", "--budgets", "100"], "below the 928 that lora needs"),
     ],
 )

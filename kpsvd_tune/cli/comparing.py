@@ -48,7 +48,8 @@ def compare(
     plan: Annotated[
         str,
         typer.Option(
-            help="full: every combination; staged: rates first, then seeds, then budgets."
+            help="full: every combination; staged: rates, then seeds, then budgets; done: run "
+            "nothing, judge every trial that is there."
         ),
     ] = "full",
     jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
@@ -58,11 +59,11 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Train every method at equal budgets on the same rows, and draw a verdict."""
-    if plan not in ("full", "staged"):
-        raise InputError(f"--plan {plan}: expected full or staged")
+    if plan not in ("full", "staged", "done"):
+        raise InputError(f"--plan {plan}: expected full, staged or done")
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
     rates = sorted({_rate(each) for each in _items("--learning-rates", learning_rates)})
-    load_recipe(recipe, overrides or ())
+    shared = load_recipe(recipe, overrides or ())
     from kpsvd_tune.compare.methods import read_methods
     from kpsvd_tune.compare.plan import Grid
 
@@ -73,7 +74,7 @@ def compare(
         )
         for method in chosen
     }
-    grid = Grid([method.name for method in chosen], sizes, rates, seeds, plan == "staged")
+    grid = Grid([method.name for method in chosen], sizes, rates, seeds, plan)
     if dry_run:
         emit(grid.summary(), as_json, show_grid)
         return
@@ -81,7 +82,9 @@ def compare(
     from kpsvd_tune import pipeline
 
     with view.Events() as events, TrialTable() as table:
-        verdict = pipeline.compare(recipes, chosen, grid, events, table, jobs=jobs, offline=offline)
+        verdict = pipeline.compare(
+            shared, recipes, chosen, grid, events, table, jobs=jobs, offline=offline
+        )
     emit(verdict, as_json, show_comparison)
 
 

@@ -34,17 +34,25 @@ class Baseline:
     rate_ratios: Mapping[str, float]
 
 
-def baseline(method: Method, sizes: Mapping[str, tuple[int, int]], budget: int) -> Baseline:
+def baseline(
+    method: Method, sizes: Mapping[str, tuple[int, int]], budget: int, dropout: float = 0.0
+) -> Baseline:
     """Choose the largest rank of a PEFT method within a budget.
 
     Args:
         method: One of the kinds lora, pissa and lokr.
         sizes: Module name to (out_features, in_features) of each target module.
         budget: Trainable parameters; a rank that costs at most 2 % more still fits.
+        dropout: Probability of dropping an input of the update.
 
     Raises:
-        InputError: Rank 1 already costs more than the budget.
+        InputError: Rank 1 already costs more than the budget, or the method has no such dropout.
     """
+    if dropout and method.kind == "lokr":
+        raise InputError(
+            f"{method.name}: PEFT's LoKr cannot drop inputs, and adapter.dropout is {dropout:g}; "
+            "set it to 0 or leave lokr out"
+        )
     settings = method.settings
     count = _lokr_count(int(settings["factor"])) if method.kind == "lokr" else _lora_count
     rank = 0
@@ -74,6 +82,7 @@ def baseline(method: Method, sizes: Mapping[str, tuple[int, int]], budget: int) 
             lora_alpha=alpha,
             use_rslora=settings.get("rslora") == "true",
             init_lora_weights=start,
+            lora_dropout=dropout,
             **targets,
         )
     ratio = float(settings.get("ratio", 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kpsvd_tune.compare.statistics import estimate, steps_to, variation
+from kpsvd_tune.compare.statistics import estimate, mean_curve, steps_to, variation
 from kpsvd_tune.report.comparison import Claim, Difference, Estimate, MethodSummary, TrialRow
 
 # Losses this close, in nats, count as equal quality: well below what one step on a usual grid of
@@ -25,9 +25,11 @@ def judge(
     """Judge what can be judged: a KPSVD method and LoRA or PiSSA must be among the trials.
 
     A claim holds where the 95 % confidence interval of the paired difference lies on its side, does
-    not hold where it lies on the other, and is undecided where it has zero inside or there is
-    only one seed. KPSVD stands for its best variant, and so do the others: the one of them with the
-    lowest mean validation loss at that budget.
+    not hold where it lies on the other, and is undecided otherwise: zero inside, one seed, or
+    trials that cannot show it. KPSVD stands for its best variant, and so do the others: the one
+    with the lowest mean validation loss among those with the most seeds at that budget. A variant
+    chosen on the seeds it is then judged by looks a little better than it is, the more the more
+    variants there were; their number is part of the figure.
 
     Args:
         best: (method, budget) to the rows of its best rate.
@@ -46,7 +48,7 @@ def judge(
     most_seeds = max(pairs, key=lambda pair: (pair[0].validation_loss.n, pair[0].budget))
     return (
         _fewer(summaries, differences, largest),
-        _quality(differences, *most_seeds),
+        _quality(summaries, differences, *most_seeds),
         _faster(best, *most_seeds),
         _steadier(best, *most_seeds, num_warmup),
     )
@@ -55,62 +57,100 @@ def judge(
 def _fewer(
     summaries: Sequence[MethodSummary], differences: Sequence[Difference], other: MethodSummary
 ) -> Claim:
-    text = f"fewer parameters: at most {FEWER:.0%} of the best baseline's at no higher loss"
-    smaller = [
-        s
-        for s in summaries
-        if is_kpsvd(s.method) and s.trainable_parameters <= FEWER * other.trainable_parameters
-    ]
-    if not smaller:
+    text = (
+        f"fewer parameters: at most {FEWER:.0%} of the best baseline's at no higher loss "
+        f"(within {EQUAL_NATS} nats)"
+    )
+    limit = FEWER * other.trainable_parameters
+    ours = _lowest(s for s in summaries if is_kpsvd(s.method) and s.trainable_parameters <= limit)
+    if ours is None:
         return Claim(text, "undecided", "no KPSVD trial has that few parameters")
-    ours = min(smaller, key=lambda s: s.validation_loss.mean)
     found = _find(differences, ours, other)
     share = ours.trainable_parameters / other.trainable_parameters
     figure = (
         f"{ours.method} with {share:.0%} of the parameters of {other.method} "
         f"({other.trainable_parameters:,}): {_shown(found)}"
     )
-    return Claim(text, _verdict(found, EQUAL_NATS), figure)
+    verdict = _verdict(found, EQUAL_NATS)
+    if verdict == "held":
+        # A rank that is no bottleneck can be cut in any method.
+        cut = _lowest(
+            s
+            for s in summaries
+            if not is_kpsvd(s.method) and s.trainable_parameters <= 1.05 * ours.trainable_parameters
+        )
+        own = None if cut is None else _find(differences, cut, other)
+        if cut is None:
+            verdict = "undecided"
+            figure += "; no baseline was run with that few, to show that parameters matter"
+        elif _verdict(own, EQUAL_NATS) != "not held":
+            verdict = "undecided"
+            figure += (
+                f"; but {cut.method} with {cut.trainable_parameters:,} is no worse either "
+                f"({_shown(own)}): the rank does not bind"
+            )
+    return Claim(text, verdict, figure)
 
 
-def _quality(differences: Sequence[Difference], ours: MethodSummary, other: MethodSummary) -> Claim:
+def _quality(
+    summaries: Sequence[MethodSummary],
+    differences: Sequence[Difference],
+    ours: MethodSummary,
+    other: MethodSummary,
+) -> Claim:
     text = f"equal or better quality at equal parameters (within {EQUAL_NATS} nats)"
     found = _find(differences, ours, other)
-    figure = f"{ours.method} against {other.method} at {ours.budget:,}: {_shown(found)}"
-    return Claim(text, _verdict(found, EQUAL_NATS), figure)
+    variants = sum(is_kpsvd(s.method) and s.budget == ours.budget for s in summaries)
+    among = f", the best of {variants} variants" if variants > 1 else ""
+    figure = f"{ours.method}{among}, against {other.method} at {ours.budget:,}: {_shown(found)}"
+    verdict = _verdict(found, EQUAL_NATS)
+    if verdict == "held" and ours.trainable_parameters > 1.05 * other.trainable_parameters:
+        verdict = "undecided"
+        figure += (
+            f"; it trains {ours.trainable_parameters:,} parameters where the other trains "
+            f"{other.trainable_parameters:,}"
+        )
+    return Claim(text, verdict, figure)
+
+
+def lowest_mean(rows: Sequence[TrialRow]) -> float:
+    """The lowest point of the mean validation curve over seeds."""
+    return min(loss for _, loss in mean_curve([row.validation_losses for row in rows]))
 
 
 def _faster(best: Best, ours: MethodSummary, other: MethodSummary) -> Claim:
-    text = "faster convergence: fewer steps to the best baseline's final validation loss"
-    pairs = _pairs(best, ours, other)
-    goal = other.validation_loss.mean
+    text = "faster convergence: fewer steps to the best baseline's lowest validation loss"
+    goal = lowest_mean(best[other.method, other.budget])
     # A run that never gets there took at least all its steps; with such runs the mean is a bound.
-    changes, is_bound = [], False
-    for own, theirs in pairs:
+    changes, num_short = [], 0
+    for own, theirs in _pairs(best, ours, other):
         steps = [steps_to(row.validation_losses, goal) for row in (own, theirs)]
-        is_bound |= None in steps
-        lengths = (len(own.losses), len(theirs.losses))
+        num_short += steps[0] is None
         own_steps, their_steps = (
-            float(length) if each is None else each
-            for each, length in zip(steps, lengths, strict=True)
+            float(len(row.losses)) if each is None else each
+            for each, row in zip(steps, (own, theirs), strict=True)
         )
         changes.append(own_steps - their_steps)
     if not changes:
         return Claim(text, "undecided", "no seed in common")
     found = estimate(changes)
-    note = "; runs that never reach it count with all their steps" if is_bound else ""
+    note = f"; {num_short} of {len(changes)} KPSVD runs never reach it" if num_short else ""
     figure = (
         f"{ours.method} against {other.method} at {ours.budget:,}, loss {goal:.4f}: "
         f"{found.mean:+.1f} steps{_interval(found, 1)}{note}"
     )
-    return Claim(text, _verdict(found, 0.0), figure)
+    verdict = _verdict(found, 0.0)
+    return Claim(text, "undecided" if verdict == "held" and num_short else verdict, figure)
 
 
 def _steadier(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup: int) -> Claim:
     text = "steadier gradients: lower variation of the gradient norm after warm-up"
+    pairs = _pairs(best, ours, other)
+    if any(len(row.grad_norms) < num_warmup + 2 for pair in pairs for row in pair):
+        return Claim(text, "undecided", "too few steps after warm-up")
     changes = [
         variation(own.grad_norms, num_warmup) - variation(theirs.grad_norms, num_warmup)
-        for own, theirs in _pairs(best, ours, other)
+        for own, theirs in pairs
     ]
     if not changes:
         return Claim(text, "undecided", "no seed in common")
@@ -125,10 +165,10 @@ def _steadier(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup:
 
 
 def _verdict(found: Estimate | None, margin: float) -> str:
-    """Of a difference that should not be above ``margin``."""
+    """Of a difference that should not be above ``margin``; without one it must be below zero."""
     if found is None or found.low is None or found.high is None:
         return "undecided"
-    if found.high <= margin:
+    if found.high < margin or found.high == margin > 0:
         return "held"
     return "not held" if found.low > margin else "undecided"
 

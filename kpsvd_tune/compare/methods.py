@@ -55,8 +55,7 @@ class Method:
             sides = re.fullmatch(r"(\d+)x(\d+)", value)
             if key == "factor_shape" and sides:
                 value = f"{{n: {sides[1]}, p: {sides[2]}}}"
-            prefix = "" if key.startswith(("train.", "adapter.")) else "adapter."
-            found.append(f"{prefix}{key}={value}")
+            found.append(f"adapter.{key}={value}")
         return found
 
 
@@ -65,7 +64,8 @@ def read_methods(text: str) -> list[Method]:
 
     Args:
         text: Names with commas between them; a name may carry settings, as in
-            ``kpsvd:init=gradient:factor_shape=8x8`` or ``lora:alpha=1r``.
+            ``kpsvd:init=gradient:factor_shape=8x8`` or ``lora:alpha=1r``. Commas inside brackets
+            belong to a value.
 
     Returns:
         The methods, in the order given.
@@ -73,7 +73,8 @@ def read_methods(text: str) -> list[Method]:
     Raises:
         InputError: An unknown name or setting, the same method twice, or none.
     """
-    methods = [_read(each.strip()) for each in text.split(",") if each.strip()]
+    parts = re.split(r",(?![^\[\]{}]*[\]}])", text)
+    methods = [_read(each.strip()) for each in parts if each.strip()]
     if not methods:
         raise InputError(f"--methods is empty; expected some of {', '.join(NAMES)}")
     names = [method.name for method in methods]
@@ -95,10 +96,23 @@ def _read(text: str) -> Method:
         key, equals, value = pair.partition("=")
         if not (key and equals and value):
             raise InputError(f"--methods {text}: got {pair!r}; expected KEY=VALUE after each colon")
-        if kind != "kpsvd":
+        if kind == "kpsvd":
+            _check_recipe_key(text, key)
+        else:
             _check(text, kind, key, value)
         settings[key] = value
     return Method(text, kind, settings)
+
+
+def _check_recipe_key(text: str, key: str) -> None:
+    # Rows, steps and rates are the comparison's, equal for all methods; budgets are its own too.
+    if key.split(".")[0] in ("train", "dataset", "model", "modules_to_save", "target_modules"):
+        raise InputError(
+            f"--methods {text}: {key} is the same for every method; set it for all of them, as in "
+            "`compare RECIPE train.max_steps=100`"
+        )
+    if key == "rank.budget":
+        raise InputError(f"--methods {text}: the budget comes from --budgets")
 
 
 def _check(text: str, kind: Kind, key: str, value: str) -> None:
@@ -107,13 +121,15 @@ def _check(text: str, kind: Kind, key: str, value: str) -> None:
         raise InputError(
             f"--methods {text}: {kind} has no setting {key!r}; expected {', '.join(known)}"
         )
-    if not re.fullmatch(known[key], value):
+    is_read = re.fullmatch(known[key], value)
+    # An alpha or a ratio of zero would train nothing.
+    if not is_read or (key in ("alpha", "ratio") and float(value.rstrip("r")) == 0):
         raise InputError(f"--methods {text}: {key} got {value!r}; expected {_FORMS[key]}")
 
 
 _FORMS = {
-    "alpha": "a number, or a multiple of the rank such as 2r",
-    "ratio": "a number such as 16",
+    "alpha": "a number above 0, or a multiple of the rank such as 2r",
+    "ratio": "a number above 0 such as 16",
     "rslora": "true or false",
     "niter": "a whole number; 0 for an exact SVD",
     "factor": "a whole number above 0",

@@ -31,7 +31,7 @@ class Trial:
     def folder_name(self) -> str:
         """A file name of its own."""
         method = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.method)
-        return f"{method}-{self.budget}-{self.learning_rate:g}-seed{self.seed}"
+        return f"{method}-{self.budget}-{self.learning_rate!r}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,37 @@ class Grid:
         budgets: Trainable parameters.
         learning_rates: Tried for every method.
         num_seeds: Seeds 0 to num_seeds - 1.
-        is_staged: Whether trials are saved where they say least; see :func:`next_trials`.
+        plan: full, staged or done; see :func:`next_trials`.
     """
 
     methods: Sequence[str]
     budgets: Sequence[int]
     learning_rates: Sequence[float]
     num_seeds: int
-    is_staged: bool
+    plan: str
 
     def summary(self) -> dict[str, Any]:
         """What would be run, for a person or as JSON."""
         rates, seeds, budgets = len(self.learning_rates), self.num_seeds, len(self.budgets)
         each = rates * seeds * budgets
-        if self.is_staged:
+        if self.plan == "staged":
             each = rates + min(2, rates) * (seeds - 1) + (budgets - 1) * seeds
         return {
             "methods": list(self.methods),
             "budgets": list(self.budgets),
             "learning_rates": list(self.learning_rates),
             "seeds": seeds,
-            "plan": "staged" if self.is_staged else "full",
-            "trials_per_method": each,
-            "trials": each * len(self.methods),
+            "plan": self.plan,
+            "trials_per_method": each if self.plan != "done" else 0,
+            "trials": each * len(self.methods) if self.plan != "done" else 0,
         }
+
+    def holds(self, row: TrialRow) -> bool:
+        """Whether a row is of this grid; the plan done takes every rate and seed there is."""
+        is_own = row.method in self.methods and row.budget in self.budgets
+        if self.plan == "done":
+            return is_own
+        return is_own and row.learning_rate in self.learning_rates and row.seed < self.num_seeds
 
 
 def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
@@ -75,7 +82,8 @@ def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
     The full plan is every combination. The staged one has three stages: every rate with one seed
     at the middle budget; then all seeds at each method's two best rates there; then the other
     budgets with all seeds at each method's best rate. Every method gets the same number of trials
-    in either. Methods take turns, so that a comparison stopped early has a bit of each.
+    in either. The plan done runs nothing: it judges what is there. Methods take turns, so that a
+    comparison stopped early has a bit of each.
 
     Args:
         grid: What is compared.
@@ -85,7 +93,9 @@ def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
         The trials of the first stage that is not done, without those that are; empty at the end.
     """
     done = {Trial(row.method, row.budget, row.learning_rate, row.seed): row for row in rows}
-    for stage in _full(grid) if not grid.is_staged else _stages(grid, done):
+    if grid.plan == "done":
+        return []
+    for stage in _stages(grid, done) if grid.plan == "staged" else _full(grid):
         if left := [trial for trial in stage if trial not in done]:
             return left
     return []

@@ -48,6 +48,19 @@ def variation(norms: Sequence[float], num_warmup: int) -> float:
     return statistics.stdev(rest) / mean if len(rest) > 1 and mean > 0 else 0.0
 
 
+def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean over seeds at the steps that all of them validated at.
+
+    Args:
+        curves: (step, validation loss) of each seed.
+    """
+    shared = set.intersection(*({step for step, _ in curve} for curve in curves))
+    losses = [dict(curve) for curve in curves]
+    return [
+        (step, math.fsum(each[step] for each in losses) / len(losses)) for step in sorted(shared)
+    ]
+
+
 def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
     """Steps until a validation curve first falls to a loss.
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from kpsvd_tune.compare.claims import is_kpsvd, judge
+from kpsvd_tune.compare.claims import is_kpsvd, judge, lowest_mean
 from kpsvd_tune.compare.statistics import estimate, steps_to, variation
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, Difference, Estimate, MethodSummary, TrialRow
@@ -22,12 +22,14 @@ def compare_rows(
     max_grad_norm: float | None,
     price_per_hour: float | None = None,
     currency: str = "USD",
+    num_missing: int = 0,
+    jobs: int = 1,
 ) -> Comparison:
     """Draw the verdict.
 
     Each method is judged at each budget by its best learning rate: the lowest mean validation
-    loss among the rates that were run with the most seeds there. Test losses are reported for
-    those and never looked at in a choice.
+    loss among the rates that were run with the most seeds there and failed on none. Test losses
+    are reported for those and never looked at in a choice.
 
     Args:
         rows: The trials; at least one that did not fail.
@@ -38,6 +40,8 @@ def compare_rows(
         max_grad_norm: Where gradients were clipped; None: nowhere.
         price_per_hour: Of one device; None: no costs.
         currency: Of the price.
+        num_missing: Trials that are still to come; with any, no claim is judged.
+        jobs: Trials that ran at a time.
 
     Raises:
         InputError: No trial ended with a loss.
@@ -48,9 +52,11 @@ def compare_rows(
     best = {key: chosen for key, group in groups.items() if (chosen := best_rows(group))}
     if not best:
         raise InputError("no trial has ended with a loss yet: nothing can be compared")
-    reference = next(m for m in ("lora", *dict.fromkeys(m for m, _ in best)) if _has(best, m))
+    names = list(dict.fromkeys(method for method, _ in best))
+    # Plain LoRA if it is there, else a variant of it, else any baseline.
+    reference = min(names, key=lambda name: (name != "lora", name[:4] != "lora", is_kpsvd(name)))
     targets = {
-        budget: statistics.fmean(_losses(chosen))
+        budget: lowest_mean(chosen)
         for (method, budget), chosen in best.items()
         if method == reference
     }
@@ -65,7 +71,7 @@ def compare_rows(
         )
         for key, chosen in sorted(best.items(), key=lambda item: (item[0][1], item[0][0]))
     )
-    others = [m for m in dict.fromkeys(m for m, _ in best) if not is_kpsvd(m) or m == reference]
+    others = [name for name in names if not is_kpsvd(name) or name == reference]
     differences = tuple(
         difference(best, (s.method, s.budget), (other, budget))
         for s in summaries
@@ -81,8 +87,8 @@ def compare_rows(
         reference=reference,
         summaries=summaries,
         differences=found,
-        claims=judge(best, summaries, found, num_warmup),
-        notes=tuple(_notes(rows, summaries, reference)),
+        claims=() if num_missing else judge(best, summaries, found, num_warmup),
+        notes=tuple(_notes(rows, summaries, reference, num_missing, jobs)),
         currency=currency,
     )
 
@@ -92,14 +98,13 @@ def best_rows(rows: Sequence[TrialRow]) -> list[TrialRow]:
     by_rate: dict[float, list[TrialRow]] = {}
     for row in rows:
         by_rate.setdefault(row.learning_rate, []).append(row)
-    most = max(len(each) for each in by_rate.values())
     whole = [
-        each
-        for each in by_rate.values()
-        if len(each) == most and all(row.validation_loss is not None for row in each)
+        each for each in by_rate.values() if all(row.validation_loss is not None for row in each)
     ]
     if not whole:
         return []
+    most = max(len(each) for each in whole)
+    whole = [each for each in whole if len(each) == most]
     chosen = min(whole, key=lambda each: (statistics.fmean(_losses(each)), each[0].learning_rate))
     return sorted(chosen, key=lambda row: row.seed)
 
@@ -146,10 +151,8 @@ def _summary(
         num_trials=len(group),
         validation_loss=estimate(_losses(chosen)),
         test_loss=_optional([row.test_loss for row in chosen]),
-        steps_to_reference=estimate(steps) if len(steps) == len(chosen) else None,
-        seconds_to_reference=(
-            statistics.fmean(steps) * seconds if len(steps) == len(chosen) else None
-        ),
+        steps_to_reference=estimate(steps) if steps else None,
+        seconds_to_reference=statistics.fmean(steps) * seconds if steps else None,
         gradient_variation=estimate([variation(row.grad_norms, num_warmup) for row in chosen]),
         clipped_share=sum(norm > limit for norm in norms) / max(1, len(norms)),
         forgetting=_optional([row.forgetting for row in chosen]),
@@ -161,8 +164,26 @@ def _summary(
 
 
 def _notes(
-    rows: Sequence[TrialRow], summaries: Sequence[MethodSummary], reference: str
+    rows: Sequence[TrialRow],
+    summaries: Sequence[MethodSummary],
+    reference: str,
+    num_missing: int,
+    jobs: int,
 ) -> Iterable[str]:
+    if num_missing:
+        yield f"at least {num_missing} trials are still to come, so no claim is judged yet"
+    if jobs > 1:
+        yield f"{jobs} trials ran at a time: seconds and costs are those of a shared machine"
+    for budget in sorted({s.budget for s in summaries}):
+        own = [s for s in summaries if s.budget == budget]
+        counts = {s.method: s.num_trials for s in own}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            yield f"unequal numbers of trials at {budget:,}: {told}"
+        trained = [s.trainable_parameters for s in own]
+        if max(trained) > 1.05 * min(trained):
+            told = ", ".join(f"{s.method} {s.trainable_parameters:,}" for s in own)
+            yield f"unequal numbers of parameters at {budget:,}: {told}"
     for summary in summaries:
         if summary.is_edge:
             yield (
@@ -176,21 +197,22 @@ def _notes(
                 f"{row.method} at {row.budget:,}, rate {row.learning_rate:g}, seed {row.seed}: "
                 f"{row.failed}"
             )
-    own = {s.budget: s.validation_loss for s in summaries if s.method == reference}
-    if len(own) > 1:
-        small, large = own[min(own)], own[max(own)]
+    losses = {s.budget: s.validation_loss for s in summaries if s.method == reference}
+    if len(losses) > 1:
+        small, large = losses[min(losses)], losses[max(losses)]
         gain = small.mean - large.mean
         spread = max(small.deviation or 0.0, large.deviation or 0.0)
-        if gain <= 2 * spread:
+        if small.n == 1 or large.n == 1:
+            yield (
+                f"{reference} gains {gain:.4f} nats from {min(losses):,} to {max(losses):,} "
+                "parameters on one seed, which cannot tell whether the rank binds"
+            )
+        elif gain <= 2 * spread:
             yield (
                 f"the rank does not bind in these runs: {reference} gains {gain:.4f} nats from "
-                f"{min(own):,} to {max(own):,} parameters, against {spread:.4f} of spread over "
-                "seeds, so the loss-versus-parameters front says little; lengthen the runs"
+                f"{min(losses):,} to {max(losses):,} parameters, against {spread:.4f} of spread "
+                "over seeds, so the loss-versus-parameters front says little; lengthen the runs"
             )
-
-
-def _has(best: Mapping[tuple[str, int], Sequence[TrialRow]], method: str) -> bool:
-    return any(name == method for name, _ in best)
 
 
 def _loss(row: TrialRow) -> float:

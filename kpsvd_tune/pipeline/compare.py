@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
-from kpsvd_tune.checkpoint import RunDirectory, read_json, replace_file, to_json
-from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
-from kpsvd_tune.checkpoint.identity import changes, describe
+from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials
 from kpsvd_tune.compare.verdict import compare_rows
-from kpsvd_tune.data import prepare
+from kpsvd_tune.data import TokenizedRow, prepare
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
-from kpsvd_tune.errors import CheckpointError, DataError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
     WeightReader,
     base_fingerprint,
@@ -28,12 +26,11 @@ from kpsvd_tune.models import (
 from kpsvd_tune.pipeline.setups import Setups
 from kpsvd_tune.pipeline.stages import Events, find_model
 from kpsvd_tune.pipeline.trial import Material
+from kpsvd_tune.pipeline.trial_log import RESULTS, append_row, open_results
 from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
-
-RESULTS = "results.jsonl"
 
 
 class Watcher(Protocol):
@@ -50,6 +47,7 @@ class Watcher(Protocol):
 
 
 def compare(
+    recipe: Recipe,
     recipes: Mapping[str, Recipe],
     methods: Sequence[Method],
     grid: Grid,
@@ -62,7 +60,8 @@ def compare(
     """Run every trial that is not done yet, and draw the verdict.
 
     Args:
-        recipes: The recipe of each method by its name; equal but for the settings of methods.
+        recipe: What all methods share.
+        recipes: The recipe of each method by its name, which differs in its adapter section.
         methods: The methods of the grid.
         grid: Budgets, rates and seeds.
         events: Told of stages and progress.
@@ -78,9 +77,8 @@ def compare(
         StoppedBySignal: SIGINT or SIGTERM; running trials were saved.
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
     """
-    recipe = next(iter(recipes.values()))
-    if recipe.dataset is None:
-        raise RecipeError("the recipe has no dataset section, which `compare` needs")
+    _check(recipe)
+    assert recipe.dataset is not None
     run = RunDirectory(recipe.output_dir)
     with run.lock():
         source = find_model(recipe, offline)
@@ -96,20 +94,18 @@ def compare(
         skeleton = load_skeleton(source)
         embeddings: Any = skeleton.get_input_embeddings()
         check_known_tokens(data.train, embeddings.num_embeddings)
+        test, test_sha256 = _test_rows(recipe, tokenizer, offline)
+        forgetting, text_sha256 = _forgetting_text(recipe)
         material = Material(
-            source,
-            data.train,
-            data.validation,
-            _test_rows(recipe, tokenizer, offline),
-            None if recipe.compare.forgetting is None else Path(recipe.compare.forgetting),
-            pad_token_id(tokenizer),
+            source, data.train, data.validation, test, forgetting, pad_token_id(tokenizer)
         )
-        identity = {
+        shared = {
             "recipe": _fixed_part(recipe),
             "base": base_fingerprint(source),
             "dataset": data.sha256,
+            "test": test_sha256,
+            "forgetting": text_sha256,
         }
-        rows = _open(run.path, identity)
         names = target_names(
             skeleton,
             recipe.adapter.target_modules,
@@ -119,25 +115,26 @@ def compare(
         reader = WeightReader(source, names, skeleton)
         sizes = {name: reader.size(name) for name in names}
         reader.close()
-        plan = Setups(recipes, methods, sizes, run.path)
+        plan = Setups(recipe, recipes, methods, sizes, run.path, shared)
         # What cannot be met is refused before the first trial, not after hours.
         plan.check_baselines(grid.budgets)
         plan.decompose(source, grid.budgets, events)
+        rows = open_results(run.path, shared, plan.adapters())
         base = run_base(material, recipe, run.path / "base.json", events)
         watcher.begin(rows)
         try:
             while pending := next_trials(grid, rows):
                 setups = [plan.setup(trial, base) for trial in pending]
                 for row in run_setups(setups, material, jobs, watcher.stepped):
-                    _append(run.path / RESULTS, row)
+                    append_row(run.path, row)
                     rows.append(row)
                     watcher.finished(row)
         except StoppedBySignal:
             # What is known so far is worth a look.
             with suppress(InputError):
-                _conclude(recipe, grid, rows, base, run.path, events)
+                _conclude(recipe, grid, rows, base, run.path, jobs, events)
             raise
-        return _conclude(recipe, grid, rows, base, run.path, events)
+        return _conclude(recipe, grid, rows, base, run.path, jobs, events)
 
 
 def _conclude(
@@ -146,10 +143,11 @@ def _conclude(
     rows: Sequence[TrialRow],
     base: Mapping[str, float | None],
     folder: Path,
+    jobs: int,
     events: Events,
 ) -> Comparison:
     """Write the verdict on the trials of the grid, also where more of them are to come."""
-    chosen = [row for row in rows if row.method in grid.methods and row.budget in grid.budgets]
+    chosen = [row for row in rows if grid.holds(row)]
     train = recipe.train
     steps = max((len(row.losses) for row in chosen), default=0)
     verdict = compare_rows(
@@ -161,6 +159,8 @@ def _conclude(
         max_grad_norm=train.max_grad_norm,
         price_per_hour=recipe.compare.price_per_hour,
         currency=recipe.compare.currency,
+        num_missing=len(next_trials(grid, rows)),
+        jobs=jobs,
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"
@@ -175,14 +175,44 @@ def _conclude(
     return verdict
 
 
-def _test_rows(recipe: Recipe, tokenizer: Any, offline: bool) -> Sequence[Any]:
+def _check(recipe: Recipe) -> None:
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `compare` needs")
+    if recipe.adapter.modules_to_save:
+        raise RecipeError(
+            "adapter.modules_to_save: modules trained whole would count against no budget; set it "
+            "to [] to compare adapters"
+        )
+
+
+def _test_rows(
+    recipe: Recipe, tokenizer: Any, offline: bool
+) -> tuple[Sequence[TokenizedRow], str | None]:
+    """Rows that no choice looks at, and their hash."""
     if recipe.compare.test is None:
-        return ()
+        return (), None
     assert recipe.dataset is not None
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    return prepare(dataset, tokenizer, seed=0, offline=offline).train
+    found = prepare(dataset, tokenizer, seed=0, offline=offline)
+    return found.train, found.sha256
+
+
+def _forgetting_text(recipe: Recipe) -> tuple[Path | None, str | None]:
+    """The text of another kind, and its hash."""
+    if recipe.compare.forgetting is None:
+        return None, None
+    file = Path(recipe.compare.forgetting)
+    try:
+        content = file.read_bytes()
+        content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"compare.forgetting: {file} cannot be read as UTF-8 text ({error}); name a text file, "
+            "or set it to null"
+        ) from error
+    return file, hashlib.sha256(content).hexdigest()
 
 
 def _fixed_part(recipe: Recipe) -> dict[str, Any]:
@@ -200,34 +230,3 @@ def _fixed_part(recipe: Recipe) -> dict[str, Any]:
         if key in ("target_modules", "exclude_modules", "modules_to_save", "dropout")
     }
     return content
-
-
-def _open(folder: Path, identity: Mapping[str, Any]) -> list[TrialRow]:
-    """The rows that are done; refuses a folder of another comparison."""
-    file = folder / "compare.json"
-    plain = json.loads(to_json(dict(identity)))
-    if file.exists():
-        if found := changes(read_json(file), plain):
-            raise CheckpointError(
-                f"{folder} holds a comparison with other settings:\n{describe(found)}\n"
-                "Its trials cannot be compared with new ones: undo the change, or choose another "
-                "output_dir"
-            )
-    else:
-        replace_file(file, to_json(plain))
-    results = folder / RESULTS
-    if not results.exists():
-        return []
-    content = results.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    # A crash can leave half a line behind; its trial is run again.
-    truncate_file(results, len(whole))
-    try:
-        return [TrialRow.from_dict(json.loads(line)) for line in whole.splitlines()]
-    except ValueError as error:
-        raise InputError(f"{results} holds a line that is not JSON: {error}") from error
-
-
-def _append(file: Path, row: TrialRow) -> None:
-    append_file(file, (json.dumps(row.to_dict(), allow_nan=False) + "\n").encode())
-    sync_file(file)

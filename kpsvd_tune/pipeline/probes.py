@@ -17,7 +17,7 @@ from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, read_json, replace_file, to_json
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
-from kpsvd_tune.errors import DataError
+from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
 from kpsvd_tune.pipeline.start import starting_factors
@@ -65,6 +65,7 @@ def choose_energy(
 
     Raises:
         DataError: There are no held-out rows.
+        NonFiniteError: Every candidate diverged.
         StoppedBySignal: The probes done so far are kept.
     """
     if not validation_rows:
@@ -82,7 +83,9 @@ def choose_energy(
     probes: list[Probe] = []
     left = list(candidates)
     for length in lengths:
-        done = [
+        if len(left) == 1:
+            break
+        tried = [
             _probe(
                 recipe,
                 source,
@@ -96,6 +99,12 @@ def choose_energy(
             )
             for energy in left
         ]
+        done = [probe for probe in tried if probe is not None]
+        if not done:
+            raise NonFiniteError(
+                "adapter.rank.energy: auto: every threshold diverged; lower "
+                "train.learning_rate, or give a threshold such as 0.5"
+            )
         for probe in done:
             events.note(
                 f"energy {probe.energy:g}: {probe.parameters:,} parameters, validation loss "
@@ -186,7 +195,8 @@ def _probe(
     pad_token_id: int,
     accelerator: Accelerator,
     run: RunDirectory,
-) -> Probe:
+) -> Probe | None:
+    """One short training; None where its loss became infinite or NaN."""
     folder = run.path / "probes" / f"energy-{energy:g}-steps-{length}"
     file = folder.with_name(f"{folder.name}.json")
     known: dict[str, Any] | None = on_main_process(
@@ -225,8 +235,11 @@ def _probe(
             is_relative=tried.adapter.rate == "relative",
         ),
     )
-    for _ in training.steps():
-        pass
+    try:
+        for _ in training.steps():
+            pass
+    except NonFiniteError:
+        return None
     outcome = training.result()
     assert outcome.validation_loss is not None
     assert outcome.validation_loss_before is not None

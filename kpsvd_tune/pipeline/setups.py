@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kpsvd_tune.compare.baselines import baseline
 from kpsvd_tune.compare.methods import Method
@@ -19,20 +20,25 @@ class Setups:
     """Turns the trials of a comparison into setups.
 
     Args:
+        recipe: What all methods share.
         recipes: The recipe of each method by its name.
         methods: The methods.
         sizes: Module name to (out_features, in_features) of each target module.
         folder: Of the comparison.
+        shared: What is equal in all trials, as JSON values.
     """
 
     def __init__(
         self,
+        recipe: Recipe,
         recipes: Mapping[str, Recipe],
         methods: Sequence[Method],
         sizes: Mapping[str, tuple[int, int]],
         folder: Path,
+        shared: Mapping[str, Any],
     ) -> None:
-        self._recipes, self._sizes, self._folder = recipes, sizes, folder
+        self._recipe, self._recipes, self._shared = recipe, recipes, shared
+        self._sizes, self._folder = sizes, folder
         self._methods = {method.name: method for method in methods}
         self._ranks: dict[tuple[str, int], RankRecipe] = {}
 
@@ -45,7 +51,7 @@ class Setups:
         for method in self._methods.values():
             for budget in budgets:
                 if method.kind != "kpsvd":
-                    baseline(method, self._sizes, budget)
+                    baseline(method, self._sizes, budget, self._recipe.adapter.dropout)
 
     def decompose(self, source: ModelSource, budgets: Sequence[int], events: Events) -> None:
         """Fill the spectra cache, so that no trial spends time on it, and choose the rank rules.
@@ -66,21 +72,40 @@ class Setups:
 
     def setup(self, trial: Trial, base: Mapping[str, float | None]) -> Setup:
         """A trial, ready to run; ``base`` holds the losses of the base model."""
-        method, recipe = self._methods[trial.method], self._recipes[trial.method]
-        adapter, own = recipe.adapter, None
+        method, recipe = self._methods[trial.method], self._recipe
+        adapter, own = self._recipes[trial.method].adapter, None
         if method.kind == "kpsvd":
             rank = self._ranks[trial.method, trial.budget]
             adapter = adapter.model_copy(update={"rank": rank})
         else:
-            own = baseline(method, self._sizes, trial.budget)
+            own = baseline(method, self._sizes, trial.budget, recipe.adapter.dropout)
         train = recipe.train.model_copy(
-            update={"learning_rate": trial.learning_rate, "seed": trial.seed}
+            update={
+                "learning_rate": trial.learning_rate,
+                "seed": trial.seed,
+                # Curves have a point a step, and a trial is one process.
+                "log_every": 1,
+                "num_workers": 0,
+            }
         )
         folder = self._folder / "trials" / trial.folder_name
         recipe = recipe.model_copy(
             update={"adapter": adapter, "train": train, "output_dir": str(folder)}
         )
-        return Setup(trial, method, recipe, own, folder, base)
+        identity = {
+            "shared": self._shared,
+            "method": trial.method,
+            "adapter": self.adapters().get(trial.method),
+        }
+        return Setup(trial, method, recipe, own, folder, base, identity)
+
+    def adapters(self) -> dict[str, Any]:
+        """The adapter section of each KPSVD method, as JSON values."""
+        return {
+            name: self._recipes[name].adapter.model_dump(mode="json")
+            for name, method in self._methods.items()
+            if method.kind == "kpsvd"
+        }
 
 
 def _rank_rule(method: Method, recipe: Recipe, spectra: Spectra, budget: int) -> RankRecipe:

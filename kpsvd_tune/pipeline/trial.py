@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.checkpoint import RunDirectory, read_json, to_json
 from kpsvd_tune.compare.baselines import Baseline
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Trial
@@ -71,6 +72,7 @@ class Setup:
         baseline: PEFT's configuration; None for KPSVD.
         folder: Of the run.
         base: Losses of the base model, from :func:`measure_base`.
+        identity: What must be equal for a stopped trial to go on, as JSON values.
     """
 
     trial: Trial
@@ -79,6 +81,7 @@ class Setup:
     baseline: Baseline | None
     folder: Path
     base: Mapping[str, float | None]
+    identity: Mapping[str, Any]
 
 
 def measure_base(material: Material, recipe: Recipe) -> dict[str, float | None]:
@@ -111,8 +114,15 @@ def run_trial(
     accelerator = make_accelerator(recipe.train)
     run = RunDirectory(setup.folder)
     with run.lock():
-        identity = {"recipe": recipe.model_dump(mode="json"), "method": setup.method.name}
-        begun = run.begin(recipe_to_yaml(recipe), identity, {"trial": setup.trial.folder_name})
+        begun = run.begin(
+            recipe_to_yaml(recipe),
+            setup.identity,
+            {"trial": setup.trial.folder_name},
+            resume="auto" if _is_same(run, setup.identity) else "never",
+        )
+        if begun.is_finished:
+            # It ended, and whoever started it was gone before the row could be written down.
+            return TrialRow.from_dict(read_json(run.results_file))
         torch.manual_seed(recipe.train.seed)
         model, rank, init_seconds = _adapted(setup, material)
         training = Training(
@@ -137,16 +147,14 @@ def run_trial(
         steps = training.progress.step - first
         outcome = training.result()
         lines = _read_metrics(run.metrics_file)
+        if failed is None and not math.isfinite(outcome.validation_loss or math.nan):
+            failed = f"the validation loss is {outcome.validation_loss}"
         others: dict[str, float | None] = {"test_loss": None, "forgetting_loss": None}
         if failed is None:
             others = _other_losses(model, material, recipe, accelerator)
             model.save_pretrained(str(run.adapter), save_embedding_layers=False)
-        curve = (
-            [] if outcome.validation_loss_before is None else [(0, outcome.validation_loss_before)]
-        )
-        curve += [
-            (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
-        ]
+        curve = [(0, outcome.validation_loss_before)]
+        curve += [(line["step"], line.get("validation_loss")) for line in lines]
         base_text = setup.base["forgetting_loss"]
         forgot = others["forgetting_loss"]
         is_cpu = accelerator.device.type == "cpu"
@@ -159,7 +167,7 @@ def run_trial(
             trainable_parameters=outcome.trainable_parameters,
             stored_parameters=_stored(model, setup.method),
             validation_loss=None if failed else outcome.validation_loss,
-            validation_losses=tuple((step, round(loss, 6)) for step, loss in curve),
+            validation_losses=tuple((step, loss) for step, loss in curve if loss is not None),
             test_loss=others["test_loss"],
             forgetting=None if forgot is None or base_text is None else forgot - base_text,
             losses=tuple(round(line["loss"], 5) for line in lines),
@@ -175,6 +183,14 @@ def run_trial(
         )
         run.finish(row.to_dict())
     return row
+
+
+def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this trial, and not one of the same name with other settings."""
+    if not run.run_file.exists():
+        return True
+    held: bool = read_json(run.run_file).get("identity") == json.loads(to_json(dict(identity)))
+    return held
 
 
 def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
@@ -231,7 +247,8 @@ def _other_losses(
             found = text_loss(model, tokenizer, material.forgetting, window=WINDOW_TOKENS)
         model.train(was_training)
         forgetting = found.value
-    return {"test_loss": test, "forgetting_loss": forgetting}
+    losses = {"test_loss": test, "forgetting_loss": forgetting}
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in losses.items()}
 
 
 def _loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kpsvd_tune.checkpoint import read_json, replace_file, to_json
 from kpsvd_tune.compare.plan import Trial
@@ -50,7 +52,9 @@ def run_base(
 ) -> dict[str, float | None]:
     """The base model's losses, measured once for a comparison and kept in ``file``."""
     if file.exists():
-        return read_json(file)
+        known: dict[str, float | None] = read_json(file)
+        if {"validation_loss", "test_loss", "forgetting_loss"} <= known.keys():
+            return known
     events.stage("measuring the base model")
     found = next(_run([None], [(measure_base, (material, recipe))], 1, lambda *_: None))
     replace_file(file, to_json(found))
@@ -102,7 +106,7 @@ def _run(
                     process = context.Process(
                         target=_work, args=(*call, slot, threads, sender), daemon=True
                     )
-                    process.start()
+                    _start(process)
                     sender.close()
                     running[receiver] = _Running(process, trial, slot)
                 if signals.requested:
@@ -122,6 +126,20 @@ def _run(
                         yield message
         finally:
             _stop(running)
+
+
+def _start(process: ForkServerProcess) -> None:
+    """Start a trial; the server that forks it never sees the terminal's Ctrl-C."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    except (EOFError, ConnectionError) as error:
+        raise ResourceError(
+            "the process that starts trials was killed; run the same command again: finished "
+            "trials are kept"
+        ) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _receive(end: Connection, running: _Running) -> Any:
@@ -173,6 +191,8 @@ def _work(
     torch.set_num_threads(threads)
     # Libraries warn about their insides, once for each process.
     warnings.simplefilter("ignore")
+    # Bars would share a lock between processes, which outlives this one as a leaked semaphore.
+    tqdm.set_lock(threading.RLock())
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
     trial = arguments[0].trial if isinstance(arguments[0], Setup) else None

@@ -109,8 +109,9 @@ class MethodSummary(Result):
         num_trials: Trials of this method at this budget.
         validation_loss: Over seeds.
         test_loss: Over seeds; None without test rows.
-        steps_to_reference: Steps until the validation loss is the reference's at the end,
-            interpolated between validations; None where it never is on some seed.
+        steps_to_reference: Steps until the validation loss is at the lowest point of the
+            reference's mean curve, interpolated between validations, over the seeds that get
+            there; None where none does.
         seconds_to_reference: Those steps times the seconds of a step.
         gradient_variation: Coefficient of variation of the gradient norm after warm-up.
         clipped_share: Share of the steps whose gradient was clipped, 0 to 1.

@@ -15,7 +15,7 @@ from typing import Any
 
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
 from kpsvd_tune.report.page import plotly_script, script_json
-from kpsvd_tune.report.trials import interval, plus_minus
+from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, on dark and on light.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
@@ -50,7 +50,8 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         "at": f"at {budget:,} parameters",
         "subtitle": escape(
             f"{verdict.steps} steps a trial, {len(rows)} trials; the reference is "
-            f"{verdict.reference}; bands and bars span the seeds, intervals are 95 %."
+            f"{verdict.reference}; bands span the seeds, bars are one standard "
+            "deviation, intervals are 95 %."
         ),
         "claims": "".join(
             f'<li class="{claim.verdict.replace(" ", "-")}"><b>{claim.verdict}</b>'
@@ -230,7 +231,7 @@ def _row(summary: MethodSummary, currency: str) -> str:
         str(summary.num_trials),
         plus_minus(summary.validation_loss),
         plus_minus(summary.test_loss),
-        "–" if steps is None else f"{steps.mean:.1f}",
+        steps_reached(steps, summary.validation_loss.n),
         "–" if seconds is None else f"{seconds:.0f}",
         f"{summary.gradient_variation.mean:.3f}",
         f"{summary.clipped_share:.0%}",

@@ -160,12 +160,19 @@ def _cells(summary: MethodSummary) -> list[str]:
         f"{summary.learning_rate:g}{' (edge)' if summary.is_edge else ''}",
         plus_minus(summary.validation_loss),
         plus_minus(summary.test_loss),
-        "–" if steps is None else f"{steps.mean:.0f}",
+        steps_reached(steps, summary.validation_loss.n),
         f"{summary.gradient_variation.mean:.2f}",
         f"{summary.clipped_share:.0%}",
         "–" if summary.forgetting is None else f"{summary.forgetting.mean:+.4f}",
         f"{summary.seconds_per_step:.2f}",
     ]
+
+
+def steps_reached(steps: Estimate | None, num_seeds: int) -> str:
+    """Mean steps to a loss, with the seeds that got there where not all did."""
+    if steps is None:
+        return "–"
+    return f"{steps.mean:.0f}" + ("" if steps.n == num_seeds else f" ({steps.n} of {num_seeds})")
 
 
 def plus_minus(found: Estimate | None) -> str:

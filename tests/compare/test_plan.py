@@ -34,14 +34,14 @@ def run_out(grid: Grid, failing: float | None = None) -> list[list[Trial]]:
 
 
 def test_the_full_plan_is_every_combination_once() -> None:
-    grid = Grid(["a", "b"], [100, 200], RATES, 2, is_staged=False)
+    grid = Grid(["a", "b"], [100, 200], RATES, 2, "full")
     (stage,) = run_out(grid)
     assert len(stage) == len(set(stage)) == 2 * 2 * 3 * 2 == grid.summary()["trials"]
     assert [trial.method for trial in stage[:4]] == ["a", "b", "a", "b"]
 
 
 def test_the_staged_plan_spends_seeds_on_the_best_rates() -> None:
-    grid = Grid(["a", "b"], [100, 200, 400], RATES, 3, is_staged=True)
+    grid = Grid(["a", "b"], [100, 200, 400], RATES, 3, "staged")
     rates, seeds, budgets = run_out(grid)
     assert {(t.budget, t.seed) for t in rates} == {(200, 0)}
     assert {(t.budget, t.learning_rate, t.seed) for t in seeds} == {
@@ -54,20 +54,20 @@ def test_the_staged_plan_spends_seeds_on_the_best_rates() -> None:
 
 
 def test_every_method_gets_the_same_number_of_trials() -> None:
-    grid = Grid(["a", "b", "c"], [100, 200], RATES, 2, is_staged=True)
+    grid = Grid(["a", "b", "c"], [100, 200], RATES, 2, "staged")
     trials = [trial for stage in run_out(grid) for trial in stage]
     counts = [sum(trial.method == name for trial in trials) for name in grid.methods]
     assert counts == [grid.summary()["trials_per_method"]] * 3
 
 
 def test_a_stopped_plan_goes_on_with_what_is_left() -> None:
-    grid = Grid(["a", "b"], [100], RATES, 1, is_staged=False)
+    grid = Grid(["a", "b"], [100], RATES, 1, "full")
     first = next_trials(grid, [])
     assert next_trials(grid, done(first[:4])) == first[4:]
 
 
 def test_a_rate_that_failed_is_not_the_best() -> None:
-    grid = Grid(["a"], [100], RATES, 2, is_staged=True)
+    grid = Grid(["a"], [100], RATES, 2, "staged")
     _, seeds = run_out(grid, failing=2e-3)
     assert {trial.learning_rate for trial in seeds} == {1e-3, 4e-3}
 
@@ -81,3 +81,23 @@ def test_folder_names_are_file_names_of_their_own() -> None:
     }
     assert len(names) == 18
     assert not any("/" in name or ":" in name for name in names)
+
+
+def test_the_plan_done_runs_nothing_and_judges_what_is_there() -> None:
+    grid = Grid(["a"], [100], RATES, 1, "done")
+    assert next_trials(grid, []) == []
+    assert grid.summary()["trials"] == 0
+    assert grid.holds(row("a", 100, 0.5, seed=7))
+    assert not grid.holds(row("b", 100, 0.5))
+
+
+def test_other_plans_judge_their_own_trials_alone() -> None:
+    grid = Grid(["a"], [100], RATES, 1, "full")
+    assert grid.holds(row("a", 100, 2e-3, seed=0))
+    assert not grid.holds(row("a", 100, 2e-3, seed=1))
+    assert not grid.holds(row("a", 100, 5e-3, seed=0))
+
+
+def test_rates_that_look_alike_keep_folders_of_their_own() -> None:
+    one, other = (Trial("a", 1, rate, 0).folder_name for rate in (0.0012345678, 0.0012345679))
+    assert one != other

@@ -104,8 +104,74 @@ def test_fewer_parameters_needs_a_smaller_trial() -> None:
     assert claim(equal, "fewer parameters").verdict == "undecided"
     smaller = verdict(lora + seeds("kpsvd", [0.5, 0.51, 0.49], budget=70))
     assert smaller.claims == ()  # no budget in common
-    both = lora + seeds("kpsvd", [0.9, 0.9, 0.9]) + seeds("kpsvd", [0.5, 0.51, 0.49], budget=70)
-    assert claim(verdict(both), "fewer parameters").verdict == "held"
+
+
+@pytest.mark.parametrize(
+    ("small_lora", "expected", "figure"),
+    [
+        ([1.2, 1.21, 1.19], "held", "70% of the parameters"),
+        ([1.0, 1.01, 0.99], "undecided", "the rank does not bind"),
+        (None, "undecided", "no baseline was run with that few"),
+    ],
+)
+def test_fewer_parameters_means_nothing_where_any_method_can_be_cut(
+    small_lora: list[float] | None, expected: str, figure: str
+) -> None:
+    rows = seeds("lora", [1.0, 1.01, 0.99]) + seeds("kpsvd", [0.9, 0.9, 0.9])
+    rows += seeds("kpsvd", [0.9, 0.91, 0.89], budget=70)
+    rows += seeds("lora", small_lora or [], budget=70)
+    found = claim(verdict(rows), "fewer parameters")
+    assert found.verdict == expected
+    assert figure in found.figure
+
+
+def test_more_parameters_are_no_equal_parameters() -> None:
+    rows = seeds("kpsvd", [0.5, 0.51, 0.49]) + seeds(
+        "lora", [1.0, 1.01, 0.99], trainable_parameters=80
+    )
+    found = verdict(rows)
+    assert claim(found, "equal or better quality").verdict == "undecided"
+    assert any("unequal numbers of parameters at 100" in note for note in found.notes)
+
+
+def test_claims_wait_for_the_last_trial() -> None:
+    rows = seeds("kpsvd", [0.5, 0.51, 0.49]) + seeds("lora", [1.0, 1.01, 0.99])
+    found = verdict(rows, num_missing=2)
+    assert found.claims == ()
+    assert any("2 trials are still to come" in note for note in found.notes)
+
+
+def test_unequal_numbers_of_trials_and_shared_machines_are_told() -> None:
+    rows = seeds("kpsvd", [0.5, 0.51]) + [row("lora", loss=1.0)]
+    notes = verdict(rows, jobs=2).notes
+    assert any("unequal numbers of trials at 100: kpsvd 2, lora 1" in note for note in notes)
+    assert any("2 trials ran at a time" in note for note in notes)
+
+
+def test_a_failed_rate_with_more_seeds_does_not_hide_a_sound_one() -> None:
+    rows = [row(rate=1e-3, loss=1.0)]
+    rows += [row(rate=2e-3, seed=0, loss=None), row(rate=2e-3, seed=1, loss=0.5)]
+    (summary,) = verdict(rows).summaries
+    assert summary.learning_rate == 1e-3
+
+
+def test_a_variant_of_lora_is_the_reference_where_there_is_no_other() -> None:
+    rows = seeds("kpsvd", [0.5]) + seeds("pissa", [0.6]) + seeds("lora:alpha=1r", [1.0])
+    assert verdict(rows).reference == "lora:alpha=1r"
+    assert verdict(seeds("kpsvd", [0.5]) + seeds("pissa", [0.6])).reference == "pissa"
+
+
+def test_the_reference_reaches_its_own_loss() -> None:
+    curves = [((0, 2.0), (10, 1.0 + 0.1 * seed)) for seed in range(2)]
+    rows = [
+        row("lora", seed=seed, loss=curve[-1][1], validation_losses=curve)
+        for seed, curve in enumerate(curves)
+    ]
+    (summary,) = verdict(rows).summaries
+    assert summary.steps_to_reference is not None
+    # The mean ends at 1.05: seed 0 gets there, seed 1 does not.
+    assert summary.steps_to_reference.n == 1
+    assert summary.steps_to_reference.mean == pytest.approx(9.5)
 
 
 def test_faster_counts_steps_to_the_baselines_loss() -> None:
@@ -114,6 +180,24 @@ def test_faster_counts_steps_to_the_baselines_loss() -> None:
     found = claim(verdict(rows), "faster")
     assert found.verdict == "held"
     assert "-5.0 steps" in found.figure
+
+
+def test_equal_runs_are_neither_faster_nor_steadier() -> None:
+    rows = seeds("kpsvd", [1.0] * 3) + seeds("lora", [1.0] * 3)
+    for word in ("faster", "steadier"):
+        assert claim(verdict(rows), word).verdict != "held"
+
+
+def test_a_run_that_never_gets_there_is_not_faster() -> None:
+    rows = seeds("kpsvd", [1.3] * 3) + seeds("lora", [1.0] * 3)
+    found = claim(verdict(rows), "faster")
+    assert found.verdict != "held"
+    assert "3 of 3 KPSVD runs never reach it" in found.figure
+
+
+def test_one_step_after_warm_up_shows_no_steadiness() -> None:
+    rows = seeds("kpsvd", [1.0] * 3) + seeds("lora", [1.0] * 3)
+    assert claim(verdict(rows, num_warmup=3), "steadier").figure == "too few steps after warm-up"
 
 
 def test_steadier_compares_the_variation_after_warm_up() -> None:

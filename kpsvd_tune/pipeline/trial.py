@@ -147,8 +147,6 @@ def run_trial(
         steps = training.progress.step - first
         outcome = training.result()
         lines = _read_metrics(run.metrics_file)
-        if failed is None and not math.isfinite(outcome.validation_loss or math.nan):
-            failed = f"the validation loss is {outcome.validation_loss}"
         others: dict[str, float | None] = {"test_loss": None, "forgetting_loss": None}
         if failed is None:
             others = _other_losses(model, material, recipe, accelerator)

@@ -237,6 +237,12 @@ class Training:
         )
         if loss is None:
             self._agree_on_signal()
+        elif not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {self.progress.step}: the validation loss is {loss} while the training loss is "
+                "finite. No checkpoint of this step was written. Try a lower train.learning_rate, "
+                "or train.precision: no"
+            )
         return loss
 
     def _agree_on_signal(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.training import make_accelerator
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
 from kpsvd_tune.training.validation import validation_loss
@@ -86,3 +87,14 @@ def test_result_counts_steps_parameters_tokens_memory_and_time(start_training, l
 
 def test_epochs_set_the_number_of_steps(start_training):
     assert start_training(max_steps=None, epochs=1.5, batch_size=4).num_steps == 4
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(
+    start_training, lora_model, rows, monkeypatch
+):
+    training = start_training(model=lora_model(), validation=rows[:3], eval_every=2, save_every=1)
+    values = iter([1.0, float("nan")])
+    monkeypatch.setattr("kpsvd_tune.training.loop.validation_loss", lambda *_: next(values))
+    with pytest.raises(NonFiniteError, match=r"step 2: the validation loss is nan .* lower"):
+        list(training.steps())
+    assert [folder.name for folder in training._run.checkpoints.iterdir()] == ["step-000001"]

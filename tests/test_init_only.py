@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -96,3 +98,59 @@ def test_a_sweep_that_changes_nothing_says_so(
     sweep = ["init-only", str(recipe), "adapter.rank.method=fixed"]
     assert cli.run([*sweep, "--sweep", "adapter.rank.energy=0.2,0.9"]) == 0
     assert "every value gives the same ranks: with method fixed" in capsys.readouterr().err
+
+
+def test_gpus_where_there_are_none_are_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert cli.run(["init-only", str(recipe), "--gpus", "1"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--gpus 1: PyTorch sees no CUDA GPU here; use --processes for CPU processes" in said
+
+
+def test_ranks_that_training_chooses_otherwise_are_noted(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["init-only", str(recipe), "adapter.init=gradient"]) == 0
+    assert "the ranks here are those of the weights" in capsys.readouterr().err
+    assert cli.run(["init-only", str(recipe), "--sweep", "adapter.rank.energy=auto,0.9"]) == 0
+    assert "auto is chosen by `train`; here the default stands in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("train.seed=1", "only keys of adapter.rank can be swept"),
+        ("train.seed=1,2", "only keys of adapter.rank can be swept"),
+        ("adapter.rank.tolerance=0,0.1", "one set of spectra has one tolerance"),
+        ("adapter.rank.budget=10,20", "a budget of 10 parameters is below"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(
+    recipe: Path, sweep: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["init-only", str(recipe), "--sweep", sweep]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_impossible_value_of_a_sweep_is_shown_in_its_row(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["init-only", str(recipe), "--sweep", "adapter.rank.budget=10,1M"]
+    assert cli.run(sweep) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"budget=10 +impossible", out)
+    assert "adapter.rank.budget=10: adapter.rank: a budget of 10 parameters is below" in out
+    assert cli.run([*sweep, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "a budget of 10" in found["adapter.rank.budget=10"]["error"]
+    assert len(found["adapter.rank.budget=1M"]["layers"]) == 14
+
+
+def test_an_output_folder_that_is_a_file_is_refused_with_a_cure(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").write_text("in the way")
+    assert cli.run(["init-only", str(recipe)]) == 1
+    assert "a file is in the way; remove it" in " ".join(capsys.readouterr().err.split())

@@ -24,6 +24,8 @@ _CURES = {
     errno.EROFS: "the file system is read-only; choose an output_dir that can be written",
     errno.EACCES: "choose an output_dir that this user may write",
     errno.ENOENT: "the folder vanished; was output_dir moved, deleted or unmounted?",
+    errno.EEXIST: "a file is in the way; remove it, or choose another output_dir",
+    errno.ENOTDIR: "a file is in the way; remove it, or choose another output_dir",
 }
 
 
@@ -175,5 +177,5 @@ def explained(attempt: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = _CURES.get(error.errno or 0, "see the reason above")
+        cure = _CURES.get(error.errno or 0, "try again, or choose an output_dir on another disk")
         raise ResourceError(f"could not {attempt}: {error.strerror or error}; {cure}") from error

@@ -119,12 +119,14 @@ class SpectraCache:
         self._commit(self._file(key), _encode(key, entry))
 
     def read_shape(self, key: str) -> ShapeChoice | None:
-        """Return a shape noted for factor shape auto; None when absent or unreadable."""
+        """Return a shape noted for factor shape auto; None when absent or damaged."""
         try:
-            shape, note = json.loads(self._shape_file(key).read_text(encoding="utf-8"))
-            return ShapeChoice(KroneckerShape(*shape), note)
+            shape, note, digest = json.loads(self._shape_file(key).read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError):
             return None
+        # What matches the hash was written below, so its types are right.
+        is_ours = digest == _shape_hash(key, shape, note)
+        return ShapeChoice(KroneckerShape(*shape), note) if is_ours else None
 
     def write_shape(self, key: str, choice: ShapeChoice) -> None:
         """Note a shape. The caller holds :meth:`lock`.
@@ -132,7 +134,8 @@ class SpectraCache:
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
         """
-        content = json.dumps([choice.shape.as_tuple(), choice.note])
+        shape, note = choice.shape.as_tuple(), choice.note
+        content = json.dumps([shape, note, _shape_hash(key, shape, note)])
         self._commit(self._shape_file(key), content.encode())
 
     @contextmanager
@@ -248,6 +251,10 @@ def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
         return CachedTerms(terms, float.fromhex(facts["seconds"]))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _shape_hash(key: str, shape: object, note: object) -> str:
+    return hashlib.sha256(json.dumps([key, shape, note]).encode()).hexdigest()
 
 
 def _content_hash(facts: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.progress import Progress, ProgressMeter
-from kpsvd_tune.decompose.ranks import rank_report
+from kpsvd_tune.decompose.ranks import check_rank, rank_report
 from kpsvd_tune.decompose.spectra import SpectraWorker
 from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
 from kpsvd_tune.decompose.workers import run_processes
@@ -20,8 +20,6 @@ from kpsvd_tune.linalg import choose_shape
 from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.results import RankReport
-
-TOLERANCE = 5e-3
 
 
 class Spectra:
@@ -109,6 +107,12 @@ class Spectra:
                 )
             chosen[done.name] = entry.terms.factors(layer.rank)
         if not chosen:
+            if all(done.squared_norm == 0 for done in self._finished):
+                raise AdapterError(
+                    f"all {len(self._finished)} target weights of {self._source.path} are zero, so "
+                    "there is nothing to decompose; expected trained weights: fetch the model "
+                    "again, or choose other adapter.target_modules"
+                )
             raise AdapterError(
                 "adapter.rank: every layer got rank 0; raise min, energy, max or budget"
             )
@@ -121,7 +125,7 @@ def collect_spectra(
     adapter: AdapterRecipe,
     *,
     seed: int = 0,
-    tolerance: float = TOLERANCE,
+    check_rule: bool = False,
     cache_dir: Path | None = None,
     processes: int = 1,
     process_index: int = 0,
@@ -136,9 +140,10 @@ def collect_spectra(
 
     Args:
         source: The base model.
-        adapter: Targets, factor shape and the window of the rank rule.
+        adapter: Targets, factor shape, and window and tolerance of the rank rule.
         seed: Seeds the truncated decomposition.
-        tolerance: Accepted missing share of the leading energy; 0 decomposes exactly.
+        check_rule: Whether to refuse a rank rule that cannot be met before the work; a caller that
+            tries several leaves that to :meth:`Spectra.report`.
         cache_dir: The cache folder; by default ``$XDG_CACHE_HOME/kpsvd-tune``.
         processes: Worker processes to start for this call.
         process_index: This process's number where every rank of a launched run calls this
@@ -150,7 +155,7 @@ def collect_spectra(
 
     Raises:
         ModelError: A target or a weight that cannot be used.
-        AdapterError: A factor shape that cannot be met.
+        AdapterError: A factor shape or, with ``check_rule``, a rank rule that cannot be met.
         ResourceError: The cache cannot be written, or a worker was killed.
     """
     skeleton = load_skeleton(source)
@@ -159,9 +164,11 @@ def collect_spectra(
     )
     reader = WeightReader(source, names, skeleton)
     tasks = _tasks(reader, adapter)
+    if check_rule:
+        check_rank(tasks, adapter.rank)
     settings = Settings(
         cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
-        tolerance=tolerance,
+        tolerance=adapter.rank.tolerance,
         seed=seed,
         device=device,
     )

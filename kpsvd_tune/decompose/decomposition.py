@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kpsvd_tune.decompose.cache import commit_file
-from kpsvd_tune.decompose.collect import TOLERANCE, collect_spectra
+from kpsvd_tune.decompose.collect import collect_spectra
 from kpsvd_tune.decompose.progress import Progress
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe.adapter import AdapterRecipe
@@ -57,7 +57,6 @@ def decompose(
     adapter: AdapterRecipe,
     *,
     seed: int = 0,
-    tolerance: float = TOLERANCE,
     cache_dir: Path | None = None,
     processes: int = 1,
     process_index: int = 0,
@@ -67,7 +66,8 @@ def decompose(
 ) -> Decomposition:
     """Decompose the target matrices, choose their ranks, and give the initial factors.
 
-    The arguments are those of :func:`collect_spectra`.
+    The arguments are those of :func:`collect_spectra`; a rank rule that cannot be met is refused
+    before the work.
 
     Returns:
         Report, layers for ``KpsvdConfig`` and factors.
@@ -81,7 +81,7 @@ def decompose(
         source,
         adapter,
         seed=seed,
-        tolerance=tolerance,
+        check_rule=True,
         cache_dir=cache_dir,
         processes=processes,
         process_index=process_index,

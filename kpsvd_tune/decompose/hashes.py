@@ -45,9 +45,9 @@ class HashIndex:
     """Remembers the hashes of weights that lie in files.
 
     Reading and hashing 13 GB takes longer than trying another threshold should. So an entry is
-    trusted while path, size, modification time and inode of its files and the place of the tensor
-    in them are unchanged, as make and git trust them. Whoever rewrites a weight file in place and
-    then resets its time stamp gets the spectra of the old numbers.
+    trusted while path, size, times of modification and of change, and inode of its files and the
+    place of the tensor in them are unchanged, as git trusts them. A program can reset the time of
+    modification, and the system sets the time of change when it does.
 
     Args:
         folder: Where the index lies; made when first written.
@@ -92,7 +92,7 @@ class HashIndex:
     def _place(self, files: Sequence[Path]) -> tuple[Path, float]:
         stats = [(file, file.stat()) for file in files]
         identity = [
-            [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
             for file, stat in stats
         ]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -108,7 +108,7 @@ def _read(place: Path) -> dict[str, str]:
     for line in lines:
         try:
             label, digest = json.loads(line)
-        except ValueError:
+        except (ValueError, TypeError):
             continue
         if isinstance(label, str) and isinstance(digest, str) and len(digest) == 64:
             known[label] = digest

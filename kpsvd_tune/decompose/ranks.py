@@ -6,9 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kpsvd_tune.decompose.tasks import Finished
+from kpsvd_tune.decompose.tasks import Finished, Task
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import LayerSpectrum, RankChoice, RankRule, choose_ranks
+from kpsvd_tune.linalg import (
+    LayerSpectrum,
+    RankChoice,
+    RankRule,
+    check_rule,
+    choose_ranks,
+)
 from kpsvd_tune.recipe.adapter import RankRecipe
 from kpsvd_tune.report.results import LayerReport, RankReport
 
@@ -36,9 +42,7 @@ def rank_report(
     Raises:
         AdapterError: A budget below the minima, or an override that matches nothing.
     """
-    if rank.energy == "auto":
-        # Only training tells; until then the default stands in.
-        rank = rank.model_copy(update={"energy": RankRecipe().energy})
+    rank = _with_number(rank)
     spectra = [
         LayerSpectrum(done.name, done.values[: rank.window], done.squared_norm, done.shape)
         for done in finished
@@ -68,10 +72,34 @@ def rank_report(
     )
 
 
+def check_rank(tasks: Sequence[Task], rank: RankRecipe) -> None:
+    """Refuse a rank rule that cannot be met, before the work.
+
+    Args:
+        tasks: The matrices, in model order.
+        rank: The rule.
+
+    Raises:
+        AdapterError: A budget below the minima, or an override that matches nothing.
+    """
+    shapes = [task.shape for task in tasks if task.shape is not None]
+    known = shapes if len(shapes) == len(tasks) else None
+    try:
+        check_rule([x.name for x in tasks], known, _rule(_with_number(rank)), _overrides(rank))
+    except ValueError as error:
+        raise AdapterError(f"adapter.rank: {error}") from error
+
+
+def _with_number(rank: RankRecipe) -> RankRecipe:
+    """The rule with the default in place of auto: only training tells the threshold."""
+    if rank.energy != "auto":
+        return rank
+    return rank.model_copy(update={"energy": RankRecipe().energy})
+
+
 def _rule(rank: RankRecipe) -> RankRule:
-    return RankRule(
-        **{key: value for key, value in rank.model_dump().items() if key != "overrides"}
-    )
+    other = {"overrides", "tolerance"}
+    return RankRule(**rank.model_dump(exclude=other))
 
 
 def _overrides(rank: RankRecipe) -> dict[str, int | dict[str, Any]]:

@@ -43,7 +43,7 @@ def run_processes(
 
     Raises:
         ModelError: As :meth:`SpectraWorker.run`.
-        ResourceError: A worker was killed, most likely for its memory.
+        ResourceError: A worker was killed or ended without a reason.
     """
     num_processes = min(num_processes, len(tasks))
     if num_processes == 0:
@@ -94,11 +94,14 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Finished]
 
 def _obituary(process: SpawnProcess) -> str:
     code = process.exitcode or 0
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return (
-        f"a decomposition worker {how}; signal 9 usually means that memory ran out. Run again with "
-        "fewer --processes: finished matrices are in the cache"
-    )
+    if code == -signal.SIGKILL:
+        how = "was killed by signal 9, which usually means that memory ran out"
+    elif code < 0:
+        how = f"was killed by signal {-code}"
+    else:
+        how = f"ended with exit code {code} and gave no reason; it may stand above"
+    advice = "with fewer --processes" if code == -signal.SIGKILL else "with --processes 1"
+    return f"a decomposition worker {how}. Run again {advice}: finished matrices are in the cache"
 
 
 def _work(

@@ -8,7 +8,13 @@ from kpsvd_tune.linalg.kronecker import (
     rearrange,
     unrearrange,
 )
-from kpsvd_tune.linalg.rank import LayerSpectrum, RankChoice, RankRule, choose_ranks
+from kpsvd_tune.linalg.rank import (
+    LayerSpectrum,
+    RankChoice,
+    RankRule,
+    check_rule,
+    choose_ranks,
+)
 from kpsvd_tune.linalg.shape import ShapeChoice, auto_shape, choose_shape
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "RankRule",
     "ShapeChoice",
     "auto_shape",
+    "check_rule",
     "choose_ranks",
     "choose_shape",
     "kpsvd",

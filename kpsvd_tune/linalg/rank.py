@@ -7,7 +7,6 @@ term's share is sigma_k^2 / ||W||_F^2, its part of the layer's energy.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +20,10 @@ from kpsvd_tune.linalg.cutoff import (
     pooled_counts,
 )
 from kpsvd_tune.linalg.kronecker import KroneckerShape
+from kpsvd_tune.linalg.overrides import overrides_by_layer
 
 METHODS = ("energy", "elbow", "energy+elbow", "noise_edge", "fixed")
 ENERGY_OF = ("pooled", "window", "total")
-OVERRIDE_KEYS = ("method", "energy", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def choose_ranks(
     Source: the energy threshold and the elbow are named by SoKA (arXiv 2506.15251), which says
     neither how they combine nor which elbow is meant.
     """
-    own = _overrides_by_layer(spectra, overrides or {})
+    own = overrides_by_layer([spectrum.name for spectrum in spectra], overrides or {})
     rules = [
         rule if isinstance(override, int) else _replace(rule, override, spectrum.name)
         for spectrum, override in zip(spectra, own, strict=True)
@@ -182,38 +181,42 @@ def choose_ranks(
     ]
 
 
-def _overrides_by_layer(
-    spectra: Sequence[LayerSpectrum], overrides: Mapping[str, int | Mapping[str, Any]]
-) -> list[int | Mapping[str, Any]]:
-    """Each layer's fixed rank, or its own keys (none of them where no pattern matches)."""
-    own: list[int | Mapping[str, Any]] = [{}] * len(spectra)
-    # The first pattern wins, so later ones are written first.
-    for pattern, override in reversed(list(overrides.items())):
-        if isinstance(override, int):
-            if override < 0:
-                raise ValueError(
-                    f"rank override {pattern!r}: the rank must not be negative, got {override}"
-                )
-        elif unknown := sorted(set(override) - set(OVERRIDE_KEYS)):
-            raise ValueError(
-                f"rank override {pattern!r}: unknown {', '.join(unknown)}; expected a rank or "
-                f"some of {', '.join(OVERRIDE_KEYS)}"
-            )
-        try:
-            matcher = re.compile(rf"(.*\.)?({pattern})")
-        except re.error as error:
-            raise ValueError(
-                f"rank override {pattern!r} is not a regular expression: {error}"
-            ) from None
-        hits = [i for i, spectrum in enumerate(spectra) if matcher.fullmatch(spectrum.name)]
-        if not hits:
-            raise ValueError(
-                f"rank override {pattern!r} matches none of the {len(spectra)} layers, such as "
-                f"{spectra[0].name if spectra else 'none'}"
-            )
-        for i in hits:
-            own[i] = override
-    return own
+def check_rule(
+    names: Sequence[str],
+    shapes: Sequence[KroneckerShape] | None,
+    rule: RankRule,
+    overrides: Mapping[str, int | Mapping[str, Any]],
+) -> None:
+    """Refuse what :func:`choose_ranks` would refuse, before anything is decomposed.
+
+    Args:
+        names: The layers, in model order.
+        shapes: Their Kronecker shapes; None where the weights decide, and then no budget is
+            checked.
+        rule: The rule.
+        overrides: As for :func:`choose_ranks`.
+
+    Raises:
+        ValueError: An override as in :func:`choose_ranks`; a budget below the minima of weights
+            that have that many terms.
+    """
+    own = overrides_by_layer(names, overrides)
+    minima = [
+        override if isinstance(override, int) else _replace(rule, override, name).min
+        for name, override in zip(names, own, strict=True)
+    ]
+    if rule.budget is None or shapes is None:
+        return
+    needed = sum(
+        min(least, shape.max_rank) * shape.num_parameters
+        for least, shape in zip(minima, shapes, strict=True)
+    )
+    if needed > rule.budget:
+        raise ValueError(
+            f"a budget of {rule.budget:,} parameters is below the {needed:,} that the minimum "
+            "ranks and fixed overrides need (less only where a weight is zero): raise the budget "
+            "or lower the minimum"
+        )
 
 
 def _replace(rule: RankRule, override: Mapping[str, Any], name: str) -> RankRule:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models.source import ModelSource
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a file that is cut, empty or overwritten raises in the library that reads it.
+_DAMAGED = (SafetensorError, EOFError, pickle.UnpicklingError)
+# What a configuration of the right form with impossible values raises.
+_IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError, RuntimeError)
 
 
 def load_model(
@@ -32,8 +39,8 @@ def load_model(
         attn_implementation: transformers' name of the attention; None lets it choose.
 
     Raises:
-        ModelError: The files are not a causal language model, weights are missing, or the
-            ``gguf`` package is not installed.
+        ModelError: The files are damaged or not a causal language model, weights are missing, or
+            the ``gguf`` package is not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -48,7 +55,13 @@ def load_model(
         model, info = load(
             source.folder, local_files_only=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except _DAMAGED as error:
+        files = ", ".join(file.name for file in source.weight_files[:3])
+        raise ModelError(
+            f"model {source.path!r}: its weight files ({files}) are cut or damaged "
+            f"({type(error).__name__}: {error}); fetch the model again"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {error}") from error
     # transformers fills what a checkpoint lacks with random numbers and a warning.
     missing = sorted(info["missing_keys"])
@@ -67,7 +80,8 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     """Build the model from its configuration alone, on the meta device: names and sizes.
 
     Raises:
-        ModelError: The configuration is not one of a causal language model.
+        ModelError: The configuration is not one of a causal language model, or holds impossible
+            values.
     """
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as transformers_version
@@ -77,7 +91,10 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = build(config)
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
+        known: Any = AutoModelForCausalLM._model_mapping
+        if type(config) in known:
+            raise _impossible(source, error) from error
         # transformers' own message lists every class it knows.
         raise ModelError(
             f"model {source.path!r}: its model_type {config.model_type!r} is not a causal "
@@ -116,11 +133,21 @@ def _config(source: ModelSource) -> PretrainedConfig:
             # A copy: loading a model writes into its configuration.
             return copy.deepcopy(_gguf_config(source, source.weight_files[0].stat().st_mtime_ns))
         config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    except _IMPOSSIBLE as error:
+        raise _impossible(source, error) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"model {source.path!r}: its configuration cannot be read: {error}"
         ) from error
     return config
+
+
+def _impossible(source: ModelSource, error: Exception) -> ModelError:
+    said = " ".join(str(error).split())
+    return ModelError(
+        f"model {source.path!r}: no model can be built from its configuration: {said}; expected "
+        "the config.json that belongs to the weights: fetch it again"
+    )
 
 
 # Reading a GGUF header takes seconds, since it holds the whole vocabulary; one run asks for the

@@ -221,9 +221,15 @@ def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
 
 def _indexed(path: str, index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not found or not all(isinstance(name, str) for name in found):
+            raise ValueError("no names of files")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"model.path {path!r}: {index} is not a weight index") from error
+        raise ModelError(
+            f"model.path {path!r}: {index} is not a weight index; expected a weight_map from names "
+            "of tensors to names of files: fetch it again"
+        ) from error
+    names = sorted(set(found))
     files = tuple(index.parent / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,26 +205,53 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 def _header(file: Path) -> dict[str, TensorLocation]:
     """Entries of a safetensors file: 8 bytes of header length, a JSON header, then the data."""
     try:
+        file_bytes = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > LARGEST_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             entries: dict[str, Any] = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
-        start = 8 + length
-        return {
-            key: TensorLocation(
-                file=file,
-                key=key,
-                begin=start + entry["data_offsets"][0],
-                end=start + entry["data_offsets"][1],
-                dtype=entry["dtype"],
-                size=tuple(entry["shape"]),
-            )
-            for key, entry in entries.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        found = {key: _entry(file, key, entry, 8 + length) for key, entry in entries.items()}
+    except KeyError as error:
+        raise ModelError(
+            f"{file} is not a safetensors file: an entry lacks {error}; fetch it again"
+        ) from error
+    except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
         raise ModelError(f"{file} is not a safetensors file: {error}; fetch it again") from error
+    # Before any work, and of every tensor: a cut file is found out now and not hours later.
+    for place in found.values():
+        if place.end > file_bytes:
+            raise ModelError(
+                f"{file} ends inside the tensor {place.key}: got {file_bytes:,} bytes, expected at "
+                f"least {place.end:,}; fetch it again"
+            )
+    return found
+
+
+def _entry(file: Path, key: str, entry: dict[str, Any], start: int) -> TensorLocation:
+    """One entry of a header whose data begins at ``start``; ValueError for one that cannot be."""
+    offsets, size, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"the tensor {key} has the data_offsets {offsets!r}")
+    if not _are_counts(size):
+        raise ValueError(f"the tensor {key} has the shape {size!r}")
+    begin, end = offsets
+    if dtype in FLOATS and end - begin != math.prod(size) * FLOATS[dtype].itemsize:
+        raise ValueError(
+            f"the tensor {key} of {dtype} with shape {size!r} needs "
+            f"{math.prod(size) * FLOATS[dtype].itemsize:,} bytes, and its data_offsets hold "
+            f"{end - begin:,}"
+        )
+    return TensorLocation(
+        file=file, key=key, begin=start + begin, end=start + end, dtype=dtype, size=tuple(size)
+    )
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
+    )
 
 
 def _names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, str]:

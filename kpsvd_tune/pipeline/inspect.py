@@ -14,7 +14,13 @@ from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import StatelessSampler, prepare
 from kpsvd_tune.decompose import collect_spectra, decompose
-from kpsvd_tune.errors import CheckpointError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.errors import (
+    AdapterError,
+    CheckpointError,
+    InputError,
+    RecipeError,
+    StoppedBySignal,
+)
 from kpsvd_tune.models import load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
@@ -76,6 +82,11 @@ def init_only(
             events.note(
                 f"adapter.rank.energy: auto is chosen by `train`; here {default:g} stands in"
             )
+        if recipe.adapter.init == "gradient":
+            events.note(
+                "adapter.init: gradient lets `train` choose the ranks by the gradient's spectra; "
+                "the ranks here are those of the weights"
+            )
         missing_page = write_rank_report(decomposition.report, run.init)
     if missing_page is not None:
         events.note(missing_page)
@@ -89,7 +100,7 @@ def sweep_ranks(
     offline: bool = False,
     processes: int = 1,
     gpus: int | None = None,
-) -> dict[str, RankReport]:
+) -> dict[str, RankReport | dict[str, str]]:
     """Apply several rank rules to spectra that are computed once.
 
     Args:
@@ -99,18 +110,24 @@ def sweep_ranks(
         processes: Worker processes for the decomposition.
         gpus: One worker on each of that many GPUs instead; None computes on the CPU.
 
+    Returns:
+        For each value its report, or ``{"error": reason}`` where the rule cannot be met.
+
     Raises:
-        RecipeError: The swept key is not one of adapter.rank.
+        RecipeError: The swept key is not one of adapter.rank, or is its tolerance.
+        AdapterError: No value can be met.
         InputError: There are fewer GPUs.
         StoppedBySignal: Ctrl-C; finished matrices are in the cache.
     """
-    processes, device = _workers(processes, gpus)
     recipes = list(variants.values())
     widest = max(recipes, key=lambda recipe: recipe.adapter.rank.window)
-    for setting, recipe in variants.items():
-        adapter = recipe.adapter.model_copy(update={"rank": widest.adapter.rank})
-        if recipe.model_copy(update={"adapter": adapter}) != widest:
+    for setting in variants:
+        key = setting.partition("=")[0].strip()
+        if not key.startswith("adapter.rank."):
             raise RecipeError(f"--sweep {setting}: only keys of adapter.rank can be swept")
+        if key == "adapter.rank.tolerance":
+            raise RecipeError(f"--sweep {setting}: one set of spectra has one tolerance")
+    processes, device = _workers(processes, gpus)
     events.stage(f"decomposing {widest.model.path}")
     with _stoppable():
         spectra = collect_spectra(
@@ -124,15 +141,31 @@ def sweep_ranks(
     events.end_progress()
     for note in spectra.notes:
         events.note(note)
-    reports = {setting: spectra.report(recipe.adapter.rank) for setting, recipe in variants.items()}
-    ranks = {tuple(layer.rank for layer in report.layers) for report in reports.values()}
-    if len(reports) > 1 and len(ranks) == 1:
+    if any(recipe.adapter.rank.energy == "auto" for recipe in recipes):
+        events.note("adapter.rank.energy: auto is chosen by `train`; here the default stands in")
+    found: dict[str, RankReport | dict[str, str]] = {}
+    refusals: list[AdapterError] = []
+    for setting, recipe in variants.items():
+        try:
+            found[setting] = spectra.report(recipe.adapter.rank)
+        except AdapterError as error:
+            # The others are worth showing.
+            found[setting] = {"error": str(error)}
+            refusals.append(error)
+    if len(refusals) == len(found):
+        raise refusals[0]
+    ranks = [
+        tuple(layer.rank for layer in report.layers)
+        for report in found.values()
+        if isinstance(report, RankReport)
+    ]
+    if len(ranks) > 1 and len(set(ranks)) == 1:
         rule = widest.adapter.rank
         events.note(
             f"every value gives the same ranks: with method {rule.method}, max {rule.max} and "
             f"budget {rule.budget} the key swept decides nothing"
         )
-    return reports
+    return found
 
 
 def _workers(processes: int, gpus: int | None) -> tuple[int, str]:
@@ -140,6 +173,10 @@ def _workers(processes: int, gpus: int | None) -> tuple[int, str]:
     if gpus is None:
         return processes, "cpu"
     found = torch.cuda.device_count()
+    if found == 0:
+        raise InputError(
+            f"--gpus {gpus}: PyTorch sees no CUDA GPU here; use --processes for CPU processes"
+        )
     if gpus > found:
         raise InputError(
             f"--gpus {gpus}: PyTorch sees {found} CUDA GPUs here; ask for at most {found}, or "

@@ -100,7 +100,7 @@ def adapt(
         target_modules=_plain(adapter.target_modules),
         exclude_modules=_plain(adapter.exclude_modules),
         factor_shape=_plain_shape(adapter.factor_shape),
-        rank=adapter.rank.model_dump(exclude={"overrides"}),
+        rank=adapter.rank.model_dump(exclude={"overrides", "tolerance"}),
         dropout=adapter.dropout,
         modules_to_save=list(adapter.modules_to_save) or None,
         path=adapter.path,

@@ -97,6 +97,13 @@ class RankRecipe(Section):
         default=None,
         description="most trainable parameters in all layers, such as 0.99M; null: no budget",
     )
+    tolerance: Number = Field(
+        default=5e-3,
+        ge=0,
+        lt=1,
+        description="share of the window's energy that the decomposition may miss; 0 decomposes "
+        "exactly and slowly",
+    )
     overrides: dict[Pattern, Override] = Field(
         default_factory=dict,
         description="for modules whose name matches a pattern: a rank, or a mapping of rank, or "

@@ -7,6 +7,7 @@ to stdout. Progress is a live bar on a terminal and plain lines otherwise.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,23 +154,31 @@ def show_ranks(report: RankReport) -> None:
         out.print(Text(line))
 
 
-def show_sweep(reports: Mapping[str, RankReport]) -> None:
-    """Totals and spread of the ranks for every value tried."""
+def show_sweep(reports: Mapping[str, RankReport | Mapping[str, str]]) -> None:
+    """Totals and spread of the ranks for every value tried; the reason where one is impossible."""
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for name in ("setting", "parameters", "energy", "adapted", "least", "median", "most"):
         table.add_column(name, justify="left" if name == "setting" else "right")
+    refused: list[str] = []
     for setting, report in reports.items():
-        ranks = sorted(layer.rank for layer in report.layers)
+        if not isinstance(report, RankReport):
+            table.add_row(setting, "impossible")
+            refused.append(f"{setting}: {report['error']}")
+            continue
+        ranks = [layer.rank for layer in report.layers]
         table.add_row(
             setting,
             f"{report.totals['trainable_parameters']:,}",
             f"{100 * report.totals['energy']:.1f}%",
             str(sum(rank > 0 for rank in ranks)),
-            str(ranks[0]),
-            str(ranks[len(ranks) // 2]),
-            str(ranks[-1]),
+            str(min(ranks)),
+            f"{statistics.median(ranks):g}",
+            str(max(ranks)),
         )
-    _out().print(table)
+    out = _out()
+    out.print(table)
+    for line in refused:
+        out.print(Text(line), soft_wrap=True)
 
 
 def show_merge(report: MergeReport) -> None:

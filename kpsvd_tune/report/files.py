@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.page import rank_page
-from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.results import LayerReport, RankReport
 
 
 def write_rank_report(report: RankReport, folder: Path) -> str | None:
@@ -27,7 +28,7 @@ def write_rank_report(report: RankReport, folder: Path) -> str | None:
     content = report.to_dict()
     _replace(folder / "rank_report.json", json.dumps(content, indent=1) + "\n")
     text = io.StringIO()
-    columns = [name for name in content["layers"][0] if name != "singular_values"]
+    columns = [each.name for each in fields(LayerReport) if each.name != "singular_values"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for layer in content["layers"]:

@@ -148,7 +148,8 @@ def test_a_kill_at_any_operation_leaves_a_whole_folder(tmp_path, monkeypatch):
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "the file system is read-only"),
         (errno.ENOENT, "the folder vanished"),
-        (errno.EIO, "see the reason above"),
+        (errno.EIO, "try again, or choose an output_dir on another disk"),
+        (errno.ENOTDIR, "a file is in the way; remove it, or choose another output_dir"),
     ],
 )
 def test_a_failing_disk_is_named_with_path_size_and_cure(

@@ -367,3 +367,58 @@ def test_auto_shapes_are_those_of_linalg_and_are_remembered(
     monkeypatch.setattr(spectra, "auto_shape", None)
     assert_same(decompose(source, adapter), first)
     assert len(computed) == 14
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ({"overrides": {"c_attn": 2}}, "rank override 'c_attn' matches none of the 14 layers"),
+        (
+            {"overrides": {"c_attn": 2}, "factor_shape": "auto"},
+            "rank override 'c_attn' matches none of the 14 layers",
+        ),
+        ({"budget": 10, "min": 1}, r"a budget of 10 parameters is below the [\d,]+ that the mini"),
+        ({"budget": 10, "overrides": {"q_proj": 2}}, "a budget of 10 parameters is below the"),
+    ],
+)
+def test_a_rule_that_cannot_be_met_is_refused_before_the_work(
+    source: ModelSource, computed: list[int], rank: dict[str, object], message: str
+) -> None:
+    with pytest.raises(AdapterError, match=f"adapter.rank: {message}"):
+        decompose(source, recipe(**rank))
+    assert computed == []
+
+
+def test_the_smallest_budget_that_is_let_through_is_enough(source: ModelSource) -> None:
+    fixed = recipe(method="fixed", min=1, max=1)
+    needed = decompose(source, fixed).report.totals["trainable_parameters"]
+    found = decompose(source, recipe(min=1, energy="auto", budget=needed))
+    assert found.report.totals["trainable_parameters"] == needed
+    with pytest.raises(AdapterError, match=f"below the {needed:,} that"):
+        decompose(source, recipe(min=1, budget=needed - 1))
+
+
+def test_the_tolerance_of_the_recipe_reaches_the_decomposition_and_the_cache(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def noting(weight: torch.Tensor, shape: object, num_terms: int, **options: object) -> object:
+        asked.append(options["tolerance"])
+        return kpsvd(weight, shape, num_terms, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(spectra, "kpsvd", noting)
+    decompose(source, recipe())
+    decompose(source, recipe(tolerance=0))
+    assert asked == [5e-3] * 14 + [0.0] * 14
+    with pytest.raises(ValueError, match="less than 1"):
+        recipe(tolerance=1)
+
+
+def test_a_model_of_zeros_is_called_that(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    zeros = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    save_file(zeros, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="all 14 target weights of .* are zero, so there"):
+        decompose(resolve_model(str(tmp_path)), recipe(min=1))

@@ -170,8 +170,8 @@ def test_workers_are_not_started_for_what_is_cached(
 @pytest.mark.parametrize(
     ("death", "number", "message"),
     [
-        (os._exit, 7, "a decomposition worker ended with exit code 7"),
-        (signal.raise_signal, signal.SIGKILL, "was killed by signal 9; .* fewer --processes"),
+        (os._exit, 7, "ended with exit code 7 and gave no reason; .*with --processes 1"),
+        (signal.raise_signal, signal.SIGKILL, "was killed by signal 9, which .* fewer --processes"),
     ],
 )
 def test_a_worker_that_dies_is_reported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from kpsvd_tune.decompose.cache import CachedTerms, SpectraCache, default_cache_dir, entry_key
 from kpsvd_tune.decompose.hashes import HashIndex, weight_hash
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.linalg import KroneckerShape, kpsvd
+from kpsvd_tune.linalg import KroneckerShape, ShapeChoice, kpsvd
 
 SHAPE = KroneckerShape(4, 3, 2, 5)
 
@@ -196,11 +197,15 @@ def test_the_index_remembers_across_objects(tmp_path: Path, weights_file: Path) 
     assert index.get([weights_file], "c 0 4") is None
 
 
-@pytest.mark.parametrize("change", ["size", "time", "inode"])
+@pytest.mark.parametrize("change", ["size", "time", "inode", "content"])
 def test_a_changed_file_is_not_trusted(tmp_path: Path, weights_file: Path, change: str) -> None:
     HashIndex(tmp_path / "index").put([weights_file], "a 0 4", "a" * 64)
     if change == "size":
         weights_file.write_bytes(b"01234")
+        os.utime(weights_file, (1e9, 1e9))
+    elif change == "content":
+        time.sleep(0.05)  # further than the resolution of the time of change
+        weights_file.write_bytes(b"4567")
         os.utime(weights_file, (1e9, 1e9))
     elif change == "time":
         os.utime(weights_file, (1e9, 1e9 + 1))
@@ -229,3 +234,32 @@ def test_a_torn_line_of_the_index_spoils_no_other(tmp_path: Path, weights_file: 
     assert again.get([weights_file], "a 0 4") == "a" * 64
     assert again.get([weights_file], "b 4 8") is None
     assert again.get([weights_file], "c 8 9") == "c" * 64
+
+
+@pytest.mark.parametrize("line", ["5", "null", '["a 0 4"]', '{"a": 1}', '[["a"], 4]'])
+def test_a_line_of_the_index_that_is_no_pair_is_passed_over(
+    tmp_path: Path, weights_file: Path, line: str
+) -> None:
+    index = HashIndex(tmp_path / "index")
+    index.put([weights_file], "a 0 4", "a" * 64)
+    (place,) = (tmp_path / "index").iterdir()
+    with place.open("a") as stream:
+        stream.write("\n" + line)
+    assert HashIndex(tmp_path / "index").get([weights_file], "a 0 4") == "a" * 64
+
+
+def test_a_noted_shape_comes_back_and_a_changed_one_does_not(cache: SpectraCache) -> None:
+    choice = ShapeChoice(SHAPE, "a note")
+    cache.write_shape(KEY, choice)
+    assert cache.read_shape(KEY) == choice
+    (file,) = (cache.folder / "shapes").rglob("*.json")
+    shape, note, digest = json.loads(file.read_text())
+    for content in (
+        [[2, 3, 4, 5], note, digest],
+        [["4", 3, 2, 5], note, digest],
+        [shape, 7, digest],
+        [shape, note],
+        5,
+    ):
+        file.write_text(json.dumps(content))
+        assert cache.read_shape(KEY) is None, content

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpsvd_tune.linalg import KroneckerShape, LayerSpectrum, RankRule, choose_ranks
+from kpsvd_tune.linalg import KroneckerShape, LayerSpectrum, RankRule, check_rule, choose_ranks
 
 SQUARE = KroneckerShape(4, 4, 4, 4)
 small = settings(max_examples=40, deadline=None)
@@ -388,3 +388,22 @@ def test_an_override_without_layers_is_refused():
 def test_a_rule_out_of_range_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         RankRule(**fields)
+
+
+def test_a_rule_is_checked_by_names_and_shapes_alone():
+    names, shapes = ["a.q", "a.v"], [KroneckerShape(4, 1, 1, 6), KroneckerShape(2, 2, 2, 2)]
+    rule = RankRule(min=3, budget=3 * 10 + 3 * 8)
+    check_rule(names, shapes, rule, {})
+    check_rule(names, shapes, RankRule(min=3), {})
+    check_rule(names, None, RankRule(min=3, budget=1), {})
+    # No layer needs more terms than it has.
+    check_rule(names, shapes, RankRule(min=9, budget=4 * 10 + 4 * 8), {})
+    check_rule(names, shapes, RankRule(min=3, budget=24), {"q": 0})
+    with pytest.raises(ValueError, match="a budget of 53 parameters is below the 54 that the min"):
+        check_rule(names, shapes, RankRule(min=3, budget=53), {})
+    with pytest.raises(ValueError, match="a budget of 24 parameters is below the 34 that the min"):
+        check_rule(names, shapes, RankRule(min=3, budget=24), {"q": {"min": 1}})
+    with pytest.raises(ValueError, match="rank override 'k' matches none of the 2 layers"):
+        check_rule(names, None, RankRule(), {"k": 1})
+    with pytest.raises(ValueError, match="rank override for a.q: expected 0 <= min <= max"):
+        check_rule(names, None, RankRule(), {"q": {"min": 99}})

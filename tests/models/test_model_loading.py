@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import architectures
@@ -148,3 +149,39 @@ def test_without_the_gguf_package_the_install_line_is_given(
     )
     with pytest.raises(ModelError, match=r"pip install 'kpsvd-tune\[gguf\]'"):
         load_model(resolve_model(str(gguf_path)), "float32")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"hidden_size": "many"},
+        {"hidden_size": -16},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": None},
+    ],
+)
+def test_impossible_values_of_the_configuration_are_refused(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
+    architectures.save("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ModelError, match="no model can be built from its config|cannot be read"):
+        load_skeleton(resolve_model(str(tmp_path)))
+
+
+def test_a_cut_file_of_weights_is_named(tmp_path: Path) -> None:
+    architectures.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"\(model.safetensors\) are cut or damaged \(Safetensor"):
+        load_model(resolve_model(str(tmp_path)), "float32")
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_pickled_file_of_something_else_is_named(tmp_path: Path, content: bytes) -> None:
+    architectures.save("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match=r"\(pytorch_model.bin\) are cut or damaged .*fetch the"):
+        load_model(resolve_model(str(tmp_path)), "float32")

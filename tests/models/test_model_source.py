@@ -164,3 +164,11 @@ def test_a_hub_model_that_is_not_cached_is_an_error_offline(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(ModelError, match=r"nothing of it is in the local hub cache.*--offline"):
         resolve_model("owner/name", offline=True)
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"x": 5}, {"x": ["a"]}, [], None])
+def test_an_index_without_names_of_files_is_refused(tmp_path: Path, weight_map: object) -> None:
+    fill(tmp_path, "config.json")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match="is not a weight index; expected a weight_map from names"):
+        resolve_model(str(tmp_path))

@@ -129,7 +129,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size // 2)
-    with pytest.raises(ModelError, match=r"model.safetensors ends inside the tensor .*fetch it"):
+    with pytest.raises(ModelError, match=r"ends inside the tensor .* at least .*; fetch it"):
         dict(stream_weights(source, targets(source)))
 
 
@@ -185,3 +185,45 @@ def test_a_weight_that_no_file_holds_is_not_made_up(tmp_path: Path) -> None:
         ModelError, match="no values for 1 weights, the first is model.layers.0.mlp.up_proj.weight"
     ):
         reader.load("model.layers.0.mlp.up_proj")
+
+
+def with_header(folder: Path, **changed: object) -> None:
+    """Write another header entry of the first layer's up_proj over the one that is there."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.layers.0.mlp.up_proj.weight"] |= changed
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data_offsets": []}, r"up_proj.weight has the data_offsets \[\]"),
+        ({"data_offsets": [0]}, r"up_proj.weight has the data_offsets \[0\]"),
+        ({"data_offsets": [1536, 0]}, r"up_proj.weight has the data_offsets \[1536, 0\]"),
+        ({"data_offsets": [0, 1000]}, "needs 1,536 bytes, and its data_offsets hold 1,000"),
+        ({"data_offsets": "0-1536"}, "up_proj.weight has the data_offsets '0-1536'"),
+        ({"shape": [24, "16"]}, r"up_proj.weight has the shape \[24, '16'\]"),
+        ({"data_offsets": [10**9, 10**9 + 1536]}, "ends inside the tensor model.layers.0.mlp.up"),
+    ],
+)
+@pytest.mark.parametrize("target", ["up_proj", "down_proj"])
+def test_a_header_that_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, changed: dict[str, object], message: str, target: str
+) -> None:
+    architectures.save("llama", tmp_path)
+    with_header(tmp_path, **changed)
+    with pytest.raises(ModelError, match=rf"(?s)model.safetensors .*{message}.*; fetch it again"):
+        WeightReader(resolve_model(str(tmp_path)), [f"model.layers.0.mlp.{target}"])
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"a": {}}', b'{"a": 1}'])
+def test_a_header_of_another_form_is_named(tmp_path: Path, content: bytes) -> None:
+    architectures.save("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(content).to_bytes(8, "little") + content)
+    with pytest.raises(ModelError, match="is not a safetensors file: .*; fetch it again"):
+        WeightReader(resolve_model(str(tmp_path)), ["model.layers.0.mlp.up_proj"])

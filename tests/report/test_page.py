@@ -336,3 +336,13 @@ def test_a_hostile_name_does_no_harm_in_a_browser(browser, tmp_path: Path):
     assert opened.page.locator("img").count() == 0
     assert opened.complaints == []
     assert len(opened.requests) == 1
+
+
+def test_a_report_without_layers_is_written(tmp_path: Path):
+    write_rank_report(report_of(), tmp_path)
+    assert (tmp_path / "rank_report.csv").read_text().startswith("name,out_features,")
+    assert json.loads((tmp_path / "rank_report.json").read_text())["layers"] == []
+
+
+def test_the_colours_of_cells_that_are_all_zero_have_a_range(report: RankReport):
+    assert "zmax: high > 0 ? high : 1," in rank_page(report)

@@ -112,9 +112,7 @@ def _from_gradient(
         if isinstance(model.get_submodule(name), Conv1D):
             gradient = gradient.T
         shape = KroneckerShape(*layers[name].factor_shape)
-        terms[name] = kpsvd(
-            gradient, shape, adapter.rank.window, tolerance=adapter.rank.tolerance
-        )
+        terms[name] = kpsvd(gradient, shape, adapter.rank.window, tolerance=adapter.rank.tolerance)
         finished.append(
             Finished(
                 name=name,

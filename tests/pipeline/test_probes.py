@@ -87,7 +87,7 @@ def test_probes_that_are_done_are_not_run_again(
     run = probes._probe
     calls: list[float] = []
 
-    def stop_at_the_third(*args: Any) -> Probe:
+    def stop_at_the_third(*args: Any) -> Probe | None:
         calls.append(args[2])
         if len(calls) == 3:
             raise KeyboardInterrupt

@@ -80,6 +80,9 @@ def compare_rows(
         if budget >= s.budget and (other, budget) != (s.method, s.budget)
     )
     found = tuple(each for each in differences if each is not None)
+    own = [budget for name, budget in best if name == reference]
+    # What the reference loses where its parameters are cut: whether parameters matter at all.
+    cut = difference(best, (reference, min(own)), (reference, max(own))) if len(own) > 1 else None
     return Comparison(
         model=model,
         steps=steps,
@@ -88,7 +91,7 @@ def compare_rows(
         summaries=summaries,
         differences=found,
         claims=() if num_missing else judge(best, summaries, found, num_warmup),
-        notes=tuple(_notes(rows, summaries, reference, num_missing, jobs)),
+        notes=tuple(_notes(rows, summaries, reference, cut, num_missing, jobs)),
         currency=currency,
     )
 
@@ -167,6 +170,7 @@ def _notes(
     rows: Sequence[TrialRow],
     summaries: Sequence[MethodSummary],
     reference: str,
+    cut: Difference | None,
     num_missing: int,
     jobs: int,
 ) -> Iterable[str]:
@@ -197,22 +201,22 @@ def _notes(
                 f"{row.method} at {row.budget:,}, rate {row.learning_rate:g}, seed {row.seed}: "
                 f"{row.failed}"
             )
-    losses = {s.budget: s.validation_loss for s in summaries if s.method == reference}
-    if len(losses) > 1:
-        small, large = losses[min(losses)], losses[max(losses)]
-        gain = small.mean - large.mean
-        spread = max(small.deviation or 0.0, large.deviation or 0.0)
-        if small.n == 1 or large.n == 1:
-            yield (
-                f"{reference} gains {gain:.4f} nats from {min(losses):,} to {max(losses):,} "
-                "parameters on one seed, which cannot tell whether the rank binds"
-            )
-        elif gain <= 2 * spread:
-            yield (
-                f"the rank does not bind in these runs: {reference} gains {gain:.4f} nats from "
-                f"{min(losses):,} to {max(losses):,} parameters, against {spread:.4f} of spread "
-                "over seeds, so the loss-versus-parameters front says little; lengthen the runs"
-            )
+    if cut is not None and cut.loss.n == 1:
+        yield (
+            f"{reference} gains {cut.loss.mean:.4f} nats from {cut.budget:,} to "
+            f"{cut.other_budget:,} parameters on the one seed in common, which cannot tell whether "
+            "the rank binds"
+        )
+    elif cut is not None and cut.loss.low is not None and cut.loss.low <= 0:
+        yield (
+            f"the rank does not bind in these runs: {reference} gains {cut.loss.mean:.4f} nats "
+            f"from {cut.budget:,} to {cut.other_budget:,} parameters{_interval(cut.loss)}, so the "
+            "loss-versus-parameters front says little; lengthen the runs"
+        )
+
+
+def _interval(found: Estimate) -> str:
+    return f" (95 % interval {found.low:+.4f} to {found.high:+.4f}, n = {found.n})"
 
 
 def _loss(row: TrialRow) -> float:

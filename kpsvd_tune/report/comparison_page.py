@@ -19,8 +19,11 @@ from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, on dark and on light.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
+# The ninth method and those after it share colours and differ in this.
+DASHES = ("solid", "dash", "dot")
 # Steps of the moving median of gradient norms: one batch's outlier should not hide the rest.
 SMOOTH_STEPS = 5
+Style = Mapping[str, str]
 COLUMNS = (
     *("method", "budget", "trained", "stored", "rank", "rate", "trials", "validation loss"),
     *("test loss", "steps to reference", "seconds to it", "gradient CV", "clipped", "forgetting"),
@@ -44,7 +47,10 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
     methods = list(dict.fromkeys(summary.method for summary in verdict.summaries))
     most = max(s.validation_loss.n for s in verdict.summaries)
     budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
-    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(methods)}
+    styles = {
+        name: {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % 3]}
+        for place, name in enumerate(methods)
+    }
     parts = {
         "model": escape(verdict.model),
         "at": f"at {budget:,} parameters",
@@ -68,7 +74,7 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         ),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in verdict.notes) or "<li>none</li>",
         "plotly": plotly_script("the page of a comparison"),
-        "data": script_json(_figures(verdict, rows, budget, colours)),
+        "data": script_json(_figures(verdict, rows, budget, styles)),
     }
     template = files("kpsvd_tune.report").joinpath("comparison_page.html")
     text = template.read_text(encoding="utf-8")
@@ -76,7 +82,7 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
 
 
 def _figures(
-    verdict: Comparison, rows: Sequence[TrialRow], budget: int, colours: Mapping[str, str]
+    verdict: Comparison, rows: Sequence[TrialRow], budget: int, styles: Mapping[str, Style]
 ) -> dict[str, Any]:
     """Traces and axis titles of each figure, as plotly.js takes them."""
     shown = [s for s in verdict.summaries if s.budget == budget]
@@ -85,9 +91,9 @@ def _figures(
     for method, own in chosen.items():
         steps = [step for step, _ in own[0].validation_losses]
         losses = [[loss for _, loss in row.validation_losses] for row in own]
-        curves += _band(method, steps, losses, colours[method])
+        curves += _band(method, steps, losses, styles[method])
         smooth = [_moving_median(row.grad_norms) for row in own]
-        norms += _band(method, list(range(1, len(smooth[0]) + 1)), smooth, colours[method])
+        norms += _band(method, list(range(1, len(smooth[0]) + 1)), smooth, styles[method])
     # The first validation after the start sets the scale; the start itself would flatten the rest.
     later = [loss for own in chosen.values() for r in own for _, loss in r.validation_losses[1:]]
     low, high = min(later, default=0.0), max(later, default=1.0)
@@ -97,14 +103,14 @@ def _figures(
         "front": _figure(
             [
                 _front(m, [s for s in verdict.summaries if s.method == m], c)
-                for m, c in colours.items()
+                for m, c in styles.items()
             ],
             "trainable parameters",
             "validation loss",
             x_type="log",
         ),
         "rates": _figure(
-            [trace for m, c in colours.items() for trace in _rates(m, rows, budget, c)],
+            [trace for m, c in styles.items() for trace in _rates(m, rows, budget, c)],
             "learning rate",
             "validation loss",
             x_type="log",
@@ -123,7 +129,7 @@ def _chosen(summary: MethodSummary, rows: Sequence[TrialRow]) -> list[TrialRow]:
 
 
 def _band(
-    name: str, xs: list[int], seeds: Sequence[Sequence[float]], colour: str
+    name: str, xs: list[int], seeds: Sequence[Sequence[float]], style: Style
 ) -> list[dict[str, Any]]:
     """The mean over seeds as a line, and from the lowest to the highest seed as a band."""
     columns = list(zip(*seeds, strict=False))
@@ -135,7 +141,7 @@ def _band(
         "name": escape(name),
         "legendgroup": name,
         "mode": "lines",
-        "line": {"color": colour, "width": 2},
+        "line": {**style, "width": 2},
     }
     if len(seeds) == 1:
         return [line]
@@ -143,7 +149,8 @@ def _band(
         "x": [*xs, *reversed(xs)],
         "y": [*high, *reversed(low)],
         "fill": "toself",
-        "fillcolor": colour,
+        "fillcolor": style["color"],
+        "mode": "lines",
         "opacity": 0.18,
         "line": {"width": 0},
         "legendgroup": name,
@@ -153,7 +160,7 @@ def _band(
     return [band, line]
 
 
-def _front(method: str, summaries: Sequence[MethodSummary], colour: str) -> dict[str, Any]:
+def _front(method: str, summaries: Sequence[MethodSummary], style: Style) -> dict[str, Any]:
     return {
         "x": [s.trainable_parameters for s in summaries],
         "y": [s.validation_loss.mean for s in summaries],
@@ -163,11 +170,13 @@ def _front(method: str, summaries: Sequence[MethodSummary], colour: str) -> dict
         },
         "name": escape(method),
         "mode": "lines+markers",
-        "line": {"color": colour, "width": 2},
+        "line": {**style, "width": 2},
     }
 
 
-def _rates(method: str, rows: Sequence[TrialRow], budget: int, colour: str) -> list[dict[str, Any]]:
+def _rates(
+    method: str, rows: Sequence[TrialRow], budget: int, style: Style
+) -> list[dict[str, Any]]:
     """The mean at every rate as a line, every trial as a dot."""
     own: dict[float, list[float]] = {}
     for row in rows:
@@ -182,13 +191,13 @@ def _rates(method: str, rows: Sequence[TrialRow], budget: int, colour: str) -> l
             "name": escape(method),
             "legendgroup": method,
             "mode": "lines",
-            "line": {"color": colour, "width": 2},
+            "line": {**style, "width": 2},
         },
         {
             "x": [rate for rate, _ in dots],
             "y": [loss for _, loss in dots],
             "mode": "markers",
-            "marker": {"color": colour, "size": 7},
+            "marker": {"color": style["color"], "size": 7},
             "legendgroup": method,
             "showlegend": False,
             "hoverinfo": "skip",

@@ -239,9 +239,9 @@ class Training:
             self._agree_on_signal()
         elif not math.isfinite(loss):
             raise NonFiniteError(
-                f"step {self.progress.step}: the validation loss is {loss} while the training "
-                "loss is finite. No checkpoint of this step was written. Try a lower train.learning_rate, "
-                "or train.precision: no"
+                f"step {self.progress.step}: the validation loss is {loss} while the training loss "
+                "is finite. No checkpoint of this step was written. Try a lower "
+                "train.learning_rate, or train.precision: no"
             )
         return loss
 

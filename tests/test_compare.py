@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from kpsvd_tune import cli
 from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.results import StepMetrics
 
 
 @pytest.fixture
@@ -58,6 +60,59 @@ def rows_of(folder: Path) -> list[TrialRow]:
 def without_times(row: TrialRow) -> dict[str, Any]:
     measured = ("seconds", "memory")
     return {k: v for k, v in row.to_dict().items() if not any(word in k for word in measured)}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials one after the other here, for a look at what they do rather than at processes."""
+
+    def run(trials: Any, calls: Any, jobs: int, stepped: Any) -> Iterator[Any]:
+        for trial, (function, arguments) in zip(trials, calls, strict=True):
+
+            def report(metrics: StepMetrics, total: int, trial: Any = trial) -> None:
+                stepped(trial, metrics.step, total, metrics.loss)
+
+            yield function(*arguments, *([] if trial is None else [report]))
+
+    monkeypatch.setattr("kpsvd_tune.pipeline.workers._run", run)
+
+
+def test_every_kind_of_method_trains_through_the_same_loop(
+    recipe: Path, tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = "kpsvd,kpsvd:init=random:rate=relative,kpsvd:rank.max=2,lora,lora+,pissa,lokr"
+    command = ["compare", str(recipe), "--offline", "--methods", methods, "--budgets", "3k"]
+    command += ["--learning-rates", "1e-2", "--seeds", "1"]
+    assert cli.run(command) == 0
+    captured = capsys.readouterr()
+    assert "lora at 3,000, rate 0.01, seed 0: validation loss" in captured.err
+    assert "kpsvd:rank.max=2 minus lora at 3,000" in captured.out
+    rows = {row.method: row for row in rows_of(tmp_path / "comparison")}
+    assert list(rows) == methods.split(",")
+    assert all(row.trainable_parameters <= 3060 for row in rows.values())
+    # The same rows in the same order: the first loss is the base model's, whatever the method.
+    first = [row.losses[0] for row in rows.values()]
+    assert first == pytest.approx([first[0]] * len(first), rel=1e-3)
+    assert len({row.validation_loss for row in rows.values()}) == len(rows)
+    # Offsets come with their frozen factors, and PiSSA for the unmodified base with its start.
+    for name, times in {"kpsvd": 2, "lora": 1, "pissa": 2}.items():
+        assert rows[name].stored_parameters == times * rows[name].trainable_parameters
+    for row in rows.values():
+        assert list((tmp_path / "comparison" / "trials").glob("*/adapter/adapter_config.json"))
+        assert row.validation_loss is not None
+        assert row.validation_loss < row.validation_losses[0][1]
+
+    # A trial that ended and lost its row gives the row again; other settings of one do not.
+    results = tmp_path / "comparison" / "results.jsonl"
+    lines = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:3]) + b'{"half')
+    assert cli.run(command) == 0
+    assert {row.method: row for row in rows_of(tmp_path / "comparison")} == rows
+    assert cli.run([*command, "adapter.rate_ratio=2"]) == 1
+    assert "kpsvd: adapter.rate_ratio: 1.0 in the run, 2.0 now" in capsys.readouterr().err
+    results.write_bytes(b"")
+    assert cli.run([*command[:4], "lora", *command[5:], "train.max_steps=3"]) == 0
+    assert [len(row.losses) for row in rows_of(tmp_path / "comparison")] == [3]
 
 
 @pytest.mark.slow

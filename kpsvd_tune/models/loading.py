@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import pickle
+from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
-_DAMAGED = (SafetensorError, EOFError, pickle.UnpicklingError)
+_DAMAGED = (SafetensorError, EOFError, UnpicklingError)
 # What a configuration of the right form with impossible values raises.
 _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError, RuntimeError)
 
@@ -57,9 +57,11 @@ def load_model(
         )
     except _DAMAGED as error:
         files = ", ".join(file.name for file in source.weight_files[:3])
+        # torch adds a page of advice to some of these.
+        reason = (str(error).splitlines() or [""])[0].split(". ")[0]
         raise ModelError(
             f"model {source.path!r}: its weight files ({files}) are cut or damaged "
-            f"({type(error).__name__}: {error}); fetch the model again"
+            f"({type(error).__name__}: {reason}); fetch the model again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
         raise ModelError(f"model {source.path!r} cannot be loaded: {error}") from error

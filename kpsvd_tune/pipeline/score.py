@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.console import duration
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.score import as_mapping, score_text
+from kpsvd_tune.training import end_processes
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
@@ -199,36 +201,39 @@ def evaluate(
         sandbox=sandbox,
         offline=offline,
     )
-    place = _place()
-    model_source = on_first_process(lambda: resolve_model(found.base, found.revision, offline))
-    events.stage(f"loading {model_source.path}")
-    known = found.recipe.model.dtype if found.recipe else "float32"
-    model: Any = load_model(model_source, dtype or known)
-    if found.adapter is not None and not base_only:
-        model = PeftModel.from_pretrained(model, found.adapter)
-    scorer = Scorer(
-        load_tokenizer(model_source),
-        dataset,
-        place,
-        events,
-        offline=offline,
-        allow_code_execution=allow_code_execution,
-        sandbox=sandbox,
-    )
-    scores = as_mapping(scorer.score(model, task, output))
-    asked = scorer.conditions({task.task: task})[task.task]
-    result = {"task": task.task, "scores": scores, "conditions": asked}
-    if (file := output / "completions.jsonl").exists():
-        result["completions"] = str(file)
+    with ExitStack() as stack:
+        # Several processes end cleanly only when they take leave of each other.
+        stack.callback(end_processes)
+        place = _place()
+        model_source = on_first_process(lambda: resolve_model(found.base, found.revision, offline))
+        events.stage(f"loading {model_source.path}")
+        known = found.recipe.model.dtype if found.recipe else "float32"
+        model: Any = load_model(model_source, dtype or known)
+        if found.adapter is not None and not base_only:
+            model = PeftModel.from_pretrained(model, found.adapter)
+        scorer = Scorer(
+            load_tokenizer(model_source),
+            dataset,
+            place,
+            events,
+            offline=offline,
+            allow_code_execution=allow_code_execution,
+            sandbox=sandbox,
+        )
+        scores = as_mapping(scorer.score(model, task, output))
+        asked = scorer.conditions({task.task: task})[task.task]
+        result = {"task": task.task, "scores": scores, "conditions": asked}
+        if (file := output / "completions.jsonl").exists():
+            result["completions"] = str(file)
 
-    def keep() -> None:
-        durable.make_folder(output)
-        durable.replace_file(output / "results.json", durable.to_json(result))
-        if found.recipe is not None:
-            _record(RunDirectory(source), result, base_only, events)
+        def keep() -> None:
+            durable.make_folder(output)
+            durable.replace_file(output / "results.json", durable.to_json(result))
+            if found.recipe is not None:
+                _record(RunDirectory(source), result, base_only, events)
 
-    on_first_process(keep)
-    return result
+        on_first_process(keep)
+        return result
 
 
 def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:

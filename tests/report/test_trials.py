@@ -1,0 +1,51 @@
+"""The live table of a comparison, and the lines that stand for it elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from trial_rows import row
+
+from kpsvd_tune.compare.plan import Trial
+from kpsvd_tune.report import trials
+from kpsvd_tune.report.trials import TrialTable, show_grid
+
+
+def test_lines_stand_for_the_table_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "PLAIN_SECONDS", 0.0)
+    with TrialTable() as table:
+        table.begin([row()])
+        table.stepped(Trial("kpsvd", 100, 1e-3, 0), 3, 60, 1.234)
+        table.finished(row("kpsvd", loss=0.5))
+        table.finished(row("pissa", loss=None, failed="diverged"))
+    shown = capsys.readouterr().err
+    assert "1 trials are done already" in shown
+    assert "kpsvd, rate 0.001, seed 0: step 3/60, loss 1.234" in shown
+    assert "kpsvd at 100, rate 0.001, seed 0: validation loss 0.5000, 8 s" in shown
+    assert "pissa at 100, rate 0.001, seed 0: validation loss failed" in shown
+
+
+def test_a_terminal_shows_running_and_finished_trials_in_one_table() -> None:
+    table = TrialTable()
+    out = io.StringIO()
+    table._console = Console(file=out, force_terminal=True, width=120)
+    with table:
+        table.begin([])
+        table.stepped(Trial("kpsvd", 100, 1e-3, 0), 3, 60, 1.234)
+        table.finished(row("lora", loss=0.75))
+        table.finished(row("pissa", loss=None))
+    shown = out.getvalue()
+    for text in ("kpsvd", "3/60", "1.234", "0.7500", "failed", "2 done"):
+        assert text in shown
+
+
+def test_a_grid_is_shown_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show_grid({"methods": ["a", "b"], "trials": 4})
+    assert capsys.readouterr().out.splitlines() == [
+        "methods                    a, b",
+        "trials                     4",
+    ]

@@ -170,7 +170,7 @@ def test_workers_are_not_started_for_what_is_cached(
 @pytest.mark.parametrize(
     ("death", "number", "message"),
     [
-        (os._exit, 7, "ended with exit code 7 and gave no reason; .*with --processes 1"),
+        (sys.exit, 7, "ended with exit code 7 and gave no reason; .*with --processes 1"),
         (signal.raise_signal, signal.SIGKILL, "was killed by signal 9, which .* fewer --processes"),
     ],
 )

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -130,6 +131,8 @@ def _run(
 
 def _start(process: ForkServerProcess) -> None:
     """Start a trial; the server that forks it never sees the terminal's Ctrl-C."""
+    # Running already it leaves the mask alone; started by the server it would lift it.
+    resource_tracker.ensure_running()
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()

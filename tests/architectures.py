@@ -47,7 +47,11 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=4),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=3),
     "qwen2_moe": lambda: Qwen2MoeConfig(
-        **SIZES, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=3
+        **SIZES,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        num_experts=3,
+        num_experts_per_tok=2,
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=64,

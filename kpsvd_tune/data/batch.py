@@ -1,4 +1,4 @@
-"""Pad tokenised rows into one batch of tensors."""
+"""Put tokenised rows into one batch of tensors: padded to one length, or packed end to end."""
 
 from __future__ import annotations
 
@@ -46,3 +46,31 @@ def collate(
         batch["attention_mask"][index, :end] = 1
         batch["labels"][index, :end] = torch.tensor(row.labels)
     return batch
+
+
+def pack(rows: Sequence[TokenizedRow]) -> dict[str, Tensor]:
+    """Lay rows end to end in one sequence, without padding.
+
+    Positions start anew with each row, which is how models of transformers know the rows apart. No
+    row's first token is learnt: nothing in its own row predicts it.
+
+    Args:
+        rows: At least one row.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, each (1, all tokens) int64; `labels` is -100
+        where nothing is learnt.
+
+    Raises:
+        ValueError: No rows.
+    """
+    if not rows:
+        raise ValueError("pack got no rows; expected at least one")
+    ids = [token for row in rows for token in row.input_ids]
+    positions = [position for row in rows for position in range(len(row.input_ids))]
+    labels = [label for row in rows for label in (IGNORED, *row.labels[1:])]
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "labels": torch.tensor([labels]),
+    }

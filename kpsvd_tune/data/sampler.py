@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
+
+from kpsvd_tune.data.grouping import group_by_length
 
 
 class StatelessSampler:
@@ -19,15 +22,20 @@ class StatelessSampler:
     gradient_accumulation: a step may reach over the end of an epoch, and no batch is ever
     partial. Equal G means equal rows a step, however G is factored.
 
+    With `lengths` the rows of a step are of similar length, by `group_by_length`, and a step's
+    rows are dealt out in order of length, so that each micro batch spans as little as it can. Then
+    the order of an epoch is f(seed, epoch, lengths, G).
+
     Args:
         num_rows: Rows in the data set, at least 1.
         batch_size: Rows per process and micro step, at least 1.
         num_processes: Processes that share a step, at least 1.
         gradient_accumulation: Micro steps per step, at least 1.
         seed: Seed of the orders.
+        lengths: Tokens of every row, to group rows by; None: grouped by chance alone.
 
     Raises:
-        ValueError: A size below 1.
+        ValueError: A size below 1, or not one length a row.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class StatelessSampler:
         num_processes: int,
         gradient_accumulation: int,
         seed: int,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         sizes = {
             "num_rows": num_rows,
@@ -47,11 +56,16 @@ class StatelessSampler:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}; expected at least 1")
+        if lengths is not None and len(lengths) != num_rows:
+            raise ValueError(
+                f"got {len(lengths)} lengths; expected one for each of {num_rows} rows"
+            )
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.num_processes = num_processes
         self.gradient_accumulation = gradient_accumulation
         self.seed = seed
+        self._lengths = lengths
         self._orders: OrderedDict[int, list[int]] = OrderedDict()
 
     @property
@@ -81,8 +95,14 @@ class StatelessSampler:
             if not 0 <= value < end:
                 raise IndexError(f"{name} is {value}; expected at least 0 and below {end}")
         slot = micro_step * self.num_processes + process_index
-        first = step * self.global_batch_size + slot * self.batch_size
-        return [self._row(position) for position in range(first, first + self.batch_size)]
+        start = slot * self.batch_size
+        if self._lengths is None:
+            start += step * self.global_batch_size
+            return [self._row(position) for position in range(start, start + self.batch_size)]
+        first = step * self.global_batch_size
+        rows = [self._row(position) for position in range(first, first + self.global_batch_size)]
+        rows.sort(key=self._lengths.__getitem__, reverse=True)
+        return rows[start : start + self.batch_size]
 
     def epoch(self, step: int) -> float:
         """Passes over the rows once `step` steps are done."""
@@ -100,7 +120,13 @@ class StatelessSampler:
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
-            self._orders[epoch] = permutation(self.num_rows, f"epoch {self.seed} {epoch}")
+            key = f"epoch {self.seed} {epoch}"
+            order = permutation(self.num_rows, key)
+            if self._lengths is not None:
+                size = self.global_batch_size
+                num_head = -epoch * self.num_rows % size
+                order = group_by_length(order, self._lengths, size, num_head, f"batches of {key}")
+            self._orders[epoch] = order
             # A batch touches neighbouring epochs only: two orders are enough.
             while len(self._orders) > 2:
                 self._orders.popitem(last=False)

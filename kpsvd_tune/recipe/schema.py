@@ -124,6 +124,15 @@ class TrainRecipe(Section):
     gradient_accumulation: int = Field(
         default=1, ge=1, description="micro steps per optimiser step"
     )
+    packing: bool = Field(
+        default=False,
+        description="lay the rows of a micro batch end to end, without padding: the same rows, "
+        "loss and steps in less time; a model that lets rows see each other is refused",
+    )
+    group_by_length: bool = Field(
+        default=False,
+        description="make steps of rows of similar length, which spares padding; other steps",
+    )
     optimizer: Literal["adamw", "adafactor", "sgd"] = Field(
         default="adamw", description="optimiser"
     )

@@ -24,7 +24,9 @@ from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
 from kpsvd_tune.training.nonfinite import skip_or_refuse
+from kpsvd_tune.training.packing import prove_packing
 from kpsvd_tune.training.processes import gather_numbers, is_lost_process, peak_memory_bytes
+from kpsvd_tune.training.row_attention import attend_by_rows
 from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.signals import StopSignals
 from kpsvd_tune.training.step import Stepper
@@ -85,13 +87,17 @@ class Training:
             accelerator.num_processes,
             recipe.gradient_accumulation,
             recipe.seed,
+            [len(row.input_ids) for row in train_rows] if recipe.group_by_length else None,
         )
         self.num_steps = recipe.max_steps or self._sampler.num_steps(recipe.epochs)
         self._make_batch = partial(
             make_micro_batch,
             pad_token_id=pad_token_id,
             pad_to_multiple_of=None if accelerator.device.type == "cpu" else 8,
+            packing=recipe.packing,
         )
+        if recipe.packing:
+            attend_by_rows(model)
         self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
         self._signals = StopSignals()
         self._signal = 0
@@ -106,6 +112,7 @@ class Training:
         Raises:
             NonFiniteError: A loss or gradient is infinite or NaN, and the recipe wants no skip or
                 retry, or no more of them; the step was not taken.
+            RecipeError: The rows are to be packed and this model cannot keep them apart.
             StoppedBySignal: SIGINT or SIGTERM came; the state was saved.
             ResourceError: The disk refused a checkpoint or a line of metrics.
         """
@@ -144,6 +151,10 @@ class Training:
 
     def _steps(self) -> Generator[StepMetrics, None, None]:
         progress = self.progress
+        if self._recipe.packing and not self._is_over:
+            indices = self._sampler.batch(progress.step, 0, self._accelerator.process_index)
+            rows = [self._train_rows[index] for index in indices]
+            prove_packing(self._stepper.token_loss, rows, self._accelerator)
         self._stepper.token_loss.train()
         if self._validation_rows and progress.step == 0:
             progress.validation_loss_before = progress.validation_loss = self._validate()

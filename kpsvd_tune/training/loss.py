@@ -1,7 +1,7 @@
 """The loss of a batch: cross-entropy summed over supervised tokens, with no logits beyond those.
 
 Shape letters: B rows, T tokens of the longest row, K supervised tokens of the batch, H hidden size,
-V vocabulary size.
+V vocabulary size. Packed rows are one row (B = 1) of all tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kpsvd_tune.data import IGNORED, TokenizedRow, collate
+from kpsvd_tune.data import IGNORED, TokenizedRow, collate, pack
 
 
 class MicroBatch(NamedTuple):
@@ -39,20 +39,18 @@ class MicroBatch(NamedTuple):
 
 
 def make_micro_batch(
-    rows: Sequence[TokenizedRow], pad_token_id: int, pad_to_multiple_of: int | None = None
+    rows: Sequence[TokenizedRow],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+    packing: bool = False,
 ) -> MicroBatch:
-    """Pad rows and find the positions whose next token has a label, and that token."""
-    batch = collate(rows, pad_token_id, pad_to_multiple_of)
-    next_labels = batch["labels"].roll(-1, dims=1)
+    """Pad or pack rows and find the positions whose next token has a label, and that token."""
+    batch = pack(rows) if packing else collate(rows, pad_token_id, pad_to_multiple_of)
+    next_labels = batch.pop("labels").roll(-1, dims=1)
     next_labels[:, -1] = IGNORED
     positions = (next_labels.flatten() != IGNORED).nonzero().squeeze(1)
-    inputs = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "positions": positions,
-        "targets": next_labels.flatten()[positions],
-    }
-    return MicroBatch(inputs, int(batch["attention_mask"].sum()))
+    inputs = batch | {"positions": positions, "targets": next_labels.flatten()[positions]}
+    return MicroBatch(inputs, sum(len(row.input_ids) for row in rows))
 
 
 class SummedTokenLoss(nn.Module):
@@ -72,24 +70,36 @@ class SummedTokenLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        reduction: str = "sum",
     ) -> Tensor:
         """Sum the losses.
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T) int64, 0 on padding.
             positions: (K,) int64, indices into the flattened (B * T).
             targets: (K,) int64, the token that follows each position.
+            attention_mask: (B, T) int64, 0 on padding; None for packed rows.
+            position_ids: (1, T) int64, from 0 in each packed row; None for padded rows.
+            reduction: "none" for the loss of each of the K tokens.
 
         Returns:
-            A float32 scalar, in nats; 0 where K is 0.
+            A float32 scalar, in nats; 0 where K is 0. Or (K,) float32.
         """
+        # Without a mask, and only then, transformers finds the rows by their positions.
+        inputs = {"attention_mask": attention_mask}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         select = partial(_select_positions, input_ids.shape, positions)
         projection = _output_projection(self.model)
         hook = projection.register_forward_pre_hook(select) if projection is not None else None
         try:
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self.model(input_ids=input_ids, use_cache=False, **inputs)
         finally:
             if hook is not None:
                 hook.remove()
@@ -99,7 +109,7 @@ class SummedTokenLoss(nn.Module):
         logits = logits.flatten(0, 1)
         if is_whole:
             logits = logits.index_select(0, positions)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 def _output_projection(model: nn.Module) -> nn.Module | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kpsvd_tune.data.batch import collate
+from kpsvd_tune.data.batch import collate, pack
 from kpsvd_tune.data.encode import TokenizedRow
 
 ROWS = [
@@ -33,3 +33,14 @@ def test_length_is_rounded_up(multiple: int | None, length: int) -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="collate got no rows"):
         collate([], 0)
+
+
+def test_packed_rows_lie_end_to_end_with_positions_of_their_own() -> None:
+    # The last row learns its first token, which nothing in that row predicts.
+    batch = pack([*ROWS, TokenizedRow((8, 9), (8, 9), 3)])
+    assert batch["input_ids"].tolist() == [[5, 6, 2, 7, 2, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 2, -100, 2, -100, 9]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    with pytest.raises(ValueError, match="pack got no rows"):
+        pack([])

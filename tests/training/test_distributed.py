@@ -65,9 +65,11 @@ def flat(weights: dict[str, Any]) -> list[float]:
     return [value for rows in weights.values() for row in rows for value in row]
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated"])
+@pytest.mark.parametrize("name", ["plain", "accumulated", "packed", "grouped"])
 def test_two_processes_equal_one(folder, tmp_path, name):
-    runpy.run_path(str(SCRIPT))["train"](tmp_path, "one", batch_size=4)
+    # Packed rows are held against padded ones.
+    changes = {"group_by_length": True} if name == "grouped" else {}
+    runpy.run_path(str(SCRIPT))["train"](tmp_path, "one", batch_size=4, **changes)
     one, two = seen(tmp_path, "one"), seen(folder, name)
     for key in ("loss", "grad_norm", "learning_rate", "tokens", "epoch", "step"):
         assert [m[key] for m in two["metrics"]] == pytest.approx(
@@ -131,7 +133,7 @@ def test_an_error_on_the_main_process_reaches_the_other(folder):
     assert [seen(folder, "main", rank) for rank in (0, 1)] == ["the disk is full"] * 2
 
 
-SHARDED = ("sharded", "sharded-accumulated", "sharded-checkpointing")
+SHARDED = ("sharded", "sharded-accumulated", "sharded-checkpointing", "sharded-packed")
 
 
 @pytest.mark.parametrize("name", SHARDED)

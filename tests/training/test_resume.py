@@ -113,6 +113,33 @@ def test_data_workers_change_nothing(start_training, lora_model, tmp_path):
     assert_same_run(tmp_path / "with", tmp_path / "without", step=4)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_packed_and_grouped_runs_resume_to_the_same_bits(
+    start_training, lora_model, rows, tmp_path, num_workers
+):
+    changes = {
+        "packing": True,
+        "group_by_length": True,
+        "gradient_accumulation": 2,
+        "save_every": 2,
+        "eval_every": 3,
+        "validation": rows[:3],
+    }
+    model = lora_model(dropout=0.2)
+    list(start_training("whole", model=model, **changes).steps())
+    model = lora_model(dropout=0.2)
+    steps = start_training("parts", model=model, num_workers=num_workers, **changes).steps()
+    for metrics in steps:
+        if metrics.step == 5:
+            steps.close()
+            break
+    model = lora_model(dropout=0.2)
+    resumed = start_training("parts", model=model, num_workers=num_workers, **changes)
+    assert resumed.progress.step == 4
+    list(resumed.steps())
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_stops(start_training, rows, tmp_path, number):
     list(start_training("whole").steps())

@@ -161,10 +161,13 @@ def main(folder: Path) -> None:
     train(folder, "parts+resumed", dropout=0.3, batch_size=2)
     train(folder, "nan", batch_size=2, plant=plant_nan)
     train(folder, "signal", batch_size=2, plant=kill_once)
+    train(folder, "packed", batch_size=2, packing=True)
+    train(folder, "grouped", batch_size=2, group_by_length=True)
     sharded: dict[str, Any] = {"batch_size": 2, "parallel": "fsdp"}
     train(folder, "sharded", **sharded)
     train(folder, "sharded-accumulated", parallel="fsdp", batch_size=1, gradient_accumulation=2)
     train(folder, "sharded-checkpointing", **sharded, gradient_checkpointing=True)
+    train(folder, "sharded-packed", **sharded, packing=True)
     train(folder, "sharded-parts", **sharded, stop_after=3)
     train(folder, "sharded-parts+resumed", **sharded)
     train(folder, "sharded-nan", **sharded, plant=plant_nan)

@@ -1,0 +1,133 @@
+"""A proof, on the model that is about to be trained, that packed rows do not see each other.
+
+Whether they do depends on the architecture, the attention, transformers' version and the code of
+the model, so it is not looked up: it is tried. Three forward passes more, once a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from peft import PeftModel
+from torch import Tensor
+
+from kpsvd_tune.data import IGNORED, TokenizedRow
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
+from kpsvd_tune.training.processes import gather_numbers
+from kpsvd_tune.training.sharding import free
+
+# Rows that are tried; the model's code treats the fifth like the fourth.
+_NUM_ROWS = 4
+# By the bits that the model computes in, the mean difference a token, in nats, that rounding alone
+# may make: where one row is changed and all shapes stay (experts see other groups of tokens even
+# then), and between packed rows and rows alone, whose products have other shapes. A mean, for in
+# 16 bits rounding may send a token to another expert.
+_TOLERANCES = {32: (1e-5, 1e-4), 16: (1e-2, 5e-2)}
+
+
+def prove_packing(
+    token_loss: SummedTokenLoss, rows: Sequence[TokenizedRow], accelerator: Accelerator
+) -> None:
+    """Try that packed rows have the losses they have alone, and that no row changes another's.
+
+    Every token of the rows counts, prompts too. The model is in evaluation mode meanwhile and
+    comes back in the mode it was in. No random number is drawn.
+
+    Args:
+        token_loss: The model with its loss, not wrapped for several processes.
+        rows: Rows to try it on; with a single row nothing is packed and nothing tried.
+        accelerator: The processes, each with as many rows; all of them must ask.
+
+    Raises:
+        RecipeError: Rows see each other, or their positions are not counted from their starts.
+    """
+    rows = [_all_learnt(row) for row in rows[:_NUM_ROWS]]
+    if len(rows) < 2:
+        return
+    model = token_loss.model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(base).__name__
+    if not _takes_positions(base):
+        raise _refusal(f"{name} takes no position_ids, by which packed rows are told apart")
+    was_training = token_loss.training
+    token_loss.eval()
+    try:
+        alone = torch.cat([_losses(token_loss, [row], accelerator, False) for row in rows])
+        packed = _losses(token_loss, rows, accelerator, True)
+        changed = _losses(token_loss, [_changed(rows[0], rows), *rows[1:]], accelerator, True)
+    finally:
+        token_loss.train(was_training)
+        free(token_loss)
+    first = rows[0].num_supervised
+    own = [_distance(changed[first:], packed[first:]), _distance(packed, alone)]
+    # The largest of all processes, so that all refuse or none.
+    leak, shift = (max(each) for each in zip(*gather_numbers(accelerator, own), strict=True))
+    allowed_leak, allowed_shift = _TOLERANCES[_bits(token_loss, accelerator)]
+    if leak > allowed_leak:
+        raise _refusal(
+            f"{name} lets packed rows see each other: changing one row changes the losses of the "
+            f"rows behind it by {leak:.1e} nats a token, expected at most {allowed_leak:.0e}"
+        )
+    if shift > allowed_shift:
+        raise _refusal(
+            f"{name} gives packed rows other losses than the same rows alone: by {shift:.1e} nats "
+            f"a token, expected at most {allowed_shift:.0e}"
+        )
+
+
+def _refusal(reason: str) -> RecipeError:
+    error = RecipeError(
+        f"train.packing: {reason}. Set train.packing: false; train.group_by_length: true spares "
+        "most of the padding without it"
+    )
+    error.is_everywhere = True
+    return error
+
+
+def _losses(
+    token_loss: SummedTokenLoss,
+    rows: Sequence[TokenizedRow],
+    accelerator: Accelerator,
+    packing: bool,
+) -> Tensor:
+    """Losses of all tokens of the rows, one row behind the other."""
+    batch = make_micro_batch(rows, pad_token_id=0, packing=packing)
+    with torch.no_grad():
+        losses: Tensor = token_loss(**batch.to(accelerator.device), reduction="none")
+    return losses.float()
+
+
+def _distance(losses: Tensor, others: Tensor) -> float:
+    """Mean difference in nats; 0 where a loss is not finite, of which the first step will tell."""
+    difference = (losses - others).abs().mean().item() if len(losses) else 0.0
+    return difference if difference < float("inf") else 0.0
+
+
+def _all_learnt(row: TokenizedRow) -> TokenizedRow:
+    return replace(row, labels=(IGNORED, *row.input_ids[1:]))
+
+
+def _changed(row: TokenizedRow, rows: Sequence[TokenizedRow]) -> TokenizedRow:
+    """The row with every token another one, of those that the rows hold."""
+    known = [token for each in rows for token in each.input_ids]
+    low, high = min(known), max(known)
+    return replace(row, input_ids=tuple(low if id == high else high for id in row.input_ids))
+
+
+def _takes_positions(model: Any) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(each.name == "position_ids" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _bits(token_loss: SummedTokenLoss, accelerator: Accelerator) -> int:
+    """Bits of the numbers that the model computes with: 16 for fewer, too."""
+    is_short = any(p.is_floating_point() and p.itemsize < 4 for p in token_loss.parameters())
+    # Quantised weights are computed with in 16 bits or fewer.
+    is_short = is_short or any(not p.is_floating_point() for p in token_loss.parameters())
+    return 16 if is_short or accelerator.mixed_precision != "no" else 32

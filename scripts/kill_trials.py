@@ -240,11 +240,8 @@ def content(folder: Path) -> dict[str, Any]:
     last = run.checkpoints / f"step-{STEPS:06d}"
     found: dict[str, Any] = dict(read_committed(last))
     state = json.loads(found.pop("state.json"))
-    # Lines of the log hold times, whose number of digits is not fixed. A signal in the last step
-    # leaves a last checkpoint that waits for its validation; log and results have its outcome.
+    # Lines of the log hold times, whose number of digits is not fixed.
     del state["metrics_bytes"], state["progress"]["seconds"]
-    for name in ("pending", "validation_loss", "best_step", "best_step_loss"):
-        del state["progress"][name]
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     results = json.loads(run.results_file.read_text())
     return found | {

@@ -151,12 +151,14 @@ class Training:
         if self._recipe.on_nonfinite == "retry" and progress.step == 0:
             # To go back to if one of the first steps fails.
             self._save()
-        if (pending := progress.pending_metrics()) is not None:
-            yield self._complete(pending)
         batches = self._batches()
-        while not self._is_over:
+        while True:
             try:
-                metrics = self._complete(self._take_step(next(batches)))
+                # Of a step before a signal; a return to its checkpoint leaves it to do once more.
+                pending = self.progress.pending_metrics()
+                if pending is None and self._is_over:
+                    break
+                metrics = self._complete(pending or self._take_step(next(batches)))
             except NonFiniteError as error:
                 self.progress = self._saving.go_back(self.progress, error)
                 batches.close()

@@ -1,9 +1,9 @@
 """The run directory: what a run writes, committed so that a crash at any moment loses nothing.
 
 `durable` holds the disk operations; `commit` makes a folder whole or absent; `listing` names
-checkpoints; `state` turns a training's state into safetensors and JSON and back; `identity` tells two
-runs apart; `lock` keeps a second run out of a folder; `run` owns the layout. No pickle is written or
-read.
+checkpoints; `state` turns a training's state into safetensors and JSON and back; `identity` tells
+two runs apart; `lock` keeps a second run out of a folder; `run` owns the layout. No pickle is
+written or read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What checkpoints lie in a folder: their names, and which of them is the newer one.
 
-A checkpoint of a step whose validation a signal put off is named `step-000100-pending`. The run that
-goes on from it makes the validation up and, where a run without the signal would have saved that
-step, commits `step-000100` beside it; only then the pending one goes. So the run ends with the
-checkpoints of one that was never stopped, and there is a whole one at every moment.
+A checkpoint of a step whose validation a signal put off is named `step-000100-pending`. The run
+that goes on from it makes the validation up and, where a run without the signal would have saved
+that step, commits `step-000100` beside it; only then the pending one goes. So the run ends with the
+checkpoint of one that was never stopped, and there is a whole one at every moment.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class Training:
             validation_loss=self.progress.validation_loss,
             validation_loss_before=self.progress.validation_loss_before,
             steps=self.progress.step,
-            trainable_parameters=sum(parameter.numel() for parameter in self._stepper.names),
+            trainable_parameters=self._stepper.num_trained,
             wall_seconds=self.progress.seconds,
             peak_memory_bytes=int(max(each for (each,) in peak)),
             best_step=self.progress.best_step,

@@ -92,11 +92,9 @@ class Stepper:
             shard(self.token_loss, model, accelerator)
         self.is_sharded = is_sharded(self.token_loss)
         is_zero = zero_stage(accelerator) is not None
-        # What is sharded already is not wrapped by DDP; precision is set up either way.
-        self._module: nn.Module = (
-            self.token_loss
-            if is_zero
-            else accelerator.prepare_model(self.token_loss, evaluation_mode=self.is_sharded)
+        # What is shared out, or will be, is not wrapped by DDP; precision is set up either way.
+        self._module: nn.Module = accelerator.prepare_model(
+            self.token_loss, evaluation_mode=self.is_sharded or is_zero
         )
         self.names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad

@@ -56,7 +56,7 @@ class ZeroEngine:
         self._group_names = [[names[p] for p in each["params"]] for each in optimizer.param_groups]
         if recipe.precision == "bf16":
             cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
-            loss.forward = cast(loss.forward)  # type: ignore[method-assign]
+            loss.forward = cast(loss.forward)
         self._engine: Any
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=loss, optimizer=optimizer, config=config, dist_init_required=False

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
-from transformers.integrations.deepspeed import (
-    unset_hf_deepspeed_config,
-)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
@@ -63,14 +62,17 @@ def prepare() -> None:
             "Accelerate's configuration asks for DeepSpeed, which is not installed; install it "
             "with `pip install kpsvd-tune[deepspeed]`, or use train.parallel: fsdp"
         )
-    # Its log goes to standard output, which is for results, and its insides help nobody.
+    # Its log goes to standard output, which is for results, and says little but how it was built.
     logger = logging.getLogger("DeepSpeed")
     logger.addFilter(lambda record: record.levelno >= logging.ERROR)
-    import deepspeed  # type: ignore[import-not-found]  # noqa: F401
+    import deepspeed
 
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
+    if not torch.accelerator.is_available():
+        # For CPUs it would compile an extension, which takes a minute and a compiler; gloo will do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
@@ -100,7 +102,7 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
         )
     # Set by Accelerate, it would make transformers load a base whose weights are shared out
     # already; the adapter is compared with whole ones first.
-    unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     accelerator.deepspeed_plugin.dschf = None
 
 
@@ -127,7 +129,7 @@ def engine_config(
             "DeepSpeed's configuration does not fit the recipe:\n  "
             + "\n  ".join(faults)
             + '\nChange these in the file that `accelerate launch` was given ("auto" leaves a '
-            "value to the recipe), or share out the weights without DeepSpeed by train.parallel: fsdp"
+            "value to the recipe), or share out the weights without DeepSpeed: train.parallel: fsdp"
         )
     zero = {
         key: value
@@ -150,7 +152,7 @@ def engine_config(
 
 def _faults(given: Mapping[str, Any], recipe: TrainRecipe, num_processes: int) -> Iterator[str]:
     micro, steps = recipe.batch_size, recipe.gradient_accumulation
-    wanted = {
+    wanted: dict[str, tuple[list[float], str]] = {
         "train_batch_size": (
             [micro * steps * num_processes],
             "train.batch_size x gradient_accumulation x processes",

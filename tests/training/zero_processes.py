@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     train(folder, "whole", dropout=0.3, **two)
     train(folder, "parts", dropout=0.3, **two, stop_after=3)
     train(folder, "parts+resumed", dropout=0.3, **two)
-    train(folder, "nan", **two, plant=RUNS["plant_nan"])
+    train(folder, "nan", **two, plant=RUNS["plant_nan_once"])
     train(folder, "signal", **two, plant=RUNS["kill_once"])
     train(folder, "signal+resumed", **two)
     train(folder, "skip", **two, plant=RUNS["plant_nan_once"], on_nonfinite="skip")

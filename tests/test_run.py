@@ -305,6 +305,11 @@ def test_a_configuration_of_accelerate_trains_under_deepspeed(
     settings.write_text(settings.read_text().replace('"stage": 3', '"stage": 2'))
     assert launch(arguments, 2, True, str(file)) == 1
     assert "deepspeed_zero_stage: 3 in the run, 2 now" in capfd.readouterr().err
+    # Allowed, the same checkpoint serves the other stage.
+    allowed = [*arguments, "--allow-change", "deepspeed_zero_stage"]
+    allowed += ["train.max_steps=9", "--allow-change", "train.max_steps"]
+    assert launch(allowed, 2, True, str(file)) == 0
+    assert json.loads(capfd.readouterr().out)["steps"] == 9
 
 
 def test_evaluating_a_finished_run_keeps_the_scores_with_it(

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from kpsvd_tune.errors import InputError
+
 # After one rank failed the others get this long to end by themselves, then they are killed:
 # a rank that waits for the dead one would wait for ever.
 GRACE_SECONDS = 10.0
@@ -35,7 +37,49 @@ def tell_phase(phase: str) -> None:
             Path(path).write_text(phase, encoding="utf-8")
 
 
-def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
+def deepspeed_environment(file: str, num_processes: int) -> dict[str, str]:
+    """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
+
+    Args:
+        file: A configuration of Accelerate, as `accelerate config` writes it.
+        num_processes: Used instead of the file's.
+
+    Raises:
+        InputError: The file cannot be used, or asks for something other than DeepSpeed.
+    """
+    # Accelerate's own reading of its file, so that a key means here what it means there.
+    from accelerate.commands.launch import (  # type: ignore[import-untyped]
+        _validate_launch_command,
+        launch_command_parser,
+    )
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env  # type: ignore[import-untyped]
+
+    if not Path(file).is_file():
+        raise InputError(f"--accelerate-config {file}: no such file")
+    words = ["--config_file", file, "--num_processes", str(num_processes)]
+    try:
+        options = launch_command_parser().parse_args([*words, "--main_process_port", "0", "train"])
+        options, defaults, _ = _validate_launch_command(options)
+        fields = ",".join(defaults.deepspeed_config)
+        options.deepspeed_fields_from_accelerate_config = fields
+        if options.use_deepspeed and (options.num_machines or 1) == 1:
+            environment: dict[str, str] = prepare_deepspeed_cmd_env(options)[1]
+            return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
+    except Exception as error:
+        # Whatever a file can hold that Accelerate does not expect.
+        raise InputError(f"--accelerate-config {file}: {error}") from error
+    raise InputError(
+        f"--accelerate-config {file}: expected DeepSpeed on one machine; plain processes need no "
+        "configuration, and several machines are started by accelerate launch on each"
+    )
+
+
+def launch(
+    arguments: Sequence[str],
+    num_processes: int,
+    use_cpu: bool,
+    accelerate_config: str | None = None,
+) -> int:
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
 
     SIGINT and SIGTERM are passed on to every rank once; each saves and ends by itself. A second
@@ -46,6 +90,7 @@ def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
         arguments: What follows `kpsvd-tune` on the command line.
         num_processes: Number of ranks.
         use_cpu: Whether the ranks compute on the CPU.
+        accelerate_config: A configuration of Accelerate that asks for DeepSpeed.
 
     Returns:
         The exit code of the first rank that failed, 128 + the number of a signal that killed it,
@@ -57,8 +102,13 @@ def launch(arguments: Sequence[str], num_processes: int, use_cpu: bool) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
+    if accelerate_config is not None:
+        environment |= deepspeed_environment(accelerate_config, num_processes)
     if use_cpu:
-        environment["ACCELERATE_USE_CPU"] = "true"
+        # To Accelerate its own switch means no DeepSpeed.
+        is_plain = accelerate_config is None
+        switch = {"ACCELERATE_USE_CPU": "true"} if is_plain else {"CUDA_VISIBLE_DEVICES": ""}
+        environment |= switch
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # Every rank with all threads is slower than one rank alone.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_processes)))

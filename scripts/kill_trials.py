@@ -3,6 +3,7 @@
     .venv/bin/python scripts/kill_trials.py --trials 100                kill -9, one process
     .venv/bin/python scripts/kill_trials.py --trials 20 --processes 2   kill -9 of both
     .venv/bin/python scripts/kill_trials.py --trials 30 --signal TERM   with data workers
+    ... --processes 2 --parallel fsdp    or zero1, zero2, zero3, which need the extra deepspeed
 
 Every trial starts `kpsvd-tune train` on a tiny model, kills its whole process group, checks that
 the kill landed in an unfinished run, types the same command again and compares everything that the
@@ -225,7 +226,7 @@ train:
   save_every: {SAVE_EVERY}
   eval_every: 4
   num_workers: {workers}
-  parallel: {parallel}
+  parallel: {"fsdp" if parallel == "fsdp" else "ddp"}
   precision: "no"
   learning_rate: 1.0e-2
 output_dir: unused
@@ -240,11 +241,8 @@ def content(folder: Path) -> dict[str, Any]:
     last = run.checkpoints / f"step-{STEPS:06d}"
     found: dict[str, Any] = dict(read_committed(last))
     state = json.loads(found.pop("state.json"))
-    # Lines of the log hold times, whose number of digits is not fixed. A signal in the last step
-    # leaves a last checkpoint that waits for its validation; log and results have its outcome.
+    # Lines of the log hold times, whose number of digits is not fixed.
     del state["metrics_bytes"], state["progress"]["seconds"]
-    for name in ("pending", "validation_loss", "best_step", "best_step_loss"):
-        del state["progress"][name]
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     results = json.loads(run.results_file.read_text())
     return found | {
@@ -364,12 +362,20 @@ def main() -> int:
     parser.add_argument(
         "--workers", type=int, default=None, help="data workers; with TERM 1, else 0"
     )
-    parser.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"))
+    parser.add_argument(
+        "--parallel", default="ddp", choices=("ddp", "fsdp", "zero1", "zero2", "zero3")
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.workers is None:
         options.workers = 1 if options.signal == "TERM" else 0
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if options.parallel.startswith("zero"):
+        # As `accelerate launch` tells the ranks of its configuration.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = options.parallel[-1]
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     failed, kinds = 0, dict.fromkeys(("save", "epoch", "any"), 0)

@@ -18,6 +18,7 @@ OPTIONS = {
     "train": {
         "--gpus",
         "--processes",
+        "--accelerate-config",
         "--resume",
         "--allow-change",
         "--allow-code-execution",

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from kpsvd_tune import launch
+from kpsvd_tune import cli, launch
+from kpsvd_tune.errors import InputError
 
 
 @pytest.fixture
@@ -39,6 +41,55 @@ def test_every_rank_gets_its_place(program: Path, tmp_path: Path) -> None:
     assert launch.launch(["train", "r.yaml"], 2, use_cpu=True) == 0
     assert (tmp_path / "rank0").read_text() == "2 0 127.0.0.1 true train r.yaml"
     assert (tmp_path / "rank1").read_text() == "2 1 127.0.0.1 true train r.yaml"
+
+
+DEEPSPEED = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+num_machines: 1
+num_processes: 8
+deepspeed_config: {zero_stage: 3}
+"""
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+def test_a_configuration_of_accelerate_reaches_every_rank(program: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ds.yml"
+    file.write_text(DEEPSPEED)
+    program.write_text(
+        "import os, pathlib\n"
+        "names = ('WORLD_SIZE', 'ACCELERATE_USE_DEEPSPEED', 'ACCELERATE_DEEPSPEED_ZERO_STAGE')\n"
+        "text = ' '.join([os.environ[name] for name in names])\n"
+        "assert 'ACCELERATE_USE_CPU' not in os.environ\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'rank' + os.environ['RANK']).write_text(text)\n"
+    )
+    assert launch.launch([], 2, use_cpu=True, accelerate_config=str(file)) == 0
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text() == "2 true 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DEEPSPEED.replace("DEEPSPEED", "MULTI_CPU"), "expected DeepSpeed on one machine"),
+        (DEEPSPEED.replace("machines: 1", "machines: 2"), "started by accelerate launch on each"),
+        ("distributed_type: [", "while parsing"),
+        (None, "no such file"),
+    ],
+    ids=["plain", "machines", "no yaml", "no file"],
+)
+def test_a_configuration_that_is_not_for_deepspeed_is_refused(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    file = tmp_path / "ds.yml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InputError, match=f"--accelerate-config {file}: .*{message}"):
+        launch.launch([], 2, use_cpu=True, accelerate_config=str(file))
+
+
+def test_a_configuration_needs_a_number_of_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "quickstart", "--accelerate-config", "ds.yml"]) == 2
+    assert "--accelerate-config needs --gpus N or --processes N" in capsys.readouterr().err
 
 
 def test_the_first_failure_is_the_exit_code(program: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,44 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
     losses = [[line["loss"] for line in metrics(run)] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
+def test_a_configuration_of_accelerate_trains_under_deepspeed(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ZeRO 3 with every weight shared out, among them those that our layers read themselves."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.run(["train", str(recipe), f"output_dir={one}"]) == 0
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"gradient_clipping": "auto", "zero_optimization": zero}))
+    file = tmp_path / "ds.yml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\n"
+        f"num_processes: 2\ndeepspeed_config: {{deepspeed_config_file: {settings}}}\n"
+    )
+    from kpsvd_tune.launch import launch
+
+    arguments = ["train", str(recipe), f"output_dir={two}", "train.batch_size=1", "--json"]
+    arguments += ["--processes", "2", "--accelerate-config", str(file)]
+    capfd.readouterr()
+    assert launch(arguments, 2, True, str(file)) == 0
+    # Standard output holds the results and nothing of DeepSpeed's.
+    assert json.loads(capfd.readouterr().out)["steps"] == len(metrics(two))
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
+    # Another stage sums in another order: the run does not go on under it unnoticed.
+    settings.write_text(settings.read_text().replace('"stage": 3', '"stage": 2'))
+    assert launch(arguments, 2, True, str(file)) == 1
+    assert "deepspeed_zero_stage: 3 in the run, 2 now" in capfd.readouterr().err
+    # Allowed, the same checkpoint serves the other stage.
+    allowed = [*arguments, "--allow-change", "deepspeed_zero_stage"]
+    allowed += ["train.max_steps=9", "--allow-change", "train.max_steps"]
+    assert launch(allowed, 2, True, str(file)) == 0
+    assert json.loads(capfd.readouterr().out)["steps"] == 9
 
 
 def test_evaluating_a_finished_run_keeps_the_scores_with_it(

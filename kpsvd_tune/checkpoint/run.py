@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,18 @@ from typing import Any
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.checkpoint.commit import commit, read_committed
 from kpsvd_tune.checkpoint.identity import Change, changes, describe, refused
+from kpsvd_tune.checkpoint.listing import (
+    abandon_newer,
+    as_saved,
+    checkpoint_name,
+    clean,
+    list_saved,
+)
 from kpsvd_tune.checkpoint.lock import lock_folder
 from kpsvd_tune.checkpoint.state import TrainingState, from_files, to_files
 from kpsvd_tune.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
-_STEP = re.compile(r"step-(\d{6,})")
 # What a run owns in its folder; anything else there is the user's and is never touched.
 _ENTRIES = (
     "recipe.yaml",
@@ -54,8 +59,7 @@ class Start:
 class RunDirectory:
     """The layout of `output_dir`, its lock, its log of metrics and its checkpoints.
 
-    Making the object touches nothing. Only the main process writes; the others use it for paths
-    and to load.
+    Making it touches nothing. Only the main process writes; others use its paths, and load.
 
     Args:
         path: The recipe's `output_dir`.
@@ -165,13 +169,22 @@ class RunDirectory:
         text = json.dumps(line, allow_nan=False)
         durable.append_file(self.metrics_file, f"{text}\n".encode())
 
-    def save(self, state: TrainingState, keep: int, best_step: int | None = None) -> Path:
+    def save(
+        self,
+        state: TrainingState,
+        keep: int,
+        best_step: int | None = None,
+        *,
+        is_pending: bool = False,
+    ) -> Path:
         """Commit a checkpoint, then delete the oldest beyond `keep`.
 
         Args:
             state: What to save.
             keep: How many of the newest stay.
             best_step: The step of one more that stays, however old.
+            is_pending: A validation of the step is still to come, after which the same step may
+                be saved again. Any newer checkpoint replaces such a one.
 
         Returns:
             Its folder.
@@ -183,13 +196,12 @@ class RunDirectory:
         durable.make_folder(self.checkpoints)
         # The log reaches the disk before the checkpoint that counts on its length.
         state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
-        folder = self.checkpoints / f"step-{state.step:06d}"
+        folder = self.checkpoints / checkpoint_name(state.step, is_pending)
         commit(folder, to_files(state))
-        for step, old in self._steps()[keep:]:
-            if step != best_step:
-                durable.remove_folder(old)
-        for leftover in self.checkpoints.glob(".removed-*"):
-            durable.remove_folder(leftover)
+        clean(self.checkpoints, folder)
+        for old in list_saved(self.checkpoints)[keep:]:
+            if old.step != best_step:
+                durable.remove_folder(old.folder)
         return folder
 
     def rewind(self) -> Path:
@@ -219,7 +231,7 @@ class RunDirectory:
             CheckpointError: There are checkpoints, and every one is damaged.
         """
         faults: list[str] = []
-        for _, folder in self._steps():
+        for _, _, folder in list_saved(self.checkpoints):
             try:
                 read_committed(folder)
             except CheckpointError as error:
@@ -241,28 +253,22 @@ class RunDirectory:
         if durable.sync_file(self.metrics_file) < state.metrics_bytes:
             _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
         # First, for a checkpoint that can still be chosen needs its lines of the log.
-        self._abandon_after(state.step)
+        abandon_newer(self.checkpoints, checkpoint)
         durable.truncate_file(self.metrics_file, state.metrics_bytes)
+        clean(self.checkpoints, checkpoint)
         return state
 
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:
             return self.newest_checkpoint()
         checkpoint = explicit.absolute()
-        if checkpoint.parent != self.checkpoints.absolute() or not _STEP.fullmatch(checkpoint.name):
+        if checkpoint.parent != self.checkpoints.absolute() or as_saved(checkpoint) is None:
             raise CheckpointError(
                 f"--resume {explicit} is no checkpoint of this run; expected auto, never, or a "
                 f"folder such as {self.checkpoints / 'step-000100'}"
             )
         read_committed(checkpoint)
         return checkpoint
-
-    def _steps(self) -> list[tuple[int, Path]]:
-        """Step number and folder of every checkpoint, newest first, whole or not."""
-        if not self.checkpoints.is_dir():
-            return []
-        matches = [(_STEP.fullmatch(folder.name), folder) for folder in self.checkpoints.iterdir()]
-        return sorted(((int(m[1]), folder) for m, folder in matches if m), reverse=True)
 
     def _anew(
         self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
@@ -274,15 +280,6 @@ class RunDirectory:
 
     def _write_run(self, content: Mapping[str, Any]) -> None:
         durable.replace_file(self.run_file, durable.to_json(content))
-
-    def _abandon_after(self, step: int) -> None:
-        """Move checkpoints after `step` out of the way: damaged ones, or of a path not taken."""
-        for number, folder in self._steps():
-            if number > step:
-                abandoned = folder.with_name(f"abandoned-{folder.name}")
-                if abandoned.exists():
-                    durable.remove_folder(abandoned)
-                durable.rename(folder, abandoned)
 
     def _set_aside(self) -> None:
         entries = [self.path / name for name in _ENTRIES if (self.path / name).exists()]

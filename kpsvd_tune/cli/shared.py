@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -67,6 +68,9 @@ def prepare_libraries(offline: bool, debug: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Where it is installed, transformers imports it for itself; it logs to standard output, which
+    # is for results.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     if not debug:
         # Their warnings are about their insides; ours say what a user can act on. Their bars show
         # a person that a download goes on, and fill a log file with noise.
@@ -99,20 +103,24 @@ def check_exclusive(gpus: int | None, processes: int | None) -> None:
         raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
 
 
-def launch_processes(gpus: int | None, processes: int | None) -> None:
+def launch_processes(
+    gpus: int | None, processes: int | None, accelerate_config: str | None = None
+) -> None:
     """Start the same command on several ranks, unless this is one of them already.
 
     Raises:
-        InputError: Both kinds of process were asked for.
+        InputError: Both kinds of process were asked for, or a configuration without a number.
     """
     check_exclusive(gpus, processes)
     count = gpus or processes
+    if accelerate_config and count is None:
+        raise InputError("--accelerate-config needs --gpus N or --processes N")
     if count is None or "WORLD_SIZE" in os.environ:
         return
-    if processes == 1:
+    if processes == 1 and not accelerate_config:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    if count == 1:
+    if count == 1 and not accelerate_config:
         return
     from kpsvd_tune.launch import launch
 
-    raise typer.Exit(launch(sys.argv[1:], count, use_cpu=processes is not None))
+    raise typer.Exit(launch(sys.argv[1:], count, processes is not None, accelerate_config))

@@ -36,6 +36,10 @@ def train(
     overrides: Overrides = None,
     gpus: Gpus = None,
     processes: Processes = None,
+    accelerate_config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Accelerate's configuration, for DeepSpeed."),
+    ] = None,
     resume: Annotated[
         str, typer.Option(help="auto continues the run, never starts it anew, or a checkpoint.")
     ] = "auto",
@@ -54,7 +58,7 @@ def train(
 ) -> None:
     """Decompose, train, score and save the adapter of a recipe."""
     resolved = load_recipe(recipe, overrides or ())
-    launch_processes(gpus, processes)
+    launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 

@@ -40,6 +40,7 @@ from kpsvd_tune.training import (
     name_lost_process,
     on_main_process,
 )
+from kpsvd_tune.training.zero_config import zero_stage
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
@@ -94,6 +95,11 @@ def train(
         stack.callback(end_processes)
         accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
         stack.enter_context(name_lost_process(lambda: phase.name))
+        if (stage := zero_stage(accelerator)) == 3 and recipe.evaluation:
+            raise RecipeError(
+                "evaluation: answers are not generated from sharded weights (DeepSpeed's ZeRO 3); "
+                "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
+            )
         on_main_process(accelerator, lambda: stack.enter_context(run.lock()))
         phase.enter("finding the base model")
         source = on_main_process(accelerator, lambda: find_model(recipe, offline))
@@ -113,7 +119,8 @@ def train(
                     "base": base_files,
                     "dataset": data_sha256,
                     "num_processes": accelerator.num_processes,
-                },
+                }
+                | ({} if stage is None else {"deepspeed_zero_stage": stage}),
                 _about(recipe, accelerator),
                 resume=resume,
                 allow_change=allow_change,

@@ -2,7 +2,7 @@
 
 `loop` holds the order of events around a step, `step` the step itself, `saving` the way to and from
 checkpoints; `loss`, `optim`, `stream`, `validation`, `nonfinite`, `signals`, `tracking`,
-`processes`, `sharding` and `progress` hold what their names say.
+`processes`, `sharding` and `progress` hold what their names say; `zero` drives DeepSpeed's engine.
 """
 
 from __future__ import annotations

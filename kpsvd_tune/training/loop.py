@@ -135,7 +135,7 @@ class Training:
             validation_loss=self.progress.validation_loss,
             validation_loss_before=self.progress.validation_loss_before,
             steps=self.progress.step,
-            trainable_parameters=sum(parameter.numel() for parameter in self._stepper.names),
+            trainable_parameters=self._stepper.num_trained,
             wall_seconds=self.progress.seconds,
             peak_memory_bytes=int(max(each for (each,) in peak)),
             best_step=self.progress.best_step,
@@ -162,12 +162,14 @@ class Training:
         if self._recipe.on_nonfinite == "retry" and progress.step == 0:
             # To go back to if one of the first steps fails.
             self._save()
-        if (pending := progress.pending_metrics()) is not None:
-            yield self._complete(pending)
         batches = self._batches()
-        while not self._is_over:
+        while True:
             try:
-                metrics = self._complete(self._take_step(next(batches)))
+                # Of a step before a signal; a return to its checkpoint leaves it to do once more.
+                pending = self.progress.pending_metrics()
+                if pending is None and self._is_over:
+                    break
+                metrics = self._complete(pending or self._take_step(next(batches)))
             except NonFiniteError as error:
                 self.progress = self._saving.go_back(self.progress, error)
                 batches.close()

@@ -19,10 +19,12 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
 )
 
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, RunError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training import zero_config
 
 T = TypeVar("T")
 
@@ -53,7 +55,16 @@ def make_accelerator(
                 f"tracking: {name} is not installed; install it with `pip install {name}`, "
                 "or take it off the list"
             )
-    accelerator = Accelerator(
+    handlers: list[Any] = [
+        # The frozen factors are buffers; they are equal everywhere and need no sending.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
+    if zero_config.is_requested():
+        zero_config.prepare()
+        if not torch.accelerator.is_available():
+            # Accelerate knows no backend for DeepSpeed on CPUs.
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = _accelerator(
         mixed_precision=recipe.precision,
         log_with=list(tracking) or None,
         project_dir=logging_dir,
@@ -61,25 +72,31 @@ def make_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_with_dataloader=False
         ),
-        kwargs_handlers=[
-            # The frozen factors are buffers; they are equal everywhere and need no sending.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=handlers,
     )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        kind = str(accelerator.distributed_type.value)
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise RecipeError(
-            f"Accelerate's configuration asks for {kind}; expected plain processes (MULTI_GPU or "
+            "Accelerate's configuration asks for FSDP; expected plain processes (MULTI_GPU or "
             "MULTI_CPU): take it out of the configuration, and set train.parallel: fsdp to share "
             "out the weights"
         )
+    zero_config.check_parallel(accelerator, recipe)
     global _patient_group
     if dist.is_available() and dist.is_initialized() and _patient_group is None:
         # Made while all processes are here, for making it is a meeting with a time limit.
         _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return accelerator
+
+
+def _accelerator(**settings: Any) -> Accelerator:
+    try:
+        return Accelerator(**settings)
+    except ValueError as error:
+        if not zero_config.is_requested():
+            raise
+        raise RecipeError(f"Accelerate refuses its own DeepSpeed settings: {error}") from error
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -12,7 +12,13 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
-from kpsvd_tune.checkpoint import RunDirectory, TrainingState, load_random_state, random_state
+from kpsvd_tune.checkpoint import (
+    RunDirectory,
+    TrainingState,
+    checkpoint_name,
+    load_random_state,
+    random_state,
+)
 from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.nonfinite import retry_or_refuse
@@ -38,7 +44,7 @@ class Saving:
     ) -> None:
         self._stepper, self._run = stepper, run
         self._accelerator, self._recipe = accelerator, recipe
-        self._saved_step: int | None = None
+        self._newest: str | None = None
 
     def start(self, checkpoint: Path | None) -> Progress:
         """Seed all generators, or put everything back to a checkpoint."""
@@ -50,11 +56,16 @@ class Saving:
     def save(self, progress: Progress) -> None:
         """Commit a checkpoint of this step, unless there is one; all processes must ask.
 
+        One whose validation is still to come (`progress.pending`) is kept apart, and does not
+        stand in for that of the finished step.
+
         Raises:
             NonFiniteError: A tensor is infinite or NaN.
             ResourceError: The disk refused.
         """
-        if progress.step == self._saved_step:
+        is_pending = progress.pending is not None
+        name = checkpoint_name(progress.step, is_pending)
+        if name == self._newest:
             return
         generators = gather_object([random_state(self._stepper.devices())])
         parts = self._stepper.state()
@@ -63,10 +74,11 @@ class Saving:
             state = TrainingState(
                 step=progress.step, random=generators, progress=progress.to_json(), **parts
             )
-            self._run.save(state, self._recipe.keep_checkpoints, progress.best_step)
+            keep, best = self._recipe.keep_checkpoints, progress.best_step
+            self._run.save(state, keep, best, is_pending=is_pending)
 
         on_main_process(self._accelerator, commit)
-        self._saved_step = progress.step
+        self._newest = name
 
     def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
         """Return to the newest checkpoint with a lower learning rate.
@@ -101,7 +113,7 @@ class Saving:
         progress = Progress.from_json(state.progress)
         factor = progress.rate_factor if rate_factor is None else rate_factor
         self._stepper.load_state(state.offsets, state.optimizer, state.scheduler, factor)
-        self._saved_step = state.step
+        self._newest = checkpoint.name
         index = self._accelerator.process_index
         if len(state.random) == self._accelerator.num_processes:
             load_random_state(state.random[index])

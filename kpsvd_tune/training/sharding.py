@@ -16,6 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.recipe import TrainRecipe
+
 Tree = TypeVar("Tree")
 
 
@@ -45,8 +48,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was called on it."""
-    return isinstance(module, FSDPModule)
+    """Whether `shard` was called on it, or DeepSpeed shares out its weights (ZeRO 3)."""
+    # DeepSpeed marks every parameter whose data it holds elsewhere.
+    parameter = next(module.parameters(), None)
+    return isinstance(module, FSDPModule) or hasattr(parameter, "ds_id")
 
 
 def sum_gradients(module: nn.Module, is_last: bool) -> None:
@@ -103,3 +108,28 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
     """Overwrite a parameter, shared out or not, with a whole tensor."""
     with torch.no_grad():
         parameter.copy_(part_of(value, parameter))
+
+
+def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Refuse what fully_shard or a sharded optimiser cannot do.
+
+    Raises:
+        RecipeError: Names the key.
+    """
+    if recipe.optimizer == "adafactor":
+        raise RecipeError(
+            "train.optimizer: adafactor takes means over whole tensors, which train.parallel: fsdp "
+            "shares out; expected adamw or sgd, or train.parallel: ddp"
+        )
+    if recipe.precision == "fp16":
+        raise RecipeError(
+            "train.precision: fp16 needs a loss scaler, which train.parallel: fsdp does not have; "
+            "expected bf16 or no"
+        )
+    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise RecipeError(
+            f"train.parallel: fsdp needs one type for all that is trained, got "
+            f"{' and '.join(sorted(dtypes))}; set model.dtype: float32, or "
+            "adapter.modules_to_save: []"
+        )

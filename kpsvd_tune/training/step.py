@@ -14,13 +14,14 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
-from kpsvd_tune.errors import AdapterError, CheckpointError, RecipeError
+from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
 from kpsvd_tune.training.processes import gather_numbers
 from kpsvd_tune.training.sharding import (
+    check_shardable,
     copy_into,
     is_sharded,
     number,
@@ -29,6 +30,8 @@ from kpsvd_tune.training.sharding import (
     sum_gradients,
     whole,
 )
+from kpsvd_tune.training.zero import ZeroEngine
+from kpsvd_tune.training.zero_config import zero_stage
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ class Stepper:
         if recipe.gradient_checkpointing:
             _enable_checkpointing(model)
         if recipe.parallel == "fsdp" and accelerator.num_processes > 1:
-            _check_shardable(model, recipe)
+            check_shardable(model, recipe)
             shard(self.token_loss, model, accelerator)
         self.is_sharded = is_sharded(self.token_loss)
-        # What is sharded already is not wrapped by DDP; precision is set up either way.
+        is_zero = zero_stage(accelerator) is not None
+        # What is shared out, or will be, is not wrapped by DDP; precision is set up either way.
         self._module: nn.Module = accelerator.prepare_model(
-            self.token_loss, evaluation_mode=self.is_sharded
+            self.token_loss, evaluation_mode=self.is_sharded or is_zero
         )
         self.names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad
@@ -101,6 +105,14 @@ class Stepper:
         )
         self._scheduler = make_scheduler(recipe, self._optimizer, num_steps)
         self._base_rates = list(self._scheduler.base_lrs)
+        self._shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
+        self.num_trained = sum(parameter.numel() for parameter in self.names)
+        # Last, as it may take the parameters' data away.
+        self._zero = (
+            ZeroEngine(self.token_loss, self._optimizer, self.names, recipe, accelerator)
+            if is_zero
+            else None
+        )
 
     def take(
         self,
@@ -128,6 +140,9 @@ class Stepper:
         loss = torch.zeros((), device=accelerator.device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
+            if self._zero is not None:
+                loss += self._zero.backward(batch.to(accelerator.device), scale, is_last)
+                continue
             # Gradients travel once a step, with the last micro batch.
             if self.is_sharded:
                 sum_gradients(self.token_loss, is_last)
@@ -144,7 +159,12 @@ class Stepper:
         fault = find_fault(step, losses, grad_norm if is_judged else None, rows_of)
         group = self._optimizer.param_groups[0]
         learning_rate = group["lr"] / group["rate_factor"]
-        if scaler is not None:
+        if self._zero is not None:
+            if fault is None:
+                self._zero.step()
+            else:
+                self._zero.discard()
+        elif scaler is not None:
             if fault is None:
                 scaler.step(self._optimizer)
             scaler.update()
@@ -179,7 +199,11 @@ class Stepper:
         scaler = self._accelerator.scaler
         return {
             "offsets": self.trained_weights(),
-            "optimizer": whole(optimizer_state(self._optimizer, self.names)),
+            "optimizer": (
+                whole(optimizer_state(self._optimizer, self.names))
+                if self._zero is None
+                else self._zero.optimizer_state()
+            ),
             "scheduler": {
                 "schedule": self._scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -188,6 +212,8 @@ class Stepper:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained tensor by name, whole; all processes must ask."""
+        if self._zero is not None:
+            return self._zero.weights()
         return {name: whole(parameter.detach()) for parameter, name in self.names.items()}
 
     def load_state(
@@ -206,16 +232,20 @@ class Stepper:
             CheckpointError: The checkpoint is of another model or adapter.
         """
         own = {name: parameter for parameter, name in self.names.items()}
-        if found := _difference(own, offsets):
+        if found := _difference(self._shapes, offsets):
             raise CheckpointError(f"the checkpoint does not fit the model: {found}")
-        for name, parameter in own.items():
-            copy_into(parameter, offsets[name])
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        parts = {**optimizer, "state": parts_of_state(optimizer["state"], own)}
-        load_optimizer_state(self._optimizer, parts, self.names)
+        if self._zero is not None:
+            self._zero.load_weights(offsets)
+            self._zero.load_optimizer_state(optimizer)
+        else:
+            for name, parameter in own.items():
+                copy_into(parameter, offsets[name])
+            parts = {**optimizer, "state": parts_of_state(optimizer["state"], own)}
+            load_optimizer_state(self._optimizer, parts, self.names)
         base_rates = [rate * rate_factor for rate in self._base_rates]
         schedule = {**scheduler["schedule"], "base_lrs": base_rates}
         self._scheduler.load_state_dict(schedule)
@@ -233,34 +263,12 @@ class Stepper:
             self._accelerator.scaler.load_state_dict(scheduler["scaler"])
 
     def _clip(self) -> float:
+        if self._zero is not None:
+            # The engine clips as it steps.
+            return self._zero.grad_norm()
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.unscale_(self._optimizer)
         return number(torch.nn.utils.clip_grad_norm_(list(self.names), self._max_grad_norm))
-
-
-def _check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
-    """Refuse what fully_shard or a sharded optimiser cannot do.
-
-    Raises:
-        RecipeError: Names the key.
-    """
-    if recipe.optimizer == "adafactor":
-        raise RecipeError(
-            "train.optimizer: adafactor takes means over whole tensors, which train.parallel: fsdp "
-            "shares out; expected adamw or sgd, or train.parallel: ddp"
-        )
-    if recipe.precision == "fp16":
-        raise RecipeError(
-            "train.precision: fp16 needs a loss scaler, which train.parallel: fsdp does not have; "
-            "expected bf16 or no"
-        )
-    dtypes = {str(p.dtype) for p in model.parameters() if p.requires_grad}
-    if len(dtypes) > 1:
-        raise RecipeError(
-            f"train.parallel: fsdp needs one type for all that is trained, got "
-            f"{' and '.join(sorted(dtypes))}; set model.dtype: float32, or "
-            "adapter.modules_to_save: []"
-        )
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
@@ -279,14 +287,14 @@ def _enable_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _difference(own: dict[str, Tensor], saved: dict[str, Tensor]) -> str:
+def _difference(own: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor]) -> str:
     """The first few differences between names and shapes, empty when there is none."""
     found = [f"{name} is missing" for name in own if name not in saved]
     found += [f"{name} is unknown" for name in saved if name not in own]
     found += [
-        f"{name} is {tuple(saved[name].shape)}, expected {tuple(parameter.shape)}"
-        for name, parameter in own.items()
-        if name in saved and saved[name].shape != parameter.shape
+        f"{name} is {tuple(saved[name].shape)}, expected {shape}"
+        for name, shape in own.items()
+        if name in saved and tuple(saved[name].shape) != shape
     ]
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more

@@ -78,6 +78,13 @@ def two_steps_and_a_save(folder: Path) -> None:
     run.save(state(6), keep=2)
 
 
+def settle(folder: Path) -> None:
+    """Complete a step whose validation was put off, and save it again."""
+    run = RunDirectory(folder)
+    run.log({"step": 5})
+    run.save(state(5), keep=2)
+
+
 def go_on(folder: Path) -> None:
     RunDirectory(folder).begin("recipe", IDENTITY, {})
 
@@ -150,6 +157,32 @@ def test_a_kill_at_any_disk_operation_loses_at_most_save_every_steps(run, monkey
             if found.step < 6:
                 work(folder)
             shutil.rmtree(folder)
+
+
+def test_a_kill_while_a_pending_checkpoint_is_replaced_loses_no_step(run, monkeypatch):
+    RunDirectory(run).save(state(5), keep=2, is_pending=True)
+    names = operations(settle, run, monkeypatch)
+    assert {"write", "replace", "unlink", "rmdir"} <= set(names)
+    found = set()
+    for number in range(1, len(names) + 1):
+        for after in (False, True):
+            folder = Path(shutil.copytree(run, run.with_name(f"{number}-{after}")))
+            where = f"{'after' if after else 'before'} {names[number - 1]} ({number})"
+            assert killed(settle, folder, number, after) == -signal.SIGKILL, where
+            start = RunDirectory(folder).begin("recipe", IDENTITY, {})
+            assert start.checkpoint is not None, where
+            assert RunDirectory(folder).load(start.checkpoint).step == 5, where
+            is_settled = start.checkpoint.name == "step-000005"
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            assert len(lines) == (5 if is_settled else 4), where
+            if not is_settled:
+                settle(folder)
+            left = {path.name for path in (folder / "checkpoints").iterdir()}
+            assert "step-000005" in left, where
+            assert not any("pending" in name for name in left), where
+            found.add(is_settled)
+            shutil.rmtree(folder)
+    assert found == {False, True}
 
 
 def test_every_file_of_a_checkpoint_cut_or_flipped_is_named(run):

@@ -91,6 +91,36 @@ def test_old_checkpoints_go_and_the_newest_stay(run):
     assert checkpoints(run) == ["step-000006", "step-000008"]
 
 
+def test_a_pending_checkpoint_is_the_newest_until_its_step_or_a_later_one_is_saved(run):
+    pending = run.save(state(7), keep=3, is_pending=True)
+    assert pending.name == "step-000007-pending"
+    assert run.newest_checkpoint() == pending
+    assert checkpoints(run) == ["step-000004", "step-000006", "step-000007-pending"]
+    assert run.begin("recipe: 1", identity(), {}).checkpoint == pending
+    assert run.newest_checkpoint() == run.checkpoints / "step-000007-pending"
+    run.save(state(7), keep=3)
+    assert checkpoints(run) == ["step-000004", "step-000006", "step-000007"]
+    run.save(state(8), keep=3, is_pending=True)
+    run.save(state(9), keep=3)
+    assert checkpoints(run) == ["step-000006", "step-000007", "step-000009"]
+
+
+def test_a_step_saved_twice_is_settled_first_and_the_pending_one_second(run):
+    # As after a kill between the commit and the deletion.
+    pending = run.save(state(7), keep=9, is_pending=True)
+    kept = pending.with_name("kept")
+    pending.rename(kept)
+    settled = run.save(state(7), keep=9)
+    kept.rename(pending)
+    assert run.newest_checkpoint() == settled
+    (settled / "state.json").write_text("{")
+    assert run.begin("recipe: 1", identity(), {}).checkpoint == pending
+    # The damaged one is out of the way of the save to come.
+    assert "abandoned-step-000007" in checkpoints(run)
+    assert run.save(state(7), keep=9) == settled
+    assert pending.name not in checkpoints(run)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "delete"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(run, caplog, damage):
     newest = run.checkpoints / "step-000006"

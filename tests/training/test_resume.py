@@ -194,6 +194,72 @@ def test_a_signal_before_or_amid_a_validation_leaves_it_to_the_resumed_run(
     assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
 
 
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(each.name for each in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 6], ids=["middle", "unsaved", "last"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_put_off_validation_leaves_the_checkpoints_of_an_uninterrupted_run(
+    start_training, lora_model, rows, tmp_path, stop_at, times
+):
+    # Step 2 is saved as the best one or not at all, step 4 alike, step 6 as the last one.
+    changes = {"validation": rows[:6], "eval_every": 2, "save_every": 3, "keep_checkpoints": 9}
+    list(start_training("whole", **changes).steps())
+    for _ in range(times):
+        training = start_training("parts", **changes)
+        loss = training._stepper.token_loss
+
+        def stop(*_, training=training, loss=loss):
+            if not loss.training and training.progress.step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loss.register_forward_pre_hook(stop)
+        with pytest.raises(StoppedBySignal):
+            list(training.steps())
+        assert checkpoints(tmp_path / "parts")[-1] == f"step-{stop_at:06d}-pending"
+    assert len(metric_lines(tmp_path / "parts")) == stop_at - 1
+    resumed = start_training("parts", **changes)
+    assert [metrics.step for metrics in resumed.steps()] == list(range(stop_at, 7))
+    assert checkpoints(tmp_path / "parts") == checkpoints(tmp_path / "whole")
+    for name in checkpoints(tmp_path / "whole"):
+        assert_same_run(tmp_path / "parts", tmp_path / "whole", step=int(name[5:]))
+
+
+@pytest.mark.parametrize("end", ["before", "after"])
+def test_a_kill_while_the_pending_checkpoint_is_replaced_loses_nothing(
+    start_training, rows, tmp_path, monkeypatch, end
+):
+    """Before: the finished step is not committed yet; after: the pending one is not deleted."""
+    changes = {"validation": rows[:3]}
+    list(start_training("whole", **changes).steps())
+    training = start_training("parts", **changes)
+    for metrics in training.steps():
+        if metrics.step == 5:
+            training._signals.requested = signal.SIGTERM
+            break
+    with pytest.raises(StoppedBySignal):
+        list(training.steps())
+    assert checkpoints(tmp_path / "parts") == ["step-000006-pending"]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        name = "rename" if end == "before" else "remove_folder"
+        patch.setattr(f"kpsvd_tune.checkpoint.durable.{name}", kill)
+        with pytest.raises(Killed):
+            list(start_training("parts", resume="auto", **changes).steps())
+    left = {"step-000006", "step-000006-pending"} if end == "after" else {"step-000006-pending"}
+    assert {name for name in checkpoints(tmp_path / "parts") if name[0] != "."} == left
+    list(start_training("parts", **changes).steps())
+    assert checkpoints(tmp_path / "parts") == ["step-000006"]
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
+
+
 def test_a_signal_during_the_first_validation_stops_before_any_step(start_training, rows, tmp_path):
     training = start_training(validation=rows)
     training._signals.requested = signal.SIGTERM

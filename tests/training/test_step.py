@@ -16,7 +16,7 @@ from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
 from kpsvd_tune.training.processes import make_accelerator
-from kpsvd_tune.training.step import _check_shardable
+from kpsvd_tune.training.sharding import check_shardable
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -244,7 +244,7 @@ def test_what_shared_out_weights_cannot_do_is_refused(
     if modules_to_save:
         model.get_output_embeddings().to(torch.bfloat16)
     with pytest.raises(RecipeError, match=message):
-        _check_shardable(model, TrainRecipe.model_validate({"parallel": "fsdp"} | changes))
+        check_shardable(model, TrainRecipe.model_validate({"parallel": "fsdp"} | changes))
 
 
 def test_one_process_shares_nothing_out(start_training):

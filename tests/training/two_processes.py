@@ -108,6 +108,8 @@ def train(
     except KpsvdTuneError as error:
         seen["error"] = [type(error).__name__, error.exit_code, str(error)]
     seen["weights"] = {name: each.tolist() for name, each in training.trained_weights().items()}
+    # What this process holds of the model, which may be less than all of it.
+    seen["num_held"] = sum(parameter.numel() for parameter in model.parameters())
     seen["kinds"] = sorted({type(parameter).__name__ for parameter in model.parameters()})
     seen["result"] = training.result().to_dict()
     path = folder / f"{name}-{accelerator.process_index}.json"

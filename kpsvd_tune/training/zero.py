@@ -1,0 +1,211 @@
+"""DeepSpeed's engine, driven one call at a time so that the loop's rules stay what they are.
+
+The engine shares out optimiser state (ZeRO 1), gradients (2) and weights (3). It sums gradients,
+clips and steps; the loop decides whether a step is taken, moves the schedule, and keeps whole
+tensors in its own checkpoints. DeepSpeed's own files are pickles; none is written or read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
+from kpsvd_tune.errors import CheckpointError, RecipeError
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.processes import gather_numbers
+from kpsvd_tune.training.zero_config import engine_config
+
+
+class ZeroEngine:
+    """The loss in DeepSpeed's engine, with the optimiser's state shared out.
+
+    Args:
+        loss: What is called in training; its parameters are shared out in place at stage 3.
+        optimizer: An element-wise one over parameters in float32; its groups keep their rates.
+        names: The name of each trained parameter.
+        recipe: The `train` section.
+        accelerator: Set up by Accelerate's configuration.
+
+    Raises:
+        RecipeError: The configuration or what is trained does not fit.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[Tensor, str],
+        recipe: TrainRecipe,
+        accelerator: Accelerator,
+    ) -> None:
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        _check(recipe, names)
+        given = accelerator.deepspeed_plugin.deepspeed_config
+        config = engine_config(given, recipe, accelerator.num_processes)
+        self.stage: int = config["zero_optimization"]["stage"]
+        self._names, self._accelerator = names, accelerator
+        self._base = optimizer
+        self._group_names = [[names[p] for p in each["params"]] for each in optimizer.param_groups]
+        if recipe.precision == "bf16":
+            cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
+            loss.forward = cast(loss.forward)
+        self._engine: Any
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=loss, optimizer=optimizer, config=config, dist_init_required=False
+        )
+
+    def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
+        """Compute a micro batch's loss and its gradients, times `scale`; summed with the last.
+
+        Returns:
+            The loss, a float32 scalar, before it is scaled.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        summed: Tensor = self._engine(**inputs)
+        self._engine.backward(summed * scale, scale_wrt_gas=False)
+        return summed.detach()
+
+    def grad_norm(self) -> float:
+        """Norm of the whole gradient before clipping, equal on all processes."""
+        if self.stage == 0:
+            gradients = [p.grad for p in self._names if p.grad is not None]
+            return float(torch.nn.utils.get_total_norm(gradients))
+        # Not the engine's own norm, which takes a group that is not finite for one of norm 1.
+        parts = [part for group in self._zero.averaged_gradients.values() for part in group]
+        own = sum(float(part.double().square().sum()) for part in parts)
+        return math.sqrt(sum(each for (each,) in gather_numbers(self._accelerator, [own])))
+
+    def step(self) -> None:
+        """Clip, and move the weights."""
+        self._engine.step()
+
+    def discard(self) -> None:
+        """Forget the gradients instead."""
+        if self.stage == 0:
+            self._engine.zero_grad()
+            return
+        # What the engine does where fp16 gradients overflow.
+        self._zero.overflow = True
+        try:
+            self._engine.step()
+        finally:
+            self._zero.overflow = False
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained tensor by name, whole; all processes must ask."""
+        if self.stage == 0:
+            return {name: parameter.detach() for parameter, name in self._names.items()}
+        get = self._deepspeed.utils.safe_get_full_fp32_param
+        return {name: get(parameter) for parameter, name in self._names.items()}
+
+    def load_weights(self, values: Mapping[str, Tensor]) -> None:
+        """Put back whole tensors, equal on all processes."""
+        gathered = self._deepspeed.zero.GatheredParameters
+        parameters = list(self._names)
+        with torch.no_grad(), gathered(parameters, modifier_rank=0, enabled=self.stage == 3):
+            for parameter, name in self._names.items():
+                parameter.copy_(values[name])
+        if self.stage > 0:
+            # The optimiser moves copies of its own.
+            for parameter, name in self._names.items():
+                value = values[name].to(parameter.device)
+                self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state as without DeepSpeed, tensors whole; all processes must ask."""
+        if self.stage == 0:
+            return optimizer_state(self._base, self._names)
+        groups = [
+            {**group, "params": names}
+            for group, names in zip(self._base.param_groups, self._group_names, strict=True)
+        ]
+        return {"state": self._whole_state(), "groups": groups}
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Put back the state of each parameter; settings of groups stay.
+
+        Raises:
+            CheckpointError: The checkpoint is of other parameters.
+        """
+        if self.stage == 0:
+            load_optimizer_state(self._base, state, self._names)
+            return
+        saved = [group["params"] for group in state["groups"]]
+        if saved != self._group_names:
+            raise CheckpointError(
+                f"the checkpoint's optimiser has {sum(map(len, saved))} parameters in {len(saved)} "
+                f"groups, the run's has {len(self._names)} in {len(self._group_names)}, or their "
+                "names differ"
+            )
+        values: Mapping[str, Mapping[str, Any]] = state["state"]
+        self._base.state.clear()
+        one = next(iter(values.values()), {})
+        for part in self._parts() if one else ():
+            self._base.state[part] = {
+                key: torch.zeros_like(part) if _is_per_entry(value) else value.to(part.device)
+                for key, value in one.items()
+            }
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            if one:
+                self._zero._lazy_init_hp_params_optimizer_state()
+        put = self._deepspeed.utils.safe_set_full_optimizer_state
+        for parameter, name in self._names.items():
+            for key, value in values.get(name, {}).items():
+                if _is_per_entry(value):
+                    put(parameter, value.to(parameter.device), key)
+
+    def _whole_state(self) -> dict[str, dict[str, Any]]:
+        if not self._base.state:
+            return {}
+        get = self._deepspeed.utils.safe_get_full_optimizer_state
+        # All parts have taken the same steps, so what is one number for a part holds for all.
+        one: Mapping[str, Any] = self._base.state[self._parts()[0]]
+        return {
+            name: {
+                key: get(parameter, key) if _is_per_entry(value) else value.clone()
+                for key, value in one.items()
+            }
+            for parameter, name in self._names.items()
+        }
+
+    def _parts(self) -> list[Tensor]:
+        """What the optimiser moves on this process: flat float32 tensors."""
+        parts: list[Tensor] = (
+            self._zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self._zero.single_partition_of_fp32_groups
+        )
+        return parts
+
+
+def _is_per_entry(value: Any) -> bool:
+    """Whether an optimiser keeps such a value for each entry of a parameter."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _check(recipe: TrainRecipe, names: Mapping[Tensor, str]) -> None:
+    if recipe.optimizer == "adafactor":
+        raise RecipeError(
+            "train.optimizer: adafactor takes means over whole tensors, which DeepSpeed shares "
+            "out; expected adamw or sgd"
+        )
+    if recipe.precision == "fp16":
+        raise RecipeError(
+            "train.precision: fp16 is not supported with DeepSpeed, whose loss scaler cannot be "
+            "resumed exactly; expected bf16 or no"
+        )
+    others = sorted({str(p.dtype) for p in names if p.dtype != torch.float32})
+    if others:
+        raise RecipeError(
+            f"DeepSpeed needs float32 for all that is trained, got {' and '.join(others)} as well; "
+            "set model.dtype: float32, or adapter.modules_to_save: []"
+        )

@@ -244,11 +244,6 @@ def _check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
     Raises:
         RecipeError: Names the key.
     """
-    if recipe.optimizer == "adafactor":
-        raise RecipeError(
-            "train.optimizer: adafactor takes means over whole tensors, which train.parallel: fsdp "
-            "shares out; expected adamw or sgd, or train.parallel: ddp"
-        )
     if recipe.precision == "fp16":
         raise RecipeError(
             "train.precision: fp16 needs a loss scaler, which train.parallel: fsdp does not have; "

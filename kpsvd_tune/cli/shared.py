@@ -66,6 +66,7 @@ def prepare_libraries(offline: bool, debug: bool) -> None:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ["WANDB_MODE"] = "offline"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not debug:
         # Their warnings are about their insides; ours say what a user can act on. Their bars show

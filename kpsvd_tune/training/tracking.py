@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,14 +38,14 @@ class Tracking:
         plain = dict(_plain(config))
         for kind in accelerator.log_with:
             name = str(kind)
-
             # Not by Accelerator.init_trackers: there one that fails takes the others with it.
             self._attempt(name, partial(self._start, name, accelerator.logging_dir, plain))
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Send the numbers of one step."""
+    def log(self, numbers: Mapping[str, Any], step: int) -> None:
+        """Send the numbers of one step; what is no number is left out."""
+        numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
         for tracker in list(self._trackers):
-            self._attempt(tracker.name, partial(tracker.log, dict(numbers), step=step))
+            self._attempt(tracker.name, partial(tracker.log, numbers, step=step))
 
     def end(self) -> None:
         """Close the trackers."""
@@ -59,7 +61,9 @@ class Tracking:
 
     def _attempt(self, name: str, action: Callable[[], object]) -> None:
         try:
-            action()
+            # Standard output is the command's result; some trackers talk there.
+            with redirect_stdout(sys.stderr):
+                action()
         except Exception as error:
             self._trackers = [each for each in self._trackers if each.name != name]
             _log.warning(

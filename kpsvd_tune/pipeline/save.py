@@ -113,7 +113,8 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         f"# KPSVD adapter for {base}",
         "",
         f"Trained with kpsvd-tune {__version__} on {dataset}.{start} "
-        f"{adapted} of {totals['modules']} target matrices are adapted with {totals['trainable_parameters']:,} trainable "
+        f"{adapted} of {totals['modules']} target matrices are adapted with "
+        f"{totals['trainable_parameters']:,} trainable "
         "parameters; the file holds as many frozen ones, the Kronecker factors that training "
         "started from.",
         "",

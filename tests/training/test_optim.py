@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from kpsvd_tune.training.optim import (
 
 SCHEDULERS = get_args(TrainRecipe.model_fields["scheduler"].annotation)
 # What each needs to learn in a dozen steps, where that is not a rate of 0.02.
-NEEDS = {
+NEEDS: dict[str, dict[str, Any]] = {
     "sgd": {"learning_rate": 1.0},
     "asgd": {"learning_rate": 1.0},
     "adadelta": {"learning_rate": 1.0, "optimizer_args": {"eps": 1e-3}},
@@ -54,7 +54,12 @@ def test_every_optimiser_of_torch_has_a_short_name_or_a_reason_against_it():
     + [("adamw", name) for name in SCHEDULERS],
 )
 def test_every_optimiser_and_schedule_learns(start_training, optimizer, scheduler):
-    changes = {"learning_rate": 2e-2, "max_steps": 12, "warmup_ratio": 0.1, "batch_size": 10}
+    changes: dict[str, Any] = {
+        "learning_rate": 2e-2,
+        "max_steps": 12,
+        "warmup_ratio": 0.1,
+        "batch_size": 10,
+    }
     changes |= {"optimizer": optimizer, "scheduler": scheduler} | NEEDS.get(optimizer, {})
     training = start_training(**changes)
     losses = [each.loss for each in training.steps()]

@@ -20,6 +20,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kpsvd_tune.adapter.base import Unchecked, base_sizes, check_loaded
 from kpsvd_tune.adapter.cost import choose_plan
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
@@ -44,6 +45,7 @@ class KpsvdLayer(BaseTunerLayer):
         "kpsvd_dropout",
         "kpsvd_shape",
         "kpsvd_path",
+        "kpsvd_unchecked",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -61,6 +63,7 @@ class KpsvdLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
         self.kpsvd_path: dict[str, str] = {}
+        self.kpsvd_unchecked: dict[str, Unchecked] = {}
         self._ready: ReadyUpdate | None = None
 
     def update_layer(
@@ -278,6 +281,11 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             y = base_output(x, weight, bias, base_dtype) if result is None else result
             return add_activations(y, x, left, right, plan, in_place=result is None)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; factors that were loaded past PEFT are first compared with the base."""
+        check_loaded(self)
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Moving and casting write past the factors' versions.
         self._ready = None
@@ -290,11 +298,3 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
     def extra_repr(self) -> str:
         """Name the quantisation of the base layer, if any."""
         return str(quantization_extra_repr(self))
-
-
-def base_sizes(base_layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; packed quantised weights know their sizes as attributes."""
-    if isinstance(base_layer, Conv1D):
-        return base_layer.weight.shape[1], base_layer.weight.shape[0]
-    out_features, in_features = base_layer.out_features, base_layer.in_features
-    return int(cast(int, out_features)), int(cast(int, in_features))

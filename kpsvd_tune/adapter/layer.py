@@ -50,6 +50,7 @@ class KpsvdLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
+        self.out_features, self.in_features = base_sizes(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -91,7 +92,7 @@ class KpsvdLayer(BaseTunerLayer):
         Raises:
             AdapterError: The shape does not fit the base layer.
         """
-        sizes = base_sizes(self.get_base_layer())
+        sizes = (self.out_features, self.in_features)
         if (shape.out_features, shape.in_features) != sizes:
             raise AdapterError(
                 f"the adapter's factor shape (m, n, p, q) = {shape.as_tuple()} belongs to a weight "
@@ -100,8 +101,7 @@ class KpsvdLayer(BaseTunerLayer):
             )
         self.kpsvd_shape[adapter_name] = shape
         self.kpsvd_path[adapter_name] = path
-        left = torch.zeros(rank, shape.m, shape.n)
-        right = torch.zeros(rank, shape.p, shape.q)
+        left, right = torch.zeros(rank, shape.m, shape.n), torch.zeros(rank, shape.p, shape.q)
         left0, right0 = factors if factors is not None else (left, right)
         self.kpsvd_left[adapter_name] = nn.Parameter(left)
         self.kpsvd_right[adapter_name] = nn.Parameter(right)

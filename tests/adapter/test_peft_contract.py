@@ -111,7 +111,7 @@ def test_a_config_object_may_be_given_when_loading(model_factory: Make, tmp_path
     model = adapt(model_factory())
     perturb(model)
     model.save_pretrained(tmp_path)
-    given = KpsvdConfig.from_pretrained(tmp_path)
+    given = KpsvdConfig.from_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(
         model_factory(), tmp_path, config=given, device_map={"": "cpu"}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from kpsvd_tune.adapter import KpsvdConfig
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 IDS = torch.arange(24).reshape(2, 12)
 TEXTS = [f"Tom has {a} nuts and finds {b} more: {a + b} nuts." for a in range(3) for b in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Trainers set up Accelerate's state, which other tests must not find."""
-    from accelerate.state import (  # type: ignore[import-untyped]
-        AcceleratorState,
-        GradientState,
-        PartialState,
-    )
-
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 def config() -> KpsvdConfig:

@@ -20,6 +20,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kpsvd_tune.adapter.base import Unchecked, base_sizes, check_loaded
 from kpsvd_tune.adapter.cost import choose_plan
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
@@ -44,10 +45,12 @@ class KpsvdLayer(BaseTunerLayer):
         "kpsvd_dropout",
         "kpsvd_shape",
         "kpsvd_path",
+        "kpsvd_unchecked",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
+        self.out_features, self.in_features = base_sizes(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -61,6 +64,7 @@ class KpsvdLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
         self.kpsvd_path: dict[str, str] = {}
+        self.kpsvd_unchecked: dict[str, Unchecked] = {}
         self._ready: ReadyUpdate | None = None
 
     def update_layer(
@@ -88,7 +92,7 @@ class KpsvdLayer(BaseTunerLayer):
         Raises:
             AdapterError: The shape does not fit the base layer.
         """
-        sizes = base_sizes(self.get_base_layer())
+        sizes = (self.out_features, self.in_features)
         if (shape.out_features, shape.in_features) != sizes:
             raise AdapterError(
                 f"the adapter's factor shape (m, n, p, q) = {shape.as_tuple()} belongs to a weight "
@@ -97,8 +101,7 @@ class KpsvdLayer(BaseTunerLayer):
             )
         self.kpsvd_shape[adapter_name] = shape
         self.kpsvd_path[adapter_name] = path
-        left = torch.zeros(rank, shape.m, shape.n)
-        right = torch.zeros(rank, shape.p, shape.q)
+        left, right = torch.zeros(rank, shape.m, shape.n), torch.zeros(rank, shape.p, shape.q)
         left0, right0 = factors if factors is not None else (left, right)
         self.kpsvd_left[adapter_name] = nn.Parameter(left)
         self.kpsvd_right[adapter_name] = nn.Parameter(right)
@@ -278,6 +281,11 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             y = base_output(x, weight, bias, base_dtype) if result is None else result
             return add_activations(y, x, left, right, plan, in_place=result is None)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; factors that were loaded past PEFT are first compared with the base."""
+        check_loaded(self)
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # Moving and casting write past the factors' versions.
         self._ready = None
@@ -290,11 +298,3 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
     def extra_repr(self) -> str:
         """Name the quantisation of the base layer, if any."""
         return str(quantization_extra_repr(self))
-
-
-def base_sizes(base_layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer; packed quantised weights know their sizes as attributes."""
-    if isinstance(base_layer, Conv1D):
-        return base_layer.weight.shape[1], base_layer.weight.shape[0]
-    out_features, in_features = base_layer.out_features, base_layer.in_features
-    return int(cast(int, out_features)), int(cast(int, in_features))

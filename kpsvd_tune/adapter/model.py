@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kpsvd_tune.adapter.base import Unchecked, check_base
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
 from kpsvd_tune.adapter.targets import target_names
@@ -29,15 +30,7 @@ from kpsvd_tune.linalg import (
     choose_ranks,
     choose_shape,
     kpsvd,
-    rearrange,
 )
-
-# How far <W, A0_1 kron B0_1> of the right base may be from the stored number, relative to it.
-# Rounding W to 16 bits moves the product by about 2^-9 ||W|| / (sqrt(out in) sigma_1) of its
-# size, below 1e-3 even for tiny layers; 4-bit weights by a few per cent.
-FINGERPRINT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-FINGERPRINT_TOLERANCE_16_BIT = 5e-3
-FINGERPRINT_TOLERANCE_QUANTISED = 1e-1
 
 
 class KpsvdModel(BaseTuner):
@@ -53,8 +46,14 @@ class KpsvdModel(BaseTuner):
         """Inject an adapter; decompose first when its configuration has no layers yet.
 
         Raises:
-            AdapterError: No layer is matched, a target cannot be adapted, or every rank is 0.
+            AdapterError: No layer is matched, a target cannot be adapted, or every rank is 0; or
+                the adapter's name is none that torch can hold.
         """
+        if not adapter_name or "." in adapter_name:
+            raise AdapterError(
+                f"adapter name {adapter_name!r}: expected one that is not empty and has no dot, "
+                "for names of parameters are made of it"
+            )
         config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         if config.layers is None:
@@ -100,6 +99,12 @@ class KpsvdModel(BaseTuner):
             inference_mode=config.inference_mode,
             path=config.path,
         )
+        if current_key not in self._factors and layer.get("fingerprint") is not None:
+            # Factors are to come from a file.
+            made_for = config.base_model_name_or_path or "an unnamed model"
+            target.kpsvd_unchecked[adapter_name] = Unchecked(
+                current_key, layer["fingerprint"], str(made_for)
+            )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -120,7 +125,7 @@ class KpsvdModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         # Every way to load an adapter passes here, with the base and the stored factors at hand.
-        _check_base(model, config, adapter_name, state_dict)
+        _check_loaded(model, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -151,6 +156,8 @@ def load_factors(
                     f"{name}: factor of size {tuple(value.shape)}, expected {tuple(held.shape)}"
                 )
             held.copy_(value)
+        # They come from a decomposition of this base.
+        layer.kpsvd_unchecked.pop(adapter_name, None)
 
 
 def kpsvd_layers(
@@ -232,35 +239,15 @@ def base_weight(module: nn.Module | KpsvdLayer) -> Tensor:
     return weight.T if isinstance(base, Conv1D) else weight
 
 
-@torch.no_grad()
-def _check_base(
-    model: nn.Module, config: KpsvdConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> None:
-    """Compare <W, A0_1 kron B0_1> with the number stored when the adapter was made."""
-    if not config.layers:
-        return
+def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Compare every layer with what was stored when the adapter was made."""
     for name, layer in kpsvd_layers(model, adapter_name):
-        expected = config.layers.get(name, {}).get("fingerprint")
-        left0, right0 = (
+        unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
+        factors = [
             next((v for k, v in state_dict.items() if k.endswith(f"{name}.{part}")), None)
             for part in ("kpsvd_left0", "kpsvd_right0")
-        )
-        weight: Tensor = layer.weight
-        if expected is None or left0 is None or right0 is None or weight.device.type == "meta":
+        ]
+        if unchecked is None or factors[0] is None or factors[1] is None:
             continue
-        shape = layer.kpsvd_shape[adapter_name]
-        rearranged = rearrange(base_weight(layer).float(), shape)
-        a, b = (factor[0].flatten().to(rearranged) for factor in (left0, right0))
-        found = float(a @ (rearranged @ b))
-        if layer.quantization_backend is not None:
-            tolerance = FINGERPRINT_TOLERANCE_QUANTISED
-        else:
-            tolerance = FINGERPRINT_TOLERANCE.get(weight.dtype, FINGERPRINT_TOLERANCE_16_BIT)
-        if not abs(found - expected) <= tolerance * abs(expected):
-            made_for = config.base_model_name_or_path or "an unnamed model"
-            given = getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed"
-            raise AdapterError(
-                f"this adapter was trained on another base model: {name} projects to {found:.6g} "
-                f"on its first term, expected {expected:.6g} (within {tolerance:g} of it). The "
-                f"adapter names {made_for!r} as its base, the model given is {given!r}."
-            )
+        given = getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed"
+        check_base(layer, adapter_name, unchecked, (factors[0], factors[1]), given)

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import AdapterError
@@ -158,6 +159,8 @@ def _reasons(model: nn.Module) -> dict[str, str]:
         sharing = [other for other in owners[id(weight)] if not other.startswith(f"{name}.")]
         if sharing:
             reasons[name] = f"tied: shares its weight with {sharing[0]}"
+        elif isinstance(module, NonDynamicallyQuantizableLinear):
+            reasons[name] = "nn.MultiheadAttention reads its weight and never calls it"
         elif weight.ndim != 2 or not weight.is_floating_point():
             reasons[name] = f"packed quantised weight ({type(module).__name__}, {weight.dtype})"
     return reasons

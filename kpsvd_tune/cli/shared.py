@@ -67,6 +67,7 @@ def prepare_libraries(offline: bool, debug: bool) -> None:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ["WANDB_MODE"] = "offline"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Where it is installed, transformers imports it for itself; it logs to standard output, which
     # is for results.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +30,7 @@ from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.training.optim import num_warmup_steps
 
 
 class Watcher(Protocol):
@@ -155,7 +155,7 @@ def _conclude(
         model=recipe.model.path,
         steps=steps,
         base=base,
-        num_warmup=math.ceil(train.warmup_ratio * steps),
+        num_warmup=num_warmup_steps(train, steps),
         max_grad_norm=train.max_grad_norm,
         price_per_hour=recipe.compare.price_per_hour,
         currency=recipe.compare.currency,
@@ -182,6 +182,11 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             "adapter.modules_to_save: modules trained whole would count against no budget; set it "
             "to [] to compare adapters"
+        )
+    if recipe.adapter.from_ is not None:
+        raise RecipeError(
+            "adapter.from: methods are compared from their own starts, not from a trained adapter; "
+            "set it to null"
         )
 
 

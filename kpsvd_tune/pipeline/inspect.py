@@ -51,10 +51,16 @@ def init_only(
         The rank report, also written to init/rank_report.json, .csv and .html.
 
     Raises:
+        RecipeError: The recipe goes on from an adapter, whose ranks are chosen.
         CheckpointError: The folder holds a training run, whose ranks must stay as they are.
         InputError: There are fewer GPUs.
         StoppedBySignal: Ctrl-C; finished matrices are in the cache.
     """
+    if recipe.adapter.from_ is not None:
+        raise RecipeError(
+            "adapter.from: that adapter's ranks stay as they are, and nothing is decomposed; set "
+            "it to null to see the ranks of this recipe"
+        )
     source = find_model(recipe, offline)
     processes, device = _workers(processes, gpus)
     run = RunDirectory(recipe.output_dir)

@@ -26,6 +26,12 @@ from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.launch import tell_phase
 from kpsvd_tune.models import base_fingerprint, load_tokenizer
+from kpsvd_tune.pipeline.continuing import (
+    adapter_hash,
+    find_adapter,
+    load_adapted,
+    write_ranks,
+)
 from kpsvd_tune.pipeline.initialise import initialise
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
@@ -88,6 +94,7 @@ def train(
         sandbox=sandbox,
         offline=offline,
     )
+    adapter_folder = find_adapter(recipe)
     run = RunDirectory(recipe.output_dir)
     phase = _Phase()
     with ExitStack() as stack:
@@ -110,6 +117,7 @@ def train(
             lambda: _prepare(dataset, tokenizer, recipe.train.seed, events, offline),
         )
         base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
+        origin = {} if adapter_folder is None else {"adapter": adapter_hash(adapter_folder)}
         start = on_main_process(
             accelerator,
             lambda: run.begin(
@@ -119,6 +127,7 @@ def train(
                     "base": base_files,
                     "dataset": data_sha256,
                     "num_processes": accelerator.num_processes,
+                    **origin,
                 }
                 | ({} if stage is None else {"deepspeed_zero_stage": stage}),
                 _about(recipe, accelerator),
@@ -132,22 +141,30 @@ def train(
                 "another output_dir or pass --resume never"
             )
             return read_json(run.results_file)
-        phase.enter("decomposing the base model")
         pad_id = pad_token_id(tokenizer)
-        recipe, report, factors = initialise(
-            recipe,
-            source,
-            train_rows,
-            validation_rows,
-            pad_id,
-            run,
-            start,
-            accelerator,
-            events,
-        )
-        phase.enter("loading the base model")
-        layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
-        model = adapt(recipe, source, layers, factors, base_files)
+        if adapter_folder is None:
+            phase.enter("decomposing the base model")
+            recipe, report, factors = initialise(
+                recipe,
+                source,
+                train_rows,
+                validation_rows,
+                pad_id,
+                run,
+                start,
+                accelerator,
+                events,
+            )
+            phase.enter("loading the base model")
+            layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
+            model = adapt(recipe, source, layers, factors, base_files)
+        else:
+            phase.enter("loading the adapter and its base model")
+            events.stage(f"loading {adapter_folder} on {recipe.model.path}")
+            model = load_adapted(recipe, source, adapter_folder, base_files, events)
+            report = on_main_process(
+                accelerator, lambda: write_ranks(model, recipe, run.init, events)
+            )
         scorer = Scorer(
             tokenizer,
             dataset,
@@ -159,7 +176,8 @@ def train(
         )
         tasks = labelled(recipe.evaluation)
         phase.enter("scoring the base model")
-        # Offsets are zero here, so this is the base model's score, also when a run goes on.
+        # Offsets are those of step 0 here, also when a run goes on: zero, which is the base model,
+        # unless adapter.from gave others.
         before = scorer.score_all(
             model,
             {label: task for label, task in tasks.items() if task.before},

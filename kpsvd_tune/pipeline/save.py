@@ -102,6 +102,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
     totals = report.totals
     adapted = sum(layer.rank > 0 for layer in report.layers)
     dataset = recipe.dataset.path if recipe.dataset else "none"
+    start = f" It went on from the adapter {recipe.adapter.from_}." if recipe.adapter.from_ else ""
     lines = [
         "---",
         f"base_model: {base}",
@@ -111,8 +112,9 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "",
         f"# KPSVD adapter for {base}",
         "",
-        f"Trained with kpsvd-tune {__version__} on {dataset}. {adapted} of {totals['modules']} "
-        f"target matrices are adapted with {totals['trainable_parameters']:,} trainable "
+        f"Trained with kpsvd-tune {__version__} on {dataset}.{start} "
+        f"{adapted} of {totals['modules']} target matrices are adapted with "
+        f"{totals['trainable_parameters']:,} trainable "
         "parameters; the file holds as many frozen ones, the Kronecker factors that training "
         "started from.",
         "",

@@ -160,6 +160,18 @@ def _is_above(low: object, high: object) -> bool:
     return isinstance(low, int) and isinstance(high, int) and low > high
 
 
+# What an adapter that `from` names has decided already.
+_DECIDED = (
+    "target_modules",
+    "exclude_modules",
+    "factor_shape",
+    "init",
+    "gradient_batches",
+    "rank",
+    "modules_to_save",
+)
+
+
 class AdapterRecipe(Section):
     """The Kronecker adapter."""
 
@@ -196,3 +208,27 @@ class AdapterRecipe(Section):
     modules_to_save: list[Text] = Field(
         default_factory=list, description="modules trained and saved whole"
     )
+    # `from` is a word of Python. Last, so that its validator sees all other keys.
+    from_: Text | None = Field(
+        default=None,
+        alias="from",
+        description="a run or an adapter folder of ours to go on training; its ranks, shapes and "
+        "factors are taken as they are",
+    )
+
+    @field_validator("from_")
+    @classmethod
+    def _check_from(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is None:
+            return None
+        defaults = {
+            key: cls.model_fields[key].get_default(call_default_factory=True) for key in _DECIDED
+        }
+        changed = [key for key in _DECIDED if info.data.get(key, defaults[key]) != defaults[key]]
+        if changed:
+            raise conflict(
+                f"the adapter there has its {', '.join(changed)}; take "
+                f"{'that key' if len(changed) == 1 else 'those keys'} out of this section",
+                *changed,
+            )
+        return path

@@ -53,7 +53,10 @@ def _levels(section: Any, level: Level = ()) -> dict[Level, dict[str, str]]:
     """Every mapping of the schema, as key -> description; `*` stands for a key of any name."""
     if isinstance(section, type) and issubclass(section, BaseModel):
         fields = section.model_fields
-        inner = {name: (field.annotation, field.description) for name, field in fields.items()}
+        inner = {
+            field.alias or name: (field.annotation, field.description)
+            for name, field in fields.items()
+        }
     elif is_typeddict(section):
         hints = get_type_hints(section, include_extras=True)
         # The last metadata of a key is its Field with the description.

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.recipe.columns import Columns
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
+from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
 from kpsvd_tune.recipe.values import (
     Number,
     Precision,
@@ -133,21 +134,24 @@ class TrainRecipe(Section):
         default=False,
         description="make steps of rows of similar length, which spares padding; other steps",
     )
-    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(
-        default="adamw", description="optimiser"
+    optimizer: Optimizer = Field(
+        default="adamw", description="optimiser: a short name, or torch.optim.CLASS"
+    )
+    optimizer_args: Arguments = Field(
+        default_factory=dict, description="arguments of the optimiser, such as {betas: [0.9, 0.99]}"
     )
     learning_rate: Number = Field(default=1e-3, gt=0, le=1, description="highest learning rate")
-    scheduler: Literal[
-        "cosine",
-        "linear",
-        "constant",
-        "constant_with_warmup",
-        "cosine_with_restarts",
-        "polynomial",
-        "inverse_sqrt",
-    ] = Field(default="cosine", description="learning-rate schedule of transformers")
+    scheduler: Scheduler = Field(
+        default="cosine", description="learning-rate schedule of transformers"
+    )
+    scheduler_args: Arguments = Field(
+        default_factory=dict, description="arguments of the schedule, such as {min_lr_rate: 0.1}"
+    )
     warmup_ratio: Number = Field(
         default=0.03, ge=0, le=1, description="share of the steps to warm up in"
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="steps to warm up in; null: by warmup_ratio"
     )
     weight_decay: Number = Field(
         default=0.0, ge=0, description="decay of the offsets: towards the base"

@@ -36,7 +36,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _read_number(value: object) -> object:
+def read_number(value: object) -> object:
     """Turn `'1e-3'` into 0.001; what is no number goes on to the strict type unchanged."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)
@@ -115,7 +115,7 @@ def _read_validation(value: object) -> object:
 
 def _read_energy(value: object) -> object:
     """Read a share above 0 and up to 1, or auto."""
-    number = _read_number(value)
+    number = read_number(value)
     is_share = _is_number(number) and 0 < number <= 1  # type: ignore[operator]
     if value != "auto" and not is_share:
         raise ValueError(f"got {show(value)}; expected a share above 0, up to 1, or auto")
@@ -146,7 +146,7 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-CLOSED = ConfigDict(extra="forbid", frozen=True, strict=True)
+CLOSED = ConfigDict(extra="forbid", frozen=True, strict=True, serialize_by_alias=True)
 
 
 class Section(BaseModel):
@@ -170,7 +170,7 @@ def mapping_or_scalar(value: object) -> str:
     return "mapping" if isinstance(value, Mapping) else "scalar"
 
 
-Number = Annotated[float, BeforeValidator(_read_number)]
+Number = Annotated[float, BeforeValidator(read_number)]
 Text = Annotated[str, AfterValidator(_not_blank)]
 TextList = Annotated[list[Text], Field(min_length=1)]
 TextOrList = Annotated[

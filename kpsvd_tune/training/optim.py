@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Adafactor, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
+from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
+
+# Whose update of an entry needs nothing but that entry's own history, so that they can work on
+# parts of tensors. Rprop would be one, but its masks are not implemented for DTensors.
+SHARDABLE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.AdamW,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.SGD,
+)
+_CANNOT = {
+    "LBFGS": "evaluates the loss several times a step, which the training loop does once",
+    "SparseAdam": "takes sparse gradients, and those of the factors are dense",
+    "Muon": "takes matrices, and the factors are stacks of matrices, one for each term",
+    "Adafactor": "scales its steps by the size of a weight, and offsets start at zero: they would "
+    "hardly move; adafactor is transformers' one, set to absolute steps",
+    "Optimizer": "is the base of all optimisers, and none itself",
+}
+_OWN_KEYS = {
+    "params": "what is trained is decided by adapter",
+    "lr": "set train.learning_rate",
+    "weight_decay": "set train.weight_decay",
+    "maximize": "a loss is to fall",
+    "differentiable": "no gradient is taken of a step",
+    "scale_parameter": "offsets start at zero",
+    "relative_step": "train.learning_rate and train.scheduler set the rate",
+    "warmup_init": "train.learning_rate and train.scheduler set the rate",
+    "optimizer": "the schedule is that of train.optimizer",
+    "last_epoch": "a resumed run knows where it was",
+    "num_warmup_steps": "set train.warmup_steps or train.warmup_ratio",
+    "num_training_steps": "set train.max_steps or train.epochs",
+}
 
 
 def make_optimizer(
@@ -24,8 +66,105 @@ def make_optimizer(
         parameters: What to train.
         rate_factors: What the learning rate of each parameter is multiplied with; empty: 1.
             Parameters of equal factor make a group, which knows it as ``rate_factor``.
+
+    Raises:
+        RecipeError: There is no such optimiser, it cannot train factors, or it refuses an argument.
     """
-    return _make_optimizer(recipe, _groups(recipe, parameters, rate_factors))
+    groups = _groups(recipe, parameters, rate_factors)
+    kind = optimizer_class(recipe)
+    arguments: dict[str, Any] = dict(recipe.optimizer_args)
+    accepted = _check_arguments("train.optimizer_args", kind, recipe.optimizer, arguments)
+    arguments["lr"] = recipe.learning_rate
+    if "weight_decay" in accepted:
+        # Given at 0 too: some have another default.
+        arguments["weight_decay"] = recipe.weight_decay
+    elif recipe.weight_decay:
+        raise RecipeError(
+            f"train.weight_decay: {recipe.optimizer} has none; set it to 0, or choose another "
+            "train.optimizer"
+        )
+    if kind is Adafactor:
+        # Relative steps scale by a weight's size; offsets start at zero and would never leave it.
+        arguments |= {"scale_parameter": False, "relative_step": False}
+    elif kind is torch.optim.AdamW and not {"fused", "foreach"} & arguments.keys():
+        # Hundreds of small tensors: one fused pass instead of ten operations for each.
+        arguments["fused"] = all(
+            p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters
+        )
+    try:
+        return kind(groups, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"train.optimizer_args: {recipe.optimizer}: {error}") from error
+
+
+def optimizer_class(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
+    """The class that `train.optimizer` names.
+
+    Raises:
+        RecipeError: torch has no such class, or it cannot train factors.
+    """
+    if recipe.optimizer == "adafactor":
+        return Adafactor
+    known = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    }
+    # Short names are those of classes in lower case.
+    name = recipe.optimizer.removeprefix("torch.optim.")
+    name = next((each for each in known if each.lower() == name), name)
+    usable = [each for each in known if each not in _CANNOT]
+    if name in _CANNOT and name in known:
+        raise RecipeError(
+            f"train.optimizer: torch.optim.{name} {_CANNOT[name]}; expected one of "
+            f"{', '.join(usable)}"
+        )
+    if name not in known:
+        near = difflib.get_close_matches(name, usable, 1, 0.4)
+        advice = f"; did you mean torch.optim.{near[0]}?" if near else ""
+        raise RecipeError(
+            f"train.optimizer: torch.optim of torch {torch.__version__} has no optimiser {name}; "
+            f"expected one of {', '.join(usable)}{advice}"
+        )
+    return known[name]
+
+
+def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
+    """Refuse an optimiser, a schedule or arguments of theirs that cannot work, before any work.
+
+    Args:
+        recipe: The `train` section.
+        num_processes: Processes that share the work.
+
+    Raises:
+        RecipeError: Names the key.
+    """
+    is_shared_out = recipe.parallel == "fsdp" and num_processes > 1
+    if is_shared_out and optimizer_class(recipe) not in SHARDABLE:
+        raise RecipeError(
+            f"train.optimizer: {recipe.optimizer} needs whole tensors, which train.parallel: fsdp "
+            "shares out; expected one of "
+            f"{', '.join(kind.__name__.lower() for kind in SHARDABLE)}, or train.parallel: ddp"
+        )
+    # Of the form of stacked factors. Some classes look at an argument in their first step only.
+    stand_in = nn.Parameter(torch.zeros(2, 2, 2))
+    stand_in.grad = torch.ones_like(stand_in)
+    optimizer = make_optimizer(recipe, [stand_in])
+    num_steps = recipe.max_steps or 100
+    scheduler = make_scheduler(recipe, optimizer, num_steps)
+    if isinstance(optimizer, torch.optim.Rprop) and scheduler.lr_lambdas[0](0) == 0:
+        raise RecipeError(
+            f"train.optimizer: {recipe.optimizer} looks at the rate in its first step only, where "
+            "a warm-up has it at 0; set train.warmup_steps: 0, or choose another optimiser"
+        )
+    for key, try_out in (
+        ("optimizer_args", optimizer.step),
+        ("scheduler_args", lambda: [scheduler.lr_lambdas[0](i) for i in range(num_steps)]),
+    ):
+        try:
+            try_out()
+        except Exception as error:
+            raise RecipeError(f"train.{key}: {type(error).__name__}: {error}") from error
 
 
 def _groups(
@@ -41,27 +180,25 @@ def _groups(
     ]
 
 
-def _make_optimizer(recipe: TrainRecipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adafactor":
-        # Relative steps scale by a weight's size; offsets start at zero and would never leave it.
-        return Adafactor(  # type: ignore[no-untyped-call]
-            groups,
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            scale_parameter=False,
-            relative_step=False,
+def _check_arguments(key: str, function: Any, name: str, given: dict[str, Any]) -> set[str]:
+    """Refuse arguments that `function` does not take or that are not the recipe's to give here.
+
+    Returns:
+        All that it takes.
+    """
+    accepted = set(inspect.signature(function).parameters)
+    own = [argument for argument in given if argument in _OWN_KEYS]
+    if own:
+        raise RecipeError(f"{key}.{own[0]}: not to be given here; {_OWN_KEYS[own[0]]}")
+    unknown = [argument for argument in given if argument not in accepted]
+    if unknown:
+        free = sorted(accepted - _OWN_KEYS.keys())
+        near = difflib.get_close_matches(unknown[0], free, 1, 0.6)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(
+            f"{key}.{unknown[0]}: {name} takes {', '.join(free) or 'no arguments'}{advice}"
         )
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    # Hundreds of small tensors: one fused pass instead of ten operations for each.
-    fused = all(
-        p.device.type in ("cpu", "cuda") and p.is_floating_point()
-        for group in groups
-        for p in group["params"]
-    )
-    return torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
-    )
+    return accepted
 
 
 def make_scheduler(
@@ -70,13 +207,34 @@ def make_scheduler(
     """Make the schedule of `train.scheduler`, to be stepped once an optimiser step.
 
     Transformers' warm-up starts at rate 0, so with a warm-up the first step changes nothing.
+
+    Raises:
+        RecipeError: The schedule refuses an argument.
     """
-    scheduler = get_scheduler(
-        recipe.scheduler,
-        optimizer,
-        num_warmup_steps=math.ceil(recipe.warmup_ratio * num_steps),
-        num_training_steps=num_steps,
-    )
+    name, arguments = recipe.scheduler, dict(recipe.scheduler_args)
+    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    _check_arguments("train.scheduler_args", function, name, arguments)
+    if name == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & arguments.keys():
+        arguments["min_lr_rate"] = 0.1
+    if name == "warmup_stable_decay":
+        arguments.setdefault("num_decay_steps", math.ceil(0.1 * num_steps))
+    try:
+        scheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=num_warmup_steps(recipe, num_steps),
+            num_training_steps=num_steps,
+            scheduler_specific_kwargs=arguments,
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"train.scheduler_args: {name}: {error}") from error
     if not isinstance(scheduler, LambdaLR):
-        raise TypeError(f"{recipe.scheduler} is a {type(scheduler).__name__}; expected a LambdaLR")
+        raise TypeError(f"{name} is a {type(scheduler).__name__}; expected a LambdaLR")
     return scheduler
+
+
+def num_warmup_steps(recipe: TrainRecipe, num_steps: int) -> int:
+    """Steps that the rate rises in, of a run of `num_steps`."""
+    if recipe.warmup_steps is not None:
+        return recipe.warmup_steps
+    return math.ceil(recipe.warmup_ratio * num_steps)

@@ -25,6 +25,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, RunError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training import zero_config
+from kpsvd_tune.training.optim import check_optimizer
 
 T = TypeVar("T")
 
@@ -47,7 +48,8 @@ def make_accelerator(
         logging_dir: Where trackers that write files put them.
 
     Raises:
-        RecipeError: A tracker is not installed, or the device cannot do what the recipe asks.
+        RecipeError: A tracker is not installed, or the device cannot do what the recipe asks, or
+            the optimiser or the schedule it names cannot work.
     """
     for name in tracking:
         if name not in [str(tracker) for tracker in get_available_trackers()]:
@@ -74,6 +76,7 @@ def make_accelerator(
         ),
         kwargs_handlers=handlers,
     )
+    check_optimizer(recipe, accelerator.num_processes)
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
     if accelerator.distributed_type == DistributedType.FSDP:

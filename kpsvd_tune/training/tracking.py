@@ -3,51 +3,100 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.tracking import (  # type: ignore[import-untyped]
+    LOGGER_TYPE_TO_CLASS,
+    GeneralTracker,
+)
 
 _log = logging.getLogger(__name__)
+_PROJECT = "kpsvd-tune"
 
 
 class Tracking:
     """Sends numbers to the trackers that the accelerator was made with.
 
-    A tracker that fails is reported once and then left alone, for the run matters more.
+    A tracker that fails is reported once and then left alone, for the run matters more; the others
+    go on.
 
     Args:
-        accelerator: Made with `log_with`.
+        accelerator: Made with `log_with` and a `project_dir` in the run's folder.
         config: What to show as the run's settings; sections within become dotted names.
     """
 
     def __init__(self, accelerator: Accelerator, config: Mapping[str, Any]) -> None:
-        self._accelerator = accelerator
-        self._is_on = bool(accelerator.log_with)
+        self._trackers: list[GeneralTracker] = []
+        if not accelerator.is_main_process:
+            return
         plain = dict(_plain(config))
-        self._attempt(lambda: accelerator.init_trackers("kpsvd-tune", config=plain))
+        for kind in accelerator.log_with:
+            name = str(kind)
+            # Not by Accelerator.init_trackers: there one that fails takes the others with it.
+            self._attempt(name, partial(self._start, name, accelerator.logging_dir, plain))
 
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Send the numbers of one step."""
-        self._attempt(lambda: self._accelerator.log(dict(numbers), step=step))
+    def log(self, numbers: Mapping[str, Any], step: int) -> None:
+        """Send the numbers of one step; what is no number is left out."""
+        numbers = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+        for tracker in list(self._trackers):
+            self._attempt(tracker.name, partial(tracker.log, numbers, step=step))
 
     def end(self) -> None:
         """Close the trackers."""
-        self._attempt(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
+        for tracker in list(self._trackers):
+            self._attempt(tracker.name, tracker.finish)
+        self._trackers.clear()
 
-    def _attempt(self, action: Callable[[], object]) -> None:
-        if not self._is_on:
-            return
+    def _start(self, name: str, folder: str | Path, settings: dict[str, Any]) -> None:
+        tracker = make_tracker(name, folder)
+        tracker.start()
+        self._trackers.append(tracker)
+        tracker.store_init_configuration(settings)
+
+    def _attempt(self, name: str, action: Callable[[], object]) -> None:
         try:
-            action()
+            # Standard output is the command's result; some trackers talk there.
+            with redirect_stdout(sys.stderr):
+                action()
         except Exception as error:
-            self._is_on = False
-            _log.warning("tracking stopped, training goes on: %s: %s", type(error).__name__, error)
+            self._trackers = [each for each in self._trackers if each.name != name]
+            _log.warning(
+                "tracking by %s stopped, training goes on: %s: %s",
+                name,
+                type(error).__name__,
+                error,
+            )
+
+
+def make_tracker(name: str, folder: str | Path) -> GeneralTracker:
+    """Make one of Accelerate's trackers, named after the run and with its files in its folder.
+
+    Args:
+        name: As in the recipe's `tracking`.
+        folder: The run's folder of logs.
+    """
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if kind.requires_logging_directory:
+        return kind(_PROJECT, folder)
+    run_name = Path(folder).absolute().parent.name
+    options: dict[str, dict[str, Any]] = {
+        "mlflow": {"run_name": run_name},
+        "trackio": {"name": run_name},
+        "wandb": {"name": run_name, "dir": str(folder)},
+    }
+    return kind(_PROJECT, **options.get(name, {}))
 
 
 def _plain(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        # Keys that are a user's own, such as patterns, may be no names to a tracker.
+        if isinstance(value, Mapping) and all(str(inner).isidentifier() for inner in value):
             yield from _plain(value, f"{prefix}{key}.")
         else:
             is_plain = isinstance(value, bool | int | float | str)

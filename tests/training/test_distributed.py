@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load
 
 from kpsvd_tune.checkpoint import read_committed
+from kpsvd_tune.training.optim import SHARDABLE
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 pytestmark = [
@@ -186,3 +187,12 @@ def test_both_processes_go_back_together(folder):
         rates = [each["learning_rate"] for each in outcome["metrics"]]
         assert rates == [0.01, 0.01, 0.005, 0.005]
     assert seen(folder, "retry", 0)["weights"] == seen(folder, "retry", 1)["weights"]
+
+
+@pytest.mark.parametrize("name", [kind.__name__.lower() for kind in SHARDABLE])
+def test_every_shardable_optimiser_trains_and_resumes(folder, name):
+    """The resumed sharded run ends where the run with whole tensors ends."""
+    whole, parts = seen(folder, f"ddp-{name}"), seen(folder, f"fsdp-{name}+resumed")
+    assert [m["step"] for m in parts["metrics"]] == [3]
+    assert flat(parts["weights"]) == pytest.approx(flat(whole["weights"]), rel=1e-4, abs=1e-6)
+    assert parts["metrics"][-1]["loss"] == pytest.approx(whole["metrics"][-1]["loss"], rel=1e-5)

@@ -12,6 +12,7 @@ import torch
 
 from kpsvd_tune.checkpoint import read_committed
 from kpsvd_tune.errors import CheckpointError, StoppedBySignal
+from kpsvd_tune.recipe.optimizer import OPTIMIZERS
 
 TIMING = ("seconds", "tokens_per_second")
 
@@ -43,20 +44,31 @@ def assert_same_run(folder: Path, other: Path, step: int) -> None:
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
-@pytest.mark.parametrize("stop_at", [2, 5])
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "stop_at"),
+    [("adamw", {}, 2)]
+    + [(name, {}, 5) for name in OPTIMIZERS]
+    # State that exists with some arguments only.
+    + [
+        ("sgd", {"momentum": 0.9}, 5),
+        ("adam", {"amsgrad": True}, 5),
+        ("rmsprop", {"momentum": 0.9, "centered": True}, 5),
+        ("adafactor", {"beta1": 0.9}, 5),
+    ],
+)
 def test_resumed_run_is_the_uninterrupted_run(
-    start_training, lora_model, rows, tmp_path, optimizer, stop_at
+    start_training, lora_model, rows, tmp_path, optimizer, arguments, stop_at
 ):
     # Ten rows in steps of four: step 2 and step 5 end mid-epoch. Dropout draws random numbers.
     changes = {
         "optimizer": optimizer,
+        "optimizer_args": arguments,
         "max_steps": 7,
         "gradient_accumulation": 2,
         "save_every": 2,
         "eval_every": 3,
-        "warmup_ratio": 0.2,
-        "weight_decay": 0.01,
+        "warmup_steps": 0 if optimizer == "rprop" else 2,
+        "weight_decay": 0.0 if optimizer == "rprop" else 0.01,
         "validation": rows[:3],
     }
     for _ in start_training("whole", model=lora_model(dropout=0.2), **changes).steps():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import get_args
 
 import pytest
 import torch
@@ -180,34 +179,6 @@ def test_bf16_stays_near_fp32_with_fp32_weights(lora_model, start_training):
     assert losses["bf16"] != losses["no"], "autocast must be at work"
 
 
-SCHEDULERS = get_args(TrainRecipe.model_fields["scheduler"].annotation)
-OPTIMIZERS = get_args(TrainRecipe.model_fields["optimizer"].annotation)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "scheduler"),
-    [(name, "cosine") for name in OPTIMIZERS] + [("adamw", name) for name in SCHEDULERS],
-)
-def test_every_optimizer_and_scheduler_learns(start_training, optimizer, scheduler):
-    rate = 1.0 if optimizer == "sgd" else 2e-2
-    training = start_training(
-        optimizer=optimizer,
-        scheduler=scheduler,
-        learning_rate=rate,
-        max_steps=12,
-        warmup_ratio=0.1,
-        batch_size=10,
-    )
-    losses = [each.loss for each in training.steps()]
-    assert losses[-1] < losses[0] - 0.02
-
-
-def test_schedule_moves_once_a_step_and_reports_the_rate_used(start_training):
-    metrics = list(start_training(scheduler="linear", max_steps=5, warmup_ratio=0.4).steps())
-    rates = [each.learning_rate for each in metrics]
-    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
-
-
 def test_a_model_without_trainable_parameters_is_refused(start_training, tiny_model):
     tiny_model.requires_grad_(False)
     with pytest.raises(AdapterError, match="no trainable parameter; expected an adapter"):
@@ -228,7 +199,6 @@ def test_what_cannot_be_done_is_refused(start_training, changes, message):
 @pytest.mark.parametrize(
     ("changes", "modules_to_save", "message"),
     [
-        ({"optimizer": "adafactor"}, None, "train.optimizer: adafactor takes means over whole"),
         ({"precision": "fp16"}, None, "train.precision: fp16 needs a loss scaler"),
         (
             {},

@@ -24,6 +24,7 @@ from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training import Training, end_processes, make_accelerator, on_main_process
+from kpsvd_tune.training.optim import SHARDABLE
 
 
 def make_model(dropout: float = 0.0) -> torch.nn.Module:
@@ -172,6 +173,12 @@ def main(folder: Path) -> None:
     train(folder, "sharded-packed", **sharded, packing=True)
     train(folder, "sharded-parts", **sharded, stop_after=3)
     train(folder, "sharded-parts+resumed", **sharded)
+    for name in (each.__name__.lower() for each in SHARDABLE):
+        arguments: dict[str, Any] = {"batch_size": 2, "optimizer": name, "max_steps": 3}
+        arguments |= {"save_every": 1, "eval_every": 0}
+        train(folder, f"ddp-{name}", **arguments)
+        train(folder, f"fsdp-{name}", **arguments, parallel="fsdp", stop_after=2)
+        train(folder, f"fsdp-{name}+resumed", **arguments, parallel="fsdp")
     train(folder, "sharded-nan", **sharded, plant=plant_nan)
     train(folder, "skip", batch_size=2, plant=plant_nan_once, on_nonfinite="skip")
     train(folder, "retry", batch_size=2, plant=plant_nan_once, on_nonfinite="retry")

@@ -1,0 +1,150 @@
+"""`adapter.from`: training goes on from an adapter that was saved, with nothing decomposed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+from kpsvd_tune.adapter.targets import untouched
+from kpsvd_tune.errors import AdapterError, RecipeError
+from kpsvd_tune.linalg import KroneckerShape
+from kpsvd_tune.models import ModelSource, load_model
+from kpsvd_tune.pipeline.apply import find
+from kpsvd_tune.pipeline.save import explained_disk
+from kpsvd_tune.pipeline.stages import Events, base_name
+from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.results import LayerReport, RankReport
+
+_FILE = "adapter_model.safetensors"
+
+
+def find_adapter(recipe: Recipe) -> Path | None:
+    """The adapter folder that `adapter.from` names; None where it names none.
+
+    Raises:
+        RecipeError: It names no folder with an adapter.
+        AdapterError: The adapter is of another method.
+        InputError: It is a run that has not ended.
+    """
+    path = recipe.adapter.from_
+    if path is None:
+        return None
+    folder = find(path).adapter
+    if folder is None or not (folder / _FILE).is_file():
+        raise RecipeError(
+            f"adapter.from: {path} holds no adapter; expected a finished run, or a folder with "
+            f"adapter_config.json and {_FILE}"
+        )
+    return folder
+
+
+def adapter_hash(folder: Path) -> str:
+    """The sha256 of an adapter's weights, by which a resumed run knows the one it began with."""
+    with open(folder / _FILE, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_adapted(
+    recipe: Recipe, source: ModelSource, folder: Path, base_files: Mapping[str, str], events: Events
+) -> PeftModel:
+    """Load the base model with a saved adapter on it, ready to be trained on.
+
+    Factors, offsets, ranks and shapes are the adapter's; dropout and path are the recipe's.
+
+    Raises:
+        AdapterError: The adapter was trained on another base model, or is damaged.
+    """
+    base = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
+    config: KpsvdConfig = KpsvdConfig.from_pretrained(str(folder))
+    if not config.layers:
+        raise AdapterError(f"adapter.from: {folder} says nothing about its layers")
+    config.dropout, config.path = recipe.adapter.dropout, recipe.adapter.path
+    config.inference_mode = False
+    model = PeftModel.from_pretrained(base, folder, config=config, is_trainable=True)
+    if config.base_files is not None and config.base_files != dict(base_files):
+        events.note("the base model's files differ from those of the adapter, its weights do not")
+    config.base_files = dict(base_files)
+    config.base_model_name_or_path = base_name(recipe.model.path)
+    return model
+
+
+def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) -> RankReport:
+    """Write and show the adapter's layers as the rank report of the run."""
+    report = report_ranks(model, recipe)
+    with explained_disk(folder):
+        missing_page = write_rank_report(report, folder)
+    if missing_page is not None:
+        events.note(missing_page)
+    events.ranks(report)
+    return report
+
+
+@torch.no_grad()
+def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
+    """What the adapter's layers are, in the form of the decomposition's report.
+
+    The k-th factors have the norms sqrt(sigma_k) by construction, so the singular values of the
+    kept terms can be told without a decomposition.
+    """
+    base = model.get_base_model()
+    layers = tuple(
+        _layer_report(
+            name,
+            layer.kpsvd_shape["default"],
+            (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
+            float(base_weight(layer).double().square().sum()),
+        )
+        for name, layer in kpsvd_layers(model)
+    )
+    return RankReport(
+        model=recipe.model.path,
+        totals={
+            "modules": len(layers),
+            "trainable_parameters": sum(layer.parameters for layer in layers),
+            "base_parameters": sum(
+                parameter.numel()
+                for name, parameter in base.named_parameters()
+                if ".kpsvd_" not in name and ".modules_to_save." not in name
+            ),
+            "energy": math.fsum(layer.energy_window for layer in layers) / len(layers),
+        },
+        layers=layers,
+        untouched=tuple(untouched(base, [layer.name for layer in layers])),
+        rule={"from": recipe.adapter.from_},
+    )
+
+
+def _layer_report(
+    name: str, shape: KroneckerShape, factors: tuple[Tensor, Tensor], squared_norm: float
+) -> LayerReport:
+    left, right = (torch.linalg.vector_norm(each.double(), dim=(1, 2)) for each in factors)
+    values = tuple((left * right).tolist())
+    kept = min(1.0, math.fsum(value * value for value in values) / squared_norm)
+    rank = len(values)
+    return LayerReport(
+        name=name,
+        out_features=shape.out_features,
+        in_features=shape.in_features,
+        factor_shape=shape.as_tuple(),
+        rank=rank,
+        rank_energy=rank,
+        rank_elbow=rank,
+        bound_by="from",
+        # No term was computed but those that are kept.
+        energy_window=1.0,
+        energy_total=kept,
+        parameters=rank * shape.num_parameters,
+        relative_error=math.sqrt(1.0 - kept),
+        singular_values=values,
+        stable_rank=squared_norm / values[0] ** 2,
+        seconds=0.0,
+    )

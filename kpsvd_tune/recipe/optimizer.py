@@ -1,0 +1,85 @@
+"""Names of optimisers and schedules, and their arguments, as the `train` section holds them.
+
+Names are checked here without torch. What a class of torch takes is known to torch alone, so
+arguments are checked when the run starts, before any long work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+
+from kpsvd_tune.recipe.values import Text, read_number, show
+
+# adamw, adafactor (of transformers) and sgd, then classes of torch.optim by their names in lower
+# case. A test holds the list against torch.
+OPTIMIZERS = (
+    "adamw",
+    "adafactor",
+    "sgd",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "asgd",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+)
+_TORCH_CLASS = re.compile(r"torch\.optim\.[A-Za-z_]\w*", re.ASCII)
+
+
+def _check_optimizer(name: str) -> str:
+    if name in OPTIMIZERS or _TORCH_CLASS.fullmatch(name):
+        return name
+    near = difflib.get_close_matches(name.rpartition(".")[2].lower(), OPTIMIZERS, 1, 0.6)
+    advice = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"got {show(name)}; expected {', '.join(OPTIMIZERS)} or a class of torch such as "
+        f"torch.optim.RMSprop{advice}"
+    )
+
+
+def _check_scheduler(name: object) -> object:
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"got {show(name)}, which sets the rate by the losses it sees and has no plan for the "
+            "whole run; expected a schedule such as cosine, with train.early_stopping to end a run "
+            "that no longer learns"
+        )
+    return name
+
+
+def _read_argument(value: object) -> object:
+    """Numbers as the rest of the recipe reads them, `1e-8` among them; lists become tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(_read_argument(each) for each in value)
+    value = read_number(value)
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"got {show(value)}; expected a number, true or false, text, or a list")
+    return value
+
+
+Argument = Annotated[Any, BeforeValidator(_read_argument)]
+Arguments = dict[Text, Argument]
+
+Optimizer = Annotated[Text, AfterValidator(_check_optimizer)]
+
+Scheduler = Annotated[
+    Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ],
+    BeforeValidator(_check_scheduler),
+]

@@ -47,7 +47,7 @@ class ZeroEngine:
         import deepspeed
 
         self._deepspeed = deepspeed
-        _check(recipe, names)
+        _check_dtype(names)
         given = accelerator.deepspeed_plugin.deepspeed_config
         config = engine_config(given, recipe, accelerator.num_processes)
         self.stage: int = config["zero_optimization"]["stage"]
@@ -57,6 +57,10 @@ class ZeroEngine:
         if recipe.precision == "bf16":
             cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
             loss.forward = cast(loss.forward)
+        if self.stage == 3:
+            # Weight by weight, for the engine would first put the whole base on every device.
+            deepspeed.zero.Init(module=loss, config_dict_or_path=config)
+            loss.to(accelerator.device)
         self._engine: Any
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=loss, optimizer=optimizer, config=config, dist_init_required=False
@@ -192,17 +196,7 @@ def _is_per_entry(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _check(recipe: TrainRecipe, names: Mapping[Tensor, str]) -> None:
-    if recipe.optimizer == "adafactor":
-        raise RecipeError(
-            "train.optimizer: adafactor takes means over whole tensors, which DeepSpeed shares "
-            "out; expected adamw or sgd"
-        )
-    if recipe.precision == "fp16":
-        raise RecipeError(
-            "train.precision: fp16 is not supported with DeepSpeed, whose loss scaler cannot be "
-            "resumed exactly; expected bf16 or no"
-        )
+def _check_dtype(names: Mapping[Tensor, str]) -> None:
     others = sorted({str(p.dtype) for p in names if p.dtype != torch.float32})
     if others:
         raise RecipeError(

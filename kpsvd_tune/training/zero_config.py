@@ -86,7 +86,8 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
     """Make sure that DeepSpeed runs where it was asked for, and that nothing else shares out.
 
     Raises:
-        RecipeError: The recipe asks for another way of sharing out, or for what DeepSpeed lacks.
+        RecipeError: The recipe asks for another way of sharing out, or for what DeepSpeed lacks;
+            or the configuration contradicts it.
     """
     if not is_requested():
         return
@@ -100,6 +101,18 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
             "train.parallel: fsdp and DeepSpeed both share out the weights; expected ddp in the "
             "recipe, or a configuration of Accelerate without DeepSpeed"
         )
+    if recipe.optimizer == "adafactor":
+        raise RecipeError(
+            "train.optimizer: adafactor takes means over whole tensors, which DeepSpeed shares "
+            "out; expected adamw or sgd"
+        )
+    if recipe.precision == "fp16":
+        raise RecipeError(
+            "train.precision: fp16 is not supported with DeepSpeed, whose loss scaler cannot be "
+            "resumed exactly; expected bf16 or no"
+        )
+    # Faults of the configuration show now, and not after the base is decomposed.
+    engine_config(accelerator.deepspeed_plugin.deepspeed_config, recipe, accelerator.num_processes)
     # Set by Accelerate, it would make transformers load a base whose weights are shared out
     # already; the adapter is compared with whole ones first.
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]

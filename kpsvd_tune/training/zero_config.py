@@ -37,6 +37,8 @@ _ZERO_KEYS = (
     "stage3_prefetch_bucket_size",
     "sub_group_size",
 )
+# Optimisers that treat every number alone.
+_ELEMENTWISE = ("adamw", "sgd")
 _DECIDED_BY = {"optimizer": "train.optimizer", "scheduler": "train.scheduler"}
 # Set by us, or without effect on a run.
 _IGNORED = (
@@ -79,7 +81,7 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     """The ZeRO stage that this run uses, None without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
-    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
+    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"].get("stage", 0))
 
 
 def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
@@ -101,10 +103,11 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
             "train.parallel: fsdp and DeepSpeed both share out the weights; expected ddp in the "
             "recipe, or a configuration of Accelerate without DeepSpeed"
         )
-    if recipe.optimizer == "adafactor":
+    if recipe.optimizer not in _ELEMENTWISE:
         raise RecipeError(
-            "train.optimizer: adafactor takes means over whole tensors, which DeepSpeed shares "
-            "out; expected adamw or sgd"
+            f"train.optimizer: {recipe.optimizer}; expected {' or '.join(_ELEMENTWISE)}, as "
+            "DeepSpeed makes flat parts of what is trained, and an optimiser that looks at whole "
+            "tensors would do something else with those"
         )
     if recipe.precision == "fp16":
         raise RecipeError(

@@ -92,10 +92,10 @@ class Stepper:
             shard(self.token_loss, model, accelerator)
         self.is_sharded = is_sharded(self.token_loss)
         is_zero = zero_stage(accelerator) is not None
-        # What is shared out, or will be, is not wrapped by DDP; precision is set up either way.
-        self._module: nn.Module = accelerator.prepare_model(
-            self.token_loss, evaluation_mode=self.is_sharded or is_zero
-        )
+        self._module: nn.Module = self.token_loss
+        if not is_zero:
+            # What is sharded already is not wrapped by DDP; precision is set up either way.
+            self._module = accelerator.prepare_model(self._module, evaluation_mode=self.is_sharded)
         self.names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad
         }
@@ -108,11 +108,9 @@ class Stepper:
         self._shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
         self.num_trained = sum(parameter.numel() for parameter in self.names)
         # Last, as it may take the parameters' data away.
-        self._zero = (
-            ZeroEngine(self.token_loss, self._optimizer, self.names, recipe, accelerator)
-            if is_zero
-            else None
-        )
+        self._zero: ZeroEngine | None = None
+        if is_zero:
+            self._zero = ZeroEngine(self._module, self._optimizer, self.names, recipe, accelerator)
 
     def take(
         self,

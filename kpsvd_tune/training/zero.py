@@ -47,7 +47,7 @@ class ZeroEngine:
         import deepspeed
 
         self._deepspeed = deepspeed
-        _check(recipe, names)
+        _check_dtype(names)
         given = accelerator.deepspeed_plugin.deepspeed_config
         config = engine_config(given, recipe, accelerator.num_processes)
         self.stage: int = config["zero_optimization"]["stage"]
@@ -57,6 +57,10 @@ class ZeroEngine:
         if recipe.precision == "bf16":
             cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
             loss.forward = cast(loss.forward)
+        if self.stage == 3:
+            # Weight by weight, for the engine would first put the whole base on every device.
+            deepspeed.zero.Init(module=loss, config_dict_or_path=config)
+            loss.to(accelerator.device)
         self._engine: Any
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=loss, optimizer=optimizer, config=config, dist_init_required=False
@@ -150,13 +154,10 @@ class ZeroEngine:
         one = next(iter(values.values()), {})
         for part in self._parts() if one else ():
             self._base.state[part] = {
-                key: torch.zeros_like(part) if _is_per_entry(value) else value.to(part.device)
+                key: torch.zeros_like(part) if _is_per_entry(value) else _copy(value, part.device)
                 for key, value in one.items()
             }
-        if self.stage < 3:
-            self._zero._hp_optimizer_states_linked = False
-            if one:
-                self._zero._lazy_init_hp_params_optimizer_state()
+        self._link_state()
         put = self._deepspeed.utils.safe_set_full_optimizer_state
         for parameter, name in self._names.items():
             for key, value in values.get(name, {}).items():
@@ -164,18 +165,30 @@ class ZeroEngine:
                     put(parameter, value.to(parameter.device), key)
 
     def _whole_state(self) -> dict[str, dict[str, Any]]:
-        if not self._base.state:
+        if not any(self._base.state.values()):
             return {}
+        self._link_state()
         get = self._deepspeed.utils.safe_get_full_optimizer_state
         # All parts have taken the same steps, so what is one number for a part holds for all.
         one: Mapping[str, Any] = self._base.state[self._parts()[0]]
         return {
             name: {
-                key: get(parameter, key) if _is_per_entry(value) else value.clone()
+                key: get(parameter, key) if _is_per_entry(value) else _copy(value)
                 for key, value in one.items()
             }
             for parameter, name in self._names.items()
         }
+
+    def _link_state(self) -> None:
+        """Let the engine look at the state that there is now.
+
+        Below stage 3 it looks once, after the first group's first step, when the other groups have
+        none yet.
+        """
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            if self._base.state:
+                self._zero._lazy_init_hp_params_optimizer_state()
 
     def _parts(self) -> list[Tensor]:
         """What the optimiser moves on this process: flat float32 tensors."""
@@ -192,17 +205,12 @@ def _is_per_entry(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _check(recipe: TrainRecipe, names: Mapping[Tensor, str]) -> None:
-    if recipe.optimizer == "adafactor":
-        raise RecipeError(
-            "train.optimizer: adafactor takes means over whole tensors, which DeepSpeed shares "
-            "out; expected adamw or sgd"
-        )
-    if recipe.precision == "fp16":
-        raise RecipeError(
-            "train.precision: fp16 is not supported with DeepSpeed, whose loss scaler cannot be "
-            "resumed exactly; expected bf16 or no"
-        )
+def _copy(value: Any, device: torch.device | None = None) -> Any:
+    """A number or a tensor of its own: each part counts its steps by itself."""
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def _check_dtype(names: Mapping[Tensor, str]) -> None:
     others = sorted({str(p.dtype) for p in names if p.dtype != torch.float32})
     if others:
         raise RecipeError(

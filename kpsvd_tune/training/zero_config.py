@@ -37,6 +37,8 @@ _ZERO_KEYS = (
     "stage3_prefetch_bucket_size",
     "sub_group_size",
 )
+# Optimisers that treat every number alone.
+_ELEMENTWISE = ("adamw", "sgd")
 _DECIDED_BY = {"optimizer": "train.optimizer", "scheduler": "train.scheduler"}
 # Set by us, or without effect on a run.
 _IGNORED = (
@@ -79,14 +81,15 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     """The ZeRO stage that this run uses, None without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
-    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])
+    return int(accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"].get("stage", 0))
 
 
 def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
     """Make sure that DeepSpeed runs where it was asked for, and that nothing else shares out.
 
     Raises:
-        RecipeError: The recipe asks for another way of sharing out, or for what DeepSpeed lacks.
+        RecipeError: The recipe asks for another way of sharing out, or for what DeepSpeed lacks;
+            or the configuration contradicts it.
     """
     if not is_requested():
         return
@@ -100,6 +103,19 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
             "train.parallel: fsdp and DeepSpeed both share out the weights; expected ddp in the "
             "recipe, or a configuration of Accelerate without DeepSpeed"
         )
+    if recipe.optimizer not in _ELEMENTWISE:
+        raise RecipeError(
+            f"train.optimizer: {recipe.optimizer}; expected {' or '.join(_ELEMENTWISE)}, as "
+            "DeepSpeed makes flat parts of what is trained, and an optimiser that looks at whole "
+            "tensors would do something else with those"
+        )
+    if recipe.precision == "fp16":
+        raise RecipeError(
+            "train.precision: fp16 is not supported with DeepSpeed, whose loss scaler cannot be "
+            "resumed exactly; expected bf16 or no"
+        )
+    # Faults of the configuration show now, and not after the base is decomposed.
+    engine_config(accelerator.deepspeed_plugin.deepspeed_config, recipe, accelerator.num_processes)
     # Set by Accelerate, it would make transformers load a base whose weights are shared out
     # already; the adapter is compared with whole ones first.
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]

@@ -127,7 +127,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(folder):
         outcome = seen(folder, "signal", rank)
         assert outcome["error"][:2] == ["StoppedBySignal", 143]
     checkpoints = sorted(each.name for each in (folder / "signal" / "checkpoints").iterdir())
-    assert checkpoints == ["step-000002"]
+    # Step 2 was due for a validation, which is left to the run that goes on.
+    assert checkpoints == ["step-000002-pending"]
 
 
 def test_an_error_on_the_main_process_reaches_the_other(folder):

@@ -81,7 +81,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = runpy.run_path(str(RUNS))
     train = runs["train"]
     train(folder, "plain", batch_size=4)
-    train(folder, "clipped", batch_size=4, max_grad_norm=0.1, weight_decay=0.1)
+    train(folder, "clipped", batch_size=4, **runpy.run_path(str(RANK))["CLIPPED"])
     train(folder, "sgd", batch_size=4, optimizer="sgd")
 
     def plant(model: Any, step: int) -> None:

@@ -67,6 +67,7 @@ def train(
     dropout: float = 0.0,
     plant: Callable[[torch.nn.Module, int], None] | None = None,
     stop_after: int | None = None,
+    two_rates: bool = False,
     **changes: Any,
 ) -> None:
     """Train, and write what this process saw."""
@@ -96,6 +97,10 @@ def train(
         run,
         pad_token_id=0,
         checkpoint=start.checkpoint,
+        # Parameters of unlike rates are of unlike groups of the optimiser.
+        rate_factors={
+            name: 0.5 for name, _ in model.named_parameters() if two_rates and "lora_B" in name
+        },
     )
     seen: dict[str, Any] = {"metrics": [], "error": None}
     try:

@@ -15,6 +15,7 @@ import torch
 
 from kpsvd_tune.training import end_processes
 
+CLIPPED: dict[str, Any] = {"max_grad_norm": 0.1, "weight_decay": 0.1, "two_rates": True}
 RUNS = runpy.run_path(str(Path(__file__).with_name("two_processes.py")))
 
 
@@ -24,13 +25,14 @@ def main(folder: Path) -> None:
     two: dict[str, Any] = {"batch_size": 2}
     train(folder, "plain", **two)
     train(folder, "accumulated", batch_size=1, gradient_accumulation=2)
-    train(folder, "clipped", **two, max_grad_norm=0.1, weight_decay=0.1)
+    train(folder, "clipped", **two, **CLIPPED)
     train(folder, "checkpointing", **two, gradient_checkpointing=True)
     train(folder, "sgd", **two, optimizer="sgd")
     train(folder, "bf16", **two, precision="bf16")
-    train(folder, "whole", dropout=0.3, **two)
-    train(folder, "parts", dropout=0.3, **two, stop_after=3)
-    train(folder, "parts+resumed", dropout=0.3, **two)
+    groups = two | {"dropout": 0.3, "two_rates": True}
+    train(folder, "whole", **groups)
+    train(folder, "parts", **groups, stop_after=3)
+    train(folder, "parts+resumed", **groups)
     train(folder, "nan", **two, plant=RUNS["plant_nan_once"])
     train(folder, "signal", **two, plant=RUNS["kill_once"])
     train(folder, "signal+resumed", **two)

@@ -111,16 +111,11 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
 
 
 def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
-    """Refuse what fully_shard or a sharded optimiser cannot do.
+    """Refuse what fully_shard cannot do.
 
     Raises:
         RecipeError: Names the key.
     """
-    if recipe.optimizer == "adafactor":
-        raise RecipeError(
-            "train.optimizer: adafactor takes means over whole tensors, which train.parallel: fsdp "
-            "shares out; expected adamw or sgd, or train.parallel: ddp"
-        )
     if recipe.precision == "fp16":
         raise RecipeError(
             "train.precision: fp16 needs a loss scaler, which train.parallel: fsdp does not have; "

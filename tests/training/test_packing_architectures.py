@@ -58,7 +58,7 @@ APART: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: t.Olmo2Config(**SIZES),
     "phi": lambda: t.PhiConfig(**SIZES),
     "phi3": lambda: t.Phi3Config(**SIZES),
-    "qwen3_moe": lambda: t.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=4),
+    "qwen3_moe": lambda: t.Qwen3MoeConfig(**SIZES, **EXPERTS),
     "smollm3": lambda: t.SmolLM3Config(**SIZES),
     "stablelm": lambda: t.StableLmConfig(**SIZES),
     "starcoder2": lambda: t.Starcoder2Config(**SIZES),

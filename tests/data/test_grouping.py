@@ -93,19 +93,21 @@ def test_an_order_is_rearranged_between_its_shared_ends(
     assert num_tail == 0 or found[-num_tail:] == order[-num_tail:]
 
 
-def padding(sampler: StatelessSampler, lengths: list[int], num_steps: int) -> float:
+def padding(sampler: StatelessSampler, lengths: list[int], steps: range) -> float:
     """Positions computed to positions filled."""
-    batches = [sampler.batch(step, 0, 0) for step in range(num_steps)]
+    batches = [sampler.batch(step, 0, 0) for step in steps]
     filled = sum(lengths[row] for batch in batches for row in batch)
     return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches) / filled
 
 
 def test_hardly_any_padding_is_left_and_the_order_stays_random() -> None:
-    lengths = [1 + (index * 7919) % 200 for index in range(2000)]
-    plain = StatelessSampler(2000, 4, 1, 1, 0)
-    grouped = StatelessSampler(2000, 4, 1, 1, 0, lengths)
-    assert padding(plain, lengths, 500) > 1.5
-    assert padding(grouped, lengths, 500) < 1.03
+    # No whole number of steps an epoch: batches of the second epoch must not be cut apart.
+    lengths = [1 + (index * 7919) % 200 for index in range(2001)]
+    plain = StatelessSampler(2001, 4, 1, 1, 0)
+    grouped = StatelessSampler(2001, 4, 1, 1, 0, lengths)
+    assert padding(plain, lengths, range(500)) > 1.5
+    for epoch in (range(500), range(501, 1000)):
+        assert padding(grouped, lengths, epoch) < 1.03
     means = [sum(lengths[row] for row in grouped.batch(step, 0, 0)) / 4 for step in range(500)]
     # Sorted as a whole, neighbouring steps would be alike.
     steps_apart = sum(abs(a - b) for a, b in zip(means, means[1:], strict=False)) / 499

@@ -13,13 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    GptOssConfig,
-    MambaConfig,
     MistralConfig,
-    MptConfig,
-    OPTConfig,
     PretrainedConfig,
 )
 
@@ -138,32 +132,6 @@ def test_sound_models_pass_the_proof(architecture, attention):
     assert loss.training
 
 
-REFUSED = {
-    # State runs on from row to row.
-    "mamba": lambda: MambaConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2
-    ),
-    # These take positions, and make their masks without them (transformers 5.23).
-    "opt": lambda: OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16),
-    "falcon": lambda: FalconConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=False
-    ),
-    "gpt_oss": lambda: GptOssConfig(
-        **SIZES, head_dim=4, num_local_experts=3, num_experts_per_tok=2
-    ),
-    # These take none.
-    "bloom": lambda: BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4),
-    "mpt": lambda: MptConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=4, max_seq_len=64),
-}
-
-
-@pytest.mark.parametrize("architecture", REFUSED)
-def test_models_whose_rows_see_each_other_are_refused(architecture):
-    loss = SummedTokenLoss(model_of(REFUSED[architecture](), "eager"))
-    with pytest.raises(RecipeError, match="lets packed rows see each other: changing one row"):
-        prove_packing(loss, byte_rows(), Accelerator(cpu=True))
-
-
 class _IgnoresPositions(nn.Module):
     """A model whose rows are apart but whose positions run on: no leak, other losses."""
 
@@ -185,8 +153,8 @@ def test_rows_at_wrong_positions_are_refused():
 
 
 def test_a_single_row_is_packed_with_nothing():
-    loss = SummedTokenLoss(model_of(REFUSED["mamba"](), "eager"))
-    prove_packing(loss, byte_rows((5,)), Accelerator(cpu=True))
+    # Nothing is computed, so nothing of the model is asked.
+    prove_packing(SummedTokenLoss(nn.Identity()), byte_rows((5,)), Accelerator(cpu=True))
 
 
 def causal_blocks(*lengths: int) -> torch.Tensor:

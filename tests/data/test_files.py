@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune.data.files import parse_json, read_file
+from kpsvd_tune.data import files
+from kpsvd_tune.data.files import Row, parse_json
 from kpsvd_tune.data.rows import is_local_file, load_rows
 from kpsvd_tune.errors import DataError
 
 PAIR = '{"prompt": "1+1?", "completion": "2"}'
+
+
+def read_file(path: Path) -> list[Row]:
+    return list(files.read_file(path))
 
 
 def write(folder: Path, name: str, content: bytes | str) -> Path:

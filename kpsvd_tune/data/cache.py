@@ -65,7 +65,7 @@ class TokenCache:
         folder = self.folder / key
         try:
             with self._lock(key):
-                if found := TokenStore.verified(folder):
+                if (found := TokenStore.verified(folder)) is not None:
                     _hold(found)
                     return found, True
                 shutil.rmtree(folder, ignore_errors=True)  # damaged

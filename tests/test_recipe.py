@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import (
     Recipe,
+    SourceRecipe,
     evaluation_section,
     load_recipe,
     loading,
@@ -788,7 +789,9 @@ def test_sources_keep_their_settings_in_the_yaml_that_a_run_keeps(write):
     sources = "[{path: a.jsonl, weight: 2, columns: {prompt: q}}, b.jsonl]"
     recipe = load_recipe(write(MINIMAL), [f"dataset.path={sources}"])
     assert recipe.dataset is not None
+    assert isinstance(recipe.dataset.path, list)
     first, second = recipe.dataset.path
+    assert isinstance(first, SourceRecipe)
     assert (first.path, first.weight, first.columns) == ("a.jsonl", 2.0, {"prompt": "q"})
     assert second == "b.jsonl"
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kpsvd_tune.data import PreparedData, cache, prepare
+from kpsvd_tune.data import PreparedData, prepare
 from kpsvd_tune.data.cache import TokenCache, tokenizer_fingerprint
 from kpsvd_tune.data.encode import Encoder
-from kpsvd_tune.data.store import FACTS, Mark
+from kpsvd_tune.data.store import FACTS, Mark, StoreWriter
 from kpsvd_tune.errors import DataError, ResourceError
 from kpsvd_tune.recipe import DatasetRecipe
 
@@ -205,7 +205,7 @@ def test_a_full_disk_names_the_folder_and_the_cure(
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.StoreWriter, "close", fail)
+    monkeypatch.setattr(StoreWriter, "close", fail)
     with pytest.raises(ResourceError, match="rows .*tokens is full; make room, or point XDG_CACHE"):
         read()
     assert stores() == []

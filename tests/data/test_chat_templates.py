@@ -133,7 +133,9 @@ def test_learning_the_last_turn_only_hides_no_text(
 ) -> None:
     changed = with_template(tokenizer, name)
     chat = Chat(tuple(messages_for(name)))
-    rows = [Encoder(changed, "chat", 10_000, only_last=last).encode(chat, 1) for last in (0, 1)]
+    rows = [
+        Encoder(changed, "chat", 10_000, only_last=last).encode(chat, 1) for last in (False, True)
+    ]
     texts = [changed.decode(list(each.row.input_ids)) for each in rows if each.row]
     assert texts[0] == texts[1]
     assert rows[0].row is not None

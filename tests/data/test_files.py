@@ -186,8 +186,8 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_is_read_in_parts(tmp_path: Path) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     table = pa.table({"prompt": [str(n) for n in range(2500)]})
     pq.write_table(table, tmp_path / "rows.parquet")

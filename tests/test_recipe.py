@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import (
     Recipe,
+    SourceRecipe,
     evaluation_section,
     load_recipe,
     loading,
@@ -380,6 +381,17 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
          "such as 0.02, a number of rows such as 200, or the path of a file"),
         ("dataset.columns={prompt: no}", "dataset.columns.prompt: got false; expected text; put it "
          "in quotes"),
+        ("dataset.path=[{path: a, weight: 0}]", "dataset.path[0].weight: got 0; expected a number "
+         "above 0"),
+        ("dataset.path=[{path: a, wieght: 2}]", "dataset.path[0].wieght: unknown key; did you mean "
+         "weight?"),
+        ("dataset.path=[a, {weight: 2}]", "dataset.path[1].path: missing; expected hub id, or a "
+         "local .jsonl, .json, .csv or .parquet file"),
+        ("dataset.path=[]", "dataset.path: got an empty list; expected at least 1 item"),
+        ("dataset.min_length=600", "dataset.min_length: is 600 and max_length is 512, so no row "
+         "would be left; lower min_length or raise max_length"),
+        ("dataset.too_long=split", "dataset.too_long: got 'split'; expected cut or drop"),
+        ("dataset.learn=first", "dataset.learn: got 'first'; expected all or last"),
         ("dataset.columns=x", "dataset.columns: got 'x'; expected a mapping with the keys prompt, "
          "completion, system, ..."),
         ("train.learning_rate=1e-", "train.learning_rate: got '1e-'; expected a number"),
@@ -771,3 +783,15 @@ def test_an_evaluation_is_keys_then_options_then_overrides() -> None:
     assert (section.split, section.limit, section.shots, section.temperature) == (
         "train", 6, 3, 0.1,
     )  # fmt: skip
+
+
+def test_sources_keep_their_settings_in_the_yaml_that_a_run_keeps(write):
+    sources = "[{path: a.jsonl, weight: 2, columns: {prompt: q}}, b.jsonl]"
+    recipe = load_recipe(write(MINIMAL), [f"dataset.path={sources}"])
+    assert recipe.dataset is not None
+    assert isinstance(recipe.dataset.path, list)
+    first, second = recipe.dataset.path
+    assert isinstance(first, SourceRecipe)
+    assert (first.path, first.weight, first.columns) == ("a.jsonl", 2.0, {"prompt": "q"})
+    assert second == "b.jsonl"
+    assert load_recipe(write(recipe_to_yaml(recipe))) == recipe

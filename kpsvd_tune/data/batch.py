@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kpsvd_tune.data.encode import IGNORED, TokenizedRow
+from kpsvd_tune.data.tokenized import IGNORED, TokenizedRow
 
 
 def collate(

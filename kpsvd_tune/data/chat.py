@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -18,17 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from kpsvd_tune.data.format import Chat
+from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.errors import DataError
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of text that is learnt or not."""
-
-    text: str
-    is_trained: bool
 
 
 class ChatRenderer:
@@ -60,11 +52,11 @@ class ChatRenderer:
         """The text that a model continues with its answer: messages and generation prompt."""
         return self._render(messages, tools, add_generation_prompt=True)
 
-    def segments(self, chat: Chat) -> list[Segment]:
+    def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
 
-        Every assistant turn is learnt, with the special token that ends it. What follows the
-        last one is left out.
+        Every assistant turn is learnt, or the last one only, with the special token that ends
+        it. What follows the last one is left out.
 
         Raises:
             DataError: The template refuses the messages, or its text is not that of the messages.
@@ -74,8 +66,9 @@ class ChatRenderer:
         template = self._tokenizer.get_chat_template(None, _listed(chat.tools))
         if _MARKER.search(template):
             text, spans = self._marked_spans(messages, chat.tools, template)
+            spans = spans[-1:] if only_last else spans
         else:
-            text, spans = self._rendered_spans(messages, chat.tools)
+            text, spans = self._rendered_spans(messages, chat.tools, only_last)
         segments: list[Segment] = []
         position = 0
         for start, end in spans:
@@ -88,15 +81,15 @@ class ChatRenderer:
         return text.endswith(self._special_tokens)
 
     def _rendered_spans(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, only_last: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         text = self._render(messages, tools)
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            is_last = index == len(messages) - 1
+            if message["role"] != "assistant" or (only_last and not is_last):
                 continue
             before = self.prompt(messages[:index], tools)
-            is_last = index == len(messages) - 1
             after = text if is_last else self._render(messages[: index + 1], tools)
             if not after.startswith(before):
                 raise DataError(
@@ -111,7 +104,7 @@ class ChatRenderer:
                     "the chat template changes earlier turns when later ones follow (as "
                     "templates do that drop past reasoning), so not every assistant turn can be "
                     "learnt from one rendering: use a template that keeps them, or one with "
-                    "{% generation %} markers, or give each answer a row of its own"
+                    "{% generation %} markers, or learn the last turn only (dataset.learn: last)"
                 )
             spans.append((len(before), end))
             self._check_turn(message, text[len(before) : end])

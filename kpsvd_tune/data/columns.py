@@ -23,6 +23,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "output": ("output", "answer", "response", "completion", "solution"),
     "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
     "conversations": ("conversations", "conversation", "messages", "chat", "dialog"),
+    "text": ("text", "content", "body", "document", "passage", "completion"),
 }  # fmt: skip
 
 
@@ -95,6 +96,12 @@ def missing_column(row: Row, form: str, role: str, name: str, required: Sequence
         f"{row.where}: {what} is missing; found {describe_columns(row)}; expected "
         f"{' and '.join(required)} (format {form}); {cure}"
     )
+
+
+def looks_like_pair(row: Row, name: str) -> bool:
+    """Whether another column than `name` is called as prompts or completions are."""
+    others = [path for path in _text_paths(row) if path != name]
+    return any(_nearest(role, others) is not None for role in ("prompt", "completion"))
 
 
 def describe_columns(row: Row) -> str:

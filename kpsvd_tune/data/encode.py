@@ -10,48 +10,19 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.chat import ChatRenderer, Segment
+from kpsvd_tune.data.chat import ChatRenderer
 from kpsvd_tune.data.format import Chat, Pair
+from kpsvd_tune.data.segments import SegmentTokenizer
 from kpsvd_tune.data.template import TextTemplate
+from kpsvd_tune.data.tokenized import IGNORED, EncodedRow, Layout, Segment, TokenizedRow
 from kpsvd_tune.errors import DataError
 
-IGNORED = -100  # the label that torch's cross entropy skips
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedRow:
-    """One row as the model sees it.
-
-    Attributes:
-        input_ids: Token ids.
-        labels: The same ids where a token is learnt, `IGNORED` elsewhere; never at the first
-            position, which nothing predicts.
-        row: Number of the row in its source.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    row: int
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens that the loss counts."""
-        return sum(label != IGNORED for label in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """A row, or None where nothing learnt is left in it, and what happened on the way."""
-
-    row: TokenizedRow | None
-    is_truncated: bool
-    is_exact: bool
-    holds_special_tokens: bool
+__all__ = ["IGNORED", "EncodedRow", "Encoder", "Layout", "TokenizedRow"]
+_PLAIN = TextTemplate("{completion}")
 
 
 class Encoder:
@@ -65,14 +36,23 @@ class Encoder:
         tokenizer: Any tokenizer of transformers.
         template: Text with {prompt} and {completion}, or "chat".
         max_length: Tokens a row is cut to.
+        only_last: Learn the last assistant turn of a chat only.
 
     Raises:
         DataError: The template does not work with this tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_length: int,
+        *,
+        only_last: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._only_last = only_last
         self._notes: dict[str, None] = {}
         self._special_ids = _special_tokens(tokenizer)
         self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
@@ -85,11 +65,7 @@ class Encoder:
         self._chat = (
             ChatRenderer(tokenizer, tuple(self._special_ids)) if template == "chat" else None
         )
-        self._start_ids = self._find_start_ids()
-        # SentencePiece tokenizers put a space before whatever they are given. Inside a row that
-        # space would be wrong, so a segment is then read behind a newline, which is cut off.
-        self._newline_ids = self._ids("\n")
-        self._adds_space = self._ids("\na")[len(self._newline_ids) :] != self._ids("a")
+        self._segment_tokenizer = SegmentTokenizer(tokenizer)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -106,7 +82,7 @@ class Encoder:
             answer = {"role": "assistant", "content": "b"}
             turn = self._chat.segments(Chat((question, answer)))[-1].text
             if self._chat.ends_turn(turn):
-                ends[self._ids(turn)[-1]] = None
+                ends[self._segment_tokenizer.ids(turn)[-1]] = None
         return tuple(ends)
 
     def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
@@ -119,27 +95,66 @@ class Encoder:
         Raises:
             DataError: The chat template does not give the messages back.
         """
+        return self.encode_laid_out([self.lay_out(example)], [row])[0]
+
+    def lay_out(self, example: Pair | Chat) -> Layout:
+        """Write an example out as text, before any tokenising.
+
+        Raises:
+            DataError: The chat template does not give the messages back.
+        """
         segments, prefix, texts = self._segments(example)
-        ids: list[int] = list(prefix)
+        return Layout(
+            tuple(segments),
+            tuple(prefix),
+            any(self._special_pattern.search(text) for text in texts),
+            is_chat=isinstance(example, Chat) or self._text_template(example) is None,
+        )
+
+    def encode_laid_out(
+        self, layouts: Sequence[Layout], numbers: Sequence[int]
+    ) -> list[EncodedRow]:
+        """Tokenise many rows in one call, which a fast tokenizer shares out over its threads.
+
+        Args:
+            layouts: From :meth:`lay_out`.
+            numbers: Number of each row, to keep in the result.
+
+        Returns:
+            The rows, equal to what `encode` gives one by one.
+        """
+        pieces = self._segment_tokenizer.rows([layout.segments for layout in layouts])
+        return [
+            self._assemble(layout, next_pieces, number)
+            for layout, next_pieces, number in zip(layouts, pieces, numbers, strict=True)
+        ]
+
+    def _assemble(self, layout: Layout, pieces: Sequence[list[int]], row: int) -> EncodedRow:
+        ids: list[int] = list(layout.prefix)
         labels: list[int] = [IGNORED] * len(ids)
         is_exact = True
-        for index, segment in enumerate(segments):
-            piece = self._ids(segment.text) if index == 0 else self._inner_ids(segment.text)
+        for segment, piece in zip(layout.segments, pieces, strict=True):
             ids += piece
             labels += piece if segment.is_trained else [IGNORED] * len(piece)
             is_exact = is_exact and (
-                not segment.is_trained or self._gives_back(piece, segment.text)
+                not segment.is_trained or self._segment_tokenizer.gives_back(piece, segment.text)
             )
-        if not self._is_ended(example, ids):
-            ids.append(int(self._tokenizer.eos_token_id))
-            labels.append(ids[-1])
+        bos, eos = self._tokenizer.bos_token_id, int(self._tokenizer.eos_token_id)
+        if bos is not None and bos != eos and ids[:2] == [bos, bos]:
+            self._notes[
+                f"rows begin with {self._tokenizer.bos_token!r} twice, which no model has seen in "
+                "pretraining: take it out of the chat template, or out of the rows"
+            ] = None
+        if not (ids[-1] in self._special_ids.values() if layout.is_chat else ids[-1] == eos):
+            ids.append(eos)
+            labels.append(eos)
         labels[0] = IGNORED
         kept = TokenizedRow(tuple(ids[: self._max_length]), tuple(labels[: self._max_length]), row)
         return EncodedRow(
             row=kept if kept.num_supervised else None,
             is_truncated=len(ids) > self._max_length,
             is_exact=is_exact,
-            holds_special_tokens=any(self._special_pattern.search(text) for text in texts),
+            holds_special_tokens=layout.holds_special_tokens,
         )
 
     def encode_prompt(
@@ -155,10 +170,8 @@ class Encoder:
             segments, prefix, _ = self._segments(Pair(prompt, "", system), is_prompt=True)
         else:
             segments, prefix = self._chat_prompt(tuple(prompt)), []
-        ids = list(prefix)
-        for index, segment in enumerate(segments):
-            ids += self._ids(segment.text) if index == 0 else self._inner_ids(segment.text)
-        return ids
+        (pieces,) = self._segment_tokenizer.rows([segments])
+        return [*prefix, *itertools.chain.from_iterable(pieces)]
 
     def pieces(self, row: TokenizedRow) -> tuple[tuple[str, bool], ...]:
         """The row as decoded from its ids: stretches of text, each learnt or not."""
@@ -170,18 +183,14 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids with special tokens written out and no spaces tidied away."""
-        return str(
-            self._tokenizer.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return self._segment_tokenizer.decode(ids)
 
     def _segments(
         self, example: Pair | Chat, is_prompt: bool = False
     ) -> tuple[list[Segment], list[int], list[str]]:
         """Segments, the ids before them, and the texts of the row itself."""
-        if isinstance(example, Pair) and self._template is not None:
-            prompt, completion = self._template.render(example)
+        if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
+            prompt, completion = template.render(example)
             segments = [Segment(prompt, False)]
             if not is_prompt:
                 segments.append(Segment(completion, True))
@@ -197,24 +206,22 @@ class Encoder:
             messages.append({"role": "assistant", "content": example.completion})
             example = Chat(tuple(messages))
         # The template writes its own special tokens, so the tokenizer adds none.
-        segments = self._renderer().segments(example)
+        segments = self._renderer().segments(example, only_last=self._only_last)
         return segments, [], [str(message["content"]) for message in example.messages]
 
     def _chat_prompt(self, messages: tuple[Mapping[str, Any], ...]) -> list[Segment]:
         text = self._renderer().prompt(messages)
         past = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not past:
+        if not past or self._only_last:
             return [Segment(text, False)]
         # Earlier answers are cut as they were in training, so that the ids are the same.
         segments = self._renderer().segments(Chat(messages[: past[-1] + 1]))
         length = sum(len(segment.text) for segment in segments)
         return [*segments, Segment(text[length:], False)]
 
-    def _is_ended(self, example: Pair | Chat, ids: Sequence[int]) -> bool:
-        """Whether the ids end as an answer must; a chat template may have an end of its own."""
-        if isinstance(example, Pair) and self._template is not None:
-            return bool(ids[-1] == self._tokenizer.eos_token_id)
-        return ids[-1] in self._special_ids.values()
+    def _text_template(self, example: Pair) -> TextTemplate | None:
+        """The template to put around a pair; None where the chat template writes it."""
+        return _PLAIN if example.is_plain else self._template
 
     def _renderer(self) -> ChatRenderer:
         if self._chat is None:
@@ -227,37 +234,13 @@ class Encoder:
         """The ids that the tokenizer puts first, unless the template wrote them already."""
         first = segments[0].text if segments else ""
         bos = self._tokenizer.bos_token
-        if not (self._start_ids and bos and first.startswith(bos)):
-            return self._start_ids
+        if not (self._segment_tokenizer.start_ids and bos and first.startswith(bos)):
+            return self._segment_tokenizer.start_ids
         self._notes[
             f"dataset.template starts with {bos!r}, which the tokenizer adds by itself: it is "
             "written once; remove it from the template"
         ] = None
         return []
-
-    def _find_start_ids(self) -> list[int]:
-        """What the tokenizer puts before a text; what it may put behind is not taken."""
-        plain = self._ids("a")
-        full = list(self._tokenizer("a", add_special_tokens=True)["input_ids"])
-        for start in range(len(full) - len(plain) + 1):
-            if full[start : start + len(plain)] == plain:
-                return full[:start]
-        return []
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _inner_ids(self, text: str) -> list[int]:
-        if self._adds_space:
-            ids = self._ids("\n" + text)
-            if ids[: len(self._newline_ids)] == self._newline_ids:
-                return ids[len(self._newline_ids) :]
-        return self._ids(text)
-
-    def _gives_back(self, ids: Sequence[int], text: str) -> bool:
-        decoded = self.decode(ids)
-        # Such tokenizers drop the first space again when they decode.
-        return decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

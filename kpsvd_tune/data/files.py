@@ -1,18 +1,19 @@
-"""Read rows from one local file: .jsonl, .json, .csv or .parquet; each fault names its line."""
+"""Read one local file row by row: .jsonl, .json, .csv, .parquet; each fault names its line."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import DataError
+
+Numbered = tuple[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,31 +38,53 @@ class Row:
         return f"{self.source}, {self.unit} {self.number}"
 
 
-def read_file(path: Path) -> list[Row]:
-    """Read every row of a local file; blank lines are no rows.
-
-    Args:
-        path: A file whose suffix is one of `SUFFIXES`. Text is UTF-8, with or without a byte
-            order mark, with any line ends.
+def check_file(path: Path) -> None:
+    """Refuse what is no file of a known kind.
 
     Raises:
-        DataError: The file is missing, of another kind, empty or has a faulty row.
+        DataError: The file is missing or of another kind; the message says what is there.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in _READERS:
         raise DataError(
             f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected one of "
             f"{', '.join(SUFFIXES)}: convert the file, or rename it if only the suffix is wrong"
         )
     if not path.is_file():
         raise DataError(_missing(path))
+
+
+def row_unit(path: Path) -> str:
+    """What the rows of a file are counted in: lines, or rows where it has no lines."""
+    return "line" if path.suffix.lower() in (".jsonl", ".csv") else "row"
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Read a local file row by row; blank lines are no rows.
+
+    Memory holds one row of a .jsonl or .csv file, a thousand of a .parquet file, and all of a
+    .json file, which is one value.
+
+    Args:
+        path: A file whose suffix is one of `SUFFIXES`. Text is UTF-8, with or without a byte
+            order mark, with any line ends.
+
+    Yields:
+        The rows in their order.
+
+    Raises:
+        DataError: The file is missing, of another kind, empty or has a faulty row.
+    """
+    check_file(path)
+    unit = row_unit(path)
+    is_empty = True
     try:
-        rows = reader(path)
+        for number, values in _READERS[path.suffix.lower()](path):
+            is_empty = False
+            yield Row(str(path), number, values, unit)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not rows:
+    if is_empty:
         raise DataError(f"{path}: holds no rows; expected at least one")
-    return rows
 
 
 def parse_json(text: str) -> Any:
@@ -96,25 +119,37 @@ def _missing(path: Path) -> str:
     return f"{path}: there is no such file (looked from {Path.cwd()}); {cure}"
 
 
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
+def _read_text(path: Path, newline: str) -> Iterator[str]:
+    """The lines of a text file with their ends; `newline` as :func:`open` takes it."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
     for start, found, cure in _FOREIGN_STARTS:
-        if data.startswith(start):
+        if head.startswith(start):
             raise DataError(f"{path}: is {found}; expected UTF-8 text: {cure}")
     try:
-        return data.decode("utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield from stream
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        # The decoder knows its place in a block of the file only.
+        line, byte = _foreign_byte(path)
         raise DataError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; expected UTF-8 "
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; expected UTF-8 "
             "text: save the file with that encoding"
         ) from error
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    # Split on the newline alone: str.splitlines would also cut at U+2028 inside a JSON string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def _foreign_byte(path: Path) -> tuple[int, int]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return number, line[error.start]
+    raise AssertionError("the file changed while it was read")
+
+
+def _read_jsonl(path: Path) -> Iterator[Numbered]:
+    for number, line in enumerate(_read_text(path, newline="\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -130,14 +165,13 @@ def _read_jsonl(path: Path) -> list[Row]:
                 f"{path}, line {number}: expected a JSON object (columns by name), found "
                 f"{_kind(values)}{cure}"
             )
-        rows.append(Row(str(path), number, values))
-    return rows
+        yield number, values
 
 
-def _read_json(path: Path) -> list[Row]:
-    text = _read_text(path)
+def _read_json(path: Path) -> Iterator[Numbered]:
+    text = "".join(_read_text(path, newline=""))
     if not text.strip():
-        return []
+        return
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -161,14 +195,15 @@ def _read_json(path: Path) -> list[Row]:
                 f"{path}, row {number}: expected a JSON object (columns by name), found "
                 f"{_kind(values)}"
             )
-    return [Row(str(path), n, values, "row") for n, values in enumerate(content, start=1)]
+        yield number, values
 
 
-def _read_csv(path: Path) -> list[Row]:
-    # newline="" in effect: csv sees the line ends itself and keeps those inside quotes.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+def _read_csv(path: Path) -> Iterator[Numbered]:
+    # The library's own limit is 131,072 characters, and long texts are what csv files hold here.
+    csv.field_size_limit(2**31 - 1)
+    # newline="": csv sees the line ends itself and keeps those inside quotes.
+    reader = csv.reader(_read_text(path, newline=""), strict=True)
     header: list[str] | None = None
-    rows = []
     start = 1
     try:
         for fields in reader:
@@ -183,13 +218,12 @@ def _read_csv(path: Path) -> list[Row]:
                     f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
                     f'({_names(header)}): put double quotes (") around a text with a comma in it'
                 )
-            rows.append(Row(str(path), number, dict(zip(header, fields, strict=True))))
+            yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(
             f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "
             'a text with commas or quotes in double quotes, each quote in it doubled ("")'
         ) from error
-    return rows
 
 
 def _csv_header(path: Path, fields: list[str]) -> list[str]:
@@ -209,15 +243,19 @@ def _csv_header(path: Path, fields: list[str]) -> list[str]:
     return header
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> Iterator[Numbered]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    number = 0
     try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield number, values
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    return [Row(str(path), n, values, "row") for n, values in enumerate(records, start=1)]
 
 
 def _json_fault(error: ValueError) -> str:
@@ -251,7 +289,7 @@ _FOREIGN_STARTS = (
     (b"PK\x03\x04", "a zip archive or spreadsheet", "unpack or export it first"),
     (b"PAR1", "a parquet file", "rename it to .parquet"),
 )
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

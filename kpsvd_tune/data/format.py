@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kpsvd_tune.data.columns import column, describe_columns, missing_column, text_of
+from kpsvd_tune.data.columns import (
+    column,
+    describe_columns,
+    looks_like_pair,
+    missing_column,
+    text_of,
+)
 from kpsvd_tune.data.files import Row, parse_json
 from kpsvd_tune.errors import DataError
 
@@ -17,12 +23,14 @@ REQUIRED_ROLES: Mapping[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
 }
 _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
     "chat": (),
     "sharegpt": ("system",),
     "alpaca": ("input", "system"),
     "prompt-completion": ("system",),
+    "text": (),
 }
 _SPEAKERS = {
     "human": "user",
@@ -38,11 +46,19 @@ _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the completion to learn; `system` is None where no column gives it."""
+    """A prompt and the completion to learn.
+
+    Attributes:
+        prompt: Text before it.
+        completion: Text to learn.
+        system: System prompt; None where no column gives it.
+        is_plain: Whether the completion is plain text, which no template is put around.
+    """
 
     prompt: str
     completion: str
     system: str | None = None
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,9 @@ class RowFormat:
 
     def _pair(self, row: Row) -> Pair | None:
         read = {role: text_of(row, name) for role, name in self.columns.items()}
-        if self.name == "alpaca":
+        if self.name == "text":
+            pair = Pair("", read["text"], is_plain=True)
+        elif self.name == "alpaca":
             request = "\n\n".join(t for t in (read["instruction"], read.get("input", "")) if t)
             pair = Pair(request, read["output"], read.get("system"))
         else:
@@ -195,6 +213,9 @@ def _detect(
             roles = ("completion",)
         if all(role in row.values for role in roles):
             return name, columns, f"the rows have the columns {' and '.join(roles)}"
+    # A text beside its summary or its label is half of a pair: which one must be said.
+    if "text" in row.values and not looks_like_pair(row, "text"):
+        return "text", columns, "the rows have the column text, and none for an answer"
     raise missing_column(row, "prompt-completion", "prompt", "prompt", ("prompt", "completion"))
 
 

@@ -5,10 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from kpsvd_tune.data.stored_rows import StoredRows
+from kpsvd_tune.data.tokenized import TokenizedRow
+
 # Batches whose rows are sorted together. More would spare little and make batches more alike.
 _BATCHES_A_WINDOW = 50
 # An epoch has at least so many windows, or small data would be sorted as a whole.
 _WINDOWS = 4
+
+
+def row_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
+    """Tokens of each row, without reading rows that lie on disk."""
+    if isinstance(rows, StoredRows):
+        lengths: list[int] = rows.lengths.tolist()
+        return lengths
+    return [len(row.input_ids) for row in rows]
 
 
 def group_by_length(

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.encode import Encoder, TokenizedRow
+from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
-from kpsvd_tune.data.format import Chat, Pair, RowFormat, find_format
-from kpsvd_tune.data.preflight import check_supervision, tokenizer_warnings
-from kpsvd_tune.data.rows import load_rows
+from kpsvd_tune.data.format import Chat, Pair, RowFormat
+from kpsvd_tune.data.preflight import tokenizer_warnings
+from kpsvd_tune.data.rows import load_rows, open_sources
+from kpsvd_tune.data.selection import Selection
+from kpsvd_tune.data.sources import (
+    SourceSettings,
+    mix,
+    training_sources,
+    validation_source,
+)
 from kpsvd_tune.data.split import split_rows
-from kpsvd_tune.data.template import TextTemplate
+from kpsvd_tune.data.stored_rows import StoredRows, rows_sha256
+from kpsvd_tune.data.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.report.result import SourceCount
 from kpsvd_tune.report.results import PreflightReport
 
+# Called with rows tokenised so far and in all; 0 in all: not known, as for a file read once.
 Progress = Callable[[int, int], None]
 
 
@@ -30,19 +39,21 @@ class PreparedData:
     """Rows ready for the sampler.
 
     Attributes:
-        train: Rows to train on, never empty.
+        train: Rows to train on, never empty; those of a source with a weight as often as it says.
         validation: Held-out rows, may be empty.
         report: What the preflight found.
         sha256: Hash of every id and label in order: equal hashes train the same. Content,
             template, tokenizer, lengths and split all act through them, the files' place not.
-        encoder: Encodes prompts for generation as these rows were.
+        encoder: Encodes prompts for generation as the rows of the first source were.
+        cache_note: Where the tokenised rows lie, and whether they were found there.
     """
 
-    train: Sequence[TokenizedRow]
-    validation: Sequence[TokenizedRow]
+    train: StoredRows
+    validation: StoredRows
     report: PreflightReport
     sha256: str
     encoder: Encoder
+    cache_note: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def read_examples(
     template: str = "chat",
     offline: bool = False,
 ) -> ReadRows:
-    """Read rows and find their form, for training, validation or evaluation.
+    """Read rows into memory and find their form, for evaluation.
 
     Args:
         path: Local file, hub id, or several.
@@ -83,23 +94,8 @@ def read_examples(
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split, offline=offline)
-    text = None if template == "chat" else TextTemplate(template)
-    form = find_format(
-        loaded.rows, format, columns or {}, needs_prompt=text is None or text.has_prompt
-    )
-    notes = list(loaded.notes)
-    if form.is_chat or text is None:
-        return ReadRows(loaded.rows, form, tuple(notes))
-    if text.has_system and "system" not in form.columns:
-        raise DataError(
-            "dataset.template has {system} and no column gives it; expected "
-            "dataset.columns={system: COLUMN}, or a template without it"
-        )
-    if "system" in form.columns and not text.has_system:
-        notes.append(
-            f"the column {form.columns['system']!r} is not used: dataset.template has no {{system}}"
-        )
-    return ReadRows(loaded.rows, form, tuple(notes))
+    form, notes = find_form(loaded.rows, format, columns or {}, template)
+    return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 
 
 def prepare(
@@ -110,168 +106,139 @@ def prepare(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Read, split, encode and check the rows of a recipe.
+    """Read, encode, split, mix and check the rows of a recipe.
+
+    Rows are encoded one source after the other into stores on disk, or found there, so memory
+    holds none of them.
 
     Args:
         dataset: The recipe's section.
         tokenizer: The base model's tokenizer.
-        seed: Decides which rows are held out.
+        seed: Decides which rows are held out, and which a fractional weight takes.
         offline: Use only what the local hub cache holds.
-        progress: Called with rows encoded so far and in all.
+        progress: Called while rows are tokenised.
 
     Raises:
         DataError: Anything between the file and the labels is not as it must be.
+        ResourceError: The cache cannot be written.
     """
-    source = _read(dataset, dataset.path, offline)
-    if isinstance(dataset.validation, str):
-        train_rows, held_out = list(source.rows), _read(dataset, dataset.validation, offline)
-        validation_rows, validation_form = list(held_out.rows), held_out.format
-    else:
-        kept, held = split_rows(len(source.rows), dataset.validation, seed)
-        train_rows = [source.rows[index] for index in kept]
-        validation_rows, validation_form = [source.rows[index] for index in held], source.format
-
-    warnings = [*source.notes, *tokenizer_warnings(tokenizer, dataset.max_length)]
-    template = dataset.template
-    if source.format.is_chat and template != "chat":
-        template = "chat"
-        if "template" in dataset.model_fields_set:
-            warnings.append(
-                "dataset.template is not used: chat rows take the tokenizer's own template; "
-                "set it to chat"
-            )
-    encoder = Encoder(tokenizer, template, dataset.max_length)
-    total = len(train_rows) + len(validation_rows)
+    cache = TokenCache()
     done = 0
 
-    def advance() -> None:
+    def advance(number: int) -> None:
         nonlocal done
-        done += 1
+        done += number
         if progress is not None:
-            progress(done, total)
+            progress(done, 0)
 
-    train = _encode_all(train_rows, source.format, encoder, advance)
-    validation = _encode_all(validation_rows, validation_form, encoder, advance)
-    if not train.rows:
+    def tokenised(settings: SourceSettings) -> list[TokenizedSource]:
+        opened = open_sources(
+            settings.path,
+            name=settings.name,
+            split=settings.split,
+            offline=offline,
+            streaming=dataset.streaming,
+        )
+        only_last = dataset.learn == "last"
+        return [
+            tokenise(each, settings, tokenizer, dataset.max_length, only_last, cache, advance)
+            for each in opened
+        ]
+
+    settings = training_sources(dataset)
+    sources = [source for each in settings for source in tokenised(each)]
+    held_out = sources
+    if isinstance(dataset.validation, str):
+        held_out = tokenised(validation_source(dataset, dataset.validation))
+    if progress is not None and done:
+        progress(done, done)
+
+    num_rows = sum(len(source.store) for source in sources)
+    if isinstance(dataset.validation, str):
+        kept = np.arange(num_rows)
+        held = np.arange(sum(len(source.store) for source in held_out))
+    else:
+        kept, held = split_rows(num_rows, dataset.validation, seed)
+    train = Selection(sources, kept, dataset)
+    validation = Selection(held_out, held, dataset)
+    if not len(train.usable):
         raise DataError(
-            f"{source.rows[0].source}: nothing can be trained in any of the {len(train_rows)} "
-            f"training rows: {'; '.join(train.warnings(dataset.max_length))}; expected at least "
+            f"{sources[0].label}: nothing can be trained in any of the {len(kept)} "
+            f"training rows: {'; '.join(train.warnings())}; expected at least "
             "one row with a completion that fits into dataset.max_length"
         )
-    check_supervision(train.rows, train.truncated, encoder.end_token_ids)
-    warnings += train.warnings(dataset.max_length)
-    warnings += [f"validation: {note}" for note in validation.warnings(dataset.max_length)]
-    warnings += encoder.notes
-    whole = [row for row, is_cut in zip(train.rows, train.truncated, strict=True) if not is_cut]
-    report = PreflightReport(
-        num_rows=len(train.rows),
-        num_validation_rows=len(validation.rows),
-        num_tokens=sum(len(row.input_ids) for row in train.rows),
-        num_supervised_tokens=sum(row.num_supervised for row in train.rows),
-        num_truncated=sum(train.truncated),
-        num_dropped=train.num_dropped,
-        max_tokens=max(len(row.input_ids) for row in train.rows),
-        format=source.format.name,
-        format_reason=source.format.reason,
-        warnings=tuple(warnings),
-        sample=encoder.pieces((whole or train.rows)[0]),
-    )
-    digest = _sha256(train.rows, validation.rows)
-    return PreparedData(tuple(train.rows), tuple(validation.rows), report, digest, encoder)
+    parts = [
+        mix(places, source.weight, f"weight {seed} {index}")
+        for index, (source, places) in enumerate(zip(sources, train.by_source(), strict=True))
+    ]
+    rows = StoredRows([source.store for source in sources], np.concatenate(parts))
+    others = StoredRows([source.store for source in held_out], validation.usable)
+    encoder = Encoder(tokenizer, template_of(sources[0], settings[0]), dataset.max_length)
 
-
-@dataclass
-class _EncodedRows:
-    """The rows that can be used, with the places of those that are out of the ordinary."""
-
-    rows: list[TokenizedRow] = field(default_factory=list)
-    truncated: list[bool] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
-    inexact: list[str] = field(default_factory=list)
-    special: list[str] = field(default_factory=list)
-
-    @property
-    def num_dropped(self) -> int:
-        return len(self.empty) + len(self.too_long)
-
-    def warnings(self, max_length: int) -> list[str]:
-        num_cut = sum(self.truncated)
-        kinds = (
-            (self.empty, "dropped: empty, or without a completion"),
-            (
-                self.too_long,
-                f"dropped: the prompt alone fills dataset.max_length ({max_length} tokens)",
+    def report() -> PreflightReport:
+        whole = train.whole
+        shown = StoredRows(rows.stores, whole[:1] if len(whole) else train.usable[:1])
+        notes = dict.fromkeys(note for source in sources for note in source.notes)
+        return PreflightReport(
+            num_rows=len(rows),
+            num_validation_rows=len(others),
+            num_tokens=int(rows.lengths.sum()),
+            num_supervised_tokens=int(rows.num_supervised.sum()),
+            num_truncated=train.num_cut,
+            num_dropped=len(kept) - len(train.usable),
+            max_tokens=int(rows.lengths.max()),
+            format=sources[0].form.name,
+            format_reason=sources[0].form.reason,
+            warnings=(
+                *tokenizer_warnings(tokenizer, dataset.max_length),
+                *train.warnings(),
+                *(f"validation: {note}" for note in validation.warnings()),
+                *notes,
             ),
-            (
-                self.special,
-                "with the text of a special token in them, which is read as that token: remove "
-                "it unless it is meant",
-            ),
-            (self.inexact, "whose text this tokenizer does not give back exactly"),
+            sample=encoder.pieces(shown[0]),
+            sources=_counts(sources, rows.stores, parts) if len(sources) > 1 else (),
         )
-        notes = [
-            f"{len(places)} row{'s' if len(places) > 1 else ''} {what} (first: {places[0]})"
-            for places, what in kinds
-            if places
-        ]
-        if num_cut:
-            notes.append(
-                f"{num_cut} row{'s' if num_cut > 1 else ''} cut to dataset.max_length "
-                f"({max_length} tokens), which takes the end token away: raise it to learn whole "
-                "completions"
-            )
-        return notes
 
-
-def _encode_all(
-    rows: Sequence[Row], form: RowFormat, encoder: Encoder, advance: Callable[[], None]
-) -> _EncodedRows:
-    result = _EncodedRows()
-    for row in rows:
-        example = form.example(row)
-        advance()
-        if example is None:
-            result.empty.append(row.where)
-            continue
-        try:
-            encoded = encoder.encode(example, row.number)
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from error
-        if encoded.holds_special_tokens:
-            result.special.append(row.where)
-        if not encoded.is_exact:
-            result.inexact.append(row.where)
-        if encoded.row is None:
-            result.too_long.append(row.where)
-            continue
-        result.rows.append(encoded.row)
-        result.truncated.append(encoded.is_truncated)
-    return result
-
-
-def _read(dataset: DatasetRecipe, path: str | Sequence[str], offline: bool) -> ReadRows:
-    # A validation file belongs to no configuration or split of the training data.
-    is_training = path == dataset.path
-    return read_examples(
-        path,
-        name=dataset.name if is_training else None,
-        split=dataset.split if is_training else "train",
-        format=dataset.format,
-        columns=cast(Mapping[str, str], dataset.columns),
-        template=dataset.template,
-        offline=offline,
+    known = _known(cache, sources, held_out, dataset, seed)
+    found = cache.read_note(known)
+    if found is None:
+        found = {"report": report().to_dict(), "sha256": rows_sha256(rows, others)}
+        cache.write_note(known, found)
+    was_cached = all(source.was_cached for source in (*sources, *held_out))
+    note = f"tokenised rows: {cache.folder}" + (
+        ", found there; nothing was tokenised" if was_cached else ""
+    )
+    return PreparedData(
+        rows, others, PreflightReport.from_dict(found["report"]), found["sha256"], encoder, note
     )
 
 
-def _sha256(*parts: Sequence[TokenizedRow]) -> str:
-    digest = hashlib.sha256()
-    for rows in parts:
-        digest.update(len(rows).to_bytes(8, "little"))
-        for row in rows:
-            digest.update(len(row.input_ids).to_bytes(8, "little"))
-            numbers = array("q", row.input_ids + row.labels)
-            if sys.byteorder == "big":
-                numbers.byteswap()
-            digest.update(numbers.tobytes())
-    return digest.hexdigest()
+def _known(
+    cache: TokenCache,
+    sources: Sequence[TokenizedSource],
+    held_out: Sequence[TokenizedSource],
+    dataset: DatasetRecipe,
+    seed: int,
+) -> str:
+    """Name report and hash by all that they say, the names of the sources included."""
+    stores = [
+        [source.store.folder.name, source.label, source.unit, source.weight, *source.notes]
+        for source in (*sources, *held_out)
+    ]
+    return store_key(stores, dataset.model_dump(mode="json"), seed)
+
+
+def _counts(
+    sources: Sequence[TokenizedSource],
+    stores: Sequence[object],
+    parts: Sequence[NDArray[np.int64]],
+) -> tuple[SourceCount, ...]:
+    counts = []
+    start = 0
+    for source, part in zip(sources, parts, strict=True):
+        supervised = int(source.store.num_supervised[part - start].sum())
+        counts.append(
+            SourceCount(source.label, source.weight, len(part), supervised, source.form.name)
+        )
+        start += len(source.store)
+    return tuple(counts)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from kpsvd_tune.data.sampler import permutation
+import numpy as np
+from numpy.typing import NDArray
+
+from kpsvd_tune.data.sources import shuffled
 from kpsvd_tune.errors import DataError
 
 
-def split_rows(num_rows: int, validation: int | float, seed: int) -> tuple[list[int], list[int]]:
+def split_rows(
+    num_rows: int, validation: int | float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Row indices to train on and to validate on: disjoint, together all, both ascending.
 
     Args:
@@ -30,5 +35,7 @@ def split_rows(num_rows: int, validation: int | float, seed: int) -> tuple[list[
         num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1)
     else:
         num_held_out = 0
-    order = permutation(num_rows, f"validation {seed}")
-    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
+    if num_held_out == 0:
+        return np.arange(num_rows), np.arange(0)
+    order = shuffled(num_rows, f"validation {seed}")
+    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])

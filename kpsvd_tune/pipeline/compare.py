@@ -13,7 +13,7 @@ from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials
 from kpsvd_tune.compare.verdict import compare_rows
-from kpsvd_tune.data import TokenizedRow, prepare
+from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
@@ -83,8 +83,9 @@ def compare(
     with run.lock():
         source = find_model(recipe, offline)
         tokenizer = load_tokenizer(source)
-        events.stage(f"reading {recipe.dataset.path}")
+        events.stage(f"reading {source_names(recipe.dataset)}")
         data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline)
+        events.note(data.cache_note)
         events.preflight(data.report)
         if not data.validation:
             raise DataError(

@@ -12,7 +12,7 @@ import torch
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
-from kpsvd_tune.data import StatelessSampler, prepare
+from kpsvd_tune.data import StatelessSampler, prepare, source_names
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import (
     AdapterError,
@@ -211,8 +211,9 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     source = find_model(recipe, offline)
-    events.stage(f"reading {recipe.dataset.path}")
+    events.stage(f"reading {source_names(recipe.dataset)}")
     data = prepare(recipe.dataset, load_tokenizer(source), seed=recipe.train.seed, offline=offline)
+    events.note(data.cache_note)
     events.preflight(data.report)
     skeleton = load_skeleton(source)
     adapter = recipe.adapter

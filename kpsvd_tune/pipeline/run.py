@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, read_json
-from kpsvd_tune.data import TokenizedRow, prepare
+from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
@@ -240,7 +240,7 @@ def _prepare(
     offline: bool,
 ) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str]:
     """Rows to train on, held-out rows, and the hash of both."""
-    events.stage(f"reading {dataset.path}")
+    events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
         tokenizer,
@@ -248,6 +248,7 @@ def _prepare(
         offline=offline,
         progress=lambda done, total: events.advance("tokenising", done, total),
     )
+    events.note(data.cache_note)
     events.preflight(data.report)
     return data.train, data.validation, data.sha256
 

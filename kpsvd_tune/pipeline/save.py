@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
 from kpsvd_tune.checkpoint import durable
+from kpsvd_tune.data import source_names
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.score import score_table
@@ -101,7 +102,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
     base = model.peft_config["default"].base_model_name_or_path
     totals = report.totals
     adapted = sum(layer.rank > 0 for layer in report.layers)
-    dataset = recipe.dataset.path if recipe.dataset else "none"
+    dataset = source_names(recipe.dataset) if recipe.dataset else "none"
     start = f" It went on from the adapter {recipe.adapter.from_}." if recipe.adapter.from_ else ""
     lines = [
         "---",

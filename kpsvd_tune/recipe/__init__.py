@@ -1,8 +1,8 @@
 """The recipe: a closed YAML schema, read safely, with every fault reported at once.
 
-`schema`, `adapter`, `columns` and `evaluation` hold the keys; `values` the kinds of value;
-`reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking` and
-`faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor
+`schema`, `adapter`, `columns`, `source` and `evaluation` hold the keys; `values` the kinds of
+value; `reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking`
+and `faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor
 transformers.
 """
 
@@ -25,6 +25,7 @@ from kpsvd_tune.recipe.schema import (
     Recipe,
     TrainRecipe,
 )
+from kpsvd_tune.recipe.source import SourceRecipe
 from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "RankOverride",
     "RankRecipe",
     "Recipe",
+    "SourceRecipe",
     "TrainRecipe",
     "evaluation_section",
     "load_recipe",

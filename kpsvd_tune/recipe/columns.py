@@ -24,3 +24,4 @@ class Columns(TypedDict, total=False):
     output: Annotated[Text, Field(description="column with an alpaca output")]
     messages: Annotated[Text, Field(description="column with a list of chat messages")]
     conversations: Annotated[Text, Field(description="column with a sharegpt conversation")]
+    text: Annotated[Text, Field(description="column with plain text, all of it learnt")]

@@ -89,7 +89,8 @@ def near_key(path: Path) -> tuple[str | None, str]:
         ".".join((*place, name)) if place else f"{name} at the top level": name
         for place, names in LEVELS.items()
         for name in names
-        if place != level and "*" not in place
+        # The keys of a source are keys of the dataset section too.
+        if place not in (level, ("dataset", "path")) and "*" not in place
     }
     if key in elsewhere and "." in key:
         return None, "dots are for overrides; in a file nest the keys"

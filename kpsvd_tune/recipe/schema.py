@@ -15,6 +15,7 @@ from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.recipe.columns import Columns
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
+from kpsvd_tune.recipe.source import Format, Sources
 from kpsvd_tune.recipe.values import (
     Number,
     Precision,
@@ -56,14 +57,15 @@ class ModelRecipe(Section):
 class DatasetRecipe(Section):
     """The rows to learn from."""
 
-    path: TextOrList = Field(
-        description="hub id, or a local .jsonl, .json, .csv or .parquet file, or a list of files"
+    path: Sources = Field(
+        description="hub id, or a local .jsonl, .json, .csv or .parquet file, or a list of these; "
+        "in a list {path: ..., weight: ...} gives a source settings of its own"
     )
     name: TextOrList | None = Field(
         default=None, description="configuration on the hub, or a list of them"
     )
     split: Text = Field(default="train", description="split to train on")
-    format: Literal["auto", "prompt-completion", "alpaca", "chat", "sharegpt"] = Field(
+    format: Format = Field(
         default="auto", description="form of the rows; auto decides by their columns and says why"
     )
     columns: Columns = Field(
@@ -73,13 +75,34 @@ class DatasetRecipe(Section):
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
     )
-    max_length: int = Field(
-        default=512, ge=2, description="longest row, in tokens; longer ones are cut"
+    max_length: int = Field(default=512, ge=2, description="longest row, in tokens; see too_long")
+    too_long: Literal["cut", "drop"] = Field(
+        default="cut", description="rows above max_length: cut them, or leave them out"
+    )
+    min_length: int = Field(
+        default=1, ge=1, description="shortest row, in tokens; shorter ones are left out"
+    )
+    learn: Literal["all", "last"] = Field(
+        default="all", description="assistant turns of a chat to learn: all, or the last one"
+    )
+    streaming: bool = Field(
+        default=False, description="read hub sets as a stream, without keeping their files"
     )
     validation: Validation = Field(
         default=0.02,
         description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
     )
+
+    @field_validator("min_length")
+    @classmethod
+    def _check_min_length(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("max_length", value):
+            raise conflict(
+                f"is {value} and max_length is {info.data['max_length']}, so no row would be "
+                "left; lower min_length or raise max_length",
+                "max_length",
+            )
+        return value
 
     @field_validator("template")
     @classmethod

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -95,7 +95,8 @@ class Events:
         now = time.monotonic()
         if done == total or now - self._last >= PLAIN_SECONDS:
             self._last = now
-            self._console.print(Text(f"  {phase} {done}/{total} {detail}".rstrip()))
+            count = f"{done}/{total}" if total else f"{done:,}"
+            self._console.print(Text(f"  {phase} {count} {detail}".rstrip()))
 
     def step(self, metrics: StepMetrics, total: int) -> None:
         """Report one training step."""
@@ -121,13 +122,13 @@ class Events:
             self._progress = Progress(
                 TextColumn("  {task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total}"),
+                MofNCompleteColumn(),
                 TextColumn("{task.fields[detail]}"),
                 console=self._console,
             )
-            self._task = self._progress.add_task(phase, total=total, detail=detail)
+            self._task = self._progress.add_task(phase, total=total or None, detail=detail)
             self._progress.start()
-        self._progress.update(self._task, completed=done, total=total, detail=detail)
+        self._progress.update(self._task, completed=done, total=total or None, detail=detail)
 
 
 def duration(seconds: float) -> str:

@@ -37,6 +37,25 @@ class Probe(Result):
     seconds: float
 
 
+@dataclass(frozen=True)
+class SourceCount(Result):
+    """One of several sources of training rows.
+
+    Attributes:
+        source: File or hub dataset.
+        weight: Times each of its rows is seen in an epoch.
+        num_rows: Rows seen in an epoch.
+        num_supervised_tokens: Tokens of them that the loss counts.
+        format: Form of its rows.
+    """
+
+    source: str
+    weight: float
+    num_rows: int
+    num_supervised_tokens: int
+    format: str
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.result import Probe, Result
+from kpsvd_tune.report.result import Probe, Result, SourceCount
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class PreflightReport(Result):
     """What the dataset looks like to the model, before training.
 
     Attributes:
-        num_rows: Rows to train on.
+        num_rows: Rows to train on in an epoch.
         num_validation_rows: Rows held out.
         num_tokens: Tokens of the training rows.
         num_supervised_tokens: Those of them that the loss counts.
@@ -135,6 +135,7 @@ class PreflightReport(Result):
         format_reason: Why that form.
         warnings: What looks wrong without being an error.
         sample: One row as (text, is_trained) pieces, in order.
+        sources: Each source where there are several.
     """
 
     num_rows: int
@@ -148,6 +149,17 @@ class PreflightReport(Result):
     format_reason: str
     warnings: tuple[str, ...] = ()
     sample: tuple[tuple[str, bool], ...] = ()
+    sources: tuple[SourceCount, ...] = ()
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PreflightReport:
+        """Read back what `to_dict` gave."""
+        found = {
+            "warnings": tuple(content["warnings"]),
+            "sample": tuple((text, is_trained) for text, is_trained in content["sample"]),
+            "sources": tuple(SourceCount(**each) for each in content["sources"]),
+        }
+        return cls(**{**content, **found})
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,11 @@ def preflight_lines(report: PreflightReport) -> list[str]:
         f"{report.num_truncated:,} rows cut, {report.num_dropped:,} dropped; longest "
         f"{report.max_tokens} tokens",
     ]
+    for each in report.sources:
+        lines.append(
+            f"{each.source} ({each.format}, weight {each.weight:g}): {each.num_rows:,} rows, "
+            f"{each.num_supervised_tokens:,} supervised tokens an epoch"
+        )
     return lines + [f"note: {warning}" for warning in report.warnings]
 
 

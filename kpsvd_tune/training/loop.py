@@ -18,7 +18,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.checkpoint import RunDirectory
-from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
@@ -87,7 +87,7 @@ class Training:
             accelerator.num_processes,
             recipe.gradient_accumulation,
             recipe.seed,
-            [len(row.input_ids) for row in train_rows] if recipe.group_by_length else None,
+            row_lengths(train_rows) if recipe.group_by_length else None,
         )
         self.num_steps = recipe.max_steps or self._sampler.num_steps(recipe.epochs)
         self._make_batch = partial(

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune.data.files import parse_json, read_file
-from kpsvd_tune.data.rows import is_local_file, load_rows
+from kpsvd_tune.data import files
+from kpsvd_tune.data.files import Row, parse_json
+from kpsvd_tune.data.rows import is_local_file, load_rows, open_sources
 from kpsvd_tune.errors import DataError
 
 PAIR = '{"prompt": "1+1?", "completion": "2"}'
+
+
+def read_file(path: Path) -> list[Row]:
+    return list(files.read_file(path))
 
 
 def write(folder: Path, name: str, content: bytes | str) -> Path:
@@ -165,3 +170,50 @@ def test_folder_is_loaded_by_the_datasets_library(
     rows = load_rows(str(folder)).rows
     assert [row.number for row in rows] == [1, 2]
     assert rows[0].values == {"prompt": "1+1?", "completion": "2"}
+
+
+def test_a_text_longer_than_csvs_usual_limit_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.csv", "prompt,completion\na," + "x" * 200_000 + "\n")
+    assert len(read_file(path)[0].values["completion"]) == 200_000
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.jsonl", PAIR + "\n{oops}\n")
+    assert next(iter(files.read_file(path))).number == 1
+    assert len(load_rows(str(path), split="train[:1]").rows) == 1
+    with pytest.raises(DataError, match="line 2"):
+        load_rows(str(path))
+
+
+def test_a_parquet_file_is_read_in_parts(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"prompt": [str(n) for n in range(2500)]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = read_file(tmp_path / "rows.parquet")
+    assert [(row.number, row.values["prompt"]) for row in rows[998:1002]] == [
+        (n + 1, str(n)) for n in range(998, 1002)
+    ]
+    assert len(rows) == 2500
+
+
+@pytest.mark.parametrize(("split", "num_rows"), [("train", 3), ("train[1:]", 2), ("train[-1:]", 1)])
+def test_a_dataset_can_be_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, num_rows: int
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder, "train.jsonl", "".join(f'{{"prompt": "{n}"}}\n' for n in range(3)))
+    (source,) = open_sources(str(folder), split=split, streaming=True)
+    values = [row.values["prompt"] for row in source.read()]
+    assert values == ["0", "1", "2"][-num_rows:]
+    assert [row.values for row in source.read()] == [{"prompt": each} for each in values]
+    first = source.fingerprint()
+    assert open_sources(str(folder), split=split, streaming=True)[0].fingerprint() == first
+    write(folder, "train.jsonl", '{"prompt": "other"}\n')
+    assert open_sources(str(folder), split=split, streaming=True)[0].fingerprint() != first
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(DataError, match=r"train\[:100\], where dataset\.streaming is true"):
+        open_sources(str(folder), split="train[:10%]", streaming=True)

@@ -38,6 +38,8 @@ def find(values: dict[str, Any], name: str = "auto", **columns: str) -> RowForma
         ({"conversations": TURNS}, {}, "sharegpt", "'conversations' holds messages with from"),
         ({"conversations": MESSAGES}, {}, "chat", "'conversations' holds messages with role"),
         ({"x": TURNS}, {"conversations": "x"}, "sharegpt", "columns names conversations"),
+        ({"text": "a", "url": "b"}, {}, "text", "have the column text, and none for an answer"),
+        ({"body": "a"}, {"text": "body"}, "text", "columns names text"),
     ],
 )
 def test_form_is_detected_with_its_reason(
@@ -58,6 +60,7 @@ def test_first_row_that_is_not_empty_decides() -> None:
     [
         ({"prompt": "a", "completion": "b"}, Pair("a", "b")),
         ({"prompt": "a", "completion": 42}, Pair("a", "42")),
+        ({"text": "a"}, Pair("", "a", is_plain=True)),
         ({"instruction": "do", "input": "this", "output": "b"}, Pair("do\n\nthis", "b")),
         ({"instruction": "do", "input": None, "output": "b"}, Pair("do", "b")),
         ({"instruction": "do", "output": "b", "system": "s"}, Pair("do", "b", "s")),
@@ -127,7 +130,7 @@ def test_chats_without_an_answer_give_none() -> None:
         ({"promt": "a", "completions": "b"}, "{prompt: promt, completion: completions}"),
         ({"data": {"q": "a", "answer": "b"}}, "{prompt: COLUMN, completion: data.answer}"),
         ({"data": {"query": "a", "reply": "b"}}, "{prompt: data.query, completion: data.reply}"),
-        ({"text": "a"}, "{prompt: text, completion: COLUMN}"),
+        ({"text": "a", "code": "b"}, "{prompt: text, completion: code}"),
     ],
 )
 def test_wrong_columns_name_the_nearest_mapping(values: dict[str, Any], mapping: str) -> None:

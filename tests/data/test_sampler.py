@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kpsvd_tune.data import split
 from kpsvd_tune.data.sampler import StatelessSampler
-from kpsvd_tune.data.split import split_rows
 from kpsvd_tune.errors import DataError
 
 SMALL = st.integers(1, 5)
@@ -90,6 +90,11 @@ def test_sizes_and_positions_out_of_range_are_refused() -> None:
         sampler.batch(0, 2, 0)
     with pytest.raises(IndexError, match="process_index is -1"):
         sampler.batch(0, 0, -1)
+
+
+def split_rows(num_rows: int, validation: int | float, seed: int) -> tuple[list[int], list[int]]:
+    train, held_out = split.split_rows(num_rows, validation, seed)
+    return train.tolist(), held_out.tolist()
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,107 @@
+"""The sources that a recipe names, each with its own settings, and how their rows are mixed."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How one source is read: the recipe's keys, those of the dataset section filled in.
+
+    Attributes:
+        path: File or hub id.
+        name: Configuration on the hub, or several.
+        split: Split.
+        format: Form of the rows, or auto.
+        columns: Column of each role.
+        template: Text template, or chat.
+        weight: Times each row is seen in an epoch.
+        names_template: Whether the recipe writes a template rather than leaving the default.
+    """
+
+    path: str
+    name: str | Sequence[str] | None
+    split: str
+    format: str
+    columns: Mapping[str, str]
+    template: str
+    weight: float = 1.0
+    names_template: bool = False
+
+
+def training_sources(dataset: DatasetRecipe) -> list[SourceSettings]:
+    """The sources of `dataset.path`, in their order."""
+    paths = dataset.path if isinstance(dataset.path, list) else [dataset.path]
+    return [
+        _settings(dataset, each if isinstance(each, SourceRecipe) else SourceRecipe(path=each))
+        for each in paths
+    ]
+
+
+def validation_source(dataset: DatasetRecipe, path: str) -> SourceSettings:
+    """A validation file; it belongs to no configuration or split of the training data."""
+    own = SourceRecipe(path=path, split="train")
+    return _settings(dataset.model_copy(update={"name": None}), own)
+
+
+def source_names(dataset: DatasetRecipe) -> str:
+    """The sources as a message lists them."""
+    return ", ".join(source.path for source in training_sources(dataset))
+
+
+def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]:
+    """Repeat or thin out the rows of a source by its weight.
+
+    Each row occurs floor(weight) times; of the rest, round(fraction * rows) rows chosen at random
+    occur once more. The choice is a function of the key alone, so it is the same in every epoch
+    and after a resume.
+
+    Args:
+        places: (rows,) places of the source's rows.
+        weight: Above 0. A weight that would keep no row keeps one.
+        key: Seeds the choice.
+
+    Returns:
+        (rows seen in an epoch,) places, those of a row side by side.
+    """
+    whole = int(weight)
+    num_more = round((weight - whole) * len(places))
+    if whole == 0 and len(places):
+        num_more = max(1, num_more)
+    times = np.full(len(places), whole)
+    times[shuffled(len(places), key)[:num_more]] += 1
+    return np.repeat(places, times)
+
+
+def shuffled(num_rows: int, key: str) -> NDArray[np.int64]:
+    """A shuffled [0, num_rows), the same as :func:`~kpsvd_tune.data.sampler.permutation` gives.
+
+    An array takes a fifth of the memory of a list, which counts where the rows are many millions.
+    """
+    order = array("q", range(num_rows))
+    random.Random(key).shuffle(order)
+    return np.asarray(order, dtype=np.int64)
+
+
+def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
+    columns = dataset.columns if source.columns is None else source.columns
+    return SourceSettings(
+        path=source.path,
+        name=dataset.name if source.name is None else source.name,
+        split=source.split or dataset.split,
+        format=source.format or dataset.format,
+        columns=cast(Mapping[str, str], columns),
+        template=source.template or dataset.template,
+        weight=source.weight,
+        names_template=source.template is not None or "template" in dataset.model_fields_set,
+    )

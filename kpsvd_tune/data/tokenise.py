@@ -1,0 +1,192 @@
+"""From one source to its store of tokenised rows: found in the cache, or read and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.encode import Encoder
+from kpsvd_tune.data.files import Row
+from kpsvd_tune.data.format import RowFormat, find_format
+from kpsvd_tune.data.preflight import check_supervision
+from kpsvd_tune.data.rows import RowSource
+from kpsvd_tune.data.sources import SourceSettings
+from kpsvd_tune.data.store import Mark, StoreWriter, TokenStore
+from kpsvd_tune.data.template import TextTemplate
+from kpsvd_tune.data.tokenized import Layout
+from kpsvd_tune.errors import DataError
+
+# Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
+_ROWS = 500
+
+
+@dataclass(frozen=True)
+class TokenizedSource:
+    """A source and its store.
+
+    Attributes:
+        label: File or hub dataset, as messages name it.
+        unit: What its rows are numbered by.
+        weight: Times each row is seen in an epoch.
+        store: Its rows.
+        form: The form they were found to have.
+        notes: What a user should know about source, template and tokenizer.
+        was_cached: Whether nothing had to be tokenised.
+    """
+
+    label: str
+    unit: str
+    weight: float
+    store: TokenStore
+    form: RowFormat
+    notes: tuple[str, ...]
+    was_cached: bool
+
+    def where(self, place: int) -> str:
+        """Source and number of a row, as messages print them."""
+        return f"{self.label}, {self.unit} {self.store.numbers[place]}"
+
+
+def find_form(
+    rows: Sequence[Row], format: str, columns: Mapping[str, str], template: str
+) -> tuple[RowFormat, list[str]]:
+    """The form of the rows, checked against the template, with what a user should know.
+
+    Raises:
+        DataError: No form fits, or the template has a place that nothing fills.
+    """
+    text = None if template == "chat" else TextTemplate(template)
+    form = find_format(rows, format, columns, needs_prompt=text is None or text.has_prompt)
+    if form.is_chat or form.name == "text" or text is None:
+        return form, []
+    if text.has_system and "system" not in form.columns:
+        raise DataError(
+            "dataset.template has {system} and no column gives it; expected "
+            "dataset.columns={system: COLUMN}, or a template without it"
+        )
+    if "system" in form.columns and not text.has_system:
+        return form, [
+            f"the column {form.columns['system']!r} is not used: dataset.template has no {{system}}"
+        ]
+    return form, []
+
+
+def tokenise(
+    source: RowSource,
+    settings: SourceSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    only_last: bool,
+    cache: TokenCache,
+    advance: Callable[[int], None],
+) -> TokenizedSource:
+    """Give the store of a source.
+
+    Args:
+        source: The rows.
+        settings: How they are read.
+        tokenizer: The base model's tokenizer.
+        max_length: Tokens a row is cut to.
+        only_last: Learn the last assistant turn of a chat only.
+        cache: Where stores lie.
+        advance: Called with the number of rows read just now.
+
+    Raises:
+        DataError: A row, its form or the template is not as it must be.
+    """
+
+    def make(writer: StoreWriter) -> dict[str, Any]:
+        rows = source.read()
+        # The form is found from the first row that holds something.
+        head: list[Row] = []
+        for row in rows:
+            head.append(row)
+            if any(row.values.values()):
+                break
+        form, notes = find_form(head, settings.format, settings.columns, settings.template)
+        template, more = _template_for(form, settings)
+        encoder = Encoder(tokenizer, template, max_length, only_last=only_last)
+        for chunk in _chunks(chain(head, rows)):
+            _encode(chunk, form, encoder, writer)
+            advance(len(chunk))
+        return {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
+
+    key = store_key(
+        source.fingerprint(),
+        tokenizer_fingerprint(tokenizer),
+        settings.format,
+        dict(settings.columns),
+        settings.template,
+        settings.names_template,
+        max_length,
+        only_last,
+    )
+    store, was_cached = cache.find_or_make(key, make)
+    return TokenizedSource(
+        source.label,
+        source.unit,
+        settings.weight,
+        store,
+        RowFormat(**store.facts["form"]),
+        (*source.notes, *store.facts["notes"]),
+        was_cached,
+    )
+
+
+def template_of(source: TokenizedSource, settings: SourceSettings) -> str:
+    """The template that the rows of a source were written with."""
+    return _template_for(source.form, settings)[0]
+
+
+def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[str]]:
+    """The template that fits the form, with what a user should know about another one named."""
+    takes = {"chat": "the tokenizer's own template; set it to chat", "text": "none"}
+    kind = "chat" if form.is_chat else form.name
+    if kind not in takes or settings.template == "chat" == kind:
+        return settings.template, []
+    used = "chat" if kind == "chat" else "{completion}"
+    if not settings.names_template:
+        return used, []
+    return used, [f"dataset.template is not used: {kind} rows take {takes[kind]}"]
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, _ROWS)):
+        yield chunk
+
+
+def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: StoreWriter) -> None:
+    layouts: dict[int, Layout] = {}
+    for index, row in enumerate(rows):
+        example = form.example(row)
+        if example is not None:
+            try:
+                layouts[index] = encoder.lay_out(example)
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}") from error
+    encoded = encoder.encode_laid_out(
+        list(layouts.values()), [rows[index].number for index in layouts]
+    )
+    found = dict(zip(layouts, encoded, strict=True))
+    usable = [each for each in encoded if each.row is not None]
+    if usable:
+        check_supervision(
+            [each.row for each in usable if each.row is not None],
+            [each.is_truncated for each in usable],
+            encoder.end_token_ids,
+        )
+    for index, row in enumerate(rows):
+        if (each := found.get(index)) is None:
+            writer.add(row.number, None, Mark.EMPTY)
+            continue
+        marks = Mark.SPECIAL if each.holds_special_tokens else Mark(0)
+        marks |= Mark(0) if each.is_exact else Mark.INEXACT
+        marks |= Mark.CUT if each.is_truncated else Mark(0)
+        marks |= Mark.FULL_PROMPT if each.row is None else Mark(0)
+        writer.add(row.number, each.row, marks)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,10 @@ class TokenCache:
 
     def prune(self) -> None:
         """Remove what was used longest ago, until the rest is no larger than the bound."""
+        for unfinished in self.folder.glob("*.tmp"):
+            # Of a killed run; where a living one writes it, that one holds the lock.
+            with suppress(OSError), self._lock(unfinished.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(unfinished, ignore_errors=True)
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
         for facts in stores:
@@ -125,13 +129,13 @@ class TokenCache:
             note.unlink(missing_ok=True)
 
     @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
+    def _lock(self, key: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
         try:
-            _flock(descriptor, fcntl.LOCK_EX)
+            _flock(descriptor, kind)
             yield
         finally:
             os.close(descriptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -66,7 +67,7 @@ class StatelessSampler:
         self.gradient_accumulation = gradient_accumulation
         self.seed = seed
         self._lengths = lengths
-        self._orders: OrderedDict[int, list[int]] = OrderedDict()
+        self._orders: OrderedDict[int, Sequence[int]] = OrderedDict()
 
     @property
     def global_batch_size(self) -> int:
@@ -118,10 +119,10 @@ class StatelessSampler:
         epoch, offset = divmod(position, self.num_rows)
         return self._order(epoch)[offset]
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Sequence[int]:
         if epoch not in self._orders:
             key = f"epoch {self.seed} {epoch}"
-            order = permutation(self.num_rows, key)
+            order: Sequence[int] = permutation(self.num_rows, key)
             if self._lengths is not None:
                 size = self.global_batch_size
                 num_head = -epoch * self.num_rows % size
@@ -133,12 +134,12 @@ class StatelessSampler:
         return self._orders[epoch]
 
 
-def permutation(num_rows: int, key: str) -> list[int]:
+def permutation(num_rows: int, key: str) -> array[int]:
     """A shuffled [0, num_rows), the same for the same key on every machine and version.
 
     The standard library's generator and shuffle give the same numbers across Python versions and
     platforms, which torch and numpy do not promise of theirs.
     """
-    order = list(range(num_rows))
+    order = array("q", range(num_rows))  # a fifth of a list's memory
     random.Random(key).shuffle(order)
     return order

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -11,6 +9,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from kpsvd_tune.data.sampler import permutation
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 
 
@@ -79,18 +78,8 @@ def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]
     if whole == 0 and len(places):
         num_more = max(1, num_more)
     times = np.full(len(places), whole)
-    times[shuffled(len(places), key)[:num_more]] += 1
+    times[np.asarray(permutation(len(places), key))[:num_more]] += 1
     return np.repeat(places, times)
-
-
-def shuffled(num_rows: int, key: str) -> NDArray[np.int64]:
-    """A shuffled [0, num_rows), the same as :func:`~kpsvd_tune.data.sampler.permutation` gives.
-
-    An array takes a fifth of the memory of a list, which counts where the rows are many millions.
-    """
-    order = array("q", range(num_rows))
-    random.Random(key).shuffle(order)
-    return np.asarray(order, dtype=np.int64)
 
 
 def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kpsvd_tune.data.sources import shuffled
+from kpsvd_tune.data.sampler import permutation
 from kpsvd_tune.errors import DataError
 
 
@@ -37,5 +37,5 @@ def split_rows(
         num_held_out = 0
     if num_held_out == 0:
         return np.arange(num_rows), np.arange(0)
-    order = shuffled(num_rows, f"validation {seed}")
+    order = np.asarray(permutation(num_rows, f"validation {seed}"))
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])

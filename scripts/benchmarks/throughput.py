@@ -3,14 +3,14 @@
     python scripts/benchmarks/throughput.py --data train.jsonl \
         --columns prompt=question completion=answer --json docs/throughput/gsm8k.json
 
-Trains SmolLM2-135M (``scripts/setup`` installs it) with a KPSVD adapter of rank 4, balanced,
-through the training loop's own sampler, batches, loss and step. Without --data the rows are
-arithmetic problems of ``scripts/make_arithmetic.py``. Methods take turns, so that a slow moment of
-the machine falls on all of them; a first turn is thrown away. ``plain`` and ``packed`` train on the
-same rows, ``grouped`` and ``packed+grouped`` too. The steps that are timed stand for the epoch: its
-steps are sorted by their share of padding, and taken from there at equal distances. Gains are
-over the first method: turn by turn, and of all turns together. Losses of packed rows are compared
-with those of the same rows padded, with the same weights.
+Trains SmolLM2-135M (``scripts/setup`` installs it) with a KPSVD adapter (balanced, rank 4, unless
+--adapter says otherwise) through the training loop's own sampler, batches, loss and step. Without
+--data the rows are arithmetic problems of ``scripts/make_arithmetic.py``. Methods take turns, so
+that a slow moment of the machine falls on all of them; a first turn is thrown away. ``plain`` and
+``packed`` train on the same rows, ``grouped`` and ``packed+grouped`` too. The steps that are timed
+stand for the epoch: its steps are sorted by their share of padding, and taken from there at equal
+distances. Gains are over the first method: turn by turn, and of all turns together. Losses of
+packed rows are compared with those of the same rows padded, with the same weights.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Bench:
             self.turns[is_grouped] = [[epoch[place] for place in turn] for turn in places]
             self.epochs[is_grouped] = epoch
         recipe = TrainRecipe(precision="no", learning_rate=1e-4, scheduler="constant")
-        model = adapt(make_base("smollm2", torch.float32), "balanced-r4")
+        model = adapt(make_base("smollm2", torch.float32), args.adapter)
         self.base = model.get_base_model()
         self.stepper = Stepper(model, recipe, make_accelerator(recipe), num_steps=1)
         attend_by_rows(model)
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--adapter", default="balanced-r4", help="as step.py names them")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     results = run(args)

@@ -184,6 +184,20 @@ def test_stores_used_longest_ago_go_when_the_bound_is_passed(tmp_path: Path) -> 
     assert [path.parent.name for path in tmp_path.glob(f"*/{FACTS}")] == ["d"]
 
 
+def test_what_a_killed_run_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    cache = TokenCache(tmp_path)
+
+    def make(writer: StoreWriter) -> dict[str, Any]:
+        (tmp_path / "bb.tmp").mkdir()  # of a run that was killed
+        cache.prune()
+        assert (tmp_path / "aa.tmp").exists()
+        assert not (tmp_path / "bb.tmp").exists()
+        return {}
+
+    cache.find_or_make("aa", make)
+    assert (tmp_path / "aa" / FACTS).exists()
+
+
 @pytest.mark.slow
 def test_two_runs_make_one_store(tmp_path: Path) -> None:
     program = (

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare, source_names
-from kpsvd_tune.data.sampler import permutation
-from kpsvd_tune.data.sources import mix, shuffled
+from kpsvd_tune.data.sources import mix
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.report.table import preflight_lines
 
@@ -111,10 +110,6 @@ def test_weights_count_as_documented(num_rows: int, weight: float) -> None:
     assert len(mixed) == (max(1, expected) if num_rows else 0)
     assert mixed.tolist() == sorted(mixed.tolist())
     assert mixed.tolist() == mix(places, weight, "key").tolist()
-
-
-def test_the_order_is_that_of_the_sampler() -> None:
-    assert shuffled(50, "validation 3").tolist() == permutation(50, "validation 3")
 
 
 def test_filters_by_length_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -56,11 +56,15 @@ class Encoder:
         self._notes: dict[str, None] = {}
         self._special_ids = _special_tokens(tokenizer)
         self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
+        # Read once: a tokenizer looks its special tokens up anew at every call.
+        self._all_special_ids = frozenset(self._special_ids.values())
+        self._bos, self._bos_id = tokenizer.bos_token, tokenizer.bos_token_id
         if tokenizer.eos_token_id is None:
             raise DataError(
                 "the tokenizer has no end token (eos_token), so the model could not learn to "
                 "stop; set eos_token in the tokenizer's tokenizer_config.json"
             )
+        self._eos_id = int(tokenizer.eos_token_id)
         self._template = None if template == "chat" else TextTemplate(template)
         self._chat = (
             ChatRenderer(tokenizer, tuple(self._special_ids)) if template == "chat" else None
@@ -76,7 +80,7 @@ class Encoder:
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: the tokenizer's end token, and the chat template's if another."""
-        ends = {int(self._tokenizer.eos_token_id): None}
+        ends = {self._eos_id: None}
         if self._chat is not None:
             question = {"role": "user", "content": "a"}
             answer = {"role": "assistant", "content": "b"}
@@ -123,29 +127,39 @@ class Encoder:
         Returns:
             The rows, equal to what `encode` gives one by one.
         """
-        pieces = self._segment_tokenizer.rows([layout.segments for layout in layouts])
+        pieces = list(self._segment_tokenizer.rows([layout.segments for layout in layouts]))
+        learnt = [
+            (place, piece, segment.text)
+            for place, layout in enumerate(layouts)
+            for segment, piece in zip(layout.segments, pieces[place], strict=True)
+            if segment.is_trained
+        ]
+        gives_back = self._segment_tokenizer.gives_back(
+            [piece for _, piece, _ in learnt], [text for _, _, text in learnt]
+        )
+        inexact = {
+            place for (place, _, _), fits in zip(learnt, gives_back, strict=True) if not fits
+        }
         return [
-            self._assemble(layout, next_pieces, number)
-            for layout, next_pieces, number in zip(layouts, pieces, numbers, strict=True)
+            self._assemble(*each, place not in inexact)
+            for place, each in enumerate(zip(layouts, pieces, numbers, strict=True))
         ]
 
-    def _assemble(self, layout: Layout, pieces: Sequence[list[int]], row: int) -> EncodedRow:
+    def _assemble(
+        self, layout: Layout, pieces: Sequence[list[int]], row: int, is_exact: bool
+    ) -> EncodedRow:
         ids: list[int] = list(layout.prefix)
         labels: list[int] = [IGNORED] * len(ids)
-        is_exact = True
         for segment, piece in zip(layout.segments, pieces, strict=True):
             ids += piece
             labels += piece if segment.is_trained else [IGNORED] * len(piece)
-            is_exact = is_exact and (
-                not segment.is_trained or self._segment_tokenizer.gives_back(piece, segment.text)
-            )
-        bos, eos = self._tokenizer.bos_token_id, int(self._tokenizer.eos_token_id)
+        bos, eos = self._bos_id, self._eos_id
         if bos is not None and bos != eos and ids[:2] == [bos, bos]:
             self._notes[
-                f"rows begin with {self._tokenizer.bos_token!r} twice, which no model has seen in "
+                f"rows begin with {self._bos!r} twice, which no model has seen in "
                 "pretraining: take it out of the chat template, or out of the rows"
             ] = None
-        if not (ids[-1] in self._special_ids.values() if layout.is_chat else ids[-1] == eos):
+        if not (ids[-1] in self._all_special_ids if layout.is_chat else ids[-1] == eos):
             ids.append(eos)
             labels.append(eos)
         labels[0] = IGNORED
@@ -233,7 +247,7 @@ class Encoder:
     def _prefix(self, segments: list[Segment]) -> list[int]:
         """The ids that the tokenizer puts first, unless the template wrote them already."""
         first = segments[0].text if segments else ""
-        bos = self._tokenizer.bos_token
+        bos = self._bos
         if not (self._segment_tokenizer.start_ids and bos and first.startswith(bos)):
             return self._segment_tokenizer.start_ids
         self._notes[

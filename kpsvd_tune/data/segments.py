@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kpsvd_tune.data.tokenized import Segment
 
@@ -56,7 +57,7 @@ class SegmentTokenizer:
         for segments in rows:
             pieces = []
             for index, segment in enumerate(segments):
-                ids = list(next(found))
+                ids = next(found)
                 if index and self._adds_space:
                     is_clean = ids[:start] == self._newline_ids
                     ids = ids[start:] if is_clean else self.ids(segment.text)
@@ -71,11 +72,27 @@ class SegmentTokenizer:
             )
         )
 
-    def gives_back(self, ids: Sequence[int], text: str) -> bool:
-        """Whether the ids decode to the text they were made from."""
-        decoded = self.decode(ids)
-        # Tokenizers that put a space first drop it again when they decode.
-        return decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
+    def gives_back(self, pieces: Sequence[list[int]], texts: Sequence[str]) -> list[bool]:
+        """For each piece whether its ids decode to the text that they were made from."""
+        return [
+            # Tokenizers that put a space first drop it again when they decode.
+            decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
+            for decoded, text in zip(self._decode_all(pieces), texts, strict=True)
+        ]
+
+    def _decode_all(self, pieces: Sequence[list[int]]) -> Sequence[str]:
+        kind = type(self._tokenizer)
+        if (
+            kind.decode is not PreTrainedTokenizerBase.decode
+            or getattr(kind, "_decode", None) is not PreTrainedTokenizerFast._decode
+        ):
+            return [self.decode(ids) for ids in pieces]
+        # What `decode` calls in the end, without its look at the type of every single id.
+        backend: Any = self._tokenizer
+        texts: list[str] = backend.backend_tokenizer.decode_batch(
+            list(pieces), skip_special_tokens=False
+        )
+        return texts
 
     def _find_start_ids(self) -> list[int]:
         """What the tokenizer puts before a text; what it may put behind is not taken."""

@@ -66,6 +66,7 @@ class StoreWriter:
         self._buffers = {
             name: array({"<i4": "i", "<i8": "q", "|u1": "B"}[kind]) for name, kind in _TYPES.items()
         }
+        self._labels = array("i")  # as they come; `is_learnt` is made of them in one go
         self._counts = dict.fromkeys(_TYPES, 0)
         self._end = 0
         self._max_token_id = -1
@@ -76,9 +77,8 @@ class StoreWriter:
         """Append a row; None stands for one that cannot be used."""
         if row is not None:
             self._buffers["token_ids"].extend(row.input_ids)
-            self._buffers["is_learnt"].extend(label != IGNORED for label in row.labels)
+            self._labels.extend(row.labels)
             self._end += len(row.input_ids)
-            self._max_token_id = max(self._max_token_id, *row.input_ids)
         self._buffers["ends"].append(self._end)
         self._buffers["numbers"].append(number)
         self._buffers["num_supervised"].append(0 if row is None else row.num_supervised)
@@ -112,10 +112,17 @@ class StoreWriter:
             file.close()
 
     def _flush(self) -> None:
+        ids, labels = (
+            np.asarray(each, dtype="<i4") for each in (self._buffers["token_ids"], self._labels)
+        )
+        self._max_token_id = max(self._max_token_id, int(ids.max(initial=-1)))
+        self._buffers["is_learnt"].frombytes((labels != IGNORED).tobytes())
         for name, buffer in self._buffers.items():
             np.asarray(buffer, dtype=_TYPES[name]).tofile(self._files[name])
             self._counts[name] += len(buffer)
-            del buffer[:]
+        # New ones: an array that numpy looks into cannot be emptied.
+        self._labels = array("i")
+        self._buffers = {name: array(buffer.typecode) for name, buffer in self._buffers.items()}
 
     def _write_header(self, name: str) -> None:
         head = {"descr": _TYPES[name], "fortran_order": False, "shape": (self._counts[name],)}

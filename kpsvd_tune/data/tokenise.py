@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, reduce
 from itertools import chain, islice
+from operator import or_
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -185,8 +187,18 @@ def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: Stor
         if (each := found.get(index)) is None:
             writer.add(row.number, None, Mark.EMPTY)
             continue
-        marks = Mark.SPECIAL if each.holds_special_tokens else Mark(0)
-        marks |= Mark(0) if each.is_exact else Mark.INEXACT
-        marks |= Mark.CUT if each.is_truncated else Mark(0)
-        marks |= Mark.FULL_PROMPT if each.row is None else Mark(0)
+        marks = _marks(
+            each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
+        )
         writer.add(row.number, each.row, marks)
+
+
+@cache  # of 16 sets at most: joining flags takes longer than all else about them
+def _marks(special: bool, inexact: bool, cut: bool, full_prompt: bool) -> Mark:
+    flags = {
+        Mark.SPECIAL: special,
+        Mark.INEXACT: inexact,
+        Mark.CUT: cut,
+        Mark.FULL_PROMPT: full_prompt,
+    }
+    return reduce(or_, (mark for mark, is_set in flags.items() if is_set), Mark(0))

@@ -33,7 +33,7 @@ class TokenizedRow:
     @property
     def num_supervised(self) -> int:
         """Tokens that the loss counts."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,28 @@ def test_text_that_the_tokenizer_loses_is_told() -> None:
     assert not found.is_exact
 
 
+def test_inexact_rows_are_told_apart_in_a_chunk() -> None:
+    encoder = Encoder(word_tokenizer(), "{prompt}\n{completion}", 64)
+    layouts = [encoder.lay_out(Pair("a", text)) for text in ("b", "x", "c", "bz")]
+    found = encoder.encode_laid_out(layouts, [1, 2, 3, 4])
+    assert [each.is_exact for each in found] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", ["decode", "_decode"])
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    def shout(self: PreTrainedTokenizerFast, token_ids: Any, **keys: Any) -> str:
+        text: str = getattr(PreTrainedTokenizerFast, name)(self, token_ids, **keys)
+        return text.upper()
+
+    own: Any = copy.deepcopy(tokenizer)
+    own.__class__ = type("Own", (PreTrainedTokenizerFast,), {name: shout})
+    encoder = Encoder(own, TEMPLATE, 64)
+    assert encoder.encode(Pair("a", "B"), 1).is_exact
+    assert not encoder.encode(Pair("a", "b"), 1).is_exact
+
+
 def test_long_rows_are_cut_and_rows_of_prompt_alone_left_out(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -70,7 +70,9 @@ def deepspeed_environment(file: str, num_processes: int) -> dict[str, str]:
             return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
     except Exception as error:
         # Whatever a file can hold that Accelerate does not expect.
-        raise InputError(f"--accelerate-config {file}: {error}") from error
+        raise InputError(
+            f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
+        ) from error
     raise InputError(
         f"--accelerate-config {file}: expected DeepSpeed on one machine; plain processes need no "
         "configuration, and several machines are started by accelerate launch on each"

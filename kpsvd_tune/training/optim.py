@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,13 +156,12 @@ def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
             f"train.optimizer: {recipe.optimizer} looks at the rate in its first step only, where "
             "a warm-up has it at 0; set train.warmup_steps: 0, or choose another optimiser"
         )
-    for key, try_out in (
-        ("optimizer_args", optimizer.step),
-        (
-            "scheduler_args",
-            lambda: _check_rates(map(scheduler.lr_lambdas[0], range(num_steps + 1))),
-        ),
-    ):
+    factors = map(scheduler.lr_lambdas[0], range(num_steps + 1))
+    trials: dict[str, Callable[[], object]] = {
+        "optimizer_args": lambda: optimizer.step(),
+        "scheduler_args": lambda: _check_rates(factors),
+    }
+    for key, try_out in trials.items():
         try:
             try_out()
         except Exception as error:

@@ -128,12 +128,13 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kpsvd_tune.pipeline import run as module
+    from kpsvd_tune.pipeline import stages
     from kpsvd_tune.training import tracking
 
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
     started: list[str] = []
-    adapt = module.adapt
+    adapt = stages.adapt
 
     def watch(*arguments: Any) -> Any:
         alive.append(sum(model() is not None for model in models))

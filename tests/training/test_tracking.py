@@ -191,7 +191,7 @@ def test_trackio_keeps_the_numbers(start_training, tmp_path, monkeypatch):
 
 
 def test_a_training_without_settings_is_no_run_to_track(recorders):
-    tracking = Tracking(Processes("one"), None)  # type: ignore[arg-type]
+    tracking = Tracking(Processes("one"), None)
     tracking.log({"loss": 1.0}, step=1)
     tracking.end()
     assert recorders["one"].calls == []

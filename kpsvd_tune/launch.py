@@ -25,6 +25,9 @@ from kpsvd_tune.errors import InputError
 # After one rank failed the others get this long to end by themselves, then they are killed:
 # a rank that waits for the dead one would wait for ever.
 GRACE_SECONDS = 10.0
+# A terminal or a job system may signal a command in two ways at once: two within this time are one
+# request, here as in training.signals, which cannot be imported without torch.
+_SAME_REQUEST_SECONDS = 1.0
 # Names the file in which a rank keeps what it is doing, for the message if it dies.
 PHASE_FILE = "KPSVD_TUNE_PHASE_FILE"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -67,7 +70,9 @@ def deepspeed_environment(file: str, num_processes: int) -> dict[str, str]:
             return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
     except Exception as error:
         # Whatever a file can hold that Accelerate does not expect.
-        raise InputError(f"--accelerate-config {file}: {error}") from error
+        raise InputError(
+            f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
+        ) from error
     raise InputError(
         f"--accelerate-config {file}: expected DeepSpeed on one machine; plain processes need no "
         "configuration, and several machines are started by accelerate launch on each"
@@ -83,8 +88,8 @@ def launch(
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
 
     SIGINT and SIGTERM are passed on to every rank once; each saves and ends by itself. A second
-    one kills them. When this process is killed itself, Linux sends the ranks a SIGTERM, so none
-    is left behind.
+    one, a second or more later, kills them. When this process is killed itself, Linux sends the
+    ranks a SIGTERM, so none is left behind.
 
     Args:
         arguments: What follows `kpsvd-tune` on the command line.
@@ -129,14 +134,20 @@ def launch(
 
 
 def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
-    signals = 0
+    since: float | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal signals
-        signals += 1
+        nonlocal since
+        now = time.monotonic()
+        if since is None:
+            since = now
+        elif now - since < _SAME_REQUEST_SECONDS:
+            return
+        else:
+            number = signal.SIGKILL
         for rank in ranks:
             if rank.poll() is None:
-                rank.send_signal(number if signals == 1 else signal.SIGKILL)
+                rank.send_signal(number)
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -244,3 +244,16 @@ def test_exit_codes(
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["validate", "nothing-like-this", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--resume", "never"], ["--resume=runs/x/checkpoints/s"]])
+def test_a_stopped_run_says_how_it_goes_on(monkeypatch, capsys, option):
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedBySignal(15)
+
+    monkeypatch.setattr(cli, "app", stop)
+    assert cli.run(["train", "my.yaml"]) == 143
+    assert "first; the same command goes on from there" in capsys.readouterr().err
+    # With the option it would begin again where it began.
+    assert cli.run(["train", "my.yaml", *option]) == 143
+    assert "the same command without --resume goes on from there" in capsys.readouterr().err

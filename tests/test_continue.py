@@ -142,6 +142,41 @@ def test_a_stopped_second_run_goes_on_to_the_same_bits(
     assert results(tmp_path / "whole")["train_loss"] == results(tmp_path / "parts")["train_loss"]
 
 
+@pytest.mark.parametrize("path", ["{run}", "{run}/adapter", "{run}/../first"])
+def test_a_run_does_not_go_on_from_what_it_would_replace(
+    recipe: Path, first: Path, capsys: pytest.CaptureFixture[str], path: str
+) -> None:
+    before = results(first)
+    option = f"adapter.from={path.format(run=first)}"
+    for options in ([], ["--resume", "never"]):
+        assert cli.run(["train", str(recipe), option, *options]) == 2
+        assert "is what this run itself would write" in capsys.readouterr().err
+    assert results(first) == before
+    assert not (first / "previous").exists()
+
+
+def test_a_damaged_adapter_is_named(
+    recipe: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    start = ["train", str(recipe), f"adapter.from={first}", f"output_dir={tmp_path / 'second'}"]
+    merge = ["merge", str(first), "--output", str(tmp_path / "merged")]
+    file = first / "adapter" / "adapter_model.safetensors"
+    # Copies, for what was read is a view of the file.
+    whole = {name: tensor.clone() for name, tensor in tensors(first).items()}
+    for damage in ("cut", "less"):
+        if damage == "cut":
+            file.write_bytes(file.read_bytes()[:1000])
+        else:
+            name = next(each for each in sorted(whole) if "kpsvd" in each)
+            save_file({key: value for key, value in whole.items() if key != name}, file)
+        for command in (start, merge):
+            assert cli.run(command) == 2
+            err = capsys.readouterr().err
+            assert f"{file} {'is damaged' if damage == 'cut' else f'lacks {name}'}" in err
+
+
 def test_another_adapter_in_the_same_place_is_noticed(
     recipe: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,3 +137,26 @@ def test_a_signal_reaches_every_rank_once(program: Path, tmp_path: Path) -> None
     sender.join()
     assert [(tmp_path / f"got{rank}").read_text() for rank in range(2)] == ["x", "x"]
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_two_signals_at_once_are_one_request(program: Path, tmp_path: Path) -> None:
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(number, frame):\n    time.sleep(0.5)\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready' + os.environ['RANK']).touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def send() -> None:
+        while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    # A rank that is killed would end with 137.
+    assert launch.launch([], 2, use_cpu=True) == 143
+    sender.join()

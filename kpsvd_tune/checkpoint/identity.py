@@ -16,6 +16,18 @@ HARMLESS = (
     "recipe.train.keep_checkpoints",
     "recipe.train.num_workers",
 )
+# Keys that made the frozen factors, which all that a checkpoint holds belongs to: a run that went
+# on under other values would have the old factors all the same. So does `adapter`, the hash of what
+# `adapter.from` names; that path may change.
+FIXED = (
+    "adapter.target_modules",
+    "adapter.exclude_modules",
+    "adapter.factor_shape",
+    "adapter.init",
+    "adapter.gradient_batches",
+    "adapter.rank",
+    "adapter.modules_to_save",
+)
 _ABSENT = "(not set)"
 Change = tuple[Any, Any]
 
@@ -34,9 +46,27 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]
     }
 
 
-def refused(found: Mapping[str, Change], allowed: Collection[str]) -> dict[str, Change]:
-    """The changes that no key of `allowed` covers; `train` covers `train.seed`."""
-    return {key: change for key, change in found.items() if not _covers(allowed, key)}
+def refusal(found: Mapping[str, Change], allowed: Collection[str]) -> str | None:
+    """Say which changes the run cannot go on with, and what to do; None where it can.
+
+    Args:
+        found: What has changed.
+        allowed: Keys that may; `train` covers `train.seed`.
+    """
+    fixed = [key for key in found if key == "adapter" or _covers(FIXED, key)]
+    unwanted = [key for key in found if key in fixed or not _covers(allowed, key)]
+    if not unwanted:
+        return None
+    lines = [describe({key: found[key] for key in unwanted})]
+    keys = [f"--allow-change {key}" for key in unwanted if key not in fixed]
+    accept = f", or accept it with {' '.join(keys)}" if keys else ""
+    lines.append(f"To continue that run, undo the change{accept}.")
+    if fixed:
+        lines.append(
+            f"{', '.join(fixed)} made the factors, which all checkpoints belong to, and cannot be "
+            "accepted."
+        )
+    return "\n".join(lines)
 
 
 def describe(found: Mapping[str, Change]) -> str:

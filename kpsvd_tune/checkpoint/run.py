@@ -12,7 +12,7 @@ from typing import Any
 
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.checkpoint.commit import commit, read_committed
-from kpsvd_tune.checkpoint.identity import Change, changes, describe, refused
+from kpsvd_tune.checkpoint.identity import Change, changes, refusal
 from kpsvd_tune.checkpoint.listing import (
     abandon_newer,
     as_saved,
@@ -132,11 +132,9 @@ class RunDirectory:
         if checkpoint is None and not is_finished:
             start = self._anew(recipe_text, identity, about)
             return replace(start, is_same=not found)
-        if unwanted := refused(found, allow_change):
-            keys = " ".join(f"--allow-change {key}" for key in unwanted)
+        if reason := refusal(found, allow_change):
             raise CheckpointError(
-                f"{self.path} holds a run with other settings:\n{describe(unwanted)}\n"
-                f"To continue that run, undo the change, or accept it with {keys}. "
+                f"{self.path} holds a run with other settings:\n{reason} "
                 "To start another, choose another output_dir or pass --resume never."
             )
         if checkpoint is None:
@@ -261,8 +259,8 @@ class RunDirectory:
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:
             return self.newest_checkpoint()
-        checkpoint = explicit.absolute()
-        if checkpoint.parent != self.checkpoints.absolute() or as_saved(checkpoint) is None:
+        checkpoint = explicit.resolve()
+        if checkpoint.parent != self.checkpoints.resolve() or as_saved(checkpoint) is None:
             raise CheckpointError(
                 f"--resume {explicit} is no checkpoint of this run; expected auto, never, or a "
                 f"folder such as {self.checkpoints / 'step-000100'}"

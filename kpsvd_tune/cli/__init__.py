@@ -34,7 +34,10 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except StoppedBySignal as error:
-        _say(f"{error}; the same command goes on from there")
+        # With that option the same command would go back to where it began this time.
+        is_chosen = any(each.partition("=")[0] == "--resume" for each in arguments)
+        command = "the same command without --resume" if is_chosen else "the same command"
+        _say(f"{error}; {command} goes on from there")
         return error.exit_code
     except KpsvdTuneError as error:
         return _fail(str(error), error.exit_code, debug)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.errors import AdapterError, InputError
@@ -70,6 +72,45 @@ def find(source: str) -> Found:
     return Found(None, source)
 
 
+def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Args:
+        model: The base model.
+        folder: An adapter folder of ours.
+        **options: Of PEFT's ``from_pretrained``.
+
+    Raises:
+        AdapterError: The file of weights is damaged, or is of another base or other layers.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as opened:
+            held = set(opened.keys())
+        adapted = PeftModel.from_pretrained(model, folder, **options)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder} holds no {file.name}, the weights of the adapter") from error
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is damaged: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        # PEFT's and torch's ways to say that names or sizes are others.
+        reason = f"{type(error).__name__}: {error}"
+        raise AdapterError(
+            f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
+            "trained on, and adapter_config.json and the weights as they were saved"
+        ) from error
+    # PEFT would go on with what the fresh layers hold.
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if missing := sorted(expected - held):
+        raise AdapterError(
+            f"{file} lacks {missing[0]} and {len(missing) - 1} more of {len(expected)} tensors "
+            "that adapter_config.json tells of; expected the file that was saved with it"
+        )
+    return adapted
+
+
 def merge(
     source: str,
     output: Path,
@@ -112,7 +153,7 @@ def merge(
         inputs.append(model_source.folder)
     check_output(output, inputs)
     events.stage(f"loading {model_source.path}")
-    model = PeftModel.from_pretrained(load_model(model_source, "float32"), found.adapter)
+    model = load_adapter(load_model(model_source, "float32"), found.adapter)
     _compare_files(model, model_source, events)
     return merge_adapter(
         model,
@@ -160,7 +201,7 @@ def generate(
     dtype = found.recipe.model.dtype if found.recipe else "float32"
     model: Any = load_model(model_source, dtype)
     if found.adapter is not None and not base_only:
-        model = PeftModel.from_pretrained(model, found.adapter)
+        model = load_adapter(model, found.adapter)
     model.to(device()).eval()
     dataset = found.recipe.dataset if found.recipe else None
     template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)

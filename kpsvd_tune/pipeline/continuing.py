@@ -17,7 +17,7 @@ from kpsvd_tune.adapter.targets import untouched
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.linalg import KroneckerShape
 from kpsvd_tune.models import ModelSource, load_model
-from kpsvd_tune.pipeline.apply import find
+from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.save import explained_disk
 from kpsvd_tune.pipeline.stages import Events, base_name
 from kpsvd_tune.recipe import Recipe
@@ -31,13 +31,18 @@ def find_adapter(recipe: Recipe) -> Path | None:
     """The adapter folder that `adapter.from` names; None where it names none.
 
     Raises:
-        RecipeError: It names no folder with an adapter.
+        RecipeError: It names no folder with an adapter, or the adapter of `output_dir`.
         AdapterError: The adapter is of another method.
         InputError: It is a run that has not ended.
     """
     path = recipe.adapter.from_
     if path is None:
         return None
+    output = Path(recipe.output_dir).resolve()
+    if Path(path).resolve() in (output, output / "adapter"):
+        raise RecipeError(
+            f"adapter.from: {path} is what this run itself would write; choose another output_dir"
+        )
     folder = find(path).adapter
     if folder is None or not (folder / _FILE).is_file():
         raise RecipeError(
@@ -69,7 +74,7 @@ def load_adapted(
         raise AdapterError(f"adapter.from: {folder} says nothing about its layers")
     config.dropout, config.path = recipe.adapter.dropout, recipe.adapter.path
     config.inference_mode = False
-    model = PeftModel.from_pretrained(base, folder, config=config, is_trainable=True)
+    model = load_adapter(base, folder, config=config, is_trainable=True)
     if config.base_files is not None and config.base_files != dict(base_files):
         events.note("the base model's files differ from those of the adapter, its weights do not")
     config.base_files = dict(base_files)

@@ -85,8 +85,9 @@ def choose_energy(
     for length in lengths:
         if len(left) == 1:
             break
-        tried = [
-            _probe(
+        tried = []
+        for energy in left:
+            probe = _probe(
                 recipe,
                 source,
                 energy,
@@ -97,18 +98,19 @@ def choose_energy(
                 accelerator,
                 run,
             )
-            for energy in left
-        ]
+            tried.append(probe)
+            # Accelerate keeps every model that it was given, each with a base of its own.
+            accelerator.free_memory()
         done = [probe for probe in tried if probe is not None]
         if not done:
             raise NonFiniteError(
                 "adapter.rank.energy: auto: every threshold diverged; lower "
                 "train.learning_rate, or give a threshold such as 0.5"
             )
-        for probe in done:
+        for each in done:
             events.note(
-                f"energy {probe.energy:g}: {probe.parameters:,} parameters, validation loss "
-                f"{probe.loss_before:.4f} to {probe.loss:.4f} in {probe.steps} steps"
+                f"energy {each.energy:g}: {each.parameters:,} parameters, validation loss "
+                f"{each.loss_before:.4f} to {each.loss:.4f} in {each.steps} steps"
             )
         probes += done
         left = [probe.energy for probe in best_first(done)][: max(1, len(done) // 2)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
@@ -22,7 +21,7 @@ from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
-from kpsvd_tune.pipeline.apply import find
+from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
@@ -210,7 +209,7 @@ def evaluate(
         known = found.recipe.model.dtype if found.recipe else "float32"
         model: Any = load_model(model_source, dtype or known)
         if found.adapter is not None and not base_only:
-            model = PeftModel.from_pretrained(model, found.adapter)
+            model = load_adapter(model, found.adapter)
         scorer = Scorer(
             load_tokenizer(model_source),
             dataset,

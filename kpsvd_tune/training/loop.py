@@ -52,7 +52,7 @@ class Training:
         run: The run's folder; the main process writes there.
         pad_token_id: Fills short rows; any id will do, since padding is masked.
         checkpoint: Where to go on from, as `RunDirectory.begin` said; None: from the first step.
-        settings: Shown by trackers.
+        settings: Shown by trackers; None keeps them out of it.
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
 
     Attributes:
@@ -90,13 +90,15 @@ class Training:
             row_lengths(train_rows) if recipe.group_by_length else None,
         )
         self.num_steps = recipe.max_steps or self._sampler.num_steps(recipe.epochs)
+        # A row alone is left as it is, so that any model will do.
+        self._is_packed = recipe.packing and recipe.batch_size > 1
         self._make_batch = partial(
             make_micro_batch,
             pad_token_id=pad_token_id,
             pad_to_multiple_of=None if accelerator.device.type == "cpu" else 8,
-            packing=recipe.packing,
+            packing=self._is_packed,
         )
-        if recipe.packing:
+        if self._is_packed:
             attend_by_rows(model)
         self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
         self._signals = StopSignals()
@@ -104,7 +106,7 @@ class Training:
         self._saving = Saving(self._stepper, run, accelerator, recipe)
         self.progress = self._saving.start(checkpoint)
         self._began = time.monotonic() - self.progress.seconds
-        self._tracking = Tracking(accelerator, settings or {})
+        self._tracking = Tracking(accelerator, settings)
 
     def steps(self) -> Generator[StepMetrics, None, None]:
         """Train, giving the metrics of each step once the step is done, logged and saved.
@@ -151,7 +153,7 @@ class Training:
 
     def _steps(self) -> Generator[StepMetrics, None, None]:
         progress = self.progress
-        if self._recipe.packing and not self._is_over:
+        if self._is_packed and not self._is_over:
             indices = self._sampler.batch(progress.step, 0, self._accelerator.process_index)
             rows = [self._train_rows[index] for index in indices]
             prove_packing(self._stepper.token_loss, rows, self._accelerator)

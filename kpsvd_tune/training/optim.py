@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,8 @@ def make_optimizer(
         )
     try:
         return kind(groups, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        # Whatever a class makes of an argument it did not expect: betas of one number, say.
         raise RecipeError(f"train.optimizer_args: {recipe.optimizer}: {error}") from error
 
 
@@ -147,9 +148,7 @@ def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
             f"{', '.join(kind.__name__.lower() for kind in SHARDABLE)}, or train.parallel: ddp"
         )
     # Of the form of stacked factors. Some classes look at an argument in their first step only.
-    stand_in = nn.Parameter(torch.zeros(2, 2, 2))
-    stand_in.grad = torch.ones_like(stand_in)
-    optimizer = make_optimizer(recipe, [stand_in])
+    optimizer = make_optimizer(recipe, [_stand_in(3)])
     num_steps = recipe.max_steps or 100
     scheduler = make_scheduler(recipe, optimizer, num_steps)
     if isinstance(optimizer, torch.optim.Rprop) and scheduler.lr_lambdas[0](0) == 0:
@@ -157,14 +156,54 @@ def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
             f"train.optimizer: {recipe.optimizer} looks at the rate in its first step only, where "
             "a warm-up has it at 0; set train.warmup_steps: 0, or choose another optimiser"
         )
-    for key, try_out in (
-        ("optimizer_args", optimizer.step),
-        ("scheduler_args", lambda: [scheduler.lr_lambdas[0](i) for i in range(num_steps)]),
-    ):
+    factors = map(scheduler.lr_lambdas[0], range(num_steps + 1))
+    trials: dict[str, Callable[[], object]] = {
+        "optimizer_args": lambda: optimizer.step(),
+        "scheduler_args": lambda: _check_rates(factors),
+    }
+    for key, try_out in trials.items():
         try:
             try_out()
         except Exception as error:
             raise RecipeError(f"train.{key}: {type(error).__name__}: {error}") from error
+
+
+def knows_state(
+    recipe: TrainRecipe, state: Mapping[str, Mapping[str, Any]], num_dims: Mapping[str, int]
+) -> bool:
+    """Whether a saved state is of the kind that the optimiser of `train.optimizer` keeps.
+
+    It is not where another optimiser was allowed, or arguments that make it keep something else.
+
+    Args:
+        recipe: The `train` section.
+        state: What was kept of each parameter, by name and then by key; without what has none yet.
+        num_dims: Dimensions of every trained parameter.
+    """
+    known: dict[int, list[set[Any]]] = {}
+    for each in set(num_dims.values()):
+        stand_in = _stand_in(each)
+        optimizer = make_optimizer(recipe, [stand_in])
+        before = set(optimizer.state[stand_in])
+        optimizer.step()
+        known[each] = [before, set(optimizer.state[stand_in])]
+    return all(set(state.get(name, ())) in known[each] for name, each in num_dims.items())
+
+
+def _stand_in(num_dims: int) -> nn.Parameter:
+    """A small parameter with a gradient, to try an optimiser out on."""
+    parameter = nn.Parameter(torch.zeros((2,) * num_dims))
+    parameter.grad = torch.ones_like(parameter)
+    return parameter
+
+
+def _check_rates(factors: Iterable[float]) -> None:
+    for step, factor in enumerate(factors):
+        if not 0 <= factor <= 1 + 1e-6:
+            raise ValueError(
+                f"step {step + 1} would have {factor:g} times train.learning_rate, which is the "
+                "highest rate; expected 0 to 1"
+            )
 
 
 def _groups(

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from kpsvd_tune.checkpoint import (
 from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.nonfinite import retry_or_refuse
+from kpsvd_tune.training.optim import knows_state
 from kpsvd_tune.training.processes import on_main_process
 from kpsvd_tune.training.progress import Progress
 from kpsvd_tune.training.step import Stepper
@@ -112,7 +114,18 @@ class Saving:
         state = self._run.load(checkpoint)
         progress = Progress.from_json(state.progress)
         factor = progress.rate_factor if rate_factor is None else rate_factor
-        self._stepper.load_state(state.offsets, state.optimizer, state.scheduler, factor)
+        optimizer: dict[str, Any] | None = state.optimizer
+        num_dims = {name: parameter.ndim for parameter, name in self._stepper.names.items()}
+        if not knows_state(self._recipe, state.optimizer["state"], num_dims):
+            optimizer = None
+            if self._accelerator.is_main_process:
+                _log.warning(
+                    "what %s holds of its optimiser does not serve train.optimizer: %s with the "
+                    "arguments of now, which begins anew",
+                    checkpoint.name,
+                    self._recipe.optimizer,
+                )
+        self._stepper.load_state(state.offsets, optimizer, state.scheduler, factor)
         self._newest = checkpoint.name
         index = self._accelerator.process_index
         if len(state.random) == self._accelerator.num_processes:

@@ -217,14 +217,14 @@ class Stepper:
     def load_state(
         self,
         offsets: dict[str, Tensor],
-        optimizer: dict[str, Any],
+        optimizer: dict[str, Any] | None,
         scheduler: dict[str, Any],
         rate_factor: float,
     ) -> None:
         """Put back what `state` gave, with the recipe's learning rate times `rate_factor`.
 
         Settings (rates, decay) are the recipe's: equal to the saved ones unless the user allowed
-        a change, which then counts from here on.
+        a change, which then counts from here on. Without a state the optimiser is left as it is.
 
         Raises:
             CheckpointError: The checkpoint is of another model or adapter.
@@ -238,10 +238,12 @@ class Stepper:
         ]
         if self._zero is not None:
             self._zero.load_weights(offsets)
-            self._zero.load_optimizer_state(optimizer)
         else:
             for name, parameter in own.items():
                 copy_into(parameter, offsets[name])
+        if optimizer is not None and self._zero is not None:
+            self._zero.load_optimizer_state(optimizer)
+        elif optimizer is not None:
             parts = {**optimizer, "state": parts_of_state(optimizer["state"], own)}
             load_optimizer_state(self._optimizer, parts, self.names)
         base_rates = [rate * rate_factor for rate in self._base_rates]

@@ -28,12 +28,13 @@ class Tracking:
 
     Args:
         accelerator: Made with `log_with` and a `project_dir` in the run's folder.
-        config: What to show as the run's settings; sections within become dotted names.
+        config: What to show as the run's settings; sections within become dotted names. None: this
+            is no run to be shown, and no tracker is started.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Mapping[str, Any]) -> None:
+    def __init__(self, accelerator: Accelerator, config: Mapping[str, Any] | None) -> None:
         self._trackers: list[GeneralTracker] = []
-        if not accelerator.is_main_process:
+        if config is None or not accelerator.is_main_process:
             return
         plain = dict(_plain(config))
         for kind in accelerator.log_with:

@@ -321,3 +321,16 @@ def test_a_vanished_folder_is_named_with_path_and_bytes(run, tmp_path):
     run.path.rename(tmp_path / "gone")
     with pytest.raises(ResourceError, match=rf"append \d+ bytes to {run.metrics_file}: No such"):
         run.log({"step": 7})
+
+
+def test_what_made_the_factors_cannot_be_accepted(run):
+    changed = identity(adapter__rank={"max": 2}, train__learning_rate=2e-3)
+    with pytest.raises(CheckpointError) as caught:
+        run.begin("recipe: 2", changed, {}, allow_change=["adapter", "train"])
+    message = str(caught.value)
+    assert "adapter.rank.max: 4 in the run, 2 now" in message
+    assert "adapter.rank.max made the factors" in message
+    assert "train.learning_rate" not in message
+    assert "--allow-change" not in message
+    with pytest.raises(CheckpointError, match=r"adapter: '\(not set\)' in the run, 'aa' now"):
+        run.begin("recipe", {**identity(), "adapter": "aa"}, {}, allow_change=["adapter"])

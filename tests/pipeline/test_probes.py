@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,34 @@ def test_init_only_says_that_a_default_stands_in(
 ) -> None:
     assert cli.run(["init-only", str(recipe)]) == 0
     assert "energy: auto is chosen by `train`; here 0.5 stands in" in capsys.readouterr().err
+
+
+def test_probes_leave_neither_models_nor_traces_in_trackers(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kpsvd_tune.pipeline import run as module
+    from kpsvd_tune.pipeline import stages
+    from kpsvd_tune.training import tracking
+
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    started: list[str] = []
+    adapt = stages.adapt
+
+    def watch(*arguments: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        model = adapt(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def make_tracker(name: str, folder: Any) -> Any:
+        started.append(name)
+        raise OSError("not today")
+
+    monkeypatch.setattr(probes, "adapt", watch)
+    monkeypatch.setattr(module, "adapt", watch)
+    monkeypatch.setattr(tracking, "make_tracker", make_tracker)
+    assert cli.run(["train", str(recipe), "tracking=[tensorboard]"]) == 0
+    assert len(alive) > 2
+    assert set(alive) == {0}
+    assert started == ["tensorboard"]

@@ -114,6 +114,7 @@ def start_training(
             run,
             pad_token_id=0,
             checkpoint=begun.checkpoint,
+            settings={},
         )
 
     return start

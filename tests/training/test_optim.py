@@ -145,6 +145,7 @@ def test_warmup_steps_win_over_the_ratio():
             r"train\.optimizer_args: adamw: Invalid beta parameter at index 0: 2",
         ),
         ({"optimizer_args": {"betas": 0.9}}, r"train\.optimizer_args: adamw: .*"),
+        ({"optimizer_args": {"betas": [0.9]}}, r"train\.optimizer_args: adamw: tuple index out"),
         # torch looks at this one in the first step only.
         ({"optimizer": "asgd", "optimizer_args": {"t0": "long"}}, r"train\.optimizer_args: TypeE"),
         (
@@ -174,6 +175,19 @@ def test_warmup_steps_win_over_the_ratio():
         (
             {"scheduler": "polynomial", "scheduler_args": {"power": "two"}},
             r"train\.scheduler_args: TypeError",
+        ),
+        (
+            {"scheduler": "polynomial", "scheduler_args": {"lr_end": -1}},
+            r"scheduler_args: ValueError: step \d+ would have -.* times train\.learning_rate",
+        ),
+        (
+            {"scheduler": "cosine_with_min_lr", "scheduler_args": {"min_lr": 5}},
+            r"scheduler_args: ValueError: step \d+ would have [\d.]+ times train\.learning_rate",
+        ),
+        # It fails behind the last step, of one step.
+        (
+            {"scheduler": "polynomial", "scheduler_args": {"power": -1}, "max_steps": 1},
+            r"train\.scheduler_args: ZeroDivisionError",
         ),
     ],
 )

@@ -263,3 +263,9 @@ def test_grouped_steps_hold_rows_of_similar_length(start_training):
         assert [each.tokens for each in training.steps()] == [sum(each) for each in own]
         spans[grouped] = sum(max(each) - min(each) for each in own)
     assert spans[True] < spans[False] / 2
+
+
+def test_a_single_row_is_left_as_it_is(start_training, monkeypatch):
+    """With nothing to pack, models that take no positions, such as MPT, train too."""
+    monkeypatch.setattr("kpsvd_tune.training.loss.pack", None)
+    assert len(list(start_training(packing=True, batch_size=1, max_steps=2).steps())) == 2

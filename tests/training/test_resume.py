@@ -315,6 +315,27 @@ def test_an_allowed_change_of_the_rate_counts_from_the_checkpoint_on(start_train
     assert rates == pytest.approx([2e-2 * 3 / 6, 2e-2 * 2 / 6, 2e-2 * 1 / 6])
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "is_anew"),
+    [
+        # Without momentum there is no state, and so none that does not fit.
+        ({"optimizer": "sgd"}, {"optimizer": "adamw"}, False),
+        ({"optimizer": "adamw"}, {"optimizer": "rmsprop"}, True),
+        ({"optimizer": "sgd"}, {"optimizer": "adagrad"}, True),
+        ({}, {"optimizer_args": {"amsgrad": True}}, True),
+        ({}, {"optimizer_args": {"betas": [0.8, 0.9]}}, False),
+    ],
+    ids=["sgd-adamw", "adamw-rmsprop", "sgd-adagrad", "amsgrad", "betas"],
+)
+def test_an_allowed_change_of_the_optimiser_begins_a_state_where_it_needs_another(
+    start_training, caplog, before, after, is_anew
+):
+    list(start_training(max_steps=3, save_every=1, **before).steps())
+    training = start_training(max_steps=5, save_every=1, **after)
+    assert [each.step for each in training.steps()] == [4, 5]
+    assert ("which begins anew" in caplog.text) is is_anew
+
+
 def test_only_logged_steps_enter_the_file_and_every_step_is_given(start_training, tmp_path):
     training = start_training(log_every=4)
     assert [metrics.step for metrics in training.steps()] == [1, 2, 3, 4, 5, 6]

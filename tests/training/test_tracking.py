@@ -188,3 +188,10 @@ def test_trackio_keeps_the_numbers(start_training, tmp_path, monkeypatch):
     logs = storage.get_logs("kpsvd-tune", "run")
     assert [each["loss"] for each in logs if "loss" in each] == pytest.approx(losses)
     assert sqlite3.connect(file).execute("select count(*) from metrics").fetchone()[0] >= 3
+
+
+def test_a_training_without_settings_is_no_run_to_track(recorders):
+    tracking = Tracking(Processes("one"), None)
+    tracking.log({"loss": 1.0}, step=1)
+    tracking.end()
+    assert recorders["one"].calls == []

@@ -217,11 +217,19 @@ class TokenStore:
     def _map(self, name: str) -> NDArray[Any]:
         file = self.folder / f"{name}.npy"
         try:
-            return np.lib.format.open_memmap(file, mode="r")
-        except ValueError:
-            return np.empty(0, dtype=_TYPES[name])  # nothing cannot be mapped
-        except OSError as error:
+            try:
+                return np.lib.format.open_memmap(file, mode="r")
+            except ValueError:
+                # Nothing cannot be mapped; a shortened file cannot be read either.
+                content: NDArray[Any] = np.load(file)
+                return content
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"the tokenised rows in {file} cannot be read: {error}") from error
+
+
+def store_files(folder: Path) -> list[Path]:
+    """The files of the store in a folder, whether they are there or not."""
+    return [folder / FACTS, *(folder / f"{name}.npy" for name in _TYPES)]
 
 
 def _hash(content: Any) -> str:

@@ -139,3 +139,11 @@ def test_many_rows_pass_through_the_buffer(tmp_path: Path, monkeypatch: pytest.M
         TokenizedRow((n, n + 1), (IGNORED, n + 1), n) for n in range(50)
     ]
     assert list(everything(make(tmp_path / "s", rows))) == rows
+
+
+def test_a_shortened_file_is_an_error_and_not_an_empty_store(tmp_path: Path) -> None:
+    store = make(tmp_path / "s", ROWS)
+    for content in (store.folder / "marks.npy").read_bytes()[:-1], b"":
+        (store.folder / "marks.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"marks\.npy cannot be read"):
+            len(TokenStore(store.folder))

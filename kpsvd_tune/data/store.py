@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from array import array
+from contextlib import suppress
 from enum import IntFlag
 from functools import cached_property
 from pathlib import Path
@@ -109,11 +110,14 @@ class StoreWriter:
     def abandon(self) -> None:
         """Close the files of a store that will not be finished."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what a full disk does not take is tried again here
+                file.close()
 
     def _flush(self) -> None:
         for name, buffer in self._buffers.items():
-            np.asarray(buffer, dtype=_TYPES[name]).tofile(self._files[name])
+            # Not tofile(), whose error does not say that the disk is full.
+            self._files[name].write(np.asarray(buffer, dtype=_TYPES[name]).tobytes())
+            self._files[name].flush()
             self._counts[name] += len(buffer)
             del buffer[:]
 

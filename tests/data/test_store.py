@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pickle
@@ -147,3 +148,15 @@ def test_a_shortened_file_is_an_error_and_not_an_empty_store(tmp_path: Path) -> 
         (store.folder / "marks.npy").write_bytes(content)
         with pytest.raises(DataError, match=r"marks\.npy cannot be read"):
             len(TokenStore(store.folder))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path)
+    writer._files["marks"].close()
+    writer._files["marks"] = Path("/dev/full").open("w+b")  # noqa: SIM115  # abandon() closes it
+    writer.add(1, None, Mark.EMPTY)
+    with pytest.raises(OSError, match="No space left") as raised:
+        writer.close({})
+    assert raised.value.errno == errno.ENOSPC
+    writer.abandon()

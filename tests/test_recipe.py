@@ -383,6 +383,8 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
          "in quotes"),
         ("dataset.path=[{path: a, weight: 0}]", "dataset.path[0].weight: got 0; expected a number "
          "above 0"),
+        ("dataset.path=[{path: a, weight: 2000}]", "dataset.path[0].weight: got 2000; expected a "
+         "number of at most 1000"),
         ("dataset.path=[{path: a, wieght: 2}]", "dataset.path[0].wieght: unknown key; did you mean "
          "weight?"),
         ("dataset.path=[a, {weight: 2}]", "dataset.path[1].path: missing; expected hub id, or a "

@@ -9,18 +9,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.store import FACTS, StoreWriter, TokenStore
+from kpsvd_tune.data.store import FACTS, StoreWriter, TokenStore, store_files
 from kpsvd_tune.errors import ResourceError
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Beyond this the stores used longest ago go; those of running commands stay.
 MAX_BYTES = 32 * 2**30
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -114,31 +114,43 @@ class TokenCache:
 
     def prune(self) -> None:
         """Remove what was used longest ago, until the rest is no larger than the bound."""
-        for unfinished in self.folder.glob("*.tmp"):
-            # Of a killed run; where a living one writes it, that one holds the lock.
-            with suppress(OSError), self._lock(unfinished.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(unfinished, ignore_errors=True)
+        self._remove_unfinished()
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
         for facts in stores:
-            total += sum(_size(file) for file in facts.parent.iterdir())
+            total += sum(map(_size, store_files(facts.parent)))
             if total > self._max_bytes and _is_free(facts):
                 shutil.rmtree(facts.parent, ignore_errors=True)
         notes = sorted((self.folder / "notes").glob("*.json"), key=_last_use, reverse=True)
         for note in notes[1000:]:
             note.unlink(missing_ok=True)
 
+    def _remove_unfinished(self) -> None:
+        """Remove what killed runs left; where nobody holds the lock, nobody writes there."""
+        for folder in self.folder.glob("*.tmp"):
+            descriptor = self._open_lock(folder.name)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                continue  # being written, or no locks here to tell
+            finally:
+                os.close(descriptor)
+
     @contextmanager
-    def _lock(self, key: str, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def _lock(self, key: str) -> Iterator[None]:
+        descriptor = self._open_lock(key)
         # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
         try:
-            _flock(descriptor, kind)
+            _flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
+
+    def _open_lock(self, key: str) -> int:
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def store_key(*parts: Any) -> str:

@@ -16,7 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from kpsvd_tune.data.format import Chat
+from kpsvd_tune.data.format import Chat, is_answer
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.errors import DataError
 
@@ -55,13 +55,13 @@ class ChatRenderer:
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
 
-        Every assistant turn is learnt, or the last one only, with the special token that ends
-        it. What follows the last one is left out.
+        Every assistant turn that says something is learnt, or the last one only, with the special
+        token that ends it. What follows the last one is left out.
 
         Raises:
             DataError: The template refuses the messages, or its text is not that of the messages.
         """
-        last = max(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
+        last = max(i for i, m in enumerate(chat.messages) if is_answer(m))
         messages = chat.messages[: last + 1]
         template = self._tokenizer.get_chat_template(None, _listed(chat.tools))
         if _MARKER.search(template):
@@ -87,7 +87,7 @@ class ChatRenderer:
         spans = []
         for index, message in enumerate(messages):
             is_last = index == len(messages) - 1
-            if message["role"] != "assistant" or (only_last and not is_last):
+            if not is_answer(message) or (only_last and not is_last):
                 continue
             before = self.prompt(messages[:index], tools)
             after = text if is_last else self._render(messages[: index + 1], tools)
@@ -107,7 +107,7 @@ class ChatRenderer:
                     "{% generation %} markers, or learn the last turn only (dataset.learn: last)"
                 )
             spans.append((len(before), end))
-            self._check_turn(message, text[len(before) : end])
+            self._check_turn(message, text[len(before) : end], is_last)
         return text, spans
 
     def _marked_spans(
@@ -131,6 +131,8 @@ class ChatRenderer:
             )
         spans = []
         for index, (start, end) in zip(turns, marked[0], strict=True):
+            if not is_answer(messages[index]):
+                continue
             before = self.prompt(messages[:index], tools)
             # Markers around the whole turn hold its header too, which the model never writes.
             if text.startswith(before) and start < len(before) <= end:
@@ -145,7 +147,7 @@ class ChatRenderer:
             if not self.ends_turn(turn):
                 turn += self._end_after(text[start + len(turn) :])
             spans.append((start, start + len(turn)))
-            self._check_turn(messages[index], turn)
+            self._check_turn(messages[index], turn, index == turns[-1])
         return text, spans
 
     def _turn(self, text: str) -> str:
@@ -164,7 +166,7 @@ class ChatRenderer:
                 return token
         return ""
 
-    def _check_turn(self, message: Mapping[str, Any], turn: str) -> None:
+    def _check_turn(self, message: Mapping[str, Any], turn: str, is_last: bool) -> None:
         content = message["content"].strip()
         start = turn.find(content)
         if start < 0:
@@ -172,6 +174,12 @@ class ChatRenderer:
                 f"the chat template does not write the assistant's text as it is: expected "
                 f"{_head(content)}, it wrote {_head(turn)}; use a template that keeps it"
             )
+        if not is_last and not self.ends_turn(turn):
+            self.notes[
+                "the chat template ends assistant turns without an end token: only the last turn "
+                "of a chat, behind which one is put, teaches the model to stop; use a template "
+                "that writes one behind every turn"
+            ] = None
         before, after = turn[:start].strip(), turn[start + len(content) :].strip()
         for token in self._special_tokens:
             after = after.removesuffix(token).strip()
@@ -198,7 +206,10 @@ class ChatRenderer:
         try:
             return function(*args, **kwargs)
         # A template is a program of its own: besides jinja's errors, its expressions raise these.
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (
+            *(jinja2.TemplateError, TypeError, ValueError, LookupError),
+            *(ArithmeticError, AttributeError, RuntimeError),
+        ) as error:
             raise DataError(
                 f"the tokenizer's chat template refuses these messages: {error}; check their "
                 "roles and order"

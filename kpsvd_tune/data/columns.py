@@ -49,14 +49,7 @@ def text_of(row: Row, name: str) -> str:
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         value = "\n".join(value)  # as MBPP holds the tests of a task
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{row.where}: the column {name!r} has half a surrogate pair "
-                f"({value[error.start]!r}), which is no character; remove it or write the whole "
-                "character"
-            ) from error
+        check_characters(row, name, value)
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -75,6 +68,22 @@ def text_of(row: Row, name: str) -> str:
     else:
         cure = "; write it as text, so that exactly these characters are learnt"
     raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
+
+
+def check_characters(row: Row, name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer reads.
+
+    Raises:
+        DataError: The text, from the column `name`, has one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.where}: the column {name!r} has half a surrogate pair "
+            f"({text[error.start]!r}), which is no character; remove it or write the whole "
+            "character"
+        ) from error
 
 
 def missing_column(row: Row, form: str, role: str, name: str, required: Sequence[str]) -> DataError:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.chat import ChatRenderer
-from kpsvd_tune.data.format import Chat, Pair
+from kpsvd_tune.data.format import Chat, Pair, is_answer
 from kpsvd_tune.data.segments import SegmentTokenizer
 from kpsvd_tune.data.template import TextTemplate
 from kpsvd_tune.data.tokenized import IGNORED, EncodedRow, Layout, Segment, TokenizedRow
@@ -89,6 +89,15 @@ class Encoder:
                 ends[self._segment_tokenizer.ids(turn)[-1]] = None
         return tuple(ends)
 
+    @property
+    def last_token_ids(self) -> tuple[int, ...]:
+        """Ids that a whole row may end with: in chats any special token, else the end token.
+
+        Templates end calls of tools with another token than answers.
+        """
+        special = self._special_ids.values() if self._chat is not None else ()
+        return tuple(dict.fromkeys((int(self._tokenizer.eos_token_id), *special)))
+
     def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
         """Encode one example; its ids are cut at the maximal length.
 
@@ -159,7 +168,9 @@ class Encoder:
                 f"rows begin with {self._bos!r} twice, which no model has seen in "
                 "pretraining: take it out of the chat template, or out of the rows"
             ] = None
-        if not (ids[-1] in self._all_special_ids if layout.is_chat else ids[-1] == eos):
+        # Of a text that its tokenizer drops altogether, no id is left.
+        last = ids[-1] if ids else None
+        if not (last in self._all_special_ids if layout.is_chat else last == eos):
             ids.append(eos)
             labels.append(eos)
         labels[0] = IGNORED
@@ -225,12 +236,18 @@ class Encoder:
 
     def _chat_prompt(self, messages: tuple[Mapping[str, Any], ...]) -> list[Segment]:
         text = self._renderer().prompt(messages)
-        past = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        past = [i for i, message in enumerate(messages) if is_answer(message)]
         if not past or self._only_last:
             return [Segment(text, False)]
-        # Earlier answers are cut as they were in training, so that the ids are the same.
-        segments = self._renderer().segments(Chat(messages[: past[-1] + 1]))
+        # Earlier answers are cut as they were in training, so that the ids are the same. A template
+        # that changes them afterwards trains last answers only, behind one stretch of text.
+        try:
+            segments = self._renderer().segments(Chat(messages[: past[-1] + 1]))
+        except DataError:
+            return [Segment(text, False)]
         length = sum(len(segment.text) for segment in segments)
+        if text[:length] != "".join(segment.text for segment in segments):
+            return [Segment(text, False)]
         return [*segments, Segment(text[length:], False)]
 
     def _text_template(self, example: Pair) -> TextTemplate | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.data.arrow import read_parquet
 from kpsvd_tune.errors import DataError
 
 Numbered = tuple[int, Mapping[str, Any]]
@@ -119,13 +120,18 @@ def _missing(path: Path) -> str:
     return f"{path}: there is no such file (looked from {Path.cwd()}); {cure}"
 
 
-def _read_text(path: Path, newline: str) -> Iterator[str]:
+def _read_text(path: Path, newline: str | None) -> Iterator[str]:
     """The lines of a text file with their ends; `newline` as :func:`open` takes it."""
     with path.open("rb") as stream:
         head = stream.read(4)
     for start, found, cure in _FOREIGN_STARTS:
         if head.startswith(start):
             raise DataError(f"{path}: is {found}; expected UTF-8 text: {cure}")
+    if b"\0" in head:
+        raise DataError(
+            f"{path}: starts with NUL bytes, as UTF-16 text or a binary file does; expected UTF-8 "
+            "text: save it with that encoding"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline=newline) as stream:
             yield from stream
@@ -149,7 +155,8 @@ def _foreign_byte(path: Path) -> tuple[int, int]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Numbered]:
-    for number, line in enumerate(_read_text(path, newline="\n"), start=1):
+    # newline=None: any line end ends a row, since JSON writes those inside a text as \\n and \\r.
+    for number, line in enumerate(_read_text(path, newline=None), start=1):
         if not line.strip():
             continue
         try:
@@ -243,21 +250,6 @@ def _csv_header(path: Path, fields: list[str]) -> list[str]:
     return header
 
 
-def _read_parquet(path: Path) -> Iterator[Numbered]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, values
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
-
-
 def _json_fault(error: ValueError) -> str:
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
@@ -293,6 +285,6 @@ _READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
 }
 SUFFIXES = tuple(_READERS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kpsvd_tune.data.columns import (
+    check_characters,
     column,
     describe_columns,
     looks_like_pair,
@@ -15,6 +16,7 @@ from kpsvd_tune.data.columns import (
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
+from kpsvd_tune.data.tools import read_tools, with_parsed_arguments
 from kpsvd_tune.errors import DataError
 
 # The roles whose column must be there; input and system may be absent.
@@ -26,7 +28,7 @@ REQUIRED_ROLES: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
-    "chat": (),
+    "chat": ("system",),
     "sharegpt": ("system",),
     "alpaca": ("input", "system"),
     "prompt-completion": ("system",),
@@ -100,32 +102,42 @@ class RowFormat:
         return self._pair(row)
 
     def _pair(self, row: Row) -> Pair | None:
-        read = {role: text_of(row, name) for role, name in self.columns.items()}
+        read = {role: self._text(row, role) for role in self.columns}
         if self.name == "text":
             pair = Pair("", read["text"], is_plain=True)
         elif self.name == "alpaca":
             request = "\n\n".join(t for t in (read["instruction"], read.get("input", "")) if t)
-            pair = Pair(request, read["output"], read.get("system"))
+            pair = Pair(request, read["output"], read.get("system") or None)
         else:
-            pair = Pair(read.get("prompt", ""), read["completion"], read.get("system"))
+            pair = Pair(read.get("prompt", ""), read["completion"], read.get("system") or None)
         return pair if pair.completion.strip() else None
+
+    def _text(self, row: Row, role: str) -> str:
+        name = self.columns[role]
+        if role in _OPTIONAL_ROLES[self.name] and name.split(".")[0] not in row.values:
+            return ""
+        return text_of(row, name)
 
     def _chat(self, row: Row) -> Chat | None:
         key = "messages" if self.name == "chat" else "conversations"
         name = self.columns[key]
         entries = _as_list(row, name)
         messages = [self._message(row, name, entry) for entry in entries]
-        if "system" in self.columns and (system := text_of(row, self.columns["system"])):
+        if "system" in self.columns and (system := self._text(row, "system")):
+            if any(message["role"] == "system" for message in messages):
+                raise DataError(
+                    f"{row.where}: both {name!r} and the column {self.columns['system']!r} give a "
+                    "system message; expected one of them: remove the other"
+                )
             messages.insert(0, {"role": "system", "content": system})
-        if not any(m["role"] == "assistant" and _says_something(m) for m in messages):
+        if not any(map(is_answer, messages)):
             return None
         if messages[0]["role"] == "assistant":
             raise DataError(
                 f"{row.where}: the chat starts with the assistant; expected a system or user "
                 "message first, since nothing asks for that answer: remove it or add the question"
             )
-        tools = row.values.get("tools")
-        return Chat(tuple(messages), tuple(tools) if isinstance(tools, list) and tools else None)
+        return Chat(tuple(messages), read_tools(row))
 
     def _message(self, row: Row, name: str, entry: Any) -> dict[str, Any]:
         speaker, text = ("role", "content") if self.name == "chat" else ("from", "value")
@@ -151,6 +163,9 @@ class RowFormat:
                 f"{row.where}: {text!r} of a message in {name!r} is {type(content).__name__}; "
                 "expected text"
             )
+        check_characters(row, name, content)
+        if "tool_calls" in message:
+            message["tool_calls"] = with_parsed_arguments(message["tool_calls"])
         return {"role": _SPEAKERS.get(role, role), "content": content, **message}
 
 
@@ -192,6 +207,8 @@ def find_format(
             role in REQUIRED_ROLES[name] and (role != "prompt" or needs_prompt)
         ):
             raise missing_column(first, name, role, source, REQUIRED_ROLES[name])
+        elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
+            resolved[role] = source  # later rows may have it
     return RowFormat(name, resolved, reason)
 
 
@@ -255,5 +272,10 @@ def _as_list(row: Row, name: str) -> list[Any]:
     return value
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
-    return bool(message["content"].strip() or message.get("tool_calls"))
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether a message is the assistant's and says something.
+
+    Learning a turn that says nothing would teach the model to stop before its first word.
+    """
+    says_something = message["content"].strip() or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(says_something)

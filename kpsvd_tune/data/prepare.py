@@ -15,7 +15,7 @@ from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import Chat, Pair, RowFormat
 from kpsvd_tune.data.preflight import tokenizer_warnings
 from kpsvd_tune.data.rows import load_rows, open_sources
-from kpsvd_tune.data.selection import Selection
+from kpsvd_tune.data.selection import Selection, check_held_out
 from kpsvd_tune.data.sources import (
     SourceSettings,
     mix,
@@ -148,8 +148,12 @@ def prepare(
     settings = training_sources(dataset)
     sources = [source for each in settings for source in tokenised(each)]
     held_out = sources
+    leaks: list[str] = []
     if isinstance(dataset.validation, str):
         held_out = tokenised(validation_source(dataset, dataset.validation))
+        leaks = check_held_out(sources, held_out)
+    elif dataset.validation:
+        check_held_out(sources, None)
     if progress is not None and done:
         progress(done, done)
 
@@ -192,7 +196,7 @@ def prepare(
             warnings=(
                 *tokenizer_warnings(tokenizer, dataset.max_length),
                 *train.warnings(),
-                *(f"validation: {note}" for note in validation.warnings()),
+                *(f"validation: {note}" for note in (*leaks, *validation.warnings())),
                 *notes,
             ),
             sample=encoder.pieces(shown[0]),

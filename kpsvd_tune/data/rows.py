@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.data.arrow import without_filled_nulls
 from kpsvd_tune.data.files import SUFFIXES, Row, check_file, read_file, row_unit
 from kpsvd_tune.errors import DataError
 
@@ -187,7 +188,7 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             values = _explained(lambda: next(records, None), source, name, split, offline)
             if values is None:
                 return
-            yield Row(label, number, dict(values), "row")
+            yield Row(label, number, without_filled_nulls(values), "row")
 
     def read() -> Iterator[Row]:
         if not streaming or match is None or not match["slice"]:

@@ -10,7 +10,42 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.store import UNUSABLE, Mark
 from kpsvd_tune.data.tokenise import TokenizedSource
+from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
+
+
+def check_held_out(
+    sources: Sequence[TokenizedSource], held_out: Sequence[TokenizedSource] | None
+) -> list[str]:
+    """Refuse rows that would be learnt and held out at once, as far as equal files tell.
+
+    Args:
+        sources: What is trained on.
+        held_out: Sources of their own that are validated on; None: rows of `sources` are.
+
+    Returns:
+        What a user should know.
+
+    Raises:
+        DataError: Rows are held out of a source that occurs twice.
+    """
+    seen: dict[str, str] = {}
+    for source in sources:
+        place = source.store.folder.name
+        if held_out is None and place in seen:
+            earlier = seen[place]
+            what = "is listed twice" if earlier == source.label else f"holds the rows of {earlier}"
+            raise DataError(
+                f"dataset.path: {source.label} {what}, so rows held out of one would be learnt "
+                "from the other; expected each file once: give it a weight, such as "
+                f"{{path: {source.label}, weight: 2}}, or set dataset.validation to a file, or 0"
+            )
+        seen[place] = source.label
+    return [
+        f"{source.label} is trained on as well: its loss says nothing about new rows"
+        for source in held_out or ()
+        if source.store.folder.name in seen
+    ]
 
 
 class Selection:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from array import array
+from contextlib import suppress
 from enum import IntFlag
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +110,8 @@ class StoreWriter:
     def abandon(self) -> None:
         """Close the files of a store that will not be finished."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what a full disk does not take is tried again here
+                file.close()
 
     def _flush(self) -> None:
         ids, labels = (
@@ -118,7 +120,9 @@ class StoreWriter:
         self._max_token_id = max(self._max_token_id, int(ids.max(initial=-1)))
         self._buffers["is_learnt"].frombytes((labels != IGNORED).tobytes())
         for name, buffer in self._buffers.items():
-            np.asarray(buffer, dtype=_TYPES[name]).tofile(self._files[name])
+            # Not tofile(), whose error does not say that the disk is full.
+            self._files[name].write(np.asarray(buffer, dtype=_TYPES[name]).tobytes())
+            self._files[name].flush()
             self._counts[name] += len(buffer)
         # New ones: an array that numpy looks into cannot be emptied.
         self._labels = array("i")
@@ -224,11 +228,19 @@ class TokenStore:
     def _map(self, name: str) -> NDArray[Any]:
         file = self.folder / f"{name}.npy"
         try:
-            return np.lib.format.open_memmap(file, mode="r")
-        except ValueError:
-            return np.empty(0, dtype=_TYPES[name])  # nothing cannot be mapped
-        except OSError as error:
+            try:
+                return np.lib.format.open_memmap(file, mode="r")
+            except ValueError:
+                # Nothing cannot be mapped; a shortened file cannot be read either.
+                content: NDArray[Any] = np.load(file)
+                return content
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"the tokenised rows in {file} cannot be read: {error}") from error
+
+
+def store_files(folder: Path) -> list[Path]:
+    """The files of the store in a folder, whether they are there or not."""
+    return [folder / FACTS, *(folder / f"{name}.npy" for name in _TYPES)]
 
 
 def _hash(content: Any) -> str:

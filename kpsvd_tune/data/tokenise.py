@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.columns import column
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import RowFormat, find_format
@@ -66,15 +67,15 @@ def find_form(
     form = find_format(rows, format, columns, needs_prompt=text is None or text.has_prompt)
     if form.is_chat or form.name == "text" or text is None:
         return form, []
-    if text.has_system and "system" not in form.columns:
+    system = form.columns.get("system")
+    gives_system = system is not None and any(column(row, system) is not None for row in rows)
+    if text.has_system and not gives_system:
         raise DataError(
             "dataset.template has {system} and no column gives it; expected "
             "dataset.columns={system: COLUMN}, or a template without it"
         )
-    if "system" in form.columns and not text.has_system:
-        return form, [
-            f"the column {form.columns['system']!r} is not used: dataset.template has no {{system}}"
-        ]
+    if gives_system and not text.has_system:
+        return form, [f"the column {system!r} is not used: dataset.template has no {{system}}"]
     return form, []
 
 
@@ -116,10 +117,16 @@ def tokenise(
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, encoder, writer)
             advance(len(chunk))
+        if source.fingerprint() != fingerprint:
+            raise DataError(
+                f"{source.label}: changed while it was read; expected a file that nothing writes "
+                "to: run again when it is whole"
+            )
         return {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
 
+    fingerprint = source.fingerprint()
     key = store_key(
-        source.fingerprint(),
+        fingerprint,
         tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
@@ -181,7 +188,7 @@ def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: Stor
         check_supervision(
             [each.row for each in usable if each.row is not None],
             [each.is_truncated for each in usable],
-            encoder.end_token_ids,
+            encoder.last_token_ids,
         )
     for index, row in enumerate(rows):
         if (each := found.get(index)) is None:

@@ -19,6 +19,7 @@ class SourceRecipe(Section):
     weight: Number = Field(
         default=1.0,
         gt=0,
+        le=1000,  # a slip such as 1e9 would fill the memory with numbers of rows
         description="times that each of its rows is seen in an epoch; 0.5: half of the rows, once",
     )
     name: TextOrList | None = Field(

@@ -184,20 +184,6 @@ def test_stores_used_longest_ago_go_when_the_bound_is_passed(tmp_path: Path) -> 
     assert [path.parent.name for path in tmp_path.glob(f"*/{FACTS}")] == ["d"]
 
 
-def test_what_a_killed_run_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
-    cache = TokenCache(tmp_path)
-
-    def make(writer: StoreWriter) -> dict[str, Any]:
-        (tmp_path / "bb.tmp").mkdir()  # of a run that was killed
-        cache.prune()
-        assert (tmp_path / "aa.tmp").exists()
-        assert not (tmp_path / "bb.tmp").exists()
-        return {}
-
-    cache.find_or_make("aa", make)
-    assert (tmp_path / "aa" / FACTS).exists()
-
-
 @pytest.mark.slow
 def test_two_runs_make_one_store(tmp_path: Path) -> None:
     program = (
@@ -232,3 +218,29 @@ def test_a_folder_that_cannot_be_written_is_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ResourceError, match="cannot be written"):
         read()
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_store(
+    read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Encoder.encode_laid_out
+
+    def meanwhile(*arguments: Any) -> Any:
+        write(tmp_path / "rows.jsonl", [*ROWS, *ROWS])
+        return encode(*arguments)
+
+    monkeypatch.setattr(Encoder, "encode_laid_out", meanwhile)
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; .* run again"):
+        read()
+    assert stores() == []
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(
+    read: Read,
+) -> None:
+    cache = TokenCache()
+    for name in ("aa-left.tmp", "bb-running.tmp"):
+        (cache.folder / name).mkdir(parents=True)
+    with cache._lock("bb"):
+        read()
+    assert [folder.name for folder in cache.folder.glob("*.tmp")] == ["bb-running.tmp"]

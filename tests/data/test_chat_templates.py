@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kpsvd_tune.data import prepare
+from kpsvd_tune.data import IGNORED, prepare
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.errors import DataError
@@ -165,6 +165,12 @@ def test_a_template_that_forgets_earlier_turns_can_learn_the_last(
     with pytest.raises(DataError, match=r"changes earlier turns .*dataset\.learn: last"):
         Encoder(changed, "chat", 500).encode(chat, 1)
     assert trained(Encoder(changed, "chat", 500, only_last=True), chat) == ["<think>y</think>d</s>"]
+    # What is asked in generation is the text before the answer in training, earlier turns included.
+    row = Encoder(changed, "chat", 500, only_last=True).encode(chat, 1).row
+    assert row is not None
+    asked = Encoder(changed, "chat", 500).encode_prompt(chat.messages[:-1])
+    assert tuple(asked) == row.input_ids[: len(asked)]
+    assert row.labels[len(asked) - 1] == IGNORED != row.labels[len(asked)]
 
 
 def test_tools_and_their_results_are_kept_and_not_learnt(
@@ -249,3 +255,27 @@ def test_a_tokenizer_without_end_token_is_refused(tokenizer: PreTrainedTokenizer
     none.eos_token = None
     with pytest.raises(DataError, match="no end token .* set eos_token in the tokenizer's"):
         Encoder(none, "chat", 100)
+
+
+def test_turns_without_an_end_are_told_of(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = tokenizer.chat_template.replace(" + eos_token", " + '\\n'")
+    path = tmp_path / "rows.jsonl"
+    for rounds, expected in ((1, False), (2, True)):
+        path.write_text(json.dumps({"messages": MESSAGES[:1] + MESSAGES[1:3] * rounds}) + "\n")
+        report = prepare(DatasetRecipe(path=str(path), validation=0), endless, seed=0).report
+        assert expected == any("without an end token" in each for each in report.warnings)
+
+
+@pytest.mark.parametrize("fault", ["1 // 0", "cycler()", "f()"])
+def test_a_template_that_fails_is_refused_with_the_row(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, fault: str
+) -> None:
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = f"{{% macro f() %}}{{{{ f() }}}}{{% endmacro %}}{{{{ {fault} }}}}"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    with pytest.raises(DataError, match="line 1: the tokenizer's chat template refuses"):
+        prepare(DatasetRecipe(path=str(path), validation=0), broken, seed=0)

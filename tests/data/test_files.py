@@ -53,8 +53,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         b"\xef\xbb\xbf" + PAIR.encode(),
         PAIR.encode() + b"\r\n",
         b"\n\n" + PAIR.encode() + b"\n   \n",
+        b"\r" + PAIR.encode() + b"\r",
     ],
-    ids=["byte order mark", "crlf", "blank lines"],
+    ids=["byte order mark", "crlf", "blank lines", "cr"],
 )
 def test_harmless_oddities_are_read(tmp_path: Path, content: bytes) -> None:
     (row,) = read_file(write(tmp_path, "rows.jsonl", content))
@@ -82,6 +83,7 @@ def test_csv_keeps_line_ends_inside_quotes(tmp_path: Path) -> None:
         ("r.jsonl", "", r"r\.jsonl: holds no rows; expected at least one"),
         ("r.jsonl", b'{"prompt": "caf\xe9"}', r"line 1: byte 0xe9 is not UTF-8"),
         ("r.jsonl", PAIR.encode("utf-16"), r"is UTF-16 text; expected UTF-8 text"),
+        ("r.jsonl", PAIR.encode("utf-16-le"), r"starts with NUL bytes, .* save it with that"),
         ("r.jsonl", b"\x1f\x8b\x08", r"is a gzip archive; .* unpack it first"),
         ("r.jsonl", "[" * 100_000, r"line 1: the nesting is too deep"),
         ("r.json", PAIR + "\n" + PAIR, r"r\.json: not valid JSON .* rename it to \.jsonl"),
@@ -217,3 +219,24 @@ def test_a_dataset_can_be_streamed(
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     with pytest.raises(DataError, match=r"train\[:100\], where dataset\.streaming is true"):
         open_sources(str(folder), split="train[:10%]", streaming=True)
+
+
+def test_a_parquet_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    table = pa.Table.from_arrays(columns, names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(DataError, match="column 'prompt' occurs twice"):
+        read_file(tmp_path / "r.parquet")
+
+
+def test_parquet_text_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"prompt": pa.array([b"a", b"\xff"]).view(pa.string())})
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(DataError, match="not a readable parquet file behind row 0: .*utf-8"):
+        read_file(tmp_path / "r.parquet")

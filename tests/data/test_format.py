@@ -209,3 +209,23 @@ def test_a_row_without_a_column_that_others_have_is_refused() -> None:
 def test_faulty_messages_are_refused(messages: object, message: str) -> None:
     with pytest.raises(DataError, match=r"^rows\.jsonl, line 1: .*" + message):
         find({"messages": MESSAGES}).example(row(messages=messages))
+
+
+def test_what_the_first_row_leaves_out_is_read_from_later_ones() -> None:
+    first = {"instruction": "Say hi", "output": "hi"}
+    later = {"instruction": "Add", "input": "1 and 1", "output": "2", "system": "Be short."}
+    form = find_format([Row("r", 1, first)], "auto", {})
+    assert form.example(Row("r", 1, first)) == Pair("Say hi", "hi")
+    assert form.example(Row("r", 2, later)) == Pair("Add\n\n1 and 1", "2", "Be short.")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    form = find_format([Row("r", 1, {"messages": turns})], "auto", {})
+    chat = form.example(Row("r", 2, {"messages": turns, "system": "Be short."}))
+    assert isinstance(chat, Chat)
+    assert chat.messages[0] == {"role": "system", "content": "Be short."}
+
+
+def test_two_system_messages_are_refused() -> None:
+    turns = [{"role": r, "content": r} for r in ("system", "user", "assistant")]
+    row = Row("r.jsonl", 1, {"messages": turns, "system": "s"})
+    with pytest.raises(DataError, match="line 1: both 'messages' and the column 'system' give"):
+        find_format([row], "auto", {}).example(row)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.sources import mix
+from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.report.table import preflight_lines
 
@@ -130,4 +131,28 @@ def test_filters_by_length_are_counted(tmp_path: Path, tokenizer: PreTrainedToke
         "2 rows dropped: longer than dataset.max_length (30 tokens), as dataset.too_long says "
         f"(first: {path}, line 3)",
         f"1 row dropped: shorter than dataset.min_length (3 tokens) (first: {path}, line 1)",
+    )
+
+
+def test_rows_are_not_held_out_of_a_file_that_is_listed_twice(
+    files: tuple[str, str], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    a, b = files
+    with pytest.raises(DataError, match=r"a\.jsonl is listed twice, .* weight: 2}, or set"):
+        read(tokenizer, path=[a, b, a], validation=2)
+    copied = tmp_path / "copy.jsonl"
+    copied.write_text(Path(a).read_text())
+    with pytest.raises(DataError, match=rf"copy\.jsonl holds the rows of {a}, so rows held out"):
+        read(tokenizer, path=[a, str(copied)], validation=0.5)
+    assert len(read(tokenizer, path=[a, a], validation=0).train) == 20
+    assert len(read(tokenizer, path=[a, a], validation=b).train) == 20
+
+
+def test_a_validation_file_that_is_trained_on_is_told_of(
+    files: tuple[str, str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    a, b = files
+    report = read(tokenizer, path=[b, a], validation=a).report
+    assert f"validation: {a} is trained on as well: its loss says nothing about new rows" in (
+        report.warnings
     )

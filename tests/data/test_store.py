@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pickle
@@ -139,3 +140,23 @@ def test_many_rows_pass_through_the_buffer(tmp_path: Path, monkeypatch: pytest.M
         TokenizedRow((n, n + 1), (IGNORED, n + 1), n) for n in range(50)
     ]
     assert list(everything(make(tmp_path / "s", rows))) == rows
+
+
+def test_a_shortened_file_is_an_error_and_not_an_empty_store(tmp_path: Path) -> None:
+    store = make(tmp_path / "s", ROWS)
+    for content in (store.folder / "marks.npy").read_bytes()[:-1], b"":
+        (store.folder / "marks.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"marks\.npy cannot be read"):
+            len(TokenStore(store.folder))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path)
+    writer._files["marks"].close()
+    writer._files["marks"] = Path("/dev/full").open("w+b")  # noqa: SIM115  # abandon() closes it
+    writer.add(1, None, Mark.EMPTY)
+    with pytest.raises(OSError, match="No space left") as raised:
+        writer.close({})
+    assert raised.value.errno == errno.ENOSPC
+    writer.abandon()

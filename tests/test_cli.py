@@ -159,6 +159,16 @@ def test_three_typos_at_three_depths_are_told_at_once(
     assert "Traceback" not in captured.err
 
 
+def test_recipes_list_gives_each_purpose_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["recipes", "list", "--json"]) == 0
+    purposes = json.loads(capsys.readouterr().out)
+    assert purposes["mbpp_llama2"] == (
+        "LLaMA2-7B learns to write short Python functions (MBPP) with at most 0.99M trained "
+        "parameters."
+    )
+    assert all(purpose.endswith(".") for purpose in purposes.values())
+
+
 def test_recipes_copy_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["recipes", "copy", "quickstart", str(tmp_path)]) == 0
     assert (tmp_path / "quickstart.yaml").is_file()

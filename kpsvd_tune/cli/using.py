@@ -38,7 +38,9 @@ _OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
 
 @app.command()
 def merge(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run.")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")

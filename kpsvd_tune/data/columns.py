@@ -86,8 +86,10 @@ def check_characters(row: Row, name: str, text: str) -> None:
         ) from error
 
 
-def missing_column(row: Row, form: str, role: str, name: str, required: Sequence[str]) -> DataError:
-    """The error for a column that is not there, with the nearest mapping found in this row."""
+def missing_column(
+    row: Row, form: str, role: str, name: str, required: Sequence[str], setting: str
+) -> DataError:
+    """The error for a column that is not there, with the nearest mapping to set `setting` to."""
     paths = _text_paths(row)
     nearest: dict[str, str] = {}
     for wanted in required:
@@ -97,10 +99,10 @@ def missing_column(row: Row, form: str, role: str, name: str, required: Sequence
     what = f"the column {name!r}" + (f" for {role}" if name != role else "")
     if set(nearest) == set(required):
         mapping = ", ".join(f"{key}: {value}" for key, value in nearest.items())
-        cure = f"the nearest is dataset.columns={{{mapping}}}"
+        cure = f"the nearest is {setting}={{{mapping}}}"
     else:
         blanks = ", ".join(f"{key}: {nearest.get(key, 'COLUMN')}" for key in required)
-        cure = f"say which columns to use: dataset.columns={{{blanks}}}"
+        cure = f"say which columns to use: {setting}={{{blanks}}}"
     return DataError(
         f"{row.where}: {what} is missing; found {describe_columns(row)}; expected "
         f"{' and '.join(required)} (format {form}); {cure}"

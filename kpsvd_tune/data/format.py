@@ -170,7 +170,12 @@ class RowFormat:
 
 
 def find_format(
-    rows: Sequence[Row], name: str, columns: Mapping[str, str], *, needs_prompt: bool = True
+    rows: Sequence[Row],
+    name: str,
+    columns: Mapping[str, str],
+    *,
+    needs_prompt: bool = True,
+    setting: str = "dataset.columns",
 ) -> RowFormat:
     """Take the named form, or detect it: from the recipe's columns, then from the rows' own.
 
@@ -180,6 +185,7 @@ def find_format(
         columns: Column of each role whose name differs from the role's; "a.b" reaches into an
             object.
         needs_prompt: Whether the template has a prompt in it.
+        setting: Where a user writes `columns`, for messages.
 
     Raises:
         DataError: No form fits; the message lists what was found, what was expected and the
@@ -187,13 +193,13 @@ def find_format(
     """
     first = next((row for row in rows if any(row.values.values())), rows[0])
     if name == "auto":
-        name, columns, reason = _detect(first, columns, needs_prompt)
+        name, columns, reason = _detect(first, columns, needs_prompt, setting)
     else:
         reason = "named in the recipe"
     known = REQUIRED_ROLES[name] + _OPTIONAL_ROLES[name]
     if unknown := [role for role in columns if role not in known]:
         raise DataError(
-            f"dataset.columns names the role {unknown[0]!r}; the format {name} has the roles "
+            f"{setting} names the role {unknown[0]!r}; the format {name} has the roles "
             f"{', '.join(known)}"
         )
     resolved = {}
@@ -206,18 +212,18 @@ def find_format(
         elif role in columns or (
             role in REQUIRED_ROLES[name] and (role != "prompt" or needs_prompt)
         ):
-            raise missing_column(first, name, role, source, REQUIRED_ROLES[name])
+            raise missing_column(first, name, role, source, REQUIRED_ROLES[name], setting)
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
     return RowFormat(name, resolved, reason)
 
 
 def _detect(
-    row: Row, columns: Mapping[str, str], needs_prompt: bool
+    row: Row, columns: Mapping[str, str], needs_prompt: bool, setting: str
 ) -> tuple[str, Mapping[str, str], str]:
     for name, roles in REQUIRED_ROLES.items():
         if named := [role for role in roles if role in columns]:
-            return name, columns, f"dataset.columns names {' and '.join(named)}"
+            return name, columns, f"{setting} names {' and '.join(named)}"
     # A list of messages is unmistakable, whatever its column is called.
     for key, value in row.values.items():
         if kind := _message_kind(value):
@@ -233,7 +239,9 @@ def _detect(
     # A text beside its summary or its label is half of a pair: which one must be said.
     if "text" in row.values and not looks_like_pair(row, "text"):
         return "text", columns, "the rows have the column text, and none for an answer"
-    raise missing_column(row, "prompt-completion", "prompt", "prompt", ("prompt", "completion"))
+    raise missing_column(
+        row, "prompt-completion", "prompt", "prompt", ("prompt", "completion"), setting
+    )
 
 
 def _message_kind(value: Any) -> str | None:

@@ -94,7 +94,7 @@ def read_examples(
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split, offline=offline)
-    form, notes = find_form(loaded.rows, format, columns or {}, template)
+    form, notes = find_form(loaded.rows, format, columns or {}, template, setting="columns")
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 
 

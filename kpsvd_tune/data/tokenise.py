@@ -56,7 +56,11 @@ class TokenizedSource:
 
 
 def find_form(
-    rows: Sequence[Row], format: str, columns: Mapping[str, str], template: str
+    rows: Sequence[Row],
+    format: str,
+    columns: Mapping[str, str],
+    template: str,
+    setting: str = "dataset.columns",
 ) -> tuple[RowFormat, list[str]]:
     """The form of the rows, checked against the template, with what a user should know.
 
@@ -64,7 +68,9 @@ def find_form(
         DataError: No form fits, or the template has a place that nothing fills.
     """
     text = None if template == "chat" else TextTemplate(template)
-    form = find_format(rows, format, columns, needs_prompt=text is None or text.has_prompt)
+    form = find_format(
+        rows, format, columns, needs_prompt=text is None or text.has_prompt, setting=setting
+    )
     if form.is_chat or form.name == "text" or text is None:
         return form, []
     system = form.columns.get("system")

@@ -238,6 +238,7 @@ def _line(name: str, text: str) -> None:
 
 
 def purpose(path: Path) -> str:
-    """The first comment line of a recipe."""
-    with path.open(encoding="utf-8") as lines:
-        return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+    """What the opening comment of a recipe says between "Purpose:" and "Needs:", on one line."""
+    opening = path.read_text(encoding="utf-8").partition("# Needs:")[0]
+    words = " ".join(line.lstrip("# ") for line in opening.splitlines())
+    return words.removeprefix("Purpose: ")

@@ -6,12 +6,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 # A launcher passes a signal on to processes that the terminal has signalled already: two within
 # this time are one request.
 _SAME_REQUEST_SECONDS = 1.0
+_BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
@@ -29,7 +32,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Take over the handlers; outside the main thread Python allows none, and none is taken."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _BOTH:
                 self._earlier[number] = signal.signal(number, self._handle)
         return self
 
@@ -52,7 +55,22 @@ class StopSignals:
             os._exit(128 + number)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let both signals wait; a process that is started meanwhile has them wait as well."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, _BOTH)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 def ignore_signals(_worker: int = 0) -> None:
-    """Leave the decision to the process that started this one: for data workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Leave the decision to the process that started this one: for data workers.
+
+    Torch gives a worker handlers of its own first, so it has to be started with `signals_held`, or
+    a signal to the whole group may end it before it gets here.
+    """
+    for number in _BOTH:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _BOTH)

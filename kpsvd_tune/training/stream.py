@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.training.loss import MicroBatch
-from kpsvd_tune.training.signals import ignore_signals
+from kpsvd_tune.training.signals import ignore_signals, signals_held
 
 
 def stream_steps(
@@ -42,6 +42,7 @@ def stream_steps(
         # notice.
         generator=torch.Generator(),
     )
-    batches: Iterator[MicroBatch] = iter(loader)
+    with signals_held():
+        batches: Iterator[MicroBatch] = iter(loader)
     for _ in steps:
         yield list(islice(batches, num_micro_steps))

@@ -67,6 +67,15 @@ def test_math_and_other_columns(tmp_path: Path):
     ]
 
 
+def test_a_missing_column_is_told_by_the_key_that_eval_takes(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [{"q": "1 + 1?", "a": "2"}])
+    with pytest.raises(DataError) as got:
+        read_questions(recipe("gsm8k", path))
+    assert str(got.value).endswith(
+        "which columns to use: columns={prompt: COLUMN, completion: COLUMN}"
+    )
+
+
 def test_rows_that_share_an_id_are_numbered(tmp_path: Path):
     rows = [{"id": 5, "prompt": "a", "completion": "b"}] * 2
     questions = read_questions(recipe("exact_match", write(tmp_path / "r.jsonl", rows)))

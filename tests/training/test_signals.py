@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
-from kpsvd_tune.training import signals
+from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.training import signals, stream
+from kpsvd_tune.training.loss import make_micro_batch
 from kpsvd_tune.training.signals import StopSignals, ignore_signals
 
 # Loads the one module by its path: the package around it would take seconds to import.
@@ -65,3 +68,17 @@ def test_workers_ignore_both(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: calls.append((number, handler)))
     ignore_signals(0)
     assert calls == [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_IGN)]
+
+
+def test_a_signal_to_a_worker_that_is_just_starting_is_ignored(monkeypatch: pytest.MonkeyPatch):
+    def ignore_late(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)  # torch has given it handlers that end it by now
+        ignore_signals(worker)
+
+    monkeypatch.setattr(stream, "ignore_signals", ignore_late)
+    rows = [TokenizedRow((1, 2, n), (-100, 2, n), n) for n in range(4)]
+    sampler = StatelessSampler(4, 2, 1, 1, 0)
+    make_batch = partial(make_micro_batch, pad_token_id=0)
+    steps = list(stream.stream_steps(rows, sampler, range(3), 0, make_batch, num_workers=2))
+    assert [len(batches) for batches in steps] == [1, 1, 1]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

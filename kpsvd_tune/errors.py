@@ -11,7 +11,7 @@ KpsvdTuneError                 1
 │   ├── MergeError             1   the merged model is not the model that was trained
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
-└── StoppedBySignal    130 | 143   SIGINT or SIGTERM arrived; the state was saved first
+└── StoppedBySignal    130 | 143   SIGINT or SIGTERM arrived; what was done is saved
 
 The message is written for the user: what was got, what was expected, what to do. Anything else
 that escapes is a bug of ours and keeps its traceback.
@@ -97,7 +97,7 @@ class NonFiniteError(KpsvdTuneError):
 
 
 class StoppedBySignal(KpsvdTuneError):
-    """A signal asked the run to stop; raised after the state was saved."""
+    """A signal asked the run to stop; raised after what was done was saved."""
 
     is_everywhere = True
 
@@ -114,4 +114,4 @@ class StoppedBySignal(KpsvdTuneError):
             name = signal.Signals(self.signum).name
         except ValueError:
             name = f"signal {self.signum}"
-        return f"stopped by {name}; the state was saved first"
+        return f"stopped by {name}; what was done is saved"

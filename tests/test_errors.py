@@ -57,7 +57,7 @@ def test_the_tree_in_the_docstring_names_every_error():
 def test_a_signal_gives_the_exit_code_that_shells_use(signum: int, exit_code: int, name: str):
     error = errors.StoppedBySignal(signum)
     assert error.exit_code == exit_code
-    assert str(error) == f"stopped by {name}; the state was saved first"
+    assert str(error) == f"stopped by {name}; what was done is saved"
 
 
 def test_a_stopped_run_survives_pickling():

@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(Events, "step", interrupt)
     assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 130
-    assert "stopped by SIGINT; the state was saved first" in capsys.readouterr().err
+    assert "stopped by SIGINT; what was done is saved" in capsys.readouterr().err
     assert not (stopped / "results.json").exists()
     monkeypatch.setattr(Events, "step", original)
     # Going on must not need the decomposition again, whatever became of the cache.

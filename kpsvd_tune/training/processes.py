@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -144,6 +145,9 @@ def end_processes() -> None:
     global _patient_group
     _patient_group = None
     if dist.is_available() and dist.is_initialized():
+        # A gloo thread needs the interpreter to put its last piece of work away, and DDP, which may
+        # be the last to hold the group, waits for that thread without letting it (torch 2.13).
+        time.sleep(0.1)
         PartialState().destroy_process_group()
 
 

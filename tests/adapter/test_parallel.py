@@ -68,6 +68,9 @@ def work(rank: int, folder: str, kind: str, shape: str) -> None:
     values = trained_values(model)
     if rank == 0:
         torch.save(values, f"{folder}/values.pt")
+    # DDP frees its group with the interpreter locked, which the group's thread may wait for (torch
+    # 2.13): it may not be the last to hold it.
+    del model
     dist.barrier()
     dist.destroy_process_group()
 

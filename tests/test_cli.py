@@ -263,7 +263,7 @@ def test_a_stopped_run_says_how_it_goes_on(monkeypatch, capsys, option):
 
     monkeypatch.setattr(cli, "app", stop)
     assert cli.run(["train", "my.yaml"]) == 143
-    assert "first; the same command goes on from there" in capsys.readouterr().err
+    assert "saved; the same command goes on from there" in capsys.readouterr().err
     # With the option it would begin again where it began.
     assert cli.run(["train", "my.yaml", *option]) == 143
     assert "the same command without --resume goes on from there" in capsys.readouterr().err

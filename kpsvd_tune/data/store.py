@@ -232,7 +232,8 @@ class TokenStore:
                 return np.lib.format.open_memmap(file, mode="r")
             except ValueError:
                 # Nothing cannot be mapped; a shortened file cannot be read either.
-                content: NDArray[Any] = np.load(file)
+                with file.open("rb") as stream:
+                    content: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
                 return content
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"the tokenised rows in {file} cannot be read: {error}") from error

@@ -233,7 +233,7 @@ class TokenStore:
             except ValueError:
                 # Nothing cannot be mapped; a shortened file cannot be read either.
                 with file.open("rb") as stream:
-                    content: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+                    content: NDArray[Any] = np.lib.format.read_array(stream)
                 return content
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"the tokenised rows in {file} cannot be read: {error}") from error

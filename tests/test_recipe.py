@@ -419,6 +419,20 @@ def test_an_impossible_value_is_refused_with_the_override(faults, override: str,
     assert line == f"override {override}: {expected}"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.scheduler=greedy", "got 'greedy', which sets the rate by the losses it sees"),
+        (
+            "train.optimizer_args={betas: {a: 1}}",
+            "expected a number, true or false, text, or a list",
+        ),
+    ],
+)
+def test_schedules_and_arguments_that_cannot_be(faults, override: str, message: str):
+    assert message in one_fault(faults(SECTIONS, override))
+
+
 def test_a_long_value_is_cut_in_the_message(faults):
     line = one_fault(faults(SECTIONS, "train.optimizer=" + "x" * 1000))
     assert line.startswith("override train.optimizer=xxxx")

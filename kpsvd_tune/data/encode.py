@@ -96,7 +96,7 @@ class Encoder:
         Templates end calls of tools with another token than answers.
         """
         special = self._special_ids.values() if self._chat is not None else ()
-        return tuple(dict.fromkeys((int(self._tokenizer.eos_token_id), *special)))
+        return tuple(dict.fromkeys((self._eos_id, *special)))
 
     def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
         """Encode one example; its ids are cut at the maximal length.

@@ -239,7 +239,10 @@ def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evalua
     """The task with what it leaves open taken from the training."""
     if dataset is None:
         return task
-    update: dict[str, Any] = {"template": task.template or dataset.template}
+    update: dict[str, Any] = {
+        "template": task.template or dataset.template,
+        "learn": task.learn or dataset.learn,
+    }
     if task.task in ("exact_match", "loss") and not task.columns:
         # They have no columns of their own; those of the training are the likeliest.
         update["columns"] = dataset.columns

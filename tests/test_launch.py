@@ -153,7 +153,8 @@ def test_gpus_of_this_machine_are_counted_as_pytorch_counts_them(tmp_path: Path)
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: --gpus 64: PyTorch sees "), done.stderr
-    assert done.stderr.endswith("with --processes 64\n") and done.stdout == ""
+    assert done.stderr.endswith("with --processes 64\n")
+    assert done.stdout == ""
     assert not list(tmp_path.iterdir())
 
 

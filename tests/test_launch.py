@@ -127,9 +127,12 @@ def test_enough_gpus_are_passed_on(
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     seen: list[tuple[int, bool]] = []
-    monkeypatch.setattr(
-        launch, "launch", lambda _words, count, use_cpu, _config: seen.append((count, use_cpu)) or 7
-    )
+
+    def start(_words: list[str], count: int, use_cpu: bool, _config: str | None) -> int:
+        seen.append((count, use_cpu))
+        return 7
+
+    monkeypatch.setattr(launch, "launch", start)
     assert cli.run([*verb, "--gpus", "2"]) == 7
     assert seen == [(2, False)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,10 +162,8 @@ class RowFormat:
         name = self.columns["history"]
         value = column(row, name)
         if isinstance(value, str) and value.strip():  # csv
-            try:
+            with contextlib.suppress(ValueError):  # refused below, as what it is
                 value = parse_json(value)
-            except ValueError:
-                pass  # refused below, as what it is
         rounds = value or []
         if not isinstance(rounds, list) or not all(
             isinstance(each, list) and len(each) == 2 and all(isinstance(t, str) for t in each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,10 +84,8 @@ def read_calls(
     calls = message.pop("tool_calls", None) or []
     legacy = message.pop("function_call", None)
     if isinstance(calls, str):
-        try:
+        with contextlib.suppress(ValueError):  # refused below, as what it is
             calls = parse_json(calls)
-        except ValueError:
-            pass  # refused below, as what it is
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(
             f"{row.where}: 'tool_calls' of a message in {name!r} is {str(calls)[:60]!r}; expected "

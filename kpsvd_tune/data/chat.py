@@ -15,7 +15,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.chat_program import ChatProgram, compile_template, with_reasoning_names
-from kpsvd_tune.data.format import Chat, is_answer
+from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.errors import DataError
 
@@ -73,13 +73,13 @@ class ChatRenderer:
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
 
-        Every assistant turn that says something is learnt, or the last one only, with the special
+        The turns that the chat gives to learn are, or the last of them only, each with the special
         token that ends it. What follows the last one is left out.
 
         Raises:
             TemplateError: The template refuses the messages, or its text is not theirs.
         """
-        answers = [i for i, message in enumerate(chat.messages) if is_answer(message)]
+        answers = chat.learnt[-1:] if only_last else chat.learnt
         messages = chat.messages[: answers[-1] + 1]
         text, marked = self.marked(messages, chat.tools)
         if self._program(chat.tools).has_markers:
@@ -88,7 +88,7 @@ class ChatRenderer:
             finder = _Finder(self, messages, chat.tools, text)
         segments: list[Segment] = []
         position = 0
-        for start, end in finder.spans(answers[-1:] if only_last else answers):
+        for start, end in finder.spans(answers):
             segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
             position = end
         return [segment for segment in segments if segment.text]

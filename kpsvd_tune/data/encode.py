@@ -103,10 +103,18 @@ class Encoder:
 
     def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
         """What becomes a row of its own: the example, or a chat up to each turn to learn."""
+        if isinstance(example, Pair) and example.history and self._text_template(example) is None:
+            example = _as_chat(example)
         if self._learn != "each" or isinstance(example, Pair):
             return [example]
-        turns = [i for i, message in enumerate(example.messages) if is_answer(message)]
-        return [replace(example, messages=example.messages[: turn + 1]) for turn in turns]
+        return [
+            replace(
+                example,
+                messages=example.messages[: turn + 1],
+                context=example.context.union(range(turn)),
+            )
+            for turn in example.learnt
+        ]
 
     def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
         """Encode one example; its ids are cut at the maximal length.
@@ -225,6 +233,7 @@ class Encoder:
     ) -> tuple[list[Segment], list[int], list[str]]:
         """Segments, the ids before them, and the texts of the row itself."""
         if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
+            _refuse_chat_parts(example)
             prompt, completion = template.render(example)
             segments = [Segment(prompt, False)]
             if not is_prompt:
@@ -233,13 +242,10 @@ class Encoder:
             segments = [segment for segment in segments if segment.text]
             return segments, self._prefix(segments), texts
         if isinstance(example, Pair):
-            system = {"role": "system", "content": example.system}
-            messages = [system] if example.system else []
-            messages.append({"role": "user", "content": example.prompt})
             if is_prompt:
-                return self._chat_prompt(tuple(messages)), [], []
-            messages.append({"role": "assistant", "content": example.completion})
-            example = Chat(tuple(messages))
+                return self._chat_prompt(_as_chat(example).messages[:-1]), [], []
+            example = _as_chat(example)
+        self._notes |= dict.fromkeys(example.notes)
         # The template writes its own special tokens, so the tokenizer adds none.
         segments = self._renderer().segments(example, only_last=self._learn != "all")
         return segments, [], [str(message["content"]) for message in example.messages]
@@ -282,6 +288,24 @@ class Encoder:
             "written once; remove it from the template"
         ] = None
         return []
+
+
+def _as_chat(pair: Pair) -> Chat:
+    messages = [{"role": "system", "content": pair.system}] if pair.system else []
+    for question, answer in (*pair.history, (pair.prompt, pair.completion)):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return Chat(tuple(messages), pair.tools)
+
+
+def _refuse_chat_parts(pair: Pair) -> None:
+    for part, column in ((pair.history, "history"), (pair.tools, "tools")):
+        if part:
+            raise DataError(
+                f"the row has {column}, which a text template cannot write; expected "
+                "dataset.template: chat (the tokenizer's own template), or leave it out with "
+                f"dataset.ignore_columns: [{column}]"
+            )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -16,7 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from kpsvd_tune.data.format import Chat, is_answer
+from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.errors import DataError
 
@@ -55,20 +55,19 @@ class ChatRenderer:
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
 
-        Every assistant turn that says something is learnt, or the last one only, with the special
+        The turns that the chat gives to learn are, or the last of them only, each with the special
         token that ends it. What follows the last one is left out.
 
         Raises:
             DataError: The template refuses the messages, or its text is not that of the messages.
         """
-        last = max(i for i, m in enumerate(chat.messages) if is_answer(m))
-        messages = chat.messages[: last + 1]
+        learnt = chat.learnt[-1:] if only_last else chat.learnt
+        messages = chat.messages[: learnt[-1] + 1]
         template = self._tokenizer.get_chat_template(None, _listed(chat.tools))
         if _MARKER.search(template):
-            text, spans = self._marked_spans(messages, chat.tools, template)
-            spans = spans[-1:] if only_last else spans
+            text, spans = self._marked_spans(messages, chat.tools, learnt, template)
         else:
-            text, spans = self._rendered_spans(messages, chat.tools, only_last)
+            text, spans = self._rendered_spans(messages, chat.tools, learnt)
         segments: list[Segment] = []
         position = 0
         for start, end in spans:
@@ -81,14 +80,12 @@ class ChatRenderer:
         return text.endswith(self._special_tokens)
 
     def _rendered_spans(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, only_last: bool
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, learnt: Sequence[int]
     ) -> tuple[str, list[tuple[int, int]]]:
         text = self._render(messages, tools)
         spans = []
-        for index, message in enumerate(messages):
+        for index in learnt:
             is_last = index == len(messages) - 1
-            if not is_answer(message) or (only_last and not is_last):
-                continue
             before = self.prompt(messages[:index], tools)
             after = text if is_last else self._render(messages[: index + 1], tools)
             if not after.startswith(before):
@@ -107,11 +104,15 @@ class ChatRenderer:
                     "{% generation %} markers, or learn the last turn only (dataset.learn: last)"
                 )
             spans.append((len(before), end))
-            self._check_turn(message, text[len(before) : end], is_last)
+            self._check_turn(messages[index], text[len(before) : end], is_last)
         return text, spans
 
     def _marked_spans(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, template: str
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        learnt: Sequence[int],
+        template: str,
     ) -> tuple[str, list[tuple[int, int]]]:
         rendered, marked = self._call(
             render_jinja_template,
@@ -131,7 +132,7 @@ class ChatRenderer:
             )
         spans = []
         for index, (start, end) in zip(turns, marked[0], strict=True):
-            if not is_answer(messages[index]):
+            if index not in learnt:
                 continue
             before = self.prompt(messages[:index], tools)
             # Markers around the whole turn hold its header too, which the model never writes.

@@ -215,6 +215,7 @@ class Encoder:
     ) -> tuple[list[Segment], list[int], list[str]]:
         """Segments, the ids before them, and the texts of the row itself."""
         if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
+            _refuse_chat_parts(example)
             prompt, completion = template.render(example)
             segments = [Segment(prompt, False)]
             if not is_prompt:
@@ -224,12 +225,16 @@ class Encoder:
             return segments, self._prefix(segments), texts
         if isinstance(example, Pair):
             system = {"role": "system", "content": example.system}
-            messages = [system] if example.system else []
+            messages: list[dict[str, Any]] = [system] if example.system else []
+            for question, answer in example.history:
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": answer})
             messages.append({"role": "user", "content": example.prompt})
             if is_prompt:
                 return self._chat_prompt(tuple(messages)), [], []
             messages.append({"role": "assistant", "content": example.completion})
-            example = Chat(tuple(messages))
+            example = Chat(tuple(messages), example.tools)
+        self._notes |= dict.fromkeys(example.notes)
         # The template writes its own special tokens, so the tokenizer adds none.
         segments = self._renderer().segments(example, only_last=self._only_last)
         return segments, [], [str(message["content"]) for message in example.messages]
@@ -272,6 +277,16 @@ class Encoder:
             "written once; remove it from the template"
         ] = None
         return []
+
+
+def _refuse_chat_parts(pair: Pair) -> None:
+    for part, column in ((pair.history, "history"), (pair.tools, "tools")):
+        if part:
+            raise DataError(
+                f"the row has {column}, which a text template cannot write; expected "
+                "dataset.template: chat (the tokenizer's own template), or leave it out with "
+                f"dataset.ignore_columns: [{column}]"
+            )
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

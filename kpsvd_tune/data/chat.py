@@ -15,6 +15,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.chat_program import ChatProgram, compile_template, with_reasoning_names
+from kpsvd_tune.data.chat_templates import Template, shipped_name
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.errors import DataError
@@ -44,19 +45,29 @@ class ChatRenderer:
     Args:
         tokenizer: Tokenizer with a chat template.
         special_tokens: Texts of its special tokens.
+        compared_with: Another template, which must ask as this one does wherever it asks at all.
 
     Raises:
         DataError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        special_tokens: Sequence[str],
+        compared_with: Template | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template, and the chat format (or template: chat) "
                 "needs one; use a chat model, name a template with dataset.chat_template, or "
                 "write dataset.template as text with {prompt} and {completion}"
             )
-        self._tokenizer = tokenizer
+        self._template: Template = tokenizer.chat_template
+        self._compared_with = compared_with
+        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
+        # Ours mark what they ask for, or something is wrong; a user's markers are a user's choice.
+        self.is_strict = any(map(shipped_name, texts))
         self._special_tokens = tuple(special_tokens)
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
@@ -68,7 +79,18 @@ class ChatRenderer:
         Raises:
             TemplateError: The template refuses the messages.
         """
-        return self._run(messages, tools, add_generation_prompt=True)[0]
+        asked = self._run(messages, tools, add_generation_prompt=True)[0]
+        if self._compared_with is not None:
+            try:
+                other = self._run(messages, tools, True, self._compared_with)[0]
+            except TemplateError:
+                return asked  # what it refuses it cannot ask otherwise
+            if other != asked:
+                raise TemplateError(
+                    f"it asks with {_from_fork(other, asked)} where the tokenizer's own asks with "
+                    f"{_from_fork(asked, other)}"
+                )
+        return asked
 
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
@@ -152,15 +174,28 @@ class ChatRenderer:
         """
         return self._run(messages, tools)
 
-    def _program(self, tools: Any) -> ChatProgram:
-        template = self._tokenizer.get_chat_template(None, list(tools) if tools else None)
+    def _program(self, tools: Any, template: Template | None = None) -> ChatProgram:
+        template = template or self._template
+        if isinstance(template, dict):
+            # As transformers chooses among several.
+            name = "tool_use" if tools and "tool_use" in template else "default"
+            if name not in template:
+                raise TemplateError(
+                    f"the tokenizer has the chat templates {', '.join(template)} and none is the "
+                    "default; name a file with dataset.chat_template"
+                )
+            template = template[name]
         return compile_template(template)
 
     def _run(
-        self, messages: Messages, tools: Any, add_generation_prompt: bool = False
+        self,
+        messages: Messages,
+        tools: Any,
+        add_generation_prompt: bool = False,
+        template: Template | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            program = self._program(tools)
+            program = self._program(tools, template)
             found = program.render(
                 messages=with_reasoning_names(messages),
                 tools=list(tools) if tools else None,
@@ -231,11 +266,7 @@ class _Finder:
         whole = self._messages[: index + 1]
         after = self._text if is_last else self._renderer.rendered(whole, self._tools)
         if not after.startswith(before):
-            raise TemplateError(
-                "the chat template's generation prompt is not how it starts an assistant "
-                f"turn: it asks with {tail(before)} and writes {_from_fork(before, after)}; "
-                f"training and generation would differ: use {_OTHER_TEMPLATE} where they agree"
-            )
+            raise _asks_otherwise(before, after)
         end = len(before) + len(self._renderer.turn(after[len(before) :]))
         if not self._text.startswith(after[:end]):
             raise _rewrites()
@@ -321,6 +352,8 @@ class _MarkedTurns(_Finder):
         text, renderer = self._text, self._renderer
         before = renderer.prompt(self._messages[:index], self._tools)
         start, end = self._cut(text, self._marked[index], len(before), text.startswith(before))
+        if text[:start] != before and renderer.is_strict:
+            raise _asks_otherwise(before, text)
         if text[:start] != before:
             renderer.notes[
                 "the chat template's generation prompt is not the text before the tokens it "
@@ -409,6 +442,16 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     start = start if reasoning else place
     marker_place = turn.rfind("<think>", 0, start)
     return (start if marker_place < 0 else marker_place), place + len(answer)
+
+
+def _asks_otherwise(before: str, after: str) -> TemplateError:
+    return TemplateError(
+        "the chat template's generation prompt is not how it starts an assistant turn: it asks "
+        f"with {tail(before)} and writes {_from_fork(before, after)}; training and generation "
+        "would differ: where the template reads enable_thinking or the like, set it to what the "
+        "rows hold (dataset.template_arguments: {enable_thinking: false} for answers without "
+        f"reasoning), or use {_OTHER_TEMPLATE} where they agree"
+    )
 
 
 def _rewrites() -> TemplateError:

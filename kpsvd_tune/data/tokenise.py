@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.columns import column
 from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.files import Row
@@ -93,6 +94,7 @@ def tokenise(
     learn: Learn,
     cache: TokenCache,
     advance: Callable[[int], None],
+    own_template: Template | None = None,
 ) -> TokenizedSource:
     """Give the store of a source.
 
@@ -104,6 +106,7 @@ def tokenise(
         learn: Assistant turns of a chat to learn.
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
+        own_template: The chat template in whose place another is tried, and which must ask alike.
 
     Raises:
         DataError: A row, its form or the template is not as it must be.
@@ -119,7 +122,9 @@ def tokenise(
                 break
         form, notes = find_form(head, settings.format, settings.columns, settings.template)
         template, more = _template_for(form, settings)
-        encoder = Encoder(tokenizer, template, max_length, learn=learn)
+        encoder = Encoder(
+            tokenizer, template, max_length, learn=learn, compared_with=own_template
+        )
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, encoder, writer)
             advance(len(chunk))
@@ -140,6 +145,7 @@ def tokenise(
         settings.names_template,
         max_length,
         learn,
+        own_template,
     )
     store, was_cached = cache.find_or_make(key, make)
     return TokenizedSource(

@@ -44,15 +44,16 @@ def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="The folder of a run or of a comparison.")
     ],
+    layers: Annotated[bool, typer.Option("--layers", help="The rank of every layer too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the ranks and results of a run again, or the verdict of a comparison."""
+    """Show the results of a run again, and its ranks; or the verdict of a comparison."""
     folder = expand(run)
     if kind_of(folder) == "comparison":
         emit(read_comparison(folder), as_json, show_comparison)
     else:
-        emit(read_run(folder), as_json, view.show_run)
+        emit(read_run(folder), as_json, lambda found: view.show_run(found, layers=layers))
 
 
 @recipes_app.command("list")

@@ -188,9 +188,13 @@ def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
     """Whether the folder holds this trial, and not one of the same name with other settings."""
     if not run.run_file.exists():
         return True
-    held = read_json(run.run_file).get("identity", {})
+    held = read_json(run.run_file).get("identity")
     now = json.loads(to_json(dict(identity)))
-    return not changes(held.pop("shared", {}), now.pop("shared", {})) and held == now
+    if not held or not held.get("shared"):
+        return False
+    # Of `shared` as a run of its own, for its recipe may have got keys since.
+    rest = [{k: v for k, v in each.items() if k != "shared"} for each in (held, now)]
+    return rest[0] == rest[1] and not changes(held["shared"], now["shared"])
 
 
 def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:

@@ -1,4 +1,4 @@
-"""Which chat template a run uses: the tokenizer's, one of ours by name, or a file; and its arguments.
+"""Which chat template a run uses, the tokenizer's, one of ours or a file, with its arguments.
 
 Ours are written for training: each marks what the assistant writes. Arguments are written into the
 template's own text as defaults, so that training, evaluation, the saved tokenizer and whoever
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.chat_program import variables_of
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
 
 Template = str | dict[str, str]
 
@@ -48,7 +49,8 @@ FAMILIES: Mapping[str, Family] = {
         ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
     ),
     "deepseek": Family(
-        ("<｜User｜>", "<｜Assistant｜>"), ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+        ("<｜User｜>", "<｜Assistant｜>"),
+        ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
     ),
     "llama3": Family(
         ("<|start_header_id|>", "<|eot_id|>"),
@@ -56,13 +58,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "llama2": Family(("<<SYS>>", "[INST]")),
     "mistral": Family(("[INST]",)),
-    "gemma": Family(
-        ("<start_of_turn>", "<end_of_turn>"), ("<start_of_turn>", "<end_of_turn>")
-    ),
+    "gemma": Family(("<start_of_turn>", "<end_of_turn>"), ("<start_of_turn>", "<end_of_turn>")),
     "phi4": Family(("<|im_sep|>", "<|im_start|>"), ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
-    "qwen3": Family(
-        ("<|im_start|>", "<think>", "enable_thinking"), ("<|im_start|>", "<|im_end|>")
-    ),
+    "qwen3": Family(("<|im_start|>", "<think>", "enable_thinking"), ("<|im_start|>", "<|im_end|>")),
     "chatml": Family(
         ("<|im_start|>", "<|im_end|>"),
         ("<|im_start|>", "<|im_end|>"),
@@ -78,7 +76,6 @@ FAMILIES: Mapping[str, Family] = {
         ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
     ),
 }
-_FILE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 # What a rendering always gives; these are no arguments.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 
@@ -160,24 +157,17 @@ def missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _named_template(value: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    names = ", ".join(sorted(FAMILIES))
-    if value in FAMILIES:
+    if value in CHAT_TEMPLATES:
         if missing := missing_tokens(value, tokenizer):
             raise DataError(
                 f"dataset.chat_template: {value} writes the special token {missing[0]!r}, which "
                 "this tokenizer does not know, so its turns would not end with one token; "
-                f"expected a template of the model's own family: one of {names}, or a file"
+                f"expected one of the model's own family ({', '.join(CHAT_TEMPLATES)}), or a file"
             )
         return shipped_template(value)
     path = Path(value).expanduser()
-    if not path.is_file():
-        close = difflib.get_close_matches(value.lower(), FAMILIES, 1, 0.6)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise DataError(
-            f"dataset.chat_template is {value!r}: there is no such file, and no template of that "
-            f"name comes with kpsvd-tune{hint} Expected a jinja file "
-            f"({', '.join(_FILE_SUFFIXES)}), or one of {names}"
-        )
+    if problem := chat_template_problem(value):
+        raise DataError(f"dataset.chat_template: {problem}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

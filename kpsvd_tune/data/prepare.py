@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import Chat, Pair, RowFormat
@@ -24,6 +25,7 @@ from kpsvd_tune.data.sources import (
 )
 from kpsvd_tune.data.split import split_rows
 from kpsvd_tune.data.stored_rows import StoredRows, rows_sha256
+from kpsvd_tune.data.template_choice import with_chat_template
 from kpsvd_tune.data.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
@@ -105,6 +107,7 @@ def prepare(
     seed: int,
     offline: bool = False,
     progress: Progress | None = None,
+    keeps_template: bool = False,
 ) -> PreparedData:
     """Read, encode, split, mix and check the rows of a recipe.
 
@@ -113,49 +116,26 @@ def prepare(
 
     Args:
         dataset: The recipe's section.
-        tokenizer: The base model's tokenizer.
+        tokenizer: The base model's tokenizer. Its chat template becomes the one that is used.
         seed: Decides which rows are held out, and which a fractional weight takes.
         offline: Use only what the local hub cache holds.
         progress: Called while rows are tokenised.
+        keeps_template: Refuse rows that the tokenizer's chat template cannot train, rather than
+            look for another, as for rows that are compared with those of a training.
 
     Raises:
         DataError: Anything between the file and the labels is not as it must be.
         ResourceError: The cache cannot be written.
     """
     cache = TokenCache()
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if progress is not None:
-            progress(done, 0)
-
-    def tokenised(settings: SourceSettings) -> list[TokenizedSource]:
-        opened = open_sources(
-            settings.path,
-            name=settings.name,
-            split=settings.split,
-            offline=offline,
-            streaming=dataset.streaming,
-        )
-        return [
-            tokenise(each, settings, tokenizer, dataset.max_length, dataset.learn, cache, advance)
-            for each in opened
-        ]
-
     settings = training_sources(dataset)
-    sources = [source for each in settings for source in tokenised(each)]
-    held_out = sources
-    leaks: list[str] = []
-    if isinstance(dataset.validation, str):
-        held_out = tokenised(validation_source(dataset, dataset.validation))
-        leaks = check_held_out(sources, held_out)
-    elif dataset.validation:
-        check_held_out(sources, None)
-    if progress is not None and done:
-        progress(done, done)
 
+    def tokenise_all(own: Template | None) -> _Tokenised:
+        return _tokenise_all(dataset, settings, tokenizer, own, cache, offline, progress)
+
+    (sources, held_out, leaks), choice = with_chat_template(
+        tokenizer, dataset, tokenise_all, keeps_template=keeps_template
+    )
     num_rows = sum(len(source.store) for source in sources)
     if isinstance(dataset.validation, str):
         kept = np.arange(num_rows)
@@ -176,7 +156,9 @@ def prepare(
     ]
     rows = StoredRows([source.store for source in sources], np.concatenate(parts))
     others = StoredRows([source.store for source in held_out], validation.usable)
-    encoder = Encoder(tokenizer, template_of(sources[0], settings[0]), dataset.max_length)
+    encoder = Encoder(
+        tokenizer, template_of(sources[0], settings[0]), dataset.max_length, learn=dataset.learn
+    )
 
     def report() -> PreflightReport:
         whole = train.whole
@@ -193,6 +175,7 @@ def prepare(
             format=sources[0].form.name,
             format_reason=sources[0].form.reason,
             warnings=(
+                *choice,
                 *tokenizer_warnings(tokenizer, dataset.max_length),
                 *train.warnings(),
                 *(f"validation: {note}" for note in (*leaks, *validation.warnings())),
@@ -214,6 +197,62 @@ def prepare(
     return PreparedData(
         rows, others, PreflightReport.from_dict(found["report"]), found["sha256"], encoder, note
     )
+
+
+_Tokenised = tuple[list[TokenizedSource], list[TokenizedSource], list[str]]
+
+
+def _tokenise_all(
+    dataset: DatasetRecipe,
+    settings: Sequence[SourceSettings],
+    tokenizer: PreTrainedTokenizerBase,
+    own_template: Template | None,
+    cache: TokenCache,
+    offline: bool,
+    progress: Progress | None,
+) -> _Tokenised:
+    """The sources to train on, those to hold rows out of, and what a user should know of both."""
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress is not None:
+            progress(done, 0)
+
+    def tokenised(settings: SourceSettings) -> list[TokenizedSource]:
+        opened = open_sources(
+            settings.path,
+            name=settings.name,
+            split=settings.split,
+            offline=offline,
+            streaming=dataset.streaming,
+        )
+        return [
+            tokenise(
+                each,
+                settings,
+                tokenizer,
+                dataset.max_length,
+                dataset.learn,
+                cache,
+                advance,
+                own_template,
+            )
+            for each in opened
+        ]
+
+    sources = [source for each in settings for source in tokenised(each)]
+    held_out = sources
+    leaks: list[str] = []
+    if isinstance(dataset.validation, str):
+        held_out = tokenised(validation_source(dataset, dataset.validation))
+        leaks = check_held_out(sources, held_out)
+    elif dataset.validation:
+        check_held_out(sources, None)
+    if progress is not None and done:
+        progress(done, done)
+    return sources, held_out, leaks
 
 
 def _groups(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:

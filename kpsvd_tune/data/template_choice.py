@@ -32,6 +32,8 @@ def with_chat_template(
     tokenizer: PreTrainedTokenizerBase,
     dataset: DatasetRecipe,
     work: Callable[[Template | None], T],
+    *,
+    keeps_template: bool = False,
 ) -> tuple[T, list[str]]:
     """Do something with the tokenizer's chat template, or with one of ours where that fails.
 
@@ -40,6 +42,7 @@ def with_chat_template(
         dataset: The recipe's section.
         work: Called with None, or with the tokenizer's own template, which the one that it has
             now must be compared with.
+        keeps_template: Look for no other template.
 
     Returns:
         What `work` returned, and what a user should know.
@@ -53,7 +56,7 @@ def with_chat_template(
     try:
         return work(None), []
     except TemplateError as error:
-        name = None if dataset.chat_template else family_of(own)
+        name = None if dataset.chat_template or keeps_template else family_of(own)
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
         refusal = error
@@ -81,4 +84,3 @@ def with_chat_template(
         f"{refusal}. The template {name} that comes with kpsvd-tune was tried in its place and "
         f"does not do: {reasons[0]}"
     ) from refusal
-

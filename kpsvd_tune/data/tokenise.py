@@ -122,9 +122,7 @@ def tokenise(
                 break
         form, notes = find_form(head, settings.format, settings.columns, settings.template)
         template, more = _template_for(form, settings)
-        encoder = Encoder(
-            tokenizer, template, max_length, learn=learn, compared_with=own_template
-        )
+        encoder = Encoder(tokenizer, template, max_length, learn=learn, compared_with=own_template)
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, encoder, writer)
             advance(len(chunk))

@@ -201,7 +201,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline)
+    found = prepare(dataset, tokenizer, seed=0, offline=offline, keeps_template=True)
     return found.train, found.sha256
 
 

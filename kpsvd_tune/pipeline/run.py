@@ -116,6 +116,8 @@ def train(
             accelerator,
             lambda: _prepare(dataset, tokenizer, recipe.train.seed, events, offline),
         )
+        # Only the first process has read the rows, which decide on it where the recipe does not.
+        tokenizer.chat_template = on_main_process(accelerator, lambda: tokenizer.chat_template)
         base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
         origin = {} if adapter_folder is None else {"adapter": adapter_hash(adapter_folder)}
         start = on_main_process(

@@ -9,12 +9,18 @@ messages, so a template that drops, rewrites or reorders text is refused rather 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.chat_program import ChatProgram, compile_template, with_reasoning_names
+from kpsvd_tune.data.chat_program import (
+    ChatProgram,
+    compile_template,
+    variables_of,
+    with_reasoning_names,
+)
 from kpsvd_tune.data.chat_templates import Template, shipped_name
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
@@ -115,6 +121,19 @@ class ChatRenderer:
             position = end
         return [segment for segment in segments if segment.text]
 
+    @cached_property
+    def arguments(self) -> str:
+        """What the template may be told to do otherwise, as a cure in messages."""
+        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
+        found = set().union(*map(variables_of, texts))
+        known = sorted(name for name in found if "think" in name or "reasoning" in name)
+        if not known:
+            return ""
+        return (
+            f"give it another value of {' or '.join(known)} (dataset.template_arguments, such as "
+            f"{{{known[0]}: false}}), or "
+        )
+
     def ends_turn(self, text: str) -> bool:
         """Whether a turn's text ends with a special token."""
         return text.endswith(self._special_tokens)
@@ -148,15 +167,36 @@ class ChatRenderer:
                 "of a chat, behind which one is put, teaches the model to stop; use a template "
                 "that writes one behind every turn"
             ] = None
+        reasoning = str(message.get("reasoning_content") or message.get("thinking") or "").strip()
+        if reasoning not in turn:
+            raise _drops_reasoning(reasoning, turn)
         before, after = turn[:start].strip(), turn[end:].strip()
         for token in self._special_tokens:
             after = after.removesuffix(token).strip()
-        own = [str(message[key]) for key in ("reasoning_content", "thinking") if message.get(key)]
-        if (before or after) and not message.get("tool_calls") and not own:
+        if (before or after) and not message.get("tool_calls") and not reasoning:
             self.notes[
                 "the chat template adds text of its own to assistant turns, which is trained as "
                 f"well: {head(before or after)}"
             ] = None
+
+    def check_alike(self, messages: Messages, tools: Any, turn: str) -> None:
+        """Check that the compared template, where it is consistent, writes the last turn alike.
+
+        Raises:
+            TemplateError: It does not.
+        """
+        if self._compared_with is None:
+            return
+        try:
+            asked = self._run(messages[:-1], tools, True, self._compared_with)[0]
+            written = self._run(messages, tools, False, self._compared_with)[0]
+        except TemplateError:
+            return
+        if written.startswith(asked) and not written.startswith(turn, len(asked)):
+            raise TemplateError(
+                f"it writes {head(turn)} where the tokenizer's own writes "
+                f"{head(written[len(asked) :])}"
+            )
 
     def rendered(self, messages: Messages, tools: Any) -> str:
         """The text of messages without a generation prompt.
@@ -254,6 +294,8 @@ class _Finder:
                 found = self._near(answers[number - 1], index, spans[-1][1])
             start, end = found or self._whole(index)
             turn = self._text[start:end]
+            if found is None:
+                self._renderer.check_alike(self._messages[: index + 1], self._tools, turn)
             is_last = index == len(self._messages) - 1
             self._renderer.check_turn(self._messages[index], turn, is_last)
             spans.append((start, end))
@@ -266,10 +308,10 @@ class _Finder:
         whole = self._messages[: index + 1]
         after = self._text if is_last else self._renderer.rendered(whole, self._tools)
         if not after.startswith(before):
-            raise _asks_otherwise(before, after)
+            raise _asks_otherwise(before, after, self._renderer.arguments)
         end = len(before) + len(self._renderer.turn(after[len(before) :]))
         if not self._text.startswith(after[:end]):
-            raise _rewrites()
+            raise _rewrites(self._renderer.arguments)
         return len(before), end
 
     def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
@@ -353,7 +395,7 @@ class _MarkedTurns(_Finder):
         before = renderer.prompt(self._messages[:index], self._tools)
         start, end = self._cut(text, self._marked[index], len(before), text.startswith(before))
         if text[:start] != before and renderer.is_strict:
-            raise _asks_otherwise(before, text)
+            raise _asks_otherwise(before, text, renderer.arguments)
         if text[:start] != before:
             renderer.notes[
                 "the chat template's generation prompt is not the text before the tokens it "
@@ -365,7 +407,7 @@ class _MarkedTurns(_Finder):
             alone, marked = renderer.marked(self._messages[: index + 1], self._tools)
             place = self._cut(alone, marked[-1], len(before), alone.startswith(before))
             if place != (start, end) or alone[:end] != text[:end]:
-                raise _rewrites()
+                raise _rewrites(self._renderer.arguments)
         return start, end
 
     def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
@@ -433,34 +475,36 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     start = turn.find(reasoning)
     place = turn.find(answer, max(start, 0) + len(reasoning))
     if start < 0 or place < 0:
-        raise TemplateError(
-            f"the chat template drops or changes the assistant's reasoning: expected "
-            f"{head(text)}, it wrote {head(turn)}; take the text up to {_THINK_END} out of the "
-            f"rows to train answers alone, or use {_OTHER_TEMPLATE} that keeps it, such as qwen3, "
-            "deepseek-r1 or chatml"
-        )
+        raise _drops_reasoning(text, turn)
     start = start if reasoning else place
     marker_place = turn.rfind("<think>", 0, start)
     return (start if marker_place < 0 else marker_place), place + len(answer)
 
 
-def _asks_otherwise(before: str, after: str) -> TemplateError:
+def _drops_reasoning(expected: str, turn: str) -> TemplateError:
     return TemplateError(
-        "the chat template's generation prompt is not how it starts an assistant turn: it asks "
-        f"with {tail(before)} and writes {_from_fork(before, after)}; training and generation "
-        "would differ: where the template reads enable_thinking or the like, set it to what the "
-        "rows hold (dataset.template_arguments: {enable_thinking: false} for answers without "
-        f"reasoning), or use {_OTHER_TEMPLATE} where they agree"
+        f"the chat template drops or changes the assistant's reasoning: expected {head(expected)}, "
+        f"it wrote {head(turn)}; take the reasoning out of the rows to train answers alone (the "
+        f"key reasoning_content, or the text up to {_THINK_END}), or use {_OTHER_TEMPLATE} that "
+        "keeps it, such as qwen3, deepseek-r1 or chatml"
     )
 
 
-def _rewrites() -> TemplateError:
+def _asks_otherwise(before: str, after: str, arguments: str) -> TemplateError:
+    return TemplateError(
+        "the chat template's generation prompt is not how it starts an assistant turn: it asks "
+        f"with {tail(before)} and writes {_from_fork(before, after)}; training and generation "
+        f"would differ: {arguments}use {_OTHER_TEMPLATE} where they agree"
+    )
+
+
+def _rewrites(arguments: str) -> TemplateError:
     return TemplateError(
         "the chat template changes earlier turns when later ones follow (as templates do that "
         "drop past reasoning), so not every assistant turn can be learnt from one rendering: "
         "train each turn as a row of its own, behind what a model sees before it (dataset.learn: "
-        f"each), or the last turn only (dataset.learn: last), or use {_OTHER_TEMPLATE} that keeps "
-        "earlier turns"
+        f"each), or the last turn only (dataset.learn: last), or {arguments}use {_OTHER_TEMPLATE} "
+        "that keeps earlier turns"
     )
 
 

@@ -176,6 +176,7 @@ def prepare(
             format_reason=sources[0].form.reason,
             warnings=(
                 *choice,
+                *_turns(dataset, _groups(sources)[train.usable]),
                 *tokenizer_warnings(tokenizer, dataset.max_length),
                 *train.warnings(),
                 *(f"validation: {note}" for note in (*leaks, *validation.warnings())),
@@ -253,6 +254,16 @@ def _tokenise_all(
     if progress is not None and done:
         progress(done, done)
     return sources, held_out, leaks
+
+
+def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
+    """How many of the data's rows the rows to train on come from, where these are turns."""
+    if dataset.learn != "each":
+        return []
+    return [
+        f"{len(groups):,} rows from {len(np.unique(groups)):,} rows of the data: each assistant "
+        "turn is a row of its own (dataset.learn: each), held out with the others of its chat"
+    ]
 
 
 def _groups(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:

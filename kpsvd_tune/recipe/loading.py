@@ -15,7 +15,7 @@ from kpsvd_tune.recipe.checking import MAX_FAULTS, check, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.overrides import apply_override
 from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
-from kpsvd_tune.recipe.schema import Recipe
+from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
 
 _PACKAGE = FilePath(__file__).parents[1]
@@ -35,13 +35,17 @@ def shipped_recipes() -> dict[str, FilePath]:
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, of_run: bool = False
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: A YAML file of at most a mebibyte, or the name of a shipped recipe where there is no
             such file.
         overrides: `key=value` each, a dotted path and a YAML value; later ones win.
+        of_run: The file is what a run wrote down, possibly an earlier version's: it is read to
+            know the run and not to train, so keys without an effect may stand in it.
 
     Returns:
         The recipe with its defaults filled in, frozen.
@@ -58,7 +62,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise RecipeError(_render(name, document))
     for override in overrides:
         apply_override(document, override)
-    recipe = check(document)
+    recipe = check(document, of_run=of_run)
     if recipe is None or document.faults:
         raise RecipeError(_render(name, document))
     return recipe
@@ -99,9 +103,16 @@ def evaluation_section(
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """Write the resolved recipe; `load_recipe` of the text gives an equal recipe."""
+    """Write the resolved recipe; `load_recipe` of the text gives an equal recipe.
+
+    But for `train.epochs` that `max_steps` on the command line made void, which is left out.
+    """
+    content = recipe.model_dump(mode="json")
+    default = TrainRecipe.model_fields["epochs"].default
+    if recipe.train.max_steps is not None and recipe.train.epochs != default:
+        del content["train"]["epochs"]
     return yaml.dump(
-        recipe.model_dump(mode="json"),
+        content,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,

@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
+from kpsvd_tune.data.written import REASONING_KEYS, WrittenCheck
 from kpsvd_tune.errors import DataError
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -47,6 +48,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._special_tokens = tuple(special_tokens)
         self.notes: dict[str, None] = {}  # a set that keeps its order
+        self._written = WrittenCheck(self._render, self.notes)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
         """The text that a model continues with its answer: messages and generation prompt."""
@@ -68,6 +70,8 @@ class ChatRenderer:
             text, spans = self._marked_spans(messages, chat.tools, learnt, template)
         else:
             text, spans = self._rendered_spans(messages, chat.tools, learnt)
+        turns = {place: text[start:end] for place, (start, end) in zip(learnt, spans, strict=True)}
+        self._written.check(messages, chat.tools, turns, text)
         segments: list[Segment] = []
         position = 0
         for start, end in spans:
@@ -170,10 +174,18 @@ class ChatRenderer:
     def _check_turn(self, message: Mapping[str, Any], turn: str, is_last: bool) -> None:
         content = message["content"].strip()
         start = turn.find(content)
-        if start < 0:
+        if start < 0 and not _keeps_reasoning(content, turn):
+            what, cure = "", "use a template that keeps it"
+            if "</think>" in content:
+                what = ", it takes the reasoning out or changes it"
+                cure = (
+                    "name a template that keeps it with dataset.chat_template: FILE (or set "
+                    "dataset.learn to each or last, where it changes earlier turns only), or "
+                    "take <think>...</think> out of the rows"
+                )
             raise DataError(
-                f"the chat template does not write the assistant's text as it is: expected "
-                f"{_head(content)}, it wrote {_head(turn)}; use a template that keeps it"
+                f"the chat template does not write the assistant's text as it is{what}: expected "
+                f"{_head(content)}, it wrote {_head(turn)}; {cure}"
             )
         if not is_last and not self.ends_turn(turn):
             self.notes[
@@ -181,10 +193,17 @@ class ChatRenderer:
                 "of a chat, behind which one is put, teaches the model to stop; use a template "
                 "that writes one behind every turn"
             ] = None
+        if start < 0:
+            self.notes[
+                "the chat template changes spaces and line breaks around <think>...</think>; what "
+                "is learnt is what it writes"
+            ] = None
+            return
         before, after = turn[:start].strip(), turn[start + len(content) :].strip()
         for token in self._special_tokens:
             after = after.removesuffix(token).strip()
-        if (before or after) and not message.get("tool_calls"):
+        says_more = any(message.get(key) for key in ("tool_calls", *REASONING_KEYS))
+        if (before or after) and not says_more:
             self.notes[
                 "the chat template adds text of its own to assistant turns, which is trained as "
                 f"well: {_head(before or after)}"
@@ -215,6 +234,19 @@ class ChatRenderer:
                 f"the tokenizer's chat template refuses these messages: {error}; check their "
                 "roles and order"
             ) from error
+
+
+def _keeps_reasoning(content: str, turn: str) -> bool:
+    """Whether reasoning and answer are in the turn, in order, up to the spaces around them."""
+    if "</think>" not in content:
+        return False
+    position = 0
+    for piece in re.split(r"(</?think>)", content):
+        position = turn.find(piece.strip(), position)
+        if position < 0:
+            return False
+        position += len(piece.strip())
+    return True
 
 
 def _listed(tools: Any) -> list[Any] | None:

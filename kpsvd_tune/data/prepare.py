@@ -15,7 +15,7 @@ from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import Chat, Pair, RowFormat
 from kpsvd_tune.data.preflight import tokenizer_warnings
 from kpsvd_tune.data.rows import load_rows, open_sources
-from kpsvd_tune.data.selection import Selection, check_held_out
+from kpsvd_tune.data.selection import Selection, check_held_out, check_ignored
 from kpsvd_tune.data.sources import (
     SourceSettings,
     mix,
@@ -154,6 +154,7 @@ def prepare(
         leaks = check_held_out(sources, held_out)
     elif dataset.validation:
         check_held_out(sources, None)
+    check_ignored([*sources, *held_out], settings)
     if progress is not None and done:
         progress(done, done)
 

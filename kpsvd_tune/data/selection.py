@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from kpsvd_tune.data.sources import SourceSettings
 from kpsvd_tune.data.store import UNUSABLE, Mark
 from kpsvd_tune.data.tokenise import TokenizedSource
 from kpsvd_tune.errors import DataError
@@ -46,6 +47,26 @@ def check_held_out(
         for source in held_out or ()
         if source.store.folder.name in seen
     ]
+
+
+def check_ignored(sources: Sequence[TokenizedSource], settings: Sequence[SourceSettings]) -> None:
+    """Refuse a column to leave out that no row has, which is a slip of the pen.
+
+    Args:
+        sources: All sources, those held out included.
+        settings: How they are read.
+
+    Raises:
+        DataError: No row of any source has it.
+    """
+    found = {name for source in sources for name in source.ignored}
+    wanted = {name: None for each in settings for name in each.ignore_columns}
+    if missing := [name for name in wanted if name not in found]:
+        labels = ", ".join(dict.fromkeys(source.label for source in sources))
+        raise DataError(
+            f"dataset.ignore_columns names {missing[0]!r}, and no row of {labels} has such a "
+            "column; expected names of columns that are there: correct or remove it"
+        )
 
 
 class Selection:

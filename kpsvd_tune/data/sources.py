@@ -23,6 +23,7 @@ class SourceSettings:
         split: Split.
         format: Form of the rows, or auto.
         columns: Column of each role.
+        ignore_columns: Columns that are read as if they were not there.
         template: Text template, or chat.
         weight: Times each row is seen in an epoch.
         names_template: Whether the recipe writes a template rather than leaving the default.
@@ -33,6 +34,7 @@ class SourceSettings:
     split: str
     format: str
     columns: Mapping[str, str]
+    ignore_columns: Sequence[str]
     template: str
     weight: float = 1.0
     names_template: bool = False
@@ -90,6 +92,9 @@ def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
         split=source.split or dataset.split,
         format=source.format or dataset.format,
         columns=cast(Mapping[str, str], columns),
+        ignore_columns=(
+            dataset.ignore_columns if source.ignore_columns is None else source.ignore_columns
+        ),
         template=source.template or dataset.template,
         weight=source.weight,
         names_template=source.template is not None or "template" in dataset.model_fields_set,

@@ -95,15 +95,15 @@ class WrittenCheck:
         except DataError:  # the template looks at what stands there: one by one, then
             rendered = ""
         for doubt, mark in zip(doubts, marks, strict=True):
-            if mark in rendered or self._changes(doubt, mark, messages, tools):
+            if mark in rendered:
                 continue
             if doubt.is_reasoning and not doubt.is_learnt:
                 self._notes[
                     "the chat template leaves the reasoning of turns that are not learnt out of "
                     "the text, as it does in use"
                 ] = None
-                continue
-            raise DataError(doubt.message(is_last=doubt.place == last))
+            elif not self._changes(doubt, mark, messages, tools):
+                raise DataError(doubt.message(is_last=doubt.place == last))
 
     def _changes(self, doubt: _Doubt, mark: str, messages: Sequence[Message], tools: Any) -> bool:
         """Whether the rendering is another with a mark in place of the part."""
@@ -167,8 +167,18 @@ class _Doubt:
         return self.path[0] in REASONING_KEYS
 
     def replaced(self, message: Message, mark: str) -> dict[str, Any]:
-        """The message with a mark in place of the part."""
-        return dict(_replaced(message, self.path, mark))
+        """The message with a mark in place of the part.
+
+        Reasoning is often held under several names, of which a template reads any.
+        """
+        paths = [self.path]
+        if self.is_reasoning:
+            text = message[self.what]
+            paths = [(key,) for key in REASONING_KEYS if message.get(key) == text]
+        changed = dict(message)
+        for path in paths:
+            changed = _replaced(changed, path, mark)
+        return changed
 
     def message(self, *, is_last: bool) -> str:
         """What a user has to know where the template leaves the part out."""

@@ -10,15 +10,22 @@ from kpsvd_tune.errors import DataError
 
 
 def split_rows(
-    num_rows: int, validation: int | float, seed: int
+    num_rows: int,
+    validation: int | float,
+    seed: int,
+    groups: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row indices to train on and to validate on: disjoint, together all, both ascending.
+    """Row indices to train on and to validate on: disjoint, both ascending.
+
+    Together they are all rows, but for those of a group whose others are held out: rows are held
+    out group by group, so that only the last one can be cut by the number wanted.
 
     Args:
         num_rows: Rows to split, at least 1.
         validation: A share below 1 (float) or a number of rows (int). A share above 0 holds out
             at least one row as long as one is left to train on; 0 holds out none.
         seed: Seed of the choice.
+        groups: (rows,) equal numbers for rows that must not be on both sides; None: all differ.
 
     Raises:
         DataError: A number of rows that leaves nothing to train on.
@@ -38,4 +45,11 @@ def split_rows(
     if num_held_out == 0:
         return np.arange(num_rows), np.arange(0)
     order = np.asarray(permutation(num_rows, f"validation {seed}"))
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    if groups is not None:
+        # By the first row of each group in this order, which changes nothing where all differ.
+        _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+        order = order[np.argsort(first[inverse], kind="stable")]
+    held, rest = np.sort(order[:num_held_out]), np.sort(order[num_held_out:])
+    if groups is not None:
+        rest = rest[~np.isin(groups[rest], groups[held])]
+    return rest, held

@@ -88,6 +88,9 @@ class DatasetRecipe(Section):
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"
     )
+    deduplicate: bool = Field(
+        default=False, description="train and validate on each distinct row once"
+    )
     validation: Validation = Field(
         default=0.02,
         description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",

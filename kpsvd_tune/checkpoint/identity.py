@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
+
+from kpsvd_tune.recipe import Recipe
 
 # Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
 # because a run's folder may be moved; `evaluation` comes after training and scores what it finds.
@@ -35,9 +38,12 @@ Change = tuple[Any, Any]
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]:
     """Settings that differ and matter, by dotted key, each with its old and new value.
 
-    Keys of the recipe are given as the user writes them, without a leading `recipe.`.
+    Keys of the recipe are given as the user writes them, without a leading `recipe.`. A key that
+    the recipe did not have yet when the run began counts as its default, which keeps to what was
+    done before there was the key.
     """
     before, after = dict(_flat(old)), dict(_flat(new))
+    before |= {key: value for key, value in _defaults().items() if key in after.keys() - before}
     keys = [*before, *(key for key in after if key not in before)]
     return {
         key.removeprefix("recipe."): (before.get(key, _ABSENT), after.get(key, _ABSENT))
@@ -74,6 +80,13 @@ def describe(found: Mapping[str, Change]) -> str:
     return "\n".join(
         f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in found.items()
     )
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    """The value of every key of a recipe that says nothing."""
+    least = {"model": {"path": "-"}, "dataset": {"path": "-"}, "output_dir": "-"}
+    return dict(_flat({"recipe": Recipe.model_validate(least).model_dump(mode="json")}))
 
 
 def _covers(keys: Collection[str], key: str) -> bool:

@@ -20,7 +20,7 @@ from kpsvd_tune.cli.shared import (
     RecipeArgument,
     SandboxOption,
     app,
-    check_exclusive,
+    check_devices,
     emit,
     launch_processes,
     prepare_libraries,
@@ -105,7 +105,7 @@ def init_only(
 ) -> None:
     """Decompose and choose the ranks, without data and without training."""
     resolved = load_recipe(recipe, overrides or ())
-    check_exclusive(gpus, processes)
+    check_devices(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
 

@@ -68,7 +68,8 @@ def divide(
         # A row without tokens is held out by name only.
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
     else:
-        kept, chosen = split_rows(len(pool), dataset.validation, seed, groups[pool])
+        _, rows = np.unique(_source_rows(sources)[pool], return_inverse=True)
+        kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool])
         train, held = pool[kept], pool[chosen]
     rest = np.setdiff1d(pool, np.union1d(train, held) if not has_own else train)
     leaks = np.intersect1d(rest, whole.usable)
@@ -85,6 +86,16 @@ def divide(
     if repeats.any():
         notes.append(_repeat_note(whole, keys, trained, repeats))
     return Halves(train, held - num_rows if has_own else held, tuple(notes))
+
+
+def _source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
+    """For each place which row of all sources it comes from, counted from 0."""
+    parts: list[NDArray[np.int64]] = []
+    start = 0
+    for source in sources:
+        parts.append(source.store.groups + start)
+        start += int(source.store.groups[-1]) + 1 if len(source.store) else 0
+    return np.concatenate(parts)
 
 
 def _leak_note(

@@ -131,11 +131,6 @@ def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, longest: int) -> list
             f"pad and end token are the same ({tokenizer.eos_token!r}): padding is masked by its "
             "position here, so the end token is trained; elsewhere give pad a token of its own"
         )
-    if "strftime_now" in str(tokenizer.chat_template or ""):
-        warnings.append(
-            "the chat template writes today's date into every row: the model learns that date, "
-            "and rows tokenised on another day differ; take strftime_now out of the template"
-        )
     if longest > tokenizer.model_max_length:
         warnings.append(
             f"the longest row has {longest} tokens and the tokenizer says that its model takes "

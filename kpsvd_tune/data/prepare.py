@@ -142,9 +142,8 @@ def prepare(
             offline=offline,
             streaming=dataset.streaming,
         )
-        only_last = dataset.learn == "last"
         return [
-            tokenise(each, settings, tokenizer, dataset.max_length, only_last, cache, advance)
+            tokenise(each, settings, tokenizer, dataset.max_length, dataset.learn, cache, advance)
             for each in opened
         ]
 

@@ -1,7 +1,7 @@
 """Tokenised rows on disk: flat arrays that every process maps into memory and none copies.
 
-A store is a folder of .npy files and facts.json. It holds one entry for every row of its source,
-usable or not, so that a place in the source is a place in the store:
+A store is a folder of .npy files and facts.json. It holds an entry for every row of its source,
+usable or not, in their order; several side by side where each turn of a chat is a row to train on:
 
     token_ids       int32  the ids of all rows, end to end
     is_learnt       uint8  for each of them whether the loss counts it
@@ -220,6 +220,12 @@ class TokenStore:
     def hashes(self) -> NDArray[np.uint64]:
         """For each row the hash of its ids and labels; 0 where it has none."""
         return self._map("hashes")
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """For each row which of the source's rows it comes from, counted from 0."""
+        is_new = np.diff(self.numbers, prepend=self.numbers[:1]) != 0
+        return np.cumsum(is_new)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, read_json, to_json
+from kpsvd_tune.checkpoint.identity import changes
 from kpsvd_tune.compare.baselines import Baseline
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Trial
@@ -187,8 +188,13 @@ def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
     """Whether the folder holds this trial, and not one of the same name with other settings."""
     if not run.run_file.exists():
         return True
-    held: bool = read_json(run.run_file).get("identity") == json.loads(to_json(dict(identity)))
-    return held
+    held = read_json(run.run_file).get("identity")
+    now = json.loads(to_json(dict(identity)))
+    if not held or not held.get("shared"):
+        return False
+    # Of `shared` as a run of its own, for its recipe may have got keys since.
+    rest = [{k: v for k, v in each.items() if k != "shared"} for each in (held, now)]
+    return rest[0] == rest[1] and not changes(held["shared"], now["shared"])
 
 
 def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:

@@ -203,6 +203,13 @@ def test_a_key_that_joined_or_left_is_a_change(run):
         run.begin("recipe: 2", identity(train__extra=1), {})
 
 
+def test_a_key_of_a_later_version_counts_as_its_default(run):
+    later = identity(train__packing=False, train__early_stopping=None)
+    assert run.begin("recipe: 2", later, {}).changed == {}
+    with pytest.raises(CheckpointError, match=r"train\.weight_decay: 0\.0 in the run, 0\.1 now"):
+        run.begin("recipe: 2", identity(train__weight_decay=0.1), {})
+
+
 def test_a_run_without_a_checkpoint_starts_anew_whatever_its_settings(tmp_path):
     run = RunDirectory(tmp_path)
     run.begin("recipe: 1", identity(), {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpsvd_tune.data.sampler import permutation
+from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 
 
@@ -58,6 +59,25 @@ def validation_source(dataset: DatasetRecipe, path: str) -> SourceSettings:
 def source_names(dataset: DatasetRecipe) -> str:
     """The sources as a message lists them."""
     return ", ".join(source.path for source in training_sources(dataset))
+
+
+def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) -> None:
+    """Refuse a column to leave out that no row has, which is a slip of the pen.
+
+    Args:
+        found: Columns to leave out that rows of any source have.
+        settings: The sources.
+
+    Raises:
+        DataError: No row has such a column.
+    """
+    wanted = {name: None for each in settings for name in each.ignore_columns}
+    if missing := [name for name in wanted if name not in found]:
+        labels = ", ".join(each.path for each in settings)
+        raise DataError(
+            f"dataset.ignore_columns names {missing[0]!r}, and no row of {labels} has such a "
+            "column; expected names of columns that are there: correct or remove it"
+        )
 
 
 def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]:

@@ -41,6 +41,7 @@ class TokenizedSource:
         form: The form they were found to have.
         notes: What a user should know about source, template and tokenizer.
         was_cached: Whether nothing had to be tokenised.
+        content: Equal for sources that read the same file, whichever rows of it.
         ignored: Columns that its rows have and the recipe leaves out.
     """
 
@@ -51,7 +52,8 @@ class TokenizedSource:
     form: RowFormat
     notes: tuple[str, ...]
     was_cached: bool
-    ignored: frozenset[str] = frozenset()
+    content: str
+    ignored: frozenset[str]
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -139,6 +141,7 @@ def tokenise(
     fingerprint = source.fingerprint()
     key = store_key(
         fingerprint,
+        source.part,
         tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
@@ -157,6 +160,7 @@ def tokenise(
         RowFormat(**store.facts["form"]),
         (*source.notes, *store.facts["notes"]),
         was_cached,
+        fingerprint,
         frozenset(store.facts["ignored"]),
     )
 

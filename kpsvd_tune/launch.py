@@ -40,6 +40,42 @@ def tell_phase(phase: str) -> None:
             Path(path).write_text(phase, encoding="utf-8")
 
 
+def check_gpus(count: int) -> None:
+    """Refuse more GPUs than there are, before anything starts.
+
+    Imports torch, whose word it is: a build without CUDA uses no GPU of the machine.
+
+    Args:
+        count: GPUs that were asked for, at least 1.
+
+    Raises:
+        InputError: PyTorch sees fewer, or the environment asks for the CPU.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU") == "true":
+        raise InputError(
+            f"--gpus {count}: the environment says ACCELERATE_USE_CPU=true; unset it to use GPUs, "
+            f"or share the work over CPU processes with --processes {count}"
+        )
+    import torch
+
+    found = torch.cuda.device_count()
+    if count <= found:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.version.cuda and not torch.version.hip:
+        why = f" (PyTorch {torch.__version__} is a build without CUDA)"
+    elif visible is not None:
+        why = f" (CUDA_VISIBLE_DEVICES is {visible!r})"
+    else:
+        why = ""
+    seen = f"{found or 'no'} CUDA GPU{'' if found == 1 else 's'}"
+    fewer = f"ask for at most {found}, or " if found else ""
+    raise InputError(
+        f"--gpus {count}: PyTorch sees {seen} here{why}; {fewer}share the work over CPU processes "
+        f"with --processes {count}"
+    )
+
+
 def deepspeed_environment(file: str, num_processes: int) -> dict[str, str]:
     """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
 

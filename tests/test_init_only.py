@@ -74,7 +74,7 @@ def test_more_gpus_than_there_are_is_refused(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert cli.run(["init-only", str(recipe), "--gpus", "3", *more]) == 2
-    assert "--gpus 3: PyTorch sees 1 CUDA GPUs here" in capsys.readouterr().err
+    assert "--gpus 3: PyTorch sees 1 CUDA GPU here" in capsys.readouterr().err
     assert cli.run(["init-only", str(recipe), "--gpus", "1", "--processes", "2"]) == 2
     assert "exclude each other" in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_gpus_where_there_are_none_are_refused(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert cli.run(["init-only", str(recipe), "--gpus", "1"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--gpus 1: PyTorch sees no CUDA GPU here; use --processes for CPU processes" in said
+    assert "--gpus 1: PyTorch sees no CUDA GPUs here" in said
 
 
 def test_ranks_that_training_chooses_otherwise_are_noted(

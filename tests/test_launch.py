@@ -92,6 +92,75 @@ def test_a_configuration_needs_a_number_of_processes(capsys: pytest.CaptureFixtu
     assert "--accelerate-config needs --gpus N or --processes N" in capsys.readouterr().err
 
 
+VERBS = (["train", "quickstart"], ["eval", "a-model", "--task", "gsm8k", "-o", "out"])
+
+
+@pytest.mark.parametrize("verb", [*VERBS, ["init-only", "quickstart"]], ids=lambda verb: verb[0])
+@pytest.mark.parametrize(("asked", "found"), [(1, 0), (2, 0), (2, 1), (8, 4)])
+def test_more_gpus_than_there_are_are_refused_before_anything_starts(
+    verb: list[str],
+    asked: int,
+    found: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    monkeypatch.setattr(launch.subprocess, "Popen", None)  # type: ignore[attr-defined]
+    assert cli.run([*verb, "--gpus", str(asked)]) == 2
+    err = capsys.readouterr().err
+    number = {0: "no CUDA GPUs", 1: "1 CUDA GPU", 4: "4 CUDA GPUs"}[found]
+    fewer = f"ask for at most {found}, or " if found else ""
+    assert err == (
+        f"error: --gpus {asked}: PyTorch sees {number} here (CUDA_VISIBLE_DEVICES is '0,1,2,3'); "
+        f"{fewer}share the work over CPU processes with --processes {asked}\n"
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
+def test_enough_gpus_are_passed_on(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    seen: list[tuple[int, bool]] = []
+
+    def start(_words: list[str], count: int, use_cpu: bool, _config: str | None) -> int:
+        seen.append((count, use_cpu))
+        return 7
+
+    monkeypatch.setattr(launch, "launch", start)
+    assert cli.run([*verb, "--gpus", "2"]) == 7
+    assert seen == [(2, False)]
+
+
+def test_gpus_are_refused_where_the_environment_asks_for_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert cli.run(["train", "quickstart", "--gpus", "2"]) == 2
+    assert "--gpus 2: the environment says ACCELERATE_USE_CPU=true" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gpus_of_this_machine_are_counted_as_pytorch_counts_them(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kpsvd_tune", "train", "quickstart", "--gpus", "64"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --gpus 64: PyTorch sees "), done.stderr
+    assert done.stderr.endswith("with --processes 64\n")
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_first_failure_is_the_exit_code(program: Path) -> None:
     program.write_text("import os, sys\nsys.exit(3 if os.environ['RANK'] == '1' else 0)\n")
     assert launch.launch([], 2, use_cpu=True) == 3

@@ -66,7 +66,8 @@ class KpsvdFunction(torch.autograd.Function):
         ctx.is_autocast = ambient_autocast(x) is not None
         factors = (a, b, left0, right0)
         with outside_autocast(x, ctx.is_autocast):
-            return _forward(x, result, weight, bias, factors, plan, dtype, base_dtype)
+            y = _forward(x, result, weight, bias, factors, plan, dtype, base_dtype)
+        return kernel.no_view(y)
 
     @staticmethod
     @once_differentiable
@@ -105,7 +106,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, left0, right0 = ctx.saved_tensors
     plan, dtype, base_dtype = ctx.plan, ctx.dtype, ctx.base_dtype
     needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
-    flat_gy = gy.reshape(-1, gy.shape[-1])
+    flat_gy = kernel.rows_of(gy)
     # Large products in 16 bits where the device has units for them; what they round was rounded
     # as coarsely in gy and x.
     large_dtype = base_dtype if multiplies_narrow(base_dtype, x.device.type) else dtype
@@ -123,7 +124,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
             gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan.spread)
         gx = gx.to(x.dtype).view(x.shape)
     if needs_a or needs_b:
-        flat_x = x.reshape(-1, x.shape[-1])
+        flat_x = kernel.rows_of(x)
         left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
         if plan.gradient == "spread":
             ga, gb = gradient.spread_gradients(flat_x.to(dtype), wide_gy, left, right, projected)
@@ -158,10 +159,9 @@ def add_activations(
     y: Tensor, x: Tensor, left: Tensor, right: Tensor, plan: Plan, in_place: bool
 ) -> Tensor:
     """Return y + x Delta^T in y's dtype; the sum is taken in the factors' dtype, rounded once."""
-    flat = x.reshape(-1, x.shape[-1]).to(right.dtype)
-    total = y.to(right.dtype, copy=not in_place).reshape(-1, y.shape[-1])
-    kernel.add_update(total, flat, left, right, plan.spread)
-    return total.to(y.dtype).view(y.shape)
+    total = kernel.rows_of(y.to(right.dtype, copy=not in_place))
+    kernel.add_update(total, kernel.rows_of(x).to(right.dtype), left, right, plan.spread)
+    return kernel.no_view(total.to(y.dtype).view(y.shape))
 
 
 def _input_gradient(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpsvd_tune.adapter.kernel import add_update, left_form, stack_terms
+from kpsvd_tune.adapter.kernel import add_update, left_form, no_view, rows_of, stack_terms
 
 if TYPE_CHECKING:
     from kpsvd_tune.adapter.layer import KpsvdLinear
@@ -80,13 +80,13 @@ class ReadyUpdate:
         parameters = self.base._parameters
         y = functional.linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
         if y.dtype != self.dtype:
-            total = y.to(self.dtype).view(-1, self.out_features)
-            add_update(total, x.to(self.dtype).reshape(-1, x.shape[-1]), *self._operands())
-            return total.to(y.dtype).view(y.shape)
+            total = rows_of(y.to(self.dtype))
+            add_update(total, rows_of(x).to(self.dtype), *self._operands())
+            return no_view(total.to(y.dtype).view(y.shape))
         if not self.is_single:
-            flat = x.reshape(-1, x.shape[-1])
-            add_update(y.view(-1, self.out_features), flat, *self._operands())
-            return y
+            total = rows_of(y)
+            add_update(total, rows_of(x), *self._operands())
+            return no_view(total.view(y.shape))
         # The same two products as add_update's, with as few calls as can be.
         inner = torch.mm(x.reshape(-1, self.q), self.right_t)
         if self.spread:

@@ -158,6 +158,21 @@ def chunk_tokens(x: Tensor, entries_per_token: int) -> int:
     return max(CHUNK_TOKENS, DEVICE_ENTRIES // entries_per_token)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Return x (.., width) as (t, width), contiguous; copied only where its strides need it."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def no_view(y: Tensor) -> Tensor:
+    """Return y, no longer a view in autograd's eyes, without a copy.
+
+    What it is a view of must belong to nobody else. Autograd lets nobody change a view in place
+    that left a function of ours, as ``y += bias`` and ``nn.ReLU(inplace=True)`` do.
+    """
+    owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return owned
+
+
 def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised matrix; one lasting buffer a thread serves all large ones on a CPU."""
     size = rows * columns

@@ -94,14 +94,19 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         show(result)
 
 
-def check_exclusive(gpus: int | None, processes: int | None) -> None:
-    """Refuse --gpus together with --processes.
+def check_devices(gpus: int | None, processes: int | None) -> None:
+    """Refuse what no command can do with --gpus and --processes.
 
     Raises:
-        InputError: Both were given.
+        InputError: Both were given, or there are fewer GPUs.
     """
     if gpus and processes:
         raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
+    # A rank sees what its launcher has checked.
+    if gpus and "WORLD_SIZE" not in os.environ:
+        from kpsvd_tune.launch import check_gpus
+
+        check_gpus(gpus)
 
 
 def launch_processes(
@@ -110,9 +115,10 @@ def launch_processes(
     """Start the same command on several ranks, unless this is one of them already.
 
     Raises:
-        InputError: Both kinds of process were asked for, or a configuration without a number.
+        InputError: Both kinds of process were asked for, a configuration without a number, or more
+            GPUs than there are.
     """
-    check_exclusive(gpus, processes)
+    check_devices(gpus, processes)
     count = gpus or processes
     if accelerate_config and count is None:
         raise InputError("--accelerate-config needs --gpus N or --processes N")

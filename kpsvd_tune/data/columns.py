@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kpsvd_tune.data.files import Row
+from kpsvd_tune.data.files import Row, parse_json
 from kpsvd_tune.errors import DataError
 
 # Names that real data sets use for a role, most telling first.
@@ -37,6 +37,28 @@ def column(row: Row, name: str) -> Any:
             return None
         value = value[part]
     return value
+
+
+def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
+    """Whether a value is a list of messages, or the JSON text of one: "chat", "sharegpt" or None.
+
+    Args:
+        value: What a column holds.
+        may_be_single: Whether one message that stands without a list counts too.
+    """
+    if isinstance(value, str) and value.startswith(("[{", "{") if may_be_single else "[{"):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    first = value[0] if isinstance(value, list) and value else None
+    if may_be_single and isinstance(value, Mapping):
+        first = value
+    if not isinstance(first, Mapping):
+        return None
+    if {"role", "content"} <= set(first):
+        return "chat"
+    return "sharegpt" if {"from", "value"} <= set(first) else None
 
 
 def text_of(row: Row, name: str) -> str:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.data.columns import (
-    check_characters,
     column,
     describe_columns,
     looks_like_pair,
+    message_kind,
     missing_column,
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.tools import read_tools, with_parsed_arguments
+from kpsvd_tune.data.messages import read_message
+from kpsvd_tune.data.preference import check_preference
+from kpsvd_tune.data.tools import read_tools
 from kpsvd_tune.errors import DataError
 
-# The roles whose column must be there; input and system may be absent.
+# The roles whose column must be there; input, history and system may be absent.
 REQUIRED_ROLES: Mapping[str, tuple[str, ...]] = {
     "chat": ("messages",),
     "sharegpt": ("conversations",),
@@ -30,20 +33,12 @@ REQUIRED_ROLES: Mapping[str, tuple[str, ...]] = {
 _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
     "chat": ("system",),
     "sharegpt": ("system",),
-    "alpaca": ("input", "system"),
+    "alpaca": ("input", "system", "history"),
     "prompt-completion": ("system",),
     "text": (),
 }
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-_CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Of a first row that is empty or half empty, the rows behind it tell the form.
+_LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
@@ -55,34 +50,67 @@ class Pair:
         completion: Text to learn.
         system: System prompt; None where no column gives it.
         is_plain: Whether the completion is plain text, which no template is put around.
+        history: Earlier rounds of a question and its answer; only chat templates write them.
+        tools: What the assistant may call; only chat templates write them.
     """
 
     prompt: str
     completion: str
     system: str | None = None
     is_plain: bool = False
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Messages as the tokenizer's chat template takes them; every assistant turn is learnt."""
-
-    messages: tuple[Mapping[str, Any], ...]
+    history: tuple[tuple[str, str], ...] = ()
     tools: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
+class Chat:
+    """Messages as the tokenizer's chat template takes them.
+
+    Attributes:
+        messages: The messages; every assistant turn that says something is learnt.
+        tools: What the assistant may call.
+        context: Places of assistant turns that are not learnt all the same: those of a prompt,
+            and those that the row itself switches off.
+        notes: What a user should know about the row.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Any, ...] | None = None
+    context: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def learnt(self) -> tuple[int, ...]:
+        """Places of the turns to learn, in their order."""
+        return tuple(
+            place
+            for place, message in enumerate(self.messages)
+            if place not in self.context and is_answer(message)
+        )
+
+
+@dataclass(frozen=True)
 class RowFormat:
-    """The form of the rows, the column of each role, and why this form was taken."""
+    """The form of the rows, the column of each role, and why this form was taken.
+
+    Attributes:
+        name: One of `REQUIRED_ROLES`.
+        columns: Column of each role.
+        reason: Why this form was taken.
+        has_messages: Whether prompt and completion are lists of messages.
+        is_named: Whether the recipe names the columns, rather than the rows' own names.
+    """
 
     name: str
     columns: Mapping[str, str]
     reason: str
+    has_messages: bool = False
+    is_named: bool = False
 
     @property
     def is_chat(self) -> bool:
         """Whether the rows hold messages rather than texts."""
-        return self.name in ("chat", "sharegpt")
+        return self.name in ("chat", "sharegpt") or self.has_messages
 
     def example(self, row: Row) -> Pair | Chat | None:
         """Read one row.
@@ -102,15 +130,26 @@ class RowFormat:
         return self._pair(row)
 
     def _pair(self, row: Row) -> Pair | None:
-        read = {role: self._text(row, role) for role in self.columns}
+        texts = {role: name for role, name in self.columns.items() if role != "history"}
+        read = {role: self._text(row, role) for role in texts}
+        answer = read[REQUIRED_ROLES[self.name][-1]]
+        if not answer.strip():
+            return None
         if self.name == "text":
-            pair = Pair("", read["text"], is_plain=True)
-        elif self.name == "alpaca":
-            request = "\n\n".join(t for t in (read["instruction"], read.get("input", "")) if t)
-            pair = Pair(request, read["output"], read.get("system") or None)
-        else:
-            pair = Pair(read.get("prompt", ""), read["completion"], read.get("system") or None)
-        return pair if pair.completion.strip() else None
+            return Pair("", answer, is_plain=True)
+        asking = "instruction" if self.name == "alpaca" else "prompt"
+        if asking in texts and column(row, texts[asking]) is None:
+            raise DataError(
+                f"{row.where}: the column {texts[asking]!r} is null, so nothing asks for the "
+                'answer; expected text: remove the row, or write "" where the prompt is meant to '
+                "be empty"
+            )
+        prompt = read.get(asking, "")
+        if self.name == "alpaca":
+            prompt = "\n\n".join(text for text in (prompt, read.get("input", "")) if text)
+        history = self._history(row) if "history" in self.columns else ()
+        system = read.get("system") or None
+        return Pair(prompt, answer, system, history=history, tools=read_tools(row))
 
     def _text(self, row: Row, role: str) -> str:
         name = self.columns[role]
@@ -118,11 +157,42 @@ class RowFormat:
             return ""
         return text_of(row, name)
 
+    def _history(self, row: Row) -> tuple[tuple[str, str], ...]:
+        """Earlier rounds as LLaMA-Factory holds them: pairs of a question and its answer."""
+        name = self.columns["history"]
+        value = column(row, name)
+        if isinstance(value, str) and value.strip():  # csv
+            with contextlib.suppress(ValueError):  # refused below, as what it is
+                value = parse_json(value)
+        rounds = value or []
+        if not isinstance(rounds, list) or not all(
+            isinstance(each, list) and len(each) == 2 and all(isinstance(t, str) for t in each)
+            for each in rounds
+        ):
+            raise DataError(
+                f"{row.where}: the column {name!r} holds {json.dumps(value, default=str)[:60]}; "
+                "expected the earlier rounds of the chat, [[question, answer], ...]: correct it, "
+                f"or leave it out with dataset.ignore_columns: [{name}]"
+            )
+        return tuple((question, answer) for question, answer in rounds)
+
     def _chat(self, row: Row) -> Chat | None:
-        key = "messages" if self.name == "chat" else "conversations"
-        name = self.columns[key]
-        entries = _as_list(row, name)
-        messages = [self._message(row, name, entry) for entry in entries]
+        tools = read_tools(row)
+        messages: list[dict[str, Any]] = []
+        context: set[int] = set()
+        notes: list[str] = []
+        for role in REQUIRED_ROLES[self.name]:
+            name = self.columns[role]
+            entries = _as_list(row, name, may_be_single=self.has_messages)
+            kind = self.name
+            if self.has_messages:
+                kind = message_kind(entries) or "chat"
+            for entry in entries:
+                message, is_learnt, more = read_message(row, name, entry, kind, tools)
+                if role == "prompt" or not is_learnt:
+                    context.add(len(messages))
+                messages.append(message)
+                notes += more
         if "system" in self.columns and (system := self._text(row, "system")):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
@@ -130,43 +200,16 @@ class RowFormat:
                     "system message; expected one of them: remove the other"
                 )
             messages.insert(0, {"role": "system", "content": system})
-        if not any(map(is_answer, messages)):
+            context = {place + 1 for place in context}
+        answers = {place for place, message in enumerate(messages) if is_answer(message)}
+        if not answers - context:
             return None
         if messages[0]["role"] == "assistant":
             raise DataError(
                 f"{row.where}: the chat starts with the assistant; expected a system or user "
                 "message first, since nothing asks for that answer: remove it or add the question"
             )
-        return Chat(tuple(messages), read_tools(row))
-
-    def _message(self, row: Row, name: str, entry: Any) -> dict[str, Any]:
-        speaker, text = ("role", "content") if self.name == "chat" else ("from", "value")
-        if not isinstance(entry, Mapping) or speaker not in entry:
-            found = f"the keys {', '.join(entry)}" if isinstance(entry, Mapping) else repr(entry)
-            other = {"chat": "sharegpt", "sharegpt": "chat"}[self.name]
-            raise DataError(
-                f"{row.where}: a message in {name!r} has {found}; expected {{{speaker!r}: ..., "
-                f"{text!r}: ...}}: check the row, or set dataset.format to {other}"
-            )
-        # Arrow fills keys that other messages have with null; a template would print "None".
-        message = {key: value for key, value in entry.items() if value is not None}
-        role = message.pop(speaker, None)
-        roles = dict.fromkeys(_CHAT_ROLES) if self.name == "chat" else _SPEAKERS
-        if role not in roles:
-            raise DataError(
-                f"{row.where}: unknown {speaker} {role!r} in {name!r}; expected one of "
-                f"{', '.join(roles)}: rename it"
-            )
-        content = message.pop(text, "")
-        if not isinstance(content, str):
-            raise DataError(
-                f"{row.where}: {text!r} of a message in {name!r} is {type(content).__name__}; "
-                "expected text"
-            )
-        check_characters(row, name, content)
-        if "tool_calls" in message:
-            message["tool_calls"] = with_parsed_arguments(message["tool_calls"])
-        return {"role": _SPEAKERS.get(role, role), "content": content, **message}
+        return Chat(tuple(messages), tools, frozenset(context & answers), tuple(notes))
 
 
 def find_format(
@@ -180,7 +223,7 @@ def find_format(
     """Take the named form, or detect it: from the recipe's columns, then from the rows' own.
 
     Args:
-        rows: At least one row; the first one that is not empty is looked at.
+        rows: At least one row; the first one that tells the form decides.
         name: "auto" or one of `REQUIRED_ROLES`.
         columns: Column of each role whose name differs from the role's; "a.b" reaches into an
             object.
@@ -188,14 +231,20 @@ def find_format(
         setting: Where a user writes `columns`, for messages.
 
     Raises:
-        DataError: No form fits; the message lists what was found, what was expected and the
-            nearest `columns` to write.
+        DataError: No form fits, or several do; the message lists what was found, what was
+            expected and the nearest `columns` to write.
     """
-    first = next((row for row in rows if any(row.values.values())), rows[0])
+    filled = [row for row in rows[:_LOOKED_AT] if any(row.values.values())] or [rows[0]]
+    first, reason, named = filled[0], "named in the recipe", columns
     if name == "auto":
-        name, columns, reason = _detect(first, columns, needs_prompt, setting)
-    else:
-        reason = "named in the recipe"
+        for row in filled:
+            if found := _detect(row, columns, needs_prompt, setting):
+                first, (name, columns, reason) = row, found
+                break
+        else:
+            raise missing_column(
+                first, "prompt-completion", "prompt", "prompt", ("prompt", "completion"), setting
+            )
     known = REQUIRED_ROLES[name] + _OPTIONAL_ROLES[name]
     if unknown := [role for role in columns if role not in known]:
         raise DataError(
@@ -215,21 +264,51 @@ def find_format(
             raise missing_column(first, name, role, source, REQUIRED_ROLES[name], setting)
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
-    return RowFormat(name, resolved, reason)
+    has_messages = name == "prompt-completion" and _holds_messages(filled, resolved, setting)
+    is_named = any(role in named for role in REQUIRED_ROLES[name])
+    return RowFormat(name, resolved, reason, has_messages, is_named)
+
+
+def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: str) -> bool:
+    """Whether prompt and completion are messages; refuses one that is and one that is text."""
+    for row in rows:
+        values = {role: column(row, name) for role, name in columns.items() if role != "system"}
+        kinds = {role: message_kind(value, may_be_single=True) for role, value in values.items()}
+        if not all(values.values()):
+            continue
+        if any(kinds.values()) and (not all(kinds.values()) or len(kinds) == 1):
+            role = next(role for role, kind in kinds.items() if kind)
+            other = "completion" if role == "prompt" else "prompt"
+            raise DataError(
+                f"{row.where}: the column {columns[role]!r} holds messages, and "
+                + (f"{columns[other]!r} holds text" if other in kinds else f"no column is {other}")
+                + f"; expected text in both {role} and {other}, or lists of messages in both, such "
+                "as [{'role': 'user', 'content': ...}]: rewrite one of them, or name others with "
+                f"{setting}={{prompt: COLUMN, completion: COLUMN}}"
+            )
+        return any(kinds.values())
+    return False
 
 
 def _detect(
     row: Row, columns: Mapping[str, str], needs_prompt: bool, setting: str
-) -> tuple[str, Mapping[str, str], str]:
+) -> tuple[str, Mapping[str, str], str] | None:
     for name, roles in REQUIRED_ROLES.items():
         if named := [role for role in roles if role in columns]:
             return name, columns, f"{setting} names {' and '.join(named)}"
+    check_preference(row, setting)
     # A list of messages is unmistakable, whatever its column is called.
-    for key, value in row.values.items():
-        if kind := _message_kind(value):
-            role = REQUIRED_ROLES[kind][0]
-            keys = "role and content" if kind == "chat" else "from and value"
-            return kind, {**columns, role: key}, f"the column {key!r} holds messages with {keys}"
+    kinds = {key: kind for key, value in row.values.items() if (kind := message_kind(value))}
+    pair = REQUIRED_ROLES["prompt-completion"]
+    is_pair = all(row.values.get(role) is not None for role in pair)
+    if len(kinds) > 1 and not (is_pair and set(kinds) == set(pair)):
+        raise several_messages(row, list(kinds), setting)
+    for key, kind in kinds.items():
+        if key in pair:
+            break  # half of a pair, whose other half may be named otherwise
+        keys = "role and content" if kind == "chat" else "from and value"
+        role = REQUIRED_ROLES[kind][0]
+        return kind, {**columns, role: key}, f"the column {key!r} holds messages with {keys}"
     for name in ("alpaca", "prompt-completion"):
         roles = REQUIRED_ROLES[name]
         if name == "prompt-completion" and not needs_prompt:
@@ -239,26 +318,21 @@ def _detect(
     # A text beside its summary or its label is half of a pair: which one must be said.
     if "text" in row.values and not looks_like_pair(row, "text"):
         return "text", columns, "the rows have the column text, and none for an answer"
-    raise missing_column(
-        row, "prompt-completion", "prompt", "prompt", ("prompt", "completion"), setting
+    return None
+
+
+def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:
+    """The error for rows in which more than one column holds messages."""
+    listed = ", ".join(map(repr, names))
+    return DataError(
+        f"{row.where}: the columns {listed} all hold messages; expected one such column, since "
+        f"only one can be learnt: name it with {setting}={{messages: {names[0]}}} "
+        "(conversations for messages with from and value), or leave the others out with "
+        f"dataset.ignore_columns: [{', '.join(names[1:])}]"
     )
 
 
-def _message_kind(value: Any) -> str | None:
-    if isinstance(value, str) and value.startswith("[{"):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return None
-    first = value[0] if isinstance(value, list) and value else None
-    if not isinstance(first, Mapping):
-        return None
-    if {"role", "content"} <= set(first):
-        return "chat"
-    return "sharegpt" if {"from", "value"} <= set(first) else None
-
-
-def _as_list(row: Row, name: str) -> list[Any]:
+def _as_list(row: Row, name: str, may_be_single: bool) -> list[Any]:
     value = column(row, name)
     if isinstance(value, str):  # csv has no lists: the messages stand there as JSON text
         try:
@@ -272,6 +346,8 @@ def _as_list(row: Row, name: str) -> list[Any]:
         raise DataError(f"{row.where}: has no column {name!r}; found {describe_columns(row)}")
     if value is None:
         return []
+    if may_be_single and isinstance(value, Mapping):
+        return [value]
     if not isinstance(value, list):
         raise DataError(
             f"{row.where}: the column {name!r} holds {json.dumps(value, default=str)[:60]}; "

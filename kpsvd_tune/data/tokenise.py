@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
 from itertools import chain, islice
 from operator import or_
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.columns import column
-from kpsvd_tune.data.encode import Encoder
+from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import RowFormat, find_format
 from kpsvd_tune.data.preflight import check_supervision
@@ -22,6 +22,7 @@ from kpsvd_tune.data.sources import SourceSettings
 from kpsvd_tune.data.store import Mark, StoreWriter, TokenStore
 from kpsvd_tune.data.template import TextTemplate
 from kpsvd_tune.data.tokenized import Layout
+from kpsvd_tune.data.unused import UnusedColumns
 from kpsvd_tune.errors import DataError
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
@@ -40,6 +41,8 @@ class TokenizedSource:
         form: The form they were found to have.
         notes: What a user should know about source, template and tokenizer.
         was_cached: Whether nothing had to be tokenised.
+        content: Equal for sources that read the same file, whichever rows of it.
+        ignored: Columns that its rows have and the recipe leaves out.
     """
 
     label: str
@@ -49,6 +52,8 @@ class TokenizedSource:
     form: RowFormat
     notes: tuple[str, ...]
     was_cached: bool
+    content: str
+    ignored: frozenset[str]
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -90,7 +95,7 @@ def tokenise(
     settings: SourceSettings,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    only_last: bool,
+    learn: Learn,
     cache: TokenCache,
     advance: Callable[[int], None],
 ) -> TokenizedSource:
@@ -101,7 +106,7 @@ def tokenise(
         settings: How they are read.
         tokenizer: The base model's tokenizer.
         max_length: Tokens a row is cut to.
-        only_last: Learn the last assistant turn of a chat only.
+        learn: Assistant turns of a chat to learn.
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
 
@@ -110,17 +115,15 @@ def tokenise(
     """
 
     def make(writer: StoreWriter) -> dict[str, Any]:
-        rows = source.read()
-        # The form is found from the first row that holds something.
-        head: list[Row] = []
-        for row in rows:
-            head.append(row)
-            if any(row.values.values()):
-                break
+        rows = _without_columns(source.read(), settings.ignore_columns, ignored)
+        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
         form, notes = find_form(head, settings.format, settings.columns, settings.template)
         template, more = _template_for(form, settings)
-        encoder = Encoder(tokenizer, template, max_length, only_last=only_last)
+        encoder = Encoder(tokenizer, template, max_length, learn=learn)
+        unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
+            for row in chunk:
+                unused.check(row)
             _encode(chunk, form, encoder, writer)
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
@@ -128,18 +131,25 @@ def tokenise(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
                 "to: run again when it is whole"
             )
-        return {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
+        return {
+            "form": asdict(form),
+            "notes": [*notes, *more, *unused.notes(), *encoder.notes],
+            "ignored": sorted(ignored),
+        }
 
+    ignored: set[str] = set()
     fingerprint = source.fingerprint()
     key = store_key(
         fingerprint,
+        source.part,
         tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
+        sorted(settings.ignore_columns),
         settings.template,
         settings.names_template,
         max_length,
-        only_last,
+        learn,
     )
     store, was_cached = cache.find_or_make(key, make)
     return TokenizedSource(
@@ -150,6 +160,8 @@ def tokenise(
         RowFormat(**store.facts["form"]),
         (*source.notes, *store.facts["notes"]),
         was_cached,
+        fingerprint,
+        frozenset(store.facts["ignored"]),
     )
 
 
@@ -170,6 +182,16 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
     return used, [f"dataset.template is not used: {kind} rows take {takes[kind]}"]
 
 
+def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str]) -> Iterator[Row]:
+    """The rows without some columns; `found` gets those that they have."""
+    for row in rows:
+        if names:
+            found.update(name for name in names if name in row.values)
+            values = {name: value for name, value in row.values.items() if name not in names}
+            row = replace(row, values=values)
+        yield row
+
+
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     iterator = iter(rows)
     while chunk := list(islice(iterator, _ROWS)):
@@ -177,33 +199,38 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: StoreWriter) -> None:
-    layouts: dict[int, Layout] = {}
-    for index, row in enumerate(rows):
+    # One row of the source may be several to train on: one for each turn of a chat.
+    found: list[tuple[int, list[Layout]]] = []
+    for row in rows:
         example = form.example(row)
-        if example is not None:
-            try:
-                layouts[index] = encoder.lay_out(example)
-            except DataError as error:
-                raise DataError(f"{row.where}: {error}") from error
-    encoded = encoder.encode_laid_out(
-        list(layouts.values()), [rows[index].number for index in layouts]
+        try:
+            parts = [] if example is None else encoder.parts(example)
+            layouts = [encoder.lay_out(part) for part in parts]
+        except DataError as error:
+            raise type(error)(f"{row.where}: {error}") from error
+        found.append((row.number, layouts))
+    encoded = iter(
+        encoder.encode_laid_out(
+            [layout for _, layouts in found for layout in layouts],
+            [number for number, layouts in found for _ in layouts],
+        )
     )
-    found = dict(zip(layouts, encoded, strict=True))
-    usable = [each for each in encoded if each.row is not None]
+    taken = [(number, [next(encoded) for _ in layouts]) for number, layouts in found]
+    usable = [each for _, several in taken for each in several if each.row is not None]
     if usable:
         check_supervision(
             [each.row for each in usable if each.row is not None],
             [each.is_truncated for each in usable],
             encoder.last_token_ids,
         )
-    for index, row in enumerate(rows):
-        if (each := found.get(index)) is None:
-            writer.add(row.number, None, Mark.EMPTY)
-            continue
-        marks = _marks(
-            each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
-        )
-        writer.add(row.number, each.row, marks)
+    for number, several in taken:
+        if not several:
+            writer.add(number, None, Mark.EMPTY)
+        for each in several:
+            marks = _marks(
+                each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
+            )
+            writer.add(number, each.row, marks)
 
 
 @cache  # of 16 sets at most: joining flags takes longer than all else about them

@@ -8,19 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import prepare, source_names
+from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import (
     AdapterError,
     CheckpointError,
-    InputError,
     RecipeError,
     StoppedBySignal,
 )
+from kpsvd_tune.launch import check_gpus
 from kpsvd_tune.models import load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
@@ -179,16 +178,7 @@ def _workers(processes: int, gpus: int | None) -> tuple[int, str]:
     """How many workers decompose, and on what."""
     if gpus is None:
         return processes, "cpu"
-    found = torch.cuda.device_count()
-    if found == 0:
-        raise InputError(
-            f"--gpus {gpus}: PyTorch sees no CUDA GPU here; use --processes for CPU processes"
-        )
-    if gpus > found:
-        raise InputError(
-            f"--gpus {gpus}: PyTorch sees {found} CUDA GPUs here; ask for at most {found}, or "
-            "use --processes for CPU processes"
-        )
+    check_gpus(gpus)
     return gpus, "cuda"
 
 
@@ -213,10 +203,16 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     source = find_model(recipe, offline)
     events.stage(f"reading {source_names(recipe.dataset)}")
-    data = prepare(recipe.dataset, load_tokenizer(source), seed=recipe.train.seed, offline=offline)
+    skeleton = load_skeleton(source)
+    data = prepare(
+        recipe.dataset,
+        load_tokenizer(source),
+        seed=recipe.train.seed,
+        offline=offline,
+        limits=model_limits(skeleton),
+    )
     events.note(data.cache_note)
     events.preflight(data.report)
-    skeleton = load_skeleton(source)
     adapter = recipe.adapter
     names = target_names(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save

@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, read_json
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.launch import tell_phase
-from kpsvd_tune.models import base_fingerprint, load_tokenizer
+from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
     find_adapter,
@@ -116,7 +117,7 @@ def train(
         phase.enter("reading and tokenising the data")
         train_rows, validation_rows, data_sha256 = on_main_process(
             accelerator,
-            lambda: _prepare(dataset, tokenizer, recipe.train.seed, events, offline),
+            lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
         length = run_length(
             recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
@@ -194,7 +195,9 @@ def train(
             {label: task for label, task in tasks.items() if task.before},
             run.path / "evaluation" / "before",
         )
-        check_known_tokens(train_rows, model.get_input_embeddings().num_embeddings)
+        # The preflight held them against the configuration; this is the model itself.
+        for part in (train_rows, validation_rows):
+            check_known_tokens(part, model.get_input_embeddings().num_embeddings)
         training = Training(
             model,
             train_rows,
@@ -248,6 +251,7 @@ class _Phase:
 def _prepare(
     dataset: DatasetRecipe,
     tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
     seed: int,
     events: Events,
     offline: bool,
@@ -260,6 +264,7 @@ def _prepare(
         seed=seed,
         offline=offline,
         progress=lambda done, total: events.advance("tokenising", done, total),
+        limits=model_limits(load_skeleton(source)),
     )
     events.note(data.cache_note)
     events.preflight(data.report)

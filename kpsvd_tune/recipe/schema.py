@@ -18,6 +18,8 @@ from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
 from kpsvd_tune.recipe.source import Format, Sources
 from kpsvd_tune.recipe.values import (
     Number,
+    OutputFolder,
+    PathText,
     Precision,
     Section,
     Text,
@@ -31,7 +33,7 @@ from kpsvd_tune.recipe.values import (
 class ModelRecipe(Section):
     """The base model."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description="hub id, local folder, file.gguf, or package:NAME/FILE.gguf inside an "
         "installed package"
     )
@@ -71,6 +73,10 @@ class DatasetRecipe(Section):
     columns: Columns = Field(
         default_factory=Columns, description="column of each role, where its name differs"
     )
+    ignore_columns: list[Text] = Field(
+        default_factory=list,
+        description="columns that are meant to be left out, as if they were not there",
+    )
     template: Text = Field(
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
@@ -82,16 +88,33 @@ class DatasetRecipe(Section):
     min_length: int = Field(
         default=1, ge=1, description="shortest row, in tokens; shorter ones are left out"
     )
-    learn: Literal["all", "last"] = Field(
-        default="all", description="assistant turns of a chat to learn: all, or the last one"
+    learn: Literal["all", "last", "each"] = Field(
+        default="all",
+        description="assistant turns of a chat to learn: all, the last one, or each as a row of "
+        "its own behind what a model sees before it",
     )
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"
+    )
+    deduplicate: bool = Field(
+        default=False, description="train and validate on each distinct row once"
     )
     validation: Validation = Field(
         default=0.02,
         description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
     )
+
+    @field_validator("ignore_columns")
+    @classmethod
+    def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
+        if both := [name for name in value if name in named]:
+            raise conflict(
+                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
+                "the two",
+                "columns",
+            )
+        return value
 
     @field_validator("min_length")
     @classmethod
@@ -241,10 +264,10 @@ class TrainRecipe(Section):
 class CompareRecipe(Section):
     """What `compare` measures beside the validation loss."""
 
-    test: Text | None = Field(
+    test: PathText | None = Field(
         default=None, description="rows that no choice looks at: a file, as dataset.path"
     )
-    forgetting: Text | None = Field(
+    forgetting: PathText | None = Field(
         default=None, description="a UTF-8 text of another kind, to see what training forgets"
     )
     price_per_hour: Number | None = Field(
@@ -270,7 +293,7 @@ class Recipe(Section):
     compare: CompareRecipe = Field(
         default_factory=CompareRecipe, description="what `compare` measures besides"
     )
-    output_dir: Text = Field(description="folder of the run, such as runs/my_run")
+    output_dir: OutputFolder = Field(description="folder of the run, such as runs/my_run")
     tracking: list[
         Literal[
             "tensorboard",

@@ -1,0 +1,133 @@
+"""Read one message of a chat: who speaks, the text, the calls, and whether its turn is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kpsvd_tune.data.columns import check_characters
+from kpsvd_tune.data.files import Row
+from kpsvd_tune.data.tools import read_calls
+from kpsvd_tune.errors import DataError
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+# "function" is OpenAI's older name of the role that gives a tool's result.
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    "function": "tool",
+}
+# Keys of other tools that say which turns are learnt, and that mean something else in each.
+_FOREIGN_SWITCHES = (
+    "trainable",
+    "training",
+    "train_detail",
+    "loss",
+    "loss_weight",
+    "loss_mask",
+    "mask",
+    "masked",
+    "is_masked",
+    "learn",
+)
+
+
+def read_message(
+    row: Row, name: str, entry: Any, kind: str, tools: tuple[Any, ...] | None
+) -> tuple[dict[str, Any], bool, list[str]]:
+    """Read one entry of a list of messages.
+
+    Args:
+        row: Its row, for messages.
+        name: Column of the list.
+        entry: The entry.
+        kind: Which keys it has: "chat" (role and content) or "sharegpt" (from and value).
+        tools: The tools of the row, which say what calls may hold.
+
+    Returns:
+        The message as chat templates take it, whether an assistant's turn is learnt as far as
+        the entry's own switches say, and what a user should know.
+
+    Raises:
+        DataError: The entry is no message, or holds something that is not understood.
+    """
+    speaker, text = ("role", "content") if kind == "chat" else ("from", "value")
+    if not isinstance(entry, Mapping) or speaker not in entry:
+        found = f"the keys {', '.join(entry)}" if isinstance(entry, Mapping) else repr(entry)
+        other = {"chat": "sharegpt", "sharegpt": "chat"}[kind]
+        raise DataError(
+            f"{row.where}: a message in {name!r} has {found}; expected {{{speaker!r}: ..., "
+            f"{text!r}: ...}}: check the row, or set dataset.format to {other}"
+        )
+    # Arrow fills keys that other messages have with null; a template would print "None".
+    message = {key: value for key, value in entry.items() if value is not None}
+    spoken = message.pop(speaker, None)
+    roles = _ROLES if kind == "chat" else _SPEAKERS
+    if spoken not in roles:
+        raise DataError(
+            f"{row.where}: unknown {speaker} {spoken!r} in {name!r}; expected one of "
+            f"{', '.join(roles)}: rename it"
+        )
+    role = roles[spoken]
+    content = _content(row, name, message.pop(text, None), role, spoken, text)
+    is_learnt = _read_switches(row, name, message, role)
+    notes: list[str] = []
+    if calls := read_calls(row, name, message, tools, notes):
+        message["tool_calls"] = calls
+    return {"role": role, "content": content, **message}, is_learnt, notes
+
+
+def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str) -> str:
+    if content is None and role in ("assistant", "tool"):
+        return ""  # as beside a call, or from a tool that answers nothing
+    if content is None:
+        raise DataError(
+            f"{row.where}: a message of {spoken!r} in {name!r} has no text ({key!r} is null or "
+            'missing); expected text: remove the message, or write "" where it is meant to be empty'
+        )
+    if not isinstance(content, str):
+        raise DataError(
+            f"{row.where}: {key!r} of a message in {name!r} is {type(content).__name__}; "
+            "expected text"
+        )
+    check_characters(row, name, content)
+    return content
+
+
+def _read_switches(row: Row, name: str, message: dict[str, Any], role: str) -> bool:
+    """Take the keys out that say whether a turn is learnt; the template never sees them."""
+    understood = (
+        "expected weight: 0 or 1, or train: true or false, on assistant messages: a turn with 0 or "
+        "false stays in the chat and is not learnt"
+    )
+    found: set[bool] = set()
+    for key in ("weight", "train", *_FOREIGN_SWITCHES):
+        if key not in message:
+            continue
+        value = message.pop(key)
+        # In Python True equals 1, in a data file it does not.
+        is_flag = isinstance(value, bool) == (key == "train") and value in (0, 1)
+        if key in _FOREIGN_SWITCHES or not is_flag:
+            raise DataError(
+                f"{row.where}: a message in {name!r} has {key}: {value!r}, which is not "
+                f"understood; {understood}: rewrite the key, or remove it"
+            )
+        found.add(bool(value))
+    if len(found) == 2:
+        raise DataError(
+            f"{row.where}: weight and train of a message in {name!r} contradict each other; "
+            f"{understood}: remove one of them"
+        )
+    if role != "assistant" and True in found:
+        raise DataError(
+            f"{row.where}: a message of the role {role!r} in {name!r} is marked to be learnt, and "
+            f"only assistant messages are; {understood}: remove the key, or set it to 0 or false"
+        )
+    return False not in found

@@ -92,9 +92,9 @@ def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
         raise AdapterError(f"{folder} holds no {file.name}, the weights of the adapter") from error
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
-    except torch.OutOfMemoryError:
-        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         # PEFT's and torch's ways to say that names or sizes are others.
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(

@@ -25,6 +25,7 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
 from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.report.units import size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest logit difference that passes, as a share of the largest logit. In float32 it is the
@@ -196,8 +197,8 @@ def _check_room(model: PreTrainedModel, output: Path) -> None:
     free = shutil.disk_usage(existing).free
     if free < 1.05 * needed:
         raise ResourceError(
-            f"the merged model needs {needed / 1e9:.2f} GB on disk and {existing} has "
-            f"{free / 1e9:.2f} GB free: make room or choose another --output"
+            f"the merged model needs {size(needed)} on disk and {existing} has {size(free)} free: "
+            "make room or choose another --output"
         )
 
 

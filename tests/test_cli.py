@@ -84,7 +84,7 @@ OPTIONS = {
         "--debug",
     },
     "validate": {"--json", "--debug"},
-    "report": {"--json", "--debug"},
+    "report": {"--layers", "--json", "--debug"},
     "recipes list": {"--json"},
     "recipes show": set(),
     "recipes copy": set(),
@@ -197,7 +197,7 @@ def test_rescoring_stored_completions(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "say whose scorers to use" in capsys.readouterr().err
     (tmp_path / "evaluation.json").write_text('{"task": "gsm8k"}')
     assert cli.run(["eval", "--rescore", str(file)]) == 0
-    assert "gsm8k, strict              50.0 % of 2" in capsys.readouterr().out
+    assert "gsm8k, strict: 50.0 % of 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,12 @@ def validate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    layers: Annotated[bool, typer.Option("--layers", help="The rank of every layer too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the ranks and results of a run again."""
-    emit(read_run(run), as_json, view.show_run)
+    """Show the results of a run again, and its ranks."""
+    emit(read_run(run), as_json, lambda found: view.show_run(found, layers=layers))
 
 
 @recipes_app.command("list")

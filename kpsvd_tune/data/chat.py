@@ -8,19 +8,31 @@ messages, so a template that drops, rewrites or reorders text is refused rather 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from kpsvd_tune.data.chat_program import ChatProgram, compile_template, with_reasoning_names
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.errors import DataError
 
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Messages = Sequence[Mapping[str, Any]]
+# Chats with more answers than this are not rendered anew up to each of them, see `_near`.
+_RENDERED_EACH = 24
+# Messages at most around a turn that stand for all before it.
+_NEAR = 12
+_THINK_END = "</think>"
+_OTHER_TEMPLATE = (
+    "another template (dataset.chat_template: the name of one that comes with kpsvd-tune, or a "
+    "file)"
+)
+
+
+class TemplateError(DataError):
+    """The chat template, not the row, keeps a chat from being trained."""
 
 
 class ChatRenderer:
@@ -41,16 +53,22 @@ class ChatRenderer:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template, and the chat format (or template: chat) "
-                "needs one; use a chat model, or write dataset.template as text with {prompt} "
-                "and {completion}"
+                "needs one; use a chat model, name a template with dataset.chat_template, or "
+                "write dataset.template as text with {prompt} and {completion}"
             )
         self._tokenizer = tokenizer
         self._special_tokens = tuple(special_tokens)
+        # Read once: a tokenizer makes this anew at every call.
+        self._special_token_names = dict(tokenizer.special_tokens_map)
         self.notes: dict[str, None] = {}  # a set that keeps its order
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
-        """The text that a model continues with its answer: messages and generation prompt."""
-        return self._render(messages, tools, add_generation_prompt=True)
+    def prompt(self, messages: Messages, tools: Any = None) -> str:
+        """The text that a model continues with its answer: messages and generation prompt.
+
+        Raises:
+            TemplateError: The template refuses the messages.
+        """
+        return self._run(messages, tools, add_generation_prompt=True)[0]
 
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
@@ -59,18 +77,18 @@ class ChatRenderer:
         token that ends it. What follows the last one is left out.
 
         Raises:
-            DataError: The template refuses the messages, or its text is not that of the messages.
+            TemplateError: The template refuses the messages, or its text is not theirs.
         """
-        learnt = chat.learnt[-1:] if only_last else chat.learnt
-        messages = chat.messages[: learnt[-1] + 1]
-        template = self._tokenizer.get_chat_template(None, _listed(chat.tools))
-        if _MARKER.search(template):
-            text, spans = self._marked_spans(messages, chat.tools, learnt, template)
+        answers = chat.learnt[-1:] if only_last else chat.learnt
+        messages = chat.messages[: answers[-1] + 1]
+        text, marked = self.marked(messages, chat.tools)
+        if self._program(chat.tools).has_markers:
+            finder: _Finder = _MarkedTurns(self, messages, chat.tools, text, marked)
         else:
-            text, spans = self._rendered_spans(messages, chat.tools, learnt)
+            finder = _Finder(self, messages, chat.tools, text)
         segments: list[Segment] = []
         position = 0
-        for start, end in spans:
+        for start, end in finder.spans(answers):
             segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
             position = end
         return [segment for segment in segments if segment.text]
@@ -79,84 +97,12 @@ class ChatRenderer:
         """Whether a turn's text ends with a special token."""
         return text.endswith(self._special_tokens)
 
-    def _rendered_spans(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, learnt: Sequence[int]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        text = self._render(messages, tools)
-        spans = []
-        for index in learnt:
-            is_last = index == len(messages) - 1
-            before = self.prompt(messages[:index], tools)
-            after = text if is_last else self._render(messages[: index + 1], tools)
-            if not after.startswith(before):
-                raise DataError(
-                    "the chat template's generation prompt is not how it starts an assistant "
-                    f"turn: it asks with {_tail(before)} and writes {_from_fork(before, after)}; "
-                    "training and generation would differ: use a template where they agree, "
-                    "or one with {% generation %} markers"
-                )
-            end = len(before) + len(self._turn(after[len(before) :]))
-            if not text.startswith(after[:end]):
-                raise DataError(
-                    "the chat template changes earlier turns when later ones follow (as "
-                    "templates do that drop past reasoning), so not every assistant turn can be "
-                    "learnt from one rendering: use a template that keeps them, or one with "
-                    "{% generation %} markers, or learn the last turn only (dataset.learn: last)"
-                )
-            spans.append((len(before), end))
-            self._check_turn(messages[index], text[len(before) : end], is_last)
-        return text, spans
-
-    def _marked_spans(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Any,
-        learnt: Sequence[int],
-        template: str,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        rendered, marked = self._call(
-            render_jinja_template,
-            conversations=[list(messages)],
-            tools=_listed(tools),
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            **self._tokenizer.special_tokens_map,
-        )
-        text: str = rendered[0]
-        turns = [index for index, m in enumerate(messages) if m["role"] == "assistant"]
-        if len(marked[0]) != len(turns):
-            raise DataError(
-                f"the chat template marks {len(marked[0])} stretches with {{% generation %}} for "
-                f"{len(turns)} assistant turns; expected one each: correct the template's markers"
-            )
-        spans = []
-        for index, (start, end) in zip(turns, marked[0], strict=True):
-            if index not in learnt:
-                continue
-            before = self.prompt(messages[:index], tools)
-            # Markers around the whole turn hold its header too, which the model never writes.
-            if text.startswith(before) and start < len(before) <= end:
-                start = len(before)
-            if text[:start] != before:
-                self.notes[
-                    "the chat template's generation prompt is not the text before the tokens it "
-                    f"marks for training: it asks with {_tail(before)}, the marked text follows "
-                    f"{_tail(text[:start])}"
-                ] = None
-            turn = self._turn(text[start:end])
-            if not self.ends_turn(turn):
-                turn += self._end_after(text[start + len(turn) :])
-            spans.append((start, start + len(turn)))
-            self._check_turn(messages[index], turn, index == turns[-1])
-        return text, spans
-
-    def _turn(self, text: str) -> str:
+    def turn(self, text: str) -> str:
         """The turn without the line break that templates write after its end token."""
         stripped = text.rstrip()
         return stripped if self.ends_turn(stripped) else text
 
-    def _end_after(self, text: str) -> str:
+    def end_after(self, text: str) -> str:
         """The end token right behind a marked stretch that left it out."""
         for token in self._special_tokens:
             if text.startswith(token):
@@ -167,70 +113,316 @@ class ChatRenderer:
                 return token
         return ""
 
-    def _check_turn(self, message: Mapping[str, Any], turn: str, is_last: bool) -> None:
-        content = message["content"].strip()
-        start = turn.find(content)
-        if start < 0:
-            raise DataError(
-                f"the chat template does not write the assistant's text as it is: expected "
-                f"{_head(content)}, it wrote {_head(turn)}; use a template that keeps it"
-            )
+    def check_turn(self, message: Mapping[str, Any], turn: str, is_last: bool) -> None:
+        """Check that a turn is the assistant's text, and note what the template does to it.
+
+        Raises:
+            TemplateError: It is not.
+        """
+        start, end = _place_of(message["content"], turn)
         if not is_last and not self.ends_turn(turn):
             self.notes[
                 "the chat template ends assistant turns without an end token: only the last turn "
                 "of a chat, behind which one is put, teaches the model to stop; use a template "
                 "that writes one behind every turn"
             ] = None
-        before, after = turn[:start].strip(), turn[start + len(content) :].strip()
+        before, after = turn[:start].strip(), turn[end:].strip()
         for token in self._special_tokens:
             after = after.removesuffix(token).strip()
-        if (before or after) and not message.get("tool_calls"):
+        own = [str(message[key]) for key in ("reasoning_content", "thinking") if message.get(key)]
+        if (before or after) and not message.get("tool_calls") and not own:
             self.notes[
                 "the chat template adds text of its own to assistant turns, which is trained as "
-                f"well: {_head(before or after)}"
+                f"well: {head(before or after)}"
             ] = None
 
-    def _render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any, add_generation_prompt: bool = False
-    ) -> str:
-        text: str = self._call(
-            self._tokenizer.apply_chat_template,
-            [dict(message) for message in messages],
-            tools=_listed(tools),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return text
+    def rendered(self, messages: Messages, tools: Any) -> str:
+        """The text of messages without a generation prompt.
 
-    @staticmethod
-    def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        Raises:
+            TemplateError: The template refuses the messages.
+        """
+        return self._run(messages, tools)[0]
+
+    def marked(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text of messages, and the stretches that the template marks.
+
+        Raises:
+            TemplateError: The template refuses the messages.
+        """
+        return self._run(messages, tools)
+
+    def _program(self, tools: Any) -> ChatProgram:
+        template = self._tokenizer.get_chat_template(None, list(tools) if tools else None)
+        return compile_template(template)
+
+    def _run(
+        self, messages: Messages, tools: Any, add_generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            return function(*args, **kwargs)
+            program = self._program(tools)
+            found = program.render(
+                messages=with_reasoning_names(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_token_names,
+            )
         # A template is a program of its own: besides jinja's errors, its expressions raise these.
         except (
-            *(jinja2.TemplateError, TypeError, ValueError, LookupError),
-            *(ArithmeticError, AttributeError, RuntimeError),
+            *(jinja2.TemplateError, TypeError, ValueError, LookupError, TimeoutError),
+            *(ArithmeticError, AttributeError, RuntimeError, MemoryError),
         ) as error:
-            raise DataError(
-                f"the tokenizer's chat template refuses these messages: {error}; check their "
-                "roles and order"
+            reason = str(error) or type(error).__name__
+            raise TemplateError(
+                f"the tokenizer's chat template refuses these messages: {reason}; check their "
+                f"roles and order, or use {_OTHER_TEMPLATE}"
             ) from error
+        if program.reads_date:
+            self.notes[
+                "the chat template writes today's date into every row: the model learns that date, "
+                "and rows tokenised on another day differ; where the template takes the date as "
+                "an argument, give it one (dataset.template_arguments), else use another template"
+            ] = None
+        return found
 
 
-def _listed(tools: Any) -> list[Any] | None:
-    return list(tools) if tools else None
+class _Finder:
+    """Finds the answers of one rendered chat.
+
+    Args:
+        renderer: Renders parts of it.
+        messages: The chat, up to an answer.
+        tools: Its tools.
+        text: What it was rendered to.
+    """
+
+    def __init__(self, renderer: ChatRenderer, messages: Messages, tools: Any, text: str) -> None:
+        self._renderer = renderer
+        self._messages = messages
+        self._tools = tools
+        self._text = text
+
+    def spans(self, answers: Sequence[int]) -> list[tuple[int, int]]:
+        """Start and end of each of the answers, in the rendered text.
+
+        Args:
+            answers: Their places among the messages, ascending.
+
+        Raises:
+            TemplateError: The template does not tell one, or rewrites it.
+        """
+        spans: list[tuple[int, int]] = []
+        for number, index in enumerate(answers):
+            found = None
+            if spans and not _is_rendered_whole(number, len(answers)):
+                found = self._near(answers[number - 1], index, spans[-1][1])
+            start, end = found or self._whole(index)
+            turn = self._text[start:end]
+            is_last = index == len(self._messages) - 1
+            self._renderer.check_turn(self._messages[index], turn, is_last)
+            spans.append((start, end))
+        return spans
+
+    def _whole(self, index: int) -> tuple[int, int]:
+        """Find an answer by rendering everything before it."""
+        before = self._renderer.prompt(self._messages[:index], self._tools)
+        is_last = index == len(self._messages) - 1
+        whole = self._messages[: index + 1]
+        after = self._text if is_last else self._renderer.rendered(whole, self._tools)
+        if not after.startswith(before):
+            raise TemplateError(
+                "the chat template's generation prompt is not how it starts an assistant "
+                f"turn: it asks with {tail(before)} and writes {_from_fork(before, after)}; "
+                f"training and generation would differ: use {_OTHER_TEMPLATE} where they agree"
+            )
+        end = len(before) + len(self._renderer.turn(after[len(before) :]))
+        if not self._text.startswith(after[:end]):
+            raise _rewrites()
+        return len(before), end
+
+    def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
+        """Find an answer of a long chat by rendering only the messages near it.
+
+        Rendering everything before each answer takes time with the square of their number. What
+        stands between two answers, and the second one, are taken from a short chat around them,
+        and must stand in the long one at this very place: else None, and all is rendered.
+
+        Args:
+            previous: The answer before it.
+            index: The answer.
+            position: Where the answer before it ends in the text.
+        """
+        near = self._around(previous, index)
+        if near is None:
+            return None
+        past, asked = near[: len(near) - (index - previous)], near[:-1]
+        renderer = self._renderer
+        try:
+            shorter = renderer.turn(renderer.rendered(past, self._tools))
+            before = renderer.prompt(asked, self._tools)
+            after = renderer.rendered(near, self._tools)
+        except TemplateError:
+            return None
+        if not (before.startswith(shorter) and after.startswith(before)):
+            return None
+        start = position + len(before) - len(shorter)
+        turn = renderer.turn(after[len(before) :])
+        if self._text[position : start + len(turn)] != after[len(shorter) : len(before)] + turn:
+            return None
+        return start, start + len(turn)
+
+    def _around(self, previous: int, index: int) -> Messages | None:
+        """A short chat that ends as the long one does at an answer; None where there is none."""
+        messages = self._messages
+        users = [i for i in range(max(0, previous - _NEAR), previous) if _is(messages[i], "user")]
+        if users:
+            near = messages[users[-1] : index + 1]
+        else:  # calls of tools one after the other: the question and the latest of them
+            first = next((i for i, m in enumerate(messages) if _is(m, "user")), previous)
+            if first >= previous:
+                return None
+            near = [*messages[: first + 1], *messages[previous : index + 1]]
+        return near if len(near) <= 2 * _NEAR else None
 
 
-def _head(text: str) -> str:
+class _MarkedTurns(_Finder):
+    """Finds the answers of a chat whose template marks them.
+
+    Args:
+        renderer: Renders parts of it.
+        messages: The chat, up to an answer.
+        tools: Its tools.
+        text: What it was rendered to.
+        marked: Start and end of each marked stretch.
+
+    Raises:
+        TemplateError: There are not as many stretches as turns.
+    """
+
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        messages: Messages,
+        tools: Any,
+        text: str,
+        marked: Sequence[tuple[int, int]],
+    ) -> None:
+        super().__init__(renderer, messages, tools, text)
+        turns = [i for i, message in enumerate(messages) if _is(message, "assistant")]
+        if len(marked) != len(turns):
+            raise TemplateError(
+                f"the chat template marks {len(marked)} stretches with {{% generation %}} for "
+                f"{len(turns)} assistant turns; expected one each: correct the template's markers"
+            )
+        self._marked = dict(zip(turns, marked, strict=True))
+
+    def _whole(self, index: int) -> tuple[int, int]:
+        text, renderer = self._text, self._renderer
+        before = renderer.prompt(self._messages[:index], self._tools)
+        start, end = self._cut(text, self._marked[index], len(before), text.startswith(before))
+        if text[:start] != before:
+            renderer.notes[
+                "the chat template's generation prompt is not the text before the tokens it "
+                f"marks for training: it asks with {tail(before)}, the marked text follows "
+                f"{tail(text[:start])}"
+            ] = None
+        if index < len(self._messages) - 1:
+            # Learnt is what stands in the long chat, written is what the turn was when it came.
+            alone, marked = renderer.marked(self._messages[: index + 1], self._tools)
+            place = self._cut(alone, marked[-1], len(before), alone.startswith(before))
+            if place != (start, end) or alone[:end] != text[:end]:
+                raise _rewrites()
+        return start, end
+
+    def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
+        found = super()._near(previous, index, position)
+        if found is None:
+            return None
+        start, end = self._cut(self._text, self._marked[index], found[0], True)
+        return (start, end) if end == found[1] else None
+
+    def _cut(
+        self, text: str, marked: tuple[int, int], asked: int, is_asked: bool
+    ) -> tuple[int, int]:
+        """The marked stretch without the header that a model never writes, and with its end."""
+        start, end = marked
+        # Markers around the whole turn hold its header too.
+        if is_asked and start < asked <= end:
+            start = asked
+        turn = self._renderer.turn(text[start:end])
+        if not self._renderer.ends_turn(turn):
+            turn += self._renderer.end_after(text[start + len(turn) :])
+        return start, start + len(turn)
+
+
+def head(text: str) -> str:
+    """The beginning of a text, as messages show it."""
     return repr(text if len(text) <= 50 else text[:47] + "...")
 
 
-def _tail(text: str) -> str:
+def tail(text: str) -> str:
+    """The end of a text, as messages show it."""
     return repr(text if len(text) <= 50 else "..." + text[-47:])
+
+
+def _is(message: Mapping[str, Any], role: str) -> bool:
+    return bool(message["role"] == role)
+
+
+def _is_rendered_whole(number: int, count: int) -> bool:
+    """Whether all before an answer is rendered: in long chats the first, the last and some."""
+    return (
+        count <= _RENDERED_EACH
+        or number < 4
+        or number >= count - 4
+        or number & (number - 1) == 0  # a power of two: few, and all over the chat
+    )
+
+
+def _place_of(content: str, turn: str) -> tuple[int, int]:
+    """Where an assistant's text stands in its turn; reasoning written into it may be set apart.
+
+    Raises:
+        TemplateError: It is not there.
+    """
+    text = content.strip()
+    if (start := turn.find(text)) >= 0:
+        return start, start + len(text)
+    reasoning, marker, answer = text.rpartition(_THINK_END)
+    if not marker:
+        raise TemplateError(
+            "the chat template does not write the assistant's text as it is: expected "
+            f"{head(text)}, it wrote {head(turn)}; use {_OTHER_TEMPLATE} that keeps it"
+        )
+    # Templates that know reasoning take it out and write it in their own place.
+    reasoning, answer = reasoning.strip().removeprefix("<think>").strip(), answer.strip()
+    start = turn.find(reasoning)
+    place = turn.find(answer, max(start, 0) + len(reasoning))
+    if start < 0 or place < 0:
+        raise TemplateError(
+            f"the chat template drops or changes the assistant's reasoning: expected "
+            f"{head(text)}, it wrote {head(turn)}; take the text up to {_THINK_END} out of the "
+            f"rows to train answers alone, or use {_OTHER_TEMPLATE} that keeps it, such as qwen3, "
+            "deepseek-r1 or chatml"
+        )
+    start = start if reasoning else place
+    marker_place = turn.rfind("<think>", 0, start)
+    return (start if marker_place < 0 else marker_place), place + len(answer)
+
+
+def _rewrites() -> TemplateError:
+    return TemplateError(
+        "the chat template changes earlier turns when later ones follow (as templates do that "
+        "drop past reasoning), so not every assistant turn can be learnt from one rendering: "
+        "train each turn as a row of its own, behind what a model sees before it (dataset.learn: "
+        f"each), or the last turn only (dataset.learn: last), or use {_OTHER_TEMPLATE} that keeps "
+        "earlier turns"
+    )
 
 
 def _from_fork(left: str, right: str) -> str:
     """The second text from a little before the place where the two part."""
     pairs = enumerate(zip(left, right, strict=False))
     fork = next((place for place, (a, b) in pairs if a != b), len(right))
-    return _head(right[max(0, fork - 20) :])
+    return head(right[max(0, fork - 20) :])

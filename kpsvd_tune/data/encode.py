@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,8 @@ from kpsvd_tune.errors import DataError
 
 __all__ = ["IGNORED", "EncodedRow", "Encoder", "Layout", "TokenizedRow"]
 _PLAIN = TextTemplate("{completion}")
+# Which assistant turns of a chat are learnt: all in one row, the last one, or each in its own row.
+Learn = Literal["all", "last", "each"]
 
 
 class Encoder:
@@ -36,7 +39,7 @@ class Encoder:
         tokenizer: Any tokenizer of transformers.
         template: Text with {prompt} and {completion}, or "chat".
         max_length: Tokens a row is cut to.
-        only_last: Learn the last assistant turn of a chat only.
+        learn: Assistant turns of a chat to learn.
 
     Raises:
         DataError: The template does not work with this tokenizer.
@@ -48,11 +51,11 @@ class Encoder:
         template: str,
         max_length: int,
         *,
-        only_last: bool = False,
+        learn: Learn = "all",
     ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._only_last = only_last
+        self._learn = learn
         self._notes: dict[str, None] = {}
         self._special_ids = _special_tokens(tokenizer)
         self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
@@ -84,7 +87,7 @@ class Encoder:
         if self._chat is not None:
             question = {"role": "user", "content": "a"}
             answer = {"role": "assistant", "content": "b"}
-            turn = self._chat.segments(Chat((question, answer)))[-1].text
+            turn = self._chat.segments(Chat((question, answer)), only_last=True)[-1].text
             if self._chat.ends_turn(turn):
                 ends[self._segment_tokenizer.ids(turn)[-1]] = None
         return tuple(ends)
@@ -98,11 +101,26 @@ class Encoder:
         special = self._special_ids.values() if self._chat is not None else ()
         return tuple(dict.fromkeys((self._eos_id, *special)))
 
+    def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
+        """What becomes a row of its own: the example, or a chat up to each turn to learn."""
+        if isinstance(example, Pair) and example.history and self._text_template(example) is None:
+            example = _as_chat(example)
+        if self._learn != "each" or isinstance(example, Pair):
+            return [example]
+        return [
+            replace(
+                example,
+                messages=example.messages[: turn + 1],
+                context=example.context.union(range(turn)),
+            )
+            for turn in example.learnt
+        ]
+
     def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
         """Encode one example; its ids are cut at the maximal length.
 
         Args:
-            example: What `RowFormat.example` read.
+            example: What `RowFormat.example` read, or one of its :meth:`parts`.
             row: Number to keep in the result.
 
         Raises:
@@ -224,25 +242,18 @@ class Encoder:
             segments = [segment for segment in segments if segment.text]
             return segments, self._prefix(segments), texts
         if isinstance(example, Pair):
-            system = {"role": "system", "content": example.system}
-            messages: list[dict[str, Any]] = [system] if example.system else []
-            for question, answer in example.history:
-                messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": answer})
-            messages.append({"role": "user", "content": example.prompt})
             if is_prompt:
-                return self._chat_prompt(tuple(messages)), [], []
-            messages.append({"role": "assistant", "content": example.completion})
-            example = Chat(tuple(messages), example.tools)
+                return self._chat_prompt(_as_chat(example).messages[:-1]), [], []
+            example = _as_chat(example)
         self._notes |= dict.fromkeys(example.notes)
         # The template writes its own special tokens, so the tokenizer adds none.
-        segments = self._renderer().segments(example, only_last=self._only_last)
+        segments = self._renderer().segments(example, only_last=self._learn != "all")
         return segments, [], [str(message["content"]) for message in example.messages]
 
     def _chat_prompt(self, messages: tuple[Mapping[str, Any], ...]) -> list[Segment]:
         text = self._renderer().prompt(messages)
         past = [i for i, message in enumerate(messages) if is_answer(message)]
-        if not past or self._only_last:
+        if not past or self._learn != "all":
             return [Segment(text, False)]
         # Earlier answers are cut as they were in training, so that the ids are the same. A template
         # that changes them afterwards trains last answers only, behind one stretch of text.
@@ -277,6 +288,14 @@ class Encoder:
             "written once; remove it from the template"
         ] = None
         return []
+
+
+def _as_chat(pair: Pair) -> Chat:
+    messages = [{"role": "system", "content": pair.system}] if pair.system else []
+    for question, answer in (*pair.history, (pair.prompt, pair.completion)):
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return Chat(tuple(messages), pair.tools)
 
 
 def _refuse_chat_parts(pair: Pair) -> None:

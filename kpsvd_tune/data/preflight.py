@@ -76,11 +76,6 @@ def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, max_length: int) -> l
             f"pad and end token are the same ({tokenizer.eos_token!r}): padding is masked by its "
             "position here, so the end token is trained; elsewhere give pad a token of its own"
         )
-    if "strftime_now" in str(tokenizer.chat_template or ""):
-        warnings.append(
-            "the chat template writes today's date into every row: the model learns that date, "
-            "and rows tokenised on another day differ; take strftime_now out of the template"
-        )
     if max_length > tokenizer.model_max_length:
         warnings.append(
             f"dataset.max_length is {max_length} and the tokenizer's model takes "

@@ -139,9 +139,8 @@ def prepare(
             offline=offline,
             streaming=dataset.streaming,
         )
-        only_last = dataset.learn == "last"
         return [
-            tokenise(each, settings, tokenizer, dataset.max_length, only_last, cache, advance)
+            tokenise(each, settings, tokenizer, dataset.max_length, dataset.learn, cache, advance)
             for each in opened
         ]
 
@@ -162,7 +161,7 @@ def prepare(
         kept = np.arange(num_rows)
         held = np.arange(sum(len(source.store) for source in held_out))
     else:
-        kept, held = split_rows(num_rows, dataset.validation, seed)
+        kept, held = split_rows(_groups(sources), dataset.validation, seed)
     train = Selection(sources, kept, dataset)
     validation = Selection(held_out, held, dataset)
     if not len(train.usable):
@@ -215,6 +214,16 @@ def prepare(
     return PreparedData(
         rows, others, PreflightReport.from_dict(found["report"]), found["sha256"], encoder, note
     )
+
+
+def _groups(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
+    """For each place which row of all sources it comes from, counted from 0."""
+    parts: list[NDArray[np.int64]] = []
+    start = 0
+    for source in sources:
+        parts.append(source.store.groups + start)
+        start += int(source.store.groups[-1]) + 1 if len(source.store) else 0
+    return np.concatenate(parts)
 
 
 def _known(

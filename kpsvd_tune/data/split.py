@@ -10,12 +10,13 @@ from kpsvd_tune.errors import DataError
 
 
 def split_rows(
-    num_rows: int, validation: int | float, seed: int
+    groups: NDArray[np.int64], validation: int | float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row indices to train on and to validate on: disjoint, together all, both ascending.
+    """Places to train on and to validate on: disjoint, together all, both ascending.
 
     Args:
-        num_rows: Rows to split, at least 1.
+        groups: (places,) ascending from 0 without a gap, at least one: the row that each place
+            belongs to. A row is held out with all of its places, as the turns of one chat are.
         validation: A share below 1 (float) or a number of rows (int). A share above 0 holds out
             at least one row as long as one is left to train on; 0 holds out none.
         seed: Seed of the choice.
@@ -23,6 +24,7 @@ def split_rows(
     Raises:
         DataError: A number of rows that leaves nothing to train on.
     """
+    num_rows = int(groups[-1]) + 1
     if isinstance(validation, int):
         if validation >= num_rows:
             raise DataError(
@@ -35,7 +37,8 @@ def split_rows(
         num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1)
     else:
         num_held_out = 0
-    if num_held_out == 0:
-        return np.arange(num_rows), np.arange(0)
-    order = np.asarray(permutation(num_rows, f"validation {seed}"))
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    is_held = np.zeros(num_rows, dtype=bool)
+    if num_held_out:
+        order = np.asarray(permutation(num_rows, f"validation {seed}"))
+        is_held[order[:num_held_out]] = True
+    return np.flatnonzero(~is_held[groups]), np.flatnonzero(is_held[groups])

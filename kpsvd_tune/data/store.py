@@ -1,7 +1,7 @@
 """Tokenised rows on disk: flat arrays that every process maps into memory and none copies.
 
-A store is a folder of .npy files and facts.json. It holds one entry for every row of its source,
-usable or not, so that a place in the source is a place in the store:
+A store is a folder of .npy files and facts.json. It holds an entry for every row of its source,
+usable or not, in their order; several side by side where each turn of a chat is a row to train on:
 
     token_ids       int32  the ids of all rows, end to end
     is_learnt       uint8  for each of them whether the loss counts it
@@ -213,6 +213,12 @@ class TokenStore:
     def marks(self) -> NDArray[np.uint8]:
         """For each row its bits of `Mark`."""
         return self._map("marks")
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """For each row which of the source's rows it comes from, counted from 0."""
+        is_new = np.diff(self.numbers, prepend=self.numbers[:1]) != 0
+        return np.cumsum(is_new)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

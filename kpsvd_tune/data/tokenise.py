@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.columns import column
-from kpsvd_tune.data.encode import Encoder
+from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import RowFormat, find_format
 from kpsvd_tune.data.preflight import check_supervision
@@ -90,7 +90,7 @@ def tokenise(
     settings: SourceSettings,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    only_last: bool,
+    learn: Learn,
     cache: TokenCache,
     advance: Callable[[int], None],
 ) -> TokenizedSource:
@@ -101,7 +101,7 @@ def tokenise(
         settings: How they are read.
         tokenizer: The base model's tokenizer.
         max_length: Tokens a row is cut to.
-        only_last: Learn the last assistant turn of a chat only.
+        learn: Assistant turns of a chat to learn.
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
 
@@ -119,7 +119,7 @@ def tokenise(
                 break
         form, notes = find_form(head, settings.format, settings.columns, settings.template)
         template, more = _template_for(form, settings)
-        encoder = Encoder(tokenizer, template, max_length, only_last=only_last)
+        encoder = Encoder(tokenizer, template, max_length, learn=learn)
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, encoder, writer)
             advance(len(chunk))
@@ -139,7 +139,7 @@ def tokenise(
         settings.template,
         settings.names_template,
         max_length,
-        only_last,
+        learn,
     )
     store, was_cached = cache.find_or_make(key, make)
     return TokenizedSource(
@@ -177,33 +177,38 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: StoreWriter) -> None:
-    layouts: dict[int, Layout] = {}
-    for index, row in enumerate(rows):
+    # One row of the source may be several to train on: one for each turn of a chat.
+    found: list[tuple[int, list[Layout]]] = []
+    for row in rows:
         example = form.example(row)
-        if example is not None:
-            try:
-                layouts[index] = encoder.lay_out(example)
-            except DataError as error:
-                raise DataError(f"{row.where}: {error}") from error
-    encoded = encoder.encode_laid_out(
-        list(layouts.values()), [rows[index].number for index in layouts]
+        try:
+            parts = [] if example is None else encoder.parts(example)
+            layouts = [encoder.lay_out(part) for part in parts]
+        except DataError as error:
+            raise type(error)(f"{row.where}: {error}") from error
+        found.append((row.number, layouts))
+    encoded = iter(
+        encoder.encode_laid_out(
+            [layout for _, layouts in found for layout in layouts],
+            [number for number, layouts in found for _ in layouts],
+        )
     )
-    found = dict(zip(layouts, encoded, strict=True))
-    usable = [each for each in encoded if each.row is not None]
+    taken = [(number, [next(encoded) for _ in layouts]) for number, layouts in found]
+    usable = [each for _, several in taken for each in several if each.row is not None]
     if usable:
         check_supervision(
             [each.row for each in usable if each.row is not None],
             [each.is_truncated for each in usable],
             encoder.last_token_ids,
         )
-    for index, row in enumerate(rows):
-        if (each := found.get(index)) is None:
-            writer.add(row.number, None, Mark.EMPTY)
-            continue
-        marks = _marks(
-            each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
-        )
-        writer.add(row.number, each.row, marks)
+    for number, several in taken:
+        if not several:
+            writer.add(number, None, Mark.EMPTY)
+        for each in several:
+            marks = _marks(
+                each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
+            )
+            writer.add(number, each.row, marks)
 
 
 @cache  # of 16 sets at most: joining flags takes longer than all else about them

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
+from kpsvd_tune.data.encode import Learn
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.decode import LanguageModel
 from kpsvd_tune.evaluation.generate import evaluation_mode
@@ -70,6 +71,7 @@ def completion_loss(
     name: str | Sequence[str] | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
+    learn: Learn = "all",
     max_length: int = 1024,
     batch_size: int = 8,
     limit: int | None = None,
@@ -86,6 +88,7 @@ def completion_loss(
         name: configuration on the hub, or several.
         split: split on the hub.
         columns: column of each role, where its name differs.
+        learn: assistant turns of a chat to count.
         max_length: tokens a row is cut to.
         batch_size: rows at a time.
         limit: rows to take; None: all.
@@ -95,7 +98,7 @@ def completion_loss(
     Raises:
         DataError: the file cannot be read or no token of a completion is left in it.
     """
-    encoder = Encoder(tokenizer, template, max_length)
+    encoder = Encoder(tokenizer, template, max_length, learn=learn)
     found = read_examples(
         path, name=name, split=split, columns=columns, template=template, offline=offline
     )
@@ -103,9 +106,9 @@ def completion_loss(
     for number, (_, example) in enumerate(found):
         if limit is not None and number >= limit:
             break
-        encoded = None if example is None else encoder.encode(example, number).row
-        if encoded is not None:
-            rows.append(encoded)
+        parts = [] if example is None else encoder.parts(example)
+        encoded = (encoder.encode(part, number).row for part in parts)
+        rows += [row for row in encoded if row is not None]
     if not rows:
         raise DataError(
             f"{path} holds no completion to compute a loss on. Expected at least one row whose "

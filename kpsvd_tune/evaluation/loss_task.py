@@ -74,6 +74,7 @@ def score_loss(
             split=recipe.split,
             template=template,
             columns=_columns(recipe),
+            learn=recipe.learn or "all",
             max_length=recipe.window,
             offline=offline,
             **sizes,

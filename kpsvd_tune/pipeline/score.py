@@ -25,9 +25,9 @@ from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
-from kpsvd_tune.report.console import duration
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.score import as_mapping, score_text
+from kpsvd_tune.report.units import time_left
 from kpsvd_tune.training import end_processes
 
 
@@ -139,8 +139,8 @@ class Scorer:
         others = num_processes()
         phase = "answering" if others == 1 else f"answering, one share of {others},"
         detail = f"{progress.tokens_per_second:.0f} tokens/s"
-        if (left := progress.seconds_left) is not None:
-            detail += f", {duration(left)} left"
+        if left := time_left(progress.seconds_left):
+            detail += f", {left}"
         self._events.advance(phase, progress.done, progress.total, detail)
 
     def _counting(self, task: str) -> Callable[[int, int], None]:
@@ -239,7 +239,10 @@ def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evalua
     """The task with what it leaves open taken from the training."""
     if dataset is None:
         return task
-    update: dict[str, Any] = {"template": task.template or dataset.template}
+    update: dict[str, Any] = {
+        "template": task.template or dataset.template,
+        "learn": task.learn or dataset.learn,
+    }
     if task.task in ("exact_match", "loss") and not task.columns:
         # They have no columns of their own; those of the training are the likeliest.
         update["columns"] = dataset.columns

@@ -16,6 +16,7 @@ from kpsvd_tune.decompose import Progress
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import PreflightReport, RankReport, StepMetrics
+from kpsvd_tune.report.units import time_left
 
 
 class Events(Protocol):
@@ -77,9 +78,9 @@ def report_decomposition(events: Events) -> Any:
     """A progress callback for the decomposition."""
 
     def advance(progress: Progress) -> None:
-        left = progress.seconds_left
-        energy = f"energy so far {100 * progress.energy:.1f} %"
-        detail = energy if left is None else f"{energy}, {left:.0f} s left"
+        detail = f"energy so far {100 * progress.energy:.1f} %"
+        if left := time_left(progress.seconds_left):
+            detail += f", {left}"
         events.advance("decomposing", progress.done, progress.total, detail)
 
     return advance

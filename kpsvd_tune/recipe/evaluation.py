@@ -41,6 +41,11 @@ class EvaluationRecipe(Section):
     template: Text | None = Field(
         default=None, description="as in dataset; null: that of the dataset"
     )
+    learn: Literal["all", "last", "each"] | None = Field(
+        default=None,
+        description="assistant turns of a chat that the task loss counts, as in dataset; null: "
+        "those of the dataset",
+    )
     prompt: Literal["template", "lm-eval", "bigcode"] = Field(
         default="template",
         description="the template's prompt, or that of another harness: lm-eval for gsm8k and "

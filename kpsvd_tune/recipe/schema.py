@@ -82,8 +82,10 @@ class DatasetRecipe(Section):
     min_length: int = Field(
         default=1, ge=1, description="shortest row, in tokens; shorter ones are left out"
     )
-    learn: Literal["all", "last"] = Field(
-        default="all", description="assistant turns of a chat to learn: all, or the last one"
+    learn: Literal["all", "last", "each"] = Field(
+        default="all",
+        description="assistant turns of a chat to learn: all, the last one, or each as a row of "
+        "its own behind what a model sees before it",
     )
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"

@@ -16,9 +16,9 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
+from kpsvd_tune.report.layout import Column, output, print_line, print_pair, print_table
 from kpsvd_tune.report.results import (
     MergeReport,
     PreflightReport,
@@ -26,10 +26,30 @@ from kpsvd_tune.report.results import (
     StepMetrics,
 )
 from kpsvd_tune.report.score import score_text, score_value
-from kpsvd_tune.report.table import merge_lines, preflight_lines, rank_summary, rank_table
+from kpsvd_tune.report.table import (
+    RANK_COLUMNS,
+    merge_lines,
+    preflight_lines,
+    rank_rows,
+    rank_summary,
+)
+from kpsvd_tune.report.units import duration, size, time_left
 
-# Plain lines: one per this many seconds at most.
-PLAIN_SECONDS = 5.0
+# A log gets a line of progress at every tenth of the work, but not sooner than this after the last,
+# and one at this interval where a tenth takes long.
+PLAIN_SECONDS = 10.0
+ALIVE_SECONDS = 60.0
+# What a figure of results.json is called, and in which order figures are shown.
+_FIGURES = {
+    "validation_loss": "validation loss",
+    "validation_loss_before": "the same before training",
+    "best_step": "lowest at step",
+    "train_loss": "training loss, last steps",
+    "steps": "steps",
+    "trainable_parameters": "trainable parameters",
+    "wall_seconds": "time",
+    "peak_memory_bytes": "peak memory",
+}
 
 
 class Events:
@@ -42,6 +62,9 @@ class Events:
         self._task: Any = None
         self._phase = ""
         self._last = 0.0
+        # Tenths of the phase that the log has heard of.
+        self._told = 0
+        self._validated = -PLAIN_SECONDS
 
     def __enter__(self) -> Self:
         return self
@@ -57,59 +80,78 @@ class Events:
     def stage(self, text: str) -> None:
         """Say what begins now."""
         self.end_progress()
-        self._console.print(Text(f"· {text}", style="bold"))
+        print_line(self._console, Text(f"· {text}", style="bold"))
 
     def note(self, text: str) -> None:
         """Say something in passing."""
         self.end_progress()
-        self._console.print(Text(f"  {text}", style="dim"))
+        print_line(self._console, Text(f"  {text}", style="dim"), 4)
 
     def preflight(self, report: PreflightReport) -> None:
         """Show what will be trained on, and one row with its trained tokens marked."""
         self.end_progress()
         for line in preflight_lines(report):
-            self._console.print(Text(f"  {line}"))
+            print_line(self._console, f"  {line}", 4)
         if report.sample:
             sample = Text("  one row, trained tokens marked: ")
             for text, trained in report.sample:
                 # Brackets as well as colour, for logs and for those who see no colour.
                 sample.append(f"⟦{text}⟧" if trained else text, style="green" if trained else "dim")
-            self._console.print(sample)
+            print_line(self._console, sample, 4)
 
     def ranks(self, report: RankReport) -> None:
         """Show the totals of the chosen ranks."""
         self.end_progress()
         for line in rank_summary(report):
-            self._console.print(Text(f"  {line}"))
+            print_line(self._console, f"  {line}", 4)
 
     def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """Report progress of a phase; a new phase begins a new bar."""
+        """Report progress of a phase; a new phase begins a new bar.
+
+        Args:
+            phase: What is done.
+            done: How much of it is.
+            total: How much there is; 0 where nobody knows.
+            detail: What else is worth knowing, in parts with commas between them.
+        """
         if not self._main:
             return
+        now = time.monotonic()
         if phase != self._phase:
             self.end_progress()
-            self._phase, self._last = phase, time.monotonic()
+            self._phase, self._last, self._told = phase, now, 0
         if self._console.is_terminal:
             self._bar(phase, done, total, detail)
             return
-        now = time.monotonic()
-        if done == total or now - self._last >= PLAIN_SECONDS:
-            self._last = now
-            count = f"{done}/{total}" if total else f"{done:,}"
-            self._console.print(Text(f"  {phase} {count} {detail}".rstrip()))
+        tenth = 10 * done // total if total else 0
+        waited = now - self._last
+        if (done == total and tenth > self._told) or waited >= (
+            PLAIN_SECONDS if tenth > self._told else ALIVE_SECONDS
+        ):
+            self._last, self._told = now, tenth
+            count = f"{done:,} of {total:,}" if total else f"{done:,}"
+            print_line(self._console, f"  {phase} {count}{', ' if detail else ''}{detail}")
 
     def step(self, metrics: StepMetrics, total: int) -> None:
         """Report one training step."""
         left = (total - metrics.step) * metrics.seconds / max(1, metrics.step)
-        detail = (
-            f"loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  "
-            f"{metrics.tokens_per_second:,.0f} tokens/s  {duration(left)} left"
-        )
-        self.advance("training", metrics.step, total, detail)
-        if metrics.validation_loss is not None:
-            self._console.print(
-                Text(f"  step {metrics.step}: validation loss {metrics.validation_loss:.4f}")
-            )
+        parts = [
+            f"loss {metrics.loss:.4f}",
+            f"rate {metrics.learning_rate:.2e}",
+            f"{metrics.tokens_per_second:,.0f} tokens/s",
+            time_left(left),
+        ]
+        self.advance("training", metrics.step, total, ", ".join(filter(None, parts)))
+        if metrics.validation_loss is not None and self._main:
+            self._validation(metrics.step, total, metrics.validation_loss)
+
+    def _validation(self, step: int, total: int, loss: float) -> None:
+        """Say what a validation found: each on a terminal, some in a log."""
+        now = time.monotonic()
+        is_due = step == total or now - self._validated >= PLAIN_SECONDS
+        if self._console.is_terminal or is_due:
+            self._validated = now
+            print_line(self._console, f"  step {step}: validation loss {loss:.4f}")
 
     def end_progress(self) -> None:
         """Close the bar that is open, if any."""
@@ -118,10 +160,14 @@ class Events:
         self._progress, self._phase = None, ""
 
     def _bar(self, phase: str, done: int, total: int, detail: str) -> None:
+        width = self._console.width
+        bar_width = 24 if width >= 100 else 10
+        count = len(f"{done}/{total or '?'}")
+        detail = fitting(detail, width - len(f"  {phase}   {count * ' '}") - bar_width)
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("  {task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=bar_width),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[detail]}"),
                 console=self._console,
@@ -131,110 +177,145 @@ class Events:
         self._progress.update(self._task, completed=done, total=total or None, detail=detail)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+def fitting(detail: str, room: int) -> str:
+    """As many of the parts between commas as there is room for, and the last of all first.
 
-
-def _out() -> Console:
-    console = Console(highlight=False)
-    # A pipe has no width of its own; the tables are made for 100 columns.
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    Args:
+        detail: The parts; the time left comes last.
+        room: Columns.
+    """
+    parts = detail.split(", ")
+    while len(", ".join(parts)) > room and parts:
+        parts.pop(-2 if len(parts) > 1 else -1)
+    return ", ".join(parts)
 
 
 def show_ranks(report: RankReport) -> None:
     """The rank table and its totals."""
-    out = _out()
-    out.print(rank_table(report))
+    out = output()
+    print_table(out, RANK_COLUMNS, rank_rows(report), where="rank_report.csv")
     for line in rank_summary(report):
-        out.print(Text(line))
+        print_line(out, line)
 
 
 def show_sweep(reports: Mapping[str, RankReport | Mapping[str, str]]) -> None:
     """Totals and spread of the ranks for every value tried; the reason where one is impossible."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    for name in ("setting", "parameters", "energy", "adapted", "least", "median", "most"):
-        table.add_column(name, justify="left" if name == "setting" else "right")
+    columns = [Column("setting", is_text=True)]
+    names = ("parameters", "energy", "adapted", "least", "median", "most")
+    columns += [Column(name) for name in names]
+    rows: list[list[str]] = []
     refused: list[str] = []
     for setting, report in reports.items():
         if not isinstance(report, RankReport):
-            table.add_row(setting, "impossible")
+            rows.append([setting, "impossible", *[""] * 5])
             refused.append(f"{setting}: {report['error']}")
             continue
         ranks = [layer.rank for layer in report.layers]
-        table.add_row(
-            setting,
-            f"{report.totals['trainable_parameters']:,}",
-            f"{100 * report.totals['energy']:.1f}%",
-            str(sum(rank > 0 for rank in ranks)),
-            str(min(ranks)),
-            f"{statistics.median(ranks):g}",
-            str(max(ranks)),
+        rows.append(
+            [
+                setting,
+                f"{report.totals['trainable_parameters']:,}",
+                f"{100 * report.totals['energy']:.1f} %",
+                str(sum(rank > 0 for rank in ranks)),
+                str(min(ranks)),
+                f"{statistics.median(ranks):g}",
+                str(max(ranks)),
+            ]
         )
-    out = _out()
-    out.print(table)
+    out = output()
+    print_table(out, columns, rows)
     for line in refused:
-        out.print(Text(line), soft_wrap=True)
+        print_line(out, line)
 
 
 def show_merge(report: MergeReport) -> None:
     """What the proof of the merge found."""
     for line in merge_lines(report):
-        _out().print(line)
+        print_line(output(), line)
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What a run would do."""
-    _show_mapping(plan)
+    _show_figures(plan)
 
 
 def show_results(results: Mapping[str, Any]) -> None:
-    """The results of a run: figures, then one line a score."""
-    results = dict(results)
-    scores, base = results.pop("scores", {}), results.pop("base_scores", {})
-    results.pop("score_conditions", None)
-    _show_mapping({k: v for k, v in results.items() if not isinstance(v, Mapping)})
-    for task, by_scorer in scores.items():
-        show_scores({"task": task, "scores": by_scorer})
+    """The results of a run: its figures, then a line for every score of the base and the adapter.
+
+    Args:
+        results: The content of results.json.
+    """
+    scores, base = results.get("scores", {}), results.get("base_scores", {})
+    conditions = results.get("score_conditions", {})
+    figures = {key: results[key] for key in _FIGURES if results.get(key) is not None}
+    figures |= {
+        key: value
+        for key, value in results.items()
+        if not isinstance(value, Mapping) and key not in _FIGURES
+    }
+    _show_figures(figures)
     for task, by_scorer in base.items():
-        show_scores({"task": f"{task}, base", "scores": by_scorer})
+        asked = conditions.get(f"{task}, base model", conditions.get(task))
+        _show_scores(f"base model, {task}", by_scorer, asked)
+    for task, by_scorer in scores.items():
+        _show_scores(f"adapter, {task}", by_scorer, conditions.get(task))
     for task, change in results.items():
-        if isinstance(change, Mapping):
+        if isinstance(change, Mapping) and "before" in change:
             scorer = next(iter(scores.get(task, {"": None})))
             before, after = (score_value(scorer, change[key]) for key in ("before", "after"))
-            _line(f"{task}, change", f"{before} before training, {after} after")
+            print_pair(output(), f"{task}, in this training", f"{before} before, {after} after")
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
-    """One line a scorer of a task."""
-    for scorer, score in result["scores"].items():
-        _line(f"{result['task']}, {scorer}", score_text(scorer, score))
+    """One line for every scorer of a task."""
+    _show_scores(result["task"], result["scores"], result.get("conditions"))
 
 
-def show_run(run: Mapping[str, Any]) -> None:
-    """A run again: its ranks, then its results."""
-    if run["ranks"] is not None:
-        show_ranks(RankReport.from_dict(run["ranks"]))
+def _show_scores(
+    name: str, scores: Mapping[str, Mapping[str, Any]], conditions: str | None
+) -> None:
+    for scorer, score in scores.items():
+        # Each line says how it was asked: lines are quoted one by one.
+        asked = f"; {conditions}" if conditions else ""
+        print_line(output(), f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
+
+
+def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
+    """A run again: its results, the totals of its ranks, and every layer where that was asked for.
+
+    Args:
+        run: What `read_run` gave.
+        layers: Show the rank of every layer too.
+    """
     show_results(run["results"] or {"results": "the run is not finished"})
+    if run["ranks"] is None:
+        return
+    report = RankReport.from_dict(run["ranks"])
+    if layers:
+        show_ranks(report)
+        return
+    for line in rank_summary(report):
+        print_line(output(), line)
+    print_line(output(), Text("--layers shows the rank of every layer", style="dim"))
 
 
-def _show_mapping(values: Mapping[str, Any]) -> None:
+def _show_figures(values: Mapping[str, Any]) -> None:
+    out = output()
     for key, value in values.items():
-        if isinstance(value, bool):
-            _line(key, "yes" if value else "no")
-        elif isinstance(value, (int, float)):
-            _line(key, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
-        else:
-            _line(key, str(value))
+        name = _FIGURES.get(key, key.removesuffix("_bytes").replace("_", " "))
+        print_pair(out, name, _figure(key, value))
 
 
-def _line(name: str, text: str) -> None:
-    _out().print(Text(f"{name:<26} {text}"), soft_wrap=True)
+def _figure(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        if key.endswith("_bytes"):
+            return size(value)
+        if key.endswith("_seconds"):
+            return duration(value)
+        return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def purpose(path: Path) -> str:

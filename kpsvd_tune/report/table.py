@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-from rich.table import Table
 from rich.text import Text
 
+from kpsvd_tune.report.layout import Column
 from kpsvd_tune.report.results import LayerReport, MergeReport, PreflightReport, RankReport
 
-MODULE_WIDTH = 28
 # The summary names at most this many matrices.
 LISTED = 3
-COLUMNS = {
-    "module": MODULE_WIDTH,
-    "out x in": 11,
-    "A (m,n)": 7,
-    "B (p,q)": 7,
-    "energy": 6,
-    "elbow": 5,
-    "rank": 4,
-    "bound by": 11,
-    "kept": 5,
-    "params": 7,
-}
+RANK_COLUMNS = (
+    Column("module", is_text=True),
+    Column("out x in", goes=1),
+    Column("A", goes=4),
+    Column("B", goes=5),
+    Column("energy", goes=2),
+    Column("elbow", goes=3),
+    Column("rank", style="bold"),
+    Column("bound by", is_text=True),
+    Column("kept"),
+    Column("params"),
+)
 
 
-def rank_table(report: RankReport) -> Table:
-    """The rank of every layer; at most 100 columns wide."""
-    # Sums to 99 columns with one space between; a LLaMA's names and sizes fit without a cut.
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="underline")
-    for name, width in COLUMNS.items():
-        table.add_column(
-            name,
-            width=width,
-            no_wrap=True,
-            justify="left" if name in ("module", "bound by") else "right",
-            style="bold" if name == "rank" else "",
-        )
-    for layer in report.layers:
-        table.add_row(*_cells(layer))
-    return table
+def rank_rows(report: RankReport) -> list[tuple[str, ...]]:
+    """The rank of every layer, a cell for each of RANK_COLUMNS."""
+    return [_cells(layer) for layer in report.layers]
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     m, n, p, q = layer.factor_shape
     return (
-        shorten(layer.name, MODULE_WIDTH),
+        layer.name,
         f"{layer.out_features}x{layer.in_features}",
         f"{m},{n}",
         f"{p},{q}",
@@ -52,7 +39,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         str(layer.rank_elbow),
         str(layer.rank),
         layer.bound_by,
-        f"{100 * layer.energy_total:.1f}%",
+        f"{100 * layer.energy_total:.1f} %",
         f"{layer.parameters:,}",
     )
 

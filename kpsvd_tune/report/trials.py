@@ -11,11 +11,36 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from kpsvd_tune.report.comparison import Comparison, Estimate, MethodSummary, TrialRow
+from kpsvd_tune.report.layout import (
+    Column,
+    output,
+    print_blocks,
+    print_line,
+    print_pair,
+    print_table,
+)
+from kpsvd_tune.report.units import duration
 
 PLAIN_SECONDS = 30.0
+# Holds the whole table.
+_WIDE = 140
+# Below this width a row of the table is written as a block, which leaves nothing out.
+_NARROW = 100
+_COLUMNS = (
+    Column("method", is_text=True),
+    Column("budget"),
+    Column("trained", goes=1),
+    Column("rate"),
+    Column("validation loss"),
+    Column("test loss"),
+    Column("steps to ref.", goes=2),
+    Column("grad. CV", goes=5),
+    Column("clipped", goes=4),
+    Column("forgetting"),
+    Column("s/step", goes=3),
+)
 # Finished trials that the live table shows; the rest are counted.
 _RECENT = 12
 
@@ -59,7 +84,7 @@ class TrialTable:
         """Show the trials that are done already."""
         self._rows = list(rows)
         if rows:
-            self._console.print(Text(f"· {len(rows)} trials are done already"))
+            print_line(self._console, f"· {len(rows)} trials are done already")
         if self._console.is_terminal and os.environ.get("TERM") != "dumb":
             self._live = Live(console=self._console, refresh_per_second=4)
             self._live.start()
@@ -76,11 +101,10 @@ class TrialTable:
         self._rows.append(row)
         if self._live is None:
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
-            self._console.print(
-                Text(
-                    f"  {row.method} at {row.budget:,}, rate {row.learning_rate:g}, seed "
-                    f"{row.seed}: validation loss {loss}, {row.wall_seconds:.0f} s"
-                )
+            print_line(
+                self._console,
+                f"  {row.method} at {row.budget:,}, rate {row.learning_rate:g}, seed {row.seed}: "
+                f"validation loss {loss}, {duration(row.wall_seconds)}",
             )
         self._show()
 
@@ -90,15 +114,15 @@ class TrialTable:
         elif time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             for (method, _, rate, seed), (step, total, loss) in self._running.items():
-                text = (
-                    f"  {method}, rate {rate:g}, seed {seed}: step {step}/{total}, loss {loss:.3f}"
+                print_line(
+                    self._console,
+                    f"  {method}, rate {rate:g}, seed {seed}: step {step}/{total}, loss {loss:.3f}",
                 )
-                self._console.print(Text(text))
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2), title=f"{len(self._rows)} done")
         for name in ("method", "budget", "rate", "seed", "step", "loss", "validation"):
-            table.add_column(name, justify="left" if name == "method" else "right")
+            table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
         for row in self._rows[-_RECENT:]:
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
             last = f"{row.losses[-1]:.3f}" if row.losses else "–"
@@ -119,36 +143,28 @@ def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        Console(highlight=False).print(Text(f"{key:<26} {shown}"), soft_wrap=True)
+        print_pair(output(), key, shown)
 
 
 def show_comparison(verdict: Comparison) -> None:
-    """The tables of a verdict, then its claims and notes."""
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, width=140)
-    table = Table(box=None, pad_edge=False, padding=(0, 2))
-    columns = (
-        *("method", "budget", "trained", "rate", "validation loss", "test loss"),
-        *("steps to ref.", "grad. CV", "clipped", "forgetting", "s/step"),
-    )
-    for name in columns:
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for summary in verdict.summaries:
-        table.add_row(*_cells(summary))
-    out.print(table)
+    """What is recommended, the table of the methods, then claims and notes."""
+    out = output(pipe_width=_WIDE)
+    rows = [_cells(summary) for summary in verdict.summaries]
+    if out.width < _NARROW:
+        print_blocks(out, _COLUMNS, rows)
+    else:
+        print_table(out, _COLUMNS, rows, where="comparison.html")
     for each in verdict.differences:
         if each.budget == each.other_budget:
-            out.print(
-                Text(
-                    f"{each.method} minus {each.other} at {each.budget:,}: "
-                    f"{each.loss.mean:+.4f} nats{interval(each.loss)}"
-                )
+            print_line(
+                out,
+                f"{each.method} minus {each.other} at {each.budget:,}: {each.loss.mean:+.4f} nats"
+                f"{interval(each.loss)}",
             )
     for claim in verdict.claims:
-        out.print(Text(f"{claim.verdict}: {claim.text}. {claim.figure}"))
+        print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")
     for note in verdict.notes:
-        out.print(Text(f"note: {note}"))
+        print_line(out, f"note: {note}")
 
 
 def _cells(summary: MethodSummary) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import IGNORED, prepare
-from kpsvd_tune.data.encode import Encoder
+from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
@@ -96,6 +96,9 @@ MESSAGES = [
 ANSWERS = [m["content"] for m in MESSAGES if m["role"] == "assistant"]
 
 
+LEARN: tuple[Learn, ...] = ("all", "last")
+
+
 def with_template(tokenizer: PreTrainedTokenizerFast, name: str) -> Any:
     template, _, special = TEMPLATES[name]
     changed = copy.deepcopy(tokenizer)
@@ -123,7 +126,7 @@ def test_trained_tokens_decode_to_the_assistants_texts(
     chat = Chat(tuple(messages_for(name)))
     learnt = trained(Encoder(changed, "chat", 10_000), chat)
     assert [text.removeprefix(" ") for text in learnt] == [answer + end for answer in ANSWERS]
-    last = trained(Encoder(changed, "chat", 10_000, only_last=True), chat)
+    last = trained(Encoder(changed, "chat", 10_000, learn="last"), chat)
     assert last == learnt[-1:]
 
 
@@ -133,9 +136,7 @@ def test_learning_the_last_turn_only_hides_no_text(
 ) -> None:
     changed = with_template(tokenizer, name)
     chat = Chat(tuple(messages_for(name)))
-    rows = [
-        Encoder(changed, "chat", 10_000, only_last=last).encode(chat, 1) for last in (False, True)
-    ]
+    rows = [Encoder(changed, "chat", 10_000, learn=learn).encode(chat, 1) for learn in LEARN]
     texts = [changed.decode(list(each.row.input_ids)) for each in rows if each.row]
     assert texts[0] == texts[1]
     assert rows[0].row is not None
@@ -164,9 +165,9 @@ def test_a_template_that_forgets_earlier_turns_can_learn_the_last(
     )
     with pytest.raises(DataError, match=r"changes earlier turns .*dataset\.learn: last"):
         Encoder(changed, "chat", 500).encode(chat, 1)
-    assert trained(Encoder(changed, "chat", 500, only_last=True), chat) == ["<think>y</think>d</s>"]
+    assert trained(Encoder(changed, "chat", 500, learn="last"), chat) == ["<think>y</think>d</s>"]
     # What is asked in generation is the text before the answer in training, earlier turns included.
-    row = Encoder(changed, "chat", 500, only_last=True).encode(chat, 1).row
+    row = Encoder(changed, "chat", 500, learn="last").encode(chat, 1).row
     assert row is not None
     asked = Encoder(changed, "chat", 500).encode_prompt(chat.messages[:-1])
     assert tuple(asked) == row.input_ids[: len(asked)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,7 +94,7 @@ def test_sizes_and_positions_out_of_range_are_refused() -> None:
 
 
 def split_rows(num_rows: int, validation: int | float, seed: int) -> tuple[list[int], list[int]]:
-    train, held_out = split.split_rows(num_rows, validation, seed)
+    train, held_out = split.split_rows(np.arange(num_rows), validation, seed)
     return train.tolist(), held_out.tolist()
 
 
@@ -123,3 +124,12 @@ def test_split_is_pure_disjoint_and_never_without_training_rows(
 def test_split_takes_the_share_asked_for_and_follows_the_seed() -> None:
     assert len(split_rows(100, 0.02, 0)[1]) == 2
     assert split_rows(100, 0.1, 0) != split_rows(100, 0.1, 1)
+
+
+def test_the_turns_of_a_chat_are_never_on_both_sides_of_the_split() -> None:
+    groups = np.repeat(np.arange(30), np.arange(30) % 4 + 1)
+    train, held_out = split.split_rows(groups, 0.3, 0)
+    assert sorted([*train, *held_out]) == list(range(len(groups)))
+    assert not set(groups[train]) & set(groups[held_out])
+    # The rows that are held out are those of a set with one place each.
+    assert sorted(set(groups[held_out])) == split_rows(30, 0.3, 0)[1]

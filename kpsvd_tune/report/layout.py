@@ -1,0 +1,133 @@
+"""How lines and tables fit a console: nothing is cut, whatever the width.
+
+A line breaks between words on a terminal and stays whole elsewhere, so that logs can be searched
+line by line. A table that is too wide leaves out whole columns, and says which, or becomes one
+block a row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# A pipe has no width of its own.
+PIPE_WIDTH = 100
+_GAP = 2
+# Room for the names in front of values.
+_NAME_WIDTH = 26
+# On a console that leaves less for the text of a line, the terminal breaks it where it likes.
+_LEAST_ROOM = 20
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: Its title.
+        is_text: Whether it is aligned to the left, as words are.
+        goes: Where the width does not hold all columns, that with the largest number goes first;
+            one with 0 stays.
+        style: Of its cells.
+    """
+
+    name: str
+    is_text: bool = False
+    goes: int = 0
+    style: str = ""
+
+
+def output(pipe_width: int = PIPE_WIDTH) -> Console:
+    """The standard output; ``pipe_width`` columns wide where it is no terminal."""
+    console = Console(highlight=False)
+    if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
+        return console
+    return Console(highlight=False, width=pipe_width)
+
+
+def print_line(out: Console, text: Text | str, indent: int = 2) -> None:
+    """Print a line, and read nothing in it as markup.
+
+    Args:
+        out: Where to.
+        text: What to print.
+        indent: Columns that a terminal's continuation lines are moved to the right by.
+    """
+    line = text if isinstance(text, Text) else Text(text)
+    room = out.width - indent
+    longest = max((cell_len(each) for each in line.plain.split("\n")), default=0)
+    if not out.is_terminal or longest <= out.width or room < _LEAST_ROOM:
+        out.print(line, soft_wrap=True)
+        return
+    for number, piece in enumerate(line.wrap(out, room)):
+        piece.rstrip()
+        out.print((Text(" " * indent) if number else Text()) + piece, soft_wrap=True)
+
+
+def print_pair(out: Console, name: str, value: str) -> None:
+    """Print a name and its value; the values of several stand below each other."""
+    print_line(out, f"{name:<{_NAME_WIDTH}} {value}", _NAME_WIDTH + 1)
+
+
+def print_table(
+    out: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, where: str = ""
+) -> None:
+    """Print rows below titles, with as many of the columns as the width holds.
+
+    Args:
+        out: Where to.
+        columns: The columns. Where those that must stay are too wide, every row becomes a block.
+        rows: A cell for each column.
+        where: What holds the columns that were left out.
+    """
+    widths = [
+        max(cell_len(text) for text in (column.name, *(row[place] for row in rows)))
+        for place, column in enumerate(columns)
+    ]
+    shown = list(range(len(columns)))
+    order = sorted((p for p in shown if columns[p].goes), key=lambda p: -columns[p].goes)
+    while order and _width(widths, shown) > out.width:
+        shown.remove(order.pop(0))
+    if _width(widths, shown) > out.width:
+        print_blocks(out, columns, rows)
+        return
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    for place in shown:
+        column = columns[place]
+        table.add_column(
+            column.name,
+            justify="left" if column.is_text else "right",
+            style=column.style,
+            no_wrap=True,
+            min_width=widths[place],
+        )
+    for row in rows:
+        table.add_row(*(Text(row[place]) for place in shown))
+    out.print(table)
+    if len(shown) < len(columns):
+        names = ", ".join(each.name for p, each in enumerate(columns) if p not in shown)
+        print_line(out, Text(f"left out for want of width: {names}; see {where}", style="dim"))
+
+
+def print_blocks(out: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as a block: its first cell as a title, the others with their names below."""
+    for row in rows:
+        print_line(out, Text(row[0], style="bold"))
+        line = ""
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            pair = f"{column.name} {cell}"
+            if line and cell_len(line) + len(" · ") + cell_len(pair) > out.width:
+                print_line(out, line, 4)
+                line = ""
+            line = f"{line} · {pair}" if line else f"  {pair}"
+        print_line(out, line, 4)
+
+
+def _width(widths: Sequence[int], shown: Sequence[int]) -> int:
+    return sum(widths[place] for place in shown) + _GAP * (len(shown) - 1)

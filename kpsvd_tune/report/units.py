@@ -1,0 +1,49 @@
+"""Times and sizes as people write them; files keep the raw numbers."""
+
+from __future__ import annotations
+
+import math
+
+_SIZES = ("kB", "MB", "GB", "TB")
+
+
+def duration(seconds: float) -> str:
+    """A measured time: 0.4 s, 53 s, 4 min 10 s, 2 h 10 min, 3 d 4 h."""
+    if seconds < 9.95:
+        return f"{max(0.0, seconds):.1f}".removesuffix(".0") + " s"
+    return _whole(seconds)
+
+
+def time_left(seconds: float | None) -> str:
+    """How long something still takes, as every progress line says it; "" where nobody knows.
+
+    Args:
+        seconds: The estimate; below half a second nothing is worth saying.
+    """
+    if seconds is None or not math.isfinite(seconds) or seconds < 0.5:
+        return ""
+    return f"{_whole(seconds)} left"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes: 512 bytes, 64 kB, 421 MB, 1.2 GB; a kB is 1000 bytes."""
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} bytes"
+    value, unit = num_bytes / 1000, 0
+    # What would be rounded to 1000 is one of the next unit.
+    while value >= 999.5 and unit < len(_SIZES) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:,.0f} {_SIZES[unit]}" if value >= 9.95 else f"{value:.1f} {_SIZES[unit]}"
+
+
+def _whole(seconds: float) -> str:
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"

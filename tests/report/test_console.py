@@ -1,0 +1,186 @@
+"""What a person sees of a run: progress in terminals and in logs, and its results."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kpsvd_tune.report import console as view
+from kpsvd_tune.report.results import LayerReport, RankReport, StepMetrics
+
+RESULTS: dict[str, Any] = {
+    "train_loss": 5.16248,
+    "validation_loss": 5.15043,
+    "validation_loss_before": 5.59083,
+    "steps": 4000,
+    "trainable_parameters": 3152,
+    "wall_seconds": 250.4,
+    "peak_memory_bytes": 1_234_567_890,
+    "best_step": None,
+    "scores": {"gsm8k": {"strict": {"value": 0.47, "n": 200, "stderr": 0.035, "unextractable": 3}}},
+    "base_scores": {
+        "gsm8k": {"strict": {"value": 0.09, "n": 200, "stderr": 0.02, "unextractable": 9}}
+    },
+    "score_conditions": {"gsm8k": "own.jsonl, the first 200, greedy"},
+    "gsm8k": {"before": 0.09, "after": 0.47, "n": 200},
+}
+
+
+def ranks() -> RankReport:
+    layer = LayerReport(
+        name="model.layers.0.self_attn.q_proj",
+        out_features=6,
+        in_features=4,
+        factor_shape=(3, 2, 2, 2),
+        rank=2,
+        rank_energy=2,
+        rank_elbow=3,
+        bound_by="energy",
+        energy_window=0.8,
+        energy_total=0.5,
+        parameters=20,
+        relative_error=0.7,
+        singular_values=(3.0, 2.0, 1.0),
+        stable_rank=1.5,
+        seconds=0.01,
+    )
+    totals = {"modules": 1, "trainable_parameters": 20, "base_parameters": 48, "energy": 0.5}
+    return RankReport("tiny", totals, (layer,))
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(view, "time", found)
+    return found
+
+
+def step(number: int, validation_loss: float | None = None) -> StepMetrics:
+    return StepMetrics(
+        step=number,
+        epoch=0.1,
+        loss=2.5,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        tokens=64,
+        tokens_per_second=6400.0,
+        seconds=number / 100,
+        validation_loss=validation_loss,
+    )
+
+
+def test_a_fast_training_fills_no_log(clock: Clock, capsys: pytest.CaptureFixture[str]):
+    with view.Events() as events:
+        for number in range(1, 10_001):
+            clock.now += 0.01
+            events.step(step(number, validation_loss=2.25), 10_000)
+    lines = capsys.readouterr().err.splitlines()
+    progress = [line for line in lines if "training" in line]
+    assert 5 <= len(progress) <= 11
+    assert progress[-1].startswith("  training 10,000 of 10,000, loss 2.5000, rate 1.00e-03")
+    assert "s left" in progress[0]
+    assert len(lines) - len(progress) <= 11
+    assert lines[-1] == "  step 10000: validation loss 2.2500"
+
+
+def test_a_slow_training_gives_a_sign_of_life_every_minute(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+):
+    with view.Events() as events:
+        for number in range(1, 41):
+            clock.now += 30
+            events.step(step(number), 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 19
+
+
+def test_work_that_is_done_at_once_says_so_in_one_line(capsys: pytest.CaptureFixture[str]):
+    with view.Events() as events:
+        for done in range(25):
+            events.advance("tokenising", done, 24)
+            events.advance("tokenising", done, 24)
+    assert capsys.readouterr().err.splitlines() == ["  tokenising 24 of 24"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_bar_of_a_training_is_never_cut(width: int):
+    out = io.StringIO()
+    events = view.Events()
+    events._console = Console(file=out, force_terminal=True, width=width, color_system=None)
+    with events:
+        events.step(step(1234), 123_456)
+    shown = out.getvalue()
+    assert "…" not in shown
+    assert "20 min 22 s left" in shown
+    assert ("loss 2.5000" in shown) == (width >= 80)
+
+
+def test_what_does_not_fit_is_left_out_whole():
+    detail = "loss 2.5000, rate 1.00e-03, 6,400 tokens/s, 12 s left"
+    assert view.fitting(detail, 60) == detail
+    assert view.fitting(detail, 40) == "loss 2.5000, rate 1.00e-03, 12 s left"
+    assert view.fitting(detail, 12) == "12 s left"
+    assert view.fitting(detail, 3) == ""
+
+
+def test_results_come_first_in_units_and_layers_only_when_asked(
+    capsys: pytest.CaptureFixture[str],
+):
+    run = {"results": RESULTS, "ranks": ranks().to_dict()}
+    view.show_run(run)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "validation loss"
+    shown = "\n".join(lines)
+    for text in ("4 min 10 s", "1.2 GB", "4,000", "5.1504"):
+        assert text in shown
+    assert "None" not in shown
+    assert "self_attn.q_proj" not in shown
+    assert shown.index("4 min 10 s") < shown.index("1 matrices, 1 adapted")
+    assert lines[-1] == "--layers shows the rank of every layer"
+
+    view.show_run(run, layers=True)
+    shown = capsys.readouterr().out
+    assert shown.index("4 min 10 s") < shown.index("model.layers.0.self_attn.q_proj")
+    assert "--layers" not in shown
+
+
+def test_every_score_says_whose_it_is_and_how_it_was_asked(capsys: pytest.CaptureFixture[str]):
+    view.show_results(RESULTS)
+    lines = capsys.readouterr().out.splitlines()
+    for whose, value in (("base model", "9.0 %"), ("adapter", "47.0 %")):
+        (line,) = (line for line in lines if line.startswith(f"{whose}, gsm8k, strict: {value}"))
+        assert "of 200" in line
+        assert line.endswith("; own.jsonl, the first 200, greedy")
+    assert "gsm8k, in this training    9.0 % before, 47.0 % after" in lines
+
+
+def test_a_score_of_the_base_alone_has_its_own_conditions(capsys: pytest.CaptureFixture[str]):
+    conditions = {"gsm8k": "own.jsonl, greedy", "gsm8k, base model": "other.jsonl, greedy"}
+    view.show_results({**RESULTS, "score_conditions": conditions})
+    base, adapter = (line for line in capsys.readouterr().out.splitlines() if "strict" in line)
+    assert base.endswith("; other.jsonl, greedy")
+    assert adapter.endswith("; own.jsonl, greedy")
+
+
+def test_a_run_that_is_not_finished_says_so(capsys: pytest.CaptureFixture[str]):
+    view.show_run({"results": None, "ranks": None})
+    assert capsys.readouterr().out.splitlines() == [f"{'results':<26} the run is not finished"]
+
+
+def test_a_plan_is_shown_in_units(capsys: pytest.CaptureFixture[str]):
+    view.show_plan({"base_model_bytes": 269_000_000, "steps": 40, "output_dir_exists": True})
+    assert capsys.readouterr().out.splitlines() == [
+        f"{'base model':<26} 269 MB",
+        f"{'steps':<26} 40",
+        f"{'output dir exists':<26} yes",
+    ]

@@ -27,9 +27,10 @@ _WORDS = (
 _DEVICE_WORDS = ("cuda", "cublas", "cudnn", "hip", "mps", "xpu", "gpu")
 # CUDA's allocator, torch's on CPUs and numpy each name the size in words of their own.
 _ASKED = re.compile(
-    r"(?:tried to allocate|unable to allocate) ([\d.,]+ ?(?:[KMGT]i?B|bytes)?)", re.IGNORECASE
+    r"(?:tried to allocate|unable to allocate) ([\d.,]+ ?(?:[KMGTPE]i?B|bytes)?)", re.IGNORECASE
 )
 _CGROUPS = Path("/sys/fs/cgroup")
+_GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -109,11 +110,11 @@ def device_memory() -> str:
 
 def human_bytes(number: float) -> str:
     """Bytes as people say them: 1.2 GB; powers of ten."""
-    for unit in ("bytes", "kB", "MB", "GB"):
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if number < 1000:
             return f"{number:.0f} bytes" if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1000
-    return f"{number:.1f} TB"
+    return f"{number:.1f} PB"
 
 
 def _first_that_says(error: BaseException) -> BaseException:
@@ -135,11 +136,11 @@ def _is_of_device(error: BaseException) -> bool:
 
 def _size(text: str) -> str:
     """A size as a library wrote it, in the units of our messages."""
-    match = re.fullmatch(r"([\d.,]+?)[.,]? ?([KMGT]i?B|bytes)?", text.strip(), re.I)
+    match = re.fullmatch(r"([\d.,]+?)[.,]? ?([KMGTPE]i?B|bytes)?", text.strip(), re.I)
     if match is None:
         return text
     unit = (match[2] or "bytes").lower()
-    power = {"k": 1, "m": 2, "g": 3, "t": 4}.get(unit[0], 0)
+    power = {"k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}.get(unit[0], 0)
     return human_bytes(float(match[1].replace(",", "")) * (1024 if "i" in unit else 1000) ** power)
 
 
@@ -169,7 +170,7 @@ def _of_cgroup() -> tuple[int, int, str] | None:
 
 def _cgroup_files() -> Iterator[tuple[Path, str, str]]:
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _GROUPS_OF_PROCESS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
@@ -202,7 +203,7 @@ def _of_address_space() -> tuple[int, int, str] | None:
     used = _table(Path("/proc/self/status")).get("VmSize")
     if limit == resource.RLIM_INFINITY or used is None:
         return None
-    return limit - used * 1024, limit, "the address space (ulimit -v) of"
+    return limit - used * 1024, limit, "the limit (ulimit -v) of"
 
 
 def _table(file: Path) -> dict[str, int]:

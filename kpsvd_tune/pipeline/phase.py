@@ -104,3 +104,12 @@ def answering_cures(tasks: Sequence[EvaluationRecipe]) -> list[str]:
         "a lower max_new_tokens, or fewer shots: shorter texts",
         "--dtype bfloat16 of `eval`: the model in half of float32's memory",
     ]
+
+
+def merging_cures() -> list[str]:
+    """What helps to merge, which holds the base in float32, twice for a while."""
+    return [
+        "a machine with more memory: the base is held in float32, and twice for a while",
+        "--dtype bfloat16, which stores the result in half the memory",
+        "other programs ended",
+    ]

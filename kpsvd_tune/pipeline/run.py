@@ -167,9 +167,7 @@ def train(
             layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
             model = adapt(recipe, source, layers, factors, base_files)
         else:
-            phase.enter(
-                "loading the adapter and its base model", loading_cures(recipe.model.dtype)
-            )
+            phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
             events.stage(f"loading {adapter_folder} on {recipe.model.path}")
             model = load_adapted(recipe, source, adapter_folder, base_files, events)
             report = on_main_process(

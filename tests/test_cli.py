@@ -108,7 +108,8 @@ def test_the_options_are_those_decided_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["validate", "quickstart"], ["recipes", "list"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["validate", "smollm2_gsm8k"], ["recipes", "list"]],
 )
 def test_light_commands_import_no_torch(arguments: list[str]) -> None:
     code = (
@@ -131,9 +132,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_validate_prints_the_resolved_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.run(["validate", "quickstart", "train.max_steps=7"]) == 0
+    assert cli.run(["validate", "smollm2_gsm8k", "train.max_steps=7"]) == 0
     captured = capsys.readouterr()
-    assert "quickstart: valid" in captured.err
+    assert "smollm2_gsm8k: valid" in captured.err
     copied = tmp_path / "resolved.yaml"
     copied.write_text(captured.out, encoding="utf-8")
     assert cli.run(["validate", str(copied), "--json"]) == 0
@@ -210,7 +211,9 @@ def test_rescoring_stored_completions(tmp_path: Path, capsys: pytest.CaptureFixt
         (["eval", "m", "--task", "gsm8k", "--samples", "4"], "--samples: at temperature 0 all"),
         (["eval", "m", "--task", "math", "prompt=bigcode"], "no bigcode prompt for math"),
         (["eval", "m", "--task", "gsm8k", "limit=0"], "limit: got 0; expected a number of at"),
-        (["eval", "m", "--task", "forgetting", "--path", "t.txt"], "give a run or an adapter"),
+        (["eval", "m", "--task", "forgetting", "--path", __file__], "give a run or an adapter"),
+        (["eval", "m", "--task", "forgetting", "--path", "t.txt"], "--path: there is no file t"),
+        (["eval", __file__, "--task", "gsm8k"], "is a file; expected a run, an adapter or a model"),
         (["eval", "m", "--task", "gsm8k"], "so say where completions go: --output DIR"),
         (["eval", "m", "--task", "mbpp"], "--allow-code-execution"),
         (["eval", "m", "--sandbox", "docker"], "--sandbox docker: expected bwrap or none"),
@@ -241,11 +244,11 @@ def test_exit_codes(
     code: int,
     message: str,
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr("kpsvd_tune.cli.reading.load_recipe", fail)
-    assert cli.run(["validate", "quickstart"]) == code
+    assert cli.run(["validate", "smollm2_gsm8k"]) == code
     captured = capsys.readouterr()
     assert message in captured.err
     assert ("Traceback" in captured.err) is isinstance(error, ZeroDivisionError)

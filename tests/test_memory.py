@@ -185,7 +185,8 @@ def test_every_stage_of_a_training_says_what_helps_there(
     ("words", "place", "doing", "cure"),
     [
         (["init-only"], "kpsvd_tune.pipeline.inspect.decompose", "decomposing", "rank.window"),
-        (["merge", "-o", "merged"], "kpsvd_tune.pipeline.apply.merge_adapter", "merging", "--dtype"),
+        (["merge", "-o", "merged"], "kpsvd_tune.pipeline.apply.merge_adapter", "merging",
+         "--dtype"),
         (["merge", "-o", "merged"], "transformers.AutoModelForCausalLM.from_pretrained", "merging",
          "a machine with more memory"),
         (["eval", "--task", "gsm8k", "--limit", "1", "--path", "rows"],

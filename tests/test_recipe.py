@@ -522,8 +522,8 @@ def test_duplicate_keys_are_refused_with_both_lines_beside_other_faults(faults):
          "adapter, ..."),
         ("model:\n\tpath: x\n", "x.yaml:2: not valid YAML: found character '\\t' that cannot start "
          "any token; indent with spaces, not with tabs"),
-        ("model: {path: x\noutput_dir: y\n", "x.yaml:2: not valid YAML: expected ',' or '}', but "
-         "got ':'"),
+        ("model: {path: x\noutput_dir: y\n", "x.yaml:1: not valid YAML: expected ',' or '}', but "
+         "got ':' on line 2"),
         ("a: &x [1]\nb: *x\n", "x.yaml:2: aliases (*name) are not allowed; write the value out"),
         ("a: !!python/object/apply:os.system [echo]\n", "x.yaml:1: tags such as "
          "'tag:yaml.org,2002:python/object/apply:os.system' are not allowed; write a plain value"),

@@ -10,11 +10,12 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.errors import CheckpointError, ResourceError
+from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28
@@ -134,6 +135,33 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work whether a folder can be made and written; nothing is left behind.
+
+    Raises:
+        InputError: It cannot; the message says why, and to name another folder.
+    """
+    place = folder.absolute()
+    try:
+        while not _lies_there(place):
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{folder} cannot be written: {reason} ({place}); name another folder"
+        ) from error
+
+
+def _lies_there(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def to_json(value: Any) -> bytes:

@@ -9,11 +9,13 @@ from typing import Any
 from kpsvd_tune.recipe import Recipe
 
 # Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
-# because a run's folder may be moved; `evaluation` comes after training and scores what it finds.
+# because a run's folder may be moved; `evaluation` comes after training and scores what it finds,
+# and `compare` belongs to another command, which knows its files by their hashes.
 HARMLESS = (
     "recipe.tracking",
     "recipe.output_dir",
     "recipe.evaluation",
+    "recipe.compare",
     "recipe.train.log_every",
     "recipe.train.save_every",
     "recipe.train.keep_checkpoints",

@@ -63,7 +63,7 @@ def compare(
         raise InputError(f"--plan {plan}: expected full, staged or done")
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
     rates = sorted({_rate(each) for each in _items("--learning-rates", learning_rates)})
-    shared = load_recipe(recipe, overrides or ())
+    shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
     from kpsvd_tune.compare.methods import read_methods
     from kpsvd_tune.compare.plan import Grid
 

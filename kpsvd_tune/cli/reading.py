@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,12 @@ from rich.console import Console
 
 from kpsvd_tune.cli.shared import Debug, Json, Overrides, RecipeArgument, app, emit
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.folders import exists, expand, kind_of
 from kpsvd_tune.recipe import load_recipe, recipe_to_yaml, shipped_recipes
+from kpsvd_tune.recipe.paths import SECTIONS
 from kpsvd_tune.report import console as view
-from kpsvd_tune.report.reading import read_run
+from kpsvd_tune.report.reading import read_comparison, read_run
+from kpsvd_tune.report.trials import show_comparison
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
@@ -27,7 +31,7 @@ def validate(
     debug: Debug = False,
 ) -> None:
     """Check a recipe and print it as resolved, with every default."""
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(recipe, overrides or (), look_up=SECTIONS)
     if as_json:
         typer.echo(resolved.model_dump_json())
     else:
@@ -37,13 +41,19 @@ def validate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run or of a comparison.")
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="The rank of every layer too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the results of a run again, and its ranks."""
-    emit(read_run(run), as_json, lambda found: view.show_run(found, layers=layers))
+    """Show the results of a run again, and its ranks; or the verdict of a comparison."""
+    folder = expand(run)
+    if kind_of(folder) == "comparison":
+        emit(read_comparison(folder), as_json, show_comparison)
+    else:
+        emit(read_run(folder), as_json, lambda found: view.show_run(found, layers=layers))
 
 
 @recipes_app.command("list")
@@ -73,13 +83,19 @@ def copy_recipe(
     """Copy a shipped recipe to edit it; never overwrites."""
     source = _shipped(name)
     path = target or Path(source.name)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / source.name
-    if path.exists():
+    if exists(path):
         raise InputError(f"{path} exists: name another file")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise InputError(f"the folder {path.parent} does not exist")
-    path.write_bytes(source.read_bytes())
+    try:
+        with path.open("xb") as file:
+            file.write(source.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}; name a file in another folder"
+        ) from error
     typer.echo(str(path))
 
 

@@ -57,7 +57,9 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Decompose, train, score and save the adapter of a recipe."""
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(
+        recipe, overrides or (), look_up=("model", "dataset", "adapter", "evaluation")
+    )
     launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline
@@ -104,7 +106,7 @@ def init_only(
     debug: Debug = False,
 ) -> None:
     """Decompose and choose the ranks, without data and without training."""
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(recipe, overrides or (), look_up=("model",))
     check_devices(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune import pipeline

@@ -28,7 +28,9 @@ from kpsvd_tune.evaluation.scoring import (
     rescore,
     stored_task,
 )
+from kpsvd_tune.folders import expand
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
+from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.score import as_mapping
 
@@ -133,6 +135,7 @@ def evaluate(
         return
     if source is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
+    check_source(source)
     given = {
         "task": task,
         "path": path,
@@ -167,7 +170,7 @@ def evaluate(
 
 def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> EvaluationRecipe:
     """What to score: the run's own task of that name where it has one, changed as was typed."""
-    recipe = Path(source) / "recipe.yaml"
+    recipe = expand(source) / "recipe.yaml"
     own = load_recipe(recipe).evaluation if recipe.is_file() else []
     name = options.get("task", own[0].task if len({each.task for each in own}) == 1 else None)
     if name is None:

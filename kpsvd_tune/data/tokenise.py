@@ -40,6 +40,7 @@ class TokenizedSource:
         form: The form they were found to have.
         notes: What a user should know about source, template and tokenizer.
         was_cached: Whether nothing had to be tokenised.
+        content: Equal for sources that read the same file, whichever rows of it.
     """
 
     label: str
@@ -49,6 +50,7 @@ class TokenizedSource:
     form: RowFormat
     notes: tuple[str, ...]
     was_cached: bool
+    content: str
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -133,6 +135,7 @@ def tokenise(
     fingerprint = source.fingerprint()
     key = store_key(
         fingerprint,
+        source.part,
         tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
@@ -150,6 +153,7 @@ def tokenise(
         RowFormat(**store.facts["form"]),
         (*source.notes, *store.facts["notes"]),
         was_cached,
+        fingerprint,
     )
 
 

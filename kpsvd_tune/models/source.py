@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from kpsvd_tune.errors import ModelError
+from kpsvd_tune.folders import exists, expand, kind_of
+from kpsvd_tune.recipe.paths import model_problem
 
 # What transformers reads of a hub repository; the rest (other frameworks, other formats) is not
 # fetched. Pickled weights are fetched only where a repository has no safetensors.
@@ -67,8 +69,8 @@ def resolve_model(path: str, revision: str | None = None, offline: bool = False)
     """
     if path.startswith("package:"):
         return _local(path, _inside_package(path), revision)
-    local = Path(path).expanduser()
-    if local.exists() or path.endswith(".gguf"):
+    local = expand(path)
+    if exists(local) or path.endswith(".gguf"):
         return _local(path, local, revision)
     if not HUB_ID.fullmatch(path):
         raise ModelError(
@@ -98,8 +100,10 @@ def _local(path: str, local: Path, revision: str | None) -> ModelSource:
             f"model.revision {revision!r}: only a hub id has revisions, and {path!r} is local; "
             "remove the key"
         )
-    if not local.exists():
+    if not exists(local):
         raise ModelError(f"model.path {path!r}: there is no such file")
+    if kind_of(local) in ("run", "adapter", "comparison", "special"):
+        raise ModelError(f"model.path: {model_problem(path)}")
     if local.is_dir():
         return ModelSource(path, "folder", local.resolve(), _weight_files(path, local.resolve()))
     if local.suffix != ".gguf":
@@ -201,9 +205,7 @@ def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
     """The files transformers would load, in its order of preference."""
     if not (folder / "config.json").is_file():
         hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = "; it holds an adapter: give the path of its base model"
-        elif gguf := sorted(folder.glob("*.gguf")):
+        if gguf := sorted(folder.glob("*.gguf")):
             hint = f"; for its GGUF file give {gguf[0]}"
         raise ModelError(f"model.path {path!r}: {folder} has no config.json{hint}")
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):

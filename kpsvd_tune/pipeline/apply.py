@@ -11,8 +11,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
+from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.errors import AdapterError, InputError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
+from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.merge import DTYPES, check_output
 from kpsvd_tune.merge import merge as merge_adapter
@@ -26,6 +28,7 @@ from kpsvd_tune.models import (
 from kpsvd_tune.pipeline.phase import Phase, loading_cures, memory_explained, merging_cures
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import Recipe, load_recipe
+from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report.results import MergeReport
 
 
@@ -50,9 +53,11 @@ def find(source: str) -> Found:
     """Tell a run from an adapter from a model.
 
     Raises:
-        InputError: A run without a finished adapter, or an adapter of another method.
+        InputError: Something else lies there, or a run without a finished adapter.
+        AdapterError: The adapter is of another method.
     """
-    path = Path(source)
+    check_source(source)
+    path = expand(source)
     if (path / "recipe.yaml").is_file():
         recipe = load_recipe(path / "recipe.yaml")
         if not (path / "adapter" / "adapter_config.json").is_file():
@@ -139,6 +144,11 @@ def merge(
     """
     found = find(source)
     if found.adapter is None:
+        if kind_of(source) in ("merged", "model"):
+            raise InputError(
+                f"{source} is a model, with plain weights: there is nothing to merge; expected a "
+                "run or an adapter"
+            )
         raise InputError(
             f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
             "adapter/, or one with adapter_config.json"
@@ -153,6 +163,7 @@ def merge(
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
     check_output(output, inputs)
+    check_writable(output)
     phase = Phase()
     with memory_explained(phase):
         phase.enter("merging the adapter into its base", merging_cures())

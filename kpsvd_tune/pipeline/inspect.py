@@ -11,6 +11,7 @@ from typing import Any
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import StatelessSampler, prepare, source_names
+from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import (
     AdapterError,
@@ -206,10 +207,16 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     source = find_model(recipe, offline)
     events.stage(f"reading {source_names(recipe.dataset)}")
-    data = prepare(recipe.dataset, load_tokenizer(source), seed=recipe.train.seed, offline=offline)
+    skeleton = load_skeleton(source)
+    data = prepare(
+        recipe.dataset,
+        load_tokenizer(source),
+        seed=recipe.train.seed,
+        offline=offline,
+        limits=model_limits(skeleton),
+    )
     events.note(data.cache_note)
     events.preflight(data.report)
-    skeleton = load_skeleton(source)
     adapter = recipe.adapter
     names = target_names(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save

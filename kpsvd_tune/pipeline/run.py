@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, read_json
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.sandbox import Sandbox
-from kpsvd_tune.models import base_fingerprint, load_tokenizer
+from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
     find_adapter,
@@ -122,7 +123,7 @@ def train(
         phase.enter("reading and tokenising the data", data_cures(recipe))
         train_rows, validation_rows, data_sha256 = on_main_process(
             accelerator,
-            lambda: _prepare(dataset, tokenizer, recipe.train.seed, events, offline),
+            lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
         base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
         origin = {} if adapter_folder is None else {"adapter": adapter_hash(adapter_folder)}
@@ -192,7 +193,9 @@ def train(
             run.path / "evaluation" / "before",
         )
         phase.enter("preparing the training", training_cures(recipe))
-        check_known_tokens(train_rows, model.get_input_embeddings().num_embeddings)
+        # The preflight held them against the configuration; this is the model itself.
+        for part in (train_rows, validation_rows):
+            check_known_tokens(part, model.get_input_embeddings().num_embeddings)
         training = Training(
             model,
             train_rows,
@@ -235,6 +238,7 @@ def train(
 def _prepare(
     dataset: DatasetRecipe,
     tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
     seed: int,
     events: Events,
     offline: bool,
@@ -247,6 +251,7 @@ def _prepare(
         seed=seed,
         offline=offline,
         progress=lambda done, total: events.advance("tokenising", done, total),
+        limits=model_limits(load_skeleton(source)),
     )
     events.note(data.cache_note)
     events.preflight(data.report)

@@ -13,6 +13,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
+from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
@@ -20,6 +21,7 @@ from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
+from kpsvd_tune.folders import expand
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, memory_explained
@@ -193,7 +195,8 @@ def evaluate(
     if output is None:
         if found.recipe is None:
             raise InputError(f"{source} is no run, so say where completions go: --output DIR")
-        output = Path(source) / "evaluation" / f"{'base-' if base_only else ''}{task.task}"
+        output = expand(source) / "evaluation" / f"{'base-' if base_only else ''}{task.task}"
+    check_writable(output)
     check_tasks(
         [task],
         dataset,

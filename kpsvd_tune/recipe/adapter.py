@@ -21,6 +21,7 @@ from kpsvd_tune.recipe.values import (
     Budget,
     Energy,
     Number,
+    PathText,
     Pattern,
     PatternOrList,
     Section,
@@ -209,7 +210,7 @@ class AdapterRecipe(Section):
         default_factory=list, description="modules trained and saved whole"
     )
     # `from` is a word of Python. Last, so that its validator sees all other keys.
-    from_: Text | None = Field(
+    from_: PathText | None = Field(
         default=None,
         alias="from",
         description="a run or an adapter folder of ours to go on training; its ranks, shapes and "

@@ -52,7 +52,7 @@ def check(document: Document) -> Recipe | None:
         # What could not be read stands as null in the data: its own fault is enough.
         if written not in broken:
             others = each.get("ctx", {}).get("others", ())
-            origin = _origin(document, written, others)
+            origin = origin_of(document, written, others)
             message = message_of(each, path)
             document.faults.append(Fault(origin, written, message))
     return None
@@ -93,7 +93,7 @@ def _rename(document: Document, path: Path, spelling: dict[Path, str]) -> bool:
     if meant is None or meant in section:
         return False
     written = _written(path, spelling)
-    fault = Fault(_origin(document, written), written, f"unknown key; {advice}")
+    fault = Fault(origin_of(document, written), written, f"unknown key; {advice}")
     document.faults.append(fault)
     spelling[(*path[:-1], meant)] = str(path[-1])
     section[meant] = section.pop(path[-1])
@@ -104,7 +104,7 @@ def _written(path: Path, spelling: dict[Path, str]) -> Path:
     return tuple(spelling.get(path[: index + 1], step) for index, step in enumerate(path))
 
 
-def _origin(document: Document, path: Path, others: tuple[str, ...] = ()) -> int | str | None:
+def origin_of(document: Document, path: Path, others: tuple[str, ...] = ()) -> int | str | None:
     """Where the value came from; of a conflict between keys, the override among them if any."""
     keys = [path, *((*path[:-1], other) for other in others)]
     found = [document.origins[key] for key in keys if key in document.origins]

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from kpsvd_tune.recipe.columns import Columns
-from kpsvd_tune.recipe.values import Number, Section, Text, TextOrList, conflict
+from kpsvd_tune.recipe.values import (
+    Number,
+    PathOrList,
+    PathText,
+    Section,
+    Text,
+    TextOrList,
+    conflict,
+)
 
 # The prompt of another harness, and the tasks it exists for.
 HARNESS_PROMPTS = {"lm-eval": ("gsm8k", "mbpp"), "bigcode": ("mbpp",)}
@@ -22,7 +30,7 @@ class EvaluationRecipe(Section):
     task: Literal["gsm8k", "math", "mbpp", "exact_match", "loss", "forgetting"] = Field(
         description="scorer and prompt"
     )
-    path: TextOrList | None = Field(
+    path: PathOrList | None = Field(
         default=None,
         validate_default=True,
         description="hub id or local file; null: the task's own; for forgetting a text file",
@@ -57,7 +65,7 @@ class EvaluationRecipe(Section):
         description="worked examples before each question; null: as many as the prompt has (5 for "
         "gsm8k and 3 for mbpp in lm-eval, else none)",
     )
-    shots_path: Text | None = Field(
+    shots_path: PathText | None = Field(
         default=None,
         description="hub id or local file of the worked examples; null: the task's training rows",
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.recipe.checking import MAX_FAULTS, check, written_path
+from kpsvd_tune.folders import Kind, expand, kind_of, named
+from kpsvd_tune.recipe.checking import MAX_FAULTS, check, origin_of, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.overrides import apply_override
+from kpsvd_tune.recipe.paths import path_faults
 from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
 from kpsvd_tune.recipe.schema import Recipe
 from kpsvd_tune.recipe.values import show
@@ -35,13 +37,21 @@ def shipped_recipes() -> dict[str, FilePath]:
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    look_up: Collection[str] = (),
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: A YAML file of at most a mebibyte, or the name of a shipped recipe where there is no
             such file.
         overrides: `key=value` each, a dotted path and a YAML value; later ones win.
+        look_up: Top-level keys whose local paths must exist, of
+            :data:`~kpsvd_tune.recipe.paths.SECTIONS`; a path that is missing or holds something
+            else is a fault like any other.
 
     Returns:
         The recipe with its defaults filled in, frozen.
@@ -59,6 +69,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for override in overrides:
         apply_override(document, override)
     recipe = check(document)
+    _look_up(document, look_up)
     if recipe is None or document.faults:
         raise RecipeError(_render(name, document))
     return recipe
@@ -85,6 +96,7 @@ def evaluation_section(
     for override in overrides:
         apply_override(document, f"evaluation.0.{override}")
     recipe = check(document)
+    _look_up(document, ("evaluation",))
     if recipe is None or document.faults:
         lines = []
         for origin, path, message in document.faults:
@@ -109,6 +121,18 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     )
 
 
+def _look_up(document: Document, sections: Collection[str]) -> None:
+    """Add the faults of local paths, before others of the same line: those may follow from them."""
+    broken = {fault.path for fault in document.faults}
+    found = [
+        Fault(origin_of(document, fault.path), fault.path, fault.message)
+        for fault in path_faults(document, sections)
+        # What an adapter decides is a conflict of this key with others, and true beside it.
+        if fault.path not in broken or fault.path == ("adapter", "from")
+    ]
+    document.faults[:0] = found
+
+
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True  # Reading refuses them.
@@ -126,21 +150,23 @@ _Dumper.add_representer(str, _represent_text)
 
 def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
     """The name to use in messages, and the text of the file."""
-    file = FilePath(path)
+    file = expand(path)
     shipped = shipped_recipes()
-    if not file.is_file() and (name := os.fspath(path).removesuffix(".yaml")) in shipped:
+    if not os.path.isfile(file) and (name := os.fspath(path).removesuffix(".yaml")) in shipped:
         file = shipped[name]
-    try:
-        with open(file, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
-        problem = "is a folder" if isinstance(error, IsADirectoryError) else "not found"
+    if kind := kind_of(file):
+        if not os.path.isfile(file):
+            raise RecipeError(f"{_shown(file)}: {_not_a_recipe(file, kind)}")
+    else:
         near = difflib.get_close_matches(file.stem, shipped, 1)
         advice = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(
-            f"{_shown(file)}: {problem}; expected a recipe file; {advice}"
+            f"{_shown(file)}: not found; expected a recipe file; {advice}"
             f"shipped recipes: {', '.join(shipped)}"
-        ) from None
+        )
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{_shown(file)}: cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
@@ -152,6 +178,20 @@ def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
         raise RecipeError(
             f"{_shown(file)}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
         ) from None
+
+
+def _not_a_recipe(file: FilePath, kind: Kind) -> str:
+    """What is wrong with a folder or a special file that was given as a recipe."""
+    text = f"is {named(kind)}; expected a recipe file"
+    if kind == "run":
+        return f"{text}; that of the run is {_shown(file / 'recipe.yaml')}"
+    if kind == "comparison":
+        return f"{text}: the one that it was made with; to see it: kpsvd-tune report {_shown(file)}"
+    if kind in ("model", "merged"):
+        return f"{text}, which names it in model.path"
+    if kind == "adapter":
+        return f"{text}; to train on from an adapter, name it in adapter.from"
+    return f"{text}; shipped recipes: {', '.join(shipped_recipes())}"
 
 
 def _shown(file: FilePath) -> str:

@@ -6,6 +6,7 @@ no duplicate keys, one document, bounded depth and size. Dates stay text.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +14,10 @@ import yaml
 
 MAX_BYTES = 2**20
 _MAX_DEPTH = 20
+_BEGUN_BEFORE = ("while scanning a simple key", "while scanning a quoted", "while parsing a flow")
+# A line that can have a mapping below it, or beside it: a key, an item of a list, a comment.
+_KEY = re.compile(r"\s*(#|-(\s|$)|[^\s#].*?:(\s|$))")
+_NO_KEY = "not valid YAML: expected key: value, with a colon and a space after the key; got"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float")}
 
 Path = tuple[str | int, ...]
@@ -64,7 +69,7 @@ def read_yaml(text: str) -> Document:
         document.faults.append(Fault(line, (), message))
         return document
     except yaml.MarkedYAMLError as error:
-        document.faults.append(_syntax_fault(error))
+        document.faults.append(_syntax_fault(error, text))
         return document
     except (ValueError, OverflowError) as error:  # Of escapes beyond Unicode, such as "\UFFFFFFFF".
         document.faults.append(Fault(None, (), f"not valid YAML: {error}"))
@@ -98,14 +103,39 @@ class _Loader(yaml.SafeLoader):
         raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
 
 
-def _syntax_fault(error: yaml.MarkedYAMLError) -> Fault:
+def _syntax_fault(error: yaml.MarkedYAMLError, text: str) -> Fault:
     mark = error.problem_mark or error.context_mark
     message = f"{error.problem or error.context}"
     if not (isinstance(error, yaml.composer.ComposerError) and error.context is None):
         message = f"not valid YAML: {message}"
     if "'\\t'" in message:
         message += "; indent with spaces, not with tabs"
-    return Fault(mark.line + 1 if mark else None, (), message)
+    # PyYAML notices some faults at what follows them; these began where their context does.
+    if error.context and error.context.startswith(_BEGUN_BEFORE) and error.context_mark:
+        if mark and mark.line > error.context_mark.line:
+            message += f" on line {mark.line + 1}"
+        mark = error.context_mark
+    line = mark.line if mark else 0
+    if "mapping values are not allowed" in message:
+        lines = text.splitlines()
+        above = max((n for n in range(min(line, len(lines))) if lines[n].strip()), default=0)
+        # Without its colon a key, or a pair of key and value, is text that goes on below.
+        if lines and line != above and not _KEY.match(lines[above]):
+            line, message = above, f"{_NO_KEY} {_line(text, above)!r}"
+        else:
+            message += "; check the indentation, or put a text that holds a colon in quotes"
+    elif "could not find expected ':'" in message:
+        message = f"{_NO_KEY} {_line(text, line)!r}"
+    elif "end of stream" in message and error.context and "scalar" in error.context:
+        message = f"not valid YAML: these quotes are never closed: {_line(text, line)!r}"
+    elif "<block end>" in message:
+        message += "; check the indentation and the quotes"
+    return Fault(line + 1 if mark else None, (), message)
+
+
+def _line(text: str, index: int) -> str:
+    lines = text.splitlines()
+    return lines[index].strip()[:60] if index < len(lines) else ""
 
 
 def _build(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> object:

@@ -18,6 +18,8 @@ from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
 from kpsvd_tune.recipe.source import Format, Sources
 from kpsvd_tune.recipe.values import (
     Number,
+    OutputFolder,
+    PathText,
     Precision,
     Section,
     Text,
@@ -31,7 +33,7 @@ from kpsvd_tune.recipe.values import (
 class ModelRecipe(Section):
     """The base model."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description="hub id, local folder, file.gguf, or package:NAME/FILE.gguf inside an "
         "installed package"
     )
@@ -89,6 +91,9 @@ class DatasetRecipe(Section):
     )
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"
+    )
+    deduplicate: bool = Field(
+        default=False, description="train and validate on each distinct row once"
     )
     validation: Validation = Field(
         default=0.02,
@@ -245,10 +250,10 @@ class TrainRecipe(Section):
 class CompareRecipe(Section):
     """What `compare` measures beside the validation loss."""
 
-    test: Text | None = Field(
+    test: PathText | None = Field(
         default=None, description="rows that no choice looks at: a file, as dataset.path"
     )
-    forgetting: Text | None = Field(
+    forgetting: PathText | None = Field(
         default=None, description="a UTF-8 text of another kind, to see what training forgets"
     )
     price_per_hour: Number | None = Field(
@@ -274,7 +279,7 @@ class Recipe(Section):
     compare: CompareRecipe = Field(
         default_factory=CompareRecipe, description="what `compare` measures besides"
     )
-    output_dir: Text = Field(description="folder of the run, such as runs/my_run")
+    output_dir: OutputFolder = Field(description="folder of the run, such as runs/my_run")
     tracking: list[
         Literal[
             "tensorboard",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from kpsvd_tune.recipe.columns import Columns
-from kpsvd_tune.recipe.values import Number, Section, Text, TextOrList
+from kpsvd_tune.recipe.values import Number, PathText, Section, Text, TextOrList
 
 Format = Literal["auto", "prompt-completion", "alpaca", "chat", "sharegpt", "text"]
 
@@ -15,7 +15,7 @@ Format = Literal["auto", "prompt-completion", "alpaca", "chat", "sharegpt", "tex
 class SourceRecipe(Section):
     """One source in a list of them; null takes what the dataset section says."""
 
-    path: Text = Field(description="hub id, or a local .jsonl, .json, .csv or .parquet file")
+    path: PathText = Field(description="hub id, or a local .jsonl, .json, .csv or .parquet file")
     weight: Number = Field(
         default=1.0,
         gt=0,
@@ -40,11 +40,11 @@ def _kind(value: object) -> str:
 
 
 _Source = Annotated[
-    Annotated[Text, Tag("scalar")] | Annotated[SourceRecipe, Tag("mapping")],
+    Annotated[PathText, Tag("scalar")] | Annotated[SourceRecipe, Tag("mapping")],
     Discriminator(_kind),
 ]
 Sources = Annotated[
-    Annotated[Text, Tag("scalar")]
+    Annotated[PathText, Tag("scalar")]
     | Annotated[SourceRecipe, Tag("mapping")]
     | Annotated[Annotated[list[_Source], Field(min_length=1)], Tag("list")],
     Discriminator(_kind),

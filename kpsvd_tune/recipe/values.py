@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -49,6 +51,21 @@ def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError(f"got {show(value)}; expected text that is not blank")
     return value
+
+
+def _check_path(value: str) -> str:
+    """Refuse what no file can be called, and the home of a user who is not there."""
+    if "\0" in value:
+        raise ValueError(f"got {show(value)}; a path that holds a NUL character names no file")
+    return value
+
+
+def _expand_home(value: str) -> str:
+    try:
+        return os.path.join(Path(value).expanduser()) if value.startswith("~") else value
+    except RuntimeError:
+        user = value.partition("/")[0]
+        raise ValueError(f"got {show(value)} of {show(user)}; there is no such user here") from None
 
 
 def _compile(pattern: str) -> str:
@@ -104,7 +121,7 @@ def _read_validation(value: object) -> object:
         number = int(value) if value.isdecimal() and len(value) < 16 else float(value)
     is_share = isinstance(number, float) and 0 <= number < 1
     is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 0
-    is_file = isinstance(number, str) and number.strip() != ""
+    is_file = isinstance(number, str) and number.strip() != "" and "\0" not in number
     if not (is_share or is_count or is_file):
         raise ValueError(
             f"got {show(value)}; expected a share of the rows such as 0.02, a number of rows "
@@ -172,7 +189,15 @@ def mapping_or_scalar(value: object) -> str:
 
 Number = Annotated[float, BeforeValidator(read_number)]
 Text = Annotated[str, AfterValidator(_not_blank)]
+# A local path or a hub id; `~` is read where it is used, for a run knows its recipe as written.
+PathText = Annotated[Text, AfterValidator(_check_path)]
+OutputFolder = Annotated[PathText, AfterValidator(_expand_home)]
 TextList = Annotated[list[Text], Field(min_length=1)]
+PathList = Annotated[list[PathText], Field(min_length=1)]
+PathOrList = Annotated[
+    Annotated[PathText, Tag("scalar")] | Annotated[PathList, Tag("list")],
+    Discriminator(_list_or_scalar),
+]
 TextOrList = Annotated[
     Annotated[Text, Tag("scalar")] | Annotated[TextList, Tag("list")],
     Discriminator(_list_or_scalar),

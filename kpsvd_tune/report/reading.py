@@ -1,33 +1,52 @@
-"""Reads a run's folder back, for showing it again."""
+"""Reads a run's or a comparison's folder back, for showing it again."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.folders import kind_of, named
+from kpsvd_tune.json_files import read_json
+from kpsvd_tune.report.comparison import Comparison
+from kpsvd_tune.report.results import RankReport
 
 
 def read_run(run: Path) -> dict[str, Any]:
     """Return the rank report and the results of a run, each None where it does not exist yet.
 
     Raises:
-        InputError: The folder is not a run, or a file in it is not JSON.
+        InputError: The folder is not a run, or a file in it is not what a run writes.
     """
-    files = {"ranks": run / "init" / "rank_report.json", "results": run / "results.json"}
-    if not any(path.is_file() for path in files.values()):
+    ranks, results = run / "init" / "rank_report.json", run / "results.json"
+    if not (os.path.isfile(ranks) or os.path.isfile(results)):
+        kind = kind_of(run)
+        found = f"; it is {named(kind)}" if kind else "; nothing lies there"
         raise InputError(
-            f"{run} holds neither init/rank_report.json nor results.json: expected the output_dir "
-            "of a recipe after `kpsvd-tune init-only` or `kpsvd-tune train`"
+            f"{run} holds neither init/rank_report.json nor results.json{found}. Expected the "
+            "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"
         )
-    return {name: _read(path) for name, path in files.items()}
+    cure = "was it edited or cut? Write it again with `kpsvd-tune init-only`"
+    return {
+        "ranks": RankReport.from_dict(read_json(ranks, error=InputError, cure=cure)).to_dict()
+        if os.path.isfile(ranks)
+        else None,
+        "results": read_json(results, error=InputError) if os.path.isfile(results) else None,
+    }
 
 
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): was it edited or cut?") from error
+def read_comparison(folder: Path) -> Comparison:
+    """Return the verdict that a comparison wrote.
+
+    Raises:
+        InputError: There is no verdict yet, or the file is not what a comparison writes.
+    """
+    file = folder / "comparison.json"
+    if not os.path.isfile(file):
+        raise InputError(
+            f"{folder} is the folder of a comparison without a verdict yet: run the command "
+            "`kpsvd-tune compare` again, or with --plan done to judge the trials that are there"
+        )
+    cure = "write it again with `kpsvd-tune compare` and --plan done"
+    return read_json(file, Comparison, error=InputError, cure=cure)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.json_files import check_types
 from kpsvd_tune.report.result import Probe, Result, SourceCount
 
 
@@ -94,29 +95,19 @@ class RankReport(Result):
             InputError: If a key is missing or unknown.
         """
         _check_keys(data, _names(cls), {"untouched", "rule", "probes"}, "rank report")
+        totals, layers = data["totals"], data["layers"]
         # Totals may grow; those that every table prints must be there.
-        _check_keys(
-            data["totals"], _TOTALS | data["totals"].keys(), set(), "totals of the rank report"
-        )
-        for layer in data["layers"]:
+        known = _TOTALS | set(totals if isinstance(totals, Mapping) else ())
+        _check_keys(totals, known, set(), "totals of the rank report")
+        for layer in layers if isinstance(layers, list | tuple) else ():
             _check_keys(layer, _names(LayerReport), {"note"}, "layer of the rank report")
-        return cls(
-            model=data["model"],
-            totals=dict(data["totals"]),
-            layers=tuple(
-                LayerReport(
-                    **{
-                        **layer,
-                        "factor_shape": tuple(layer["factor_shape"]),
-                        "singular_values": tuple(layer["singular_values"]),
-                    }
-                )
-                for layer in data["layers"]
-            ),
-            untouched=tuple((each["name"], each["reason"]) for each in data.get("untouched", ())),
-            rule=dict(data.get("rule", {})),
-            probes=tuple(Probe(**each) for each in data.get("probes", ())),
-        )
+        try:
+            untouched = check_types(data.get("untouched", []), list[dict[str, str]])
+            pairs = [(each.get("name"), each.get("reason")) for each in untouched]
+            report: RankReport = check_types({**data, "untouched": pairs}, cls)
+        except ValueError as error:
+            raise InputError(f"the rank report {error}; {_REWRITE}") from error
+        return report
 
 
 @dataclass(frozen=True)
@@ -275,6 +266,7 @@ class Score(Result):
     unextractable: int = 0
 
 
+_REWRITE = "expected a rank_report.json of this version: write it again with `kpsvd-tune init-only`"
 _TOTALS = {"modules", "trainable_parameters", "base_parameters", "energy"}
 
 
@@ -282,15 +274,14 @@ def _names(of: type[Any]) -> set[str]:
     return {each.name for each in fields(of)}
 
 
-def _check_keys(data: Mapping[str, Any], known: set[str], optional: set[str], what: str) -> None:
-    """Refuse a mapping that lacks a key or has one that this version does not know."""
+def _check_keys(data: object, known: set[str], optional: set[str], what: str) -> None:
+    """Refuse what is no mapping, lacks a key, or has one that this version does not know."""
+    if not isinstance(data, Mapping):
+        raise InputError(f"the {what} is no mapping; {_REWRITE}")
     problems = {
         "lacks": sorted(known - optional - data.keys()),
         "has the unknown": sorted(data.keys() - known),
     }
     for problem, keys in problems.items():
         if keys:
-            raise InputError(
-                f"the {what} {problem} {', '.join(keys)}; expected a rank_report.json "
-                "of this version: write it again with `kpsvd-tune init-only`"
-            )
+            raise InputError(f"the {what} {problem} {', '.join(keys)}; {_REWRITE}")

@@ -104,7 +104,10 @@ def test_local_faults(tmp_path: Path) -> None:
     fails(tmp_path / "gone.gguf", "there is no such file")
     fails(tmp_path / "gone" / "deeper", "no such folder or file, and it is no hub id either")
     fails(fill(tmp_path / "empty"), "has no config.json$")
-    fails(fill(tmp_path / "adapter", "adapter_config.json"), "give the path of its base model")
+    fails(
+        fill(tmp_path / "adapter", "adapter_config.json"),
+        "folder of an adapter, not a model; to train on",
+    )
     fails(fill(tmp_path / "gguf", "m.gguf"), r"for its GGUF file give .*m\.gguf")
     fails(fill(tmp_path / "bare", "config.json"), "has no model.safetensors, ")
     fails(tmp_path / "bare" / "config.json", "is a file: expected a folder .* or a .gguf file")

@@ -1,0 +1,184 @@
+"""Do the local paths of a recipe exist, and is there what the key expects? Hub ids are left alone.
+
+Looked up without torch and without the network, on the document as written, so that a missing file
+is told together with every other fault and with its line.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path as FilePath
+
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.folders import Kind, exists, expand, kind_of, named, siblings
+from kpsvd_tune.recipe.reading import Document, Fault, Path
+
+# The sections that `validate` looks at; a command passes those that it uses.
+SECTIONS = ("model", "dataset", "adapter", "evaluation", "compare")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE = re.compile(r"\.(jsonl|json|csv|parquet|arrow|txt|md|gguf|safetensors|gz|zst)", re.I)
+
+
+def path_faults(document: Document, sections: Collection[str] = SECTIONS) -> list[Fault]:
+    """Faults of the local paths in some sections, with no origin yet.
+
+    Args:
+        document: Its value is a mapping, possibly with faults of other kinds, which are skipped.
+        sections: Top-level keys to look at.
+    """
+    faults = []
+    for path, value, kind in _named_paths(document.value):
+        if path[0] in sections and (problem := _PROBLEMS[kind](value)):
+            faults.append(Fault(None, path, problem))
+    return faults
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path can be no hub id, or lies here."""
+    if "://" in path or path.startswith("package:"):
+        return False
+    is_file_name = _FILE.fullmatch(FilePath(path).suffix) is not None
+    return is_file_name or _HUB_ID.fullmatch(path) is None or exists(path)
+
+
+def model_problem(path: str) -> str | None:
+    """What is wrong with a path that names a base model; None for a hub id or a model."""
+    if not looks_local(path):
+        return None
+    kind = kind_of(path)
+    if kind is None:
+        return f"there is no folder or file {path}{siblings(path)}"
+    if kind in ("run", "adapter"):
+        return (
+            f"{path} is {named(kind)}, not a model; to train on from its adapter, name it in "
+            "adapter.from and its base model here; to use it as a model, merge it first: "
+            f"kpsvd-tune merge {path} --output FOLDER"
+        )
+    is_gguf = path.lower().endswith(".gguf")
+    if kind in ("merged", "model") and (os.path.isdir(expand(path)) or is_gguf):
+        return None
+    return (
+        f"{path} is {named(kind)}; expected a folder with config.json and weights, or a .gguf file"
+    )
+
+
+def rows_problem(path: str) -> str | None:
+    """What is wrong with a path that names rows; None for a hub id, a file or a folder of rows."""
+    if not looks_local(path):
+        return None
+    kind = kind_of(path)
+    if kind is None:
+        if glob.has_magic(path):
+            found = glob.glob(os.fspath(expand(path)), recursive=True)
+            return None if found else f"no file matches {path}{siblings(path)}"
+        # `datasets` writes a part of a file as path[:100]; whoever reads it knows.
+        return f"there is no file {path}{siblings(path)}"
+    if kind in ("rows", "file", "folder"):
+        return None
+    return f"{path} is {named(kind)}; expected rows: a .jsonl, .json, .csv or .parquet file"
+
+
+def text_problem(path: str) -> str | None:
+    """What is wrong with a path that must be a text file."""
+    kind = kind_of(path)
+    if kind is None:
+        return f"there is no file {path}{siblings(path)}"
+    return None if os.path.isfile(expand(path)) else f"{path} is {named(kind)}; expected a file"
+
+
+def adapter_problem(path: str) -> str | None:
+    """What is wrong with a path that must hold a trained adapter."""
+    kind = kind_of(path)
+    if kind is None:
+        return f"there is no folder {path}{siblings(path)}"
+    if kind == "run" and not exists(FilePath(path) / "adapter" / "adapter_config.json"):
+        return f"the run in {path} has no finished adapter; train it to its end first"
+    if kind in ("run", "adapter"):
+        return None
+    return f"{path} is {named(kind)}; {_cure(kind, path)}"
+
+
+def _cure(kind: Kind, path: str) -> str:
+    if kind in ("merged", "model"):
+        return "to train a new adapter on it, name it in model.path and leave this key out"
+    if kind == "comparison":
+        return f"name one of its trials: {path}/trials/..."
+    return "expected a finished run, or a folder with adapter_config.json"
+
+
+def check_source(source: str) -> None:
+    """Refuse what can be neither a run nor an adapter nor a model, before any library is loaded.
+
+    Raises:
+        InputError: Says what lies there.
+    """
+    kind = kind_of(source)
+    if kind == "comparison":
+        raise InputError(
+            f"{source} is {named(kind)}: to see it, kpsvd-tune report {source}; to use one of its "
+            f"trials, name that: {source}/trials/..."
+        )
+    if kind == "recipe":
+        raise InputError(f"{source} is {named(kind)}; expected the run it made: its output_dir")
+    if kind in ("rows", "file", "special"):
+        raise InputError(f"{source} is {named(kind)}; expected a run, an adapter or a model")
+
+
+_PROBLEMS = {
+    "model": model_problem,
+    "rows": rows_problem,
+    "text": text_problem,
+    "adapter": adapter_problem,
+}
+
+
+def _named_paths(recipe: object) -> Iterator[tuple[Path, str, str]]:
+    """Every path that the document holds, with its key and what it should be."""
+    for path, value, kind in _keys_of_paths(recipe):
+        # A blank or number is another fault.
+        if isinstance(value, str) and value.strip() and "\0" not in value:
+            yield path, value, kind
+
+
+def _keys_of_paths(recipe: object) -> Iterator[tuple[Path, object, str]]:
+    model, dataset, adapter, compare = (
+        _section(recipe, key) for key in ("model", "dataset", "adapter", "compare")
+    )
+    yield ("model", "path"), model.get("path"), "model"
+    yield from _sources(("dataset", "path"), dataset.get("path"))
+    validation = dataset.get("validation")
+    if isinstance(validation, str) and not re.fullmatch(r"[\d.eE+-]+", validation):
+        yield ("dataset", "validation"), validation, "rows"
+    yield ("adapter", "from"), adapter.get("from"), "adapter"
+    tasks = recipe.get("evaluation") if isinstance(recipe, dict) else None
+    for index in range(len(tasks) if isinstance(tasks, list) else 0):
+        task = _section(tasks, index)
+        place = ("evaluation", index)
+        kind = "text" if task.get("task") == "forgetting" else "rows"
+        for path, value, _ in _sources((*place, "path"), task.get("path")):
+            yield path, value, kind
+        yield (*place, "shots_path"), task.get("shots_path"), "rows"
+    yield ("compare", "test"), compare.get("test"), "rows"
+    yield ("compare", "forgetting"), compare.get("forgetting"), "text"
+
+
+def _sources(path: Path, value: object) -> Iterator[tuple[Path, object, str]]:
+    if isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _sources((*path, index), each)
+    elif isinstance(value, dict):
+        yield (*path, "path"), value.get("path"), "rows"
+    else:
+        yield path, value, "rows"
+
+
+def _section(parent: object, key: str | int) -> dict[str, object]:
+    found: object = None
+    if isinstance(parent, dict):
+        found = parent.get(key)
+    elif isinstance(parent, list) and isinstance(key, int):
+        found = parent[key]
+    return found if isinstance(found, dict) else {}

@@ -73,6 +73,10 @@ class DatasetRecipe(Section):
     columns: Columns = Field(
         default_factory=Columns, description="column of each role, where its name differs"
     )
+    ignore_columns: list[Text] = Field(
+        default_factory=list,
+        description="columns that are meant to be left out, as if they were not there",
+    )
     template: Text = Field(
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
@@ -99,6 +103,18 @@ class DatasetRecipe(Section):
         default=0.02,
         description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
     )
+
+    @field_validator("ignore_columns")
+    @classmethod
+    def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
+        if both := [name for name in value if name in named]:
+            raise conflict(
+                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
+                "the two",
+                "columns",
+            )
+        return value
 
     @field_validator("min_length")
     @classmethod

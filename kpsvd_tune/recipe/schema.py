@@ -237,6 +237,12 @@ class TrainRecipe(Section):
     nonfinite: NonfiniteRecipe = Field(
         default_factory=NonfiniteRecipe, description="limits of on_nonfinite: skip and retry"
     )
+    on_oom: Literal["stop", "halve"] = Field(
+        default="stop",
+        description="where memory runs out in a micro step: end the run, or halve the micro batch "
+        "and double the accumulation for the rest of the run: the same rows and update a step, up "
+        "to rounding; one process only",
+    )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="stop when the validation loss no longer falls; null: never"
     )
@@ -248,6 +254,17 @@ class TrainRecipe(Section):
             raise conflict(
                 "best needs validations during the run to choose among; set eval_every",
                 "eval_every",
+            )
+        return value
+
+    @field_validator("on_oom")
+    @classmethod
+    def _check_on_oom(cls, value: str, info: ValidationInfo) -> str:
+        if value == "halve" and info.data.get("batch_size") == 1:
+            raise conflict(
+                "halve needs a batch_size of 2 or more, for one row cannot be halved; with less "
+                "memory try gradient_checkpointing, or a lower dataset.max_length",
+                "batch_size",
             )
         return value
 

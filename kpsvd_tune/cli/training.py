@@ -28,7 +28,6 @@ from kpsvd_tune.cli.shared import (
 from kpsvd_tune.errors import InputError, KpsvdTuneError, WorseThanBaseError
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
-from kpsvd_tune.report.ending import worse_message
 
 
 @app.command()
@@ -81,7 +80,7 @@ def train(
             )
             # First the results, which are whole and saved, then what is wrong with them.
             emit(result, as_json, view.show_results)
-            if message := worse_message(result, resolved):
+            if message := pipeline.worse_message(result, resolved):
                 raise WorseThanBaseError(message)
         except KpsvdTuneError as error:
             # What all ranks raise, the first one tells.

@@ -24,6 +24,7 @@ from kpsvd_tune.data.chat_program import (
 from kpsvd_tune.data.chat_templates import Template, shipped_name
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
+from kpsvd_tune.data.written import REASONING_KEYS, WrittenCheck
 from kpsvd_tune.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -78,6 +79,7 @@ class ChatRenderer:
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
         self.notes: dict[str, None] = {}  # a set that keeps its order
+        self._written = WrittenCheck(self.rendered, self.notes)
 
     def prompt(self, messages: Messages, tools: Any = None) -> str:
         """The text that a model continues with its answer: messages and generation prompt.
@@ -114,9 +116,12 @@ class ChatRenderer:
             finder: _Finder = _MarkedTurns(self, messages, chat.tools, text, marked)
         else:
             finder = _Finder(self, messages, chat.tools, text)
+        spans = finder.spans(answers)
+        turns = {place: text[start:end] for place, (start, end) in zip(answers, spans, strict=True)}
+        self._written.check(messages, chat.tools, turns, text)
         segments: list[Segment] = []
         position = 0
-        for start, end in finder.spans(answers):
+        for start, end in spans:
             segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
             position = end
         return [segment for segment in segments if segment.text]
@@ -167,13 +172,11 @@ class ChatRenderer:
                 "of a chat, behind which one is put, teaches the model to stop; use a template "
                 "that writes one behind every turn"
             ] = None
-        reasoning = str(message.get("reasoning_content") or message.get("thinking") or "").strip()
-        if reasoning not in turn:
-            raise _drops_reasoning(reasoning, turn)
         before, after = turn[:start].strip(), turn[end:].strip()
         for token in self._special_tokens:
             after = after.removesuffix(token).strip()
-        if (before or after) and not message.get("tool_calls") and not reasoning:
+        says_more = any(message.get(key) for key in ("tool_calls", *REASONING_KEYS))
+        if (before or after) and not says_more:
             self.notes[
                 "the chat template adds text of its own to assistant turns, which is trained as "
                 f"well: {head(before or after)}"

@@ -23,6 +23,7 @@ from kpsvd_tune.data.chat_templates import (
     use_recipe_template,
     with_arguments,
 )
+from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def with_chat_template(
         tokenizer.chat_template = with_arguments(template, {**asked, **variant})
         try:
             done = work(own)
-        except TemplateError as error:
+        except DataError as error:
             reasons.append(str(error))
             continue
         except BaseException:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.columns import column
 from kpsvd_tune.data.encode import Encoder, Learn
+from kpsvd_tune.data.faults import Faults, faulty_rows_note
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import RowFormat, find_format
 from kpsvd_tune.data.preflight import check_supervision
@@ -26,6 +27,8 @@ from kpsvd_tune.errors import DataError
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
+# Rows of no form at the head of a source, where faulty rows are left out, before it is refused.
+_MOST_REFUSED = 100
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ def tokenise(
     learn: Learn,
     cache: TokenCache,
     advance: Callable[[int], None],
+    max_bad_rows: float = 0.0,
 ) -> TokenizedSource:
     """Give the store of a source.
 
@@ -106,6 +110,7 @@ def tokenise(
         learn: Assistant turns of a chat to learn.
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
+        max_bad_rows: Largest share of the rows that may be left out as faulty.
 
     Raises:
         DataError: A row, its form or the template is not as it must be.
@@ -113,24 +118,20 @@ def tokenise(
 
     def make(writer: StoreWriter) -> dict[str, Any]:
         rows = source.read()
-        # The form is found from the first row that holds something.
-        head: list[Row] = []
-        for row in rows:
-            head.append(row)
-            if any(row.values.values()):
-                break
-        form, notes = find_form(head, settings.format, settings.columns, settings.template)
+        faults = Faults() if settings.drops_faulty else None
+        head, form, notes = _read_head(rows, settings)
         template, more = _template_for(form, settings)
         encoder = Encoder(tokenizer, template, max_length, learn=learn)
         for chunk in _chunks(chain(head, rows)):
-            _encode(chunk, form, encoder, writer)
+            _encode(chunk, form, encoder, writer, faults)
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
             raise DataError(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
                 "to: run again when it is whole"
             )
-        return {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
+        facts = {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
+        return facts if faults is None else {**facts, "faults": faults.facts()}
 
     fingerprint = source.fingerprint()
     key = store_key(
@@ -143,15 +144,20 @@ def tokenise(
         settings.names_template,
         max_length,
         learn,
+        settings.drops_faulty,
     )
     store, was_cached = cache.find_or_make(key, make)
+    left_out = None
+    if settings.drops_faulty:
+        facts = store.facts["faults"]
+        left_out = faulty_rows_note(facts, source.label, source.unit, max_bad_rows)
     return TokenizedSource(
         source.label,
         source.unit,
         settings.weight,
         store,
         RowFormat(**store.facts["form"]),
-        (*source.notes, *store.facts["notes"]),
+        (*source.notes, *([left_out] if left_out else []), *store.facts["notes"]),
         was_cached,
         fingerprint,
     )
@@ -180,17 +186,57 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: StoreWriter) -> None:
+def _read_head(
+    rows: Iterator[Row], settings: SourceSettings
+) -> tuple[list[Row], RowFormat, list[str]]:
+    """Read as far as the form is found: to the first row that holds something, or a fitting one.
+
+    Returns:
+        The rows read, the form, and what a user should know.
+
+    Raises:
+        DataError: A row cannot be read, or no form fits.
+    """
+    head: list[Row] = []
+    refused: list[DataError] = []
+    for row in rows:
+        head.append(row)
+        if row.fault is not None:
+            refused.append(row.fault)
+        elif any(row.values.values()):
+            try:
+                return head, *find_form([row], settings.format, settings.columns, settings.template)
+            except DataError as error:
+                refused.append(error)
+        if refused and (not settings.drops_faulty or len(refused) == _MOST_REFUSED):
+            break
+    if refused:
+        raise refused[0]
+    return head, *find_form(head, settings.format, settings.columns, settings.template)
+
+
+def _encode(
+    rows: Sequence[Row],
+    form: RowFormat,
+    encoder: Encoder,
+    writer: StoreWriter,
+    faults: Faults | None,
+) -> None:
     # One row of the source may be several to train on: one for each turn of a chat.
     found: list[tuple[int, list[Layout]]] = []
-    for row in rows:
-        example = form.example(row)
+    faulty: set[int] = set()
+    for place, row in enumerate(rows):
         try:
-            parts = [] if example is None else encoder.parts(example)
-            layouts = [encoder.lay_out(part) for part in parts]
+            layouts = _lay_out(row, form, encoder)
         except DataError as error:
-            raise type(error)(f"{row.where}: {error}") from error
+            if faults is None:
+                raise
+            faults.add(row, error)
+            faulty.add(place)
+            layouts = []
         found.append((row.number, layouts))
+    if faults is not None:
+        faults.num_rows += len(rows)
     encoded = iter(
         encoder.encode_laid_out(
             [layout for _, layouts in found for layout in layouts],
@@ -205,14 +251,30 @@ def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: Stor
             [each.is_truncated for each in usable],
             encoder.last_token_ids,
         )
-    for number, several in taken:
+    for place, (number, several) in enumerate(taken):
         if not several:
-            writer.add(number, None, Mark.EMPTY)
+            writer.add(number, None, Mark.FAULTY if place in faulty else Mark.EMPTY)
         for each in several:
             marks = _marks(
                 each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
             )
             writer.add(number, each.row, marks)
+
+
+def _lay_out(row: Row, form: RowFormat, encoder: Encoder) -> list[Layout]:
+    """The rows to train on that a row of the source gives; none where nothing is to be learnt.
+
+    Raises:
+        DataError: The row is not as it must be; the message begins with its place.
+    """
+    if row.fault is not None:
+        raise row.fault
+    example = form.example(row)
+    try:
+        parts = [] if example is None else encoder.parts(example)
+        return [encoder.lay_out(part) for part in parts]
+    except DataError as error:
+        raise type(error)(f"{row.where}: {error}") from error
 
 
 @cache  # of 16 sets at most: joining flags takes longer than all else about them

@@ -69,8 +69,11 @@ class ModelError(InputError):
     """The base model cannot be found, read or used."""
 
 
-class AdapterError(InputError):
-    """The adapter does not fit the model, or its settings cannot be met."""
+class AdapterError(InputError, ValueError):
+    """The adapter does not fit the model, or its settings cannot be met.
+
+    A ValueError too, as PEFT's own errors of this kind are, so that code around PEFT catches it.
+    """
 
 
 class RunError(KpsvdTuneError):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from kpsvd_tune.data.files import SUFFIXES, kind_of
 from kpsvd_tune.errors import DataError
@@ -40,6 +43,7 @@ _SPLITS = {
 # As sets on the hub name the parts of any split: NAME-00000-of-00002.parquet.
 _SHARD = re.compile(r"(?P<name>.+)-\d{5}-of-\d{5}(-.*)?")
 _LISTED = 5
+_CARD_KEYS = {"config_name", "data_files", "data_dir", "default", "description", "features"}
 # Where held-out rows are looked for in a source with splits.
 HELD_OUT = ("validation", "test")
 
@@ -54,6 +58,7 @@ class Listing:
         files: Data files of one kind, in the order of their names.
         others: Names of what is left out, whatever the split.
         is_pattern: Whether the files were picked by a pattern.
+        given: Files by split where a dataset card gives them; None: their names tell.
     """
 
     label: str
@@ -61,10 +66,13 @@ class Listing:
     files: tuple[Path, ...]
     others: tuple[str, ...]
     is_pattern: bool = False
+    given: Mapping[str, Sequence[Path]] | None = None
 
     @property
     def splits(self) -> dict[str, list[Path]]:
         """Files by the split that their names tell; those that tell none under the empty name."""
+        if self.given is not None:
+            return {split: list(files) for split, files in self.given.items()}
         found: dict[str, list[Path]] = {}
         for file in self.files:
             found.setdefault(self._split_of(file), []).append(file)
@@ -81,7 +89,7 @@ class Listing:
             DataError: There are no files of that split.
         """
         splits = self.splits
-        wanted = _SPLITS.get(name.lower(), name)
+        wanted = name if name in splits else _SPLITS.get(name.lower(), name)
         if is_held_out:
             wanted = next((each for each in HELD_OUT if each in splits), wanted)
         unnamed = splits.pop("", [])
@@ -148,6 +156,87 @@ def list_folder(folder: Path) -> Listing:
             f"expected {', '.join(SUFFIXES)}, also compressed as .gz or .zst"
         )
     return _of_one_kind(Listing(str(folder), folder, tuple(sorted(files)), tuple(others)))
+
+
+def list_card(folder: Path, names: Sequence[str | None]) -> list[Listing] | None:
+    """The files that the dataset card of a folder (README.md) gives, as those on the hub do.
+
+    Args:
+        folder: A copy of a hub dataset, or a folder made like one.
+        names: Configurations; None: the default one.
+
+    Returns:
+        The files of each configuration; None where the card names no configurations.
+
+    Raises:
+        DataError: There is no such configuration, or it is read in a way of its own.
+    """
+    cards = _configurations(folder)
+    return [_of_card(folder, cards, name) for name in names] if cards else None
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        head = re.match(r"---\s*\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
+        content = yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    found = content.get("configs") if isinstance(content, dict) else None
+    return [each for each in found or () if isinstance(each, dict)]
+
+
+def _of_card(folder: Path, cards: Sequence[Mapping[str, Any]], name: str | None) -> Listing:
+    by_name = {str(card.get("config_name", "default")): card for card in cards}
+    known = ", ".join(by_name)
+    if name is None:
+        defaults = [key for key, card in by_name.items() if card.get("default")]
+        name = next(iter(defaults), "default" if "default" in by_name else None)
+        if name is None and len(by_name) > 1:
+            raise DataError(
+                f"{folder}: its README.md has the configurations {known}; expected dataset.name to "
+                "be one of these"
+            )
+        name = name or next(iter(by_name))
+    if name not in by_name:
+        raise DataError(
+            f"dataset.name is {name!r} and the README.md of {folder} has the configurations "
+            f"{known}; expected one of these"
+        )
+    card = by_name[name]
+    label = f"{folder} ({name})"
+    if unknown := sorted(set(card) - _CARD_KEYS):
+        raise DataError(
+            f"{label}: its README.md sets {', '.join(map(str, unknown))}, which changes how the "
+            "files are read and is not known here; expected plain files: set dataset.path to them"
+        )
+    root = folder / str(card.get("data_dir", ""))
+    if "data_files" not in card:
+        return list_folder(root)
+    given = {
+        split: [file for pattern in patterns for file in list_pattern(str(root / pattern)).files]
+        for split, patterns in _card_files(label, card["data_files"]).items()
+    }
+    files = tuple(file for each in given.values() for file in each)
+    return _of_one_kind(Listing(label, folder, files, (), given=given))
+
+
+def _card_files(label: str, value: Any) -> dict[str, list[str]]:
+    """Patterns by split, from any of the forms in which a card writes them."""
+    entries = value if isinstance(value, list) else [value]
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        split, paths = "train", entry
+        if isinstance(entry, dict):
+            split, paths = str(entry.get("split", "train")), entry.get("path")
+        paths = paths if isinstance(paths, list) else [paths]
+        if not all(isinstance(path, str) and "://" not in path for path in paths):
+            raise DataError(
+                f"{label}: data_files in its README.md has {entry!r}; expected names or patterns "
+                "of files in this folder"
+            )
+        found.setdefault(split, []).extend(paths)
+    return found
 
 
 def is_pattern(path: str) -> bool:

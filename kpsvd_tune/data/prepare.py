@@ -20,6 +20,7 @@ from kpsvd_tune.data.rows import load_rows, open_sources
 from kpsvd_tune.data.selection import Selection
 from kpsvd_tune.data.sources import (
     SourceSettings,
+    check_ignored,
     mix,
     training_sources,
     validation_source,
@@ -162,6 +163,8 @@ def prepare(
     held_out = sources
     if isinstance(dataset.validation, str):
         held_out = tokenised(validation_source(dataset, dataset.validation), is_held_out=True)
+    ignored = {name for source in (*sources, *held_out) for name in source.ignored}
+    check_ignored(ignored, settings)
     if progress is not None and done:
         progress(done, done)
 

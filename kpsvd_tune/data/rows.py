@@ -11,7 +11,14 @@ from typing import Any
 
 from kpsvd_tune.data.arrow import without_filled_nulls
 from kpsvd_tune.data.files import SUFFIXES, Row, check_file, kind_of, read_file, readable, row_unit
-from kpsvd_tune.data.folders import HELD_OUT, Listing, is_pattern, list_folder, list_pattern
+from kpsvd_tune.data.folders import (
+    HELD_OUT,
+    Listing,
+    is_pattern,
+    list_card,
+    list_folder,
+    list_pattern,
+)
 from kpsvd_tune.data.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
 
@@ -104,9 +111,12 @@ def open_sources(
     Raises:
         DataError: There is no such source.
     """
+    names = [name] if name is None or isinstance(name, str) else list(name)
+    place = Path(path).expanduser()
+    if place.is_dir() and (listings := list_card(place, names)):
+        return [each for one in listings for each in _listed(one, split, is_held_out)]
     local = _open_local(path, split, is_held_out)
     if local is None:
-        names = [name] if name is None or isinstance(name, str) else name
         return [_hub(path, one, split, offline, streaming) for one in names]
     if name is not None:
         note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
@@ -124,7 +134,7 @@ def is_local_file(source: str) -> bool:
 
 
 def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | None:
-    """The sources of a local path; None where it is a hub id, or a folder as the hub has it."""
+    """The sources of a local path; None where it is a hub id."""
     place = Path(path).expanduser()
     if is_pattern(path):
         return _listed(list_pattern(path), split, is_held_out)
@@ -134,8 +144,6 @@ def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | N
         return None
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         return _saved(place, split, is_held_out)
-    if _has_configurations(place):
-        return None
     return _listed(list_folder(place), split, is_held_out)
 
 
@@ -260,16 +268,6 @@ def _table(table: Any, label: str, part: Part, split: str) -> RowSource:
     )
 
 
-def _has_configurations(folder: Path) -> bool:
-    """Whether its README tells the files of each split, as sets on the hub do."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
-    head = text.split("\n---", 1)[0] if text.startswith("---") else ""
-    return any(line.startswith("configs:") for line in head.splitlines())
-
-
 def _with_notes(sources: list[RowSource], notes: Sequence[str]) -> list[RowSource]:
     return [replace(sources[0], notes=tuple(notes)), *sources[1:]]
 
@@ -277,7 +275,8 @@ def _with_notes(sources: list[RowSource], notes: Sequence[str]) -> list[RowSourc
 def _text(part: Part) -> str:
     """Which rows of a file a part is, whatever the split is called."""
     unit = ("%" if part.is_percent else "") + ("-" if part.drops_remainder else "")
-    return f"{part.start}{unit}:{part.stop}{unit}"
+    sides = ["" if side is None else f"{side}{unit}" for side in (part.start, part.stop)]
+    return f"[{':'.join(sides)}]"
 
 
 def _sliced(read: Callable[[], Iterator[Row]], part: Part, split: str, label: str) -> Iterator[Row]:
@@ -286,13 +285,14 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, split: str, label: st
     first = next(rows, None)
     if first is None:
         number = sum(1 for _ in read())
-        raise DataError(f"dataset.split {split!r} keeps none of the {number} rows of {label}")
+        which = f"dataset.split {split!r}" + (f" in {_text(part)}" if "+" in split else "")
+        raise DataError(f"{which} keeps none of the {number} rows of {label}")
     yield from chain([first], rows)
 
 
 def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
-    from datasets import (  # type: ignore[import-untyped]
+    from datasets import (
         DownloadConfig,
         load_dataset,
         load_dataset_builder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
 from itertools import chain, islice
 from operator import or_
@@ -23,6 +23,7 @@ from kpsvd_tune.data.sources import SourceSettings
 from kpsvd_tune.data.store import Mark, StoreWriter, TokenStore
 from kpsvd_tune.data.template import TextTemplate
 from kpsvd_tune.data.tokenized import Layout
+from kpsvd_tune.data.unused import UnusedColumns
 from kpsvd_tune.errors import DataError
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
@@ -44,6 +45,7 @@ class TokenizedSource:
         notes: What a user should know about source, template and tokenizer.
         was_cached: Whether nothing had to be tokenised.
         content: Equal for sources that read the same file, whichever rows of it.
+        ignored: Columns that its rows have and the recipe leaves out.
     """
 
     label: str
@@ -54,6 +56,7 @@ class TokenizedSource:
     notes: tuple[str, ...]
     was_cached: bool
     content: str
+    ignored: frozenset[str]
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -117,22 +120,29 @@ def tokenise(
     """
 
     def make(writer: StoreWriter) -> dict[str, Any]:
-        rows = source.read()
+        rows = _without_columns(source.read(), settings.ignore_columns, ignored)
         faults = Faults() if settings.drops_faulty else None
-        head, form, notes = _read_head(rows, settings)
+        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
+        form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
         encoder = Encoder(tokenizer, template, max_length, learn=learn)
+        unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
-            _encode(chunk, form, encoder, writer, faults)
+            _encode(chunk, form, unused, encoder, writer, faults)
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
             raise DataError(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
                 "to: run again when it is whole"
             )
-        facts = {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
+        facts = {
+            "form": asdict(form),
+            "notes": [*notes, *more, *unused.notes(), *encoder.notes],
+            "ignored": sorted(ignored),
+        }
         return facts if faults is None else {**facts, "faults": faults.facts()}
 
+    ignored: set[str] = set()
     fingerprint = source.fingerprint()
     key = store_key(
         fingerprint,
@@ -140,6 +150,7 @@ def tokenise(
         tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
+        sorted(settings.ignore_columns),
         settings.template,
         settings.names_template,
         max_length,
@@ -160,6 +171,7 @@ def tokenise(
         (*source.notes, *([left_out] if left_out else []), *store.facts["notes"]),
         was_cached,
         fingerprint,
+        frozenset(store.facts["ignored"]),
     )
 
 
@@ -180,44 +192,48 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
     return used, [f"dataset.template is not used: {kind} rows take {takes[kind]}"]
 
 
+def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str]) -> Iterator[Row]:
+    """The rows without some columns; `found` gets those that they have."""
+    for row in rows:
+        if names:
+            found.update(name for name in names if name in row.values)
+            values = {name: value for name, value in row.values.items() if name not in names}
+            row = replace(row, values=values)
+        yield row
+
+
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     iterator = iter(rows)
     while chunk := list(islice(iterator, _ROWS)):
         yield chunk
 
 
-def _read_head(
-    rows: Iterator[Row], settings: SourceSettings
-) -> tuple[list[Row], RowFormat, list[str]]:
-    """Read as far as the form is found: to the first row that holds something, or a fitting one.
-
-    Returns:
-        The rows read, the form, and what a user should know.
+def _find_form(
+    head: Sequence[Row], settings: SourceSettings, label: str
+) -> tuple[RowFormat, list[str]]:
+    """The form of the rows; where faulty rows are left out, of the first that have one.
 
     Raises:
-        DataError: A row cannot be read, or no form fits.
+        DataError: There are no rows, one cannot be read, or no form fits.
     """
-    head: list[Row] = []
+    if not head:
+        raise DataError(f"{label}: holds no rows; expected at least one")
+    unreadable = [row.fault for row in head if row.fault is not None]
+    if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
+        raise unreadable[0]
     refused: list[DataError] = []
-    for row in rows:
-        head.append(row)
-        if row.fault is not None:
-            refused.append(row.fault)
-        elif any(row.values.values()):
-            try:
-                return head, *find_form([row], settings.format, settings.columns, settings.template)
-            except DataError as error:
-                refused.append(error)
-        if refused and (not settings.drops_faulty or len(refused) == _MOST_REFUSED):
-            break
-    if refused:
-        raise refused[0]
-    return head, *find_form(head, settings.format, settings.columns, settings.template)
+    for start in range(min(len(head), _MOST_REFUSED if settings.drops_faulty else 1)):
+        try:
+            return find_form(head[start:], settings.format, settings.columns, settings.template)
+        except DataError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def _encode(
     rows: Sequence[Row],
     form: RowFormat,
+    unused: UnusedColumns,
     encoder: Encoder,
     writer: StoreWriter,
     faults: Faults | None,
@@ -227,7 +243,7 @@ def _encode(
     faulty: set[int] = set()
     for place, row in enumerate(rows):
         try:
-            layouts = _lay_out(row, form, encoder)
+            layouts = _lay_out(row, form, unused, encoder)
         except DataError as error:
             if faults is None:
                 raise
@@ -261,7 +277,7 @@ def _encode(
             writer.add(number, each.row, marks)
 
 
-def _lay_out(row: Row, form: RowFormat, encoder: Encoder) -> list[Layout]:
+def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder) -> list[Layout]:
     """The rows to train on that a row of the source gives; none where nothing is to be learnt.
 
     Raises:
@@ -269,6 +285,7 @@ def _lay_out(row: Row, form: RowFormat, encoder: Encoder) -> list[Layout]:
     """
     if row.fault is not None:
         raise row.fault
+    unused.check(row)
     example = form.example(row)
     try:
         parts = [] if example is None else encoder.parts(example)

@@ -21,6 +21,7 @@ from kpsvd_tune.errors import (
 )
 from kpsvd_tune.launch import check_gpus
 from kpsvd_tune.models import load_skeleton, load_tokenizer
+from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, memory_explained
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
@@ -69,7 +70,9 @@ def init_only(
             f"{run.path} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
             f"{run.path}` shows them. To try other ranks, choose another output_dir"
         )
-    with run.lock(), _stoppable():
+    phase = Phase()
+    phase.enter("decomposing the base model", decomposition_cures(recipe))
+    with run.lock(), _stoppable(), memory_explained(phase):
         events.stage(f"decomposing {recipe.model.path}")
         decomposition = decompose(
             source,
@@ -134,7 +137,9 @@ def sweep_ranks(
             raise RecipeError(f"--sweep {setting}: one set of spectra has one tolerance")
     processes, device = _workers(processes, gpus)
     events.stage(f"decomposing {widest.model.path}")
-    with _stoppable():
+    phase = Phase()
+    phase.enter("decomposing the base model", decomposition_cures(widest))
+    with _stoppable(), memory_explained(phase):
         spectra = collect_spectra(
             find_model(widest, offline),
             widest.adapter,

@@ -74,6 +74,10 @@ class DatasetRecipe(Section):
     columns: Columns = Field(
         default_factory=Columns, description="column of each role, where its name differs"
     )
+    ignore_columns: list[Text] = Field(
+        default_factory=list,
+        description="columns that are meant to be left out, as if they were not there",
+    )
     template: Text = Field(
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
@@ -107,6 +111,18 @@ class DatasetRecipe(Section):
         default=0.02,
         description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
     )
+
+    @field_validator("ignore_columns")
+    @classmethod
+    def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
+        if both := [name for name in value if name in named]:
+            raise conflict(
+                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
+                "the two",
+                "columns",
+            )
+        return value
 
     @field_validator("min_length")
     @classmethod
@@ -224,9 +240,26 @@ class TrainRecipe(Section):
     nonfinite: NonfiniteRecipe = Field(
         default_factory=NonfiniteRecipe, description="limits of on_nonfinite: skip and retry"
     )
+    on_oom: Literal["stop", "halve"] = Field(
+        default="stop",
+        description="where memory runs out in a micro step: end the run, or halve the micro batch "
+        "and double the accumulation for the rest of the run: the same rows and update a step, up "
+        "to rounding; one process only",
+    )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="stop when the validation loss no longer falls; null: never"
     )
+
+    @field_validator("on_oom")
+    @classmethod
+    def _check_on_oom(cls, value: str, info: ValidationInfo) -> str:
+        if value == "halve" and info.data.get("batch_size") == 1:
+            raise conflict(
+                "halve needs a batch_size of 2 or more, for one row cannot be halved; with less "
+                "memory try gradient_checkpointing, or a lower dataset.max_length",
+                "batch_size",
+            )
+        return value
 
     @field_validator("early_stopping")
     @classmethod

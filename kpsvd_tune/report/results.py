@@ -168,6 +168,8 @@ class StepMetrics(Result):
         seconds: Time since the run began.
         validation_loss: Loss on the held-out rows, where this step measured it.
         skipped: Why the step moved no weight; None for a step that was taken.
+        micro_batch_size: Rows of a forward pass where `train.on_oom: halve` made them fewer than
+            `train.batch_size`; None otherwise.
     """
 
     step: int
@@ -180,6 +182,7 @@ class StepMetrics(Result):
     seconds: float
     validation_loss: float | None = None
     skipped: str | None = None
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,18 @@ from typing import Any
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.checkpoint import RunDirectory, load_random_state, random_state
 from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
+from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
+from kpsvd_tune.training.halving import (
+    MicroStepOutOfMemory,
+    give_memory_back,
+    halve,
+    rows_at_once,
+)
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
 from kpsvd_tune.training.nonfinite import skip_or_refuse
 from kpsvd_tune.training.packing import prove_packing
@@ -143,6 +150,15 @@ class Training:
             best_step=self.progress.best_step,
         )
 
+    def halvings(self) -> dict[str, int]:
+        """What `train.on_oom: halve` did, for results.json; empty where it did nothing."""
+        if not self.progress.num_halvings:
+            return {}
+        return {
+            "num_halvings": self.progress.num_halvings,
+            "micro_batch_size": self._rows_at_once,
+        }
+
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained tensor by its name in the model, whole; all processes must ask."""
         return self._stepper.trained_weights()
@@ -164,8 +180,13 @@ class Training:
         if self._recipe.on_nonfinite == "retry" and progress.step == 0:
             # To go back to if one of the first steps fails.
             self._save()
-        batches = self._batches()
+        batches, size = self._batches(), self._rows_at_once
         while True:
+            if size != self._rows_at_once:
+                # Out here nothing leads to the frames that hold the tensors of the failed pass.
+                give_memory_back()
+                batches.close()
+                batches, size = self._batches(), self._rows_at_once
             try:
                 # Of a step before a signal; a return to its checkpoint leaves it to do once more.
                 pending = self.progress.pending_metrics()
@@ -176,6 +197,8 @@ class Training:
                 self.progress = self._saving.go_back(self.progress, error)
                 batches.close()
                 batches = self._batches()
+            except MicroStepOutOfMemory as error:
+                halve(error, self._recipe, self.progress)
             else:
                 yield metrics
         # One that came while the last checkpoint was written.
@@ -191,14 +214,28 @@ class Training:
             self._accelerator.process_index,
             self._make_batch,
             self._recipe.num_workers,
+            self._rows_at_once,
         )
+
+    @property
+    def _rows_at_once(self) -> int:
+        return rows_at_once(self._recipe, self.progress)
 
     def _take_step(self, batches: list[MicroBatch]) -> StepMetrics:
         began = time.monotonic()
         step = self.progress.step + 1
-        sums = self._stepper.take(
-            step, batches, partial(self._rows_of, step), lambda: self._signals.requested
-        )
+        halves = self._recipe.on_oom == "halve"
+        random = random_state(self._stepper.devices()) if halves else None
+        try:
+            sums = self._stepper.take(
+                step, batches, partial(self._rows_of, step), lambda: self._signals.requested
+            )
+        except MicroStepOutOfMemory:
+            if random is not None:
+                # Where memory runs out may differ from one session to the next; what the step
+                # draws must not.
+                load_random_state(random)
+            raise
         self._signal = sums.signal
         if sums.fault is not None:
             is_main = self._accelerator.is_main_process
@@ -214,6 +251,7 @@ class Training:
             tokens_per_second=sums.num_tokens / max(now - began, 1e-9),
             seconds=now - self._began,
             skipped=sums.fault,
+            micro_batch_size=self.progress.micro_batch_size,
         )
         self.progress.count_step(sums.loss, sums.num_supervised, metrics)
         return metrics
@@ -242,14 +280,7 @@ class Training:
         return metrics
 
     def _validate(self) -> float | None:
-        loss = validation_loss(
-            self._stepper.token_loss,
-            self._validation_rows,
-            self._recipe.batch_size,
-            self._accelerator,
-            self._make_batch,
-            lambda: bool(self._signals.requested),
-        )
+        loss = self._measure()
         if loss is None:
             self._agree_on_signal()
         elif not math.isfinite(loss):
@@ -259,6 +290,26 @@ class Training:
                 "train.learning_rate, or train.precision: no"
             )
         return loss
+
+    def _measure(self) -> float | None:
+        """The validation loss, with fewer rows at a time where memory runs out and may."""
+        while True:
+            refusal = None
+            try:
+                return validation_loss(
+                    self._stepper.token_loss,
+                    self._validation_rows,
+                    self._rows_at_once,
+                    self._accelerator,
+                    self._make_batch,
+                    lambda: bool(self._signals.requested),
+                )
+            except Exception as error:
+                if self._recipe.on_oom != "halve" or not is_out_of_memory(error):
+                    raise
+                refusal = out_of_memory(error, "measuring the validation loss", ())
+            halve(refusal, self._recipe, self.progress)
+            give_memory_back()
 
     def _agree_on_signal(self) -> None:
         own = [float(self._signals.requested)]

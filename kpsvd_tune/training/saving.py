@@ -108,6 +108,9 @@ class Saving:
             )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
+        # What memory taught since then still holds.
+        restored.micro_batch_size = progress.micro_batch_size
+        restored.num_halvings = progress.num_halvings
         return restored
 
     def _restore(self, checkpoint: Path, rate_factor: float | None) -> Progress:

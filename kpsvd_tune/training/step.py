@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
 from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.halving import MicroStepOutOfMemory
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
@@ -82,6 +84,7 @@ class Stepper:
     ) -> None:
         self._accelerator = accelerator
         self._max_grad_norm = recipe.max_grad_norm or math.inf
+        self._halves = recipe.on_oom == "halve"
         self.token_loss = SummedTokenLoss(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise AdapterError("the model has no trainable parameter; expected an adapter on it")
@@ -135,19 +138,8 @@ class Stepper:
         num_supervised = sum(each for (each,) in gather_numbers(accelerator, [own]))
         # DDP takes the mean of the processes' gradients, where the loss is a sum over them.
         scale = accelerator.num_processes / max(1.0, num_supervised)
-        loss = torch.zeros((), device=accelerator.device)
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            if self._zero is not None:
-                loss += self._zero.backward(batch.to(accelerator.device), scale, is_last)
-                continue
-            # Gradients travel once a step, with the last micro batch.
-            if self.is_sharded:
-                sum_gradients(self.token_loss, is_last)
-            with nullcontext() if is_last else accelerator.no_sync(self._module):
-                summed = self._module(**batch.to(accelerator.device))
-                accelerator.backward(summed * scale)
-            loss += summed.detach()
+        with self._gradients_dropped_without_memory(step):
+            loss = self._accumulate(batches, scale)
         grad_norm = self._clip()
         sums = [loss.item(), sum(batch.num_tokens for batch in batches), signal()]
         losses, num_tokens, signals = zip(*gather_numbers(accelerator, sums), strict=True)
@@ -184,6 +176,38 @@ class Stepper:
             signal=int(max(signals)),
             fault=fault,
         )
+
+    def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> Tensor:
+        """Forward and backward over the micro batches; the summed loss of this process."""
+        accelerator = self._accelerator
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            if self._zero is not None:
+                loss += self._zero.backward(batch.to(accelerator.device), scale, is_last)
+                continue
+            # Gradients travel once a step, with the last micro batch.
+            if self.is_sharded:
+                sum_gradients(self.token_loss, is_last)
+            with nullcontext() if is_last else accelerator.no_sync(self._module):
+                summed = self._module(**batch.to(accelerator.device))
+                accelerator.backward(summed * scale)
+            loss += summed.detach()
+        return loss
+
+    @contextmanager
+    def _gradients_dropped_without_memory(self, step: int) -> Iterator[None]:
+        """With `train.on_oom: halve`, leave a step that found no memory as if never begun."""
+        refusal = None
+        try:
+            yield
+        except Exception as error:
+            if not (self._halves and is_out_of_memory(error)):
+                raise
+            refusal = out_of_memory(error, f"computing step {step}", ())
+        if refusal is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise MicroStepOutOfMemory(str(refusal))
 
     def devices(self) -> list[torch.device]:
         """The devices that hold parts of the model."""

@@ -59,7 +59,7 @@ def find(source: str) -> Found:
     check_source(source)
     path = expand(source)
     if (path / "recipe.yaml").is_file():
-        recipe = load_recipe(path / "recipe.yaml")
+        recipe = load_recipe(path / "recipe.yaml", of_run=True)
         if not (path / "adapter" / "adapter_config.json").is_file():
             raise InputError(
                 f"{source} is a run without a finished adapter: run `kpsvd-tune train "

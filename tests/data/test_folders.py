@@ -179,7 +179,7 @@ def test_stretches_are_those_of_the_datasets_library(
 
 
 def test_tables_of_save_to_disk(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
+    from datasets import Dataset, DatasetDict
 
     one = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", "d"]})
     one.save_to_disk(tmp_path / "one")

@@ -43,6 +43,10 @@ class TemplateError(DataError):
     """The chat template, not the row, keeps a chat from being trained."""
 
 
+class TemplateMismatch(TemplateError):
+    """A template that was tried in another's place writes something else."""
+
+
 class ChatRenderer:
     """The chat template of one tokenizer.
 
@@ -94,7 +98,7 @@ class ChatRenderer:
             except TemplateError:
                 return asked  # what it refuses it cannot ask otherwise
             if other != asked:
-                raise TemplateError(
+                raise TemplateMismatch(
                     f"it asks with {_from_fork(other, asked)} where the tokenizer's own asks with "
                     f"{_from_fork(asked, other)}"
                 )
@@ -196,7 +200,7 @@ class ChatRenderer:
         except TemplateError:
             return
         if written.startswith(asked) and not written.startswith(turn, len(asked)):
-            raise TemplateError(
+            raise TemplateMismatch(
                 f"it writes {head(turn)} where the tokenizer's own writes "
                 f"{head(written[len(asked) :])}"
             )

@@ -226,13 +226,14 @@ def _tokenise_all(
         if progress is not None:
             progress(done, 0)
 
-    def tokenised(settings: SourceSettings) -> list[TokenizedSource]:
+    def tokenised(settings: SourceSettings, *, is_held_out: bool = False) -> list[TokenizedSource]:
         opened = open_sources(
             settings.path,
             name=settings.name,
             split=settings.split,
             offline=offline,
             streaming=dataset.streaming,
+            is_held_out=is_held_out,
         )
         return [
             tokenise(
@@ -243,6 +244,7 @@ def _tokenise_all(
                 dataset.learn,
                 cache,
                 advance,
+                dataset.max_bad_rows,
                 own_template,
             )
             for each in opened
@@ -251,7 +253,7 @@ def _tokenise_all(
     sources = [source for each in settings for source in tokenised(each)]
     held_out = sources
     if isinstance(dataset.validation, str):
-        held_out = tokenised(validation_source(dataset, dataset.validation))
+        held_out = tokenised(validation_source(dataset, dataset.validation), is_held_out=True)
     ignored = {name for source in (*sources, *held_out) for name in source.ignored}
     check_ignored(ignored, settings)
     if progress is not None and done:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from kpsvd_tune.compare.claims import EQUAL_SIZE
 from kpsvd_tune.report.comparison import Difference, Estimate, MethodSummary, Recommendation
-
-# Sizes this far apart are named: a method may be better because it trains more.
-UNEQUAL = 1.05
 
 Key = tuple[str, int]
 
@@ -99,7 +97,7 @@ def _open_settings(
         yield f"everything: at least {num_missing} trials are still to come"
     same_size = [each for each in summaries if each.budget == chosen.budget]
     sizes = [each.trainable_parameters for each in same_size]
-    if max(sizes) > UNEQUAL * min(sizes):
+    if max(sizes) > (1 + EQUAL_SIZE) * min(sizes):
         told = ", ".join(f"{each.method} {each.trainable_parameters:,}" for each in same_size)
         yield f"what equal sizes would show: parameters trained here are {told}"
     for each in summaries:

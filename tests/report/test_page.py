@@ -174,7 +174,7 @@ def test_notes_have_a_column_where_there_are_some():
 
 
 def test_the_page_is_less_than_half_of_plotly(report: RankReport):
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
     assert len(rank_page(report)) < 0.5 * len(get_plotlyjs())
     assert rank_page(report) == rank_page(report)

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import ModelError
+from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def load_model(
             source.folder, local_files_only=True, output_loading_info=True, **options
         )
     except _DAMAGED as error:
+        if is_out_of_memory(error):
+            raise
         files = ", ".join(file.name for file in source.weight_files[:3])
         # torch adds a page of advice to some of these.
         reason = (str(error).splitlines() or [""])[0].split(". ")[0]
@@ -64,6 +67,8 @@ def load_model(
             f"({type(error).__name__}: {reason}); fetch the model again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"model {source.path!r} cannot be loaded: {error}") from error
     # transformers fills what a checkpoint lacks with random numbers and a warning.
     missing = sorted(info["missing_keys"])

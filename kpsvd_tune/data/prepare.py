@@ -135,16 +135,26 @@ def prepare(
         if progress is not None:
             progress(done, 0)
 
-    def tokenised(settings: SourceSettings) -> list[TokenizedSource]:
+    def tokenised(settings: SourceSettings, *, is_held_out: bool = False) -> list[TokenizedSource]:
         opened = open_sources(
             settings.path,
             name=settings.name,
             split=settings.split,
             offline=offline,
             streaming=dataset.streaming,
+            is_held_out=is_held_out,
         )
         return [
-            tokenise(each, settings, tokenizer, dataset.max_length, dataset.learn, cache, advance)
+            tokenise(
+                each,
+                settings,
+                tokenizer,
+                dataset.max_length,
+                dataset.learn,
+                cache,
+                advance,
+                dataset.max_bad_rows,
+            )
             for each in opened
         ]
 
@@ -152,7 +162,7 @@ def prepare(
     sources = [source for each in settings for source in tokenised(each)]
     held_out = sources
     if isinstance(dataset.validation, str):
-        held_out = tokenised(validation_source(dataset, dataset.validation))
+        held_out = tokenised(validation_source(dataset, dataset.validation), is_held_out=True)
     ignored = {name for source in (*sources, *held_out) for name in source.ignored}
     check_ignored(ignored, settings)
     if progress is not None and done:

@@ -60,7 +60,8 @@ class DatasetRecipe(Section):
     """The rows to learn from."""
 
     path: Sources = Field(
-        description="hub id, or a local .jsonl, .json, .csv or .parquet file, or a list of these; "
+        description="hub id, or a local .jsonl, .json, .csv or .parquet file (also .gz or .zst), "
+        "a folder or pattern of these, or a list; "
         "in a list {path: ..., weight: ...} gives a source settings of its own"
     )
     name: TextOrList | None = Field(
@@ -95,6 +96,13 @@ class DatasetRecipe(Section):
     )
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"
+    )
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="a row that cannot be read or written out: refuse the run, or leave it out",
+    )
+    max_bad_rows: Number = Field(
+        default=0.05, ge=0, le=1, description="drop: largest share of a source's rows to leave out"
     )
     deduplicate: bool = Field(
         default=False, description="train and validate on each distinct row once"

@@ -109,7 +109,7 @@ class Encoder:
     def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
         """What becomes a row of its own: the example, or a chat up to each turn to learn."""
         if isinstance(example, Pair) and example.history and self._text_template(example) is None:
-            example = _as_chat(example)
+            example = example.as_chat()
         if self._learn != "each" or isinstance(example, Pair):
             return [example]
         return [
@@ -248,8 +248,8 @@ class Encoder:
             return segments, self._prefix(segments), texts
         if isinstance(example, Pair):
             if is_prompt:
-                return self._chat_prompt(_as_chat(example).messages[:-1]), [], []
-            example = _as_chat(example)
+                return self._chat_prompt(example.as_chat().messages[:-1]), [], []
+            example = example.as_chat()
         self._notes |= dict.fromkeys(example.notes)
         # The template writes its own special tokens, so the tokenizer adds none.
         segments = self._renderer().segments(example, only_last=self._learn != "all")
@@ -293,14 +293,6 @@ class Encoder:
             "written once; remove it from the template"
         ] = None
         return []
-
-
-def _as_chat(pair: Pair) -> Chat:
-    messages = [{"role": "system", "content": pair.system}] if pair.system else []
-    for question, answer in (*pair.history, (pair.prompt, pair.completion)):
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    return Chat(tuple(messages), pair.tools)
 
 
 def _refuse_chat_parts(pair: Pair) -> None:

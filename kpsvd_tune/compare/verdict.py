@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from kpsvd_tune.compare.claims import EQUAL_SIZE, is_kpsvd, judge, lowest_mean
+from kpsvd_tune.compare.recommend import recommend
 from kpsvd_tune.compare.statistics import estimate, steps_to, variation
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, Difference, Estimate, MethodSummary, TrialRow
@@ -87,6 +88,13 @@ def compare_rows(
         model=model,
         steps=steps,
         base=dict(base),
+        recommendation=recommend(
+            summaries,
+            lambda one, other: difference(best, one, other),
+            base,
+            steps=steps,
+            num_missing=num_missing,
+        ),
         reference=reference,
         summaries=summaries,
         differences=found,

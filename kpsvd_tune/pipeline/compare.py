@@ -217,7 +217,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits)
+    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits, keeps_template=True)
     return found.train, found.sha256
 
 

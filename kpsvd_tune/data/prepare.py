@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import Chat, Pair, RowFormat
@@ -127,6 +127,7 @@ def prepare(
         ResourceError: The cache cannot be written.
     """
     cache = TokenCache()
+    tokenizer_key = tokenizer_fingerprint(tokenizer)
     done = 0
 
     def advance(number: int) -> None:
@@ -154,6 +155,7 @@ def prepare(
                 cache,
                 advance,
                 dataset.max_bad_rows,
+                tokenizer_key,
             )
             for each in opened
         ]

@@ -102,6 +102,7 @@ def tokenise(
     cache: TokenCache,
     advance: Callable[[int], None],
     max_bad_rows: float = 0.0,
+    tokenizer_key: str | None = None,
 ) -> TokenizedSource:
     """Give the store of a source.
 
@@ -114,6 +115,7 @@ def tokenise(
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
         max_bad_rows: Largest share of the rows that may be left out as faulty.
+        tokenizer_key: The tokenizer's fingerprint, where it is known: reading it takes a while.
 
     Raises:
         DataError: A row, its form or the template is not as it must be.
@@ -147,7 +149,7 @@ def tokenise(
     key = store_key(
         fingerprint,
         source.part,
-        tokenizer_fingerprint(tokenizer),
+        tokenizer_key or tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
         sorted(settings.ignore_columns),

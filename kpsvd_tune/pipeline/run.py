@@ -127,6 +127,8 @@ def train(
             accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
+        # Only the first process has read the rows, which decide on it where the recipe does not.
+        tokenizer.chat_template = on_main_process(accelerator, lambda: tokenizer.chat_template)
         length = run_length(
             recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
         )

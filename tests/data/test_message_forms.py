@@ -83,8 +83,8 @@ def test_messages_as_an_object_of_lists(tmp_path: Path, tokenizer: PreTrainedTok
 def test_messages_of_parquet_as_a_struct_of_lists(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     path = tmp_path / "r.parquet"
     pq.write_table(pa.table({"messages": [struct(TURNS)]}), path)

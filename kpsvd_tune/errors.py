@@ -11,6 +11,7 @@ KpsvdTuneError                 1
 │   ├── MergeError             1   the merged model is not the model that was trained
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
+├── WorseThanBaseError         4   the run is done and saved, and its adapter is worse than the base
 └── StoppedBySignal    130 | 143   SIGINT or SIGTERM arrived; what was done is saved
 
 A second signal, a second or more after the first, ends a training or a comparison at once and
@@ -38,6 +39,7 @@ __all__ = [
     "ResourceError",
     "RunError",
     "StoppedBySignal",
+    "WorseThanBaseError",
 ]
 
 # Of a process that a second signal ended while it was finishing and saving.
@@ -103,6 +105,13 @@ class NonFiniteError(KpsvdTuneError):
     """The loss or the gradient norm is infinite or NaN."""
 
     exit_code = 3
+    is_everywhere = True
+
+
+class WorseThanBaseError(KpsvdTuneError):
+    """A run is done and saved, and its validation loss is above the one before the first step."""
+
+    exit_code = 4
     is_everywhere = True
 
 

@@ -24,7 +24,7 @@ from kpsvd_tune.cli.shared import (
     launch_processes,
     prepare_libraries,
 )
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import InputError, WorseThanBaseError
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
 
@@ -76,7 +76,10 @@ def train(
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
         )
+        # First the results, which are whole and saved, then what is wrong with them.
         emit(result, as_json, view.show_results)
+        if message := pipeline.worse_message(result, resolved):
+            raise WorseThanBaseError(message)
 
 
 @app.command("init-only")

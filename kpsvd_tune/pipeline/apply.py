@@ -59,7 +59,7 @@ def find(source: str) -> Found:
     check_source(source)
     path = expand(source)
     if (path / "recipe.yaml").is_file():
-        recipe = load_recipe(path / "recipe.yaml")
+        recipe = load_recipe(path / "recipe.yaml", of_run=True)
         if not (path / "adapter" / "adapter_config.json").is_file():
             raise InputError(
                 f"{source} is a run without a finished adapter: run `kpsvd-tune train "
@@ -172,7 +172,7 @@ def merge(
         _compare_files(model, model_source, events)
         return merge_adapter(
             model,
-            load_tokenizer(model_source),
+            load_tokenizer(model_source, found.adapter),
             output,
             adapter=str(found.adapter),
             dtype=stored,
@@ -214,7 +214,7 @@ def generate(
     phase = Phase()
     with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
-        tokenizer = load_tokenizer(model_source)
+        tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the base model", loading_cures(dtype))
         model: Any = load_model(model_source, dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
-from kpsvd_tune.data import StatelessSampler, prepare, source_names
+from kpsvd_tune.data import prepare, source_names
 from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import (
@@ -23,6 +23,7 @@ from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.training.length import run_length
 
 KEPT = "finished matrices are kept"
 
@@ -212,9 +213,11 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
     )
     train = recipe.train
-    sampler = StatelessSampler(
-        len(data.train), train.batch_size, 1, train.gradient_accumulation, train.seed
-    )
+    length = run_length(train, len(data.train), len(data.validation))
+    if length.faults:
+        raise RecipeError("\n".join(length.faults))
+    for note in length.notes:
+        events.note(note)
     bytes_each = 4 if recipe.model.dtype == "float32" else 2
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     return {
@@ -225,7 +228,8 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
         "rank_rule": adapter.rank.method,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation),
-        "steps": train.max_steps or sampler.num_steps(train.epochs),
+        "steps": length.num_steps,
+        "passes_over_rows": length.passes,
         "rows_per_step": train.batch_size * train.gradient_accumulation,
         "output_dir": recipe.output_dir,
         "output_dir_exists": Path(recipe.output_dir).exists(),

@@ -46,6 +46,7 @@ from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.ending import ending
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.score import as_mapping
 from kpsvd_tune.training import (
@@ -55,6 +56,7 @@ from kpsvd_tune.training import (
     name_lost_process,
     on_main_process,
 )
+from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.zero_config import zero_stage
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
@@ -125,6 +127,14 @@ def train(
             accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
+        # Only the first process has read the rows, which decide on it where the recipe does not.
+        tokenizer.chat_template = on_main_process(accelerator, lambda: tokenizer.chat_template)
+        length = run_length(
+            recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
+        )
+        # A run that is under way goes on, whatever is thought of its settings by now.
+        if length.faults and (resume == "never" or not run.holds_checkpoint()):
+            raise RecipeError("\n".join(length.faults))
         base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
         origin = {} if adapter_folder is None else {"adapter": adapter_hash(adapter_folder)}
         start = on_main_process(
@@ -150,6 +160,8 @@ def train(
                 "another output_dir or pass --resume never"
             )
             return read_json(run.results_file)
+        for note in length.notes:
+            events.note(note)
         pad_id = pad_token_id(tokenizer)
         if adapter_folder is None:
             phase.enter(
@@ -162,6 +174,7 @@ def train(
                 source,
                 train_rows,
                 validation_rows,
+                length.num_steps,
                 pad_id,
                 run,
                 start,
@@ -237,7 +250,9 @@ def train(
         outcome = training.result()
         weights = training.trained_weights()
         after = scorer.score_all(model, tasks, run.path / "evaluation" / "after")
-        results = outcome.to_dict() | training.halvings() | _scores(before, after)
+        results = outcome.to_dict() | training.halvings()
+        results |= ending(results, from_adapter=adapter_folder is not None)
+        results |= _scores(before, after)
         if tasks:
             results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(

@@ -217,7 +217,7 @@ def evaluate(
         if found.adapter is not None and not base_only:
             model = load_adapter(model, found.adapter)
         scorer = Scorer(
-            load_tokenizer(model_source),
+            load_tokenizer(model_source, found.adapter),
             dataset,
             place,
             events,

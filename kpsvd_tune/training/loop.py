@@ -125,7 +125,11 @@ class Training:
     def steps(self) -> Generator[StepMetrics, None, None]:
         """Train, giving the metrics of each step once the step is done, logged and saved.
 
+        With `train.keep: best` the model has the weights of the best step when the last step was
+        given, and those of the last step lie in its checkpoint.
+
         Raises:
+            CheckpointError: The checkpoint of the best step cannot be read.
             NonFiniteError: A loss or gradient is infinite or NaN, and the recipe wants no skip or
                 retry, or no more of them; the step was not taken.
             RecipeError: The rows are to be packed and this model cannot keep them apart.
@@ -146,15 +150,22 @@ class Training:
     def result(self) -> TrainResult:
         """How the run ended; every process must ask, for the largest memory is looked up."""
         peak = gather_numbers(self._accelerator, [peak_memory_bytes(self._accelerator.device)])
+        progress = self.progress
+        kept, kept_loss = progress.step, progress.validation_loss
+        if self._recipe.keep == "best" and progress.best_step is not None:
+            kept, kept_loss = progress.best_step, progress.best_step_loss
         return TrainResult(
-            train_loss=self.progress.train_loss,
-            validation_loss=self.progress.validation_loss,
-            validation_loss_before=self.progress.validation_loss_before,
-            steps=self.progress.step,
+            train_loss=progress.train_loss,
+            validation_loss=progress.validation_loss,
+            validation_loss_before=progress.validation_loss_before,
+            steps=progress.step,
             trainable_parameters=self._stepper.num_trained,
-            wall_seconds=self.progress.seconds,
+            wall_seconds=progress.seconds,
             peak_memory_bytes=int(max(each for (each,) in peak)),
-            best_step=self.progress.best_step,
+            best_step=progress.best_step,
+            best_validation_loss=progress.best_step_loss,
+            adapter_step=kept,
+            adapter_validation_loss=kept_loss,
         )
 
     def halvings(self) -> dict[str, int]:
@@ -181,7 +192,7 @@ class Training:
             rows = [self._train_rows[index] for index in indices]
             prove_packing(self._stepper.token_loss, rows, self._accelerator)
         self._stepper.token_loss.train()
-        if self._validation_rows and progress.step == 0:
+        if self._validation_rows and progress.step == 0 and progress.validation_loss_before is None:
             progress.validation_loss_before = progress.validation_loss = self._validate()
             self._obey()
         if self._recipe.on_nonfinite == "retry" and progress.step == 0:
@@ -211,6 +222,9 @@ class Training:
         # One that came while the last checkpoint was written.
         self._agree_on_signal()
         self._obey()
+        best = self.progress.best_step
+        if self._recipe.keep == "best" and best is not None and best != self.progress.step:
+            self._saving.take_weights(best)
 
     def _batches(self) -> Generator[list[MicroBatch], None, None]:
         """This process's batches from the next step on."""

@@ -106,6 +106,7 @@ class Stepper:
         self._optimizer = make_optimizer(
             recipe, list(self.names), [factors.get(name, 1.0) for name in self.names.values()]
         )
+        self._recipe, self._num_steps, self._starts_at_zero = recipe, num_steps, False
         self._scheduler = make_scheduler(recipe, self._optimizer, num_steps)
         self._base_rates = list(self._scheduler.base_lrs)
         self._shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
@@ -229,6 +230,7 @@ class Stepper:
             "scheduler": {
                 "schedule": self._scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "starts_at_zero": self._starts_at_zero,
             },
         }
 
@@ -254,17 +256,19 @@ class Stepper:
             CheckpointError: The checkpoint is of another model or adapter.
         """
         own = {name: parameter for parameter, name in self.names.items()}
-        if found := _difference(self._shapes, offsets):
-            raise CheckpointError(f"the checkpoint does not fit the model: {found}")
+        self._check_weights(offsets)
+        # A checkpoint that says nothing of it is of a version whose warm-up began at rate 0, and
+        # its run goes on under that schedule.
+        self._starts_at_zero = scheduler.get("starts_at_zero", True)
+        if self._starts_at_zero:
+            self._scheduler = make_scheduler(
+                self._recipe, self._optimizer, self._num_steps, starts_at_zero=True
+            )
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        if self._zero is not None:
-            self._zero.load_weights(offsets)
-        else:
-            for name, parameter in own.items():
-                copy_into(parameter, offsets[name])
+        self._copy_weights(offsets)
         if optimizer is not None and self._zero is not None:
             self._zero.load_optimizer_state(optimizer)
         elif optimizer is not None:
@@ -285,6 +289,26 @@ class Stepper:
         self._scheduler._last_lr = rates
         if self._accelerator.scaler is not None and scheduler["scaler"]:
             self._accelerator.scaler.load_state_dict(scheduler["scaler"])
+
+    def load_weights(self, offsets: Mapping[str, Tensor]) -> None:
+        """Put back trained tensors by name, whole, and nothing else; all processes must ask.
+
+        Raises:
+            CheckpointError: They are of another model or adapter.
+        """
+        self._check_weights(offsets)
+        self._copy_weights(offsets)
+
+    def _check_weights(self, offsets: Mapping[str, Tensor]) -> None:
+        if found := _difference(self._shapes, offsets):
+            raise CheckpointError(f"the checkpoint does not fit the model: {found}")
+
+    def _copy_weights(self, offsets: Mapping[str, Tensor]) -> None:
+        if self._zero is not None:
+            self._zero.load_weights(offsets)
+            return
+        for parameter, name in self.names.items():
+            copy_into(parameter, offsets[name])
 
     def _clip(self) -> float:
         if self._zero is not None:

@@ -24,6 +24,7 @@ from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (
@@ -254,6 +255,7 @@ def train(
         results |= ending(results, from_adapter=adapter_folder is not None)
         results |= _scores(before, after)
         if tasks:
+            results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
             results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(
             accelerator, lambda: _finish(run, model, weights, tokenizer, recipe, report, results)

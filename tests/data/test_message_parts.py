@@ -109,9 +109,7 @@ def test_a_turn_that_is_no_call_is_refused(
             {"from": "function_call", "value": value},
         ]
     }
-    with pytest.raises(
-        DataError, match=r"from 'function_call' .* holds .*; expected JSON such"
-    ):
+    with pytest.raises(DataError, match=r"from 'function_call' .* holds .*; expected JSON such"):
         sample(tmp_path, chatml(tokenizer), row)
 
 

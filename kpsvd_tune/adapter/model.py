@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     check_target_module_exists,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +26,7 @@ from kpsvd_tune.adapter.base import Unchecked, check_base
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
 from kpsvd_tune.adapter.targets import modules_by_name, plain_name, saved_whole_notes, target_names
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.errors import AdapterError, some_of
 from kpsvd_tune.linalg import (
     KPSVD,
     KroneckerShape,
@@ -35,6 +36,8 @@ from kpsvd_tune.linalg import (
     choose_shape,
     kpsvd,
 )
+
+_PARTS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 
 
 class KpsvdModel(BaseTuner):
@@ -83,6 +86,7 @@ class KpsvdModel(BaseTuner):
                 config.layers = {
                     name: config.layers.get(name) or layer for name, layer in self._stated.items()
                 }
+            _check_all_found(model, config, adapter_name)
         finally:
             self._factors, self._stated = {}, {}
             config.rank_pattern = overrides
@@ -160,10 +164,11 @@ class KpsvdModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # Every way to load an adapter passes here, with the base and the stored factors at hand.
         state_dict = _named_as_in(model, state_dict)
-        _check_loaded(model, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        _check_names(model, adapter_name, remapped)
+        _check_loaded(model, adapter_name, state_dict)
         return remapped
 
 
@@ -323,6 +328,53 @@ def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
             module = module.rpartition(".")[0]
         renamed[own[module] + plain.removeprefix(module) if module else key] = value
     return renamed
+
+
+def _check_all_found(model: nn.Module, config: KpsvdConfig, adapter_name: str) -> None:
+    """Refuse a configuration that tells of layers which the model has not got."""
+    found = {name for name, _ in kpsvd_layers(model, adapter_name)}
+    lost = sorted(set(config.layers or {}) - found)
+    if lost:
+        raise AdapterError(
+            f"the adapter's configuration tells of {some_of(lost)}, and the model has no such "
+            f"layers to adapt; {len(found)} others fit. Expected the base model that the adapter "
+            "was made for, and adapter_config.json as it was saved"
+        )
+
+
+def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps.
+
+    Args:
+        model: The model with the adapter's layers.
+        adapter_name: The adapter.
+        state_dict: What is to be loaded, by the names of the model.
+    """
+    own, optional = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
+            own |= {f"{name}.{part}.{adapter_name}" for part in _PARTS}
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            # PEFT has refused what lacks these.
+            names: Mapping[str, str] = module.adapter_state_dict_load_map(adapter_name)
+            optional |= {f"{name}.{each}" for each in names.values()}
+    given = set(state_dict)
+
+    def told(names: set[str]) -> list[str]:
+        ends = "base_model.model.", f".{adapter_name}"
+        return sorted(name.removeprefix(ends[0]).removesuffix(ends[1]) for name in names)
+
+    if extra := told(given - own - optional):
+        raise AdapterError(
+            f"the adapter's weights hold {some_of(extra)}, which the configuration does not tell "
+            "of and which would replace what the base model has; expected the tensors of its "
+            "layers alone: was the file changed, or is it of another adapter_config.json?"
+        )
+    if missing := told(own - given):
+        raise AdapterError(
+            f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
+            "configuration tells of; expected the file that was saved with it"
+        )
 
 
 def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.chat import ChatRenderer
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.format import Chat, Pair, is_answer
 from kpsvd_tune.data.segments import SegmentTokenizer
 from kpsvd_tune.data.template import TextTemplate
@@ -40,6 +41,7 @@ class Encoder:
         template: Text with {prompt} and {completion}, or "chat".
         max_length: Tokens a row is cut to.
         learn: Assistant turns of a chat to learn.
+        compared_with: Another chat template, which must ask as the tokenizer's does.
 
     Raises:
         DataError: The template does not work with this tokenizer.
@@ -52,6 +54,7 @@ class Encoder:
         max_length: int,
         *,
         learn: Learn = "all",
+        compared_with: Template | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -70,7 +73,9 @@ class Encoder:
         self._eos_id = int(tokenizer.eos_token_id)
         self._template = None if template == "chat" else TextTemplate(template)
         self._chat = (
-            ChatRenderer(tokenizer, tuple(self._special_ids)) if template == "chat" else None
+            ChatRenderer(tokenizer, tuple(self._special_ids), compared_with)
+            if template == "chat"
+            else None
         )
         self._segment_tokenizer = SegmentTokenizer(tokenizer)
 

@@ -11,6 +11,8 @@ from typing import Any
 from kpsvd_tune.data.columns import (
     column,
     describe_columns,
+    from_struct_of_lists,
+    is_python_list,
     looks_like_pair,
     message_kind,
     missing_column,
@@ -360,10 +362,22 @@ def _as_list(row: Row, name: str, may_be_single: bool) -> list[Any]:
         try:
             value = parse_json(value)
         except ValueError as error:
+            cure = (
+                ": it is a list as Python prints it, so write the column with json.dumps"
+                if is_python_list(value)
+                else ""
+            )
             raise DataError(
                 f"{row.where}: the column {name!r} is text and not a JSON list of messages "
-                f"({error}); expected [{{...}}, ...]"
+                f"({error}); expected [{{...}}, ...]{cure}"
             ) from error
+    try:
+        value = from_struct_of_lists(value)
+    except ValueError as error:
+        raise DataError(
+            f"{row.where}: the column {name!r} holds one object of lists and {error}; expected a "
+            "role and a text for each message: mend the row"
+        ) from error
     if value is None and name not in row.values:
         raise DataError(f"{row.where}: has no column {name!r}; found {describe_columns(row)}")
     if value is None:

@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.chat import TemplateMismatch
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.columns import column
 from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.faults import Faults, faulty_rows_note
@@ -102,6 +104,8 @@ def tokenise(
     cache: TokenCache,
     advance: Callable[[int], None],
     max_bad_rows: float = 0.0,
+    own_template: Template | None = None,
+    tokenizer_key: str | None = None,
 ) -> TokenizedSource:
     """Give the store of a source.
 
@@ -114,6 +118,8 @@ def tokenise(
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
         max_bad_rows: Largest share of the rows that may be left out as faulty.
+        own_template: The chat template in whose place another is tried, and which must ask alike.
+        tokenizer_key: The tokenizer's fingerprint, where it is known: reading it takes a while.
 
     Raises:
         DataError: A row, its form or the template is not as it must be.
@@ -125,7 +131,7 @@ def tokenise(
         head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
         form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
-        encoder = Encoder(tokenizer, template, max_length, learn=learn)
+        encoder = Encoder(tokenizer, template, max_length, learn=learn, compared_with=own_template)
         unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, unused, encoder, writer, faults)
@@ -147,7 +153,7 @@ def tokenise(
     key = store_key(
         fingerprint,
         source.part,
-        tokenizer_fingerprint(tokenizer),
+        tokenizer_key or tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
         sorted(settings.ignore_columns),
@@ -156,6 +162,7 @@ def tokenise(
         max_length,
         learn,
         settings.drops_faulty,
+        own_template,
     )
     store, was_cached = cache.find_or_make(key, make)
     left_out = None
@@ -245,7 +252,7 @@ def _encode(
         try:
             layouts = _lay_out(row, form, unused, encoder)
         except DataError as error:
-            if faults is None:
+            if faults is None or isinstance(error, TemplateMismatch):
                 raise
             faults.add(row, error)
             faulty.add(place)

@@ -26,7 +26,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.pipeline.phase import Phase, loading_cures, memory_explained, merging_cures
+from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
@@ -167,14 +167,14 @@ def merge(
     check_output(output, inputs)
     check_writable(output)
     phase = Phase()
-    with memory_explained(phase):
-        phase.enter("merging the adapter into its base", merging_cures())
+    with watched(phase, goes_on=False):
+        phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
         events.stage(f"loading {model_source.path}")
         model = load_adapter(load_model(model_source, "float32"), found.adapter)
         _compare_files(model, model_source, events)
         return merge_adapter(
             model,
-            load_tokenizer(model_source),
+            load_tokenizer(model_source, found.adapter),
             output,
             adapter=str(found.adapter),
             dtype=stored,
@@ -221,9 +221,9 @@ def generate(
     found = find(source)
     model_source = resolve_model(found.base, found.revision, offline)
     phase = Phase()
-    with memory_explained(phase):
+    with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
-        tokenizer = load_tokenizer(model_source)
+        tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the base model", loading_cures(dtype))
         model: Any = load_model(model_source, dtype)

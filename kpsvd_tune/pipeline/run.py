@@ -24,6 +24,7 @@ from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (
@@ -39,8 +40,8 @@ from kpsvd_tune.pipeline.phase import (
     data_cures,
     decomposition_cures,
     loading_cures,
-    memory_explained,
     training_cures,
+    watched,
 )
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
@@ -108,7 +109,7 @@ def train(
     adapter_folder = find_adapter(recipe)
     run = RunDirectory(recipe.output_dir)
     phase = Phase()
-    with memory_explained(phase), ExitStack() as stack:
+    with watched(phase), ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
         accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
@@ -127,6 +128,8 @@ def train(
             accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
+        # Only the first process has read the rows, which decide on it where the recipe does not.
+        tokenizer.chat_template = on_main_process(accelerator, lambda: tokenizer.chat_template)
         length = run_length(
             recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
         )
@@ -162,7 +165,11 @@ def train(
             events.note(note)
         pad_id = pad_token_id(tokenizer)
         if adapter_folder is None:
-            phase.enter("decomposing the base model", decomposition_cures(recipe))
+            phase.enter(
+                "decomposing the base model",
+                decomposition_cures(recipe),
+                "finished matrices are kept",
+            )
             recipe, report, factors = initialise(
                 recipe,
                 source,
@@ -195,7 +202,11 @@ def train(
             sandbox=sandbox,
         )
         tasks = labelled(recipe.evaluation)
-        phase.enter("scoring the base model", answering_cures(recipe.evaluation))
+        phase.enter(
+            "scoring the base model",
+            answering_cures(recipe.evaluation),
+            "finished completions are kept",
+        )
         # Offsets are those of step 0 here, also when a run goes on: zero, which is the base model,
         # unless adapter.from gave others.
         before = scorer.score_all(
@@ -232,7 +243,11 @@ def train(
             events.step(metrics, training.num_steps)
             phase.enter(f"training, step {metrics.step + 1} of {training.num_steps}", cures)
         events.end_progress()
-        phase.enter("scoring and saving", answering_cures(recipe.evaluation))
+        phase.enter(
+            "scoring and saving",
+            answering_cures(recipe.evaluation),
+            "the training and finished completions are kept",
+        )
         outcome = training.result()
         weights = training.trained_weights()
         after = scorer.score_all(model, tasks, run.path / "evaluation" / "after")
@@ -240,6 +255,7 @@ def train(
         results |= ending(results, from_adapter=adapter_folder is not None)
         results |= _scores(before, after)
         if tasks:
+            results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
             results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(
             accelerator, lambda: _finish(run, model, weights, tokenizer, recipe, report, results)

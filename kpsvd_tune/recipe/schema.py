@@ -20,6 +20,7 @@ from kpsvd_tune.recipe.values import (
     Number,
     OutputFolder,
     PathText,
+    PlainValues,
     Precision,
     Section,
     Text,
@@ -81,6 +82,15 @@ class DatasetRecipe(Section):
     template: Text = Field(
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
+    )
+    chat_template: PathText | None = Field(
+        default=None,
+        description="chat template instead of the tokenizer's: a jinja file, or the name of one "
+        "that comes with kpsvd-tune; evaluation, generate and the saved adapter use it too",
+    )
+    template_arguments: PlainValues = Field(
+        default_factory=dict,
+        description="what the chat template is given besides, such as {enable_thinking: false}",
     )
     max_length: int = Field(default=512, ge=2, description="longest row, in tokens; see too_long")
     too_long: Literal["cut", "drop"] = Field(

@@ -64,9 +64,9 @@ def merged_card(report: MergeReport, base: Base) -> str:
         f"# {base.name} with a KPSVD adapter merged in",
         "",
         f"Base model: {base.name}. Adapter: {adapter_name(report.adapter)}, trained with "
-        f"kpsvd-tune. Version {__version__} added its update to {len(report.kept_share)} weight matrices and "
-        f"stored all weights in {report.dtype}. The result is a plain model of the base's "
-        "architecture: it needs neither kpsvd-tune nor PEFT.",
+        f"kpsvd-tune. Version {__version__} added its update to {len(report.kept_share)} weight "
+        f"matrices and stored all weights in {report.dtype}. The result is a plain model of the "
+        "base's architecture: it needs neither kpsvd-tune nor PEFT.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -19,6 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
 # A message lists at most this many modules.
@@ -54,8 +55,11 @@ def target_names(
     is_all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     try:
         # PEFT reads and writes only target_modules and task_type of what it is given here.
-        _maybe_include_all_linear_layers(config, model)
-        found = {name: check_target_module_exists(config, name) for name, _ in _modules(model)}
+        with time_limit(f"target_modules {target_modules!r} with exclude_modules"):
+            _maybe_include_all_linear_layers(config, model)
+            found = {name: check_target_module_exists(config, name) for name, _ in _modules(model)}
+    except SlowPatternError as error:
+        raise AdapterError(str(error)) from error
     except re.error as error:
         raise AdapterError(
             f"target_modules or exclude_modules is not a regular expression: {error}"

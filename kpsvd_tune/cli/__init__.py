@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 from typer.exceptions import TyperException
 
 # Importing a module of commands adds them to the application, in this order.
 from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import app
-from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
+from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 
 __all__ = ["app", "main", "run"]
 
@@ -20,6 +22,7 @@ def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors become one message on stderr."""
     debug = "--debug" in arguments
     try:
+        _check_text(arguments)
         code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
         if code == 130 and "WORLD_SIZE" not in os.environ:
             # typer turns a Ctrl-C into this code, without a word; of several ranks, the launcher
@@ -50,6 +53,16 @@ def run(arguments: list[str]) -> int:
         return 1
 
 
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuse bytes that are not UTF-8, which cannot be written into any of our files."""
+    for each in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in each):
+            raise InputError(
+                f"the argument {each!r} holds bytes that are not UTF-8; expected UTF-8: rename the "
+                "file or folder, or save the text with that encoding"
+            )
+
+
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
@@ -63,4 +76,8 @@ def _say(message: str) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows what it lacks as \u2026 rather than ending us.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.store import FACTS, StoreWriter, TokenStore, store_files
 from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.folders import cache_folder
+from kpsvd_tune.json_files import parse_json, read_bytes
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
 FORMAT_VERSION = 3
@@ -42,8 +44,7 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.folder = folder or Path(base).expanduser() / "kpsvd-tune" / "tokens"
+        self.folder = folder or cache_folder() / "tokens"
         self._max_bytes = max_bytes
 
     def find_or_make(
@@ -95,7 +96,7 @@ class TokenCache:
     def read_note(self, key: str) -> Any:
         """The JSON value noted under a key; None where it is absent or damaged."""
         try:
-            content = json.loads((self.folder / "notes" / f"{key}.json").read_text("utf-8"))
+            content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
             return content["value"] if content["sha256"] == _hash(content["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -13,6 +13,7 @@ from typing import Any
 from kpsvd_tune.data.arrow import without_filled_nulls
 from kpsvd_tune.data.files import SUFFIXES, Row, check_file, read_file, row_unit
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.folders import expand
 
 # A split name with an optional slice of row numbers, as the datasets library writes it.
 _SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?P<slice>\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
@@ -101,14 +102,14 @@ def open_sources(
         DataError: There is no such source.
     """
     if is_local_file(path):
-        return [_local(Path(path).expanduser(), split)]
+        return [_local(expand(path), split)]
     names = [name] if name is None or isinstance(name, str) else name
     return [_hub(path, one, split, offline, streaming) for one in names]
 
 
 def is_local_file(source: str) -> bool:
     """Whether a path means a local file rather than a folder or a hub id."""
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.suffix.lower() in SUFFIXES or path.is_file():
         return True
     looks_local = path.is_absolute() or source.startswith(("./", "../", "~"))

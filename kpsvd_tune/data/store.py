@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.tokenized import IGNORED, TokenizedRow
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.json_files import parse_json, read_bytes
 
 FACTS = "facts.json"
 _TYPES = {
@@ -152,7 +153,7 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(folder / FACTS))
         except OSError as error:
             raise DataError(
                 f"the tokenised rows in {folder} are gone ({error.strerror}); expected the folder "
@@ -166,7 +167,7 @@ class TokenStore:
     def verified(cls, folder: Path) -> TokenStore | None:
         """Open a store whose content is what was written; None where it is absent or damaged."""
         try:
-            content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(folder / FACTS))
             if content.pop("sha256") != _hash(content) or set(content["digests"]) != set(_TYPES):
                 return None
             for name, expected in content["digests"].items():

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from kpsvd_tune.errors import ModelError
+from kpsvd_tune.errors import KpsvdTuneError, ModelError
 from kpsvd_tune.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
 _DAMAGED = (SafetensorError, EOFError, UnpicklingError)
+# What is not of the files that are read.
+_OURS = (KpsvdTuneError, MemoryError, torch.OutOfMemoryError)
 # What a configuration of the right form with impossible values raises.
 _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError, RuntimeError)
 
@@ -63,8 +65,10 @@ def load_model(
             f"model {source.path!r}: its weight files ({files}) are cut or damaged "
             f"({type(error).__name__}: {reason}); fetch the model again"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
-        raise ModelError(f"model {source.path!r} cannot be loaded: {error}") from error
+    except _OURS:
+        raise
+    except Exception as error:
+        raise ModelError(f"model {source.path!r} cannot be loaded: {_said(error)}") from error
     # transformers fills what a checkpoint lacks with random numbers and a warning.
     missing = sorted(info["missing_keys"])
     if missing:
@@ -93,7 +97,9 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = build(config)
-    except (ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
+    except _OURS:
+        raise
+    except Exception as error:
         known: Any = AutoModelForCausalLM._model_mapping
         if type(config) in known:
             raise _impossible(source, error) from error
@@ -119,9 +125,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _OURS:
+        raise
+    except Exception as error:
+        # Files of the tokenizer may hold anything, and the library says so in every way.
         raise ModelError(
-            f"model {source.path!r}: its tokenizer cannot be loaded: {error}"
+            f"model {source.path!r}: its tokenizer cannot be loaded: {_said(error)}; expected the "
+            "tokenizer files that belong to the model: fetch them again"
         ) from error
     return tokenizer
 
@@ -137,18 +147,27 @@ def _config(source: ModelSource) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     except _IMPOSSIBLE as error:
         raise _impossible(source, error) from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _OURS:
+        raise
+    except Exception as error:
         raise ModelError(
-            f"model {source.path!r}: its configuration cannot be read: {error}"
+            f"model {source.path!r}: its configuration cannot be read: {_said(error)}; fetch it "
+            "again"
         ) from error
     return config
 
 
+def _said(error: Exception) -> str:
+    """What a library said, on one line of bounded length, with its kind where it said little."""
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= 300 else text[:297] + "..."
+    return shown if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {shown}"
+
+
 def _impossible(source: ModelSource, error: Exception) -> ModelError:
-    said = " ".join(str(error).split())
     return ModelError(
-        f"model {source.path!r}: no model can be built from its configuration: {said}; expected "
-        "the config.json that belongs to the weights: fetch it again"
+        f"model {source.path!r}: no model can be built from its configuration: {_said(error)}; "
+        "expected the config.json that belongs to the weights: fetch it again"
     )
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, read_json
+from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.launch import tell_phase
 from kpsvd_tune.models import base_fingerprint, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (

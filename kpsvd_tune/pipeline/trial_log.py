@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.checkpoint import read_json, replace_file, to_json
+from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
 from kpsvd_tune.checkpoint.identity import changes, describe
 from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.json_files import parse_json, read_json
 from kpsvd_tune.report.comparison import TrialRow
 
 RESULTS = "results.jsonl"
@@ -38,7 +39,7 @@ def open_results(
     # By way of JSON, for what was read back must equal what was not.
     now = json.loads(to_json({"shared": dict(shared), "methods": dict(adapters)}))
     if file.exists() and rows:
-        earlier = read_json(file)
+        earlier = read_json(file, dict[str, dict[str, Any]])
         known = {**now["methods"], **earlier.get("methods", {})}
         found = changes(earlier.get("shared", {}), now["shared"])
         for name, adapter in now["methods"].items():
@@ -76,8 +77,8 @@ def _read(file: Path) -> list[TrialRow]:
     rows = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            rows.append(TrialRow.from_dict(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, InputError) as error:
+            rows.append(TrialRow.from_dict(parse_json(line)))
+        except (ValueError, InputError) as error:
             raise InputError(
                 f"{file}:{number} is no row of a trial ({error}); remove the line, and its trial "
                 "is run again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -43,12 +44,21 @@ class Column:
     style: str = ""
 
 
+def make_console(**options: Any) -> Console:
+    """A console that prints text as it is: names and patterns hold [brackets] and :colons:.
+
+    Args:
+        **options: Of rich's Console.
+    """
+    return Console(**{"highlight": False, "markup": False, "emoji": False, **options})
+
+
 def output(pipe_width: int = PIPE_WIDTH) -> Console:
     """The standard output; ``pipe_width`` columns wide where it is no terminal."""
-    console = Console(highlight=False)
+    console = make_console()
     if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
         return console
-    return Console(highlight=False, width=pipe_width)
+    return make_console(width=pipe_width)
 
 
 def print_line(out: Console, text: Text | str, indent: int = 2) -> None:

@@ -11,6 +11,7 @@ KpsvdTuneError                 1
 │   ├── MergeError             1   the merged model is not the model that was trained
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
+├── WorseThanBaseError         4   the run is done and saved, and its adapter is worse than the base
 └── StoppedBySignal    130 | 143   SIGINT or SIGTERM arrived; what was done is saved
 
 The message is written for the user: what was got, what was expected, what to do. Anything else
@@ -34,6 +35,7 @@ __all__ = [
     "ResourceError",
     "RunError",
     "StoppedBySignal",
+    "WorseThanBaseError",
 ]
 
 
@@ -69,8 +71,11 @@ class ModelError(InputError):
     """The base model cannot be found, read or used."""
 
 
-class AdapterError(InputError):
-    """The adapter does not fit the model, or its settings cannot be met."""
+class AdapterError(InputError, ValueError):
+    """The adapter does not fit the model, or its settings cannot be met.
+
+    A ValueError too, as PEFT's own errors of this kind are, so that code around PEFT catches it.
+    """
 
 
 class RunError(KpsvdTuneError):
@@ -93,6 +98,13 @@ class NonFiniteError(KpsvdTuneError):
     """The loss or the gradient norm is infinite or NaN."""
 
     exit_code = 3
+    is_everywhere = True
+
+
+class WorseThanBaseError(KpsvdTuneError):
+    """A run is done and saved, and its validation loss is above the one before the first step."""
+
+    exit_code = 4
     is_everywhere = True
 
 

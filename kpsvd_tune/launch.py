@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.memory import host_memory
 
 # After one rank failed the others get this long to end by themselves, then they are killed:
 # a rank that waits for the dead one would wait for ever.
@@ -209,7 +210,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> i
                 if code < 0:
                     name = signal.Signals(-code).name
                     doing = _phase(phases[index])
-                    print(f"error: rank {index} was killed by {name} {doing}", file=sys.stderr)
+                    why = _memory_note() if code == -signal.SIGKILL else ""
+                    print(f"error: rank {index} was killed by {name} {doing}{why}", file=sys.stderr)
         if all(code is not None for code in codes):
             return first_failure or 0
         if time.monotonic() > deadline:
@@ -223,6 +225,13 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> i
                     rank.kill()
             deadline = float("inf")
         time.sleep(0.05)
+
+
+def _memory_note() -> str:
+    return (
+        f"; most likely memory ran out: {host_memory()}. Fewer --processes, or a lower "
+        "train.batch_size with more train.gradient_accumulation, need less"
+    )
 
 
 def _phase(file: Path) -> str:

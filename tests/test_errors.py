@@ -21,6 +21,7 @@ EXIT_CODES = {
     "MergeError": 1,
     "ResourceError": 1,
     "NonFiniteError": 3,
+    "WorseThanBaseError": 4,
 }
 
 

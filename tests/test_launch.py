@@ -178,7 +178,8 @@ def test_a_killed_rank_ends_those_that_wait_for_it(
     assert launch.launch([], 2, use_cpu=True) == 128 + signal.SIGKILL
     assert time.monotonic() - began < 30
     err = capfd.readouterr().err
-    assert "rank 1 was killed by SIGKILL" in err
+    assert "rank 1 was killed by SIGKILL while starting; most likely memory ran out: " in err
+    assert "are free now. Fewer --processes, or a lower train.batch_size" in err
     assert "stopping rank 0, which still waits" in err
 
 

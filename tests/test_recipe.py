@@ -637,6 +637,42 @@ FUZZ = settings(
 )
 NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
 RATES = st.floats(0, 1, exclude_min=True)
+
+
+def test_epochs_beside_max_steps_are_refused_where_they_would_not_count(write):
+    path = write(MINIMAL + "train:\n  max_steps: 40\n  epochs: 3\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path)
+    assert str(refused.value).endswith(
+        "x.yaml:5: train.epochs: is 3 and train.max_steps is 40, which alone would count; for "
+        "epochs set train.max_steps=null, else leave train.epochs out"
+    )
+    assert load_recipe(path, ["train.max_steps=null"]).train.max_steps is None
+    # What a run wrote down is read whatever stands in it.
+    assert load_recipe(path, of_run=True).train.epochs == 3
+    # A long recipe is tried out with a few steps, and its written form can be read.
+    tried = load_recipe(path, ["train.max_steps=2"])
+    assert tried.train.max_steps == 2
+    assert load_recipe(write(recipe_to_yaml(tried))).train.max_steps == 2
+
+
+@pytest.mark.parametrize("epochs", ["1", "3"])
+def test_typed_epochs_are_refused_beside_steps_of_the_file(write, epochs: str):
+    path = write(MINIMAL + "train: {max_steps: 40}\n")
+    with pytest.raises(RecipeError, match="override train.epochs=.*set train.max_steps=null"):
+        load_recipe(path, [f"train.epochs={epochs}"])
+    assert load_recipe(path, [f"train.epochs={epochs}", "train.max_steps="]).train.max_steps is None
+
+
+def test_the_best_step_needs_validations(write):
+    path = write(MINIMAL + "train: {keep: best, eval_every: 0}\n")
+    with pytest.raises(RecipeError, match="best needs validations during the run"):
+        load_recipe(path)
+    path = write(MINIMAL + "dataset: {path: d, validation: 0}\ntrain: {keep: best}\n")
+    with pytest.raises(RecipeError, match="keep: best needs held-out rows; set dataset.validation"):
+        load_recipe(path)
+
+
 RECIPES = st.builds(
     lambda path, revision, columns, template, validation, rate, energy, budget, overrides, shape: {
         "model": {"path": "m/" + path, "revision": revision},

@@ -149,6 +149,62 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert metrics(whole) == metrics(stopped)
 
 
+def test_a_run_that_makes_the_model_worse_says_so_and_has_a_code_of_its_own(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ruin = ["train", str(recipe), "train.learning_rate=1", "train.max_grad_norm=1000"]
+    ruin += ["adapter.modules_to_save=[lm_head]"]
+    assert cli.run([*ruin, "train.eval_every=1", "--json"]) == 4
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert results["worse_than_base"] is True
+    assert results["base_validation_loss"] == results["validation_loss_before"]
+    assert results["adapter_validation_loss"] > results["base_validation_loss"]
+    assert results["adapter_step"] == results["steps"] == 6
+    message = "error: the adapter is worse than the base model on the held-out rows"
+    assert message in captured.err
+    run = tmp_path / "run"
+    assert json.loads((run / "results.json").read_text()) == results
+    card = (run / "adapter" / "README.md").read_text()
+    assert "**Warning: the adapter is worse than the base model" in card
+    # Typed again the run is not made again, and is not good either.
+    assert cli.run([*ruin, "train.eval_every=1"]) == 4
+    err = capsys.readouterr().err
+    assert "is finished; nothing was done" in err
+    assert message in err
+    # The step with the lowest loss is there without training again.
+    wish = ["train.eval_every=1", "train.keep=best", "--allow-change", "train.keep", "--json"]
+    cli.run([*ruin, *wish])
+    kept = json.loads(capsys.readouterr().out)
+    assert kept["adapter_step"] == results["best_step"]
+    assert kept["adapter_validation_loss"] == results["best_validation_loss"]
+    assert kept["adapter_step"] < kept["steps"]
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "one.jsonl"
+    rows.write_text('{"question": "How many?", "answer": "One"}\n', encoding="utf-8")
+    command = ["train", str(recipe), f"dataset.path={rows}", "dataset.validation=0.5"]
+    command += ["train.early_stopping.patience=1"]
+    for dry in ([], ["--dry-run"]):
+        assert cli.run([*command, *dry]) == 2
+        assert "train.early_stopping: no row is held out" in capsys.readouterr().err
+    assert cli.run(["train", str(recipe), "train.warmup_steps=6"]) == 2
+    assert "the warm-up would take all of it" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert cli.run(["train", str(recipe), "train.epochs=3"]) == 2
+    assert "override train.epochs=3: train.epochs: is 3 and train.max_steps is 6" in (
+        capsys.readouterr().err
+    )
+    # One step trains, and what it amounts to is told.
+    assert cli.run(["train", str(recipe), "train.max_steps=1", "dataset.validation=0"]) == 0
+    assert "1 steps of 2 rows: 0.25 passes over 8 rows" in capsys.readouterr().err
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(bool(value.any()) for key, value in saved.items() if key.endswith("_right"))
+
+
 def test_scores_before_and_after(
     recipe: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

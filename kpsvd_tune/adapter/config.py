@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
@@ -14,6 +16,24 @@ from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import RankRule
 
 PATHS = ("auto", "activations", "weight")
+Names = set[str] | list[str] | str | None
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How a configuration came to its layers, where a decomposition of this process made them.
+
+    Args:
+        tuner: The model that they are of, if it lives.
+        base_name: The name of its base.
+        asked: ``target_modules`` as the user gave them.
+        left: ``target_modules`` as PEFT left them in the configuration.
+    """
+
+    tuner: weakref.ref[Any] | None
+    base_name: str | None
+    asked: Names
+    left: Names
 
 
 @dataclass
@@ -30,6 +50,10 @@ class KpsvdConfig(PeftConfig):
         rank_pattern: Patterns of module names to a rank or a mapping, for single layers.
         dropout: Probability of dropping an input of the update, in [0, 1).
         modules_to_save: Modules trained and saved whole beside the adapter.
+        trainable_token_indices: Rows of the input embedding that are trained, or a mapping of
+            embedding names to rows, with PEFT's meaning.
+        init_weights: Whether training starts at the base model. False draws random offsets, so
+            that the fresh adapter changes the outputs; for tests.
         path: How the update is applied: auto, activations or weight.
         seed: Seeds the truncated decomposition.
         layers: Per adapted module its ``shape`` (m, n, p, q), ``rank`` and ``fingerprint``
@@ -40,13 +64,15 @@ class KpsvdConfig(PeftConfig):
         AdapterError: A value is out of range or of the wrong kind.
     """
 
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
+    target_modules: Names = field(default=None)
+    exclude_modules: Names = field(default=None)
     factor_shape: str | dict[str, int] = field(default="balanced")
     rank: int | dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, Any] = field(default_factory=dict)
     dropout: float = field(default=0.0)
     modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    init_weights: bool = field(default=True)
     path: str = field(default="auto")
     seed: int = field(default=0)
     layers: dict[str, dict[str, Any]] | None = field(default=None)
@@ -56,19 +82,70 @@ class KpsvdConfig(PeftConfig):
         """Check what can be checked without a model."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
-        if isinstance(self.target_modules, (list, tuple, set)):
-            self.target_modules = sorted(set(self.target_modules))
-        if isinstance(self.exclude_modules, (list, tuple, set)):
-            self.exclude_modules = sorted(set(self.exclude_modules))
-        if self.target_modules is None and self.layers is None:
-            raise AdapterError(
-                "KpsvdConfig needs target_modules: 'all-linear', a list of names, or a regex"
-            )
+        self._filling: Filling | None = None
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.path not in PATHS:
             raise AdapterError(f"path {self.path!r}: expected one of {', '.join(PATHS)}")
         self.rank_rule()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the weak reference, which cannot be pickled or copied."""
+        state = dict(self.__dict__)
+        if self._filling is not None:
+            state["_filling"] = replace(self._filling, tuner=None)
+        return state
+
+    @property
+    def is_to_decompose(self) -> bool:
+        """Whether a model that takes this configuration is decomposed first.
+
+        Not with layers that a file or the user gave; those of another model do not count.
+        """
+        return self.layers is None or self._filling is not None
+
+    def asked_targets(self) -> Names:
+        """``target_modules`` without what PEFT made of them for an earlier model."""
+        filling = self._filling
+        if filling is None or self.target_modules != filling.left:
+            return self.target_modules
+        return filling.asked
+
+    def take_layers(self, layers: dict[str, dict[str, Any]], tuner: Any, adapter_name: str) -> None:
+        """Hold the layers of an adapter; one that this object was filled for keeps a copy.
+
+        So the object given to PEFT stays the one that PEFT writes into, and may be given again.
+        """
+        asked, earlier = self.asked_targets(), self._filling
+        held_by = None if earlier is None or earlier.tuner is None else earlier.tuner()
+        if earlier is not None and held_by is not None:
+            for name, config in held_by.peft_config.items():
+                if config is self and (held_by is not tuner or name != adapter_name):
+                    own = copy.deepcopy(self)
+                    own.base_model_name_or_path = earlier.base_name
+                    held_by.peft_config[name] = own
+        if earlier is not None:
+            self.base_files = None
+        self.layers = layers
+        self.target_modules = copy.copy(asked)
+        self._filling = Filling(weakref.ref(tuner), self.base_model_name_or_path, asked, asked)
+
+    def note_targets(self) -> None:
+        """Remember what PEFT has made of ``target_modules``."""
+        if self._filling is not None:
+            self._filling = replace(self._filling, left=copy.copy(self.target_modules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields; sets become sorted lists, so that equal adapters make equal files."""
+        fields: dict[str, Any] = super().to_dict()
+        return {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in fields.items()
+        }
 
     def rank_rule(self) -> RankRule:
         """Return ``rank`` as a rule; an integer means that many terms in every layer.

@@ -76,8 +76,9 @@ class KpsvdLayer(BaseTunerLayer):
         factors: tuple[Tensor, Tensor] | None = None,
         inference_mode: bool = False,
         path: str = "auto",
+        is_at_base: bool = True,
     ) -> None:
-        """Add an adapter with zero offsets.
+        """Add an adapter.
 
         Args:
             adapter_name: Its name.
@@ -88,6 +89,7 @@ class KpsvdLayer(BaseTunerLayer):
                 or :func:`load_factors` fills.
             inference_mode: Whether the offsets are created frozen.
             path: How the update is applied: auto, activations or weight.
+            is_at_base: Whether the offsets start at zero; random ones are as large as the factors.
 
         Raises:
             AdapterError: The shape does not fit the base layer.
@@ -103,6 +105,8 @@ class KpsvdLayer(BaseTunerLayer):
         self.kpsvd_path[adapter_name] = path
         left, right = torch.zeros(rank, shape.m, shape.n), torch.zeros(rank, shape.p, shape.q)
         left0, right0 = factors if factors is not None else (left, right)
+        if not is_at_base:
+            left, right = (torch.randn_like(t) * t.std() for t in (left0.float(), right0.float()))
         self.kpsvd_left[adapter_name] = nn.Parameter(left)
         self.kpsvd_right[adapter_name] = nn.Parameter(right)
         self.kpsvd_left0[adapter_name] = left0.detach().float().clone()
@@ -159,8 +163,10 @@ class KpsvdLayer(BaseTunerLayer):
                 weight.dtype
             )
             if safe_merge and not torch.isfinite(merged).all():
+                kind = "NaNs" if merged.isnan().any() else "Infinite values"
+                # The words are PEFT's: code that catches them finds them.
                 raise ValueError(
-                    f"merging adapter {name!r} gives non-finite weights: the adapter is broken"
+                    f"{kind} detected in the merged weights. The adapter {name} seems to be broken"
                 )
             if self._weight_before_merge is None:
                 self._weight_before_merge = weight.clone()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import (  # type: ignore[import-untyped]
+    align_module_device,
+    has_offloaded_params,
+)
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
@@ -20,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from kpsvd_tune.adapter.base import Unchecked, check_base
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
-from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.adapter.targets import modules_by_name, plain_name, target_names
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import (
     KPSVD,
@@ -56,14 +59,18 @@ class KpsvdModel(BaseTuner):
             )
         config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
-        if config.layers is None:
-            # A copy, so that one config object given to two models decomposes each of them.
-            config, self._factors = _decompose(model, config)
-            self.peft_config[adapter_name] = config
+        if config.is_to_decompose:
+            layers, self._factors = _decompose(model, config)
+            config.take_layers(layers, self, adapter_name)
+        overrides = config.rank_pattern
         try:
+            # PEFT warns of patterns that match no adapted module; rank 0 is meant to adapt none.
+            config.rank_pattern = _with_effect(overrides, config.layers)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._factors = {}
+            config.rank_pattern = overrides
+            config.note_targets()
 
     @staticmethod
     def _check_target_module_exists(
@@ -71,7 +78,9 @@ class KpsvdModel(BaseTuner):
         key: str,
     ) -> Any:
         found: Any = check_target_module_exists(config, key)
-        return found if isinstance(found, _ExcludedModule) else key in (config.layers or {})
+        if isinstance(found, _ExcludedModule):
+            return found
+        return plain_name(key) in (config.layers or {})
 
     def _create_and_replace(
         self,
@@ -83,9 +92,10 @@ class KpsvdModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if config.layers is None or current_key not in config.layers:
-            raise AdapterError(f"{current_key}: the adapter has no factors for this module")
-        layer = config.layers[current_key]
+        name = plain_name(current_key)
+        if config.layers is None or name not in config.layers:
+            raise AdapterError(f"{name}: the adapter has no factors for this module")
+        layer = config.layers[name]
         if not isinstance(target, KpsvdLayer):
             new = KpsvdLinear(target, adapter_name)
             self._replace_module(parent, target_name, new, target)
@@ -95,16 +105,24 @@ class KpsvdModel(BaseTuner):
             KroneckerShape(*layer["shape"]),
             layer["rank"],
             config.dropout,
-            factors=self._factors.get(current_key),
+            factors=self._factors.get(name),
             inference_mode=config.inference_mode,
             path=config.path,
+            is_at_base=config.init_weights,
         )
-        if current_key not in self._factors and layer.get("fingerprint") is not None:
+        if name not in self._factors and layer.get("fingerprint") is not None:
             # Factors are to come from a file.
             made_for = config.base_model_name_or_path or "an unnamed model"
             target.kpsvd_unchecked[adapter_name] = Unchecked(
-                current_key, layer["fingerprint"], str(made_for)
+                name, layer["fingerprint"], str(made_for)
             )
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's version also assigns the child's weight, which a wrapper computes (the rows of
+        # trainable_token_indices), and casts and moves; update_layer has put factors in place.
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -125,6 +143,7 @@ class KpsvdModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         # Every way to load an adapter passes here, with the base and the stored factors at hand.
+        state_dict = _named_as_in(model, state_dict)
         _check_loaded(model, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -166,24 +185,32 @@ def kpsvd_layers(
     """Yield the adapted layers that hold an adapter, named as in the unwrapped model."""
     for name, module in model.named_modules():
         if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
-            yield name.removeprefix("base_model.model."), module
+            yield plain_name(name).removeprefix("base_model.model."), module
 
 
 @torch.no_grad()
 def _decompose(
     model: nn.Module, config: KpsvdConfig
-) -> tuple[KpsvdConfig, dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[Tensor, Tensor]]]:
     """Spectra of all matched layers first, then the rules, then the factors of the chosen ranks."""
     rule = config.rank_rule()
+    targets = config.asked_targets()
+    if not targets:
+        raise AdapterError(
+            "KpsvdConfig needs target_modules: 'all-linear', a list of names, or a regex"
+        )
+    excluded = config.exclude_modules
     names = target_names(
         model,
-        config.target_modules or [],
-        config.exclude_modules,
+        targets if isinstance(targets, str) else sorted(targets),
+        sorted(excluded) if isinstance(excluded, set) else excluded,
         config.modules_to_save or (),
+        config.task_type,
     )
+    modules = modules_by_name(model)
     decompositions: dict[str, KPSVD] = {}
     for name in names:
-        weight = base_weight(model.get_submodule(name))
+        weight = base_weight(modules[name], name)
         try:
             shape = _shape(weight, config)
             terms = kpsvd(weight, shape, rule.window, seed=config.seed)
@@ -210,15 +237,16 @@ def _decompose(
         }
         for name, rank in chosen.items()
     }
-    filled = copy.copy(config)
-    filled.layers = layers
-    # PEFT warns of patterns that match no adapted module; rank 0 is meant to adapt none.
-    filled.rank_pattern = {
+    return layers, factors
+
+
+def _with_effect(overrides: Mapping[str, Any], names: Iterable[str] | None) -> dict[str, Any]:
+    """The rank overrides that match an adapted layer, in PEFT's way of matching."""
+    return {
         pattern: value
-        for pattern, value in config.rank_pattern.items()
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in layers)
+        for pattern, value in overrides.items()
+        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names or ())
     }
-    return filled, factors
 
 
 def _shape(weight: Tensor, config: KpsvdConfig) -> KroneckerShape:
@@ -228,23 +256,48 @@ def _shape(weight: Tensor, config: KpsvdConfig) -> KroneckerShape:
     return choose_shape(out_features, in_features, config.factor_shape).shape
 
 
-def base_weight(module: nn.Module | KpsvdLayer) -> Tensor:
-    """The weight of an adapted or plain layer as (out, in), dequantised."""
-    if isinstance(module, KpsvdLayer):
-        weight, base = module.get_base_weight(), module.get_base_layer()
-    else:
-        # A throw-away wrapper finds the dequantisation of the layer's kind.
-        wrapper = KpsvdLinear(module, "default")
-        weight, base = wrapper.get_base_weight(), module
+def base_weight(module: nn.Module | KpsvdLayer, name: str = "a layer") -> Tensor:
+    """The weight of an adapted or plain layer as (out, in), dequantised; fetched if offloaded.
+
+    Raises:
+        AdapterError: The weight is nowhere: the model was made on the meta device and not loaded.
+    """
+    # A throw-away wrapper finds the dequantisation of the layer's kind.
+    layer = module if isinstance(module, KpsvdLayer) else KpsvdLinear(module, "default")
+    base = layer.get_base_layer()
+    with align_module_device(base):
+        weight = layer.get_base_weight()
+        if weight.is_meta:
+            raise AdapterError(
+                f"{name} has no weight to decompose, it is on the meta device: load the model's "
+                "weights first (from_pretrained), or add the adapter before the model is offloaded"
+            )
+        # What is fetched is let go of again.
+        weight = weight.clone() if has_offloaded_params(base) else weight
     return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put torch.compile's ``_orig_mod`` into keys or take it out, as the model has it."""
+    own = {plain_name(name): name for name, _ in model.named_modules()}
+    own |= {f"base_model.model.{plain}": f"base_model.model.{name}" for plain, name in own.items()}
+    renamed: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        plain = plain_name(key)
+        module = plain
+        while module not in own and module:
+            module = module.rpartition(".")[0]
+        renamed[own[module] + plain.removeprefix(module) if module else key] = value
+    return renamed
 
 
 def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Compare every layer with what was stored when the adapter was made."""
+    plain = {plain_name(key): value for key, value in state_dict.items()}
     for name, layer in kpsvd_layers(model, adapter_name):
         unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
         factors = [
-            next((v for k, v in state_dict.items() if k.endswith(f"{name}.{part}")), None)
+            next((v for k, v in plain.items() if k.endswith(f"{name}.{part}")), None)
             for part in ("kpsvd_left0", "kpsvd_right0")
         ]
         if unchecked is None or factors[0] is None or factors[1] is None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _check_lora_target_modules_mamba,
     _ExcludedModule,
-    _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils import resolve_quantization_backend
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +24,10 @@ from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
+FORWARDS = (nn.Linear.forward, Conv1D.forward)
+# Names of the heads that PEFT itself trains whole, with which tasks.
+HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
+TASKS_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # A message lists at most this many modules.
 LISTED = 6
 
@@ -31,32 +37,37 @@ def target_names(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] = (),
+    task_type: str | None = None,
 ) -> list[str]:
     """List the layers that an adapter goes to, in model order.
 
     The matching is PEFT's: ``all-linear`` takes every Linear and Conv1D but the output head; a
     list matches whole names or their ends at a dot; any other string is a regular expression for
-    the whole name. Names and kinds are enough, so the model may be on the meta device.
+    the whole name. Names and kinds are enough, so the model may be on the meta device. Names are
+    those of the model before torch.compile.
 
     Args:
         model: The base model; layers that adapters were put on count as what they were.
         target_modules: ``all-linear``, a list, or a regular expression.
         exclude_modules: A list or a regular expression of modules to leave alone.
         modules_to_save: Modules trained whole, never targeted.
+        task_type: PEFT's task; with those that get a new head, ``all-linear`` leaves it to be
+            trained whole, as PEFT does.
 
     Returns:
         Full module names; each is an nn.Linear or transformers' Conv1D with a weight of its own.
 
     Raises:
-        AdapterError: Nothing matches, an entry of the list matches nothing, or a match cannot be
-            adapted: an embedding, stacked experts, a tied or a packed quantised weight.
+        AdapterError: Nothing matches, an entry of one of the lists matches nothing, or a match
+            cannot be adapted: an embedding, stacked experts, a tied or a packed quantised weight,
+            a layer with a forward of its own.
     """
-    config = _peft_config(target_modules, exclude_modules, modules_to_save)
     is_all_linear = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    heads = set(HEADS) if task_type in TASKS_WITH_HEADS else set()
+    matched_by = _all_linear(model, heads) if is_all_linear else target_modules
+    config = _peft_config(matched_by, exclude_modules, modules_to_save)
     try:
-        # PEFT reads and writes only target_modules and task_type of what it is given here.
         with time_limit(f"target_modules {target_modules!r} with exclude_modules"):
-            _maybe_include_all_linear_layers(config, model)
             found = {name: check_target_module_exists(config, name) for name, _ in _modules(model)}
     except SlowPatternError as error:
         raise AdapterError(str(error)) from error
@@ -64,6 +75,8 @@ def target_names(
         raise AdapterError(
             f"target_modules or exclude_modules is not a regular expression: {error}"
         ) from error
+    _check_excluded(model, exclude_modules)
+    _check_saved(model, [name for name in modules_to_save if name not in heads])
     matched = [name for name, hit in found.items() if hit and not isinstance(hit, _ExcludedModule)]
     reasons = _reasons(model)
     refused = [(name, reasons[name]) for name in matched if name in reasons]
@@ -118,6 +131,34 @@ def untouched(model: nn.Module, names: Iterable[str]) -> list[tuple[str, str]]:
     return left
 
 
+def plain_name(name: str) -> str:
+    """The name that a module or tensor has without torch.compile around it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its plain name; an adapted layer is what adapters were put on."""
+    return dict(_modules(model))
+
+
+def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, list[str]]:
+    """The modules that each entry of ``modules_to_save`` means; PEFT matches any end of a name."""
+    names = [name for name, _ in _modules(model)]
+    return {
+        entry: [name for name in names if name.endswith(plain_name(entry))]
+        for entry in modules_to_save
+    }
+
+
+def _all_linear(model: nn.Module, heads: set[str]) -> list[str]:
+    head = _output_head(model)
+    return [
+        name
+        for name, module in _modules(model)
+        if isinstance(module, LINEAR) and module is not head and name not in heads
+    ]
+
+
 def _peft_config(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None,
@@ -141,7 +182,9 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside += (f"{name}.",)
             module = module.get_base_layer()
-        yield name, module
+        plain = plain_name(name)
+        if plain and not hasattr(module, "_orig_mod"):
+            yield plain, module
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -153,7 +196,7 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     """Why a module cannot be adapted; modules that can are absent."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(id(parameter), []).append(plain_name(name))
     reasons: dict[str, str] = {}
     for name, module in _modules(model):
         if not isinstance(module, LINEAR):
@@ -165,9 +208,24 @@ def _reasons(model: nn.Module) -> dict[str, str]:
             reasons[name] = f"tied: shares its weight with {sharing[0]}"
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             reasons[name] = "nn.MultiheadAttention reads its weight and never calls it"
-        elif weight.ndim != 2 or not weight.is_floating_point():
+        elif weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
             reasons[name] = f"packed quantised weight ({type(module).__name__}, {weight.dtype})"
+        elif type(module).forward not in FORWARDS and resolve_quantization_backend(module) is None:
+            kind = type(module).__name__
+            reasons[name] = f"a {kind}, whose forward is not that of a linear layer"
+        elif _is_read_by_mamba(model, name):
+            reasons[name] = "kernels of Mamba models read its weight and never call it"
     return reasons
+
+
+def _is_read_by_mamba(model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses the layer for LoRA, by its own list of models and layers."""
+    as_lora: Any = SimpleNamespace(peft_type="LORA")
+    try:
+        _check_lora_target_modules_mamba(as_lora, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def _module_reason(name: str, module: nn.Module) -> str:
@@ -217,9 +275,12 @@ def _check_every_entry(model: nn.Module, entries: Sequence[str], names: list[str
     ]
     if not idle:
         return
+    modules = modules_by_name(model)
     stacked = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in (
+            (plain_name(name), parameter) for name, parameter in model.named_parameters()
+        )
         for entry in idle
         if parameter.ndim >= 2 and (name == entry or name.endswith(f".{entry}"))
     }
@@ -227,7 +288,7 @@ def _check_every_entry(model: nn.Module, entries: Sequence[str], names: list[str
         raise AdapterError(
             _refusal(
                 [
-                    (name, _parameter_reason(model.get_submodule(name.rpartition(".")[0]), value))
+                    (name, _parameter_reason(modules[name.rpartition(".")[0]], value))
                     for name, value in stacked.items()
                 ]
             )
@@ -235,6 +296,55 @@ def _check_every_entry(model: nn.Module, entries: Sequence[str], names: list[str
     raise AdapterError(
         f"target_modules: {', '.join(map(repr, idle))} matches no module; " + _hint(model, idle)
     )
+
+
+def _check_excluded(model: nn.Module, exclude_modules: str | Sequence[str] | None) -> None:
+    """Refuse an exclusion that leaves nothing out: what it was meant for would be trained."""
+    modules = modules_by_name(model)
+    if isinstance(exclude_modules, str):
+        if exclude_modules and not any(re.fullmatch(exclude_modules, name) for name in modules):
+            raise AdapterError(
+                f"exclude_modules {exclude_modules!r} matches no module, so nothing is left out; "
+                "a regular expression has to match the whole name, such as "
+                f"{next(iter(_linear_names(model)), 'layer')!r}"
+            )
+        return
+    for entry in exclude_modules or ():
+        hits = {n: m for n, m in modules.items() if n == entry or n.endswith(f".{entry}")}
+        if not hits:
+            raise AdapterError(_matches_nothing("exclude_modules", entry, modules))
+        inside = [n for n in _linear_names(model) if any(n.startswith(f"{hit}.") for hit in hits)]
+        if inside and not any(isinstance(module, LINEAR) for module in hits.values()):
+            kinds = dict.fromkeys(name.rpartition(".")[2] for name in inside)
+            raise AdapterError(
+                f"exclude_modules {entry!r} leaves out no layer: names in the list are matched "
+                f"with the layers themselves, and {next(iter(hits))} only holds some. Expected "
+                f"the names of layers ({', '.join(kinds)}), or an expression for all in it: "
+                f"'(.*\\.)?{re.escape(entry)}\\..*'"
+            )
+
+
+def _check_saved(model: nn.Module, modules_to_save: Sequence[str]) -> None:
+    """Refuse an entry that matches nothing: PEFT would train nothing more, and say nothing."""
+    modules = modules_by_name(model)
+    for entry, names in saved_modules(model, modules_to_save).items():
+        if not names:
+            raise AdapterError(_matches_nothing("modules_to_save", entry, modules))
+
+
+def _matches_nothing(key: str, entry: str, names: Iterable[str]) -> str:
+    """What to say of an entry that matches nothing; names are suggested as they end."""
+    parts = len(entry.split("."))
+    known = {".".join(name.split(".")[-parts:]) for name in names}
+    kinds = sorted(kind for kind in known if not kind.rpartition(".")[2].isdigit())
+    close = difflib.get_close_matches(entry, kinds, n=1)
+    if close:
+        return f"{key}: {entry!r} matches no module; did you mean {close[0]}?"
+    return f"{key}: {entry!r} matches no module; the model's are called {', '.join(kinds)}"
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in _modules(model) if isinstance(module, LINEAR)]
 
 
 def _hint(model: nn.Module, wanted: Sequence[str]) -> str:

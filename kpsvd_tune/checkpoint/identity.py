@@ -20,6 +20,8 @@ HARMLESS = (
     "recipe.train.save_every",
     "recipe.train.keep_checkpoints",
     "recipe.train.num_workers",
+    # A run that memory ended goes on with it: rows and updates of a step are the same.
+    "recipe.train.on_oom",
 )
 # Keys that made the frozen factors, which all that a checkpoint holds belongs to: a run that went
 # on under other values would have the old factors all the same. So does `adapter`, the hash of what

@@ -168,6 +168,10 @@ class RunDirectory:
         )
         return Start(checkpoint=checkpoint, is_same=not found, changed=found)
 
+    def holds_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint, whole or not, that a run could go on from."""
+        return bool(list_saved(self.checkpoints))
+
     def update(self, **about: Any) -> None:
         """Add to run.json."""
         self._write_run({**read_json(self.run_file, RunRecord), **about})

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import app
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
+from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 
 __all__ = ["app", "main", "run"]
 
@@ -44,9 +45,12 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except KpsvdTuneError as error:
         return _fail(str(error), error.exit_code, debug)
-    except (OSError, MemoryError) as error:
-        return _fail(str(error) or type(error).__name__, 1, debug)
     except Exception as error:
+        if is_out_of_memory(error):
+            command = arguments[0] if arguments else "kpsvd-tune"
+            return _fail(str(out_of_memory(error, f"running {command}", ())), 1, debug)
+        if isinstance(error, OSError):
+            return _fail(str(error), 1, debug)
         traceback.print_exc()
         _say(f"error: {type(error).__name__}: {error}")
         _say("This is a bug in kpsvd-tune: please report it.")

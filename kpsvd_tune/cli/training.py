@@ -25,7 +25,7 @@ from kpsvd_tune.cli.shared import (
     launch_processes,
     prepare_libraries,
 )
-from kpsvd_tune.errors import InputError, KpsvdTuneError
+from kpsvd_tune.errors import InputError, KpsvdTuneError, WorseThanBaseError
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
 
@@ -78,12 +78,15 @@ def train(
                 allow_code_execution=allow_code_execution,
                 sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
             )
+            # First the results, which are whole and saved, then what is wrong with them.
+            emit(result, as_json, view.show_results)
+            if message := pipeline.worse_message(result, resolved):
+                raise WorseThanBaseError(message)
         except KpsvdTuneError as error:
             # What all ranks raise, the first one tells.
             if error.is_everywhere and int(os.environ.get("RANK", "0")):
                 raise typer.Exit(error.exit_code) from error
             raise
-        emit(result, as_json, view.show_results)
 
 
 @app.command("init-only")

@@ -171,7 +171,7 @@ def evaluate(
 def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> EvaluationRecipe:
     """What to score: the run's own task of that name where it has one, changed as was typed."""
     recipe = expand(source) / "recipe.yaml"
-    own = load_recipe(recipe).evaluation if recipe.is_file() else []
+    own = load_recipe(recipe, of_run=True).evaluation if recipe.is_file() else []
     name = options.get("task", own[0].task if len({each.task for each in own}) == 1 else None)
     if name is None:
         among = f"; the run's own are {', '.join(each.task for each in own)}" if own else ""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.chat_program import ChatProgram, compile_template, with_reasoning_names
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
+from kpsvd_tune.data.written import REASONING_KEYS, WrittenCheck
 from kpsvd_tune.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -61,6 +62,7 @@ class ChatRenderer:
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
         self.notes: dict[str, None] = {}  # a set that keeps its order
+        self._written = WrittenCheck(self.rendered, self.notes)
 
     def prompt(self, messages: Messages, tools: Any = None) -> str:
         """The text that a model continues with its answer: messages and generation prompt.
@@ -86,9 +88,12 @@ class ChatRenderer:
             finder: _Finder = _MarkedTurns(self, messages, chat.tools, text, marked)
         else:
             finder = _Finder(self, messages, chat.tools, text)
+        spans = finder.spans(answers)
+        turns = {place: text[start:end] for place, (start, end) in zip(answers, spans, strict=True)}
+        self._written.check(messages, chat.tools, turns, text)
         segments: list[Segment] = []
         position = 0
-        for start, end in finder.spans(answers):
+        for start, end in spans:
             segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
             position = end
         return [segment for segment in segments if segment.text]
@@ -129,8 +134,8 @@ class ChatRenderer:
         before, after = turn[:start].strip(), turn[end:].strip()
         for token in self._special_tokens:
             after = after.removesuffix(token).strip()
-        own = [str(message[key]) for key in ("reasoning_content", "thinking") if message.get(key)]
-        if (before or after) and not message.get("tool_calls") and not own:
+        says_more = any(message.get(key) for key in ("tool_calls", *REASONING_KEYS))
+        if (before or after) and not says_more:
             self.notes[
                 "the chat template adds text of its own to assistant turns, which is trained as "
                 f"well: {head(before or after)}"

@@ -235,7 +235,7 @@ def find_format(
             expected and the nearest `columns` to write.
     """
     filled = [row for row in rows[:_LOOKED_AT] if any(row.values.values())] or [rows[0]]
-    first, reason = filled[0], "named in the recipe"
+    first, reason, named = filled[0], "named in the recipe", columns
     if name == "auto":
         for row in filled:
             if found := _detect(row, columns, needs_prompt, setting):
@@ -265,7 +265,7 @@ def find_format(
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
     has_messages = name == "prompt-completion" and _holds_messages(filled, resolved, setting)
-    is_named = any(role in columns for role in REQUIRED_ROLES[name])
+    is_named = any(role in named for role in REQUIRED_ROLES[name])
     return RowFormat(name, resolved, reason, has_messages, is_named)
 
 

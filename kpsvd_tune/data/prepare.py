@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,18 @@ from kpsvd_tune.data.cache import TokenCache, store_key
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import Chat, Pair, RowFormat
-from kpsvd_tune.data.preflight import tokenizer_warnings
+from kpsvd_tune.data.halves import divide
+from kpsvd_tune.data.limits import ModelLimits
+from kpsvd_tune.data.preflight import check_known_tokens, check_lengths, tokenizer_warnings
 from kpsvd_tune.data.rows import load_rows, open_sources
-from kpsvd_tune.data.selection import Selection, check_held_out
+from kpsvd_tune.data.selection import Selection
 from kpsvd_tune.data.sources import (
     SourceSettings,
+    check_ignored,
     mix,
     training_sources,
     validation_source,
 )
-from kpsvd_tune.data.split import split_rows
 from kpsvd_tune.data.stored_rows import StoredRows, rows_sha256
 from kpsvd_tune.data.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError
@@ -105,6 +107,7 @@ def prepare(
     seed: int,
     offline: bool = False,
     progress: Progress | None = None,
+    limits: ModelLimits | None = None,
 ) -> PreparedData:
     """Read, encode, split, mix and check the rows of a recipe.
 
@@ -117,6 +120,7 @@ def prepare(
         seed: Decides which rows are held out, and which a fractional weight takes.
         offline: Use only what the local hub cache holds.
         progress: Called while rows are tokenised.
+        limits: What the model takes; None: rows are not held against it.
 
     Raises:
         DataError: Anything between the file and the labels is not as it must be.
@@ -147,27 +151,20 @@ def prepare(
     settings = training_sources(dataset)
     sources = [source for each in settings for source in tokenised(each)]
     held_out = sources
-    leaks: list[str] = []
     if isinstance(dataset.validation, str):
         held_out = tokenised(validation_source(dataset, dataset.validation))
-        leaks = check_held_out(sources, held_out)
-    elif dataset.validation:
-        check_held_out(sources, None)
+    ignored = {name for source in (*sources, *held_out) for name in source.ignored}
+    check_ignored(ignored, settings)
     if progress is not None and done:
         progress(done, done)
 
-    num_rows = sum(len(source.store) for source in sources)
-    if isinstance(dataset.validation, str):
-        kept = np.arange(num_rows)
-        held = np.arange(sum(len(source.store) for source in held_out))
-    else:
-        kept, held = split_rows(_groups(sources), dataset.validation, seed)
-    train = Selection(sources, kept, dataset)
-    validation = Selection(held_out, held, dataset)
+    halves = divide(sources, held_out, dataset, seed)
+    train = Selection(sources, halves.train, dataset)
+    validation = Selection(held_out, halves.validation, dataset)
     if not len(train.usable):
         raise DataError(
-            f"{sources[0].label}: nothing can be trained in any of the {len(kept)} "
-            f"training rows: {'; '.join(train.warnings())}; expected at least "
+            f"{sources[0].label}: nothing can be trained in any of the {len(halves.train)} "
+            f"training rows: {'; '.join((*halves.notes, *train.warnings()))}; expected at least "
             "one row with a completion that fits into dataset.max_length"
         )
     parts = [
@@ -188,14 +185,15 @@ def prepare(
             num_tokens=int(rows.lengths.sum()),
             num_supervised_tokens=int(rows.num_supervised.sum()),
             num_truncated=train.num_cut,
-            num_dropped=len(kept) - len(train.usable),
+            num_dropped=len(halves.train) - len(train.usable),
             max_tokens=int(rows.lengths.max()),
             format=sources[0].form.name,
             format_reason=sources[0].form.reason,
             warnings=(
-                *tokenizer_warnings(tokenizer, dataset.max_length),
+                *tokenizer_warnings(tokenizer, int(rows.lengths.max())),
+                *halves.notes,
                 *train.warnings(),
-                *(f"validation: {note}" for note in (*leaks, *validation.warnings())),
+                *(f"validation: {note}" for note in validation.warnings()),
                 *notes,
             ),
             sample=encoder.pieces(shown[0]),
@@ -207,23 +205,30 @@ def prepare(
     if found is None:
         found = {"report": report().to_dict(), "sha256": rows_sha256(rows, others)}
         cache.write_note(known, found)
+    preflight = PreflightReport.from_dict(found["report"])
+    if limits is not None:
+        notes = [
+            *_check_limits(rows, train, limits, dataset.max_length),
+            *_check_limits(others, validation, limits, dataset.max_length),
+        ]
+        preflight = replace(preflight, warnings=(*notes, *preflight.warnings))
     was_cached = all(source.was_cached for source in (*sources, *held_out))
     note = f"tokenised rows: {cache.folder}" + (
         ", found there; nothing was tokenised" if was_cached else ""
     )
-    return PreparedData(
-        rows, others, PreflightReport.from_dict(found["report"]), found["sha256"], encoder, note
-    )
+    return PreparedData(rows, others, preflight, found["sha256"], encoder, note)
 
 
-def _groups(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
-    """For each place which row of all sources it comes from, counted from 0."""
-    parts: list[NDArray[np.int64]] = []
-    start = 0
-    for source in sources:
-        parts.append(source.store.groups + start)
-        start += int(source.store.groups[-1]) + 1 if len(source.store) else 0
-    return np.concatenate(parts)
+def _check_limits(
+    rows: StoredRows, selection: Selection, limits: ModelLimits, max_length: int
+) -> list[str]:
+    """Hold rows against the model; gives what a user should know."""
+
+    def where(place: int) -> str:
+        return selection.where(int(rows.order[place]))
+
+    check_known_tokens(rows, limits.vocabulary, where)
+    return check_lengths(rows.lengths, limits, max_length, where)
 
 
 def _known(

@@ -29,6 +29,7 @@ class RowSource:
         read: Gives the rows one at a time, from the first, at every call.
         fingerprint: Gives a text that changes when the rows do: the hash of a file's bytes, or
             what the `datasets` library knows a hub dataset by.
+        part: Which rows of them are read.
         notes: What a user should know about the reading.
     """
 
@@ -36,6 +37,7 @@ class RowSource:
     unit: str
     read: Callable[[], Iterator[Row]]
     fingerprint: Callable[[], str]
+    part: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -136,9 +138,9 @@ def _local(path: Path, split: str) -> RowSource:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         # The kind of file decides how the bytes are read.
-        return f"{path.suffix.lower()} {digest} {start}:{stop}"
+        return f"{path.suffix.lower()} {digest}"
 
-    return RowSource(str(path), row_unit(path), read, fingerprint, notes)
+    return RowSource(str(path), row_unit(path), read, fingerprint, f"{start}:{stop}", notes)
 
 
 def _sliced(

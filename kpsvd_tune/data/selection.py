@@ -10,42 +10,7 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.store import UNUSABLE, Mark
 from kpsvd_tune.data.tokenise import TokenizedSource
-from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
-
-
-def check_held_out(
-    sources: Sequence[TokenizedSource], held_out: Sequence[TokenizedSource] | None
-) -> list[str]:
-    """Refuse rows that would be learnt and held out at once, as far as equal files tell.
-
-    Args:
-        sources: What is trained on.
-        held_out: Sources of their own that are validated on; None: rows of `sources` are.
-
-    Returns:
-        What a user should know.
-
-    Raises:
-        DataError: Rows are held out of a source that occurs twice.
-    """
-    seen: dict[str, str] = {}
-    for source in sources:
-        place = source.store.folder.name
-        if held_out is None and place in seen:
-            earlier = seen[place]
-            what = "is listed twice" if earlier == source.label else f"holds the rows of {earlier}"
-            raise DataError(
-                f"dataset.path: {source.label} {what}, so rows held out of one would be learnt "
-                "from the other; expected each file once: give it a weight, such as "
-                f"{{path: {source.label}, weight: 2}}, or set dataset.validation to a file, or 0"
-            )
-        seen[place] = source.label
-    return [
-        f"{source.label} is trained on as well: its loss says nothing about new rows"
-        for source in held_out or ()
-        if source.store.folder.name in seen
-    ]
 
 
 class Selection:
@@ -126,7 +91,7 @@ class Selection:
         )
         notes = [
             f"{int(which.sum())} row{'s' if which.sum() > 1 else ''} {what} "
-            f"(first: {self._where(int(self._places[which.argmax()]))})"
+            f"(first: {self.where(int(self._places[which.argmax()]))})"
             for which, what in kinds
             if which.any()
         ]
@@ -142,7 +107,8 @@ class Selection:
         found: NDArray[np.bool_] = (self._marks & mark) != 0
         return found
 
-    def _where(self, place: int) -> str:
+    def where(self, place: int) -> str:
+        """Source and number of the row at a place, as messages print them."""
         for source in self._sources:
             if place < len(source.store):
                 return source.where(place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpsvd_tune.data.sampler import permutation
+from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 
 
@@ -23,6 +24,7 @@ class SourceSettings:
         split: Split.
         format: Form of the rows, or auto.
         columns: Column of each role.
+        ignore_columns: Columns that are read as if they were not there.
         template: Text template, or chat.
         weight: Times each row is seen in an epoch.
         names_template: Whether the recipe writes a template rather than leaving the default.
@@ -33,6 +35,7 @@ class SourceSettings:
     split: str
     format: str
     columns: Mapping[str, str]
+    ignore_columns: Sequence[str]
     template: str
     weight: float = 1.0
     names_template: bool = False
@@ -56,6 +59,25 @@ def validation_source(dataset: DatasetRecipe, path: str) -> SourceSettings:
 def source_names(dataset: DatasetRecipe) -> str:
     """The sources as a message lists them."""
     return ", ".join(source.path for source in training_sources(dataset))
+
+
+def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) -> None:
+    """Refuse a column to leave out that no row has, which is a slip of the pen.
+
+    Args:
+        found: Columns to leave out that rows of any source have.
+        settings: The sources.
+
+    Raises:
+        DataError: No row has such a column.
+    """
+    wanted = {name: None for each in settings for name in each.ignore_columns}
+    if missing := [name for name in wanted if name not in found]:
+        labels = ", ".join(each.path for each in settings)
+        raise DataError(
+            f"dataset.ignore_columns names {missing[0]!r}, and no row of {labels} has such a "
+            "column; expected names of columns that are there: correct or remove it"
+        )
 
 
 def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]:
@@ -90,6 +112,9 @@ def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
         split=source.split or dataset.split,
         format=source.format or dataset.format,
         columns=cast(Mapping[str, str], columns),
+        ignore_columns=(
+            dataset.ignore_columns if source.ignore_columns is None else source.ignore_columns
+        ),
         template=source.template or dataset.template,
         weight=source.weight,
         names_template=source.template is not None or "template" in dataset.model_fields_set,

@@ -10,9 +10,15 @@ from kpsvd_tune.errors import DataError
 
 
 def split_rows(
-    groups: NDArray[np.int64], validation: int | float, seed: int
+    groups: NDArray[np.int64],
+    validation: int | float,
+    seed: int,
+    twins: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places to train on and to validate on: disjoint, together all, both ascending.
+    """Places to train on and to validate on: disjoint, both ascending.
+
+    Together they are all places, but for the twins of held-out rows: rows that must stay on one
+    side are held out together, so that only the last set of twins can be cut by the number wanted.
 
     Args:
         groups: (places,) ascending from 0 without a gap, at least one: the row that each place
@@ -20,6 +26,7 @@ def split_rows(
         validation: A share below 1 (float) or a number of rows (int). A share above 0 holds out
             at least one row as long as one is left to train on; 0 holds out none.
         seed: Seed of the choice.
+        twins: (places,) equal numbers for what must not be on both sides; None: all rows differ.
 
     Raises:
         DataError: A number of rows that leaves nothing to train on.
@@ -37,8 +44,19 @@ def split_rows(
         num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1)
     else:
         num_held_out = 0
+    if num_held_out == 0:
+        return np.arange(len(groups)), np.arange(0)
+    order = np.asarray(permutation(num_rows, f"validation {seed}"))
+    places = np.arange(len(groups))
+    if twins is None:
+        twins = groups
+    else:
+        # By the first row of each set in this order, which changes nothing where all differ.
+        _, starts = np.unique(groups, return_index=True)
+        of_rows = twins[starts][order]
+        _, first, inverse = np.unique(of_rows, return_index=True, return_inverse=True)
+        order = order[np.argsort(first[inverse], kind="stable")]
     is_held = np.zeros(num_rows, dtype=bool)
-    if num_held_out:
-        order = np.asarray(permutation(num_rows, f"validation {seed}"))
-        is_held[order[:num_held_out]] = True
-    return np.flatnonzero(~is_held[groups]), np.flatnonzero(is_held[groups])
+    is_held[order[:num_held_out]] = True
+    held, rest = places[is_held[groups]], places[~is_held[groups]]
+    return rest[~np.isin(twins[rest], twins[held])], held

@@ -9,6 +9,7 @@ usable or not, in their order; several side by side where each turn of a chat is
     numbers         int64  its line or row number in the source
     num_supervised  int32  how many of its tokens the loss counts
     marks           uint8  what is out of the ordinary, as bits of `Mark`
+    hashes          uint64 hash of its ids and of which of them are learnt; equal rows, equal hashes
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ _TYPES = {
     "numbers": "<i8",
     "num_supervised": "<i4",
     "marks": "|u1",
+    "hashes": "<u8",
 }
+_CODES = {"<i4": "i", "<i8": "q", "|u1": "B", "<u8": "Q"}
 _BLOCK = 1 << 20
 
 
@@ -65,9 +68,7 @@ class StoreWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = {name: (folder / f"{name}.npy").open("w+b") for name in _TYPES}
-        self._buffers = {
-            name: array({"<i4": "i", "<i8": "q", "|u1": "B"}[kind]) for name, kind in _TYPES.items()
-        }
+        self._buffers = {name: array(_CODES[kind]) for name, kind in _TYPES.items()}
         self._labels = array("i")  # as they come; `is_learnt` is made of them in one go
         self._counts = dict.fromkeys(_TYPES, 0)
         self._end = 0
@@ -85,6 +86,7 @@ class StoreWriter:
         self._buffers["numbers"].append(number)
         self._buffers["num_supervised"].append(0 if row is None else row.num_supervised)
         self._buffers["marks"].append(marks)
+        self._buffers["hashes"].append(0 if row is None else _row_hash(row))
         if len(self._buffers["token_ids"]) + len(self._buffers["ends"]) > _BLOCK:
             self._flush()
 
@@ -216,6 +218,11 @@ class TokenStore:
         return self._map("marks")
 
     @cached_property
+    def hashes(self) -> NDArray[np.uint64]:
+        """For each row the hash of its ids and labels; 0 where it has none."""
+        return self._map("hashes")
+
+    @cached_property
     def groups(self) -> NDArray[np.int64]:
         """For each row which of the source's rows it comes from, counted from 0."""
         is_new = np.diff(self.numbers, prepend=self.numbers[:1]) != 0
@@ -249,6 +256,13 @@ class TokenStore:
 def store_files(folder: Path) -> list[Path]:
     """The files of the store in a folder, whether they are there or not."""
     return [folder / FACTS, *(folder / f"{name}.npy" for name in _TYPES)]
+
+
+def _row_hash(row: TokenizedRow) -> int:
+    # Of 64 bits: among a hundred million rows two that differ share one with a chance of 0.03 %.
+    digest = hashlib.blake2b(array("i", row.input_ids).tobytes(), digest_size=8)
+    digest.update(array("i", row.labels).tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _hash(content: Any) -> str:

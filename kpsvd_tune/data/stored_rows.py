@@ -61,6 +61,11 @@ class StoredRows(Sequence[TokenizedRow]):
         """(rows,) tokens of each row that the loss counts, without reading the rows."""
         return self._gather("num_supervised")
 
+    @cached_property
+    def hashes(self) -> NDArray[np.int64]:
+        """(rows,) a hash of each row's ids and labels, without reading the rows."""
+        return self._gather("hashes")
+
     @property
     def max_token_id(self) -> int:
         """An id that no token of these rows is above."""
@@ -89,6 +94,13 @@ class StoredRows(Sequence[TokenizedRow]):
             return np.empty(0, dtype=np.int64)
         values = np.concatenate([getattr(store, name) for store in self.stores])
         return values[self.order].astype(np.int64)
+
+
+def num_shared(rows: Sequence[TokenizedRow], others: Sequence[TokenizedRow]) -> int:
+    """How many of `rows` are among `others`, by ids and labels; rows of no store are not."""
+    if not isinstance(rows, StoredRows) or not isinstance(others, StoredRows):
+        return 0
+    return int(np.isin(rows.hashes, others.hashes).sum())
 
 
 def rows_sha256(*parts: StoredRows) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, reduce
 from itertools import chain, islice
 from operator import or_
@@ -22,6 +22,7 @@ from kpsvd_tune.data.sources import SourceSettings
 from kpsvd_tune.data.store import Mark, StoreWriter, TokenStore
 from kpsvd_tune.data.template import TextTemplate
 from kpsvd_tune.data.tokenized import Layout
+from kpsvd_tune.data.unused import UnusedColumns
 from kpsvd_tune.errors import DataError
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
@@ -40,6 +41,8 @@ class TokenizedSource:
         form: The form they were found to have.
         notes: What a user should know about source, template and tokenizer.
         was_cached: Whether nothing had to be tokenised.
+        content: Equal for sources that read the same file, whichever rows of it.
+        ignored: Columns that its rows have and the recipe leaves out.
     """
 
     label: str
@@ -49,6 +52,8 @@ class TokenizedSource:
     form: RowFormat
     notes: tuple[str, ...]
     was_cached: bool
+    content: str
+    ignored: frozenset[str]
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -110,17 +115,15 @@ def tokenise(
     """
 
     def make(writer: StoreWriter) -> dict[str, Any]:
-        rows = source.read()
-        # The form is found from the first row that holds something.
-        head: list[Row] = []
-        for row in rows:
-            head.append(row)
-            if any(row.values.values()):
-                break
+        rows = _without_columns(source.read(), settings.ignore_columns, ignored)
+        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
         form, notes = find_form(head, settings.format, settings.columns, settings.template)
         template, more = _template_for(form, settings)
         encoder = Encoder(tokenizer, template, max_length, learn=learn)
+        unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
+            for row in chunk:
+                unused.check(row)
             _encode(chunk, form, encoder, writer)
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
@@ -128,14 +131,21 @@ def tokenise(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
                 "to: run again when it is whole"
             )
-        return {"form": asdict(form), "notes": [*notes, *more, *encoder.notes]}
+        return {
+            "form": asdict(form),
+            "notes": [*notes, *more, *unused.notes(), *encoder.notes],
+            "ignored": sorted(ignored),
+        }
 
+    ignored: set[str] = set()
     fingerprint = source.fingerprint()
     key = store_key(
         fingerprint,
+        source.part,
         tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
+        sorted(settings.ignore_columns),
         settings.template,
         settings.names_template,
         max_length,
@@ -150,6 +160,8 @@ def tokenise(
         RowFormat(**store.facts["form"]),
         (*source.notes, *store.facts["notes"]),
         was_cached,
+        fingerprint,
+        frozenset(store.facts["ignored"]),
     )
 
 
@@ -168,6 +180,16 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
     if not settings.names_template:
         return used, []
     return used, [f"dataset.template is not used: {kind} rows take {takes[kind]}"]
+
+
+def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str]) -> Iterator[Row]:
+    """The rows without some columns; `found` gets those that they have."""
+    for row in rows:
+        if names:
+            found.update(name for name in names if name in row.values)
+            values = {name: value for name, value in row.values.items() if name not in names}
+            row = replace(row, values=values)
+        yield row
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

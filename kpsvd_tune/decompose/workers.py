@@ -15,6 +15,7 @@ import torch
 from kpsvd_tune.decompose.spectra import SpectraWorker
 from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
 from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.memory import host_memory
 from kpsvd_tune.models import ModelSource, WeightReader
 
 # A worker that was asked to stop gets this long before it is killed.
@@ -95,7 +96,7 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Finished]
 def _obituary(process: SpawnProcess) -> str:
     code = process.exitcode or 0
     if code == -signal.SIGKILL:
-        how = "was killed by signal 9, which usually means that memory ran out"
+        how = f"was killed by signal 9, which usually means that memory ran out: {host_memory()}"
     elif code < 0:
         how = f"was killed by signal {-code}"
     else:

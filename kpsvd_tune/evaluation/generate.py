@@ -20,9 +20,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import Encoder
-from kpsvd_tune.errors import InputError, ResourceError
+from kpsvd_tune.errors import InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.completions import Completion, RowId
 from kpsvd_tune.evaluation.decode import Answer, Ending, LanguageModel, decode_batch, decode_text
+from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 
 _NO_LIMIT = 2**31  # a prompt is never cut: one that does not fit is refused by name
 
@@ -130,7 +131,7 @@ def generate_completions(
         InputError: a prompt is empty or leaves no room in the model's context.
         ModelError: the model returns no key/value cache.
         NonFiniteError: the model's logits hold NaN.
-        ResourceError: the accelerator's memory does not hold a batch.
+        ResourceError: the memory of host or device does not hold a batch.
     """
     wanted = [
         (prompt, sample)
@@ -159,12 +160,19 @@ def generate_completions(
                     prompt, sample = wanted[start + index]
                     text = _completion_text(tokenizer, batch[index], options.stop)
                     yield Completion(prompt.id, prompt.text, text, prompt.gold, sample)
-            except torch.OutOfMemoryError as error:
-                raise ResourceError(
-                    f"no memory left for a batch of {len(batch)} prompts of up to "
-                    f"{len(batch[0].prompt_ids)} tokens and {options.max_new_tokens} new "
-                    f"tokens. Lower evaluation.batch_size (now {options.batch_size}); finished "
-                    "completions are kept."
+            except Exception as error:
+                if isinstance(error, KpsvdTuneError) or not is_out_of_memory(error):
+                    raise
+                raise out_of_memory(
+                    error,
+                    f"answering {len(batch)} prompts of up to {len(batch[0].prompt_ids)} tokens "
+                    f"with up to {options.max_new_tokens} new ones (finished completions are kept)",
+                    [
+                        f"a lower batch_size of the evaluation (now {options.batch_size}): fewer "
+                        "questions at a time",
+                        f"a lower max_new_tokens (now {options.max_new_tokens}), or fewer shots",
+                        "--dtype bfloat16 of `eval`: the model in half of float32's memory",
+                    ],
                 ) from error
 
 

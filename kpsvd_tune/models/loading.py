@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError
+from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
 _DAMAGED = (SafetensorError, EOFError, UnpicklingError)
-# What is not of the files that are read.
-_OURS = (KpsvdTuneError, MemoryError, torch.OutOfMemoryError)
 # What a configuration of the right form with impossible values raises.
 _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError, RuntimeError)
 
@@ -58,6 +57,8 @@ def load_model(
             source.folder, local_files_only=True, output_loading_info=True, **options
         )
     except _DAMAGED as error:
+        if is_out_of_memory(error):
+            raise
         files = ", ".join(file.name for file in source.weight_files[:3])
         # torch adds a page of advice to some of these.
         reason = (str(error).splitlines() or [""])[0].split(". ")[0]
@@ -65,9 +66,9 @@ def load_model(
             f"model {source.path!r}: its weight files ({files}) are cut or damaged "
             f"({type(error).__name__}: {reason}); fetch the model again"
         ) from error
-    except _OURS:
-        raise
     except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
         raise ModelError(f"model {source.path!r} cannot be loaded: {_said(error)}") from error
     # transformers fills what a checkpoint lacks with random numbers and a warning.
     missing = sorted(info["missing_keys"])
@@ -97,9 +98,9 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = build(config)
-    except _OURS:
-        raise
     except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
         known: Any = AutoModelForCausalLM._model_mapping
         if type(config) in known:
             raise _impossible(source, error) from error
@@ -125,9 +126,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, **options
         )
-    except _OURS:
-        raise
     except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
         # Files of the tokenizer may hold anything, and the library says so in every way.
         raise ModelError(
             f"model {source.path!r}: its tokenizer cannot be loaded: {_said(error)}; expected the "
@@ -147,14 +148,19 @@ def _config(source: ModelSource) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     except _IMPOSSIBLE as error:
         raise _impossible(source, error) from error
-    except _OURS:
-        raise
     except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
         raise ModelError(
             f"model {source.path!r}: its configuration cannot be read: {_said(error)}; fetch it "
             "again"
         ) from error
     return config
+
+
+def _is_not_of_the_files(error: Exception) -> bool:
+    """Whether what a library raised while it read files is ours, or of the machine's memory."""
+    return isinstance(error, KpsvdTuneError) or is_out_of_memory(error)
 
 
 def _said(error: Exception) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +14,7 @@ from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
+from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.merge import DTYPES, check_output
 from kpsvd_tune.merge import merge as merge_adapter
 from kpsvd_tune.models import (
@@ -25,6 +25,7 @@ from kpsvd_tune.models import (
     resolve_model,
 )
 from kpsvd_tune.pipeline.adapter_file import WEIGHTS, check_adapter, read_adapter_config
+from kpsvd_tune.pipeline.phase import Phase, loading_cures, memory_explained, merging_cures
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
@@ -58,7 +59,7 @@ def find(source: str) -> Found:
     check_source(source)
     path = expand(source)
     if (path / "recipe.yaml").is_file():
-        recipe = load_recipe(path / "recipe.yaml")
+        recipe = load_recipe(path / "recipe.yaml", of_run=True)
         if not (path / "adapter" / "adapter_config.json").is_file():
             raise InputError(
                 f"{source} is a run without a finished adapter: run `kpsvd-tune train "
@@ -88,11 +89,11 @@ def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
         with safe_open(file, "pt") as opened:
             held = set(opened.keys())
         adapted = PeftModel.from_pretrained(model, folder, **options)
-    except (KpsvdTuneError, MemoryError, torch.OutOfMemoryError):
-        raise
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
     except Exception as error:
+        if isinstance(error, KpsvdTuneError) or is_out_of_memory(error):
+            raise
         # PEFT's and torch's ways to say that names or sizes are others are of every kind.
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(
@@ -156,18 +157,21 @@ def merge(
         inputs.append(model_source.folder)
     check_output(output, inputs)
     check_writable(output)
-    events.stage(f"loading {model_source.path}")
-    model = load_adapter(load_model(model_source, "float32"), found.adapter)
-    _compare_files(model, model_source, events)
-    return merge_adapter(
-        model,
-        load_tokenizer(model_source),
-        output,
-        adapter=str(found.adapter),
-        dtype=stored,
-        tolerance=tolerance,
-        stage=events.stage,
-    )
+    phase = Phase()
+    with memory_explained(phase):
+        phase.enter("merging the adapter into its base", merging_cures())
+        events.stage(f"loading {model_source.path}")
+        model = load_adapter(load_model(model_source, "float32"), found.adapter)
+        _compare_files(model, model_source, events)
+        return merge_adapter(
+            model,
+            load_tokenizer(model_source),
+            output,
+            adapter=str(found.adapter),
+            dtype=stored,
+            tolerance=tolerance,
+            stage=events.stage,
+        )
 
 
 def generate(
@@ -200,19 +204,25 @@ def generate(
     """
     found = find(source)
     model_source = resolve_model(found.base, found.revision, offline)
-    events.stage(f"loading {model_source.path}")
-    tokenizer = load_tokenizer(model_source)
-    dtype = found.recipe.model.dtype if found.recipe else "float32"
-    model: Any = load_model(model_source, dtype)
-    if found.adapter is not None and not base_only:
-        model = load_adapter(model, found.adapter)
-    model.to(device()).eval()
-    dataset = found.recipe.dataset if found.recipe else None
-    template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)
-    options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    return generate_text(
-        model, tokenizer, prompt, template=None if raw else template, options=options
-    )
+    phase = Phase()
+    with memory_explained(phase):
+        events.stage(f"loading {model_source.path}")
+        tokenizer = load_tokenizer(model_source)
+        dtype = found.recipe.model.dtype if found.recipe else "float32"
+        phase.enter("loading the base model", loading_cures(dtype))
+        model: Any = load_model(model_source, dtype)
+        if found.adapter is not None and not base_only:
+            model = load_adapter(model, found.adapter)
+        phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
+        model.to(device()).eval()
+        dataset = found.recipe.dataset if found.recipe else None
+        template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        return generate_text(
+            model, tokenizer, prompt, template=None if raw else template, options=options
+        )
 
 
 def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:

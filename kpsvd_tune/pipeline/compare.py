@@ -14,7 +14,9 @@ from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials
 from kpsvd_tune.compare.verdict import compare_rows
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
+from kpsvd_tune.data.limits import ModelLimits, model_limits
+from kpsvd_tune.data.preflight import pad_token_id
+from kpsvd_tune.data.stored_rows import num_shared
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
     WeightReader,
@@ -84,7 +86,11 @@ def compare(
         source = find_model(recipe, offline)
         tokenizer = load_tokenizer(source)
         events.stage(f"reading {source_names(recipe.dataset)}")
-        data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline)
+        skeleton = load_skeleton(source)
+        limits = model_limits(skeleton)
+        data = prepare(
+            recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline, limits=limits
+        )
         events.note(data.cache_note)
         events.preflight(data.report)
         if not data.validation:
@@ -92,10 +98,12 @@ def compare(
                 "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
                 "a number of rows or a file"
             )
-        skeleton = load_skeleton(source)
-        embeddings: Any = skeleton.get_input_embeddings()
-        check_known_tokens(data.train, embeddings.num_embeddings)
-        test, test_sha256 = _test_rows(recipe, tokenizer, offline)
+        test, test_sha256 = _test_rows(recipe, tokenizer, offline, limits)
+        if known := num_shared(test, data.train):
+            events.note(
+                f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "
+                "the test loss is partly one of known rows: take them out of one of the two"
+            )
         forgetting, text_sha256 = _forgetting_text(recipe)
         material = Material(
             source, data.train, data.validation, test, forgetting, pad_token_id(tokenizer)
@@ -192,7 +200,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _test_rows(
-    recipe: Recipe, tokenizer: Any, offline: bool
+    recipe: Recipe, tokenizer: Any, offline: bool, limits: ModelLimits
 ) -> tuple[Sequence[TokenizedRow], str | None]:
     """Rows that no choice looks at, and their hash."""
     if recipe.compare.test is None:
@@ -201,7 +209,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline)
+    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits)
     return found.train, found.sha256
 
 

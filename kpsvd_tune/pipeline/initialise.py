@@ -12,7 +12,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
 from kpsvd_tune.checkpoint import RunDirectory, Start
-from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.json_files import read_json
@@ -33,6 +33,7 @@ def initialise(
     source: ModelSource,
     train_rows: Sequence[TokenizedRow],
     validation_rows: Sequence[TokenizedRow],
+    num_steps: int,
     pad_token_id: int,
     run: RunDirectory,
     start: Start,
@@ -46,6 +47,7 @@ def initialise(
         source: The base model.
         train_rows: Rows to learn from.
         validation_rows: Held-out rows.
+        num_steps: Optimiser steps of the run.
         pad_token_id: Fills short rows.
         run: The run's folder; init/ is written.
         start: Where the run begins or goes on.
@@ -71,21 +73,13 @@ def initialise(
             on_main_process(
                 accelerator, lambda: shutil.rmtree(run.path / "probes", ignore_errors=True)
             )
-        train = recipe.train
-        sampler = StatelessSampler(
-            len(train_rows),
-            train.batch_size,
-            accelerator.num_processes,
-            train.gradient_accumulation,
-            train.seed,
-        )
         energy, probes = choose_energy(
             recipe,
             source,
             train_rows,
             validation_rows,
             pad_token_id,
-            train.max_steps or sampler.num_steps(train.epochs),
+            num_steps,
             accelerator,
             run,
             events,

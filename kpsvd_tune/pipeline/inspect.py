@@ -10,7 +10,8 @@ from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
-from kpsvd_tune.data import StatelessSampler, prepare, source_names
+from kpsvd_tune.data import prepare, source_names
+from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import (
     AdapterError,
@@ -20,10 +21,12 @@ from kpsvd_tune.errors import (
 )
 from kpsvd_tune.launch import check_gpus
 from kpsvd_tune.models import load_skeleton, load_tokenizer
+from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, memory_explained
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.training.length import run_length
 
 
 def init_only(
@@ -68,7 +71,9 @@ def init_only(
             f"{run.path} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
             f"{run.path}` shows them. To try other ranks, choose another output_dir"
         )
-    with run.lock(), _stoppable():
+    phase = Phase()
+    phase.enter("decomposing the base model", decomposition_cures(recipe))
+    with run.lock(), _stoppable(), memory_explained(phase):
         events.stage(f"decomposing {recipe.model.path}")
         decomposition = decompose(
             source,
@@ -133,7 +138,9 @@ def sweep_ranks(
             raise RecipeError(f"--sweep {setting}: one set of spectra has one tolerance")
     processes, device = _workers(processes, gpus)
     events.stage(f"decomposing {widest.model.path}")
-    with _stoppable():
+    phase = Phase()
+    phase.enter("decomposing the base model", decomposition_cures(widest))
+    with _stoppable(), memory_explained(phase):
         spectra = collect_spectra(
             find_model(widest, offline),
             widest.adapter,
@@ -201,18 +208,26 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     source = find_model(recipe, offline)
     events.stage(f"reading {source_names(recipe.dataset)}")
-    data = prepare(recipe.dataset, load_tokenizer(source), seed=recipe.train.seed, offline=offline)
+    skeleton = load_skeleton(source)
+    data = prepare(
+        recipe.dataset,
+        load_tokenizer(source),
+        seed=recipe.train.seed,
+        offline=offline,
+        limits=model_limits(skeleton),
+    )
     events.note(data.cache_note)
     events.preflight(data.report)
-    skeleton = load_skeleton(source)
     adapter = recipe.adapter
     names = target_names(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
     )
     train = recipe.train
-    sampler = StatelessSampler(
-        len(data.train), train.batch_size, 1, train.gradient_accumulation, train.seed
-    )
+    length = run_length(train, len(data.train), len(data.validation))
+    if length.faults:
+        raise RecipeError("\n".join(length.faults))
+    for note in length.notes:
+        events.note(note)
     bytes_each = 4 if recipe.model.dtype == "float32" else 2
     num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     return {
@@ -223,7 +238,8 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
         "rank_rule": adapter.rank.method,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation),
-        "steps": train.max_steps or sampler.num_steps(train.epochs),
+        "steps": length.num_steps,
+        "passes_over_rows": length.passes,
         "rows_per_step": train.batch_size * train.gradient_accumulation,
         "output_dir": recipe.output_dir,
         "output_dir_exists": Path(recipe.output_dir).exists(),

@@ -209,7 +209,16 @@ def _probe(
         return known
     began = time.monotonic()
     tried = with_energy(recipe, energy)
-    update = {"max_steps": length, "eval_every": 0, "save_every": 0, "early_stopping": None}
+    warmup = recipe.train.warmup_steps
+    update = {
+        "max_steps": length,
+        "eval_every": 0,
+        "save_every": 0,
+        "early_stopping": None,
+        "keep": "last",
+        # Made for the whole run, which a probe is much shorter than.
+        "warmup_steps": None if warmup is not None and warmup >= length else warmup,
+    }
     train = tried.train.model_copy(update=update)
     # The cache makes this cheap, and every process needs the factors.
     start = _start(tried, source, train_rows, pad_token_id, accelerator)

@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.json_files import read_json
-from kpsvd_tune.launch import tell_phase
-from kpsvd_tune.models import base_fingerprint, load_tokenizer
+from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
     find_adapter,
@@ -34,10 +34,20 @@ from kpsvd_tune.pipeline.continuing import (
     write_ranks,
 )
 from kpsvd_tune.pipeline.initialise import initialise
+from kpsvd_tune.pipeline.phase import (
+    Phase,
+    answering_cures,
+    data_cures,
+    decomposition_cures,
+    loading_cures,
+    memory_explained,
+    training_cures,
+)
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.ending import ending
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.score import as_mapping
 from kpsvd_tune.training import (
@@ -47,6 +57,7 @@ from kpsvd_tune.training import (
     name_lost_process,
     on_main_process,
 )
+from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.zero_config import zero_stage
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
@@ -97,8 +108,8 @@ def train(
     )
     adapter_folder = find_adapter(recipe)
     run = RunDirectory(recipe.output_dir)
-    phase = _Phase()
-    with ExitStack() as stack:
+    phase = Phase()
+    with memory_explained(phase), ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
         accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
@@ -112,11 +123,17 @@ def train(
         phase.enter("finding the base model")
         source = on_main_process(accelerator, lambda: find_model(recipe, offline))
         tokenizer = load_tokenizer(source)
-        phase.enter("reading and tokenising the data")
+        phase.enter("reading and tokenising the data", data_cures(recipe))
         train_rows, validation_rows, data_sha256 = on_main_process(
             accelerator,
-            lambda: _prepare(dataset, tokenizer, recipe.train.seed, events, offline),
+            lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
+        length = run_length(
+            recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
+        )
+        # A run that is under way goes on, whatever is thought of its settings by now.
+        if length.faults and (resume == "never" or not run.holds_checkpoint()):
+            raise RecipeError("\n".join(length.faults))
         base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
         origin = {} if adapter_folder is None else {"adapter": adapter_hash(adapter_folder)}
         start = on_main_process(
@@ -142,25 +159,28 @@ def train(
                 "another output_dir or pass --resume never"
             )
             return read_json(run.results_file)
+        for note in length.notes:
+            events.note(note)
         pad_id = pad_token_id(tokenizer)
         if adapter_folder is None:
-            phase.enter("decomposing the base model")
+            phase.enter("decomposing the base model", decomposition_cures(recipe))
             recipe, report, factors = initialise(
                 recipe,
                 source,
                 train_rows,
                 validation_rows,
+                length.num_steps,
                 pad_id,
                 run,
                 start,
                 accelerator,
                 events,
             )
-            phase.enter("loading the base model")
+            phase.enter("loading the base model", loading_cures(recipe.model.dtype))
             layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
             model = adapt(recipe, source, layers, factors, base_files)
         else:
-            phase.enter("loading the adapter and its base model")
+            phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
             events.stage(f"loading {adapter_folder} on {recipe.model.path}")
             model = load_adapted(recipe, source, adapter_folder, base_files, events)
             report = on_main_process(
@@ -176,7 +196,7 @@ def train(
             sandbox=sandbox,
         )
         tasks = labelled(recipe.evaluation)
-        phase.enter("scoring the base model")
+        phase.enter("scoring the base model", answering_cures(recipe.evaluation))
         # Offsets are those of step 0 here, also when a run goes on: zero, which is the base model,
         # unless adapter.from gave others.
         before = scorer.score_all(
@@ -184,7 +204,10 @@ def train(
             {label: task for label, task in tasks.items() if task.before},
             run.path / "evaluation" / "before",
         )
-        check_known_tokens(train_rows, model.get_input_embeddings().num_embeddings)
+        phase.enter("preparing the training", training_cures(recipe))
+        # The preflight held them against the configuration; this is the model itself.
+        for part in (train_rows, validation_rows):
+            check_known_tokens(part, model.get_input_embeddings().num_embeddings)
         training = Training(
             model,
             train_rows,
@@ -204,16 +227,19 @@ def train(
         if start.checkpoint is not None:
             events.note(f"continuing from {start.checkpoint}")
         events.stage(f"training for {training.num_steps} steps")
-        phase.enter(f"training, step {training.progress.step + 1} of {training.num_steps}")
+        cures = training_cures(recipe)
+        phase.enter(f"training, step {training.progress.step + 1} of {training.num_steps}", cures)
         for metrics in training.steps():
             events.step(metrics, training.num_steps)
-            phase.enter(f"training, step {metrics.step + 1} of {training.num_steps}")
+            phase.enter(f"training, step {metrics.step + 1} of {training.num_steps}", cures)
         events.end_progress()
-        phase.enter("scoring and saving")
+        phase.enter("scoring and saving", answering_cures(recipe.evaluation))
         outcome = training.result()
         weights = training.trained_weights()
         after = scorer.score_all(model, tasks, run.path / "evaluation" / "after")
-        results = outcome.to_dict() | _scores(before, after)
+        results = outcome.to_dict() | training.halvings()
+        results |= ending(results, from_adapter=adapter_folder is not None)
+        results |= _scores(before, after)
         if tasks:
             results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(
@@ -223,19 +249,10 @@ def train(
     return results
 
 
-class _Phase:
-    """What this process is doing, for the message where it or another one dies."""
-
-    name = "starting"
-
-    def enter(self, name: str) -> None:
-        self.name = name
-        tell_phase(name)
-
-
 def _prepare(
     dataset: DatasetRecipe,
     tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
     seed: int,
     events: Events,
     offline: bool,
@@ -248,6 +265,7 @@ def _prepare(
         seed=seed,
         offline=offline,
         progress=lambda done, total: events.advance("tokenising", done, total),
+        limits=model_limits(load_skeleton(source)),
     )
     events.note(data.cache_note)
     events.preflight(data.report)

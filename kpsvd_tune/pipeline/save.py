@@ -20,6 +20,7 @@ from kpsvd_tune import __version__
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.data import source_names
 from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.ending import worse_line
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.score import score_table
 
@@ -119,6 +120,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "parameters; the file holds as many frozen ones, the Kronecker factors that training "
         "started from.",
         "",
+        *([f"**Warning: {worse}.**", ""] if (worse := worse_line(results)) else []),
         "## Use",
         "",
         "PEFT learns this method by an import; without it loading ends in `KeyError: 'KPSVD'`.",

@@ -25,6 +25,7 @@ from kpsvd_tune.folders import expand
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
+from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, memory_explained
 from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
@@ -204,13 +205,15 @@ def evaluate(
         sandbox=sandbox,
         offline=offline,
     )
-    with ExitStack() as stack:
+    phase = Phase()
+    with memory_explained(phase), ExitStack() as stack:
         # Several processes end cleanly only when they take leave of each other.
         stack.callback(end_processes)
         place = _place()
         model_source = on_first_process(lambda: resolve_model(found.base, found.revision, offline))
         events.stage(f"loading {model_source.path}")
         known = found.recipe.model.dtype if found.recipe else "float32"
+        phase.enter("loading the model", loading_cures(dtype or known, "--dtype"))
         model: Any = load_model(model_source, dtype or known)
         if found.adapter is not None and not base_only:
             model = load_adapter(model, found.adapter)
@@ -223,6 +226,7 @@ def evaluate(
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,
         )
+        phase.enter(f"scoring {task.task}", answering_cures([task]))
         scores = as_mapping(scorer.score(model, task, output))
         asked = scorer.conditions({task.task: task})[task.task]
         result = {"task": task.task, "scores": scores, "conditions": asked}

@@ -167,7 +167,7 @@ def run_trial(
             rank=rank,
             trainable_parameters=outcome.trainable_parameters,
             stored_parameters=_stored(model, setup.method),
-            validation_loss=None if failed else outcome.validation_loss,
+            validation_loss=None if failed else outcome.adapter_validation_loss,
             validation_losses=tuple((step, loss) for step, loss in curve if loss is not None),
             test_loss=others["test_loss"],
             forgetting=None if forgot is None or base_text is None else forgot - base_text,

@@ -25,6 +25,8 @@ from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.compare.plan import Trial
 from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.json_files import read_json
+from kpsvd_tune.memory import host_memory
+from kpsvd_tune.pipeline.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.pipeline.trial import Material, Setup, measure_base, run_trial
 from kpsvd_tune.recipe import Recipe
@@ -159,8 +161,8 @@ def _receive(end: Connection, running: _Running) -> Any:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         name = running.trial.folder_name if running.trial else "the base model's measurement"
         raise ResourceError(
-            f"{name} {how}; signal 9 usually means that memory ran out. Run the same command "
-            "again, with fewer --jobs: finished trials are kept"
+            f"{name} {how}; signal 9 usually means that memory ran out: {host_memory()}. Run the "
+            "same command again, with fewer --jobs: finished trials are kept"
         ) from None
 
 
@@ -205,11 +207,18 @@ def _work(
     def report(metrics: StepMetrics, total: int) -> None:
         sender.send((trial, metrics.step, total, metrics.loss))
 
+    phase = Phase()
+    if isinstance(arguments[0], Setup):
+        recipe, doing = arguments[0].recipe, f"running the trial {arguments[0].trial.folder_name}"
+    else:
+        recipe, doing = arguments[1], "measuring the base model"
+    phase.enter(doing, ["fewer --jobs: trials at a time", *training_cures(recipe)])
     try:
-        if trial is None:
-            sender.send(function(*arguments))
-        else:
-            sender.send(_patiently(lambda: function(*arguments, report)))
+        with memory_explained(phase):
+            if trial is None:
+                sender.send(function(*arguments))
+            else:
+                sender.send(_patiently(lambda: function(*arguments, report)))
     except BrokenPipeError:
         return  # the parent is gone; what the trial saved is kept
     except StoppedBySignal:

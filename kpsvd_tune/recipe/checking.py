@@ -9,13 +9,14 @@ from pydantic_core import ErrorDetails
 
 from kpsvd_tune.recipe.faults import message_of, near_key
 from kpsvd_tune.recipe.reading import Document, Fault, Path
-from kpsvd_tune.recipe.schema import Recipe
+from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
+from kpsvd_tune.recipe.values import show
 
 # Beyond this a file is no recipe, and comparing every key with every other takes minutes.
 MAX_FAULTS = 100
 
 
-def check(document: Document) -> Recipe | None:
+def check(document: Document, *, of_run: bool = False) -> Recipe | None:
     """Validate, below misspelt keys too.
 
     A key with a likely meaning is renamed in the data and all is validated again, so that what it
@@ -23,10 +24,13 @@ def check(document: Document) -> Recipe | None:
 
     Args:
         document: A document whose value is a mapping; its value is changed and its faults grow.
+        of_run: Let keys without an effect stand.
 
     Returns:
         The recipe, which counts only if the document has no fault, or None.
     """
+    if not of_run and (fault := _two_lengths(document)):
+        document.faults.append(fault)
     spelling: dict[Path, str] = {}
     while True:
         try:
@@ -56,6 +60,32 @@ def check(document: Document) -> Recipe | None:
             message = message_of(each, path)
             document.faults.append(Fault(origin, written, message))
     return None
+
+
+def _two_lengths(document: Document) -> Fault | None:
+    """Of `epochs` beside `max_steps`, which would have no effect.
+
+    What is typed wins over what the file says, so a typed `max_steps` may stand beside the file's
+    `epochs`: that is how a long recipe is tried out. Where only the file speaks, the default of
+    `epochs` may stand there too, as it does in every recipe that was written out with its defaults.
+    """
+    train = document.value.get("train") if isinstance(document.value, dict) else None
+    if not isinstance(train, dict) or train.get("max_steps") is None:
+        return None
+    epochs, steps = train.get("epochs"), train["max_steps"]
+    place: Path = ("train", "epochs")
+    origin = document.origins.get(place)
+    is_typed = isinstance(origin, str)
+    is_outdone = isinstance(document.origins.get(("train", "max_steps")), str) and not is_typed
+    default = TrainRecipe.model_fields["epochs"].default
+    if epochs is None or is_outdone or (epochs == default and not is_typed):
+        return None
+    return Fault(
+        origin,
+        place,
+        f"is {show(epochs)} and train.max_steps is {show(steps)}, which alone would count; for "
+        "epochs set train.max_steps=null, else leave train.epochs out",
+    )
 
 
 def written_path(path: Path) -> str:

@@ -22,6 +22,7 @@ class Columns(TypedDict, total=False):
     instruction: Annotated[Text, Field(description="column with an alpaca instruction")]
     input: Annotated[Text, Field(description="column with an alpaca input")]
     output: Annotated[Text, Field(description="column with an alpaca output")]
+    history: Annotated[Text, Field(description="column with earlier rounds of an alpaca row")]
     messages: Annotated[Text, Field(description="column with a list of chat messages")]
     conversations: Annotated[Text, Field(description="column with a sharegpt conversation")]
     text: Annotated[Text, Field(description="column with plain text, all of it learnt")]

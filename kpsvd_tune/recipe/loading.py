@@ -17,7 +17,7 @@ from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.overrides import apply_override
 from kpsvd_tune.recipe.paths import path_faults
 from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
-from kpsvd_tune.recipe.schema import Recipe
+from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
 
 _PACKAGE = FilePath(__file__).parents[1]
@@ -42,6 +42,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     *,
     look_up: Collection[str] = (),
+    of_run: bool = False,
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -52,6 +53,8 @@ def load_recipe(
         look_up: Top-level keys whose local paths must exist, of
             :data:`~kpsvd_tune.recipe.paths.SECTIONS`; a path that is missing or holds something
             else is a fault like any other.
+        of_run: The file is what a run wrote down, possibly an earlier version's: it is read to
+            know the run and not to train, so keys without an effect may stand in it.
 
     Returns:
         The recipe with its defaults filled in, frozen.
@@ -68,7 +71,7 @@ def load_recipe(
         raise RecipeError(_render(name, document))
     for override in overrides:
         apply_override(document, override)
-    recipe = check(document)
+    recipe = check(document, of_run=of_run)
     _look_up(document, look_up)
     if recipe is None or document.faults:
         raise RecipeError(_render(name, document))
@@ -111,9 +114,16 @@ def evaluation_section(
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """Write the resolved recipe; `load_recipe` of the text gives an equal recipe."""
+    """Write the resolved recipe; `load_recipe` of the text gives an equal recipe.
+
+    But for `train.epochs` that `max_steps` on the command line made void, which is left out.
+    """
+    content = recipe.model_dump(mode="json")
+    default = TrainRecipe.model_fields["epochs"].default
+    if recipe.train.max_steps is not None and recipe.train.epochs != default:
+        del content["train"]["epochs"]
     return yaml.dump(
-        recipe.model_dump(mode="json"),
+        content,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,

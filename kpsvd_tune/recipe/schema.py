@@ -73,6 +73,10 @@ class DatasetRecipe(Section):
     columns: Columns = Field(
         default_factory=Columns, description="column of each role, where its name differs"
     )
+    ignore_columns: list[Text] = Field(
+        default_factory=list,
+        description="columns that are meant to be left out, as if they were not there",
+    )
     template: Text = Field(
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
@@ -92,10 +96,25 @@ class DatasetRecipe(Section):
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"
     )
+    deduplicate: bool = Field(
+        default=False, description="train and validate on each distinct row once"
+    )
     validation: Validation = Field(
         default=0.02,
         description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
     )
+
+    @field_validator("ignore_columns")
+    @classmethod
+    def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
+        if both := [name for name in value if name in named]:
+            raise conflict(
+                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
+                "the two",
+                "columns",
+            )
+        return value
 
     @field_validator("min_length")
     @classmethod
@@ -200,6 +219,11 @@ class TrainRecipe(Section):
     keep_checkpoints: int = Field(
         default=2, ge=1, description="newest checkpoints to keep, besides the best one"
     )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="step that the adapter is of: the last, or the one with the lowest "
+        "validation loss",
+    )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of everything random")
     num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: none")
     parallel: Literal["ddp", "fsdp"] = Field(
@@ -213,9 +237,36 @@ class TrainRecipe(Section):
     nonfinite: NonfiniteRecipe = Field(
         default_factory=NonfiniteRecipe, description="limits of on_nonfinite: skip and retry"
     )
+    on_oom: Literal["stop", "halve"] = Field(
+        default="stop",
+        description="where memory runs out in a micro step: end the run, or halve the micro batch "
+        "and double the accumulation for the rest of the run: the same rows and update a step, up "
+        "to rounding; one process only",
+    )
     early_stopping: EarlyStopping | None = Field(
         default=None, description="stop when the validation loss no longer falls; null: never"
     )
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, value: str, info: ValidationInfo) -> str:
+        if value == "best" and info.data.get("eval_every") == 0:
+            raise conflict(
+                "best needs validations during the run to choose among; set eval_every",
+                "eval_every",
+            )
+        return value
+
+    @field_validator("on_oom")
+    @classmethod
+    def _check_on_oom(cls, value: str, info: ValidationInfo) -> str:
+        if value == "halve" and info.data.get("batch_size") == 1:
+            raise conflict(
+                "halve needs a batch_size of 2 or more, for one row cannot be halved; with less "
+                "memory try gradient_checkpointing, or a lower dataset.max_length",
+                "batch_size",
+            )
+        return value
 
     @field_validator("early_stopping")
     @classmethod
@@ -276,8 +327,10 @@ class Recipe(Section):
 
     @field_validator("train")
     @classmethod
-    def _check_early_stopping(cls, train: TrainRecipe, info: ValidationInfo) -> TrainRecipe:
+    def _check_held_out(cls, train: TrainRecipe, info: ValidationInfo) -> TrainRecipe:
         dataset = info.data.get("dataset")
-        if train.early_stopping and dataset is not None and dataset.validation == 0:
-            raise ValueError("early_stopping needs held-out rows; set dataset.validation above 0")
+        wants = "early_stopping" if train.early_stopping else "keep: best"
+        needs = train.early_stopping is not None or train.keep == "best"
+        if needs and dataset is not None and dataset.validation == 0:
+            raise ValueError(f"{wants} needs held-out rows; set dataset.validation above 0")
         return train

@@ -30,6 +30,9 @@ class SourceRecipe(Section):
     columns: Columns | None = Field(
         default=None, description="column of each role, where its name differs"
     )
+    ignore_columns: list[Text] | None = Field(
+        default=None, description="columns that are meant to be left out, as if they were not there"
+    )
     template: Text | None = Field(default=None, description="as in dataset, for this source")
 
 

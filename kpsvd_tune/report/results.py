@@ -168,6 +168,8 @@ class StepMetrics(Result):
         seconds: Time since the run began.
         validation_loss: Loss on the held-out rows, where this step measured it.
         skipped: Why the step moved no weight; None for a step that was taken.
+        micro_batch_size: Rows of a forward pass where `train.on_oom: halve` made them fewer than
+            `train.batch_size`; None otherwise.
     """
 
     step: int
@@ -180,6 +182,7 @@ class StepMetrics(Result):
     seconds: float
     validation_loss: float | None = None
     skipped: str | None = None
+    micro_batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,14 +191,18 @@ class TrainResult(Result):
 
     Attributes:
         train_loss: Mean loss of the last logged steps.
-        validation_loss: Loss on the held-out rows at the end; None without such rows.
-        validation_loss_before: The same before the first step.
+        validation_loss: Loss on the held-out rows after the last step; None without such rows.
+        validation_loss_before: The same before the first step: the base model's, or with
+            `adapter.from` that adapter's.
         steps: Optimiser steps done.
         trainable_parameters: Parameters that were trained.
         wall_seconds: Time the run took.
         peak_memory_bytes: Most memory of one process: of the device, or resident on a CPU.
         best_step: The step with the lowest validation loss, whose checkpoint is kept; None without
             validations during the run.
+        best_validation_loss: That loss.
+        adapter_step: The step that the saved adapter is of, by `train.keep`.
+        adapter_validation_loss: Loss of that adapter on the held-out rows.
     """
 
     train_loss: float
@@ -206,6 +213,9 @@ class TrainResult(Result):
     wall_seconds: float
     peak_memory_bytes: int
     best_step: int | None = None
+    best_validation_loss: float | None = None
+    adapter_step: int | None = None
+    adapter_validation_loss: float | None = None
 
 
 @dataclass(frozen=True)

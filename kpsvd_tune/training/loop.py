@@ -17,11 +17,18 @@ from typing import Any
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.checkpoint import RunDirectory, load_random_state, random_state
 from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
+from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
+from kpsvd_tune.training.halving import (
+    MicroStepOutOfMemory,
+    give_memory_back,
+    halve,
+    rows_at_once,
+)
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
 from kpsvd_tune.training.nonfinite import skip_or_refuse
 from kpsvd_tune.training.packing import prove_packing
@@ -111,7 +118,11 @@ class Training:
     def steps(self) -> Generator[StepMetrics, None, None]:
         """Train, giving the metrics of each step once the step is done, logged and saved.
 
+        With `train.keep: best` the model has the weights of the best step when the last step was
+        given, and those of the last step lie in its checkpoint.
+
         Raises:
+            CheckpointError: The checkpoint of the best step cannot be read.
             NonFiniteError: A loss or gradient is infinite or NaN, and the recipe wants no skip or
                 retry, or no more of them; the step was not taken.
             RecipeError: The rows are to be packed and this model cannot keep them apart.
@@ -132,16 +143,32 @@ class Training:
     def result(self) -> TrainResult:
         """How the run ended; every process must ask, for the largest memory is looked up."""
         peak = gather_numbers(self._accelerator, [peak_memory_bytes(self._accelerator.device)])
+        progress = self.progress
+        kept, kept_loss = progress.step, progress.validation_loss
+        if self._recipe.keep == "best" and progress.best_step is not None:
+            kept, kept_loss = progress.best_step, progress.best_step_loss
         return TrainResult(
-            train_loss=self.progress.train_loss,
-            validation_loss=self.progress.validation_loss,
-            validation_loss_before=self.progress.validation_loss_before,
-            steps=self.progress.step,
+            train_loss=progress.train_loss,
+            validation_loss=progress.validation_loss,
+            validation_loss_before=progress.validation_loss_before,
+            steps=progress.step,
             trainable_parameters=self._stepper.num_trained,
-            wall_seconds=self.progress.seconds,
+            wall_seconds=progress.seconds,
             peak_memory_bytes=int(max(each for (each,) in peak)),
-            best_step=self.progress.best_step,
+            best_step=progress.best_step,
+            best_validation_loss=progress.best_step_loss,
+            adapter_step=kept,
+            adapter_validation_loss=kept_loss,
         )
+
+    def halvings(self) -> dict[str, int]:
+        """What `train.on_oom: halve` did, for results.json; empty where it did nothing."""
+        if not self.progress.num_halvings:
+            return {}
+        return {
+            "num_halvings": self.progress.num_halvings,
+            "micro_batch_size": self._rows_at_once,
+        }
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained tensor by its name in the model, whole; all processes must ask."""
@@ -158,14 +185,19 @@ class Training:
             rows = [self._train_rows[index] for index in indices]
             prove_packing(self._stepper.token_loss, rows, self._accelerator)
         self._stepper.token_loss.train()
-        if self._validation_rows and progress.step == 0:
+        if self._validation_rows and progress.step == 0 and progress.validation_loss_before is None:
             progress.validation_loss_before = progress.validation_loss = self._validate()
             self._obey()
         if self._recipe.on_nonfinite == "retry" and progress.step == 0:
             # To go back to if one of the first steps fails.
             self._save()
-        batches = self._batches()
+        batches, size = self._batches(), self._rows_at_once
         while True:
+            if size != self._rows_at_once:
+                # Out here nothing leads to the frames that hold the tensors of the failed pass.
+                give_memory_back()
+                batches.close()
+                batches, size = self._batches(), self._rows_at_once
             try:
                 # Of a step before a signal; a return to its checkpoint leaves it to do once more.
                 pending = self.progress.pending_metrics()
@@ -176,11 +208,16 @@ class Training:
                 self.progress = self._saving.go_back(self.progress, error)
                 batches.close()
                 batches = self._batches()
+            except MicroStepOutOfMemory as error:
+                halve(error, self._recipe, self.progress)
             else:
                 yield metrics
         # One that came while the last checkpoint was written.
         self._agree_on_signal()
         self._obey()
+        best = self.progress.best_step
+        if self._recipe.keep == "best" and best is not None and best != self.progress.step:
+            self._saving.take_weights(best)
 
     def _batches(self) -> Generator[list[MicroBatch], None, None]:
         """This process's batches from the next step on."""
@@ -191,14 +228,28 @@ class Training:
             self._accelerator.process_index,
             self._make_batch,
             self._recipe.num_workers,
+            self._rows_at_once,
         )
+
+    @property
+    def _rows_at_once(self) -> int:
+        return rows_at_once(self._recipe, self.progress)
 
     def _take_step(self, batches: list[MicroBatch]) -> StepMetrics:
         began = time.monotonic()
         step = self.progress.step + 1
-        sums = self._stepper.take(
-            step, batches, partial(self._rows_of, step), lambda: self._signals.requested
-        )
+        halves = self._recipe.on_oom == "halve"
+        random = random_state(self._stepper.devices()) if halves else None
+        try:
+            sums = self._stepper.take(
+                step, batches, partial(self._rows_of, step), lambda: self._signals.requested
+            )
+        except MicroStepOutOfMemory:
+            if random is not None:
+                # Where memory runs out may differ from one session to the next; what the step
+                # draws must not.
+                load_random_state(random)
+            raise
         self._signal = sums.signal
         if sums.fault is not None:
             is_main = self._accelerator.is_main_process
@@ -214,6 +265,7 @@ class Training:
             tokens_per_second=sums.num_tokens / max(now - began, 1e-9),
             seconds=now - self._began,
             skipped=sums.fault,
+            micro_batch_size=self.progress.micro_batch_size,
         )
         self.progress.count_step(sums.loss, sums.num_supervised, metrics)
         return metrics
@@ -242,14 +294,7 @@ class Training:
         return metrics
 
     def _validate(self) -> float | None:
-        loss = validation_loss(
-            self._stepper.token_loss,
-            self._validation_rows,
-            self._recipe.batch_size,
-            self._accelerator,
-            self._make_batch,
-            lambda: bool(self._signals.requested),
-        )
+        loss = self._measure()
         if loss is None:
             self._agree_on_signal()
         elif not math.isfinite(loss):
@@ -259,6 +304,26 @@ class Training:
                 "train.learning_rate, or train.precision: no"
             )
         return loss
+
+    def _measure(self) -> float | None:
+        """The validation loss, with fewer rows at a time where memory runs out and may."""
+        while True:
+            refusal = None
+            try:
+                return validation_loss(
+                    self._stepper.token_loss,
+                    self._validation_rows,
+                    self._rows_at_once,
+                    self._accelerator,
+                    self._make_batch,
+                    lambda: bool(self._signals.requested),
+                )
+            except Exception as error:
+                if self._recipe.on_oom != "halve" or not is_out_of_memory(error):
+                    raise
+                refusal = out_of_memory(error, "measuring the validation loss", ())
+            halve(refusal, self._recipe, self.progress)
+            give_memory_back()
 
     def _agree_on_signal(self) -> None:
         own = [float(self._signals.requested)]

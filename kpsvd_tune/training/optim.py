@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -151,10 +152,10 @@ def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
     optimizer = make_optimizer(recipe, [_stand_in(3)])
     num_steps = recipe.max_steps or 100
     scheduler = make_scheduler(recipe, optimizer, num_steps)
-    if isinstance(optimizer, torch.optim.Rprop) and scheduler.lr_lambdas[0](0) == 0:
+    if isinstance(optimizer, torch.optim.Rprop) and scheduler.lr_lambdas[0](0) < 1:
         raise RecipeError(
             f"train.optimizer: {recipe.optimizer} looks at the rate in its first step only, where "
-            "a warm-up has it at 0; set train.warmup_steps: 0, or choose another optimiser"
+            "a warm-up has it low; set train.warmup_steps: 0, or choose another optimiser"
         )
     factors = map(scheduler.lr_lambdas[0], range(num_steps + 1))
     trials: dict[str, Callable[[], object]] = {
@@ -241,11 +242,23 @@ def _check_arguments(key: str, function: Any, name: str, given: dict[str, Any]) 
 
 
 def make_scheduler(
-    recipe: TrainRecipe, optimizer: torch.optim.Optimizer, num_steps: int
+    recipe: TrainRecipe,
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    *,
+    starts_at_zero: bool = False,
 ) -> LambdaLR:
     """Make the schedule of `train.scheduler`, to be stepped once an optimiser step.
 
-    Transformers' warm-up starts at rate 0, so with a warm-up the first step changes nothing.
+    A warm-up of w steps gives step k (from 1) the k-th of w equal parts of the way: its first step
+    has a rate, and its last one the whole. Transformers' own warm-up starts at rate 0, so that the
+    first step changes nothing, and a run of one step nothing at all.
+
+    Args:
+        recipe: The `train` section.
+        optimizer: Whose rates the schedule sets.
+        num_steps: Length of the run.
+        starts_at_zero: Transformers' warm-up, for runs that began with it.
 
     Raises:
         RecipeError: The schedule refuses an argument.
@@ -257,23 +270,60 @@ def make_scheduler(
         arguments["min_lr_rate"] = 0.1
     if name == "warmup_stable_decay":
         arguments.setdefault("num_decay_steps", math.ceil(0.1 * num_steps))
+    num_warmup = num_warmup_steps(recipe, num_steps, starts_at_zero=starts_at_zero)
     try:
-        scheduler = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=num_warmup_steps(recipe, num_steps),
-            num_training_steps=num_steps,
-            scheduler_specific_kwargs=arguments,
-        )
+        with warnings.catch_warnings():
+            # That num_stable_steps wins over the length of the run, which it is given for.
+            warnings.simplefilter("ignore", UserWarning)
+            scheduler = get_scheduler(
+                name,
+                optimizer,
+                num_warmup_steps=num_warmup,
+                num_training_steps=num_steps,
+                scheduler_specific_kwargs=arguments,
+            )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"train.scheduler_args: {name}: {error}") from error
     if not isinstance(scheduler, LambdaLR):
         raise TypeError(f"{name} is a {type(scheduler).__name__}; expected a LambdaLR")
+    if num_warmup and not starts_at_zero:
+        scheduler.lr_lambdas = [
+            _one_step_ahead(factor, num_warmup) for factor in scheduler.lr_lambdas
+        ]
+        rates = [
+            base * factor(0)
+            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
     return scheduler
 
 
-def num_warmup_steps(recipe: TrainRecipe, num_steps: int) -> int:
-    """Steps that the rate rises in, of a run of `num_steps`."""
+def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable[[int], float]:
+    """The schedule whose warm-up gives each step what `factor` gives the next one."""
+
+    def ahead(step: int) -> float:
+        if step < num_warmup - 1:
+            return factor(step + 1)
+        return 1.0 if step < num_warmup else factor(step)
+
+    return ahead
+
+
+def schedule_factors(recipe: TrainRecipe, num_steps: int) -> list[float]:
+    """What the schedule of a run multiplies `train.learning_rate` with, step by step.
+
+    Raises:
+        RecipeError: The schedule refuses an argument.
+    """
+    scheduler = make_scheduler(recipe, make_optimizer(recipe, [_stand_in(3)]), num_steps)
+    return [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
+
+
+def num_warmup_steps(recipe: TrainRecipe, num_steps: int, *, starts_at_zero: bool = False) -> int:
+    """Steps that the rate rises in, of a run of `num_steps`; by the ratio never all of them."""
     if recipe.warmup_steps is not None:
         return recipe.warmup_steps
-    return math.ceil(recipe.warmup_ratio * num_steps)
+    num_warmup = math.ceil(recipe.warmup_ratio * num_steps)
+    return num_warmup if starts_at_zero else min(num_warmup, num_steps - 1)

@@ -26,6 +26,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, RunError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training import zero_config
+from kpsvd_tune.training.halving import check_halving
 from kpsvd_tune.training.optim import check_optimizer
 
 T = TypeVar("T")
@@ -78,6 +79,7 @@ def make_accelerator(
         kwargs_handlers=handlers,
     )
     check_optimizer(recipe, accelerator.num_processes)
+    check_halving(recipe, accelerator.num_processes, zero_config.is_requested())
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
     if accelerator.distributed_type == DistributedType.FSDP:

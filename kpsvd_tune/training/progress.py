@@ -33,6 +33,9 @@ class Progress:
         skip_streak: Those of them since the last step that was taken.
         num_retries: Returns to a checkpoint because something was not finite.
         rate_factor: What they left of the learning rate.
+        micro_batch_size: Rows of a forward pass, where memory asked for fewer than
+            `train.batch_size`.
+        num_halvings: How often it did.
         pending: Metrics of a step that is done but neither validated nor logged, for a signal
             came in between.
     """
@@ -51,6 +54,8 @@ class Progress:
     skip_streak: int = 0
     num_retries: int = 0
     rate_factor: float = 1.0
+    micro_batch_size: int | None = None
+    num_halvings: int = 0
     pending: dict[str, Any] | None = None
 
     def count_step(self, loss: float, num_supervised: float, metrics: StepMetrics) -> None:

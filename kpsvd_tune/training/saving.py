@@ -20,7 +20,7 @@ from kpsvd_tune.checkpoint import (
     load_random_state,
     random_state,
 )
-from kpsvd_tune.errors import NonFiniteError
+from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.nonfinite import retry_or_refuse
 from kpsvd_tune.training.optim import knows_state
@@ -108,7 +108,26 @@ class Saving:
             )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
+        # What memory taught since then still holds.
+        restored.micro_batch_size = progress.micro_batch_size
+        restored.num_halvings = progress.num_halvings
         return restored
+
+    def take_weights(self, step: int) -> None:
+        """Give the model the trained weights of an earlier step; all processes must ask.
+
+        Raises:
+            CheckpointError: Its checkpoint is not there or damaged.
+        """
+        try:
+            state = self._run.load(self._run.checkpoints / checkpoint_name(step))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"train.keep is best, and the checkpoint of the best step cannot be used: {error}. "
+                "The last step is saved: train.keep=last --allow-change train.keep makes the "
+                "adapter of that one"
+            ) from error
+        self._stepper.load_weights(state.offsets)
 
     def _restore(self, checkpoint: Path, rate_factor: float | None) -> Progress:
         state = self._run.load(checkpoint)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
 from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.halving import MicroStepOutOfMemory
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
@@ -82,6 +84,7 @@ class Stepper:
     ) -> None:
         self._accelerator = accelerator
         self._max_grad_norm = recipe.max_grad_norm or math.inf
+        self._halves = recipe.on_oom == "halve"
         self.token_loss = SummedTokenLoss(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise AdapterError("the model has no trainable parameter; expected an adapter on it")
@@ -103,6 +106,7 @@ class Stepper:
         self._optimizer = make_optimizer(
             recipe, list(self.names), [factors.get(name, 1.0) for name in self.names.values()]
         )
+        self._recipe, self._num_steps, self._starts_at_zero = recipe, num_steps, False
         self._scheduler = make_scheduler(recipe, self._optimizer, num_steps)
         self._base_rates = list(self._scheduler.base_lrs)
         self._shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
@@ -135,19 +139,8 @@ class Stepper:
         num_supervised = sum(each for (each,) in gather_numbers(accelerator, [own]))
         # DDP takes the mean of the processes' gradients, where the loss is a sum over them.
         scale = accelerator.num_processes / max(1.0, num_supervised)
-        loss = torch.zeros((), device=accelerator.device)
-        for index, batch in enumerate(batches):
-            is_last = index == len(batches) - 1
-            if self._zero is not None:
-                loss += self._zero.backward(batch.to(accelerator.device), scale, is_last)
-                continue
-            # Gradients travel once a step, with the last micro batch.
-            if self.is_sharded:
-                sum_gradients(self.token_loss, is_last)
-            with nullcontext() if is_last else accelerator.no_sync(self._module):
-                summed = self._module(**batch.to(accelerator.device))
-                accelerator.backward(summed * scale)
-            loss += summed.detach()
+        with self._gradients_dropped_without_memory(step):
+            loss = self._accumulate(batches, scale)
         grad_norm = self._clip()
         sums = [loss.item(), sum(batch.num_tokens for batch in batches), signal()]
         losses, num_tokens, signals = zip(*gather_numbers(accelerator, sums), strict=True)
@@ -185,6 +178,38 @@ class Stepper:
             fault=fault,
         )
 
+    def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> Tensor:
+        """Forward and backward over the micro batches; the summed loss of this process."""
+        accelerator = self._accelerator
+        loss = torch.zeros((), device=accelerator.device)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            if self._zero is not None:
+                loss += self._zero.backward(batch.to(accelerator.device), scale, is_last)
+                continue
+            # Gradients travel once a step, with the last micro batch.
+            if self.is_sharded:
+                sum_gradients(self.token_loss, is_last)
+            with nullcontext() if is_last else accelerator.no_sync(self._module):
+                summed = self._module(**batch.to(accelerator.device))
+                accelerator.backward(summed * scale)
+            loss += summed.detach()
+        return loss
+
+    @contextmanager
+    def _gradients_dropped_without_memory(self, step: int) -> Iterator[None]:
+        """With `train.on_oom: halve`, leave a step that found no memory as if never begun."""
+        refusal = None
+        try:
+            yield
+        except Exception as error:
+            if not (self._halves and is_out_of_memory(error)):
+                raise
+            refusal = out_of_memory(error, f"computing step {step}", ())
+        if refusal is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+            raise MicroStepOutOfMemory(str(refusal))
+
     def devices(self) -> list[torch.device]:
         """The devices that hold parts of the model."""
         return sorted({p.device for p in self.token_loss.parameters()}, key=str)
@@ -205,6 +230,7 @@ class Stepper:
             "scheduler": {
                 "schedule": self._scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
+                "starts_at_zero": self._starts_at_zero,
             },
         }
 
@@ -230,17 +256,19 @@ class Stepper:
             CheckpointError: The checkpoint is of another model or adapter.
         """
         own = {name: parameter for parameter, name in self.names.items()}
-        if found := _difference(self._shapes, offsets):
-            raise CheckpointError(f"the checkpoint does not fit the model: {found}")
+        self._check_weights(offsets)
+        # A checkpoint that says nothing of it is of a version whose warm-up began at rate 0, and
+        # its run goes on under that schedule.
+        self._starts_at_zero = scheduler.get("starts_at_zero", True)
+        if self._starts_at_zero:
+            self._scheduler = make_scheduler(
+                self._recipe, self._optimizer, self._num_steps, starts_at_zero=True
+            )
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self._optimizer.param_groups
         ]
-        if self._zero is not None:
-            self._zero.load_weights(offsets)
-        else:
-            for name, parameter in own.items():
-                copy_into(parameter, offsets[name])
+        self._copy_weights(offsets)
         if optimizer is not None and self._zero is not None:
             self._zero.load_optimizer_state(optimizer)
         elif optimizer is not None:
@@ -261,6 +289,26 @@ class Stepper:
         self._scheduler._last_lr = rates
         if self._accelerator.scaler is not None and scheduler["scaler"]:
             self._accelerator.scaler.load_state_dict(scheduler["scaler"])
+
+    def load_weights(self, offsets: Mapping[str, Tensor]) -> None:
+        """Put back trained tensors by name, whole, and nothing else; all processes must ask.
+
+        Raises:
+            CheckpointError: They are of another model or adapter.
+        """
+        self._check_weights(offsets)
+        self._copy_weights(offsets)
+
+    def _check_weights(self, offsets: Mapping[str, Tensor]) -> None:
+        if found := _difference(self._shapes, offsets):
+            raise CheckpointError(f"the checkpoint does not fit the model: {found}")
+
+    def _copy_weights(self, offsets: Mapping[str, Tensor]) -> None:
+        if self._zero is not None:
+            self._zero.load_weights(offsets)
+            return
+        for parameter, name in self.names.items():
+            copy_into(parameter, offsets[name])
 
     def _clip(self) -> float:
         if self._zero is not None:

@@ -20,17 +20,23 @@ def stream_steps(
     process_index: int,
     make_batch: Callable[[Sequence[TokenizedRow]], MicroBatch],
     num_workers: int = 0,
+    rows_at_once: int | None = None,
 ) -> Generator[list[MicroBatch], None, None]:
     """Give the micro batches of each step of `steps` for one process.
 
     Nothing of it has a position that would have to be saved, and no global random number is
-    drawn, so the batches of a step are the same however a run got there.
+    drawn, so the batches of a step are the same however a run got there. Batches of more than
+    `rows_at_once` rows are given as several.
     """
-    num_micro_steps = sampler.gradient_accumulation
+    size = rows_at_once or sampler.batch_size
+    firsts = range(0, sampler.batch_size, size)
+    num_micro_steps = sampler.gradient_accumulation * len(firsts)
     indices = (
-        sampler.batch(step, micro_step, process_index)
+        rows_of_batch[first : first + size]
         for step in steps
-        for micro_step in range(num_micro_steps)
+        for micro_step in range(sampler.gradient_accumulation)
+        for rows_of_batch in [sampler.batch(step, micro_step, process_index)]
+        for first in firsts
     )
     loader: DataLoader[MicroBatch] = DataLoader(
         rows,  # type: ignore[arg-type]  # any sequence will do

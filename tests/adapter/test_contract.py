@@ -153,7 +153,7 @@ def test_safe_merge_refuses_a_broken_adapter(tiny_model: Any) -> None:
     _, layer = next(kpsvd_layers(model))
     with torch.no_grad():
         layer.kpsvd_left["default"][0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="non-finite weights: the adapter is broken"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter"):
         model.merge_adapter(safe_merge=True)
 
 
@@ -267,21 +267,6 @@ def test_two_adapters_switch_add_and_delete(tiny_model: Any, tmp_path: Path) -> 
     model.load_adapter(tmp_path / "second", "again")
     model.set_adapter("again")
     assert torch.equal(logits(model), second)
-
-
-def test_one_config_for_two_models_decomposes_each(
-    model_factory: Callable[..., Any], tmp_path: Path
-) -> None:
-    config = KpsvdConfig(target_modules=["q_proj"], rank=1)
-    fingerprints = []
-    for seed in (0, 1):
-        model: Any = get_peft_model(model_factory(seed), config)
-        assert model.peft_config["default"].layers
-        fingerprints.append(
-            [layer["fingerprint"] for layer in model.peft_config["default"].layers.values()]
-        )
-    assert config.layers is None
-    assert fingerprints[0] != fingerprints[1]
 
 
 def test_rank_zero_leaves_a_layer_untouched(tiny_model: Any) -> None:

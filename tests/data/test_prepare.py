@@ -294,10 +294,11 @@ def test_pad_equal_to_end_token_still_trains_the_end(
     assert pad_token_id(tokenizer) == tokenizer.pad_token_id
 
 
-def test_length_above_the_models_is_warned_of(prepare_file: Prepare) -> None:
-    warnings = prepare_file("r.jsonl", [PAIR], max_length=513).report.warnings
-    assert warnings == (
-        "dataset.max_length is 513 and the tokenizer's model takes 512 tokens: lower "
+def test_a_row_longer_than_the_tokenizer_says_is_warned_of(prepare_file: Prepare) -> None:
+    long = {"prompt": "x", "completion": "y" * 600}
+    assert prepare_file("r.jsonl", [PAIR], max_length=2000).report.warnings == ()
+    assert prepare_file("r.jsonl", [long], max_length=2000).report.warnings == (
+        "the longest row has 621 tokens and the tokenizer says that its model takes 512: lower "
         "dataset.max_length",
     )
 

@@ -22,7 +22,8 @@ SILENT = {"role": "assistant", "content": " "}
 TEMPLATE = (
     "{% if tools %}{{ '<|tools|>' + tools | tojson + eos_token }}{% endif %}"
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name + call.function.arguments | tojson }}{% endfor %}"
     "{{ '<|call|>' if m.tool_calls else eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -68,16 +69,16 @@ def test_arguments_are_learnt_as_an_object_also_where_a_row_holds_their_json(
 ) -> None:
     tool = {"role": "tool", "content": "sun"}
     data = read([{"messages": [USER, call(arguments), tool, ANSWER]}])
-    assert learnt(data) == ['{"city": "Bonn"}<|call|>', "Sunny.</s>"]
+    assert learnt(data) == ['weather{"city": "Bonn"}<|call|>', "Sunny.</s>"]
 
 
 def test_arguments_that_are_no_json_object_stay_as_they_are(read: Read) -> None:
-    assert learnt(read([{"messages": [USER, call("Bonn")]}])) == ['"Bonn"<|call|>']
+    assert learnt(read([{"messages": [USER, call("Bonn")]}])) == ['weather"Bonn"<|call|>']
 
 
 def test_a_chat_may_end_with_a_call(read: Read) -> None:
     assert learnt(read([{"messages": [USER, call({"city": "Bonn"})]}], learn="last")) == [
-        '{"city": "Bonn"}<|call|>'
+        'weather{"city": "Bonn"}<|call|>'
     ]
 
 
@@ -114,7 +115,9 @@ def test_keys_that_arrow_fills_in_are_not_learnt(
 
     rows = [{"messages": [USER, call(arguments)]} for arguments in ({"city": "Bonn"}, {"day": 1})]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
-    assert learnt(read(rows, path=str(tmp_path / "r.parquet"))) == ['{"city": "Bonn"}<|call|>']
+    assert learnt(read(rows, path=str(tmp_path / "r.parquet"))) == [
+        'weather{"city": "Bonn"}<|call|>'
+    ]
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED])

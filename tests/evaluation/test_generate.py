@@ -214,8 +214,10 @@ def test_memory_that_runs_out_names_the_key_to_lower(tiny_model, tokenizer, prom
         raise torch.OutOfMemoryError
 
     tiny_model.forward = full
-    with pytest.raises(ResourceError, match=r"batch of 6 prompts .* Lower evaluation\.batch_size"):
+    with pytest.raises(ResourceError, match=r"out of GPU memory while answering 6 prompts") as told:
         next(generate_completions(tiny_model, tokenizer, prompts, GenerationOptions()))
+    assert "a lower batch_size of the evaluation (now 16)" in str(told.value)
+    assert "a lower max_new_tokens (now 256)" in str(told.value)
 
 
 @pytest.mark.parametrize(

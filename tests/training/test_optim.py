@@ -69,7 +69,8 @@ def test_every_optimiser_and_schedule_learns(start_training, optimizer, schedule
 def test_schedule_moves_once_a_step_and_reports_the_rate_used(start_training):
     metrics = list(start_training(scheduler="linear", max_steps=5, warmup_ratio=0.4).steps())
     rates = [each.learning_rate for each in metrics]
-    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01 * 2 / 3, 0.01 / 3])
+    # Two steps of warm-up, then down from the third: no step is without a rate.
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01 * 2 / 3, 0.01 / 3])
 
 
 def test_arguments_reach_the_optimiser_and_join_with_rates_and_decay():
@@ -99,7 +100,7 @@ def rates_of(num_steps: int = 10, **values: object) -> list[float]:
 
 def test_schedules_have_defaults_and_take_arguments():
     stable = rates_of(scheduler="warmup_stable_decay", warmup_steps=2)
-    assert stable[:10] == pytest.approx([0, 0.5] + [1.0] * 8)
+    assert stable[:10] == pytest.approx([0.5] + [1.0] * 9)
     assert stable[10] == pytest.approx(0.0)
     half = rates_of(
         scheduler="warmup_stable_decay",
@@ -114,8 +115,22 @@ def test_schedules_have_defaults_and_take_arguments():
 
 def test_warmup_steps_win_over_the_ratio():
     assert rates_of(scheduler="linear", warmup_steps=5, warmup_ratio=0.1)[5] == 1.0
-    assert rates_of(scheduler="linear", warmup_steps=5, warmup_ratio=0.1)[4] == 0.8
+    assert rates_of(scheduler="linear", warmup_steps=5, warmup_ratio=0.1)[:5] == [
+        *(0.2, 0.4, 0.6, 0.8, 1.0)
+    ]
     assert rates_of(scheduler="linear", warmup_steps=0, warmup_ratio=0.5)[0] == 1.0
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("ratio", [0.03, 0.5, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 20])
+def test_a_warm_up_gives_every_step_a_rate_and_the_whole_before_the_end(
+    scheduler, ratio, num_steps
+):
+    rates = rates_of(num_steps, scheduler=scheduler, warmup_ratio=ratio)[:num_steps]
+    assert min(rates[:-1], default=1) > 0
+    assert rates[0] > 0
+    assert max(rates) == 1.0
 
 
 @pytest.mark.parametrize(

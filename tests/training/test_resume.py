@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from kpsvd_tune.checkpoint import read_committed
 from kpsvd_tune.errors import CheckpointError, StoppedBySignal
 from kpsvd_tune.recipe.optimizer import OPTIMIZERS
+from kpsvd_tune.training.optim import make_scheduler
+from kpsvd_tune.training.step import Stepper
 
 TIMING = ("seconds", "tokens_per_second")
 
@@ -315,6 +318,37 @@ def test_an_allowed_change_of_the_rate_counts_from_the_checkpoint_on(start_train
     assert rates == pytest.approx([2e-2 * 3 / 6, 2e-2 * 2 / 6, 2e-2 * 1 / 6])
 
 
+def test_a_run_of_a_version_whose_warm_up_began_at_zero_keeps_its_schedule(
+    start_training, tmp_path, monkeypatch
+):
+    changes = {"warmup_steps": 4, "save_every": 2, "scheduler": "linear"}
+
+    def state(self, original=Stepper.state):
+        found = original(self)
+        del found["scheduler"]["starts_at_zero"]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "kpsvd_tune.training.step.make_scheduler", partial(make_scheduler, starts_at_zero=True)
+        )
+        patch.setattr(Stepper, "state", state)
+        rates = [each.learning_rate for each in start_training("whole", **changes).steps()]
+        steps = start_training("parts", **changes).steps()
+        next(steps)
+        next(steps)
+        steps.close()
+    assert rates == pytest.approx([0.0, 2.5e-3, 5e-3, 7.5e-3, 1e-2, 5e-3])
+    steps = start_training("parts", **changes).steps()
+    next(steps)
+    next(steps)
+    steps.close()  # and once more, from a checkpoint of this version
+    list(start_training("parts", **changes).steps())
+    assert metric_lines(tmp_path / "parts") == metric_lines(tmp_path / "whole")
+    new = [each.learning_rate for each in start_training("new", **changes).steps()]
+    assert new == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 5e-3])
+
+
 @pytest.mark.parametrize(
     ("before", "after", "is_anew"),
     [
@@ -356,3 +390,54 @@ def test_the_best_checkpoint_stays_however_old(start_training, rows, tmp_path, m
     # A resumed run remembers which one it was.
     again = start_training(validation=rows[:3], eval_every=1, max_steps=5, keep_checkpoints=1)
     assert (again.progress.best_step, again.progress.best_step_loss) == (2, 3.0)
+
+
+def test_the_best_step_is_kept_where_that_is_wanted(start_training, rows, tmp_path, monkeypatch):
+    changes = {"validation": rows[:3], "eval_every": 1, "max_steps": 4, "keep_checkpoints": 1}
+    # Of the whole run, then of the stopped one and of its rest.
+    losses = iter([9.0, 5.0, 3.0, 4.0, 4.5, 9.0, 5.0, 3.0, 4.0, 4.5])
+    monkeypatch.setattr("kpsvd_tune.training.loop.validation_loss", lambda *_: next(losses))
+    whole = start_training("whole", keep="best", **changes)
+    seen = {each.step: whole.trained_weights() for each in whole.steps()}
+    assert len(seen) == 4
+    saved = whole._run.load(whole._run.checkpoints / "step-000002").offsets
+    assert all(torch.equal(saved[name], each) for name, each in whole.trained_weights().items())
+    result = whole.result()
+    assert (result.steps, result.validation_loss) == (4, 4.5)
+    assert (result.adapter_step, result.adapter_validation_loss) == (2, 3.0)
+    assert (result.best_step, result.best_validation_loss) == (2, 3.0)
+
+    steps = start_training("parts", keep="best", **changes).steps()
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    parts = start_training("parts", keep="best", **changes)
+    assert parts.progress.step == 2
+    # Step 3 was validated and lost.
+    losses = iter([4.0, 4.5])
+    list(parts.steps())
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", step=4)
+    assert all(torch.equal(saved[name], each) for name, each in parts.trained_weights().items())
+
+
+def test_the_last_step_is_kept_unless_the_best_is_wanted(start_training, rows, monkeypatch):
+    losses = iter([9.0, 3.0, 4.0])
+    monkeypatch.setattr("kpsvd_tune.training.loop.validation_loss", lambda *_: next(losses))
+    training = start_training(validation=rows[:3], eval_every=1, max_steps=2)
+    list(training.steps())
+    result = training.result()
+    assert (result.adapter_step, result.adapter_validation_loss) == (2, 4.0)
+
+
+def test_a_best_step_that_cannot_be_read_is_an_error_with_a_way_out(
+    start_training, rows, monkeypatch, tmp_path
+):
+    losses = iter([9.0, 3.0, 4.0])
+    monkeypatch.setattr("kpsvd_tune.training.loop.validation_loss", lambda *_: next(losses))
+    training = start_training(validation=rows[:3], eval_every=1, max_steps=2, keep="best")
+    steps = training.steps()
+    next(steps)
+    next(steps)
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json.*train\.keep=last --allow-change"):
+        next(steps)

@@ -15,6 +15,7 @@ from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import app
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.report.layout import shortened
 
 __all__ = ["app", "main", "run"]
 
@@ -75,7 +76,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(shortened(message), file=sys.stderr)
 
 
 def main() -> None:

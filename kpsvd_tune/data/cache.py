@@ -10,10 +10,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.store import FACTS, StoreWriter, TokenStore, store_files
@@ -46,6 +47,16 @@ class TokenCache:
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         self.folder = folder or cache_folder() / "tokens"
         self._max_bytes = max_bytes
+        # Looking at all stores takes as long as there are many: not after every small one.
+        self._made_bytes = max_bytes
+        self._tokenizers: dict[int, str] = {}
+
+    def fingerprint_of(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """:func:`tokenizer_fingerprint`, computed once: a large vocabulary takes its time."""
+        found = self._tokenizers.get(id(tokenizer))
+        if found is None:
+            found = self._tokenizers[id(tokenizer)] = tokenizer_fingerprint(tokenizer)
+        return found
 
     def find_or_make(
         self, key: str, make: Callable[[StoreWriter], dict[str, Any]]
@@ -80,8 +91,8 @@ class TokenCache:
                     writer.abandon()
                     shutil.rmtree(temporary, ignore_errors=True)
                     raise
+                # Not synced: opening checks every digest, so what a power cut spoils is made again.
                 temporary.rename(folder)
-                _sync(self.folder)
                 store = TokenStore(folder)
                 _hold(store)
         except OSError as error:
@@ -90,7 +101,10 @@ class TokenCache:
                 f"the cache of tokenised rows {self.folder} {what}; make room, or point "
                 "XDG_CACHE_HOME at another disk"
             ) from error
-        self.prune()
+        self._made_bytes += sum(map(_size, store_files(folder)))
+        if self._made_bytes > self._max_bytes // 100:
+            self._made_bytes = 0
+            self.prune()
         return store, False
 
     def read_note(self, key: str) -> Any:
@@ -160,7 +174,7 @@ def store_key(*parts: Any) -> str:
     Args:
         parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
     """
-    libraries = [version("tokenizers"), version("transformers")]
+    libraries = [tokenizers.__version__, transformers.__version__]
     return _hash([FORMAT_VERSION, libraries, *parts])
 
 
@@ -235,11 +249,3 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except OSError:
         return 0
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

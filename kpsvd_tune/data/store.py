@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from contextlib import suppress
 from enum import IntFlag
@@ -99,16 +98,12 @@ class StoreWriter:
             # A one-dimensional header has the same length whatever the count: numpy pads it.
             self._write_header(name)
             file.flush()
-            os.fsync(file.fileno())
             file.seek(0)
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
             file.close()
         content = {"facts": facts, "digests": digests, "max_token_id": self._max_token_id}
         text = json.dumps({**content, "sha256": _hash(content)}, indent=1)
-        with (self._folder / FACTS).open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        (self._folder / FACTS).write_text(text, encoding="utf-8")
 
     def abandon(self) -> None:
         """Close the files of a store that will not be finished."""

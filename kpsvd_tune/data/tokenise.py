@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.cache import TokenCache, store_key
 from kpsvd_tune.data.columns import column
 from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.files import Row
@@ -142,7 +142,7 @@ def tokenise(
     key = store_key(
         fingerprint,
         source.part,
-        tokenizer_fingerprint(tokenizer),
+        cache.fingerprint_of(tokenizer),
         settings.format,
         dict(settings.columns),
         sorted(settings.ignore_columns),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
 _DAMAGED = (SafetensorError, EOFError, UnpicklingError)
+# Of layers, and of experts in a layer; the largest models have a few hundred.
+_MOST_MODULES = 4096
 # What a configuration of the right form with impossible values raises.
 _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError, RuntimeError)
 
@@ -155,7 +157,29 @@ def _config(source: ModelSource) -> PretrainedConfig:
             f"model {source.path!r}: its configuration cannot be read: {_said(error)}; fetch it "
             "again"
         ) from error
+    _check_sizes(source, config)
     return config
+
+
+def _check_sizes(source: ModelSource, config: PretrainedConfig) -> None:
+    """Refuse numbers of modules that no model has: building them would take for ever.
+
+    Raises:
+        ModelError: Names the key.
+    """
+    configs = [config, *(each for each in vars(config).values() if hasattr(each, "model_type"))]
+    for each in configs:
+        for key, value in vars(each).items():
+            if (
+                isinstance(value, int)
+                and value > _MOST_MODULES
+                and ("layers" in key or "experts" in key or key in ("n_layer", "depth"))
+            ):
+                raise ModelError(
+                    f"model {source.path!r}: its configuration says {key} {value:,}; expected at "
+                    f"most {_MOST_MODULES:,}: is this the config.json of these weights? Fetch it "
+                    "again"
+                )
 
 
 def _is_not_of_the_files(error: Exception) -> bool:

@@ -190,7 +190,7 @@ def test_rescoring_stored_completions(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = json.loads(capsys.readouterr().out)
     assert printed.keys() == {"scores"}
     scores = printed["scores"]
-    assert scores["strict"].keys() == {"value", "n", "stderr", "unextractable"}
+    assert scores["strict"].keys() == {"value", "n", "stderr", "unextractable", "interval"}
     assert scores["strict"]["value"] == 0.5
     assert scores["flexible"]["unextractable"] == 1
     # The evaluation that wrote the file says which task it was.

@@ -110,6 +110,14 @@ def test_every_kind_of_method_trains_through_the_same_loop(
     assert {row.method: row for row in rows_of(tmp_path / "comparison")} == rows
     assert cli.run([*command, "adapter.rate_ratio=2"]) == 1
     assert "kpsvd: adapter.rate_ratio: 1.0 in the run, 2.0 now" in capsys.readouterr().err
+    # Trials of a version with another warm-up are judged, and get no new ones beside them.
+    known = json.loads((tmp_path / "comparison" / "compare.json").read_text())
+    del known["schedule"]
+    (tmp_path / "comparison" / "compare.json").write_text(json.dumps(known))
+    assert cli.run(command) == 0
+    capsys.readouterr()
+    assert cli.run([*command[:-1], "2"]) == 1
+    assert "trials of an earlier version, whose warm-up gave" in capsys.readouterr().err
     results.write_bytes(b"")
     assert cli.run([*command[:4], "lora", *command[5:], "train.max_steps=3"]) == 0
     assert [len(row.losses) for row in rows_of(tmp_path / "comparison")] == [3]

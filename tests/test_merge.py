@@ -78,7 +78,7 @@ def _umask() -> int:
 def test_modules_to_save_reach_the_merged_weights(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    peft = adapted(tiny_model, modules_to_save=["norm"]).eval()
+    peft = adapted(tiny_model, modules_to_save=["model.norm"]).eval()
     report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")
     assert report.passed
 

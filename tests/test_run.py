@@ -269,7 +269,11 @@ def test_dry_run_writes_nothing(
         (["init-only", "RECIPE", "--sweep", "train.seed=1,2"], 2, "only keys of adapter.rank"),
         (["init-only", "RECIPE", "--sweep", "energy"], 2, "expected KEY=A,B,C"),
         (["init-only", "RECIPE", "adapter.target_modules=[q_prok]"], 2, "q_proj"),
-        (["merge", "MODEL", "--output", "OUT"], 2, "neither a run nor an adapter"),
+        (
+            ["merge", "MODEL", "--output", "OUT"],
+            2,
+            "is a model, with plain weights",
+        ),
         (["report", "MODEL"], 2, "holds neither init/rank_report.json nor results.json"),
         (["recipes", "show", "nothing"], 2, "no shipped recipe 'nothing'; there are: "),
     ],
@@ -406,13 +410,34 @@ def test_evaluating_a_finished_run_keeps_the_scores_with_it(
     card = (run / "adapter" / "README.md").read_text()
     assert card.count("## Evaluation") == 1
     assert "| forgetting | loss_change |" in card
-    assert "| loss, base model | perplexity |" in card
+    assert "| base model | loss | perplexity |" in card
     assert "2 samples at temperature 0.9" in card
     # Scores that were added do not make the run another one.
     assert cli.run(["train", str(recipe), tasks, "train.max_steps=2"]) == 0
     assert "is finished; nothing was done" in capsys.readouterr().err
     assert cli.run(["report", str(run)]) == 0
-    assert "loss, change" in capsys.readouterr().out
+    assert "loss, in this training" in capsys.readouterr().out
+    # Another file's scores stand beside, under a name of their own.
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"question": "How many?", "answer": "One"}) + "\n")
+    before = json.loads((run / "results.json").read_text())
+    asked = ["--task", "exact_match", "--path", str(other), "--max-new-tokens", "2"]
+    asked += ["columns={prompt: question, completion: answer}"]
+    for more in ([], ["--base-only"]):
+        assert cli.run(["eval", str(run), *asked, *more]) == 0
+    capsys.readouterr()
+    after = json.loads((run / "results.json").read_text())
+    name = "exact_match, other.jsonl"
+    assert after["scores"] == before["scores"] | {name: after["scores"][name]}
+    assert after["score_files"][name] == str(other)
+    assert after["base_scores"][name]["exact_match"]["n"] == 1
+    folders = [each.name for each in (run / "evaluation").iterdir()]
+    assert {"exact_match-other.jsonl", "base-exact_match-other.jsonl"} <= set(folders)
+    assert cli.run(["report", str(run)]) == 0
+    shown = capsys.readouterr().out
+    for whose in ("adapter", "base model"):
+        assert f"{whose}, exact_match, other.jsonl, exact_match: " in shown
+    assert f"; {other}, template" in " ".join(shown.split())
     assert cli.run(["eval", str(run)]) == 2
     assert "the run's own are exact_match, exact_match, loss, forgetting" in capsys.readouterr().err
     assert cli.run(["eval", str(run), "--task", "forgetting", "--base-only"]) == 2

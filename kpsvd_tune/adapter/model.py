@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from kpsvd_tune.adapter.base import Unchecked, check_base
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
-from kpsvd_tune.adapter.targets import modules_by_name, plain_name, target_names
+from kpsvd_tune.adapter.targets import modules_by_name, plain_name, saved_whole_notes, target_names
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import (
     KPSVD,
@@ -44,9 +45,17 @@ class KpsvdModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Inject an adapter; decompose first when its configuration has no layers yet.
+
+        With a state dict the layers are those that it has tensors of, as PEFT has it; PEFT warns
+        where the configuration says otherwise.
 
         Raises:
             AdapterError: No layer is matched, a target cannot be adapted, or every rank is 0; or
@@ -62,13 +71,20 @@ class KpsvdModel(BaseTuner):
         if config.is_to_decompose:
             layers, self._factors = _decompose(model, config)
             config.take_layers(layers, self, adapter_name)
+        self._stated = _stated_layers(state_dict or {})
         overrides = config.rank_pattern
         try:
             # PEFT warns of patterns that match no adapted module; rank 0 is meant to adapt none.
             config.rank_pattern = _with_effect(overrides, config.layers)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+            if state_dict is not None:
+                config.layers = {
+                    name: config.layers.get(name) or layer for name, layer in self._stated.items()
+                }
         finally:
-            self._factors = {}
+            self._factors, self._stated = {}, {}
             config.rank_pattern = overrides
             config.note_targets()
 
@@ -93,9 +109,9 @@ class KpsvdModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         name = plain_name(current_key)
-        if config.layers is None or name not in config.layers:
+        layer = (config.layers or {}).get(name) or self._stated.get(name)
+        if layer is None:
             raise AdapterError(f"{name}: the adapter has no factors for this module")
-        layer = config.layers[name]
         if not isinstance(target, KpsvdLayer):
             new = KpsvdLinear(target, adapter_name)
             self._replace_module(parent, target_name, new, target)
@@ -207,6 +223,8 @@ def _decompose(
         config.modules_to_save or (),
         config.task_type,
     )
+    for note in saved_whole_notes(model, config.modules_to_save or ()):
+        warnings.warn(note, stacklevel=2)
     modules = modules_by_name(model)
     decompositions: dict[str, KPSVD] = {}
     for name in names:
@@ -238,6 +256,22 @@ def _decompose(
         for name, rank in chosen.items()
     }
     return layers, factors
+
+
+def _stated_layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Shape and rank of the layers that a state dict has both offsets of, by plain name."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        module, _, part = plain_name(key).rpartition(".")
+        tensors.setdefault(module.removeprefix("base_model.model."), {})[part] = value
+    return {
+        name: {
+            "shape": [*parts["kpsvd_left"].shape[1:], *parts["kpsvd_right"].shape[1:]],
+            "rank": len(parts["kpsvd_left"]),
+        }
+        for name, parts in tensors.items()
+        if "kpsvd_left" in parts and "kpsvd_right" in parts
+    }
 
 
 def _with_effect(overrides: Mapping[str, Any], names: Iterable[str] | None) -> dict[str, Any]:

@@ -150,6 +150,21 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str,
     }
 
 
+def saved_whole_notes(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Say how many modules an entry means, for each that means several or others by name."""
+    notes = []
+    for entry, names in saved_modules(model, modules_to_save).items():
+        others = [n for n in names if n != entry and not n.endswith(f".{entry}")]
+        if len(names) < 2 and not others:
+            continue
+        listed = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+        note = f"modules_to_save {entry!r} means {len(names)} modules, trained whole: {listed}"
+        if others:
+            note += f" (PEFT takes any end of a name; {others[0]} ends with it)"
+        notes.append(note)
+    return notes
+
+
 def _all_linear(model: nn.Module, heads: set[str]) -> list[str]:
     head = _output_head(model)
     return [

@@ -12,6 +12,11 @@ from kpsvd_tune.report.comparison import Claim, Difference, Estimate, MethodSumm
 EQUAL_NATS = 0.005
 # "Fewer parameters" starts at three quarters of the other method's, as the paper's figure does.
 FEWER = 0.8
+# Trained parameters that differ by more than this share are not equal.
+EQUAL_SIZE = 0.02
+# How a loss falls and how gradients vary is seen in runs of at least this many times the warm-up,
+# and of at least this many steps.
+WARMUPS, FEWEST_STEPS = 5, 20
 
 Best = Mapping[tuple[str, int], Sequence[TrialRow]]
 
@@ -21,21 +26,26 @@ def judge(
     summaries: Sequence[MethodSummary],
     differences: Sequence[Difference],
     num_warmup: int,
+    base_loss: float | None = None,
 ) -> tuple[Claim, ...]:
     """Judge what can be judged: a KPSVD method and LoRA or PiSSA must be among the trials.
 
     A claim holds where the 95 % confidence interval of the paired difference lies on its side, does
     not hold where it lies on the other, and is undecided otherwise: zero inside, one seed, or
-    trials that cannot show it. KPSVD stands for its best variant, and so do the others: the one
-    with the lowest mean validation loss among those with the most seeds at that budget. A variant
-    chosen on the seeds it is then judged by looks a little better than it is, the more the more
-    variants there were; their number is part of the figure.
+    trials that cannot show it. Those are methods of unequal sizes, a baseline that has learnt
+    nothing, and for convergence and gradients runs that are short or mostly warm-up.
+
+    KPSVD stands for its best variant, and so do the others: the one with the lowest mean
+    validation loss among those with the most seeds at that budget. A variant chosen on the seeds
+    it is then judged by looks a little better than it is, the more the more variants there were;
+    their number is part of the figure.
 
     Args:
         best: (method, budget) to the rows of its best rate.
         summaries: Of the same.
         differences: Paired differences of validation losses.
         num_warmup: Warm-up steps.
+        base_loss: Validation loss of the base model; None where it is not known.
     """
     pairs = [
         (ours, other)
@@ -47,15 +57,18 @@ def judge(
     _, largest = pairs[-1]
     most_seeds = max(pairs, key=lambda pair: (pair[0].validation_loss.n, pair[0].budget))
     return (
-        _fewer(summaries, differences, largest),
-        _quality(summaries, differences, *most_seeds),
-        _faster(best, *most_seeds),
+        _fewer(summaries, differences, largest, base_loss),
+        _quality(summaries, differences, *most_seeds, base_loss),
+        _faster(best, *most_seeds, num_warmup),
         _steadier(best, *most_seeds, num_warmup),
     )
 
 
 def _fewer(
-    summaries: Sequence[MethodSummary], differences: Sequence[Difference], other: MethodSummary
+    summaries: Sequence[MethodSummary],
+    differences: Sequence[Difference],
+    other: MethodSummary,
+    base_loss: float | None,
 ) -> Claim:
     text = (
         f"fewer parameters: at most {FEWER:.0%} of the best baseline's at no higher loss "
@@ -89,7 +102,7 @@ def _fewer(
                 f"; but {cut.method} with {cut.trainable_parameters:,} is no worse either "
                 f"({_shown(own)}): the rank does not bind"
             )
-    return Claim(text, verdict, figure)
+    return _claim(text, verdict, figure, _learnt_nothing(other, base_loss))
 
 
 def _quality(
@@ -97,20 +110,20 @@ def _quality(
     differences: Sequence[Difference],
     ours: MethodSummary,
     other: MethodSummary,
+    base_loss: float | None,
 ) -> Claim:
     text = f"equal or better quality at equal parameters (within {EQUAL_NATS} nats)"
     found = _find(differences, ours, other)
     variants = sum(is_kpsvd(s.method) and s.budget == ours.budget for s in summaries)
     among = f", the best of {variants} variants" if variants > 1 else ""
     figure = f"{ours.method}{among}, against {other.method} at {ours.budget:,}: {_shown(found)}"
-    verdict = _verdict(found, EQUAL_NATS)
-    if verdict == "held" and ours.trainable_parameters > 1.05 * other.trainable_parameters:
-        verdict = "undecided"
-        figure += (
-            f"; it trains {ours.trainable_parameters:,} parameters where the other trains "
-            f"{other.trainable_parameters:,}"
-        )
-    return Claim(text, verdict, figure)
+    return _claim(
+        text,
+        _verdict(found, EQUAL_NATS),
+        figure,
+        _unequal(ours, other),
+        _learnt_nothing(other, base_loss),
+    )
 
 
 def lowest_mean(rows: Sequence[TrialRow]) -> float:
@@ -118,7 +131,7 @@ def lowest_mean(rows: Sequence[TrialRow]) -> float:
     return min(loss for _, loss in mean_curve([row.validation_losses for row in rows]))
 
 
-def _faster(best: Best, ours: MethodSummary, other: MethodSummary) -> Claim:
+def _faster(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup: int) -> Claim:
     text = "faster convergence: fewer steps to the best baseline's lowest validation loss"
     goal = lowest_mean(best[other.method, other.budget])
     # A run that never gets there took at least all its steps; with such runs the mean is a bound.
@@ -140,7 +153,11 @@ def _faster(best: Best, ours: MethodSummary, other: MethodSummary) -> Claim:
         f"{found.mean:+.1f} steps{_interval(found, 1)}{note}"
     )
     verdict = _verdict(found, 0.0)
-    return Claim(text, "undecided" if verdict == "held" and num_short else verdict, figure)
+    if verdict == "held" and num_short:
+        verdict = "undecided"
+    return _claim(
+        text, verdict, figure, _unequal(ours, other), _short(best, ours, other, num_warmup)
+    )
 
 
 def _steadier(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup: int) -> Claim:
@@ -161,7 +178,53 @@ def _steadier(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup:
         f"{_interval(found, 3)}; clipped steps {ours.clipped_share:.0%} and "
         f"{other.clipped_share:.0%}"
     )
-    return Claim(text, _verdict(found, 0.0), figure)
+    return _claim(
+        text,
+        _verdict(found, 0.0),
+        figure,
+        _unequal(ours, other),
+        _short(best, ours, other, num_warmup),
+    )
+
+
+def _claim(text: str, verdict: str, figure: str, *doubts: str | None) -> Claim:
+    """A claim that is undecided where there is a doubt, whatever the figures say."""
+    found = [doubt for doubt in doubts if doubt is not None]
+    if not found:
+        return Claim(text, verdict, figure)
+    return Claim(text, "undecided", f"{figure}; {'; '.join(found)}")
+
+
+def _unequal(ours: MethodSummary, other: MethodSummary) -> str | None:
+    sizes = ours.trainable_parameters, other.trainable_parameters
+    if max(sizes) <= (1 + EQUAL_SIZE) * min(sizes):
+        return None
+    return (
+        f"sizes differ by more than {EQUAL_SIZE:.0%}: it trains {sizes[0]:,} parameters where the "
+        f"other trains {sizes[1]:,}"
+    )
+
+
+def _short(best: Best, ours: MethodSummary, other: MethodSummary, num_warmup: int) -> str | None:
+    steps = min(len(row.losses) for pair in _pairs(best, ours, other) for row in pair)
+    needed = max(WARMUPS * num_warmup, FEWEST_STEPS)
+    if steps >= needed:
+        return None
+    return (
+        f"runs of {steps} steps, {num_warmup} of them warm-up, are too short to tell: it takes "
+        f"{needed} or more ({WARMUPS} times the warm-up, and at least {FEWEST_STEPS})"
+    )
+
+
+def _learnt_nothing(other: MethodSummary, base_loss: float | None) -> str | None:
+    """Where the baseline learnt nothing, being as good says nothing."""
+    gain = None if base_loss is None else base_loss - other.validation_loss.mean
+    if gain is None or gain > EQUAL_NATS:
+        return None
+    return (
+        f"{other.method} has learnt nothing (validation loss {other.validation_loss.mean:.4f}, the "
+        f"base model's is {base_loss:.4f}), so being as good says nothing"
+    )
 
 
 def _verdict(found: Estimate | None, margin: float) -> str:

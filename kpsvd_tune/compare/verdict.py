@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from kpsvd_tune.compare.claims import is_kpsvd, judge, lowest_mean
+from kpsvd_tune.compare.claims import EQUAL_SIZE, is_kpsvd, judge, lowest_mean
+from kpsvd_tune.compare.recommend import recommend
 from kpsvd_tune.compare.statistics import estimate, steps_to, variation
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, Difference, Estimate, MethodSummary, TrialRow
@@ -87,11 +88,25 @@ def compare_rows(
         model=model,
         steps=steps,
         base=dict(base),
+        recommendation=recommend(
+            summaries,
+            lambda one, other: difference(best, one, other),
+            base,
+            steps=steps,
+            num_missing=num_missing,
+        ),
         reference=reference,
         summaries=summaries,
         differences=found,
-        claims=() if num_missing else judge(best, summaries, found, num_warmup),
-        notes=tuple(_notes(rows, summaries, reference, cut, num_missing, jobs)),
+        claims=(
+            ()
+            if num_missing
+            else judge(best, summaries, found, num_warmup, base.get("validation_loss"))
+        ),
+        notes=(
+            *_notes(rows, summaries, reference, cut, num_missing, jobs),
+            *_worse_than_base(summaries, base.get("validation_loss")),
+        ),
         currency=currency,
     )
 
@@ -185,7 +200,7 @@ def _notes(
             told = ", ".join(f"{name} {count}" for name, count in counts.items())
             yield f"unequal numbers of trials at {budget:,}: {told}"
         trained = [s.trainable_parameters for s in own]
-        if max(trained) > 1.05 * min(trained):
+        if max(trained) > (1 + EQUAL_SIZE) * min(trained):
             told = ", ".join(f"{s.method} {s.trainable_parameters:,}" for s in own)
             yield f"unequal numbers of parameters at {budget:,}: {told}"
     for summary in summaries:
@@ -213,6 +228,17 @@ def _notes(
             f"from {cut.budget:,} to {cut.other_budget:,} parameters{_interval(cut.loss)}, so the "
             "loss-versus-parameters front says little; lengthen the runs"
         )
+
+
+def _worse_than_base(summaries: Sequence[MethodSummary], base_loss: float | None) -> Iterable[str]:
+    for summary in summaries:
+        loss = summary.validation_loss.mean
+        if base_loss is not None and loss > base_loss:
+            yield (
+                f"{summary.method} at {summary.budget:,} is worse than the base model at its best "
+                f"learning rate, {summary.learning_rate:g}: validation loss {loss:.4f}, the base "
+                f"model's is {base_loss:.4f}; try lower rates"
+            )
 
 
 def _interval(found: Estimate) -> str:

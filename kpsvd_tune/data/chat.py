@@ -9,12 +9,19 @@ messages, so a template that drops, rewrites or reorders text is refused rather 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.chat_program import ChatProgram, compile_template, with_reasoning_names
+from kpsvd_tune.data.chat_program import (
+    ChatProgram,
+    compile_template,
+    variables_of,
+    with_reasoning_names,
+)
+from kpsvd_tune.data.chat_templates import Template, shipped_name
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.data.written import REASONING_KEYS, WrittenCheck
@@ -36,6 +43,10 @@ class TemplateError(DataError):
     """The chat template, not the row, keeps a chat from being trained."""
 
 
+class TemplateMismatch(TemplateError):
+    """A template that was tried in another's place writes something else."""
+
+
 class ChatRenderer:
     """The chat template of one tokenizer.
 
@@ -45,19 +56,29 @@ class ChatRenderer:
     Args:
         tokenizer: Tokenizer with a chat template.
         special_tokens: Texts of its special tokens.
+        compared_with: Another template, which must ask as this one does wherever it asks at all.
 
     Raises:
         DataError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        special_tokens: Sequence[str],
+        compared_with: Template | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template, and the chat format (or template: chat) "
                 "needs one; use a chat model, name a template with dataset.chat_template, or "
                 "write dataset.template as text with {prompt} and {completion}"
             )
-        self._tokenizer = tokenizer
+        self._template: Template = tokenizer.chat_template
+        self._compared_with = compared_with
+        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
+        # Ours mark what they ask for, or something is wrong; a user's markers are a user's choice.
+        self.is_strict = any(map(shipped_name, texts))
         self._special_tokens = tuple(special_tokens)
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
@@ -70,7 +91,18 @@ class ChatRenderer:
         Raises:
             TemplateError: The template refuses the messages.
         """
-        return self._run(messages, tools, add_generation_prompt=True)[0]
+        asked = self._run(messages, tools, add_generation_prompt=True)[0]
+        if self._compared_with is not None:
+            try:
+                other = self._run(messages, tools, True, self._compared_with)[0]
+            except TemplateError:
+                return asked  # what it refuses it cannot ask otherwise
+            if other != asked:
+                raise TemplateMismatch(
+                    f"it asks with {_from_fork(other, asked)} where the tokenizer's own asks with "
+                    f"{_from_fork(asked, other)}"
+                )
+        return asked
 
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
         """Split the rendered chat into learnt and other text.
@@ -97,6 +129,19 @@ class ChatRenderer:
             segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
             position = end
         return [segment for segment in segments if segment.text]
+
+    @cached_property
+    def arguments(self) -> str:
+        """What the template may be told to do otherwise, as a cure in messages."""
+        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
+        found = set().union(*map(variables_of, texts))
+        known = sorted(name for name in found if "think" in name or "reasoning" in name)
+        if not known:
+            return ""
+        return (
+            f"give it another value of {' or '.join(known)} (dataset.template_arguments, such as "
+            f"{{{known[0]}: false}}), or "
+        )
 
     def ends_turn(self, text: str) -> bool:
         """Whether a turn's text ends with a special token."""
@@ -141,6 +186,25 @@ class ChatRenderer:
                 f"well: {head(before or after)}"
             ] = None
 
+    def check_alike(self, messages: Messages, tools: Any, turn: str) -> None:
+        """Check that the compared template, where it is consistent, writes the last turn alike.
+
+        Raises:
+            TemplateError: It does not.
+        """
+        if self._compared_with is None:
+            return
+        try:
+            asked = self._run(messages[:-1], tools, True, self._compared_with)[0]
+            written = self._run(messages, tools, False, self._compared_with)[0]
+        except TemplateError:
+            return
+        if written.startswith(asked) and not written.startswith(turn, len(asked)):
+            raise TemplateMismatch(
+                f"it writes {head(turn)} where the tokenizer's own writes "
+                f"{head(written[len(asked) :])}"
+            )
+
     def rendered(self, messages: Messages, tools: Any) -> str:
         """The text of messages without a generation prompt.
 
@@ -157,15 +221,28 @@ class ChatRenderer:
         """
         return self._run(messages, tools)
 
-    def _program(self, tools: Any) -> ChatProgram:
-        template = self._tokenizer.get_chat_template(None, list(tools) if tools else None)
+    def _program(self, tools: Any, template: Template | None = None) -> ChatProgram:
+        template = template or self._template
+        if isinstance(template, dict):
+            # As transformers chooses among several.
+            name = "tool_use" if tools and "tool_use" in template else "default"
+            if name not in template:
+                raise TemplateError(
+                    f"the tokenizer has the chat templates {', '.join(template)} and none is the "
+                    "default; name a file with dataset.chat_template"
+                )
+            template = template[name]
         return compile_template(template)
 
     def _run(
-        self, messages: Messages, tools: Any, add_generation_prompt: bool = False
+        self,
+        messages: Messages,
+        tools: Any,
+        add_generation_prompt: bool = False,
+        template: Template | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            program = self._program(tools)
+            program = self._program(tools, template)
             found = program.render(
                 messages=with_reasoning_names(messages),
                 tools=list(tools) if tools else None,
@@ -224,6 +301,8 @@ class _Finder:
                 found = self._near(answers[number - 1], index, spans[-1][1])
             start, end = found or self._whole(index)
             turn = self._text[start:end]
+            if found is None:
+                self._renderer.check_alike(self._messages[: index + 1], self._tools, turn)
             is_last = index == len(self._messages) - 1
             self._renderer.check_turn(self._messages[index], turn, is_last)
             spans.append((start, end))
@@ -236,14 +315,10 @@ class _Finder:
         whole = self._messages[: index + 1]
         after = self._text if is_last else self._renderer.rendered(whole, self._tools)
         if not after.startswith(before):
-            raise TemplateError(
-                "the chat template's generation prompt is not how it starts an assistant "
-                f"turn: it asks with {tail(before)} and writes {_from_fork(before, after)}; "
-                f"training and generation would differ: use {_OTHER_TEMPLATE} where they agree"
-            )
+            raise _asks_otherwise(before, after, self._renderer.arguments)
         end = len(before) + len(self._renderer.turn(after[len(before) :]))
         if not self._text.startswith(after[:end]):
-            raise _rewrites()
+            raise _rewrites(self._renderer.arguments)
         return len(before), end
 
     def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
@@ -326,6 +401,8 @@ class _MarkedTurns(_Finder):
         text, renderer = self._text, self._renderer
         before = renderer.prompt(self._messages[:index], self._tools)
         start, end = self._cut(text, self._marked[index], len(before), text.startswith(before))
+        if text[:start] != before and renderer.is_strict:
+            raise _asks_otherwise(before, text, renderer.arguments)
         if text[:start] != before:
             renderer.notes[
                 "the chat template's generation prompt is not the text before the tokens it "
@@ -337,7 +414,7 @@ class _MarkedTurns(_Finder):
             alone, marked = renderer.marked(self._messages[: index + 1], self._tools)
             place = self._cut(alone, marked[-1], len(before), alone.startswith(before))
             if place != (start, end) or alone[:end] != text[:end]:
-                raise _rewrites()
+                raise _rewrites(self._renderer.arguments)
         return start, end
 
     def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
@@ -405,24 +482,36 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     start = turn.find(reasoning)
     place = turn.find(answer, max(start, 0) + len(reasoning))
     if start < 0 or place < 0:
-        raise TemplateError(
-            f"the chat template drops or changes the assistant's reasoning: expected "
-            f"{head(text)}, it wrote {head(turn)}; take the text up to {_THINK_END} out of the "
-            f"rows to train answers alone, or use {_OTHER_TEMPLATE} that keeps it, such as qwen3, "
-            "deepseek-r1 or chatml"
-        )
+        raise _drops_reasoning(text, turn)
     start = start if reasoning else place
     marker_place = turn.rfind("<think>", 0, start)
     return (start if marker_place < 0 else marker_place), place + len(answer)
 
 
-def _rewrites() -> TemplateError:
+def _drops_reasoning(expected: str, turn: str) -> TemplateError:
+    return TemplateError(
+        f"the chat template drops or changes the assistant's reasoning: expected {head(expected)}, "
+        f"it wrote {head(turn)}; take the reasoning out of the rows to train answers alone (the "
+        f"key reasoning_content, or the text up to {_THINK_END}), or use {_OTHER_TEMPLATE} that "
+        "keeps it, such as qwen3, deepseek-r1 or chatml"
+    )
+
+
+def _asks_otherwise(before: str, after: str, arguments: str) -> TemplateError:
+    return TemplateError(
+        "the chat template's generation prompt is not how it starts an assistant turn: it asks "
+        f"with {tail(before)} and writes {_from_fork(before, after)}; training and generation "
+        f"would differ: {arguments}use {_OTHER_TEMPLATE} where they agree"
+    )
+
+
+def _rewrites(arguments: str) -> TemplateError:
     return TemplateError(
         "the chat template changes earlier turns when later ones follow (as templates do that "
         "drop past reasoning), so not every assistant turn can be learnt from one rendering: "
         "train each turn as a row of its own, behind what a model sees before it (dataset.learn: "
-        f"each), or the last turn only (dataset.learn: last), or use {_OTHER_TEMPLATE} that keeps "
-        "earlier turns"
+        f"each), or the last turn only (dataset.learn: last), or {arguments}use {_OTHER_TEMPLATE} "
+        "that keeps earlier turns"
     )
 
 

@@ -102,12 +102,22 @@ def compile_template(template: str) -> ChatProgram:
 def variables_of(template: str) -> frozenset[str]:
     """The names that a template reads and does not set itself, globals left out.
 
+    A name that it sets only where nobody gave it (`is defined`, `default`) counts as read.
+
     Raises:
         jinja2.TemplateError: It does not compile.
     """
     environment = _Environment()
-    found = jinja2.meta.find_undeclared_variables(environment.parse(template))
-    return frozenset(found) - set(environment.globals)
+    tree = environment.parse(template)
+    own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
+    questions = [
+        node.node
+        for node in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter))
+        if node.name in ("defined", "undefined", "default", "d")
+    ]
+    asked_for = {node.name for node in questions if isinstance(node, jinja2.nodes.Name)}
+    found = jinja2.meta.find_undeclared_variables(tree)
+    return frozenset(found) - (own - asked_for) - set(environment.globals)
 
 
 class _Environment(ImmutableSandboxedEnvironment):

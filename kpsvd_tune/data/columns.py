@@ -27,6 +27,14 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# What belongs before the answer besides the question, by plain names.
+CONTEXT_NAMES = {
+    *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
+    *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
+}
+SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
+
+
 def column(row: Row, name: str) -> Any:
     """The value of a column, or None; "a.b" reaches into the object in column "a"."""
     if name in row.values:
@@ -46,19 +54,19 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
         value: What a column holds.
         may_be_single: Whether one message that stands without a list counts too.
     """
-    if isinstance(value, str) and value.startswith(("[{", "{") if may_be_single else "[{"):
+    if isinstance(value, str) and value.startswith("[{"):
         try:
             value = parse_json(value)
         except ValueError:
             return None
-    first = value[0] if isinstance(value, list) and value else None
-    if may_be_single and isinstance(value, Mapping):
-        first = value
-    if not isinstance(first, Mapping):
+    messages = [value] if may_be_single and isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not messages or not isinstance(messages[0], Mapping):
         return None
-    if {"role", "content"} <= set(first):
-        return "chat"
-    return "sharegpt" if {"from", "value"} <= set(first) else None
+    for kind, speaker, text in (("chat", "role", "content"), ("sharegpt", "from", "value")):
+        # A message with a call alone, or a faulty one, has no text.
+        if speaker in messages[0] and any(isinstance(m, Mapping) and text in m for m in messages):
+            return kind
+    return None
 
 
 def text_of(row: Row, name: str) -> str:
@@ -109,26 +117,78 @@ def check_characters(row: Row, name: str, text: str) -> None:
 
 
 def missing_column(
-    row: Row, form: str, role: str, name: str, required: Sequence[str], setting: str
+    row: Row,
+    form: str,
+    role: str,
+    name: str,
+    required: Sequence[str],
+    setting: str,
+    names_format: bool = False,
 ) -> DataError:
-    """The error for a column that is not there, with the nearest mapping to set `setting` to."""
-    paths = _text_paths(row)
-    nearest: dict[str, str] = {}
-    for wanted in required:
-        free = [path for path in paths if path not in nearest.values()]
-        if found := _nearest(wanted, free):
-            nearest[wanted] = found
+    """The error for a column that is not there, with what to write to use those that are.
+
+    Args:
+        row: The row.
+        form: The form that needs the column.
+        role: The role that it plays there.
+        name: Its name.
+        required: The roles that the form needs.
+        setting: Where a user names columns.
+        names_format: Whether the recipe names the form, so that another one has to be named too.
+    """
+    advised, mapping = _advice(row, form, required)
     what = f"the column {name!r}" + (f" for {role}" if name != role else "")
-    if set(nearest) == set(required):
-        mapping = ", ".join(f"{key}: {value}" for key, value in nearest.items())
-        cure = f"the nearest is {setting}={{{mapping}}}"
-    else:
-        blanks = ", ".join(f"{key}: {nearest.get(key, 'COLUMN')}" for key in required)
-        cure = f"say which columns to use: {setting}={{{blanks}}}"
+    lead = "say which columns to use: " if "COLUMN" in mapping.values() else "the nearest is "
+    changes = f"dataset.format={advised} " if names_format and advised != form else ""
+    listed = ", ".join(f"{key}: {value}" for key, value in mapping.items())
     return DataError(
         f"{row.where}: {what} is missing; found {describe_columns(row)}; expected "
-        f"{' and '.join(required)} (format {form}); {cure}"
+        f"{' and '.join(required)} (format {form}); {lead}{changes}{setting}={{{listed}}}"
     )
+
+
+def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The form and columns that use all that seems to belong to the example."""
+    paths = _text_paths(row)
+    for path in paths:
+        kind = message_kind(column(row, path))
+        if kind is not None and path not in ("prompt", "completion"):
+            return kind, {"messages" if kind == "chat" else "conversations": path}
+    found: dict[str, str] = {}
+    for wanted in required:
+        free = [path for path in paths if path not in found.values()]
+        if close := _nearest(wanted, free):
+            found[wanted] = close
+    if form not in ("prompt-completion", "alpaca") or set(found) != set(required):
+        return form, {role: found.get(role, "COLUMN") for role in required}
+    free = [path for path in paths if path not in found.values() and _is_text(row, path)]
+    more: dict[str, str] = {}
+    for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES)):
+        if fitting := [path for path in free if plain_name(path.split(".")[-1]) in names]:
+            more[role] = fitting[0]
+    if "input" in more:
+        asking, answer = found.values()
+        return "alpaca", {"instruction": asking, "output": answer, **more}
+    return form, {**found, **more}
+
+
+def _is_text(row: Row, path: str) -> bool:
+    value = column(row, path)
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(each, str) for each in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column or key holds nothing: null, no text, an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | dict) and not value)
+
+
+def plain_name(name: str) -> str:
+    """A name without case, "_" and "-", as names are compared."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def looks_like_pair(row: Row, name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.chat import ChatRenderer
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.format import Chat, Pair, is_answer
 from kpsvd_tune.data.segments import SegmentTokenizer
 from kpsvd_tune.data.template import TextTemplate
@@ -40,6 +41,7 @@ class Encoder:
         template: Text with {prompt} and {completion}, or "chat".
         max_length: Tokens a row is cut to.
         learn: Assistant turns of a chat to learn.
+        compared_with: Another chat template, which must ask as the tokenizer's does.
 
     Raises:
         DataError: The template does not work with this tokenizer.
@@ -52,6 +54,7 @@ class Encoder:
         max_length: int,
         *,
         learn: Learn = "all",
+        compared_with: Template | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
@@ -70,7 +73,9 @@ class Encoder:
         self._eos_id = int(tokenizer.eos_token_id)
         self._template = None if template == "chat" else TextTemplate(template)
         self._chat = (
-            ChatRenderer(tokenizer, tuple(self._special_ids)) if template == "chat" else None
+            ChatRenderer(tokenizer, tuple(self._special_ids), compared_with)
+            if template == "chat"
+            else None
         )
         self._segment_tokenizer = SegmentTokenizer(tokenizer)
 
@@ -104,7 +109,7 @@ class Encoder:
     def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
         """What becomes a row of its own: the example, or a chat up to each turn to learn."""
         if isinstance(example, Pair) and example.history and self._text_template(example) is None:
-            example = _as_chat(example)
+            example = example.as_chat()
         if self._learn != "each" or isinstance(example, Pair):
             return [example]
         return [
@@ -243,8 +248,8 @@ class Encoder:
             return segments, self._prefix(segments), texts
         if isinstance(example, Pair):
             if is_prompt:
-                return self._chat_prompt(_as_chat(example).messages[:-1]), [], []
-            example = _as_chat(example)
+                return self._chat_prompt(example.as_chat().messages[:-1]), [], []
+            example = example.as_chat()
         self._notes |= dict.fromkeys(example.notes)
         # The template writes its own special tokens, so the tokenizer adds none.
         segments = self._renderer().segments(example, only_last=self._learn != "all")
@@ -288,14 +293,6 @@ class Encoder:
             "written once; remove it from the template"
         ] = None
         return []
-
-
-def _as_chat(pair: Pair) -> Chat:
-    messages = [{"role": "system", "content": pair.system}] if pair.system else []
-    for question, answer in (*pair.history, (pair.prompt, pair.completion)):
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
-    return Chat(tuple(messages), pair.tools)
 
 
 def _refuse_chat_parts(pair: Pair) -> None:

@@ -1,20 +1,29 @@
-"""Read one local file row by row: .jsonl, .json, .csv, .parquet; each fault names its line."""
+"""Read one local file row by row: .jsonl, .json, .csv, .parquet; each fault names its line.
+
+The first three may be compressed: .jsonl.gz, .csv.zst.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from kpsvd_tune.data.arrow import read_parquet
 from kpsvd_tune.errors import DataError
 
-Numbered = tuple[int, Mapping[str, Any]]
+# A row, or what is wrong with it.
+Numbered = tuple[int, Mapping[str, Any] | DataError]
+_COMPRESSED = (".gz", ".zst")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".bz2", ".xz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +35,25 @@ class Row:
         number: Line (.jsonl, .csv) or row (.json, .parquet, hub), counted from 1.
         values: Columns by name, as read.
         unit: What `number` counts.
+        fault: Why the row cannot be read; None where it can.
     """
 
     source: str
     number: int
     values: Mapping[str, Any]
     unit: str = "line"
+    fault: DataError | None = None
 
     @property
     def where(self) -> str:
         """Source and place, as error messages print it."""
         return f"{self.source}, {self.unit} {self.number}"
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells the kind of a file, in small letters: that before .gz or .zst."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _COMPRESSED else suffix
 
 
 def check_file(path: Path) -> None:
@@ -45,10 +62,22 @@ def check_file(path: Path) -> None:
     Raises:
         DataError: The file is missing or of another kind; the message says what is there.
     """
-    if path.suffix.lower() not in _READERS:
+    kind, suffix = kind_of(path), path.suffix.lower()
+    if kind in _ARCHIVES or suffix in _ARCHIVES:
         raise DataError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected one of "
-            f"{', '.join(SUFFIXES)}: convert the file, or rename it if only the suffix is wrong"
+            f"{path}: is an archive ({suffix}); expected a file of rows "
+            f"({', '.join(SUFFIXES)}, also as .gz or .zst): unpack it first"
+        )
+    if kind not in _READERS:
+        found = "".join(path.suffixes[-2:]) if suffix in _COMPRESSED else suffix
+        raise DataError(
+            f"{path}: cannot read {found or 'a file without suffix'}; expected one of "
+            f"{', '.join(SUFFIXES)}, also compressed, such as .jsonl.gz or .jsonl.zst: convert "
+            "the file, or rename it if only the suffix is wrong"
+        )
+    if kind == ".parquet" and suffix in _COMPRESSED:
+        raise DataError(
+            f"{path}: parquet files are compressed inside; unpack it first ({path.stem})"
         )
     if not path.is_file():
         raise DataError(_missing(path))
@@ -56,7 +85,7 @@ def check_file(path: Path) -> None:
 
 def row_unit(path: Path) -> str:
     """What the rows of a file are counted in: lines, or rows where it has no lines."""
-    return "line" if path.suffix.lower() in (".jsonl", ".csv") else "row"
+    return "line" if kind_of(path) in (".jsonl", ".csv") else "row"
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -66,26 +95,66 @@ def read_file(path: Path) -> Iterator[Row]:
     .json file, which is one value.
 
     Args:
-        path: A file whose suffix is one of `SUFFIXES`. Text is UTF-8, with or without a byte
+        path: A file whose kind is one of `SUFFIXES`. Text is UTF-8, with or without a byte
             order mark, with any line ends.
 
     Yields:
-        The rows in their order.
+        The rows in their order; one that cannot be read with its `fault`.
 
     Raises:
-        DataError: The file is missing, of another kind, empty or has a faulty row.
+        DataError: The file is missing, of another kind, empty or damaged, so that it has no rows
+            to tell apart.
     """
     check_file(path)
     unit = row_unit(path)
     is_empty = True
     try:
-        for number, values in _READERS[path.suffix.lower()](path):
+        for number, found in _READERS[kind_of(path)](path):
             is_empty = False
-            yield Row(str(path), number, values, unit)
+            if isinstance(found, DataError):
+                yield Row(str(path), number, {}, unit, found)
+            else:
+                yield Row(str(path), number, found, unit)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from error
     except OSError as error:
+        if path.suffix.lower() == ".zst" and error.errno is None:
+            raise _damaged(path, error) from error
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if is_empty:
         raise DataError(f"{path}: holds no rows; expected at least one")
+
+
+def readable(rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, refusing the first that cannot be read.
+
+    Raises:
+        DataError: Its fault.
+    """
+    for row in rows:
+        if row.fault is not None:
+            raise row.fault
+        yield row
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: cannot be unpacked ({error}); expected whole {path.suffix} data: fetch or write "
+        f"it again, or rename it to {path.stem} if it is not compressed"
+    )
+
+
+def _open(path: Path) -> BinaryIO:
+    """A file's bytes, unpacked where its suffix says that it is compressed."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if suffix == ".zst":
+        import pyarrow  # type: ignore[import-untyped]
+
+        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        return cast(BinaryIO, io.BufferedReader(stream))
+    return path.open("rb")
 
 
 def parse_json(text: str) -> Any:
@@ -115,14 +184,14 @@ def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _missing(path: Path) -> str:
     if path.is_dir():
         return f"{path}: is a folder; expected a file"
-    siblings = sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in _READERS)
-    cure = f"that folder has {', '.join(siblings[:5])}" if siblings else "check dataset.path"
+    siblings = sorted(p.name for p in path.parent.glob("*") if kind_of(p) in _READERS)
+    cure = f"that folder has {', '.join(siblings[:5])}" if siblings else "check the path"
     return f"{path}: there is no such file (looked from {Path.cwd()}); {cure}"
 
 
 def _read_text(path: Path, newline: str | None) -> Iterator[str]:
     """The lines of a text file with their ends; `newline` as :func:`open` takes it."""
-    with path.open("rb") as stream:
+    with _open(path) as stream:
         head = stream.read(4)
     for start, found, cure in _FOREIGN_STARTS:
         if head.startswith(start):
@@ -133,8 +202,8 @@ def _read_text(path: Path, newline: str | None) -> Iterator[str]:
             "text: save it with that encoding"
         )
     try:
-        with path.open(encoding="utf-8-sig", newline=newline) as stream:
-            yield from stream
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline) as lines:
+            yield from lines
     except UnicodeDecodeError as error:
         # The decoder knows its place in a block of the file only.
         line, byte = _foreign_byte(path)
@@ -145,7 +214,7 @@ def _read_text(path: Path, newline: str | None) -> Iterator[str]:
 
 
 def _foreign_byte(path: Path) -> tuple[int, int]:
-    with path.open("rb") as stream:
+    with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 line.decode()
@@ -162,16 +231,20 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
         try:
             values = parse_json(line)
         except ValueError as error:
-            raise DataError(
+            fault = DataError(
                 f"{path}, line {number}: {_json_fault(error)}; expected one JSON object a line, "
                 f'such as {{"prompt": "...", "completion": "..."}}; found {_shorten(line)}'
-            ) from error
+            )
+            yield number, fault
+            continue
         if not isinstance(values, dict):
             cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
-            raise DataError(
+            fault = DataError(
                 f"{path}, line {number}: expected a JSON object (columns by name), found "
                 f"{_kind(values)}{cure}"
             )
+            yield number, fault
+            continue
         yield number, values
 
 
@@ -198,10 +271,12 @@ def _read_json(path: Path) -> Iterator[Numbered]:
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
     for number, values in enumerate(content, start=1):
         if not isinstance(values, dict):
-            raise DataError(
+            fault = DataError(
                 f"{path}, row {number}: expected a JSON object (columns by name), found "
                 f"{_kind(values)}"
             )
+            yield number, fault
+            continue
         yield number, values
 
 
@@ -221,10 +296,12 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                 header = _csv_header(path, fields)
                 continue
             if len(fields) != len(header):
-                raise DataError(
+                fault = DataError(
                     f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
                     f'({_names(header)}): put double quotes (") around a text with a comma in it'
                 )
+                yield number, fault
+                continue
             yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(
@@ -277,7 +354,8 @@ _FOREIGN_STARTS = (
     (codecs.BOM_UTF32_LE, "UTF-32 text", "save it with that encoding"),
     (codecs.BOM_UTF16_LE, "UTF-16 text", "save it with that encoding"),
     (codecs.BOM_UTF16_BE, "UTF-16 text", "save it with that encoding"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"\x1f\x8b", "compressed by gzip", "add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "add .zst to its name"),
     (b"PK\x03\x04", "a zip archive or spreadsheet", "unpack or export it first"),
     (b"PAR1", "a parquet file", "rename it to .parquet"),
 )

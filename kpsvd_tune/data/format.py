@@ -39,6 +39,7 @@ _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
 }
 # Of a first row that is empty or half empty, the rows behind it tell the form.
 _LOOKED_AT = 50
+_NAMED = "named in the recipe"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ class Pair:
     is_plain: bool = False
     history: tuple[tuple[str, str], ...] = ()
     tools: tuple[Any, ...] | None = None
+
+    def as_chat(self) -> Chat:
+        """The pair as messages, its completion the last of them."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for question, answer in (*self.history, (self.prompt, self.completion)):
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        return Chat(tuple(messages), self.tools)
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ def find_format(
             expected and the nearest `columns` to write.
     """
     filled = [row for row in rows[:_LOOKED_AT] if any(row.values.values())] or [rows[0]]
-    first, reason, named = filled[0], "named in the recipe", columns
+    first, reason, named = filled[0], _NAMED, columns
     if name == "auto":
         for row in filled:
             if found := _detect(row, columns, needs_prompt, setting):
@@ -261,7 +270,10 @@ def find_format(
         elif role in columns or (
             role in REQUIRED_ROLES[name] and (role != "prompt" or needs_prompt)
         ):
-            raise missing_column(first, name, role, source, REQUIRED_ROLES[name], setting)
+            raise missing_column(
+                *(first, name, role, source, REQUIRED_ROLES[name], setting),
+                names_format=reason == _NAMED,
+            )
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
     has_messages = name == "prompt-completion" and _holds_messages(filled, resolved, setting)
@@ -323,12 +335,22 @@ def _detect(
 
 def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:
     """The error for rows in which more than one column holds messages."""
-    listed = ", ".join(map(repr, names))
+    pair = REQUIRED_ROLES["prompt-completion"]
+    usual = [
+        name for role in ("chat", "sharegpt") for name in names if name in REQUIRED_ROLES[role]
+    ]
+    kept = pair if set(pair) <= set(names) else (usual or names)[:1]
+    if kept == pair:
+        columns = {role: role for role in pair}
+    else:
+        kind = message_kind(row.values[kept[0]]) or "chat"
+        columns = {REQUIRED_ROLES[kind][0]: kept[0]}
+    listed = ", ".join(f"{role}: {name}" for role, name in columns.items())
+    others = ", ".join(name for name in names if name not in kept)
     return DataError(
-        f"{row.where}: the columns {listed} all hold messages; expected one such column, since "
-        f"only one can be learnt: name it with {setting}={{messages: {names[0]}}} "
-        "(conversations for messages with from and value), or leave the others out with "
-        f"dataset.ignore_columns: [{', '.join(names[1:])}]"
+        f"{row.where}: the columns {', '.join(map(repr, names))} all hold messages; expected one "
+        f"such column, since only one can be learnt: name it, as with {setting}={{{listed}}}, or "
+        f"leave the others out with dataset.ignore_columns: [{others}]"
     )
 
 

@@ -68,7 +68,7 @@ def divide(
         # A row without tokens is held out by name only.
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
     else:
-        _, rows = np.unique(_source_rows(sources)[pool], return_inverse=True)
+        _, rows = np.unique(source_rows(sources)[pool], return_inverse=True)
         kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool])
         train, held = pool[kept], pool[chosen]
     rest = np.setdiff1d(pool, np.union1d(train, held) if not has_own else train)
@@ -88,7 +88,7 @@ def divide(
     return Halves(train, held - num_rows if has_own else held, tuple(notes))
 
 
-def _source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
+def source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
     """For each place which row of all sources it comes from, counted from 0."""
     parts: list[NDArray[np.int64]] = []
     start = 0

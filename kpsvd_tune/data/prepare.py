@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import Chat, Pair, RowFormat
-from kpsvd_tune.data.halves import divide
+from kpsvd_tune.data.halves import divide, source_rows
 from kpsvd_tune.data.limits import ModelLimits
 from kpsvd_tune.data.preflight import check_known_tokens, check_lengths, tokenizer_warnings
 from kpsvd_tune.data.rows import load_rows, open_sources
@@ -26,6 +27,7 @@ from kpsvd_tune.data.sources import (
     validation_source,
 )
 from kpsvd_tune.data.stored_rows import StoredRows, rows_sha256
+from kpsvd_tune.data.template_choice import with_chat_template
 from kpsvd_tune.data.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
@@ -107,6 +109,7 @@ def prepare(
     seed: int,
     offline: bool = False,
     progress: Progress | None = None,
+    keeps_template: bool = False,
     limits: ModelLimits | None = None,
 ) -> PreparedData:
     """Read, encode, split, mix and check the rows of a recipe.
@@ -116,10 +119,12 @@ def prepare(
 
     Args:
         dataset: The recipe's section.
-        tokenizer: The base model's tokenizer.
+        tokenizer: The base model's tokenizer. Its chat template becomes the one that is used.
         seed: Decides which rows are held out, and which a fractional weight takes.
         offline: Use only what the local hub cache holds.
         progress: Called while rows are tokenised.
+        keeps_template: Refuse rows that the tokenizer's chat template cannot train, rather than
+            look for another, as for rows that are compared with those of a training.
         limits: What the model takes; None: rows are not held against it.
 
     Raises:
@@ -127,37 +132,14 @@ def prepare(
         ResourceError: The cache cannot be written.
     """
     cache = TokenCache()
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if progress is not None:
-            progress(done, 0)
-
-    def tokenised(settings: SourceSettings) -> list[TokenizedSource]:
-        opened = open_sources(
-            settings.path,
-            name=settings.name,
-            split=settings.split,
-            offline=offline,
-            streaming=dataset.streaming,
-        )
-        return [
-            tokenise(each, settings, tokenizer, dataset.max_length, dataset.learn, cache, advance)
-            for each in opened
-        ]
-
     settings = training_sources(dataset)
-    sources = [source for each in settings for source in tokenised(each)]
-    held_out = sources
-    if isinstance(dataset.validation, str):
-        held_out = tokenised(validation_source(dataset, dataset.validation))
-    ignored = {name for source in (*sources, *held_out) for name in source.ignored}
-    check_ignored(ignored, settings)
-    if progress is not None and done:
-        progress(done, done)
 
+    def tokenise_all(own: Template | None) -> _Tokenised:
+        return _tokenise_all(dataset, settings, tokenizer, own, cache, offline, progress)
+
+    (sources, held_out), choice = with_chat_template(
+        tokenizer, dataset, tokenise_all, keeps_template=keeps_template
+    )
     halves = divide(sources, held_out, dataset, seed)
     train = Selection(sources, halves.train, dataset)
     validation = Selection(held_out, halves.validation, dataset)
@@ -173,7 +155,9 @@ def prepare(
     ]
     rows = StoredRows([source.store for source in sources], np.concatenate(parts))
     others = StoredRows([source.store for source in held_out], validation.usable)
-    encoder = Encoder(tokenizer, template_of(sources[0], settings[0]), dataset.max_length)
+    encoder = Encoder(
+        tokenizer, template_of(sources[0], settings[0]), dataset.max_length, learn=dataset.learn
+    )
 
     def report() -> PreflightReport:
         whole = train.whole
@@ -190,6 +174,8 @@ def prepare(
             format=sources[0].form.name,
             format_reason=sources[0].form.reason,
             warnings=(
+                *choice,
+                *_turns(dataset, source_rows(sources)[train.usable]),
                 *tokenizer_warnings(tokenizer, int(rows.lengths.max())),
                 *halves.notes,
                 *train.warnings(),
@@ -217,6 +203,72 @@ def prepare(
         ", found there; nothing was tokenised" if was_cached else ""
     )
     return PreparedData(rows, others, preflight, found["sha256"], encoder, note)
+
+
+_Tokenised = tuple[list[TokenizedSource], list[TokenizedSource]]
+
+
+def _tokenise_all(
+    dataset: DatasetRecipe,
+    settings: Sequence[SourceSettings],
+    tokenizer: PreTrainedTokenizerBase,
+    own_template: Template | None,
+    cache: TokenCache,
+    offline: bool,
+    progress: Progress | None,
+) -> _Tokenised:
+    """The sources to train on, and those to hold rows out of."""
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        if progress is not None:
+            progress(done, 0)
+
+    def tokenised(settings: SourceSettings, *, is_held_out: bool = False) -> list[TokenizedSource]:
+        opened = open_sources(
+            settings.path,
+            name=settings.name,
+            split=settings.split,
+            offline=offline,
+            streaming=dataset.streaming,
+            is_held_out=is_held_out,
+        )
+        return [
+            tokenise(
+                each,
+                settings,
+                tokenizer,
+                dataset.max_length,
+                dataset.learn,
+                cache,
+                advance,
+                dataset.max_bad_rows,
+                own_template,
+            )
+            for each in opened
+        ]
+
+    sources = [source for each in settings for source in tokenised(each)]
+    held_out = sources
+    if isinstance(dataset.validation, str):
+        held_out = tokenised(validation_source(dataset, dataset.validation), is_held_out=True)
+    ignored = {name for source in (*sources, *held_out) for name in source.ignored}
+    check_ignored(ignored, settings)
+    if progress is not None and done:
+        progress(done, done)
+    return sources, held_out
+
+
+def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
+    """How many of the data's rows the rows to train on come from, where these are turns."""
+    if dataset.learn != "each":
+        return []
+    return [
+        f"{len(groups):,} rows from {len(np.unique(groups)):,} rows of the data: each assistant "
+        "turn is a row of its own (dataset.learn: each), held out with the others of its chat"
+    ]
 
 
 def _check_limits(

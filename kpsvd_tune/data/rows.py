@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.data.arrow import without_filled_nulls
-from kpsvd_tune.data.files import SUFFIXES, Row, check_file, read_file, row_unit
+from kpsvd_tune.data.files import SUFFIXES, Row, check_file, kind_of, read_file, readable, row_unit
+from kpsvd_tune.data.folders import (
+    HELD_OUT,
+    Listing,
+    is_pattern,
+    list_card,
+    list_folder,
+    list_pattern,
+)
+from kpsvd_tune.data.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.folders import expand
-
-# A split name with an optional slice of row numbers, as the datasets library writes it.
-_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?P<slice>\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class RowSource:
     Attributes:
         label: File or hub dataset, as messages name it.
         unit: What its rows are numbered by: line or row.
-        read: Gives the rows one at a time, from the first, at every call.
+        read: Gives the rows one at a time, from the first, at every call; those that cannot be
+            read with their fault.
         fingerprint: Gives a text that changes when the rows do: the hash of a file's bytes, or
             what the `datasets` library knows a hub dataset by.
         part: Which rows of them are read.
@@ -59,8 +65,7 @@ def load_rows(
     """Read one or several sources into memory, one after the other.
 
     Args:
-        path: Local file (.jsonl, .json, .csv, .parquet), local dataset folder or hub id; or
-            several of these.
+        path: Local file, folder, pattern or hub id; or several of these.
         name: Configuration of a hub dataset, or several to read one after the other.
         split: Split of a hub dataset, in the notation of `datasets`.
         offline: Use only what the local hub cache holds.
@@ -75,7 +80,7 @@ def load_rows(
     notes: list[str] = []
     for one in paths:
         for source in open_sources(one, name=name, split=split, offline=offline):
-            rows += source.read()
+            rows += readable(source.read())
             notes += source.notes
     return LoadedRows(tuple(rows), tuple(notes))
 
@@ -87,86 +92,215 @@ def open_sources(
     split: str = "train",
     offline: bool = False,
     streaming: bool = False,
+    is_held_out: bool = False,
 ) -> list[RowSource]:
-    """Find a file, or a hub dataset in each of its configurations.
+    """Find the files of a path, or a hub dataset in each of its configurations.
 
     A local file holds no splits: `split` then may only slice it ("train[:100]"), and a name
-    other than "train" is ignored with a note.
+    other than "train" is ignored with a note, as `name` is. Of a folder or a pattern the files of
+    the split are read, each a source of its own.
 
     Args:
-        path: Local file (.jsonl, .json, .csv, .parquet), local dataset folder or hub id.
+        path: Local file, folder, pattern such as "data/*.jsonl", or hub id.
         name: Configuration of a hub dataset, or several.
-        split: Split of a hub dataset, in the notation of `datasets`.
+        split: Split, in the notation of `datasets`.
         offline: Use only what the local hub cache holds.
         streaming: Read a hub dataset over the network as it is needed, and keep no copy.
+        is_held_out: Whether its rows are held out: of a folder, those of its validation or test
+            files, where it has such.
 
     Raises:
         DataError: There is no such source.
     """
-    if is_local_file(path):
-        return [_local(expand(path), split)]
-    names = [name] if name is None or isinstance(name, str) else name
-    return [_hub(path, one, split, offline, streaming) for one in names]
+    names = [name] if name is None or isinstance(name, str) else list(name)
+    place = expand(path)
+    if place.is_dir() and (listings := list_card(place, names)):
+        return [each for one in listings for each in _listed(one, split, is_held_out)]
+    local = _open_local(path, split, is_held_out)
+    if local is None:
+        return [_hub(path, one, split, offline, streaming) for one in names]
+    if name is not None:
+        note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
+        local[0] = replace(local[0], notes=(*local[0].notes, note))
+    return local
 
 
 def is_local_file(source: str) -> bool:
     """Whether a path means a local file rather than a folder or a hub id."""
     path = expand(source)
-    if path.suffix.lower() in SUFFIXES or path.is_file():
+    if kind_of(path) in SUFFIXES or path.is_file():
         return True
     looks_local = path.is_absolute() or source.startswith(("./", "../", "~"))
     return looks_local and not path.is_dir()
 
 
-def _local(path: Path, split: str) -> RowSource:
-    match = _SPLIT.fullmatch(split)
-    if match is None:
-        raise DataError(
-            f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
-            f"train[:100], for the local file {path}"
-        )
+def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | None:
+    """The sources of a local path; None where it is a hub id."""
+    place = expand(path)
+    if is_pattern(path):
+        return _listed(list_pattern(path), split, is_held_out)
+    if is_local_file(path):
+        return _local(place, split)
+    if not place.is_dir():
+        return None
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        return _saved(place, split, is_held_out)
+    return _listed(list_folder(place), split, is_held_out)
+
+
+def _local(path: Path, split: str) -> list[RowSource]:
+    parts = parse_split(split)
     check_file(path)
-    start, stop = (int(match[side]) if match[side] else None for side in ("start", "stop"))
-    notes = () if match["name"] == "train" else (
-        f"{path}: a local file has no splits, {match['name']!r} has no effect",
-    )  # fmt: skip
+    names = list(dict.fromkeys(part.name for part in parts))
+    if len(names) > 1:
+        raise DataError(
+            f"dataset.split is {split!r} and {path} is one file without splits, whose rows would "
+            f"be read {len(parts)} times; expected one name, such as train, or stretches of it"
+        )
+    notes = [] if names == ["train"] else [
+        f"{path}: a local file has no splits, {names[0]!r} has no effect"
+    ]  # fmt: skip
+    return _with_notes([_file(path, part, split) for part in parts], notes)
 
-    def read() -> Iterator[Row]:
-        return _sliced(lambda: read_file(path), start, stop, f"dataset.split {split!r}", str(path))
 
+def _listed(listing: Listing, split: str, is_held_out: bool) -> list[RowSource]:
+    """A source for each file that a split has rows in."""
+    sources: list[RowSource] = []
+    notes: dict[str, None] = {}
+    for part in parse_split(split):
+        files, note = listing.choose(part.name, is_held_out=is_held_out)
+        notes[note] = None
+        for file in files:
+            check_file(file)
+        if part.is_whole or len(files) == 1:
+            sources += [_file(file, part, split) for file in files]
+            continue
+        sources += _across(files, part, split, listing.label)
+    return _with_notes(sources, list(notes))
+
+
+def _across(files: Sequence[Path], part: Part, split: str, label: str) -> list[RowSource]:
+    """A stretch of rows that are counted through several files."""
+    counts = [sum(1 for _ in read_file(file)) for file in files]
+    total = sum(counts)
+    first, stop = part.bounds(lambda: total)
+    last = total if stop is None else min(stop, total)
+    sources = []
+    start = 0
+    for file, count in zip(files, counts, strict=True):
+        begin, end = max(first - start, 0), min(last - start, count)
+        if begin < end:
+            sources.append(_file(file, Part(part.name, begin, end), split))
+        start += count
+    if not sources:
+        raise DataError(f"dataset.split {split!r} keeps none of the {total} rows of {label}")
+    return sources
+
+
+def _file(path: Path, part: Part, split: str) -> RowSource:
     def fingerprint() -> str:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         # The kind of file decides how the bytes are read.
-        return f"{path.suffix.lower()} {digest}"
+        return f"{''.join(path.suffixes[-2:]).lower()} {digest}"
 
-    return RowSource(str(path), row_unit(path), read, fingerprint, f"{start}:{stop}", notes)
+    return RowSource(
+        str(path),
+        row_unit(path),
+        lambda: _sliced(lambda: read_file(path), part, split, str(path)),
+        fingerprint,
+        _text(part),
+    )
 
 
-def _sliced(
-    read: Callable[[], Iterator[Row]], start: int | None, stop: int | None, what: str, label: str
-) -> Iterator[Row]:
-    if any(side is not None and side < 0 for side in (start, stop)):
-        # Counted from the end, which only a reading of its own finds.
-        start, stop, _ = slice(start, stop).indices(sum(1 for _ in read()))
-    is_empty = True
-    for row in islice(read(), start, stop):
-        is_empty = False
-        yield row
-    if is_empty:
-        raise DataError(f"{what} keeps none of the {sum(1 for _ in read())} rows of {label}")
+def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
+    """What `save_to_disk` of the datasets library wrote: one table, or one for each split."""
+    from datasets import Dataset, load_from_disk  # type: ignore[import-untyped]
+
+    try:
+        found = load_from_disk(str(folder))
+    # Of many kinds, all of which mean a damaged folder.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{folder}: looks like a folder of save_to_disk and cannot be loaded: {reason}; "
+            "save it anew"
+        ) from error
+    parts = parse_split(split)
+    if isinstance(found, Dataset):
+        names = list(dict.fromkeys(part.name for part in parts))
+        notes = [] if names == ["train"] else [
+            f"{folder}: holds one table without splits, {names[0]!r} has no effect"
+        ]  # fmt: skip
+        if len(names) > 1:
+            raise DataError(
+                f"dataset.split is {split!r} and {folder} holds one table without splits; expected "
+                "one name, such as train, or stretches of it"
+            )
+        return _with_notes([_table(found, str(folder), part, split) for part in parts], notes)
+    sources = []
+    for part in parts:
+        wanted = part.name
+        if is_held_out:
+            wanted = next((each for each in HELD_OUT if each in found), wanted)
+        if wanted not in found:
+            raise DataError(
+                f"dataset.split is {split!r} and {folder} has the splits {', '.join(found)}; "
+                "expected one of these"
+            )
+        sources.append(_table(found[wanted], f"{folder} ({wanted})", part, split))
+    return sources
+
+
+def _table(table: Any, label: str, part: Part, split: str) -> RowSource:
+    def rows() -> Iterator[Row]:
+        for number, values in enumerate(table, start=1):
+            yield Row(label, number, without_filled_nulls(values), "row")
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256()
+        for file in table.cache_files:
+            with open(file["filename"], "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return f"saved {digest.hexdigest()}"
+
+    return RowSource(
+        label, "row", lambda: _sliced(rows, part, split, label), fingerprint, _text(part)
+    )
+
+
+def _with_notes(sources: list[RowSource], notes: Sequence[str]) -> list[RowSource]:
+    return [replace(sources[0], notes=tuple(notes)), *sources[1:]]
+
+
+def _text(part: Part) -> str:
+    """Which rows of a file a part is, whatever the split is called."""
+    unit = ("%" if part.is_percent else "") + ("-" if part.drops_remainder else "")
+    sides = ["" if side is None else f"{side}{unit}" for side in (part.start, part.stop)]
+    return f"[{':'.join(sides)}]"
+
+
+def _sliced(read: Callable[[], Iterator[Row]], part: Part, split: str, label: str) -> Iterator[Row]:
+    start, stop = part.bounds(lambda: sum(1 for _ in read()))
+    rows = iter(()) if stop is not None and stop <= start else islice(read(), start, stop)
+    first = next(rows, None)
+    if first is None:
+        number = sum(1 for _ in read())
+        which = f"dataset.split {split!r}" + (f" in {_text(part)}" if "+" in split else "")
+        raise DataError(f"{which} keeps none of the {number} rows of {label}")
+    yield from chain([first], rows)
 
 
 def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
-    from datasets import (  # type: ignore[import-untyped]
+    from datasets import (
         DownloadConfig,
         load_dataset,
         load_dataset_builder,
     )
 
-    match = _SPLIT.fullmatch(split)
-    if streaming and match is None:
+    parts = parse_split(split)
+    if streaming and (len(parts) > 1 or parts[0].is_percent):
         raise DataError(
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
@@ -177,10 +311,9 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         if not streaming:
             table = load_dataset(source, name, split=split, download_config=config)
             return table, str(table._fingerprint)
-        assert match is not None
         builder = load_dataset_builder(source, name, download_config=config)
         # The library names its cache folder by the configuration and the state of the data files.
-        return builder.as_streaming_dataset(split=match["name"]), f"{builder.cache_dir} {split}"
+        return builder.as_streaming_dataset(split=parts[0].name), f"{builder.cache_dir} {split}"
 
     label = f"{source} ({split})"
     table, fingerprint = _explained(open_table, source, name, split, offline)
@@ -194,10 +327,9 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             yield Row(label, number, without_filled_nulls(values), "row")
 
     def read() -> Iterator[Row]:
-        if not streaming or match is None or not match["slice"]:
+        if not streaming:
             return rows()
-        start, stop = (int(match[side]) if match[side] else None for side in ("start", "stop"))
-        return _sliced(rows, start, stop, f"dataset.split {split!r}", source)
+        return _sliced(rows, parts[0], split, source)
 
     return RowSource(label, "row", read, lambda: f"hub {fingerprint}")
 

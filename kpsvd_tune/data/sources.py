@@ -28,6 +28,7 @@ class SourceSettings:
         template: Text template, or chat.
         weight: Times each row is seen in an epoch.
         names_template: Whether the recipe writes a template rather than leaving the default.
+        drops_faulty: Whether rows that cannot be read are left out rather than refused.
     """
 
     path: str
@@ -39,6 +40,7 @@ class SourceSettings:
     template: str
     weight: float = 1.0
     names_template: bool = False
+    drops_faulty: bool = False
 
 
 def training_sources(dataset: DatasetRecipe) -> list[SourceSettings]:
@@ -118,4 +120,5 @@ def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
         template=source.template or dataset.template,
         weight=source.weight,
         names_template=source.template is not None or "template" in dataset.model_fields_set,
+        drops_faulty=dataset.on_bad_row == "drop",
     )

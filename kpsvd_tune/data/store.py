@@ -52,9 +52,10 @@ class Mark(IntFlag):
     CUT = 4  # longer than the maximal length
     SPECIAL = 8  # its text holds the text of a special token
     INEXACT = 16  # the tokenizer does not give its text back
+    FAULTY = 32  # cannot be read or laid out, and is left out
 
 
-UNUSABLE = Mark.EMPTY | Mark.FULL_PROMPT
+UNUSABLE = Mark.EMPTY | Mark.FULL_PROMPT | Mark.FAULTY
 
 
 class StoreWriter:

@@ -12,8 +12,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.chat import TemplateMismatch
+from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.columns import column
 from kpsvd_tune.data.encode import Encoder, Learn
+from kpsvd_tune.data.faults import Faults, faulty_rows_note
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import RowFormat, find_format
 from kpsvd_tune.data.preflight import check_supervision
@@ -27,6 +30,8 @@ from kpsvd_tune.errors import DataError
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
+# Rows of no form at the head of a source, where faulty rows are left out, before it is refused.
+_MOST_REFUSED = 100
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ def tokenise(
     learn: Learn,
     cache: TokenCache,
     advance: Callable[[int], None],
+    max_bad_rows: float = 0.0,
+    own_template: Template | None = None,
 ) -> TokenizedSource:
     """Give the store of a source.
 
@@ -109,6 +116,8 @@ def tokenise(
         learn: Assistant turns of a chat to learn.
         cache: Where stores lie.
         advance: Called with the number of rows read just now.
+        max_bad_rows: Largest share of the rows that may be left out as faulty.
+        own_template: The chat template in whose place another is tried, and which must ask alike.
 
     Raises:
         DataError: A row, its form or the template is not as it must be.
@@ -116,26 +125,26 @@ def tokenise(
 
     def make(writer: StoreWriter) -> dict[str, Any]:
         rows = _without_columns(source.read(), settings.ignore_columns, ignored)
+        faults = Faults() if settings.drops_faulty else None
         head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
-        form, notes = find_form(head, settings.format, settings.columns, settings.template)
+        form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
-        encoder = Encoder(tokenizer, template, max_length, learn=learn)
+        encoder = Encoder(tokenizer, template, max_length, learn=learn, compared_with=own_template)
         unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
-            for row in chunk:
-                unused.check(row)
-            _encode(chunk, form, encoder, writer)
+            _encode(chunk, form, unused, encoder, writer, faults)
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
             raise DataError(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
                 "to: run again when it is whole"
             )
-        return {
+        facts = {
             "form": asdict(form),
             "notes": [*notes, *more, *unused.notes(), *encoder.notes],
             "ignored": sorted(ignored),
         }
+        return facts if faults is None else {**facts, "faults": faults.facts()}
 
     ignored: set[str] = set()
     fingerprint = source.fingerprint()
@@ -150,15 +159,21 @@ def tokenise(
         settings.names_template,
         max_length,
         learn,
+        settings.drops_faulty,
+        own_template,
     )
     store, was_cached = cache.find_or_make(key, make)
+    left_out = None
+    if settings.drops_faulty:
+        facts = store.facts["faults"]
+        left_out = faulty_rows_note(facts, source.label, source.unit, max_bad_rows)
     return TokenizedSource(
         source.label,
         source.unit,
         settings.weight,
         store,
         RowFormat(**store.facts["form"]),
-        (*source.notes, *store.facts["notes"]),
+        (*source.notes, *([left_out] if left_out else []), *store.facts["notes"]),
         was_cached,
         fingerprint,
         frozenset(store.facts["ignored"]),
@@ -198,17 +213,51 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: StoreWriter) -> None:
+def _find_form(
+    head: Sequence[Row], settings: SourceSettings, label: str
+) -> tuple[RowFormat, list[str]]:
+    """The form of the rows; where faulty rows are left out, of the first that have one.
+
+    Raises:
+        DataError: There are no rows, one cannot be read, or no form fits.
+    """
+    if not head:
+        raise DataError(f"{label}: holds no rows; expected at least one")
+    unreadable = [row.fault for row in head if row.fault is not None]
+    if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
+        raise unreadable[0]
+    refused: list[DataError] = []
+    for start in range(min(len(head), _MOST_REFUSED if settings.drops_faulty else 1)):
+        try:
+            return find_form(head[start:], settings.format, settings.columns, settings.template)
+        except DataError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _encode(
+    rows: Sequence[Row],
+    form: RowFormat,
+    unused: UnusedColumns,
+    encoder: Encoder,
+    writer: StoreWriter,
+    faults: Faults | None,
+) -> None:
     # One row of the source may be several to train on: one for each turn of a chat.
     found: list[tuple[int, list[Layout]]] = []
-    for row in rows:
-        example = form.example(row)
+    faulty: set[int] = set()
+    for place, row in enumerate(rows):
         try:
-            parts = [] if example is None else encoder.parts(example)
-            layouts = [encoder.lay_out(part) for part in parts]
+            layouts = _lay_out(row, form, unused, encoder)
         except DataError as error:
-            raise type(error)(f"{row.where}: {error}") from error
+            if faults is None or isinstance(error, TemplateMismatch):
+                raise
+            faults.add(row, error)
+            faulty.add(place)
+            layouts = []
         found.append((row.number, layouts))
+    if faults is not None:
+        faults.num_rows += len(rows)
     encoded = iter(
         encoder.encode_laid_out(
             [layout for _, layouts in found for layout in layouts],
@@ -223,14 +272,31 @@ def _encode(rows: Sequence[Row], form: RowFormat, encoder: Encoder, writer: Stor
             [each.is_truncated for each in usable],
             encoder.last_token_ids,
         )
-    for number, several in taken:
+    for place, (number, several) in enumerate(taken):
         if not several:
-            writer.add(number, None, Mark.EMPTY)
+            writer.add(number, None, Mark.FAULTY if place in faulty else Mark.EMPTY)
         for each in several:
             marks = _marks(
                 each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
             )
             writer.add(number, each.row, marks)
+
+
+def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder) -> list[Layout]:
+    """The rows to train on that a row of the source gives; none where nothing is to be learnt.
+
+    Raises:
+        DataError: The row is not as it must be; the message begins with its place.
+    """
+    if row.fault is not None:
+        raise row.fault
+    unused.check(row)
+    example = form.example(row)
+    try:
+        parts = [] if example is None else encoder.parts(example)
+        return [encoder.lay_out(part) for part in parts]
+    except DataError as error:
+        raise type(error)(f"{row.where}: {error}") from error
 
 
 @cache  # of 16 sets at most: joining flags takes longer than all else about them

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kpsvd_tune.data.columns import column, message_kind
+from kpsvd_tune.data.columns import (
+    CONTEXT_NAMES,
+    SYSTEM_NAMES,
+    column,
+    is_empty,
+    message_kind,
+    plain_name,
+)
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.data.format import RowFormat, several_messages
 from kpsvd_tune.data.preference import check_preference
@@ -20,11 +27,7 @@ _MEDIA = {
 _LABELS = {"label", "labels", "ktotag", "ktolabel", "isdesirable", "desirable"}
 _WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
 _SWITCHES = {"train", "trainable", "istrain", "istrainable"}
-# What belongs before the answer where the rows are texts.
-_CONTEXT = {
-    *("input", "context", "history", "passage", "document", "documents", "article", "background"),
-    *("knowledge", "evidence", "schema"),
-}
+_MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
 _SHOWN = 12
 
 
@@ -56,23 +59,21 @@ class UnusedColumns:
             self.seen.add(name)
             if self._is_used(row, name):
                 self._settled.add(name)
-            elif value is not None and value not in ("", [], {}):
+            elif not is_empty(value):
                 self._judge(row, name, value)
 
     def notes(self) -> list[str]:
         """What a user should know about the columns of all rows looked at."""
         notes = []
         for name in self._context:
-            cure = {"history": "history", "systemprompt": "system"}.get(_plain(name), "input")
             how = (
-                f"to use it, give it a role in {self._setting} ({cure}: {name}, for rows of the "
-                "format alpaca)"
-                if not self._form.is_chat
-                else "to use it, put it into a message"
+                "put it into a message"
+                if self._form.is_chat and plain_name(name) not in SYSTEM_NAMES
+                else f"write {self._setting}={{{self._mapping(name)}}}"
             )
             notes.append(
-                f"the column {name!r} looks like a part of the example and is not used: {how}; to "
-                f"say that it is meant to be left out, dataset.ignore_columns: [{name}]"
+                f"the column {name!r} looks like a part of the example and is not used: to use it, "
+                f"{how}; to leave it out knowingly, dataset.ignore_columns: [{name}]"
             )
         if names := [name for name in self._unused if name not in self._context]:
             listed = ", ".join(names[:_SHOWN])
@@ -93,7 +94,7 @@ class UnusedColumns:
 
     def _judge(self, row: Row, name: str, value: Any) -> None:
         for refuses in _REFUSALS:
-            if fault := refuses(_plain(name), value, self._form):
+            if fault := refuses(plain_name(name), value, self._form):
                 raise DataError(
                     f"{row.where}: the column {name!r} {fault}; if it means nothing here, leave it "
                     f"out with dataset.ignore_columns: [{name}]"
@@ -103,36 +104,46 @@ class UnusedColumns:
             if message_kind(value):
                 used = [taken for taken in self._form.columns.values() if column(row, taken)]
                 raise several_messages(row, [*used[:1], name], self._setting)
-        if _looks_like_context(_plain(name), value) and self._form.name != "text":
+        if _looks_like_context(plain_name(name), value) and self._form.name != "text":
             if not self._form.is_named and not self._form.is_chat:
                 raise self._missing_context(row, name)
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if _plain(name) not in _LABELS | _WEIGHTS | _SWITCHES:
+        if plain_name(name) not in _LABELS | _WEIGHTS | _SWITCHES:
             self._settled.add(name)
 
     def _missing_context(self, row: Row, name: str) -> DataError:
-        takes = self._form.columns
-        asking = takes.get("prompt", takes.get("instruction"))
-        answer = takes.get("completion", takes.get("output"))
-        role = "history" if _plain(name) == "history" else "input"
-        named = f"instruction: {asking}, {role}: {name}, output: {answer}"
+        taken = self._form.columns.get("input")
+        cure = (
+            f"join it with {taken!r}"
+            if taken is not None and row.values.get(taken)
+            else f"{self._setting}={{{self._mapping(name)}}} puts it into the prompt"
+        )
         return DataError(
             f"{row.where}: the column {name!r} looks like a part of the prompt and no role takes "
-            f"it; expected every part of the example to be named: {self._setting}={{{named}}} puts "
-            f"it into the prompt, dataset.ignore_columns: [{name}] leaves it out"
+            f"it; expected every part of the example to have one: {cure}, and "
+            f"dataset.ignore_columns: [{name}] leaves it out"
         )
+
+    def _mapping(self, name: str) -> str:
+        takes = dict(self._form.columns)
+        if plain_name(name) in SYSTEM_NAMES:
+            takes["system"] = name
+        else:
+            renamed = {"prompt": "instruction", "completion": "output"}
+            takes = {renamed.get(role, role): taken for role, taken in takes.items()}
+            takes = {
+                role: taken for role, taken in takes.items() if role in ("instruction", "output")
+            }
+            takes["history" if plain_name(name) == "history" else "input"] = name
+        return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
 
 
 def _looks_like_context(plain: str, value: Any) -> bool:
-    if plain in ("systemprompt", "systemmessage"):
+    if plain in SYSTEM_NAMES - {"system"}:
         return isinstance(value, str)
-    return plain in _CONTEXT and isinstance(value, str | list | dict)
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
+    return plain in CONTEXT_NAMES and isinstance(value, str | list | dict)
 
 
 def _media(plain: str, value: Any, form: RowFormat) -> str | None:
@@ -169,6 +180,24 @@ def _switch(plain: str, value: Any, form: RowFormat) -> str | None:
     return f"is {value!r}, so the row is marked as not to be learnt: take such rows out of the file"
 
 
+def _mask(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _MASKS or not isinstance(value, list):
+        return None
+    return (
+        "says token by token what is learnt; expected that to follow from roles, or from weight or "
+        "train of a message"
+    )
+
+
+def _template(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in ("chattemplate", "chattemplatekwargs"):
+        return None
+    return (
+        "changes how the chat template writes this row; expected one way for all rows: "
+        "dataset.chat_template and dataset.template_arguments"
+    )
+
+
 def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
     if plain != "documents" or not isinstance(value, list) or not form.is_chat:
         return None
@@ -180,5 +209,7 @@ _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _label,
     _weight,
     _switch,
+    _mask,
+    _template,
     _documents,
 )

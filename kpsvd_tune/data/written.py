@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kpsvd_tune.data.columns import is_empty
 from kpsvd_tune.errors import DataError
 
 Message = Mapping[str, Any]
@@ -27,8 +28,8 @@ _TELLING = 16
 # Rows to try a key of no known meaning on before it is taken for one that is never written.
 _TRIES = 3
 _OTHER_TEMPLATE = (
-    "name a template that writes it with dataset.chat_template: FILE, or use a model whose own "
-    "template does"
+    "use another template that writes it (dataset.chat_template: the name of one that comes with "
+    "kpsvd-tune, or a file), or a model whose own does"
 )
 
 
@@ -73,7 +74,7 @@ class WrittenCheck:
         self._settle(doubts, messages, tools, max(turns))
         for place, message in enumerate(messages):
             for key, value in message.items():
-                if key not in _KNOWN_KEYS and value not in ("", [], {}):
+                if key not in _KNOWN_KEYS and not is_empty(value):
                     self._try_key(place, key, messages, tools)
 
     def _has_tools(self, messages: Sequence[Message], tools: Any, text: str) -> bool:

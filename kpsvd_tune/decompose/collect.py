@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kpsvd_tune.adapter.targets import target_names, untouched
+from kpsvd_tune.adapter.targets import saved_whole_notes, target_names, untouched
 from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.progress import Progress, ProgressMeter
 from kpsvd_tune.decompose.ranks import check_rank, rank_report
@@ -194,6 +194,9 @@ def collect_spectra(
         worker.run(tasks, note)
     reader.close()
     damaged = sum(finished.is_repaired for finished in found.values())
+    notes = [f"adapter.{note}" for note in saved_whole_notes(skeleton, adapter.modules_to_save)]
+    if damaged:
+        notes.append(f"{damaged} damaged entries of the spectra cache were computed again")
     return Spectra(
         source,
         adapter.rank.window,
@@ -201,9 +204,7 @@ def collect_spectra(
         worker.cache,
         base_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         left_alone=untouched(skeleton, names),
-        notes=(f"{damaged} damaged entries of the spectra cache were computed again",)
-        if damaged
-        else (),
+        notes=tuple(notes),
     )
 
 

@@ -161,12 +161,18 @@ def check_task(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
         read_shots(recipe, offline=offline)
 
 
-def conditions(recipe: EvaluationRecipe) -> str:
-    """How a task is asked, in words: what one has to know to compare its scores with others."""
+def rows_source(recipe: EvaluationRecipe) -> str:
+    """Where a task's rows are from, in words: files, or a hub set with its split."""
     source = recipe.path or SOURCES[recipe.task].path
     rows = ", ".join(source) if isinstance(source, list) else str(source)
     if recipe.task != "forgetting" and not Path(rows).suffix:
         rows += f" ({recipe.split})"
+    return rows
+
+
+def conditions(recipe: EvaluationRecipe) -> str:
+    """How a task is asked, in words: what one has to know to compare its scores with others."""
+    rows = rows_source(recipe)
     parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
     if recipe.task in LOSS_TASKS:
         return ", ".join([*parts, f"{recipe.window} tokens at a time"])

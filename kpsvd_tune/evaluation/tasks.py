@@ -134,6 +134,8 @@ def read_rows(
     )
     questions = []
     for number, (row, example) in enumerate(found):
+        if isinstance(example, Pair) and example.history:
+            example = example.as_chat()
         if isinstance(example, Pair):
             gold = example.completion
             questions.append(

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +115,13 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     return skeleton
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer.
+
+    Args:
+        source: The model.
+        adapter: Folder of an adapter trained on it, whose chat template is taken where it has one:
+            the training may have used another than the model's.
 
     Raises:
         ModelError: The source holds no tokenizer.
@@ -136,6 +142,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"model {source.path!r}: its tokenizer cannot be loaded: {_said(error)}; expected the "
             "tokenizer files that belong to the model: fetch them again"
         ) from error
+    saved = adapter and adapter / "chat_template.jinja"
+    # Beside several templates lies a folder of the others; those are the model's own.
+    if saved and saved.is_file() and not (saved.parent / "additional_chat_templates").exists():
+        tokenizer.chat_template = saved.read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -165,7 +165,7 @@ def merge(
         _compare_files(model, model_source, events)
         return merge_adapter(
             model,
-            load_tokenizer(model_source),
+            load_tokenizer(model_source, found.adapter),
             output,
             adapter=str(found.adapter),
             dtype=stored,
@@ -207,7 +207,7 @@ def generate(
     phase = Phase()
     with memory_explained(phase):
         events.stage(f"loading {model_source.path}")
-        tokenizer = load_tokenizer(model_source)
+        tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the base model", loading_cures(dtype))
         model: Any = load_model(model_source, dtype)

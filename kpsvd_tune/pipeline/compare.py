@@ -27,11 +27,12 @@ from kpsvd_tune.models import (
 from kpsvd_tune.pipeline.setups import Setups
 from kpsvd_tune.pipeline.stages import Events, find_model
 from kpsvd_tune.pipeline.trial import Material
-from kpsvd_tune.pipeline.trial_log import RESULTS, append_row, open_results
+from kpsvd_tune.pipeline.trial_log import RESULTS, append_row, check_schedule, open_results
 from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.optim import num_warmup_steps
 
 
@@ -98,6 +99,11 @@ def compare(
                 "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
                 "a number of rows or a file"
             )
+        length = run_length(recipe.train, len(data.train), len(data.validation))
+        if length.faults and grid.plan != "done":
+            raise RecipeError("\n".join(length.faults))
+        for note in length.notes:
+            events.note(note)
         test, test_sha256 = _test_rows(recipe, tokenizer, offline, limits)
         if known := num_shared(test, data.train):
             events.note(
@@ -129,6 +135,8 @@ def compare(
         plan.check_baselines(grid.budgets)
         plan.decompose(source, grid.budgets, events)
         rows = open_results(run.path, shared, plan.adapters())
+        if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, length.num_steps):
+            check_schedule(run.path)
         base = run_base(material, recipe, run.path / "base.json", events)
         watcher.begin(rows)
         try:
@@ -209,7 +217,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits)
+    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits, keeps_template=True)
     return found.train, found.sha256
 
 

@@ -24,6 +24,7 @@ from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
@@ -128,6 +129,8 @@ def train(
             accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
+        # Only the first process has read the rows, which decide on it where the recipe does not.
+        tokenizer.chat_template = on_main_process(accelerator, lambda: tokenizer.chat_template)
         length = run_length(
             recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
         )
@@ -241,6 +244,7 @@ def train(
         results |= ending(results, from_adapter=adapter_folder is not None)
         results |= _scores(before, after)
         if tasks:
+            results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
             results["score_conditions"] = scorer.conditions(tasks)
         on_main_process(
             accelerator, lambda: _finish(run, model, weights, tokenizer, recipe, report, results)

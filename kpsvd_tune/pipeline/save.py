@@ -167,10 +167,5 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _evaluation_section(results: Mapping[str, Any]) -> str:
     """The scores and how they were made; nothing where nothing was scored."""
-    scores = dict(results.get("scores", {}))
-    scores |= {f"{task}, base model": each for task, each in results.get("base_scores", {}).items()}
-    if not scores:
-        return ""
-    lines = ["", _EVALUATION, "", *score_table(scores), ""]
-    lines += [f"- {task}: {text}" for task, text in results.get("score_conditions", {}).items()]
-    return "\n".join(lines) + "\n"
+    table = score_table(results)
+    return "\n".join(["", _EVALUATION, "", *table]) + "\n" if table else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.checkpoint import RunDirectory, durable
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions
+from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions, rows_source
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.processes import num_processes, on_first_process
@@ -30,7 +31,7 @@ from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
-from kpsvd_tune.report.score import as_mapping, score_text
+from kpsvd_tune.report.score import as_mapping, score_label, score_text
 from kpsvd_tune.report.units import time_left
 from kpsvd_tune.training import end_processes
 
@@ -181,8 +182,9 @@ def evaluate(
         sandbox: bwrap, or none to run them without protection.
 
     Returns:
-        ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, the task, how it was
-        asked, and where the completions lie.
+        ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
+        interval, the task, what was scored (adapter, base model or model), where the rows are from,
+        how they were asked, and where the completions lie.
 
     Raises:
         InputError: Code may not be run, a model was given without an output folder, or what a
@@ -196,7 +198,7 @@ def evaluate(
     if output is None:
         if found.recipe is None:
             raise InputError(f"{source} is no run, so say where completions go: --output DIR")
-        output = expand(source) / "evaluation" / f"{'base-' if base_only else ''}{task.task}"
+        output = _folder(expand(source), task, base_only)
     check_writable(output)
     check_tasks(
         [task],
@@ -218,7 +220,7 @@ def evaluate(
         if found.adapter is not None and not base_only:
             model = load_adapter(model, found.adapter)
         scorer = Scorer(
-            load_tokenizer(model_source),
+            load_tokenizer(model_source, found.adapter),
             dataset,
             place,
             events,
@@ -229,7 +231,14 @@ def evaluate(
         phase.enter(f"scoring {task.task}", answering_cures([task]))
         scores = as_mapping(scorer.score(model, task, output))
         asked = scorer.conditions({task.task: task})[task.task]
-        result = {"task": task.task, "scores": scores, "conditions": asked}
+        scored = "base model" if base_only else "adapter" if found.adapter else "model"
+        result = {
+            "task": task.task,
+            "model": scored,
+            "file": rows_source(task),
+            "scores": scores,
+            "conditions": asked,
+        }
         if (file := output / "completions.jsonl").exists():
             result["completions"] = str(file)
 
@@ -241,6 +250,14 @@ def evaluate(
 
         on_first_process(keep)
         return result
+
+
+def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:
+    """Where a run keeps the completions of a task: one folder for each source of rows."""
+    results = RunDirectory(run).results_file
+    known = read_json(results) if results.exists() else {}
+    name = re.sub(r"[^\w.-]+", "-", score_label(known, task.task, rows_source(task)))
+    return run / "evaluation" / f"{'base-' if base_only else ''}{name}"
 
 
 def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
@@ -258,7 +275,10 @@ def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evalua
 
 
 def _record(run: RunDirectory, result: Mapping[str, Any], base_only: bool, events: Events) -> None:
-    """Put scores among the results of a finished run; the latest of a task stand there."""
+    """Put scores among the results of a finished run; the latest of a task on a file stand there.
+
+    Scores on another file get a name of their own.
+    """
     if not (run.run_file.exists() and run.results_file.exists()):
         events.note(f"{run.path} has no results.json to add the scores to")
         return
@@ -266,9 +286,11 @@ def _record(run: RunDirectory, result: Mapping[str, Any], base_only: bool, event
         with run.lock():
             results = read_json(run.results_file)
             place, name = "base_scores" if base_only else "scores", result["task"]
-            label = f"{name}, base model" if base_only else name
+            name = score_label(results, name, result["file"])
+            asked = f"{name}, base model" if base_only else name
             results.setdefault(place, {})[name] = result["scores"]
-            results.setdefault("score_conditions", {})[label] = result["conditions"]
+            results.setdefault("score_files", {})[name] = result["file"]
+            results.setdefault("score_conditions", {})[asked] = result["conditions"]
             run.finish(results)
             update_card(run.adapter, results)
     except CheckpointError as error:

@@ -13,6 +13,7 @@ from kpsvd_tune.decompose import Spectra, collect_spectra
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, report_decomposition
 from kpsvd_tune.pipeline.trial import Setup
+from kpsvd_tune.pipeline.trial_log import SCHEDULE
 from kpsvd_tune.recipe import RankRecipe, Recipe
 
 
@@ -96,6 +97,7 @@ class Setups:
             "shared": self._shared,
             "method": trial.method,
             "adapter": self.adapters().get(trial.method),
+            "schedule": SCHEDULE,
         }
         return Setup(trial, method, recipe, own, folder, base, identity)
 

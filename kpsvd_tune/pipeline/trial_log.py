@@ -16,6 +16,8 @@ from kpsvd_tune.report.comparison import TrialRow
 
 RESULTS = "results.jsonl"
 _IDENTITY = "compare.json"
+# How a trial warms up. Comparisons of versions that wrote nothing down have another way.
+SCHEDULE = "the first step of a warm-up has a rate"
 
 
 def open_results(
@@ -37,7 +39,9 @@ def open_results(
     file, results = folder / _IDENTITY, folder / RESULTS
     rows = _read(results)
     # By way of JSON, for what was read back must equal what was not.
-    now = json.loads(to_json({"shared": dict(shared), "methods": dict(adapters)}))
+    now = json.loads(
+        to_json({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
+    )
     if file.exists() and rows:
         earlier = read_json(file, dict[str, dict[str, Any]])
         known = {**now["methods"], **earlier.get("methods", {})}
@@ -53,11 +57,26 @@ def open_results(
                 "output_dir"
             )
         now["methods"] = {**earlier.get("methods", {}), **now["methods"]}
+        now["schedule"] = earlier.get("schedule")
     elif file.exists():
         # Losses of the base model belong to the settings that go.
         (folder / "base.json").unlink(missing_ok=True)
     replace_file(file, to_json(now))
     return rows
+
+
+def check_schedule(folder: Path) -> None:
+    """Refuse more trials where those that are done had another schedule of the rate.
+
+    Raises:
+        CheckpointError: An earlier version made them, whose warm-up began at rate 0.
+    """
+    if read_json(folder / _IDENTITY).get("schedule") != SCHEDULE:
+        raise CheckpointError(
+            f"{folder} holds trials of an earlier version, whose warm-up gave the first step no "
+            "rate; new ones cannot be compared with them: choose another output_dir, or judge "
+            "those that are there with --plan done"
+        )
 
 
 def append_row(folder: Path, row: TrialRow) -> None:

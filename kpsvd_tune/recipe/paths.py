@@ -14,6 +14,7 @@ from pathlib import Path as FilePath
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.folders import Kind, exists, expand, kind_of, named, siblings
+from kpsvd_tune.recipe.chat_template import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
 
 # The sections that `validate` looks at; a command passes those that it uses.
@@ -132,6 +133,7 @@ _PROBLEMS = {
     "rows": rows_problem,
     "text": text_problem,
     "adapter": adapter_problem,
+    "chat template": chat_template_problem,
 }
 
 
@@ -149,6 +151,7 @@ def _keys_of_paths(recipe: object) -> Iterator[tuple[Path, object, str]]:
     )
     yield ("model", "path"), model.get("path"), "model"
     yield from _sources(("dataset", "path"), dataset.get("path"))
+    yield ("dataset", "chat_template"), dataset.get("chat_template"), "chat template"
     validation = dataset.get("validation")
     if isinstance(validation, str) and not re.fullmatch(r"[\d.eE+-]+", validation):
         yield ("dataset", "validation"), validation, "rows"

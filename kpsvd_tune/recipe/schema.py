@@ -20,6 +20,7 @@ from kpsvd_tune.recipe.values import (
     Number,
     OutputFolder,
     PathText,
+    PlainValues,
     Precision,
     Section,
     Text,
@@ -60,7 +61,8 @@ class DatasetRecipe(Section):
     """The rows to learn from."""
 
     path: Sources = Field(
-        description="hub id, or a local .jsonl, .json, .csv or .parquet file, or a list of these; "
+        description="hub id, or a local .jsonl, .json, .csv or .parquet file (also .gz or .zst), "
+        "a folder or pattern of these, or a list; "
         "in a list {path: ..., weight: ...} gives a source settings of its own"
     )
     name: TextOrList | None = Field(
@@ -81,6 +83,15 @@ class DatasetRecipe(Section):
         default="Question: {prompt}\nAnswer: {completion}",
         description="text with {prompt} and {completion}, or chat for the tokenizer's template",
     )
+    chat_template: PathText | None = Field(
+        default=None,
+        description="chat template instead of the tokenizer's: a jinja file, or the name of one "
+        "that comes with kpsvd-tune; evaluation, generate and the saved adapter use it too",
+    )
+    template_arguments: PlainValues = Field(
+        default_factory=dict,
+        description="what the chat template is given besides, such as {enable_thinking: false}",
+    )
     max_length: int = Field(default=512, ge=2, description="longest row, in tokens; see too_long")
     too_long: Literal["cut", "drop"] = Field(
         default="cut", description="rows above max_length: cut them, or leave them out"
@@ -95,6 +106,13 @@ class DatasetRecipe(Section):
     )
     streaming: bool = Field(
         default=False, description="read hub sets as a stream, without keeping their files"
+    )
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="a row that cannot be read or written out: refuse the run, or leave it out",
+    )
+    max_bad_rows: Number = Field(
+        default=0.05, ge=0, le=1, description="drop: largest share of a source's rows to leave out"
     )
     deduplicate: bool = Field(
         default=False, description="train and validate on each distinct row once"

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -29,6 +29,7 @@ from pydantic_core import PydanticCustomError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BUDGET = re.compile(r"(\d+\.?\d*|\.\d+)([eE]\+?\d{1,2})?\s*([kKmMgG]?)", re.ASCII)
+_NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _BUDGET_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _MAX_BUDGET = 10**15
 
@@ -112,6 +113,26 @@ def read_number_of_parameters(value: object) -> int:
             "such as 990000, 0.99M or 300k, or null for no budget"
         )
     return int(number)
+
+
+def _check_plain(value: object) -> object:
+    """Take text, numbers, true, false, null, and lists and mappings of these, as they are."""
+    if isinstance(value, list | tuple):
+        return tuple(_check_plain(each) for each in value)
+    if isinstance(value, Mapping):
+        return {str(key): _check_plain(each) for key, each in value.items()}
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(
+            f"got {show(value)}; expected text, a number, true, false, null, or a list or mapping "
+            "of these; write a date in quotes"
+        )
+    return value
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"got {show(value)}; expected a name of letters, digits and underscores")
+    return value
 
 
 def _read_validation(value: object) -> object:
@@ -216,3 +237,6 @@ Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_read_preci
 Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
 Budget = Annotated[int | None, BeforeValidator(_read_budget)]
 Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]
+PlainValues = dict[
+    Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_check_plain)]
+]

@@ -181,6 +181,19 @@ class Claim(Result):
 
 
 @dataclass(frozen=True)
+class Recommendation(Result):
+    """What to do on this data.
+
+    Attributes:
+        text: The method with its size and rate, and why; or why none of them.
+        undecided: What the trials leave open, each as the end of "not decided: ...".
+    """
+
+    text: str
+    undecided: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Comparison(Result):
     """The verdict of a comparison: the content of comparison.json.
 
@@ -188,6 +201,7 @@ class Comparison(Result):
         model: The base model.
         steps: Optimiser steps of every trial.
         base: Losses of the base model: validation_loss, test_loss, forgetting_loss.
+        recommendation: What to do, in words.
         reference: The method that the others are compared with.
         summaries: Every method at every budget that has trials.
         differences: Paired differences.
@@ -199,6 +213,7 @@ class Comparison(Result):
     model: str
     steps: int
     base: Mapping[str, float | None]
+    recommendation: Recommendation
     reference: str
     summaries: tuple[MethodSummary, ...]
     differences: tuple[Difference, ...]

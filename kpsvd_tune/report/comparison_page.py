@@ -1,45 +1,77 @@
 """A comparison as one HTML page that opens from disk and asks the network for nothing.
 
 The page is `comparison_page.html` beside this module with the figures filled in and plotly.js in
-it, which the Python package plotly brings along.
+it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
-from kpsvd_tune.report.page import plotly_script, script_json
+from kpsvd_tune.report.page import script_json
+from kpsvd_tune.report.plotly_script import plotly_script
 from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
+from kpsvd_tune.report.units import duration, size
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, on dark and on light.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
+# Hues of Okabe and Ito, which colour-blind readers tell apart, as light or dark as each background
+# asks for.
+PALETTES = {
+    "light": (
+        *("#0072b2", "#d55e00", "#00875f", "#b8528f"),
+        *("#96760a", "#2f8fc9", "#7d55a8", "#6b6b6b"),
+    ),
+    "dark": (
+        *("#4db3ff", "#ff8b4d", "#2fd6a3", "#f0a0cc"),
+        *("#f2c037", "#a9dcff", "#c3a3f0", "#b5b5b5"),
+    ),
+}
 # The ninth method and those after it share colours and differ in this.
 DASHES = ("solid", "dash", "dot")
 # Steps of the moving median of gradient norms: one batch's outlier should not hide the rest.
 SMOOTH_STEPS = 5
-Style = Mapping[str, str]
-COLUMNS = (
+QUALITY_COLUMNS = (
     *("method", "budget", "trained", "stored", "rank", "rate", "trials", "validation loss"),
-    *("test loss", "steps to reference", "seconds to it", "gradient CV", "clipped", "forgetting"),
-    *("s a step", "init s", "peak memory", "cost"),
+    *("test loss", "forgetting"),
+)
+COST_COLUMNS = (
+    *("method", "budget", "steps to reference", "time to it", "time a step", "start"),
+    *("peak memory", "cost", "gradient CV", "clipped"),
 )
 
 
+@dataclass(frozen=True)
+class Style:
+    """How the traces of a method look: the place of their colour, and their dashes."""
+
+    colour: int
+    dash: str
+
+    def trace(self, **parts: Any) -> dict[str, Any]:
+        """A trace in this style."""
+        return {"meta": {"colour": self.colour}, **parts}
+
+    def line(self) -> dict[str, Any]:
+        """Its line; the page adds the colour of the theme."""
+        return {"dash": self.dash, "width": 2}
+
+
 def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
-    """Render a comparison as a page with its claims, four figures and its tables.
+    """Render a comparison as a page with what it recommends, its claims, four figures and tables.
 
     Args:
         verdict: The verdict.
         rows: The trials it was drawn from.
 
     Returns:
-        A whole HTML document of about 5 MB, nearly all of it plotly.js.
+        A whole HTML document of about 2 MB, nearly all of it plotly.js.
 
     Raises:
         InputError: If plotly is not installed.
@@ -48,7 +80,7 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
     most = max(s.validation_loss.n for s in verdict.summaries)
     budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
     styles = {
-        name: {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % 3]}
+        name: Style(place, DASHES[place // len(PALETTES["light"]) % len(DASHES)])
         for place, name in enumerate(methods)
     }
     parts = {
@@ -64,8 +96,13 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
             f"{escape(claim.text)}<small>{escape(claim.figure)}</small></li>"
             for claim in verdict.claims
         ),
-        "columns": "".join(f'<th scope="col">{title}</th>' for title in COLUMNS),
-        "rows": "".join(_row(summary, verdict.currency) for summary in verdict.summaries),
+        "advice": escape(verdict.recommendation.text),
+        "undecided": _undecided(verdict.recommendation.undecided),
+        "quality_columns": _header(QUALITY_COLUMNS),
+        "quality_rows": "".join(_row(s.method, _quality(s)) for s in verdict.summaries),
+        "cost_columns": _header(COST_COLUMNS),
+        "cost_rows": "".join(_row(s.method, _cost(s, verdict.currency)) for s in verdict.summaries),
+        "num_differences": str(len(verdict.differences)),
         "differences": "".join(
             f"<tr><th>{escape(each.method)}</th><td>{each.budget:,}</td>"
             f"<td>{escape(each.other)}</td><td>{each.other_budget:,}</td>"
@@ -74,7 +111,9 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         ),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in verdict.notes) or "<li>none</li>",
         "plotly": plotly_script("the page of a comparison"),
-        "data": script_json(_figures(verdict, rows, budget, styles)),
+        "data": script_json(
+            {"figures": _figures(verdict, rows, budget, styles), "palettes": PALETTES}
+        ),
     }
     template = files("kpsvd_tune.report").joinpath("comparison_page.html")
     text = template.read_text(encoding="utf-8")
@@ -94,12 +133,9 @@ def _figures(
         curves += _band(method, steps, losses, styles[method])
         smooth = [_moving_median(row.grad_norms) for row in own]
         norms += _band(method, list(range(1, len(smooth[0]) + 1)), smooth, styles[method])
-    # The first validation after the start sets the scale; the start itself would flatten the rest.
-    later = [loss for own in chosen.values() for r in own for _, loss in r.validation_losses[1:]]
-    low, high = min(later, default=0.0), max(later, default=1.0)
-    scale = {"range": [low - 0.05 * (high - low), high + 0.05 * (high - low)]}
+    whole = _figure(curves, "step", "validation loss")
     return {
-        "curves": _figure(curves, "step", "validation loss", scale=scale),
+        "curves": {**whole, "later": _later(whole, chosen)},
         "front": _figure(
             [
                 _front(m, [s for s in verdict.summaries if s.method == m], c)
@@ -119,6 +155,19 @@ def _figures(
     }
 
 
+def _later(whole: Mapping[str, Any], chosen: Mapping[str, Sequence[TrialRow]]) -> dict[str, Any]:
+    """The axes without step 0, whose loss flattens what comes after it."""
+    later = [point for own in chosen.values() for r in own for point in r.validation_losses[1:]]
+    if not later:
+        return {"x": whole["x"], "y": whole["y"]}
+    steps, losses = [step for step, _ in later], [loss for _, loss in later]
+    margin = 0.05 * (max(losses) - min(losses)) or 0.01
+    return {
+        "x": {**whole["x"], "range": [min(steps), max(max(steps), min(steps) + 1)]},
+        "y": {**whole["y"], "range": [min(losses) - margin, max(losses) + margin]},
+    }
+
+
 def _chosen(summary: MethodSummary, rows: Sequence[TrialRow]) -> list[TrialRow]:
     return [
         row
@@ -135,43 +184,43 @@ def _band(
     columns = list(zip(*seeds, strict=False))
     xs = xs[: len(columns)]
     low, high = [min(each) for each in columns], [max(each) for each in columns]
-    line = {
-        "x": xs,
-        "y": [statistics.fmean(each) for each in columns],
-        "name": escape(name),
-        "legendgroup": name,
-        "mode": "lines",
-        "line": {**style, "width": 2},
-    }
+    line = style.trace(
+        x=xs,
+        y=[statistics.fmean(each) for each in columns],
+        name=escape(name),
+        legendgroup=name,
+        mode="lines",
+        line=style.line(),
+    )
     if len(seeds) == 1:
         return [line]
-    band = {
-        "x": [*xs, *reversed(xs)],
-        "y": [*high, *reversed(low)],
-        "fill": "toself",
-        "fillcolor": style["color"],
-        "mode": "lines",
-        "opacity": 0.18,
-        "line": {"width": 0},
-        "legendgroup": name,
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
+    band = style.trace(
+        x=[*xs, *reversed(xs)],
+        y=[*high, *reversed(low)],
+        fill="toself",
+        mode="lines",
+        opacity=0.18,
+        line={"width": 0},
+        legendgroup=name,
+        showlegend=False,
+        hoverinfo="skip",
+    )
     return [band, line]
 
 
 def _front(method: str, summaries: Sequence[MethodSummary], style: Style) -> dict[str, Any]:
-    return {
-        "x": [s.trainable_parameters for s in summaries],
-        "y": [s.validation_loss.mean for s in summaries],
-        "error_y": {
+    return style.trace(
+        x=[s.trainable_parameters for s in summaries],
+        y=[s.validation_loss.mean for s in summaries],
+        error_y={
             "array": [s.validation_loss.deviation or 0.0 for s in summaries],
             "thickness": 1,
         },
-        "name": escape(method),
-        "mode": "lines+markers",
-        "line": {**style, "width": 2},
-    }
+        name=escape(method),
+        mode="lines+markers",
+        line=style.line(),
+        marker={"size": 7},
+    )
 
 
 def _rates(
@@ -185,23 +234,23 @@ def _rates(
     rates = sorted(own)
     dots = [(rate, loss) for rate in rates for loss in own[rate]]
     return [
-        {
-            "x": rates,
-            "y": [statistics.fmean(own[rate]) for rate in rates],
-            "name": escape(method),
-            "legendgroup": method,
-            "mode": "lines",
-            "line": {**style, "width": 2},
-        },
-        {
-            "x": [rate for rate, _ in dots],
-            "y": [loss for _, loss in dots],
-            "mode": "markers",
-            "marker": {"color": style["color"], "size": 7},
-            "legendgroup": method,
-            "showlegend": False,
-            "hoverinfo": "skip",
-        },
+        style.trace(
+            x=rates,
+            y=[statistics.fmean(own[rate]) for rate in rates],
+            name=escape(method),
+            legendgroup=method,
+            mode="lines",
+            line=style.line(),
+        ),
+        style.trace(
+            x=[rate for rate, _ in dots],
+            y=[loss for _, loss in dots],
+            mode="markers",
+            marker={"size": 7},
+            legendgroup=method,
+            showlegend=False,
+            hoverinfo="skip",
+        ),
     ]
 
 
@@ -212,12 +261,11 @@ def _figure(
     *,
     x_type: str = "linear",
     y_type: str = "linear",
-    scale: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
         "traces": traces,
         "x": {"title": {"text": x_title}, "type": x_type},
-        "y": {"title": {"text": y_title}, "type": y_type, **(scale or {})},
+        "y": {"title": {"text": y_title}, "type": y_type},
     }
 
 
@@ -229,9 +277,25 @@ def _moving_median(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _row(summary: MethodSummary, currency: str) -> str:
-    steps, seconds = summary.steps_to_reference, summary.seconds_to_reference
-    cells = (
+def _undecided(found: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(each)}</li>" for each in found)
+    return f"<p>Not decided:</p><ul>{items}</ul>" if found else ""
+
+
+def _header(columns: Sequence[str]) -> str:
+    return "".join(f'<th scope="col">{title}</th>' for title in columns)
+
+
+def _row(method: str, cells: Sequence[str]) -> str:
+    return (
+        f"<tr><th scope='row'>{escape(method)}</th>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+    )
+
+
+def _quality(summary: MethodSummary) -> tuple[str, ...]:
+    return (
         f"{summary.budget:,}",
         f"{summary.trainable_parameters:,}",
         f"{summary.stored_parameters:,}",
@@ -240,18 +304,26 @@ def _row(summary: MethodSummary, currency: str) -> str:
         str(summary.num_trials),
         plus_minus(summary.validation_loss),
         plus_minus(summary.test_loss),
-        steps_reached(steps, summary.validation_loss.n),
-        "–" if seconds is None else f"{seconds:.0f}",
+        "–" if summary.forgetting is None else f"{summary.forgetting.mean:+.4f}",
+    )
+
+
+def _cost(summary: MethodSummary, currency: str) -> tuple[str, ...]:
+    seconds = summary.seconds_to_reference
+    return (
+        f"{summary.budget:,}",
+        steps_reached(summary.steps_to_reference, summary.validation_loss.n),
+        "–" if seconds is None else duration(seconds),
+        f"{summary.seconds_per_step:.2f} s",
+        duration(summary.init_seconds),
+        size(summary.peak_memory_bytes),
+        "–" if summary.cost is None else f"{_money(summary.cost)} {currency}",
         f"{summary.gradient_variation.mean:.3f}",
         f"{summary.clipped_share:.0%}",
-        "–" if summary.forgetting is None else f"{summary.forgetting.mean:+.4f}",
-        f"{summary.seconds_per_step:.2f}",
-        f"{summary.init_seconds:.1f}",
-        f"{summary.peak_memory_bytes / 2**30:.2f} GiB",
-        "–" if summary.cost is None else f"{summary.cost:.4f} {currency}",
     )
-    return (
-        f"<tr><th scope='row'>{escape(summary.method)}</th>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-    )
+
+
+def _money(amount: float) -> str:
+    """Two digits behind the point, or as many as show two of a small amount."""
+    digits = 2 if not 0 < amount < 0.1 else 1 - math.floor(math.log10(amount))
+    return f"{amount:,.{digits}f}"

@@ -31,7 +31,7 @@ from kpsvd_tune.report.results import (
     RankReport,
     StepMetrics,
 )
-from kpsvd_tune.report.score import score_text, score_value
+from kpsvd_tune.report.score import score_lines, score_text, score_value
 from kpsvd_tune.report.table import (
     RANK_COLUMNS,
     merge_lines,
@@ -251,8 +251,7 @@ def show_results(results: Mapping[str, Any]) -> None:
     Args:
         results: The content of results.json.
     """
-    scores, base = results.get("scores", {}), results.get("base_scores", {})
-    conditions = results.get("score_conditions", {})
+    scores = results.get("scores", {})
     figures = {key: results[key] for key in _FIGURES if results.get(key) is not None}
     figures |= {
         key: value
@@ -260,30 +259,30 @@ def show_results(results: Mapping[str, Any]) -> None:
         if not isinstance(value, Mapping) and key not in _FIGURES
     }
     _show_figures(figures)
-    for task, by_scorer in base.items():
-        asked = conditions.get(f"{task}, base model", conditions.get(task))
-        _show_scores(f"base model, {task}", by_scorer, asked)
-    for task, by_scorer in scores.items():
-        _show_scores(f"adapter, {task}", by_scorer, conditions.get(task))
+    for line in score_lines(results):
+        _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
     for task, change in results.items():
         if isinstance(change, Mapping) and "before" in change:
             scorer = next(iter(scores.get(task, {"": None})))
             before, after = (score_value(scorer, change[key]) for key in ("before", "after"))
-            print_pair(output(), f"{task}, in this training", f"{before} before, {after} after")
+            print_pair(
+                output(),
+                f"{task}, in this training",
+                f"{before} before, {after} after, of {change['n']}",
+            )
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
     """One line for every scorer of a task."""
-    _show_scores(result["task"], result["scores"], result.get("conditions"))
+    name = ", ".join(filter(None, (result.get("model"), result["task"])))
+    for scorer, score in result["scores"].items():
+        _show_score(name, scorer, score, result.get("conditions"))
 
 
-def _show_scores(
-    name: str, scores: Mapping[str, Mapping[str, Any]], conditions: str | None
-) -> None:
-    for scorer, score in scores.items():
-        # Each line says how it was asked: lines are quoted one by one.
-        asked = f"; {conditions}" if conditions else ""
-        print_line(output(), f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
+def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: str | None) -> None:
+    # Each line says how it was asked: lines are quoted one by one.
+    asked = f"; {conditions}" if conditions else ""
+    print_line(output(), f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
 
 
 def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:

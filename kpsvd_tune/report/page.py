@@ -1,7 +1,7 @@
 """The rank report as one HTML page that opens from disk and asks the network for nothing.
 
-The page is `page.html` beside this module with the report filled in and plotly.js in it, which
-the Python package plotly brings along; what the reader clicks on is answered by the script there.
+The page is `page.html` beside this module with the report filled in and plotly.js in it; what the
+reader clicks on is answered by the script there.
 """
 
 from __future__ import annotations
@@ -14,29 +14,32 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.plotly_script import plotly_script
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.report.table import shorten
+from kpsvd_tune.report.units import duration
 
 # Characters of a kind of module that fit beside the heat map.
 KIND_WIDTH = 40
 # The place of modules that belong to no numbered layer, such as lm_head.
 NO_LAYER = "other"
+# Of cells that are aligned to the left.
+_TEXT = ' class="text"'
 # Title of a table column -> its sort key is text (False) or a number (True).
 COLUMNS = {
     "module": False,
     "out × in": True,
     "A": True,
     "B": True,
-    "energy rank": True,
-    "elbow": True,
+    "by energy": True,
+    "by elbow": True,
     "rank": True,
     "bound by": False,
     "energy kept": True,
     "parameters": True,
     "relative error": True,
     "stable rank": True,
-    "seconds": True,
+    "time": True,
     "note": False,
 }
 
@@ -48,11 +51,12 @@ def rank_page(report: RankReport) -> str:
         report: The ranks of all layers.
 
     Returns:
-        A whole HTML document of about 5 MB, nearly all of it plotly.js.
+        A whole HTML document of about 2 MB, nearly all of it plotly.js.
 
     Raises:
         InputError: If plotly is not installed.
     """
+    unused = _unused(report)
     parts = {
         "model": escape(report.model),
         "rule": _rule(report),
@@ -62,35 +66,17 @@ def rank_page(report: RankReport) -> str:
             f'<th scope="col" aria-sort="none"><button data-numeric="{int(numeric)}">{title}'
             "</button></th>"
             for title, numeric in COLUMNS.items()
+            if title not in unused
         ),
-        "rows": "\n".join(_row(index, layer) for index, layer in enumerate(report.layers)),
+        "meaning": _meaning(unused),
+        "rows": "\n".join(_row(index, layer, unused) for index, layer in enumerate(report.layers)),
         "untouched": _untouched(report),
         "plotly": plotly_script("the HTML rank report"),
-        "data": script_json(_data(report)),
+        "data": script_json(_data(report, unused)),
     }
     template = files("kpsvd_tune.report").joinpath("page.html").read_text(encoding="utf-8")
     # One pass: a module's name that looks like a placeholder is filled in, never replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
-
-
-def plotly_script(what: str) -> str:
-    """plotly.js as text.
-
-    Args:
-        what: What is drawn with it, for the message.
-
-    Raises:
-        InputError: If plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise InputError(
-            f"plotly is not installed, and {what} is drawn with it; "
-            "install it with: pip install 'kpsvd-tune[report]'"
-        ) from error
-    script: str = get_plotlyjs()
-    return script
 
 
 def heat_map_place(name: str) -> tuple[str, int | None, str]:
@@ -110,7 +96,7 @@ def heat_map_place(name: str) -> tuple[str, int | None, str]:
     return "", None, name
 
 
-def _data(report: RankReport) -> dict[str, Any]:
+def _data(report: RankReport, unused: set[str]) -> dict[str, Any]:
     """What the page's script draws: the layers, and which of them stands in which cell."""
     places = [heat_map_place(layer.name) for layer in report.layers]
     # Models with an encoder and a decoder number the layers of each from zero.
@@ -131,6 +117,8 @@ def _data(report: RankReport) -> dict[str, Any]:
         "columns": [NO_LAYER if number is None else str(number) for number in columns],
         "rows": [_plot_text(shorten(kind, KIND_WIDTH)) for kind in rows],
         "cells": cells,
+        # Proposals that the rule asks for are marked in the spectrum.
+        "uses": {name: f"by {name}" not in unused for name in ("energy", "elbow")},
         "layers": [
             {
                 **layer.to_dict(),
@@ -194,27 +182,57 @@ def _lora_rank_one(report: RankReport) -> int:
     return sum(layer.out_features + layer.in_features for layer in report.layers if layer.rank > 0)
 
 
-def _row(index: int, layer: LayerReport) -> str:
+def _unused(report: RankReport) -> set[str]:
+    """Columns that say nothing here: proposals that the rank rule does not ask for, no notes."""
+    method = str(report.rule.get("method", "energy+elbow"))
+    unused = {f"by {name}" for name in ("energy", "elbow") if name not in method}
+    return unused if any(layer.note for layer in report.layers) else unused | {"note"}
+
+
+def _meaning(unused: set[str]) -> str:
+    """What the columns of proposals say; a proposal of 0 is a find, and looks like a fault."""
+    parts = {
+        "by energy": "<b>by energy</b> is the rank that the energy threshold alone asks for; where "
+        "it is 0, the terms that hold the wanted share of all layers together are all in other "
+        "layers.",
+        "by elbow": "<b>by elbow</b> is the rank at the bend of the layer's spectrum.",
+    }
+    told = [text for name, text in parts.items() if name not in unused]
+    told.append(
+        "<b>bound by</b> names the rule that decided the rank in the end: a proposal, or the "
+        "recipe's min, max, budget or overrides."
+    )
+    return " ".join(told)
+
+
+def _row(index: int, layer: LayerReport, unused: set[str]) -> str:
     m, n, p, q = layer.factor_shape
-    cells: list[tuple[str | float, str]] = [
-        (layer.out_features * layer.in_features, f"{layer.out_features} × {layer.in_features}"),
-        (m * n, f"{m} × {n}"),
-        (p * q, f"{p} × {q}"),
-        (layer.rank_energy, str(layer.rank_energy)),
-        (layer.rank_elbow, str(layer.rank_elbow)),
-        (layer.rank, f"<b>{layer.rank}</b>"),
-        (layer.bound_by, escape(layer.bound_by)),
-        (layer.energy_total, f"{100 * layer.energy_total:.1f} %"),
-        (layer.parameters, f"{layer.parameters:,}"),
-        (layer.relative_error, f"{layer.relative_error:.3f}"),
-        (layer.stable_rank, f"{layer.stable_rank:.1f}"),
-        (layer.seconds, f"{layer.seconds:.2f}"),
-        (layer.note or "", escape(layer.note or "")),
-    ]
+    cells: dict[str, tuple[str | float, str]] = {
+        "out × in": (
+            layer.out_features * layer.in_features,
+            f"{layer.out_features} × {layer.in_features}",
+        ),
+        "A": (m * n, f"{m} × {n}"),
+        "B": (p * q, f"{p} × {q}"),
+        "by energy": (layer.rank_energy, str(layer.rank_energy)),
+        "by elbow": (layer.rank_elbow, str(layer.rank_elbow)),
+        "rank": (layer.rank, f"<b>{layer.rank}</b>"),
+        "bound by": (layer.bound_by, escape(layer.bound_by)),
+        "energy kept": (layer.energy_total, f"{100 * layer.energy_total:.1f} %"),
+        "parameters": (layer.parameters, f"{layer.parameters:,}"),
+        "relative error": (layer.relative_error, f"{layer.relative_error:.3f}"),
+        "stable rank": (layer.stable_rank, f"{layer.stable_rank:.1f}"),
+        "time": (layer.seconds, duration(layer.seconds)),
+        "note": (layer.note or "", escape(layer.note or "")),
+    }
     return (
         f'<tr data-layer="{index}"><th scope="row" data-key="{escape(layer.name)}">'
         f'<button class="pick">{escape(layer.name)}</button></th>'
-        + "".join(f'<td data-key="{escape(str(key))}">{shown}</td>' for key, shown in cells)
+        + "".join(
+            f'<td data-key="{escape(str(key))}"{_TEXT if title == "note" else ""}>{shown}</td>'
+            for title, (key, shown) in cells.items()
+            if title not in unused
+        )
         + "</tr>"
     )
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from kpsvd_tune.report.comparison import Comparison, Estimate, MethodSummary, TrialRow
 from kpsvd_tune.report.layout import (
@@ -149,17 +150,21 @@ def show_grid(grid: Mapping[str, Any]) -> None:
 def show_comparison(verdict: Comparison) -> None:
     """What is recommended, the table of the methods, then claims and notes."""
     out = output(pipe_width=_WIDE)
+    print_line(out, Text(verdict.recommendation.text, style="bold"))
+    for each in verdict.recommendation.undecided:
+        print_line(out, f"not decided: {each}")
+    out.print()
     rows = [_cells(summary) for summary in verdict.summaries]
     if out.width < _NARROW:
         print_blocks(out, _COLUMNS, rows)
     else:
         print_table(out, _COLUMNS, rows, where="comparison.html")
-    for each in verdict.differences:
-        if each.budget == each.other_budget:
+    for pair in verdict.differences:
+        if pair.budget == pair.other_budget:
             print_line(
                 out,
-                f"{each.method} minus {each.other} at {each.budget:,}: {each.loss.mean:+.4f} nats"
-                f"{interval(each.loss)}",
+                f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats"
+                f"{interval(pair.loss)}",
             )
     for claim in verdict.claims:
         print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")

@@ -299,7 +299,7 @@ def test_conv1d_is_adapted() -> None:
 def test_modules_to_save_are_trained_and_saved(
     tiny_model: Any, model_factory: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model = adapt(tiny_model, modules_to_save=["norm"])
+    model = adapt(tiny_model, modules_to_save=["model.norm"])
     perturb(model)
     expected = logits(model)
     model.save_pretrained(tmp_path)

@@ -8,11 +8,14 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
-from kpsvd_tune.adapter.targets import target_names, untouched
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.targets import saved_whole_notes, target_names, untouched
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.models import load_skeleton, resolve_model
 
@@ -159,3 +162,128 @@ def test_matching_nothing_is_an_error(
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         target_names(architectures.make("llama"), target, exclude)
+
+
+class Router(nn.Linear):
+    """As routers of some models: a linear layer by class, and more than that by what it does."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class Named(nn.Linear):
+    """A subclass that changes nothing."""
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router(8, 4)
+        self.up, self.down = Named(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores, _ = self.router(x)
+        return self.down(self.up(x)) * scores.amax(-1, keepdim=True)
+
+
+def test_layers_with_a_forward_of_their_own_are_left_alone_and_listed() -> None:
+    model = Routed()
+    names = target_names(model, "all-linear")
+    assert names == ["up", "down"]
+    assert untouched(model, names) == [
+        ("router", "a Router, whose forward is not that of a linear layer")
+    ]
+    with pytest.raises(AdapterError, match="router: a Router, whose forward is not that of a lin"):
+        target_names(model, ["router", "up"])
+    adapted: Any = get_peft_model(model, KpsvdConfig(target_modules="all-linear", rank=1))
+    adapted(torch.randn(3, 8)).sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_pefts_guard_for_mamba_holds() -> None:
+    settings = MambaConfig(vocab_size=32, hidden_size=8, state_size=4, num_hidden_layers=1)
+    model = MambaForCausalLM(settings)
+    names = target_names(model, "all-linear")
+    assert names
+    assert not any("out_proj" in name for name in names)
+    reasons = dict(untouched(model, names))
+    assert "never call it" in reasons["backbone.layers.0.mixer.out_proj"]
+    with pytest.raises(AdapterError, match="out_proj: kernels of Mamba models read its weight"):
+        target_names(model, ["in_proj", "out_proj"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_haed"]},
+            "modules_to_save: 'lm_haed' matches no module; did you mean lm_head?",
+        ),
+        (
+            {"modules_to_save": ["model.embed_token"]},
+            "modules_to_save: 'model.embed_token' matches no module; did you mean "
+            r"model.embed_tokens\?",
+        ),
+        (
+            {"modules_to_save": ["zzz"]},
+            "modules_to_save: 'zzz' matches no module; the model's are called act_fn, down_proj",
+        ),
+        (
+            {"exclude_modules": ["up_porj"]},
+            r"exclude_modules: 'up_porj' matches no module; did you mean up_proj\?",
+        ),
+        (
+            {"exclude_modules": ["q_proj", "layers.7.mlp.up_proj"]},
+            r"'layers.7.mlp.up_proj' matches no module; did you mean layers.1.mlp.up_proj\?",
+        ),
+        (
+            {"exclude_modules": "up_proj"},
+            "exclude_modules 'up_proj' matches no module, so nothing is left out; a regular",
+        ),
+        (
+            {"exclude_modules": ["mlp"]},
+            r"exclude_modules 'mlp' leaves out no layer: .*model.layers.0.mlp only holds some. "
+            r"Expected the names of layers \(gate_proj, up_proj, down_proj\), or an expression",
+        ),
+    ],
+)
+def test_lists_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        target_names(architectures.make("llama"), "all-linear", **options)
+    with pytest.raises(AdapterError, match=message):
+        get_peft_model(
+            architectures.make("llama"), KpsvdConfig(target_modules="all-linear", **options)
+        )
+
+
+def test_the_expression_that_a_message_offers_does_what_it_says() -> None:
+    model = architectures.make("llama")
+    with pytest.raises(AdapterError, match="leaves out no layer") as caught:
+        target_names(model, "all-linear", ["mlp"])
+    expression = str(caught.value).rpartition(": ")[2].strip("'")
+    names = target_names(model, "all-linear", expression)
+    assert {name.rpartition(".")[2] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_excluding_what_is_no_target_is_fine() -> None:
+    model = architectures.make("llama")
+    names = target_names(model, "all-linear")
+    assert target_names(model, "all-linear", ["lm_head", "embed_tokens"]) == names
+
+
+def test_an_entry_that_means_several_modules_says_how_many() -> None:
+    model = architectures.make("llama")
+    assert saved_whole_notes(model, ["model.norm", "lm_head"]) == []
+    (note,) = saved_whole_notes(model, ["norm"])
+    assert note == (
+        "modules_to_save 'norm' means 5 modules, trained whole: model.layers.0.input_layernorm, "
+        "model.layers.0.post_attention_layernorm, model.layers.1.input_layernorm, "
+        "model.layers.1.post_attention_layernorm, model.norm (PEFT takes any end of a name; "
+        "model.layers.0.input_layernorm ends with it)"
+    )
+    with pytest.warns(UserWarning, match="'norm' means 5 modules"):
+        adapted = get_peft_model(
+            model, KpsvdConfig(target_modules=["q_proj"], rank=1, modules_to_save=["norm"])
+        )
+    assert sum(isinstance(m, ModulesToSaveWrapper) for m in adapted.modules()) == 5

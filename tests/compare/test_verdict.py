@@ -26,8 +26,12 @@ def verdict(rows: list[TrialRow], **changes: Any) -> Comparison:
     return compare_rows(rows, **(settings | changes))
 
 
-def seeds(method: str, losses: list[float], budget: int = 100, **changes: Any) -> list[TrialRow]:
+def seeds(method: str, losses: list[float], /, budget: int = 100, **changes: Any) -> list[TrialRow]:
     return [row(method, budget, 1e-3, seed, loss, **changes) for seed, loss in enumerate(losses)]
+
+
+# Of runs that are long enough for every claim.
+LONG: dict[str, Any] = {"losses": (2.0, 1.5, 1.2, 1.0) * 5, "grad_norms": (9.0, 2.0, 1.0, 0.5) * 5}
 
 
 def claim(found: Comparison, word: str) -> Any:
@@ -176,7 +180,8 @@ def test_the_reference_reaches_its_own_loss() -> None:
 
 def test_faster_counts_steps_to_the_baselines_loss() -> None:
     fast = ((0, 2.0), (5, 1.0), (10, 0.9))
-    rows = seeds("kpsvd", [0.9] * 3, validation_losses=fast) + seeds("lora", [1.0] * 3)
+    rows = seeds("kpsvd", [0.9] * 3, validation_losses=fast, **LONG)
+    rows += seeds("lora", [1.0] * 3, **LONG)
     found = claim(verdict(rows), "faster")
     assert found.verdict == "held"
     assert "-5.0 steps" in found.figure
@@ -201,10 +206,59 @@ def test_one_step_after_warm_up_shows_no_steadiness() -> None:
 
 
 def test_steadier_compares_the_variation_after_warm_up() -> None:
-    steady = seeds("kpsvd", [1.0] * 3, grad_norms=(9.0, 1.0, 1.0, 1.0))
-    assert claim(verdict(steady + seeds("lora", [1.0] * 3)), "steadier").verdict == "held"
-    wild = seeds("kpsvd", [1.0] * 3, grad_norms=(1.0, 1.0, 9.0, 1.0))
-    assert claim(verdict(wild + seeds("lora", [1.0] * 3)), "steadier").verdict == "not held"
+    lora = seeds("lora", [1.0] * 3, **LONG)
+    steady = seeds("kpsvd", [1.0] * 3, **(LONG | {"grad_norms": (9.0, *[1.0] * 19)}))
+    assert claim(verdict(steady + lora), "steadier").verdict == "held"
+    wild = seeds("kpsvd", [1.0] * 3, **(LONG | {"grad_norms": (1.0, 1.0, 90.0, *[1.0] * 17)}))
+    assert claim(verdict(wild + lora), "steadier").verdict == "not held"
+
+
+@pytest.mark.parametrize("num_warmup", [0, 1, 5])
+def test_short_runs_decide_nothing_about_convergence_and_gradients(num_warmup: int) -> None:
+    steps = 24 if num_warmup == 5 else 19
+    fast = ((0, 2.0), (5, 1.0), (10, 0.9))
+    changes: dict[str, Any] = {"losses": (1.0,) * steps}
+    rows = seeds(
+        "kpsvd", [0.9] * 3, validation_losses=fast, grad_norms=(1.0,) * steps, **changes
+    ) + seeds("lora", [1.0] * 3, grad_norms=(1.0, 2.0) * 12, **changes)
+    for word in ("faster", "steadier"):
+        found = claim(verdict(rows, num_warmup=num_warmup), word)
+        assert found.verdict == "undecided"
+        assert f"runs of {steps} steps, {num_warmup} of them warm-up, are too" in found.figure
+
+
+@pytest.mark.parametrize(("size", "is_equal"), [(102, True), (103, False), (98, False)])
+def test_unequal_sizes_decide_nothing(size: int, is_equal: bool) -> None:
+    fast = ((0, 2.0), (5, 1.0), (10, 0.9))
+    steady = LONG | {"grad_norms": (9.0, *[1.0] * 19)}
+    rows = seeds(
+        "kpsvd", [0.9] * 3, validation_losses=fast, trainable_parameters=size, **steady
+    ) + seeds("lora", [1.0] * 3, **LONG)
+    for word in ("equal or better quality", "faster", "steadier"):
+        found = claim(verdict(rows), word)
+        assert found.verdict == ("held" if is_equal else "undecided")
+        told = f"sizes differ by more than 2%: it trains {size} parameters where the other trains"
+        assert (told in found.figure) is not is_equal
+
+
+def test_one_seed_decides_nothing() -> None:
+    rows = seeds("kpsvd", [0.5], validation_losses=((0, 2.0), (1, 0.5)), **LONG)
+    rows += seeds("lora", [1.0], **LONG)
+    assert {each.verdict for each in verdict(rows).claims} == {"undecided"}
+
+
+def test_a_baseline_that_learnt_nothing_cannot_be_equalled() -> None:
+    rows = seeds("kpsvd", [1.99, 1.991, 1.989]) + seeds("lora", [1.999, 1.9985, 1.9995])
+    found = verdict(rows)
+    quality = claim(found, "equal or better quality")
+    assert quality.verdict == "undecided"
+    assert "lora has learnt nothing (validation loss 1.9990, the base model's is 2.0000)" in (
+        quality.figure
+    )
+    worse = verdict(seeds("kpsvd", [1.0, 1.1]) + seeds("lora", [2.5, 2.6]))
+    told = [note for note in worse.notes if "worse than the base model" in note]
+    assert len(told) == 1
+    assert "lora at 100 is worse than the base model at its best learning rate, 0.001" in told[0]
 
 
 def test_a_rank_that_does_not_bind_is_told() -> None:

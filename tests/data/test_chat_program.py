@@ -114,6 +114,10 @@ def test_another_thread_renders_too() -> None:
 
 
 def test_the_names_that_a_template_reads() -> None:
+    template = "{% if date is not defined %}{% set date = 1 %}{% endif %}{{ date }}"
+    assert variables_of(template) == {"date"}
+    template = "{% for m in messages %}{% if m %}{% set x = 1 %}{% endif %}{{ x }}{% endfor %}"
+    assert variables_of(template) == {"messages"}
     template = "{% set a = b %}{{ a }}{{ messages }}{% if c is defined %}{{ range(2) }}{% endif %}"
     assert variables_of(template) == {"b", "c", "messages"}
     with pytest.raises(jinja2.TemplateError):

@@ -201,15 +201,17 @@ def test_tools_and_their_results_are_kept_and_not_learnt(
     )
 
 
-def test_a_template_without_a_system_role_refuses_one_with_the_row(
+def test_a_template_that_refuses_is_told_with_the_row(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": MESSAGES}) + "\n")
-    with pytest.raises(DataError, match=r"line 1: .* refuses these messages: no system role; che"):
-        prepare(
-            DatasetRecipe(path=str(path), validation=0), with_template(tokenizer, "gemma"), seed=0
-        )
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(
+        DataError, match=r"line 1: .* refuses these messages: no system role; .*dataset\.chat_temp"
+    ):
+        prepare(DatasetRecipe(path=str(path), validation=0), changed, seed=0)
 
 
 def test_a_tokenizer_that_changes_the_text_is_told_of(

@@ -9,14 +9,14 @@ import pytest
 
 from kpsvd_tune.data import files
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.rows import is_local_file, load_rows, open_sources
+from kpsvd_tune.data.rows import RowSource, _hub, is_local_file, load_rows
 from kpsvd_tune.errors import DataError
 
 PAIR = '{"prompt": "1+1?", "completion": "2"}'
 
 
 def read_file(path: Path) -> list[Row]:
-    return list(files.read_file(path))
+    return list(files.readable(files.read_file(path)))
 
 
 def write(folder: Path, name: str, content: bytes | str) -> Path:
@@ -84,7 +84,7 @@ def test_csv_keeps_line_ends_inside_quotes(tmp_path: Path) -> None:
         ("r.jsonl", b'{"prompt": "caf\xe9"}', r"line 1: byte 0xe9 is not UTF-8"),
         ("r.jsonl", PAIR.encode("utf-16"), r"is UTF-16 text; expected UTF-8 text"),
         ("r.jsonl", PAIR.encode("utf-16-le"), r"starts with NUL bytes, .* save it with that"),
-        ("r.jsonl", b"\x1f\x8b\x08", r"is a gzip archive; .* unpack it first"),
+        ("r.jsonl", b"\x1f\x8b\x08", r"is compressed by gzip; .* add \.gz to its name"),
         ("r.jsonl", "[" * 100_000, r"line 1: the nesting is too deep"),
         ("r.json", PAIR + "\n" + PAIR, r"r\.json: not valid JSON .* rename it to \.jsonl"),
         ("r.json", '{"data": []}', r"found one object with the keys data; save the array under"),
@@ -145,8 +145,9 @@ def test_split_of_a_local_file_slices_or_is_noted(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="keeps none of the 5 rows"):
         load_rows(path, split="train[9:]")
-    with pytest.raises(DataError, match=r"expected a name such as train, or with row numbers"):
-        load_rows(path, split="train[:10%]")
+    assert numbers("train[:40%]") == [0, 1]
+    assert numbers("train[40%:]") == [2, 3, 4]
+    assert numbers("train[:1] + train[-2:]") == [0, 3, 4]
 
 
 def test_what_counts_as_a_local_file(tmp_path: Path) -> None:
@@ -160,18 +161,6 @@ def test_hub_dataset_that_cannot_be_had_says_so() -> None:
     with pytest.raises(DataError, match=r"'nobody/nothing'.* the local cache \(offline\): ") as got:
         load_rows("nobody/nothing", name="main", offline=True)
     assert "give a local file (.jsonl, .json, .csv, .parquet)" in str(got.value)
-
-
-def test_folder_is_loaded_by_the_datasets_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "set"
-    folder.mkdir()
-    write(folder, "train.jsonl", PAIR + "\n" + PAIR)
-    rows = load_rows(str(folder)).rows
-    assert [row.number for row in rows] == [1, 2]
-    assert rows[0].values == {"prompt": "1+1?", "completion": "2"}
 
 
 def test_a_text_longer_than_csvs_usual_limit_is_read(tmp_path: Path) -> None:
@@ -208,17 +197,22 @@ def test_a_dataset_can_be_streamed(
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder, "train.jsonl", "".join(f'{{"prompt": "{n}"}}\n' for n in range(3)))
-    (source,) = open_sources(str(folder), split=split, streaming=True)
+    # A folder stands in for the hub, which is not reached here.
+
+    def open_hub(split: str) -> RowSource:
+        return _hub(str(folder), None, split, False, True)
+
+    source = open_hub(split)
     values = [row.values["prompt"] for row in source.read()]
     assert values == ["0", "1", "2"][-num_rows:]
     assert [row.values for row in source.read()] == [{"prompt": each} for each in values]
     first = source.fingerprint()
-    assert open_sources(str(folder), split=split, streaming=True)[0].fingerprint() == first
+    assert open_hub(split).fingerprint() == first
     write(folder, "train.jsonl", '{"prompt": "other"}\n')
-    assert open_sources(str(folder), split=split, streaming=True)[0].fingerprint() != first
+    assert open_hub(split).fingerprint() != first
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     with pytest.raises(DataError, match=r"train\[:100\], where dataset\.streaming is true"):
-        open_sources(str(folder), split="train[:10%]", streaming=True)
+        open_hub("train[:10%]")
 
 
 def test_a_parquet_column_that_occurs_twice_is_refused(tmp_path: Path) -> None:

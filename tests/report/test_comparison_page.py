@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from trial_rows import row
 from kpsvd_tune.compare.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, TrialRow
-from kpsvd_tune.report.comparison_page import comparison_page
-from kpsvd_tune.report.trials import show_comparison
+from kpsvd_tune.report.comparison_page import PALETTES, _money, comparison_page
+from kpsvd_tune.report.trials import plus_minus, show_comparison
 
 EVIL = "kpsvd:</script><img src=x>{{data}}"
 
@@ -50,7 +52,10 @@ def test_the_page_holds_the_verdict_and_runs_nothing_of_it(
     assert "<img src=x>" not in page
     for claim in verdict.claims:
         assert f"<b>{claim.verdict}</b>" in page
-    assert page.count("<th scope='row'>") == len(verdict.summaries) == 6
+    assert page.count("<th scope='row'>") == 2 * len(verdict.summaries) == 12
+    assert escape(verdict.recommendation.text) in page
+    for each in verdict.recommendation.undecided:
+        assert f"<li>{escape(each)}</li>" in page
 
 
 def test_without_plotly_it_says_what_to_install(
@@ -66,10 +71,64 @@ def test_the_console_shows_every_method_claim_and_note(
 ) -> None:
     show_comparison(verdict)
     shown = capsys.readouterr().out
+    assert shown.startswith("On this data take kpsvd at 0.001 with 100 trainable parameters")
     assert "kpsvd minus lora at 200: -0.1000 nats" in shown
     for claim in verdict.claims:
         assert f"{claim.verdict}: {claim.text[:30]}" in shown
     assert "note: " in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_no_figure_of_the_verdict_is_cut_at_any_width(
+    verdict: Comparison,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    show_comparison(verdict)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for summary in verdict.summaries:
+        assert plus_minus(summary.validation_loss) in shown
+        assert plus_minus(summary.test_loss) in shown
+        assert summary.method in shown
+    told = shown.partition("left out for want of width: ")[2]
+    # A column is there or it is named among those that are not.
+    assert ("grad. CV" in shown.partition("left out")[0]) != ("grad. CV" in told)
+    assert bool(told) == (width == 140)
+
+
+def test_costs_show_two_digits_however_small() -> None:
+    assert [_money(each) for each in (1234.5, 12.0, 0.091, 0.00012, 0.0)] == [
+        "1,234.50",
+        "12.00",
+        "0.091",
+        "0.00012",
+        "0.00",
+    ]
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("theme", "panel", "least"), [("light", "#ffffff", 3), ("dark", "#1a2029", 6)]
+)
+def test_every_line_stands_out_from_its_background(theme: str, panel: str, least: float) -> None:
+    # The panel's colour is that of the page.
+    assert f"--panel: {'#fff' if panel == '#ffffff' else panel}" in comparison_template()
+    for colour in PALETTES[theme]:
+        light, dark = sorted((_luminance(colour), _luminance(panel)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= least, colour
+    assert len(set(PALETTES[theme])) == 8
+
+
+def comparison_template() -> str:
+    return files("kpsvd_tune.report").joinpath("comparison_page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -93,8 +152,32 @@ def test_a_browser_draws_every_figure(
         for name in ("curves", "front", "rates", "norms"):
             page.wait_for_selector(f"#{name} .main-svg")
             assert page.locator(f"#{name} .legend .traces").count() == 3
+        # Step 0 is in the figure until the reader asks for the later steps alone.
+        top = "document.getElementById('curves').layout.yaxis.range[1]"
+        assert page.evaluate(top) > 2.0
+        page.click("[data-start='0']")
+        assert page.evaluate(top) < 1.3
+        assert page.evaluate("document.getElementById('curves').layout.xaxis.range[0]") == 10
+        page.click("[data-start='1']")
+        assert page.evaluate(top) > 2.0
+        colour = "document.getElementById('curves').data[1].line.color"
+        shown = page.evaluate(colour)
+        assert shown in PALETTES["light"]
+        # Nothing but the boxes of the tables scrolls sideways, on a phone neither.
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            for _ in range(50):  # the figures follow the width a moment later
+                if page.evaluate("document.documentElement.scrollWidth") == width:
+                    break
+                page.wait_for_timeout(100)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            if width == 1280:
+                inside = "(e) => e.scrollWidth <= e.parentElement.clientWidth"
+                for name in ("#quality", "#cost"):
+                    assert page.eval_on_selector(name, inside)
         theme = page.evaluate("document.documentElement.dataset.theme")
         page.click("#theme")
         assert page.evaluate("document.documentElement.dataset.theme") != theme
+        assert page.evaluate(colour) in PALETTES["dark"]
         browser.close()
     assert complaints == []

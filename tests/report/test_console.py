@@ -161,7 +161,7 @@ def test_every_score_says_whose_it_is_and_how_it_was_asked(capsys: pytest.Captur
         (line,) = (line for line in lines if line.startswith(f"{whose}, gsm8k, strict: {value}"))
         assert "of 200" in line
         assert line.endswith("; own.jsonl, the first 200, greedy")
-    assert "gsm8k, in this training    9.0 % before, 47.0 % after" in lines
+    assert "gsm8k, in this training    9.0 % before, 47.0 % after, of 200" in lines
 
 
 def test_a_score_of_the_base_alone_has_its_own_conditions(capsys: pytest.CaptureFixture[str]):

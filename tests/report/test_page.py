@@ -64,7 +64,7 @@ def report() -> RankReport:
     return report_of(
         *layers,
         untouched=(("lm_head", "output embedding"),),
-        rule={"method": "fixed", "budget": None},
+        rule={"method": "energy+elbow", "budget": None},
     )
 
 
@@ -145,14 +145,39 @@ def test_a_name_is_split_at_its_first_number(name: str, place):
 
 def test_the_table_has_a_row_for_every_layer(report: RankReport):
     rows = Elements(rank_page(report)).rows
-    assert list(COLUMNS) in rows
+    columns = [each for each in COLUMNS if each != "note"]
+    assert columns in rows
     row = next(row for row in rows if row and row[0] == "model.layers.10.mlp.up_proj")
-    shown = dict(zip(COLUMNS, row, strict=True))
+    shown = dict(zip(columns, row, strict=True))
     assert shown["rank"] == "32"
     assert shown["out × in"] == "6 × 4"
     assert (shown["A"], shown["B"]) == ("3 × 2", "2 × 2")
     assert shown["energy kept"] == "25.0 %"
     assert shown["bound by"] == "max"
+
+
+def test_only_proposals_that_the_rule_asks_for_are_shown_and_explained(report: RankReport):
+    for method, shown in (("fixed", ()), ("elbow", ("elbow",)), ("energy", ("energy",))):
+        page = rank_page(replace(report, rule={"method": method}))
+        header = next(row for row in Elements(page).rows if "module" in row)
+        for name in ("energy", "elbow"):
+            assert (f"by {name}" in header) == (name in shown)
+            assert (f"<b>by {name}</b>" in page) == (name in shown)
+            assert data_of(page)["uses"][name] == (name in shown)
+    assert "where it is 0, the terms that hold the wanted share" in page
+
+
+def test_notes_have_a_column_where_there_are_some():
+    page = rank_page(report_of(layer("a.0", note="7 is prime"), layer("a.1")))
+    assert list(COLUMNS) in Elements(page).rows
+    assert '<td data-key="7 is prime" class="text">7 is prime</td>' in page
+
+
+def test_the_page_is_less_than_half_of_plotly(report: RankReport):
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+    assert len(rank_page(report)) < 0.5 * len(get_plotlyjs())
+    assert rank_page(report) == rank_page(report)
 
 
 def test_the_budget_is_set_beside_the_lora_ranks_around_it():
@@ -325,17 +350,48 @@ def test_the_buttons_and_headers_of_the_page_work(report: RankReport, browser, t
 
 @pytest.mark.slow
 def test_a_hostile_name_does_no_harm_in_a_browser(browser, tmp_path: Path):
-    write_rank_report(report_of(layer(EVIL), layer("lm_head", rank=0)), tmp_path)
+    write_rank_report(report_of(layer(EVIL), layer("lm_head", rank=0, rank_energy=0)), tmp_path)
     opened = browser(tmp_path / "rank_report.html")
     assert opened.page.inner_text("#spectrum-title") == EVIL
     click_cell(opened.page, row=1, column=1, rows=2, columns=2)
     opened.page.wait_for_function(
         "document.getElementById('spectrum-title').textContent === 'lm_head'"
     )
-    assert marks(opened.page)[0] == "chosen rank 0"
+    # A proposal of 0 is told beside the figure, which has no term 0 to mark.
+    assert marks(opened.page) == ["chosen rank 0", "elbow 3"]
+    assert "rank by energy\n0" in opened.page.inner_text("#facts")
     assert opened.page.locator("img").count() == 0
     assert opened.complaints == []
     assert len(opened.requests) == 1
+
+
+@pytest.mark.slow
+def test_figures_start_at_zero_and_a_phone_scrolls_nothing_but_tables(
+    report: RankReport, browser, tmp_path: Path
+):
+    write_rank_report(report, tmp_path)
+    opened = browser(tmp_path / "rank_report.html")
+    page = opened.page
+    assert page.evaluate("document.getElementById('spectrum').layout.yaxis.range[0]") == 0
+    assert page.evaluate("document.getElementById('map').data[0].zmin") == 0
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("document.getElementById('map').layout.yaxis.ticktext[0] === 'q_proj'")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert opened.complaints == []
+
+
+@pytest.mark.slow
+def test_a_browser_that_cannot_unpack_plotly_still_shows_the_tables(
+    report: RankReport, browser, tmp_path: Path
+):
+    write_rank_report(report, tmp_path)
+    opened = browser(tmp_path / "rank_report.html")
+    opened.page.add_init_script("delete globalThis.DecompressionStream")
+    opened.page.reload()
+    alert = opened.page.wait_for_selector("[role=alert]")
+    assert alert.inner_text().startswith("The figures need a browser of 2023 or newer")
+    assert opened.page.locator("#layers tbody tr").count() == len(report.layers)
+    assert opened.page.inner_text("#spectrum-title") == report.layers[0].name
 
 
 def test_a_report_without_layers_is_written(tmp_path: Path):

@@ -1,0 +1,105 @@
+"""Scores in words: how sure they are, whose they are, and which name they are kept under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpsvd_tune.report.results import Score
+from kpsvd_tune.report.score import (
+    as_mapping,
+    score_label,
+    score_lines,
+    score_table,
+    score_text,
+    wilson_interval,
+)
+
+
+def share(value: float, n: int) -> dict[str, Any]:
+    return {"value": value, "n": n, "stderr": 0.0, "unextractable": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "n", "low", "high"),
+    [
+        # By the closed forms z^2 / (n + z^2) and n / (n + z^2) at the ends, with z^2 = 3.8415.
+        (0.0, 3, 0.0, 3.8415 / 6.8415),
+        (1.0, 3, 3 / 6.8415, 1.0),
+        # A textbook example: 15 of 50.
+        (0.3, 50, 0.1910, 0.4375),
+        (0.5, 1, 0.0546, 0.9454),
+    ],
+)
+def test_wilson_intervals(value: float, n: int, low: float, high: float):
+    assert wilson_interval(value, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_a_share_of_few_answers_shows_how_little_it_says():
+    assert score_text("exact_match", share(0.0, 3)) == (
+        "0.0 % of 3 (95 % interval 0.0 % to 56.1 %), 1 without an answer"
+    )
+    loss = {"value": 1.25, "n": 1200, "stderr": 0.01, "unextractable": 0}
+    assert score_text("loss", loss) == "1.2500 over 1,200 tokens (standard error 0.0100)"
+
+
+def test_shares_are_kept_with_their_interval_and_losses_without():
+    found = as_mapping([Score("exact_match", 0.0, 3, 0.0), Score("loss", 1.2, 90, 0.1)])
+    assert list(found["exact_match"]) == ["value", "n", "stderr", "unextractable", "interval"]
+    assert found["exact_match"]["interval"] == pytest.approx([0.0, 0.5615], abs=1e-4)
+    assert list(found["loss"]) == ["value", "n", "stderr", "unextractable"]
+
+
+RESULTS: dict[str, Any] = {
+    "scores": {"exact_match": {"exact_match": share(0.5, 4)}, "loss": {"loss": share(1.0, 9)}},
+    "base_scores": {"exact_match": {"exact_match": share(0.25, 8)}},
+    "score_conditions": {
+        "exact_match": "a.jsonl, the first 4, template '<|user|>'",
+        "exact_match, base model": "a.jsonl, the first 8, greedy",
+    },
+}
+
+
+def test_every_line_says_whose_score_it_is_of_which_rows_and_how_asked():
+    lines = list(score_lines(RESULTS))
+    assert [(line.model, line.name, line.conditions) for line in lines] == [
+        ("base model", "exact_match", "a.jsonl, the first 8, greedy"),
+        ("adapter", "exact_match", "a.jsonl, the first 4, template '<|user|>'"),
+        ("adapter", "loss", None),
+    ]
+    table = score_table(RESULTS)
+    assert len(table) == 5
+    assert table[2] == (
+        "| base model | exact_match | exact_match | 25.0 % | 95 % interval 7.1 % to 59.1 % | 8 | 1 "
+        "| a.jsonl, the first 8, greedy |"
+    )
+    # A bar in a template would begin another cell.
+    assert all(row.count("|") == 9 for row in table)
+    assert table[-1].endswith("| not known |")
+    assert score_table({}) == []
+
+
+def test_scores_of_another_file_get_a_name_of_their_own(tmp_path: Path):
+    assert score_label({}, "gsm8k", "openai/gsm8k (test)") == "gsm8k"
+    assert score_label(RESULTS, "exact_match", "a.jsonl") == "exact_match"
+    assert score_label(RESULTS, "exact_match", "b/c.jsonl") == "exact_match, c.jsonl"
+    # Nobody knows whose the loss is, so it is not replaced.
+    assert score_label(RESULTS, "loss", "a.jsonl") == "loss, a.jsonl"
+    known = {
+        **RESULTS,
+        "scores": {**RESULTS["scores"], "exact_match, c.jsonl": {}, "exact_match-2": {}},
+        "score_files": {"exact_match, c.jsonl": "b/c.jsonl", "exact_match-2": "second.jsonl"},
+    }
+    assert score_label(known, "exact_match", "b/c.jsonl") == "exact_match, c.jsonl"
+    assert score_label(known, "exact_match", "d/c.jsonl") == "exact_match, d/c.jsonl"
+    assert score_label(known, "exact_match", "second.jsonl") == "exact_match-2"
+    again = {**known, "scores": {**known["scores"], "exact_match, d/c.jsonl": {}}}
+    assert score_label(again, "exact_match", "d/c.jsonl") == "exact_match, d/c.jsonl"
+    # One file by two paths is one file.
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    one = {"scores": {"loss": {}}, "score_files": {"loss": str(file)}}
+    other = tmp_path / "." / ".." / tmp_path.name / "rows.jsonl"
+    assert score_label(one, "loss", str(other)) == "loss"

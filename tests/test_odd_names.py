@@ -13,7 +13,7 @@ from kpsvd_tune import cli
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.folders import cache_folder
 from kpsvd_tune.report.console import Events, show_sweep
-from kpsvd_tune.report.layout import make_console
+from kpsvd_tune.report.layout import make_console, shortened
 
 PACKAGE = Path(cli.__file__).parents[1]
 ODD = "a[red]b[/]:smile:[x-z]+.yaml"
@@ -90,3 +90,41 @@ def test_a_cache_in_a_home_that_is_not_there_is_an_input_error(
     monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-here/cache")
     with pytest.raises(InputError, match="Set XDG_CACHE_HOME to a folder that can be written"):
         cache_folder()
+
+
+def test_a_message_that_lists_what_a_file_holds_is_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "x has the columns " + ", ".join(map(str, range(200_000))) + "; name one of them"
+    short = shortened(f"first\n{text}")
+    assert len(short) < 2000
+    assert short.startswith("first\nx has the columns 0, 1, 2")
+    assert " characters ... " in short
+    assert short.endswith("199999; name one of them")
+    assert shortened("short\ntext") == "short\ntext"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: o/m}\noutput_dir: x\n")
+    assert cli.run(["validate", str(recipe), "x" * 100_000 + "=1"]) == 2
+    assert len(capsys.readouterr().err) < 3000
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.batch_size=5000000",
+        "train.gradient_accumulation=5000000",
+        "train.num_workers=1000000",
+        "adapter.rank.window=5000000",
+        "adapter.gradient_batches=5000000",
+        "evaluation=[{task: gsm8k, batch_size: 5000000}]",
+        "evaluation=[{task: gsm8k, samples: 5000000, temperature: 1}]",
+        "evaluation=[{task: gsm8k, max_new_tokens: 500000000}]",
+    ],
+)
+def test_millions_are_refused_where_thousands_would_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: o/m}\noutput_dir: x\n")
+    assert cli.run(["validate", str(recipe), setting]) == 2
+    assert "000; expected a number of at most" in capsys.readouterr().err

@@ -7,9 +7,10 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kpsvd_tune.json_files import parse_json, read_bytes
 FORMAT_VERSION = 3
 # Beyond this the stores used longest ago go; those of running commands stay.
 MAX_BYTES = 32 * 2**30
+_OPEN_FILES = 65_536
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -50,6 +52,7 @@ class TokenCache:
         # Looking at all stores takes as long as there are many: not after every small one.
         self._made_bytes = max_bytes
         self._tokenizers: dict[int, str] = {}
+        _allow_many_files()
 
     def fingerprint_of(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """:func:`tokenizer_fingerprint`, computed once: a large vocabulary takes its time."""
@@ -166,6 +169,15 @@ class TokenCache:
         locks = self.folder / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files: every source keeps up to eight open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def store_key(*parts: Any) -> str:

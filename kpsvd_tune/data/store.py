@@ -42,6 +42,8 @@ _TYPES = {
 }
 _CODES = {"<i4": "i", "<i8": "q", "|u1": "B", "<u8": "Q"}
 _BLOCK = 1 << 20
+# Files up to this size are read rather than mapped.
+_SMALL_BYTES = 2**16
 
 
 class Mark(IntFlag):
@@ -239,12 +241,14 @@ class TokenStore:
         file = self.folder / f"{name}.npy"
         try:
             try:
-                return np.lib.format.open_memmap(file, mode="r")
+                # A map holds a file open, and hundreds of small sources are read as well as mapped.
+                if file.stat().st_size > _SMALL_BYTES:
+                    return np.lib.format.open_memmap(file, mode="r")
             except ValueError:
-                # Nothing cannot be mapped; a shortened file cannot be read either.
-                with file.open("rb") as stream:
-                    content: NDArray[Any] = np.lib.format.read_array(stream)
-                return content
+                pass  # a shortened file, which cannot be read either
+            with file.open("rb") as stream:
+                content: NDArray[Any] = np.lib.format.read_array(stream)
+            return content
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"the tokenised rows in {file} cannot be read: {error}") from error
 

@@ -14,6 +14,9 @@ KpsvdTuneError                 1
 ├── WorseThanBaseError         4   the run is done and saved, and its adapter is worse than the base
 └── StoppedBySignal    130 | 143   SIGINT or SIGTERM arrived; what was done is saved
 
+A second signal, a second or more after the first, ends a training or a comparison at once and
+without an error: with UNSAVED_EXIT_CODE, 5, for the steps since the last checkpoint are lost.
+
 The message is written for the user: what was got, what was expected, what to do. Anything else
 that escapes is a bug of ours and keeps its traceback.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import signal
 
 __all__ = [
+    "UNSAVED_EXIT_CODE",
     "AdapterError",
     "CheckpointError",
     "DataError",
@@ -37,6 +41,9 @@ __all__ = [
     "StoppedBySignal",
     "WorseThanBaseError",
 ]
+
+# Of a process that a second signal ended while it was finishing and saving.
+UNSAVED_EXIT_CODE = 5
 
 
 class KpsvdTuneError(Exception):
@@ -113,17 +120,25 @@ class StoppedBySignal(KpsvdTuneError):
 
     is_everywhere = True
 
-    def __init__(self, signum: int) -> None:
-        """Take the number of the signal; the exit code is 128 + signum, as shells have it."""
-        # The number alone goes into `args`, so that the error survives pickling between processes.
-        super().__init__(int(signum))
-        self.signum = int(signum)
+    def __init__(
+        self, signum: int, kept: str = "; what was done is saved", goes_on: bool = True
+    ) -> None:
+        """Take the number of the signal; the exit code is 128 + signum, as shells have it.
+
+        Args:
+            signum: The number.
+            kept: The end of the message: where it came and what that leaves.
+            goes_on: Whether the same command goes on from there.
+        """
+        # No more than these go into `args`, so that the error survives pickling between processes.
+        super().__init__(int(signum), kept, goes_on)
+        self.signum, self.kept, self.goes_on = int(signum), kept, goes_on
         self.exit_code = 128 + self.signum
 
     def __str__(self) -> str:
-        """Name the signal and say that nothing was lost."""
+        """Name the signal and say what is kept."""
         try:
             name = signal.Signals(self.signum).name
         except ValueError:
             name = f"signal {self.signum}"
-        return f"stopped by {name}; what was done is saved"
+        return f"stopped by {name}{self.kept}"

@@ -17,18 +17,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import UNSAVED_EXIT_CODE, InputError
 from kpsvd_tune.memory import host_memory
 
 # After one rank failed the others get this long to end by themselves, then they are killed:
 # a rank that waits for the dead one would wait for ever.
 GRACE_SECONDS = 10.0
 # A terminal or a job system may signal a command in two ways at once: two within this time are one
-# request, here as in training.signals, which cannot be imported without torch.
-_SAME_REQUEST_SECONDS = 1.0
+# request, here as in training.signals, which cannot be imported without torch. A little longer than
+# there, so that a second one is a second one to the ranks as well.
+_SAME_REQUEST_SECONDS = 1.1
+# After a second signal the ranks get this long to say what is lost and to end.
+_FORCED_SECONDS = 2.0
 # Names the file in which a rank keeps what it is doing, for the message if it dies.
 PHASE_FILE = "KPSVD_TUNE_PHASE_FILE"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -124,9 +128,9 @@ def launch(
 ) -> int:
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
 
-    SIGINT and SIGTERM are passed on to every rank once; each saves and ends by itself. A second
-    one, a second or more later, kills them. When this process is killed itself, Linux sends the
-    ranks a SIGTERM, so none is left behind.
+    SIGINT and SIGTERM are passed on to every rank; each saves and ends by itself. A second one, a
+    second or more later, is passed on too and ends them at once, or they are killed. When this
+    process is killed itself, Linux sends the ranks a SIGTERM, so none is left behind.
 
     Args:
         arguments: What follows `kpsvd-tune` on the command line.
@@ -136,7 +140,7 @@ def launch(
 
     Returns:
         The exit code of the first rank that failed, 128 + the number of a signal that killed it,
-        or 0.
+        UNSAVED_EXIT_CODE where a second signal made us kill it, or 0.
     """
     environment = os.environ | {
         "WORLD_SIZE": str(num_processes),
@@ -170,25 +174,32 @@ def launch(
         return _attend(ranks, phases)
 
 
-def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
+@dataclass
+class _Stop:
+    """What signals asked for: the time of the first, and of a second one."""
+
     since: float | None = None
+    forced: float | None = None
+
+
+def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
+    stop = _Stop()
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal since
         now = time.monotonic()
-        if since is None:
-            since = now
-        elif now - since < _SAME_REQUEST_SECONDS:
+        if stop.since is None:
+            stop.since = now
+        elif now - stop.since < _SAME_REQUEST_SECONDS:
             return
-        else:
-            number = signal.SIGKILL
+        elif stop.forced is None:
+            stop.forced = now
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(ranks, phases)
+        return _wait(ranks, phases, stop)
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -198,7 +209,7 @@ def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) ->
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path], stop: _Stop) -> int:
     first_failure: int | None = None
     deadline = float("inf")
     while True:
@@ -207,21 +218,26 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> i
             if code and first_failure is None:
                 first_failure = code if code > 0 else 128 - code
                 deadline = time.monotonic() + GRACE_SECONDS
-                if code < 0:
+                if code < 0 and stop.since is None:
                     name = signal.Signals(-code).name
                     doing = _phase(phases[index])
                     why = _memory_note() if code == -signal.SIGKILL else ""
                     print(f"error: rank {index} was killed by {name} {doing}{why}", file=sys.stderr)
         if all(code is not None for code in codes):
             return first_failure or 0
+        if stop.forced is not None and time.monotonic() > stop.forced + _FORCED_SECONDS:
+            print("stopped at once by a second signal: what was not saved is lost", file=sys.stderr)
+            return UNSAVED_EXIT_CODE
         if time.monotonic() > deadline:
             for index, rank in enumerate(ranks):
                 if codes[index] is None:
-                    doing = _phase(phases[index])
-                    print(
-                        f"error: a rank failed; stopping rank {index}, which still waits {doing}",
-                        file=sys.stderr,
-                    )
+                    if stop.since is None:
+                        doing = _phase(phases[index])
+                        print(
+                            f"error: a rank failed; stopping rank {index}, which still waits "
+                            f"{doing}",
+                            file=sys.stderr,
+                        )
                     rank.kill()
             deadline = float("inf")
         time.sleep(0.05)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import KpsvdTuneError, ResourceError
+from kpsvd_tune.report.units import size
 
 # What libraries say that have no type for it: torch on CPUs, on Apple's devices and inside CUDA's
 # libraries, C++ code, and the system where a file is to be mapped.
@@ -90,7 +91,7 @@ def host_memory() -> str:
     if not bounds:
         return "what is free is not known here"
     free, total, whose = min(bounds)
-    return f"{human_bytes(max(0, free))} of {whose} {human_bytes(total)} are free now"
+    return f"{size(max(0, free))} of {whose} {size(total)} are free now"
 
 
 def device_memory() -> str:
@@ -103,18 +104,8 @@ def device_memory() -> str:
         # No CUDA device, or one that an error has left unusable.
         return "what is free on the device is not known here"
     return (
-        f"{human_bytes(free)} of the GPU's {human_bytes(total)} are free now, and this process "
-        f"holds {human_bytes(own)}"
+        f"{size(free)} of the GPU's {size(total)} are free now, and this process holds {size(own)}"
     )
-
-
-def human_bytes(number: float) -> str:
-    """Bytes as people say them: 1.2 GB; powers of ten."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if number < 1000:
-            return f"{number:.0f} bytes" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} PB"
 
 
 def _first_that_says(error: BaseException) -> BaseException:
@@ -141,7 +132,7 @@ def _size(text: str) -> str:
         return text
     unit = (match[2] or "bytes").lower()
     power = {"k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}.get(unit[0], 0)
-    return human_bytes(float(match[1].replace(",", "")) * (1024 if "i" in unit else 1000) ** power)
+    return size(float(match[1].replace(",", "")) * (1024 if "i" in unit else 1000) ** power)
 
 
 def _of_machine() -> tuple[int, int, str] | None:

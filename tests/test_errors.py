@@ -26,7 +26,7 @@ EXIT_CODES = {
 
 
 def test_the_table_above_is_the_whole_tree():
-    assert set(errors.__all__) == {*EXIT_CODES, "StoppedBySignal"}
+    assert set(errors.__all__) == {*EXIT_CODES, "StoppedBySignal", "UNSAVED_EXIT_CODE"}
 
 
 @pytest.mark.parametrize(("name", "exit_code"), EXIT_CODES.items())

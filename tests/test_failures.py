@@ -273,3 +273,99 @@ def test_a_sharded_run_leaves_a_whole_adapter(
     # What all ranks would say alike is said once.
     assert launch(["train", str(recipe), "evaluation=[{task: gsm8k}]", *changes], 2, True) == 2
     assert capfd.readouterr().err.count("answers are not generated from sharded weights") == 1
+
+
+SLOW_STEP = """
+import sys
+from hashlib import pbkdf2_hmac
+from kpsvd_tune import cli
+from kpsvd_tune.training.loss import SummedTokenLoss
+
+forward, calls = SummedTokenLoss.forward, 0
+
+def slow(self, **inputs):
+    global calls
+    calls += self.training
+    if calls == 3 and self.training:
+        print("step 3 runs", flush=True)
+        # Python runs no handler meanwhile, as in a backward pass.
+        pbkdf2_hmac("sha256", b"x", b"y", int(sys.argv[1]))
+    return forward(self, **inputs)
+
+SummedTokenLoss.forward = slow
+sys.exit(cli.run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("save_every", "lost"),
+    [(0, "2 finished steps and the running one are lost, for there is no checkpoint yet"),
+     (1, "0 finished steps since the checkpoint of step 2, and the running one, are lost")],
+)  # fmt: skip
+def test_a_second_signal_says_what_is_lost_and_has_a_code_of_its_own(
+    recipe: Path, save_every: int, lost: str
+) -> None:
+    rounds = str(10**9)  # minutes
+    words = ["train", str(recipe), f"train.save_every={save_every}", "dataset.validation=0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEP, rounds, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "step 3 runs\n", process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        for line in process.stderr:
+            if line.startswith("SIGINT"):
+                break
+        assert line.startswith("SIGINT: finishing step 3, about ")
+        assert line.endswith(" s, and saving; again to stop now\n")
+        time.sleep(1.1)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert rest == f"stopped at once by a second SIGINT: {lost}\n"
+    assert process.returncode == 5
+    # Nothing is damaged: the run goes on, to its end.
+    assert cli.run(words) == 0
+
+
+def test_a_signal_before_the_first_step_says_where_it_came(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("kpsvd_tune.pipeline.start.decompose", wait)
+    assert cli.run(["train", str(recipe)]) == 143
+    assert capsys.readouterr().err.endswith(
+        "stopped by SIGTERM while decomposing the base model; finished matrices are kept; the same "
+        "command goes on from there\n"
+    )
+    monkeypatch.setattr("kpsvd_tune.pipeline.run.prepare", wait)
+    assert cli.run(["train", str(recipe)]) == 143
+    err = capsys.readouterr().err
+    assert "stopped by SIGTERM while reading and tokenising the data; the same command" in err
+    monkeypatch.undo()
+    assert cli.run(["train", str(recipe)]) == 0
+    monkeypatch.setattr("kpsvd_tune.pipeline.apply.merge_adapter", wait)
+    run = recipe.parent / "run"
+    assert cli.run(["merge", str(run), "-o", str(recipe.parent / "merged")]) == 143
+    assert capsys.readouterr().err.endswith(
+        "stopped by SIGTERM while merging the adapter into its base; nothing was written\n"
+    )
+
+
+def test_the_first_signal_is_answered_with_what_happens_now(
+    recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert cli.run(["train", str(recipe)]) == 130
+    err = capfd.readouterr().err
+    said = [line for line in err.splitlines() if "again to stop now" in line]
+    assert len(said) == 1
+    assert said[0].startswith("SIGINT: finishing step 5, about 1 s, and saving; ")
+    assert "stopped by SIGINT; what was done is saved; the same command goes on from there" in err

@@ -62,7 +62,10 @@ def test_a_stopped_decomposition_says_that_nothing_is_lost(
     monkeypatch.setattr("kpsvd_tune.decompose.collect.run_processes", stopped)
     assert cli.run(["init-only", str(recipe), "--processes", "2", *more]) == 130
     said = capsys.readouterr().err
-    assert "stopped by SIGINT; what was done is saved; the same command goes on" in said
+    assert (
+        "stopped by SIGINT while decomposing the base model; finished matrices are kept; the same "
+        "command goes on from there"
+    ) in said
 
 
 @pytest.mark.parametrize("more", [[], ["--sweep", "adapter.rank.energy=0.2,0.9"]])

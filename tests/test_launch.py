@@ -88,11 +88,11 @@ def test_a_configuration_that_is_not_for_deepspeed_is_refused(
 
 
 def test_a_configuration_needs_a_number_of_processes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["train", "quickstart", "--accelerate-config", "ds.yml"]) == 2
+    assert cli.run(["train", "gsm8k_llama2", "--accelerate-config", "ds.yml"]) == 2
     assert "--accelerate-config needs --gpus N or --processes N" in capsys.readouterr().err
 
 
-VERBS = (["train", "quickstart"], ["eval", "a-model", "--task", "gsm8k", "-o", "out"])
+VERBS = (["train", "gsm8k_llama2"], ["eval", "a-model", "--task", "gsm8k", "-o", "out"])
 
 
 @pytest.mark.parametrize("verb", [*VERBS, ["init-only", "quickstart"]], ids=lambda verb: verb[0])
@@ -142,14 +142,14 @@ def test_gpus_are_refused_where_the_environment_asks_for_the_cpu(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert cli.run(["train", "quickstart", "--gpus", "2"]) == 2
+    assert cli.run(["train", "gsm8k_llama2", "--gpus", "2"]) == 2
     assert "--gpus 2: the environment says ACCELERATE_USE_CPU=true" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_gpus_of_this_machine_are_counted_as_pytorch_counts_them(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kpsvd_tune", "train", "quickstart", "--gpus", "64"],
+        [sys.executable, "-m", "kpsvd_tune", "train", "gsm8k_llama2", "--gpus", "64"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -236,3 +236,39 @@ def test_two_signals_at_once_are_one_request(
     # A rank that is killed would end with 137.
     assert launch.launch([], 2, use_cpu=True) == 143
     sender.join()
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ranks end", "ranks hang"])
+def test_a_second_signal_ends_the_ranks_with_a_code_of_its_own(
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    ends: bool,
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 60.0)
+    monkeypatch.setattr(launch, "_FORCED_SECONDS", 15.0 if ends else 0.2)
+    program.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "count = 0\n"
+        "def stop(number, frame):\n"
+        "    global count\n    count += 1\n"
+        f"    if count == 2 and {ends}:\n        os._exit(5)\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n    signal.signal(number, stop)\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'ready' + os.environ['RANK']).touch()\n"
+        "while True:\n    time.sleep(1)\n"
+    )
+
+    def send() -> None:
+        while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert launch.launch([], 2, use_cpu=True) == 5
+    sender.join()
+    expected = "" if ends else "stopped at once by a second signal: what was not saved is lost\n"
+    assert capfd.readouterr().err == expected

@@ -42,14 +42,14 @@ def chained() -> None:
 @pytest.mark.parametrize(
     ("error", "place", "asked"),
     [
-        (torch.OutOfMemoryError(CUDA), "GPU memory", "21.0 MB were"),
+        (torch.OutOfMemoryError(CUDA), "GPU memory", "21 MB were"),
         (RuntimeError("CUDA error: out of memory"), "GPU memory", None),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "GPU memory", None),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "GPU memory", None),
         (RuntimeError(CPU), "memory", "4.0 TB were"),
         (MemoryError(), "memory", None),
-        (raised(lambda: np.empty(1 << 50)), "memory", "9.0 PB were"),
-        (raised(lambda: torch.empty(1 << 50)), "memory", "4.5 PB were"),
+        (raised(lambda: np.empty(1 << 50)), "memory", "9,007 TB were"),
+        (raised(lambda: torch.empty(1 << 50)), "memory", "4,504 TB were"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory", None),
         (RuntimeError("std::bad_alloc"), "memory", None),
         (raised(chained), "memory", "4.0 TB were"),
@@ -107,7 +107,7 @@ def test_the_tightest_limit_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     groups.write_text("9:cpu:/job\n4:memory:/job\n0::/\n")
     assert memory.host_memory() == "0 bytes of the container's or job's 1.1 GB are free now"
     groups.unlink()
-    assert memory.host_memory() == "8.6 GB of the machine's 68.7 GB are free now"
+    assert memory.host_memory() == "8.6 GB of the machine's 69 GB are free now"
     monkeypatch.setattr(memory, "_of_machine", lambda: None)
     assert memory.host_memory() == "what is free is not known here"
 
@@ -117,7 +117,7 @@ def test_the_device_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (10**9, 80 * 10**9))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 70 * 10**9)
     assert memory.device_memory() == (
-        "1.0 GB of the GPU's 80.0 GB are free now, and this process holds 70.0 GB"
+        "1.0 GB of the GPU's 80 GB are free now, and this process holds 70 GB"
     )
 
 

@@ -393,7 +393,7 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
         ("dataset.min_length=600", "dataset.min_length: is 600 and max_length is 512, so no row "
          "would be left; lower min_length or raise max_length"),
         ("dataset.too_long=split", "dataset.too_long: got 'split'; expected cut or drop"),
-        ("dataset.learn=first", "dataset.learn: got 'first'; expected all or last"),
+        ("dataset.learn=first", "dataset.learn: got 'first'; expected all, last or each"),
         ("dataset.columns=x", "dataset.columns: got 'x'; expected a mapping with the keys prompt, "
          "completion, system, ..."),
         ("train.learning_rate=1e-", "train.learning_rate: got '1e-'; expected a number"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _check_lora_target_modules_mamba,
@@ -17,6 +19,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -213,7 +216,8 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(plain_name(name))
     reasons: dict[str, str] = {}
-    for name, module in _modules(model):
+    modules = modules_by_name(model)
+    for name, module in modules.items():
         if not isinstance(module, LINEAR):
             reasons[name] = _module_reason(name, module)
             continue
@@ -225,19 +229,53 @@ def _reasons(model: nn.Module) -> dict[str, str]:
             reasons[name] = "nn.MultiheadAttention reads its weight and never calls it"
         elif weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
             reasons[name] = f"packed quantised weight ({type(module).__name__}, {weight.dtype})"
-        elif type(module).forward not in FORWARDS and resolve_quantization_backend(module) is None:
+        elif resolve_quantization_backend(module) is None and not _is_linear(module):
             kind = type(module).__name__
-            reasons[name] = f"a {kind}, whose forward is not that of a linear layer"
-        elif _is_read_by_mamba(model, name):
-            reasons[name] = "kernels of Mamba models read its weight and never call it"
+            reasons[name] = f"a {kind}, which computes more than a linear layer does"
+        elif _is_read_by_mamba(model, name, modules):
+            reasons[name] = "Mamba's scan and kernels read its weight and never call it"
     return reasons
 
 
-def _is_read_by_mamba(model: nn.Module, name: str) -> bool:
-    """Whether PEFT refuses the layer for LoRA, by its own list of models and layers."""
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer multiplies with its weight, adds its bias and does nothing else.
+
+    A forward of its own is tried on a small weight: Falcon's only writes the product in another
+    way, routers return several tensors, others scale or regroup.
+    """
+    forward = type(module).forward
+    if forward in FORWARDS:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(size, generator=generator) for size in [(4, 3), (4,), (2, 5, 3)])
+    probe: Any = copy.copy(module)
+    probe._parameters = dict(module._parameters)
+    has_bias = getattr(module, "bias", None) is not None
+    try:
+        is_transposed = isinstance(module, Conv1D)
+        probe.weight = nn.Parameter(weight.T if is_transposed else weight)
+        if has_bias:
+            probe.bias = nn.Parameter(bias)
+        probe.in_features, probe.out_features, probe.nf, probe.nx = 3, 4, 4, 3
+        found = forward(probe, x)
+        expected = functional.linear(x, weight, bias if has_bias else None)
+        return isinstance(found, Tensor) and torch.allclose(found, expected, atol=1e-5)
+    except Exception:  # code of others, asked whether it can do this
+        return False
+
+
+def _is_read_by_mamba(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether PEFT refuses the layer for LoRA, or Mamba's scan multiplies with its weight itself.
+
+    An adapter there does nothing until it is merged, and then changes the model.
+    """
+    parent, _, child = name.rpartition(".")
+    if child == "dt_proj" and "Mamba" in type(modules.get(parent, model)).__name__:
+        return True
     as_lora: Any = SimpleNamespace(peft_type="LORA")
     try:
-        _check_lora_target_modules_mamba(as_lora, model, name.rpartition(".")[2])
+        _check_lora_target_modules_mamba(as_lora, model, child)
     except ValueError:
         return True
     return False

@@ -12,7 +12,7 @@ from typer.exceptions import TyperException
 
 # Importing a module of commands adds them to the application, in this order.
 from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
-from kpsvd_tune.cli.shared import app
+from kpsvd_tune.cli.shared import RanksEnded, app
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.report.layout import shortened
@@ -26,11 +26,12 @@ def run(arguments: list[str]) -> int:
     try:
         _check_text(arguments)
         code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
-        if code == 130 and "WORLD_SIZE" not in os.environ:
-            # typer turns a Ctrl-C into this code, without a word; of several ranks, the launcher
-            # says it once.
+        if code == 130 and not _is_later_rank():
+            # typer turns a Ctrl-C into this code, without a word.
             _say("stopped")
         return code if isinstance(code, int) else 0
+    except RanksEnded as ended:
+        return ended.exit_code
     except TyperException as error:
         _say(f"error: {error.format_message()}")
         return 2
@@ -39,12 +40,16 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except StoppedBySignal as error:
+        if _is_later_rank():
+            return error.exit_code
         # With that option the same command would go back to where it began this time.
         is_chosen = any(each.partition("=")[0] == "--resume" for each in arguments)
         command = "the same command without --resume" if is_chosen else "the same command"
-        _say(f"{error}; {command} goes on from there")
+        _say(f"{error}; {command} goes on from there" if error.goes_on else str(error))
         return error.exit_code
     except KpsvdTuneError as error:
+        if error.is_everywhere and _is_later_rank():
+            return error.exit_code
         return _fail(str(error), error.exit_code, debug)
     except Exception as error:
         if is_out_of_memory(error):
@@ -66,6 +71,11 @@ def _check_text(arguments: Sequence[str]) -> None:
                 f"the argument {each!r} holds bytes that are not UTF-8; expected UTF-8: rename the "
                 "file or folder, or save the text with that encoding"
             )
+
+
+def _is_later_rank() -> bool:
+    """Whether the first of several ranks says what all of them would."""
+    return bool(int(os.environ.get("RANK", "0")))
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

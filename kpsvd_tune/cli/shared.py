@@ -109,6 +109,19 @@ def check_devices(gpus: int | None, processes: int | None) -> None:
         check_gpus(gpus)
 
 
+class RanksEnded(Exception):
+    """The command was done by ranks, which have said all that is to be said.
+
+    Attributes:
+        exit_code: Theirs.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        """Keep the code."""
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 def launch_processes(
     gpus: int | None, processes: int | None, accelerate_config: str | None = None
 ) -> None:
@@ -117,6 +130,7 @@ def launch_processes(
     Raises:
         InputError: Both kinds of process were asked for, a configuration without a number, or more
             GPUs than there are.
+        RanksEnded: The ranks were started and have ended.
     """
     check_devices(gpus, processes)
     count = gpus or processes
@@ -130,4 +144,4 @@ def launch_processes(
         return
     from kpsvd_tune.launch import launch
 
-    raise typer.Exit(launch(sys.argv[1:], count, processes is not None, accelerate_config))
+    raise RanksEnded(launch(sys.argv[1:], count, processes is not None, accelerate_config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,7 @@ from kpsvd_tune.cli.shared import (
     launch_processes,
     prepare_libraries,
 )
-from kpsvd_tune.errors import InputError, KpsvdTuneError, WorseThanBaseError
+from kpsvd_tune.errors import InputError, WorseThanBaseError
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
 
@@ -68,25 +67,19 @@ def train(
         if dry_run:
             emit(pipeline.plan(resolved, events, offline=offline), as_json, view.show_plan)
             return
-        try:
-            result = pipeline.train(
-                resolved,
-                events,
-                offline=offline,
-                resume=resume,
-                allow_change=tuple(allow_change or ()),
-                allow_code_execution=allow_code_execution,
-                sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
-            )
-            # First the results, which are whole and saved, then what is wrong with them.
-            emit(result, as_json, view.show_results)
-            if message := pipeline.worse_message(result, resolved):
-                raise WorseThanBaseError(message)
-        except KpsvdTuneError as error:
-            # What all ranks raise, the first one tells.
-            if error.is_everywhere and int(os.environ.get("RANK", "0")):
-                raise typer.Exit(error.exit_code) from error
-            raise
+        result = pipeline.train(
+            resolved,
+            events,
+            offline=offline,
+            resume=resume,
+            allow_change=tuple(allow_change or ()),
+            allow_code_execution=allow_code_execution,
+            sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
+        )
+        # First the results, which are whole and saved, then what is wrong with them.
+        emit(result, as_json, view.show_results)
+        if message := pipeline.worse_message(result, resolved):
+            raise WorseThanBaseError(message)
 
 
 @app.command("init-only")

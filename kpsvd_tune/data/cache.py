@@ -24,7 +24,7 @@ from kpsvd_tune.folders import cache_folder
 from kpsvd_tune.json_files import parse_json, read_bytes
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Beyond this the stores used longest ago go; those of running commands stay.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536
@@ -51,15 +51,7 @@ class TokenCache:
         self._max_bytes = max_bytes
         # Looking at all stores takes as long as there are many: not after every small one.
         self._made_bytes = max_bytes
-        self._tokenizers: dict[int, str] = {}
         _allow_many_files()
-
-    def fingerprint_of(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """:func:`tokenizer_fingerprint`, computed once: a large vocabulary takes its time."""
-        found = self._tokenizers.get(id(tokenizer))
-        if found is None:
-            found = self._tokenizers[id(tokenizer)] = tokenizer_fingerprint(tokenizer)
-        return found
 
     def find_or_make(
         self, key: str, make: Callable[[StoreWriter], dict[str, Any]]

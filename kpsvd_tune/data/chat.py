@@ -24,6 +24,7 @@ from kpsvd_tune.data.chat_program import (
 from kpsvd_tune.data.chat_templates import Template, shipped_name
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.data.tokenized import Segment
+from kpsvd_tune.data.tools import render_calls
 from kpsvd_tune.data.written import REASONING_KEYS, WrittenCheck
 from kpsvd_tune.errors import DataError
 
@@ -243,12 +244,15 @@ class ChatRenderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         try:
             program = self._program(tools, template)
-            found = program.render(
-                messages=with_reasoning_names(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_token_names,
+            found = render_calls(
+                lambda given: program.render(
+                    messages=given,
+                    tools=list(tools) if tools else None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._special_token_names,
+                ),
+                with_reasoning_names(messages),
             )
         # A template is a program of its own: besides jinja's errors, its expressions raise these.
         except (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
+        "chosen",
         "code", "label", "summary", "text",
     ),
     "instruction": ("instruction", "question", "prompt", "problem", "task"),
@@ -54,11 +56,19 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
         value: What a column holds.
         may_be_single: Whether one message that stands without a list counts too.
     """
-    if isinstance(value, str) and value.startswith("[{"):
+    if isinstance(value, str):
+        if is_python_list(value):
+            return "chat" if "'role'" in value else "sharegpt"
+        if not value.lstrip().startswith(("[", "{")):
+            return None
         try:
             value = parse_json(value)
         except ValueError:
             return None
+    try:
+        value = from_struct_of_lists(value)
+    except ValueError:
+        return "chat" if "role" in value else "sharegpt"
     messages = [value] if may_be_single and isinstance(value, Mapping) else value
     if not isinstance(messages, list) or not messages or not isinstance(messages[0], Mapping):
         return None
@@ -67,6 +77,34 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
         if speaker in messages[0] and any(isinstance(m, Mapping) and text in m for m in messages):
             return kind
     return None
+
+
+def from_struct_of_lists(value: Any) -> Any:
+    """Messages as a list of objects, where they stand as one object of lists; else as they are.
+
+    Arrow and older versions of the `datasets` library hold messages as {"role": [...],
+    "content": [...]}.
+
+    Raises:
+        ValueError: The lists have different lengths.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    lists = {key: each for key, each in value.items() if isinstance(each, list)}
+    is_struct = {"role", "content"} <= set(lists) or {"from", "value"} <= set(lists)
+    if not is_struct or any(each is not None for key, each in value.items() if key not in lists):
+        return value
+    if len({len(each) for each in lists.values()}) > 1:
+        lengths = ", ".join(f"{key}: {len(each)}" for key, each in lists.items())
+        raise ValueError(f"its lists have different lengths ({lengths})")
+    return [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+
+
+def is_python_list(text: str) -> bool:
+    """Whether a text is a list of messages as Python prints it, which pandas writes into csv."""
+    return re.match(r"\s*\[\s*\{\s*'", text) is not None and (
+        ("'role'" in text and "'content'" in text) or ("'from'" in text and "'value'" in text)
+    )
 
 
 def text_of(row: Row, name: str) -> str:

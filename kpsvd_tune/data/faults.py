@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from kpsvd_tune.data.chat import TemplateError
 from kpsvd_tune.data.files import Row
 from kpsvd_tune.errors import DataError
 
@@ -25,12 +26,14 @@ class Faults:
         self.num_rows = 0
         self._reasons: Counter[str] = Counter()
         self._first: list[tuple[int, str]] = []
+        self._of_template = 0
 
     def add(self, row: Row, error: DataError) -> None:
         """Count a row that is left out."""
         # The source's name may be another when the stored rows are found again.
         text = str(error).removeprefix(f"{row.where}: ")
         self._reasons[_reason(text)] += 1
+        self._of_template += isinstance(error, TemplateError)
         if len(self._first) < _SHOWN:
             self._first.append((row.number, text))
 
@@ -41,6 +44,7 @@ class Faults:
             "faulty": self._reasons.total(),
             "reasons": self._reasons.most_common(),
             "first": self._first,
+            "of_template": self._of_template,
         }
 
 
@@ -56,6 +60,8 @@ def faulty_rows_note(
         max_share: The recipe's max_bad_rows.
 
     Raises:
+        TemplateError: They are a larger share of the rows, by the chat template's fault alone:
+            another template may do.
         DataError: They are a larger share of the rows.
     """
     rows, faulty = int(facts["rows"]), int(facts["faulty"])
@@ -70,7 +76,8 @@ def faulty_rows_note(
         f"{'; '.join(reasons)}. First: {first}"
     )
     if faulty > max_share * rows:
-        raise DataError(
+        is_template = int(facts["of_template"]) > max_share * rows
+        raise (TemplateError if is_template else DataError)(
             f"{found}. That is {100 * faulty / rows:.3g} % of them and dataset.max_bad_rows is "
             f"{max_share:g} ({100 * max_share:g} %); mend the rows, or raise it if so many may be "
             "left out"

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from kpsvd_tune.data.columns import check_characters
-from kpsvd_tune.data.files import Row
+from kpsvd_tune.data.files import Row, parse_json
 from kpsvd_tune.data.tools import read_calls
 from kpsvd_tune.errors import DataError
 
+# LLaMA-Factory's speaker of a turn that calls tools; its text is the call as JSON.
+_CALL = "function_call"
 _SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -18,12 +20,14 @@ _SPEAKERS = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    _CALL: "assistant",
 }
 # "function" is OpenAI's older name of the role that gives a tool's result.
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "function": "tool",
 }
+_TEXT_PARTS = ("text", "input_text", "output_text")
 # Keys of other tools that say which turns are learnt, and that mean something else in each.
 _FOREIGN_SWITCHES = (
     "trainable",
@@ -77,6 +81,13 @@ def read_message(
         )
     role = roles[spoken]
     content = _content(row, name, message.pop(text, None), role, spoken, text)
+    if spoken == _CALL:
+        if "tool_calls" in message:
+            raise DataError(
+                f"{row.where}: a message from {_CALL!r} in {name!r} has 'tool_calls' besides; "
+                "expected the call in its text alone: remove the key"
+            )
+        message["tool_calls"], content = _called(row, name, content), ""
     is_learnt = _read_switches(row, name, message, role)
     notes: list[str] = []
     if calls := read_calls(row, name, message, tools, notes):
@@ -92,13 +103,57 @@ def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str
             f"{row.where}: a message of {spoken!r} in {name!r} has no text ({key!r} is null or "
             'missing); expected text: remove the message, or write "" where it is meant to be empty'
         )
+    if isinstance(content, list):
+        content = "".join(_part(row, name, part, key) for part in content)
     if not isinstance(content, str):
         raise DataError(
             f"{row.where}: {key!r} of a message in {name!r} is {type(content).__name__}; "
-            "expected text"
+            "expected text, or a list of parts such as {'type': 'text', 'text': ...}"
         )
     check_characters(row, name, content)
     return content
+
+
+def _part(row: Row, name: str, part: Any, key: str) -> str:
+    """The text of one part of a content that is a list, as OpenAI and templates for images have it.
+
+    Raises:
+        DataError: It is something else than text.
+    """
+    if isinstance(part, str):
+        return part
+    given = part if isinstance(part, Mapping) else {}
+    kind, text = given.get("type", "text"), given.get("text")
+    if kind in _TEXT_PARTS and isinstance(text, str):
+        return text
+    what = f"of the type {kind!r}" if kind not in _TEXT_PARTS else f"{part!r:.60}"
+    raise DataError(
+        f"{row.where}: {key!r} of a message in {name!r} has a part {what}; expected parts of text "
+        "alone ({'type': 'text', 'text': ...}), since only texts are trained here: remove the "
+        "part or the row"
+    )
+
+
+def _called(row: Row, name: str, content: str) -> list[dict[str, Any]]:
+    """The calls in the text of a turn from `function_call`: an object of name and arguments.
+
+    Raises:
+        DataError: It is no call, or no list of calls.
+    """
+    try:
+        value = parse_json(content)
+    except ValueError:
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        is_call = isinstance(call, Mapping) and isinstance(call.get("name"), str)
+        if not is_call or "arguments" not in call:
+            raise DataError(
+                f"{row.where}: a message from {_CALL!r} in {name!r} holds {content[:60]!r}; "
+                'expected JSON such as {"name": "search", "arguments": {"query": "..."}}, or a '
+                "list of these: correct it, or let it come from gpt if it is text"
+            )
+    return [{"type": "function", "function": dict(call)} for call in calls]
 
 
 def _read_switches(row: Row, name: str, message: dict[str, Any], role: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.files import Row
@@ -163,6 +163,7 @@ def prepare(
         whole = train.whole
         shown = StoredRows(rows.stores, whole[:1] if len(whole) else train.usable[:1])
         notes = dict.fromkeys(note for source in sources for note in source.notes)
+        others_notes = dict.fromkeys(note for source in held_out for note in source.notes)
         return PreflightReport(
             num_rows=len(rows),
             num_validation_rows=len(others),
@@ -181,6 +182,7 @@ def prepare(
                 *train.warnings(),
                 *(f"validation: {note}" for note in validation.warnings()),
                 *notes,
+                *(f"validation: {note}" for note in others_notes if note not in notes),
             ),
             sample=encoder.pieces(shown[0]),
             sources=_counts(sources, rows.stores, parts) if len(sources) > 1 else (),
@@ -218,6 +220,7 @@ def _tokenise_all(
     progress: Progress | None,
 ) -> _Tokenised:
     """The sources to train on, and those to hold rows out of."""
+    tokenizer_key = tokenizer_fingerprint(tokenizer)
     done = 0
 
     def advance(number: int) -> None:
@@ -246,6 +249,7 @@ def _tokenise_all(
                 advance,
                 dataset.max_bad_rows,
                 own_template,
+                tokenizer_key,
             )
             for each in opened
         ]

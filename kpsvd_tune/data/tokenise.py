@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.cache import TokenCache, store_key
+from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.chat import TemplateMismatch
 from kpsvd_tune.data.chat_templates import Template
 from kpsvd_tune.data.columns import column
@@ -105,6 +105,7 @@ def tokenise(
     advance: Callable[[int], None],
     max_bad_rows: float = 0.0,
     own_template: Template | None = None,
+    tokenizer_key: str | None = None,
 ) -> TokenizedSource:
     """Give the store of a source.
 
@@ -118,6 +119,7 @@ def tokenise(
         advance: Called with the number of rows read just now.
         max_bad_rows: Largest share of the rows that may be left out as faulty.
         own_template: The chat template in whose place another is tried, and which must ask alike.
+        tokenizer_key: The tokenizer's fingerprint, where it is known: reading it takes a while.
 
     Raises:
         DataError: A row, its form or the template is not as it must be.
@@ -151,7 +153,7 @@ def tokenise(
     key = store_key(
         fingerprint,
         source.part,
-        cache.fingerprint_of(tokenizer),
+        tokenizer_key or tokenizer_fingerprint(tokenizer),
         settings.format,
         dict(settings.columns),
         sorted(settings.ignore_columns),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from kpsvd_tune.data.files import Row, parse_json
 from kpsvd_tune.errors import DataError
 
+Rendered = TypeVar("Rendered", bound=tuple[str, Any])
 # "functions" is OpenAI's older name.
 TOOL_COLUMNS = ("tools", "functions")
 
@@ -183,3 +185,60 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
     return value
+
+
+def render_calls(
+    render: Callable[[list[dict[str, Any]]], Rendered], messages: list[dict[str, Any]]
+) -> Rendered:
+    """Render a chat with the arguments of calls as objects, or as text where a template needs it.
+
+    Some templates join arguments with other text, as OpenAI gives them: with objects they fail,
+    or write them as Python shows them.
+
+    Args:
+        render: Gives the text, and where it marks what.
+        messages: The chat, its arguments as `read_calls` gave them.
+
+    Returns:
+        What `render` gave.
+    """
+    objects = [
+        arguments
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if isinstance(arguments := _function(call).get("arguments"), Mapping)
+    ]
+    if not objects:
+        return render(messages)
+    try:
+        found = render(messages)
+    except TypeError:
+        return render(_with_text_arguments(messages))
+    shown = [str(each) for each in objects if each and str(each) in found[0]]
+    if not shown:
+        return found
+    other = render(_with_text_arguments(messages))
+    # The same may stand in a message's text, which is no reason.
+    is_other = all(other[0].count(each) < found[0].count(each) for each in shown)
+    return other if is_other else found
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = call.get("function")
+    return inner if isinstance(inner, Mapping) else call
+
+
+def _with_text_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def written(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": written(call["function"])}
+        if not isinstance(call.get("arguments"), Mapping):
+            return call
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]

@@ -20,15 +20,17 @@ from kpsvd_tune.merge import merge as merge_adapter
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
+    describe_base,
     load_model,
     load_tokenizer,
     resolve_model,
 )
 from kpsvd_tune.pipeline.adapter_file import WEIGHTS, check_adapter, read_adapter_config
-from kpsvd_tune.pipeline.phase import Phase, loading_cures, memory_explained, merging_cures
+from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
+from kpsvd_tune.report.card import Base
 from kpsvd_tune.report.results import MergeReport
 
 
@@ -158,8 +160,8 @@ def merge(
     check_output(output, inputs)
     check_writable(output)
     phase = Phase()
-    with memory_explained(phase):
-        phase.enter("merging the adapter into its base", merging_cures())
+    with watched(phase, goes_on=False):
+        phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
         events.stage(f"loading {model_source.path}")
         model = load_adapter(load_model(model_source, "float32"), found.adapter)
         _compare_files(model, model_source, events)
@@ -169,9 +171,16 @@ def merge(
             output,
             adapter=str(found.adapter),
             dtype=stored,
+            base=_named(found.base, base, model_source),
             tolerance=tolerance,
             stage=events.stage,
         )
+
+
+def _named(known: str, given: str | None, source: ModelSource) -> Base:
+    """The base for a card: by the name that the adapter knows, where that is one of the hub."""
+    found = describe_base(known or source.path, source.folder)
+    return describe_base(given, source.folder) if given and not found.is_on_hub else found
 
 
 def generate(
@@ -205,7 +214,7 @@ def generate(
     found = find(source)
     model_source = resolve_model(found.base, found.revision, offline)
     phase = Phase()
-    with memory_explained(phase):
+    with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
         tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"

@@ -24,6 +24,7 @@ from kpsvd_tune.models import (
     load_skeleton,
     load_tokenizer,
 )
+from kpsvd_tune.pipeline.phase import Phase, data_cures, watched
 from kpsvd_tune.pipeline.setups import Setups
 from kpsvd_tune.pipeline.stages import Events, find_model
 from kpsvd_tune.pipeline.trial import Material
@@ -83,7 +84,9 @@ def compare(
     _check(recipe)
     assert recipe.dataset is not None
     run = RunDirectory(recipe.output_dir)
-    with run.lock():
+    phase = Phase()
+    phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
+    with watched(phase), run.lock():
         source = find_model(recipe, offline)
         tokenizer = load_tokenizer(source)
         events.stage(f"reading {source_names(recipe.dataset)}")

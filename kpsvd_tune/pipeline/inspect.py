@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,17 @@ from kpsvd_tune.errors import (
     AdapterError,
     CheckpointError,
     RecipeError,
-    StoppedBySignal,
 )
 from kpsvd_tune.launch import check_gpus
 from kpsvd_tune.models import load_skeleton, load_tokenizer
-from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, memory_explained
+from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, watched
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.training.length import run_length
+
+KEPT = "finished matrices are kept"
 
 
 def init_only(
@@ -55,7 +54,7 @@ def init_only(
         RecipeError: The recipe goes on from an adapter, whose ranks are chosen.
         CheckpointError: The folder holds a training run, whose ranks must stay as they are.
         InputError: There are fewer GPUs.
-        StoppedBySignal: Ctrl-C; finished matrices are in the cache.
+        StoppedBySignal: SIGINT or SIGTERM; finished matrices are in the cache.
     """
     if recipe.adapter.from_ is not None:
         raise RecipeError(
@@ -72,8 +71,8 @@ def init_only(
             f"{run.path}` shows them. To try other ranks, choose another output_dir"
         )
     phase = Phase()
-    phase.enter("decomposing the base model", decomposition_cures(recipe))
-    with run.lock(), _stoppable(), memory_explained(phase):
+    phase.enter("decomposing the base model", decomposition_cures(recipe), KEPT)
+    with run.lock(), watched(phase):
         events.stage(f"decomposing {recipe.model.path}")
         decomposition = decompose(
             source,
@@ -126,7 +125,7 @@ def sweep_ranks(
         RecipeError: The swept key is not one of adapter.rank, or is its tolerance.
         AdapterError: No value can be met.
         InputError: There are fewer GPUs.
-        StoppedBySignal: Ctrl-C; finished matrices are in the cache.
+        StoppedBySignal: SIGINT or SIGTERM; finished matrices are in the cache.
     """
     recipes = list(variants.values())
     widest = max(recipes, key=lambda recipe: recipe.adapter.rank.window)
@@ -139,8 +138,8 @@ def sweep_ranks(
     processes, device = _workers(processes, gpus)
     events.stage(f"decomposing {widest.model.path}")
     phase = Phase()
-    phase.enter("decomposing the base model", decomposition_cures(widest))
-    with _stoppable(), memory_explained(phase):
+    phase.enter("decomposing the base model", decomposition_cures(widest), KEPT)
+    with watched(phase):
         spectra = collect_spectra(
             find_model(widest, offline),
             widest.adapter,
@@ -185,15 +184,6 @@ def _workers(processes: int, gpus: int | None) -> tuple[int, str]:
         return processes, "cpu"
     check_gpus(gpus)
     return gpus, "cuda"
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Say at Ctrl-C that nothing is lost: every finished matrix is in the cache."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise StoppedBySignal(signal.SIGINT) from None
 
 
 def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, Any]:

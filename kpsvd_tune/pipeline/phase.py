@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from kpsvd_tune.errors import KpsvdTuneError
+from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.launch import tell_phase
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import EvaluationRecipe, Recipe
+from kpsvd_tune.training.signals import StopSignals
 
 
 class Phase:
@@ -17,16 +19,52 @@ class Phase:
     Attributes:
         name: As in "while training, step 3 of 100".
         cures: What helps where its memory runs out, the most useful first.
+        kept: What a stop in it leaves behind, as in "finished matrices are kept".
     """
 
     def __init__(self) -> None:
         self.name = "starting"
         self.cures: Sequence[str] = ()
+        self.kept = ""
 
-    def enter(self, name: str, cures: Sequence[str] = ()) -> None:
+    def enter(self, name: str, cures: Sequence[str] = (), kept: str = "") -> None:
         """Begin a stage; a launcher is told as well."""
-        self.name, self.cures = name, cures
+        self.name, self.cures, self.kept = name, cures, kept
         tell_phase(name)
+
+
+@contextmanager
+def watched(phase: Phase, *, goes_on: bool = True) -> Iterator[None]:
+    """Let a command end well that is stopped by a signal or runs out of memory.
+
+    SIGINT and SIGTERM stop it at once, for its stages have nothing to finish; a training inside
+    takes over meanwhile.
+
+    Args:
+        phase: Where the command is.
+        goes_on: Whether the same command goes on where this one was stopped.
+
+    Raises:
+        StoppedBySignal: Either came; the message says in which phase, and what is kept of it.
+        ResourceError: As by :func:`memory_explained`.
+    """
+    signals = StopSignals(
+        lambda: f"stopping as soon as the computation in progress returns ({phase.name})",
+        lambda: phase.kept or "nothing that was finished is lost",
+        is_immediate=True,
+    )
+    try:
+        with signals, memory_explained(phase):
+            yield
+    except StoppedBySignal:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        # Where one process has stopped the others fail for that reason.
+        if isinstance(error, Exception) and not signals.requested:
+            raise
+        kept = f"; {phase.kept}" if phase.kept else ""
+        number = signals.requested or signal.SIGINT
+        raise StoppedBySignal(number, f" while {phase.name}{kept}", goes_on) from error
 
 
 @contextmanager

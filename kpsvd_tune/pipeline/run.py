@@ -41,8 +41,8 @@ from kpsvd_tune.pipeline.phase import (
     data_cures,
     decomposition_cures,
     loading_cures,
-    memory_explained,
     training_cures,
+    watched,
 )
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
@@ -110,7 +110,7 @@ def train(
     adapter_folder = find_adapter(recipe)
     run = RunDirectory(recipe.output_dir)
     phase = Phase()
-    with memory_explained(phase), ExitStack() as stack:
+    with watched(phase), ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
         accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
@@ -166,7 +166,11 @@ def train(
             events.note(note)
         pad_id = pad_token_id(tokenizer)
         if adapter_folder is None:
-            phase.enter("decomposing the base model", decomposition_cures(recipe))
+            phase.enter(
+                "decomposing the base model",
+                decomposition_cures(recipe),
+                "finished matrices are kept",
+            )
             recipe, report, factors = initialise(
                 recipe,
                 source,
@@ -199,7 +203,11 @@ def train(
             sandbox=sandbox,
         )
         tasks = labelled(recipe.evaluation)
-        phase.enter("scoring the base model", answering_cures(recipe.evaluation))
+        phase.enter(
+            "scoring the base model",
+            answering_cures(recipe.evaluation),
+            "finished completions are kept",
+        )
         # Offsets are those of step 0 here, also when a run goes on: zero, which is the base model,
         # unless adapter.from gave others.
         before = scorer.score_all(
@@ -236,7 +244,11 @@ def train(
             events.step(metrics, training.num_steps)
             phase.enter(f"training, step {metrics.step + 1} of {training.num_steps}", cures)
         events.end_progress()
-        phase.enter("scoring and saving", answering_cures(recipe.evaluation))
+        phase.enter(
+            "scoring and saving",
+            answering_cures(recipe.evaluation),
+            "the training and finished completions are kept",
+        )
         outcome = training.result()
         weights = training.trained_weights()
         after = scorer.score_all(model, tasks, run.path / "evaluation" / "after")

@@ -26,7 +26,7 @@ from kpsvd_tune.folders import expand
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
-from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, memory_explained
+from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, watched
 from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
@@ -208,7 +208,7 @@ def evaluate(
         offline=offline,
     )
     phase = Phase()
-    with memory_explained(phase), ExitStack() as stack:
+    with watched(phase), ExitStack() as stack:
         # Several processes end cleanly only when they take leave of each other.
         stack.callback(end_processes)
         place = _place()
@@ -228,7 +228,11 @@ def evaluate(
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,
         )
-        phase.enter(f"scoring {task.task}", answering_cures([task]))
+        phase.enter(
+            f"scoring {task.task}",
+            answering_cures([task]),
+            f"completions that are finished are kept in {output}",
+        )
         scores = as_mapping(scorer.score(model, task, output))
         asked = scorer.conditions({task.task: task})[task.task]
         scored = "base model" if base_only else "adapter" if found.adapter else "model"

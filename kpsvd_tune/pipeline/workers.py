@@ -100,7 +100,11 @@ def _run(
     threads = max(1, torch.get_num_threads() // jobs)
     waiting = list(zip(trials, calls, strict=True))
     running: dict[Connection, _Running] = {}
-    with StopSignals() as signals:
+    signals = StopSignals(
+        lambda: f"asking {len(running)} running trials to save, at most {GRACE_SECONDS:.0f} s",
+        lambda: "running trials go back to their last checkpoints, finished ones are kept",
+    )
+    with signals:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs and not signals.requested:

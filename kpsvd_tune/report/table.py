@@ -9,6 +9,7 @@ from kpsvd_tune.report.results import LayerReport, MergeReport, PreflightReport,
 
 # The summary names at most this many matrices.
 LISTED = 3
+_SOURCES = 20
 RANK_COLUMNS = (
     Column("module", is_text=True),
     Column("out x in", goes=1),
@@ -88,11 +89,13 @@ def preflight_lines(report: PreflightReport) -> list[str]:
         f"{report.num_truncated:,} rows cut, {report.num_dropped:,} dropped; longest "
         f"{report.max_tokens} tokens",
     ]
-    for each in report.sources:
+    for each in report.sources[:_SOURCES]:
         lines.append(
             f"{each.source} ({each.format}, weight {each.weight:g}): {each.num_rows:,} rows, "
             f"{each.num_supervised_tokens:,} supervised tokens an epoch"
         )
+    if len(report.sources) > _SOURCES:
+        lines.append(f"and {len(report.sources) - _SOURCES} more sources")
     return lines + [f"note: {warning}" for warning in report.warnings]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +24,7 @@ from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
+from kpsvd_tune.report.units import duration
 from kpsvd_tune.training.halving import (
     MicroStepOutOfMemory,
     give_memory_back,
@@ -40,6 +42,9 @@ from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.stream import stream_steps
 from kpsvd_tune.training.tracking import Tracking
 from kpsvd_tune.training.validation import validation_loss
+
+# Steps whose mean time tells how long the running one takes.
+_RECENT_STEPS = 10
 
 
 class Training:
@@ -108,8 +113,10 @@ class Training:
         if self._is_packed:
             attend_by_rows(model)
         self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
-        self._signals = StopSignals()
+        self._signals = StopSignals(self._outlook, self._loss)
         self._signal = 0
+        self._doing, self._doing_since = "", 0.0
+        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._saving = Saving(self._stepper, run, accelerator, recipe)
         self.progress = self._saving.start(checkpoint)
         self._began = time.monotonic() - self.progress.seconds
@@ -238,6 +245,7 @@ class Training:
     def _take_step(self, batches: list[MicroBatch]) -> StepMetrics:
         began = time.monotonic()
         step = self.progress.step + 1
+        self._does("step")
         halves = self._recipe.on_oom == "halve"
         random = random_state(self._stepper.devices()) if halves else None
         try:
@@ -267,6 +275,7 @@ class Training:
             skipped=sums.fault,
             micro_batch_size=self.progress.micro_batch_size,
         )
+        self._step_seconds.append(now - began)
         self.progress.count_step(sums.loss, sums.num_supervised, metrics)
         return metrics
 
@@ -291,9 +300,11 @@ class Training:
             self._save()
         progress.seconds = time.monotonic() - self._began
         self._obey()
+        self._does("end" if self._is_over else "step")
         return metrics
 
     def _validate(self) -> float | None:
+        self._does("validation")
         loss = self._measure()
         if loss is None:
             self._agree_on_signal()
@@ -329,6 +340,30 @@ class Training:
         own = [float(self._signals.requested)]
         self._signal = int(max(each for (each,) in gather_numbers(self._accelerator, own)))
 
+    def _does(self, what: str) -> None:
+        self._doing, self._doing_since = what, time.monotonic()
+
+    def _outlook(self) -> str:
+        """What a signal leads to now; asked by another thread."""
+        if self._doing == "validation":
+            return "leaving this validation to the run that goes on"
+        if self._doing != "step":
+            return f"saving step {self.progress.step}"
+        if not self._step_seconds:
+            return f"finishing step {self.progress.step + 1}, the first one here, and saving"
+        whole = sum(self._step_seconds) / len(self._step_seconds)
+        left = max(1.0, whole - (time.monotonic() - self._doing_since))
+        return f"finishing step {self.progress.step + 1}, about {duration(left)}, and saving"
+
+    def _loss(self) -> str:
+        """What a second signal loses."""
+        saved = self._saving.saved_step
+        lost = self.progress.step - (saved or 0)
+        steps = f"{lost} finished step{'' if lost == 1 else 's'}"
+        if saved is None:
+            return f"{steps} and the running one are lost, for there is no checkpoint yet"
+        return f"{steps} since the checkpoint of step {saved}, and the running one, are lost"
+
     def _obey(self) -> None:
         if self._signal:
             raise StoppedBySignal(self._signal)
@@ -347,6 +382,7 @@ class Training:
         self._tracking.log({k: v for k, v in numbers.items() if k != "step"}, metrics.step)
 
     def _save(self) -> None:
+        self._does("saving")
         self.progress.seconds = time.monotonic() - self._began
         self._saving.save(self.progress)
 

@@ -39,6 +39,9 @@ class Saving:
         run: The run's folder; the main process writes there.
         accelerator: The processes.
         recipe: The `train` section.
+
+    Attributes:
+        saved_step: The step of the newest checkpoint; None before there is one.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Saving:
         self._stepper, self._run = stepper, run
         self._accelerator, self._recipe = accelerator, recipe
         self._newest: str | None = None
+        self.saved_step: int | None = None
 
     def start(self, checkpoint: Path | None) -> Progress:
         """Seed all generators, or put everything back to a checkpoint."""
@@ -80,7 +84,7 @@ class Saving:
             self._run.save(state, keep, best, is_pending=is_pending)
 
         on_main_process(self._accelerator, commit)
-        self._newest = name
+        self._newest, self.saved_step = name, progress.step
 
     def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
         """Return to the newest checkpoint with a lower learning rate.
@@ -145,7 +149,7 @@ class Saving:
                     self._recipe.optimizer,
                 )
         self._stepper.load_state(state.offsets, optimizer, state.scheduler, factor)
-        self._newest = checkpoint.name
+        self._newest, self.saved_step = checkpoint.name, state.step
         index = self._accelerator.process_index
         if len(state.random) == self._accelerator.num_processes:
             load_random_state(state.random[index])

@@ -176,6 +176,32 @@ class Named(nn.Linear):
     """A subclass that changes nothing."""
 
 
+class Rewritten(nn.Linear):
+    """Another way to write the same, as Falcon has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Scaled(nn.Linear):
+    """What a merged weight would not do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Stateful(nn.Linear):
+    """Needs more than its weight: a probe of it must change nothing in the module."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
 class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -192,13 +218,30 @@ def test_layers_with_a_forward_of_their_own_are_left_alone_and_listed() -> None:
     names = target_names(model, "all-linear")
     assert names == ["up", "down"]
     assert untouched(model, names) == [
-        ("router", "a Router, whose forward is not that of a linear layer")
+        ("router", "a Router, which computes more than a linear layer does")
     ]
-    with pytest.raises(AdapterError, match="router: a Router, whose forward is not that of a lin"):
+    with pytest.raises(AdapterError, match="router: a Router, which computes more than"):
         target_names(model, ["router", "up"])
     adapted: Any = get_peft_model(model, KpsvdConfig(target_modules="all-linear", rank=1))
     adapted(torch.randn(3, 8)).sum().backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_taken"), [(Rewritten, True), (Stateful, True), (Scaled, False)]
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_of_its_own_is_judged_by_what_it_does(
+    kind: type[nn.Linear], is_taken: bool, device: str
+) -> None:
+    model = nn.Sequential(kind(8, 12), nn.Linear(12, 8)).to(device)
+    layer: Any = model[0]
+    weight, state = layer.weight, torch.get_rng_state()
+    assert target_names(model, "all-linear") == (["0", "1"] if is_taken else ["1"])
+    assert layer.weight is weight
+    assert (layer.in_features, layer.out_features) == (8, 12)
+    assert getattr(layer, "calls", 0) == 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_pefts_guard_for_mamba_holds() -> None:
@@ -206,11 +249,12 @@ def test_pefts_guard_for_mamba_holds() -> None:
     model = MambaForCausalLM(settings)
     names = target_names(model, "all-linear")
     assert names
-    assert not any("out_proj" in name for name in names)
     reasons = dict(untouched(model, names))
-    assert "never call it" in reasons["backbone.layers.0.mixer.out_proj"]
-    with pytest.raises(AdapterError, match="out_proj: kernels of Mamba models read its weight"):
-        target_names(model, ["in_proj", "out_proj"])
+    for layer in ("out_proj", "dt_proj"):
+        assert not any(layer in name for name in names)
+        assert "never call it" in reasons[f"backbone.layers.0.mixer.{layer}"]
+        with pytest.raises(AdapterError, match=f"{layer}: Mamba's scan and kernels read its weigh"):
+            target_names(model, ["in_proj", layer])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import prepare
+from kpsvd_tune.data.chat import TemplateError
+from kpsvd_tune.data.faults import Faults, faulty_rows_note
+from kpsvd_tune.data.files import Row
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 
@@ -121,3 +124,36 @@ def test_slices_count_faulty_rows(tmp_path: Path, tokenizer: PreTrainedTokenizer
     path.write_text("\n".join([GOOD[0], "{oops}", *GOOD[1:]]) + "\n")
     data = read(tokenizer, path, split="train[:3]", max_bad_rows=0.5)
     assert [row.row for row in data.train] == [1, 3]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(10, TemplateError), (2, None)])
+def test_a_template_that_refuses_too_many_rows_is_told_as_such(
+    number: int, kind: type[DataError] | None
+) -> None:
+    faults = Faults()
+    faults.num_rows = 100
+    row = Row("r.jsonl", 3, {})
+    for _ in range(number):
+        faults.add(row, TemplateError("r.jsonl, line 3: the template says no; expected yes"))
+    facts = json.loads(json.dumps(faults.facts()))
+    if kind is None:
+        note = faulty_rows_note(facts, "s.jsonl", "line", 0.05)
+        assert note is not None
+        assert "2 x the template says no. First: s.jsonl, line 3: the template says no" in note
+        return
+    with pytest.raises(kind, match="10 of 100 rows of s.jsonl are faulty: 10 x the template says"):
+        faulty_rows_note(facts, "s.jsonl", "line", 0.05)
+
+
+def test_faulty_rows_of_a_validation_file_are_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, held = tmp_path / "r.jsonl", tmp_path / "held.jsonl"
+    path.write_text("\n".join(GOOD[:20]) + "\n")
+    held.write_text("\n".join([*GOOD[20:], "{oops}"]) + "\n")
+    data = read(tokenizer, path, validation=str(held))
+    assert len(data.validation) == 20
+    assert any(
+        each.startswith("validation: LEFT OUT, as dataset.on_bad_row says: 1 of 21 rows")
+        for each in data.report.warnings
+    )

@@ -14,6 +14,7 @@ from kpsvd_tune.data import PreparedData, prepare
 from kpsvd_tune.data.rows import load_rows
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.report.table import preflight_lines
 
 
 def write(path: Path, *names: str) -> Path:
@@ -308,3 +309,17 @@ def test_rows_of_a_folder_to_hold_out_are_those_of_its_validation_files(
     (files / "validation.jsonl").unlink()
     data = prepare(DatasetRecipe(path=folder, validation=folder), tokenizer, seed=0)
     assert (len(data.train), texts(data)) == (3, ["e"])
+
+
+def test_a_folder_of_many_files_is_shown_in_a_few_lines(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for number in range(25):
+        write(tmp_path / "set" / f"part{number:02}.jsonl", f"p{number}")
+    report = prepare(
+        DatasetRecipe(path=str(tmp_path / "set"), validation=0), tokenizer, seed=0
+    ).report
+    assert (report.num_rows, len(report.sources)) == (25, 25)
+    lines = preflight_lines(report)
+    assert len(lines) < 26
+    assert "and 5 more sources" in lines

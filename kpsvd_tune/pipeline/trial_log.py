@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
 from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
 from kpsvd_tune.checkpoint.identity import changes, describe
@@ -18,6 +23,14 @@ RESULTS = "results.jsonl"
 _IDENTITY = "compare.json"
 # How a trial warms up. Comparisons of versions that wrote nothing down have another way.
 SCHEDULE = "the first step of a warm-up has a rate"
+
+
+class _Shared(TypedDict, total=False):
+    """What compare.json holds; keys of other versions stay as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    shared: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
 
 
 def open_results(
@@ -43,7 +56,7 @@ def open_results(
         to_json({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
     )
     if file.exists() and rows:
-        earlier = read_json(file, dict[str, dict[str, Any]])
+        earlier = read_json(file, _Shared)
         known = {**now["methods"], **earlier.get("methods", {})}
         found = changes(earlier.get("shared", {}), now["shared"])
         for name, adapter in now["methods"].items():

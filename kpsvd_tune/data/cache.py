@@ -20,7 +20,7 @@ from kpsvd_tune.data.store import FACTS, StoreWriter, TokenStore, store_files
 from kpsvd_tune.errors import ResourceError
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Beyond this the stores used longest ago go; those of running commands stay.
 MAX_BYTES = 32 * 2**30
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}

@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kpsvd_tune import cli
-from kpsvd_tune.evaluation import generate, prompts
+from kpsvd_tune.data import Encoder
+from kpsvd_tune.evaluation import generate
 
 # The end token is behind the whole chat alone, as in Phi 3, which one rendering cannot train.
 OWN = (
@@ -72,14 +73,14 @@ class Answer:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts that are put to a model from now on."""
     found: list[str] = []
-    encode = prompts.Encoder.encode_prompt
+    encode = Encoder.encode_prompt
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> list[int]:
         ids = encode(self, *args, **kwargs)
         found.append(self.decode(ids))
         return ids
 
-    monkeypatch.setattr(prompts.Encoder, "encode_prompt", watched)
+    monkeypatch.setattr(Encoder, "encode_prompt", watched)
     return found
 
 

@@ -99,7 +99,9 @@ def test_the_second_run_begins_where_the_first_ended(
     for key in ("modules", "trainable_parameters", "base_parameters"):
         assert reports[0]["totals"][key] == reports[1]["totals"][key]
     assert reports[0]["untouched"] == reports[1]["untouched"]
-    assert f"went on from the adapter {first}" in (second / "adapter" / "README.md").read_text()
+    assert (
+        f"went on from the adapter {first.name}." in (second / "adapter" / "README.md").read_text()
+    )
     capsys.readouterr()
     assert cli.run(["report", str(second)]) == 0
     assert "14 matrices" in capsys.readouterr().out

@@ -15,9 +15,10 @@ from kpsvd_tune.errors import ModelError
 from kpsvd_tune.folders import exists, expand, kind_of
 from kpsvd_tune.recipe.paths import model_problem
 
-# What transformers reads of a hub repository; the rest (other frameworks, other formats) is not
-# fetched. Pickled weights are fetched only where a repository has no safetensors.
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+# What transformers reads of a hub repository, and its card, which states the licence; the rest
+# (other frameworks, other formats) is not fetched. Pickled weights are fetched only where a
+# repository has no safetensors.
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md"]
 HUB_IGNORED = ["*/*", "consolidated*"]
 PICKLED = ["pytorch_model*.bin"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

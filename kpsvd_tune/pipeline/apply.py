@@ -21,6 +21,7 @@ from kpsvd_tune.merge import merge as merge_adapter
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
+    describe_base,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -29,6 +30,7 @@ from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watch
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
+from kpsvd_tune.report.card import Base
 from kpsvd_tune.report.results import MergeReport
 
 # Where run.json keeps the template that the rows were written with.
@@ -196,9 +198,16 @@ def merge(
             output,
             adapter=str(found.adapter),
             dtype=stored,
+            base=_named(found.base, base, model_source),
             tolerance=tolerance,
             stage=events.stage,
         )
+
+
+def _named(known: str, given: str | None, source: ModelSource) -> Base:
+    """The base for a card: by the name that the adapter knows, where that is one of the hub."""
+    found = describe_base(known or source.path, source.folder)
+    return describe_base(given, source.folder) if given and not found.is_on_hub else found
 
 
 def generate(

@@ -86,6 +86,7 @@ def advised(error: DataError) -> dict[str, Any]:
         ({"prompt": "2 + 3?", "prompt_id": "ab", **CHAT}, {}),
         ({**PAIR, "label": "arithmetic", "score": 0.5, "weight": 70}, {}),
         ({**CHAT, "label": None, "images": [], "weight": 1.0, "train": True}, {}),
+        ({**PAIR, "is_correct": True}, {}),
         ({"text": "a5", "label": 1, "url": "u"}, {"text": "text"}),
     ],
 )
@@ -122,6 +123,7 @@ def test_a_part_of_the_example_that_named_columns_leave_out_is_told_of(read: Rea
         ({**CHAT, "label": True}, r"'label' is True"),
         ({**PAIR, "label": 0}, r"'label' is 0"),
         ({**PAIR, "kto_tag": "true"}, r"'kto_tag' is 'true'"),
+        ({**CHAT, "is_correct": False}, r"'is_correct' is False, so the answer seems to be a bad"),
         ({**CHAT, "images": ["a.png"]}, r"'images' holds images, sound or video"),
         ({"conversations": TURNS, "image": "a.png"}, r"'image' holds images"),
         ({**CHAT, "weight": 0.5}, r"'weight' is 0\.5, and rows have no weights of their own"),
@@ -243,6 +245,20 @@ def test_a_chosen_answer_without_its_question_has_to_be_put_behind_it(read: Read
 def test_a_rejected_answer_in_a_later_row_is_refused(read: Read) -> None:
     with pytest.raises(DataError, match="line 2: the column 'rejected': these are rows of pref"):
         read(PAIR, {**PAIR, "rejected": "6"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (({**PAIR, "messages": None}, {**CHAT, "prompt": None}), "'messages' holds messages, and"),
+        (({**CHAT, "prompt": None}, {**PAIR, "messages": None}), "no messages, as others have, b"),
+    ],
+)
+def test_rows_of_another_form_are_refused_rather_than_dropped(
+    read: Read, rows: tuple[Any, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=f"line 2: .*{message}.* make a file of each form"):
+        read(*rows)
 
 
 def test_a_column_to_ignore_that_no_row_has_is_refused(read: Read) -> None:

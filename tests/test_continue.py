@@ -209,8 +209,12 @@ def test_an_adapter_of_another_base_is_refused(
 @pytest.mark.parametrize(
     ("verb", "options", "message"),
     [
-        ("train", ["adapter.from={tmp}"], "adapter.from: {tmp} holds no adapter; expected a"),
-        ("train", ["adapter.from={tmp}/none"], "adapter.from: {tmp}/none holds no adapter"),
+        (
+            "train",
+            ["adapter.from={tmp}"],
+            "adapter.from: {tmp} is a folder; expected a fini",
+        ),
+        ("train", ["adapter.from={tmp}/none"], "adapter.from: there is no folder {tmp}/none"),
         (
             "train",
             ["adapter.from={tmp}", "adapter.rank.max=3"],

@@ -279,7 +279,11 @@ def test_dry_run_writes_nothing(
         (["init-only", "RECIPE", "--sweep", "train.seed=1,2"], 2, "only keys of adapter.rank"),
         (["init-only", "RECIPE", "--sweep", "energy"], 2, "expected KEY=A,B,C"),
         (["init-only", "RECIPE", "adapter.target_modules=[q_prok]"], 2, "q_proj"),
-        (["merge", "MODEL", "--output", "OUT"], 2, "neither a run nor an adapter"),
+        (
+            ["merge", "MODEL", "--output", "OUT"],
+            2,
+            "is a model, with plain weights",
+        ),
         (["report", "MODEL"], 2, "holds neither init/rank_report.json nor results.json"),
         (["recipes", "show", "nothing"], 2, "no shipped recipe 'nothing'; there are: "),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.checkpoint.durable import check_writable
-from kpsvd_tune.errors import AdapterError, InputError
+from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.memory import is_out_of_memory
@@ -26,6 +25,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.pipeline.adapter_file import WEIGHTS, check_adapter, read_adapter_config
 from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
@@ -76,14 +76,8 @@ def find(source: str) -> Found:
         dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
         return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
     if (path / "adapter_config.json").is_file():
-        config = _read_json(path / "adapter_config.json")
-        if config.get("peft_type") != "KPSVD":
-            raise AdapterError(
-                f"{source} is a {config.get('peft_type')} adapter: expected one of KPSVD"
-            )
-        return Found(
-            path, config.get("base_model_name_or_path") or "", None, config.get("revision")
-        )
+        config = read_adapter_config(path)
+        return Found(path, config.base_model_name_or_path or "", None, config.revision)
     return Found(None, source)
 
 
@@ -111,19 +105,18 @@ def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
     Raises:
         AdapterError: The file of weights is damaged, or is of another base or other layers.
     """
-    file = folder / "adapter_model.safetensors"
+    check_adapter(folder, [name for name, _ in model.named_modules()])
+    file = folder / WEIGHTS
     try:
         with safe_open(file, "pt") as opened:
             held = set(opened.keys())
         adapted = PeftModel.from_pretrained(model, folder, **options)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} holds no {file.name}, the weights of the adapter") from error
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, KpsvdTuneError) or is_out_of_memory(error):
             raise
-        # PEFT's and torch's ways to say that names or sizes are others.
+        # PEFT's and torch's ways to say that names or sizes are others are of every kind.
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(
             f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
@@ -266,13 +259,3 @@ def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> Non
     recorded = getattr(model.peft_config["default"], "base_files", None)
     if recorded is not None and recorded != base_fingerprint(source):
         events.note("the base model's files differ from those of the training, its weights do not")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return content

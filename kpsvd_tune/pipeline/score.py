@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
+from kpsvd_tune.checkpoint import RunDirectory, durable
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions, rows_source
@@ -23,6 +23,7 @@ from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.folders import expand
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, watched

@@ -14,12 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from kpsvd_tune.report.figures import figures, result_figures
-from kpsvd_tune.report.layout import Column, output, print_line, print_pair, print_table
+from kpsvd_tune.report.layout import (
+    Column,
+    make_console,
+    output,
+    print_line,
+    print_pair,
+    print_table,
+)
 from kpsvd_tune.report.results import (
     MergeReport,
     PreflightReport,
@@ -47,7 +53,7 @@ class Events:
 
     def __init__(self) -> None:
         self._main = os.environ.get("RANK", "0") == "0"
-        self._console = Console(stderr=True, quiet=not self._main, highlight=False, soft_wrap=True)
+        self._console = make_console(stderr=True, quiet=not self._main, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
         self._phase = ""
@@ -156,10 +162,10 @@ class Events:
         detail = fitting(detail, width - len(f"  {phase}   {count * ' '}") - bar_width)
         if self._progress is None:
             self._progress = Progress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(bar_width=bar_width),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 console=self._console,
             )
             self._task = self._progress.add_task(phase, total=total or None, detail=detail)

@@ -340,3 +340,16 @@ def test_an_empty_first_row_does_not_hide_the_form(read: Read) -> None:
     data = read({"id": 0, "messages": []}, {"id": 1, "messages": None}, {"id": 2, **CHAT})
     assert len(data.train) == 1
     assert any("2 rows dropped: empty" in note for note in data.report.warnings)
+
+
+def test_context_beside_an_input_has_to_be_joined_with_it(read: Read) -> None:
+    row = {"instruction": "2 + 3?", "input": "ints", "context": "base ten", "output": "5"}
+    with pytest.raises(DataError, match=r"'context' looks like .*: join it with 'input', and"):
+        read(row)
+
+
+def test_a_system_prompt_that_no_role_takes_is_told_of_with_the_way_to_use_it(read: Read) -> None:
+    row = {"conversations": TURNS, "system_prompt": "Add."}
+    (note,) = unused(read(row))
+    data = read(row, columns=advised(DataError(note))["columns"])
+    assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"

@@ -14,6 +14,7 @@ from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.merge import DTYPES, check_output
 from kpsvd_tune.merge import merge as merge_adapter
@@ -72,7 +73,7 @@ def find(source: str) -> Found:
                 f"{source} is a run without a finished adapter: run `kpsvd-tune train "
                 f"{path / 'recipe.yaml'}` to its end first"
             )
-        facts = _read_json(path / "run.json") if (path / "run.json").is_file() else {}
+        facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
         dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
         return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
     if (path / "adapter_config.json").is_file():

@@ -192,7 +192,7 @@ def evaluate(
         DataError: The task's rows or text cannot be read.
     """
     found = find(source)
-    dataset = found.recipe.dataset if found.recipe else None
+    dataset = found.dataset
     if task.task == "forgetting" and (found.adapter is None or base_only):
         raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
     if output is None:

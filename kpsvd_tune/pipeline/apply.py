@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.checkpoint.durable import check_writable
+from kpsvd_tune.checkpoint.ownership import refuse_inside_run
 from kpsvd_tune.errors import AdapterError, InputError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
@@ -163,6 +164,7 @@ def merge(
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
     check_output(output, inputs)
+    refuse_inside_run(output, "--output")
     check_writable(output)
     phase = Phase()
     with watched(phase, goes_on=False):

@@ -44,12 +44,17 @@ def find_adapter(recipe: Recipe) -> Path | None:
             f"adapter.from: {path} is what this run itself would write; choose another output_dir"
         )
     folder = find(path).adapter
-    if folder is None or not (folder / _FILE).is_file():
+    if folder is None or not holds_adapter(folder):
         raise RecipeError(
             f"adapter.from: {path} holds no adapter; expected a finished run, or a folder with "
             f"adapter_config.json and {_FILE}"
         )
     return folder
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter's configuration and weights."""
+    return (folder / "adapter_config.json").is_file() and (folder / _FILE).is_file()
 
 
 def adapter_hash(folder: Path) -> str:

@@ -15,8 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
 from kpsvd_tune.checkpoint.durable import check_writable
+from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions, rows_source
+from kpsvd_tune.evaluation.evaluate import (
+    COMPLETIONS_FILE,
+    SETTINGS_FILE,
+    Watch,
+    check_task,
+    conditions,
+    rows_source,
+)
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.processes import num_processes, on_first_process
@@ -198,6 +206,9 @@ def evaluate(
         if found.recipe is None:
             raise InputError(f"{source} is no run, so say where completions go: --output DIR")
         output = _folder(expand(source), task, base_only)
+    else:
+        refuse_inside_run(output, "--output")
+        _check_ours(output)
     check_writable(output)
     check_tasks(
         [task],
@@ -253,6 +264,17 @@ def evaluate(
 
         on_first_process(keep)
         return result
+
+
+def _check_ours(output: Path) -> None:
+    """Refuse an output folder that holds anything but an earlier evaluation."""
+    kept = (each.name for each in output.glob("previous-*"))
+    refuse_foreign(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json", *kept), "--output")
+    file = output / "results.json"
+    if file.exists() and not {"task", "scores"} <= read_json(file).keys():
+        raise InputError(
+            f"--output: {file} is not of an evaluation, and would be replaced; name another folder"
+        )
 
 
 def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:

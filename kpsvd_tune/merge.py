@@ -134,8 +134,6 @@ def merge(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
         )
         _publish(partial, output)
-    except OSError as error:
-        raise ResourceError(f"could not write {output}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report

@@ -12,6 +12,7 @@ from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import prepare, source_names
 from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import (
     AdapterError,
     CheckpointError,
@@ -98,7 +99,8 @@ def init_only(
                 "adapter.init: gradient lets `train` choose the ranks by the gradient's spectra; "
                 "the ranks here are those of the weights"
             )
-        missing_page = write_rank_report(decomposition.report, run.init)
+        with explained(f"write {run.init}"):
+            missing_page = write_rank_report(decomposition.report, run.init)
     if missing_page is not None:
         events.note(missing_page)
     return decomposition.report

@@ -27,6 +27,7 @@ from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
@@ -117,7 +118,9 @@ def train(
     with watched(phase), ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
-        accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
+        accelerator = make_accelerator(
+            recipe.train, recipe.tracking, run.path / "logs", init_method()
+        )
         stack.enter_context(name_lost_process(lambda: phase.name))
         if (stage := zero_stage(accelerator)) == 3 and recipe.evaluation:
             raise RecipeError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
-from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 from kpsvd_tune.evaluation.evaluate import (
     COMPLETIONS_FILE,
     SETTINGS_FILE,
@@ -31,6 +31,7 @@ from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.folders import expand
+from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, watched
@@ -210,6 +211,12 @@ def evaluate(
         refuse_inside_run(output, "--output")
         _check_ours(output)
     check_writable(output)
+    if found.recipe is not None:
+        # The scores lie in the output folder all the same.
+        try:
+            check_writable(expand(source))
+        except InputError as error:
+            events.note(f"the scores will not be added to the run: {error}")
     check_tasks(
         [task],
         dataset,
@@ -318,7 +325,7 @@ def _record(run: RunDirectory, result: Mapping[str, Any], base_only: bool, event
             results.setdefault("score_conditions", {})[asked] = result["conditions"]
             run.finish(results)
             update_card(run.adapter, results)
-    except CheckpointError as error:
+    except (CheckpointError, ResourceError) as error:
         events.note(f"the scores were not added to {run.results_file}: {error}")
 
 
@@ -326,5 +333,8 @@ def _place() -> torch.device:
     """This process's device, once it has met the others."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device()
-    place: torch.device = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true").device
+    found = init_method()
+    others: dict[str, str] = {} if found is None else {"init_method": found}
+    is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
+    place: torch.device = PartialState(cpu=is_cpu, **others).device
     return place

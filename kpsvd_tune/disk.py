@@ -20,7 +20,6 @@ _CURES = {
     errno.EEXIST: "a file is in the way; remove it, or choose another {place}",
     errno.ENOTDIR: "a file is in the way; remove it, or choose another {place}",
     errno.EFBIG: "the file is larger than a limit allows; see `ulimit -f`, or choose another disk",
-    errno.EIO: "the disk or its connection failed; see the system's log",
 }
 # Libraries in Rust (safetensors, tokenizers) keep the system's number only in their text.
 _RUST = re.compile(r"os error (\d+)")

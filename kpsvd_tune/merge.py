@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
 from kpsvd_tune.linalg import kron_sum
+from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.report.units import size
 
+UNKNOWN_BASE = Base("a base model", is_on_hub=False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest logit difference that passes, as a share of the largest logit. In float32 it is the
 # order of operations; in 16 bits the rounding of every merged weight, which adds up over layers.
@@ -64,6 +66,7 @@ def merge(
     *,
     adapter: str,
     dtype: str,
+    base: Base = UNKNOWN_BASE,
     tolerance: float | None = None,
     prompts: Sequence[str] = PROMPTS,
     stage: Callable[[str], None] = lambda _: None,
@@ -71,7 +74,7 @@ def merge(
     """Merge an adapter into its base, save it, load it again and compare.
 
     The folder appears under its name only when it is complete; merge_report.json inside says
-    what was measured. The model given is used up.
+    what was measured, README.md what it is. The model given is used up.
 
     Args:
         model: Base model in float32 with a KPSVD adapter.
@@ -79,6 +82,7 @@ def merge(
         output: A folder that does not exist or is empty.
         adapter: Where the adapter came from, for the report.
         dtype: float32, bfloat16 or float16: the dtype the weights are stored in.
+        base: The base model, for the card.
         tolerance: Largest logit difference that passes; None takes the dtype's share of the
             largest logit: 1e-5 in float32, 5e-3 in float16, 4e-2 in bfloat16.
         prompts: Texts to compare the two models on.
@@ -133,6 +137,7 @@ def merge(
         (partial / "merge_report.json").write_text(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
         )
+        (partial / "README.md").write_text(merged_card(report, base), encoding="utf-8")
         _publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

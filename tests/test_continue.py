@@ -99,7 +99,9 @@ def test_the_second_run_begins_where_the_first_ended(
     for key in ("modules", "trainable_parameters", "base_parameters"):
         assert reports[0]["totals"][key] == reports[1]["totals"][key]
     assert reports[0]["untouched"] == reports[1]["untouched"]
-    assert f"went on from the adapter {first}" in (second / "adapter" / "README.md").read_text()
+    assert (
+        f"went on from the adapter {first.name}." in (second / "adapter" / "README.md").read_text()
+    )
     capsys.readouterr()
     assert cli.run(["report", str(second)]) == 0
     assert "14 matrices" in capsys.readouterr().out
@@ -207,8 +209,12 @@ def test_an_adapter_of_another_base_is_refused(
 @pytest.mark.parametrize(
     ("verb", "options", "message"),
     [
-        ("train", ["adapter.from={tmp}"], "adapter.from: {tmp} holds no adapter; expected a"),
-        ("train", ["adapter.from={tmp}/none"], "adapter.from: {tmp}/none holds no adapter"),
+        (
+            "train",
+            ["adapter.from={tmp}"],
+            "adapter.from: {tmp} is a folder; expected a fini",
+        ),
+        ("train", ["adapter.from={tmp}/none"], "adapter.from: there is no folder {tmp}/none"),
         (
             "train",
             ["adapter.from={tmp}", "adapter.rank.max=3"],

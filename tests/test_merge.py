@@ -55,6 +55,9 @@ def test_merged_folder_is_the_adapted_model(
     stored = json.loads((output / "merge_report.json").read_text())
     assert stored["passed"] is True
     assert stored["max_logit_difference"] == report.max_logit_difference
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"| largest logit difference | {report.max_logit_difference:.3g} |" in card
 
 
 def test_files_of_a_merge(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.disk import explained
-from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.errors import InputError
 
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28
@@ -157,21 +157,6 @@ def _lies_there(path: Path) -> bool:
 def to_json(value: Any) -> bytes:
     """Serialise; floats come back as the same floats, NaN and infinity are refused."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        CheckpointError: It cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

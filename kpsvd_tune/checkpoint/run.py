@@ -10,6 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.checkpoint.commit import commit, read_committed
 from kpsvd_tune.checkpoint.identity import Change, changes, refusal
@@ -24,6 +29,7 @@ from kpsvd_tune.checkpoint.lock import lock_folder
 from kpsvd_tune.checkpoint.ownership import is_run, refuse_foreign
 from kpsvd_tune.checkpoint.state import TrainingState, from_files, to_files
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.json_files import read_json
 
 _log = logging.getLogger(__name__)
 # What a run owns in its folder.
@@ -59,6 +65,15 @@ class Start:
     is_finished: bool = False
     is_same: bool = False
     changed: Mapping[str, Change] | None = None
+
+
+class RunRecord(TypedDict, total=False):
+    """What run.json holds that a run goes on by; other keys stay as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    status: str
+    identity: dict[str, Any]
+    changes: list[dict[str, Any]]
 
 
 class RunDirectory:
@@ -101,8 +116,10 @@ class RunDirectory:
             InputError: The folder holds files of the user's, or lies in another run.
             CheckpointError: There are checkpoints, and no run.json that says what they belong to.
         """
-        if is_run(self.path):
-            return
+        if self.run_file.exists():
+            read_json(self.run_file)  # one that is damaged is named as such
+            if is_run(self.path) or list_saved(self.checkpoints):
+                return
         if any(is_run(folder) for folder in self.path.glob("previous/*")):
             # A run was set aside here, and the one to follow it was killed before its first file.
             return
@@ -161,7 +178,7 @@ class RunDirectory:
             self._set_aside()
         if not self.run_file.exists():
             return self._anew(recipe_text, identity, about)
-        recorded = durable.read_json(self.run_file)
+        recorded = read_json(self.run_file, RunRecord)
         # By way of JSON, for what was read back must equal what was not.
         found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
         explicit = None if resume in ("auto", "never") else Path(resume)
@@ -200,7 +217,7 @@ class RunDirectory:
 
     def update(self, **about: Any) -> None:
         """Add to run.json."""
-        self._write_run({**durable.read_json(self.run_file), **about})
+        self._write_run({**read_json(self.run_file, RunRecord), **about})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and mark the run as finished, in this order."""

@@ -41,6 +41,7 @@ from kpsvd_tune.evaluation.prompts import (
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
+from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 
@@ -262,8 +263,8 @@ def _check_folder(folder: Path, settings: dict[str, Any], prompts: Sequence[Prom
             f"made: {cure}"
         )
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        stored = parse_json(read_bytes(path))
+    except (OSError, ValueError):
         stored = {}
     for key, value in settings.items():
         if stored.get(key) != value:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, read_json
+from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.limits import model_limits
@@ -27,8 +27,10 @@ from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
+from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
     find_adapter,
@@ -132,7 +134,7 @@ def train(
         source = on_main_process(accelerator, lambda: find_model(recipe, offline))
         tokenizer = load_tokenizer(source)
         phase.enter("reading and tokenising the data", data_cures(recipe))
-        train_rows, validation_rows, data_sha256 = on_main_process(
+        train_rows, validation_rows, data_sha256, template = on_main_process(
             accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
@@ -158,7 +160,7 @@ def train(
                     **origin,
                 }
                 | ({} if stage is None else {"deepspeed_zero_stage": stage}),
-                _about(recipe, accelerator),
+                {**_about(recipe, accelerator), TEMPLATE_KEY: template},
                 resume=resume,
                 allow_change=allow_change,
                 rebuild=not holds_adapter(run.adapter),
@@ -208,7 +210,7 @@ def train(
             )
         scorer = Scorer(
             tokenizer,
-            dataset,
+            trained_as(dataset, template),
             accelerator.device,
             events,
             offline=offline,
@@ -285,8 +287,8 @@ def _prepare(
     seed: int,
     events: Events,
     offline: bool,
-) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str]:
-    """Rows to train on, held-out rows, and the hash of both."""
+) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str, str]:
+    """Rows to train on, held-out rows, the hash of both, and the template of both."""
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
@@ -298,7 +300,7 @@ def _prepare(
     )
     events.note(data.cache_note)
     events.preflight(data.report)
-    return data.train, data.validation, data.sha256
+    return data.train, data.validation, data.sha256, data.template
 
 
 def _scores(

@@ -16,8 +16,11 @@ from kpsvd_tune import __version__
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.data import source_names
 from kpsvd_tune.disk import explained
+from kpsvd_tune.models import describe_base
 from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
 from kpsvd_tune.report.ending import worse_line
+from kpsvd_tune.report.figures import result_figures
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.score import score_table
 
@@ -79,19 +82,18 @@ def _write(
 
 
 def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]) -> str:
-    base = model.peft_config["default"].base_model_name_or_path
+    # The path stays in adapter_config.json, by which PEFT finds the base; a card is published.
+    source = Path(getattr(model.config, "_name_or_path", "") or ".nowhere")
+    base = describe_base(recipe.model.path, source if source.is_dir() else None)
     totals = report.totals
     adapted = sum(layer.rank > 0 for layer in report.layers)
     dataset = source_names(recipe.dataset) if recipe.dataset else "none"
-    start = f" It went on from the adapter {recipe.adapter.from_}." if recipe.adapter.from_ else ""
+    origin = recipe.adapter.from_
+    start = f" It went on from the adapter {adapter_name(origin)}." if origin else ""
     lines = [
-        "---",
-        f"base_model: {base}",
-        "library_name: peft",
-        "tags: [kpsvd, kronecker]",
-        "---",
+        *front_matter(base, "peft", "kpsvd", "kronecker"),
         "",
-        f"# KPSVD adapter for {base}",
+        f"# KPSVD adapter for {base.name}",
         "",
         f"Trained with kpsvd-tune {__version__} on {dataset}.{start} "
         f"{adapted} of {totals['modules']} target matrices are adapted with "
@@ -109,7 +111,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{base.place}")',
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
         "```",
         "",
@@ -119,13 +121,9 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "",
         "| figure | value |",
         "|---|---|",
-        *(
-            f"| {key} | {value:.6g} |"
-            for key, value in results.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        ),
+        *(f"| {name} | {text} |" for name, text in result_figures(results)),
     ]
-    return "\n".join(lines) + "\n" + _evaluation_section(results)
+    return without_folders("\n".join(lines) + "\n" + _evaluation_section(results))
 
 
 def update_card(folder: Path, results: Mapping[str, Any]) -> None:
@@ -140,8 +138,9 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
         return
     text = card.read_text(encoding="utf-8").partition(f"\n{_EVALUATION}\n")[0].rstrip("\n")
     partial = card.with_name(".README.md.partial")
+    section = without_folders(_evaluation_section(results))
     with explained(f"write {card}"):
-        partial.write_text(f"{text}\n{_evaluation_section(results)}", encoding="utf-8")
+        partial.write_text(f"{text}\n{section}", encoding="utf-8")
         partial.replace(card)
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
+from kpsvd_tune.checkpoint import RunDirectory, durable
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
@@ -31,6 +31,7 @@ from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.folders import expand
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
@@ -200,7 +201,7 @@ def evaluate(
         DataError: The task's rows or text cannot be read.
     """
     found = find(source)
-    dataset = found.recipe.dataset if found.recipe else None
+    dataset = found.dataset
     if task.task == "forgetting" and (found.adapter is None or base_only):
         raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
     if output is None:

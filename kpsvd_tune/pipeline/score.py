@@ -14,9 +14,16 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.checkpoint import RunDirectory, durable
-from kpsvd_tune.checkpoint.durable import check_writable
+from kpsvd_tune.checkpoint.durable import check_replaceable, check_writable
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions, rows_source
+from kpsvd_tune.evaluation.evaluate import (
+    COMPLETIONS_FILE,
+    SETTINGS_FILE,
+    Watch,
+    check_task,
+    conditions,
+    rows_source,
+)
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.processes import num_processes, on_first_process
@@ -200,6 +207,7 @@ def evaluate(
             raise InputError(f"{source} is no run, so say where completions go: --output DIR")
         output = _folder(expand(source), task, base_only)
     check_writable(output)
+    check_replaceable(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json"))
     check_tasks(
         [task],
         dataset,

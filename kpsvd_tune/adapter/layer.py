@@ -106,7 +106,10 @@ class KpsvdLayer(BaseTunerLayer):
         left, right = torch.zeros(rank, shape.m, shape.n), torch.zeros(rank, shape.p, shape.q)
         left0, right0 = factors if factors is not None else (left, right)
         if not is_at_base:
-            left, right = (torch.randn_like(t) * t.std() for t in (left0.float(), right0.float()))
+            left, right = (
+                torch.randn_like(t) * t.square().mean().sqrt()
+                for t in (left0.float(), right0.float())
+            )
         self.kpsvd_left[adapter_name] = nn.Parameter(left)
         self.kpsvd_right[adapter_name] = nn.Parameter(right)
         self.kpsvd_left0[adapter_name] = left0.detach().float().clone()

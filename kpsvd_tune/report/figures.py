@@ -20,9 +20,19 @@ _NAMES = {
 
 
 def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of results.json, those that a reader looks for first in front."""
+    """The figures of results.json, those that a reader looks for first in front.
+
+    A loss that repeats one above it is left out, and so is what a run was not: worse.
+    """
     order = [key for key in _NAMES if key in results]
-    return figures({key: results[key] for key in (*order, *results)})
+    shown: dict[str, Any] = {}
+    for key in (*order, *results):
+        value = results[key]
+        is_repeated = key.endswith("_validation_loss") and value in shown.values()
+        is_known = key == "adapter_step" and value == results.get("steps")
+        if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):
+            shown[key] = value
+    return figures(shown)
 
 
 def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:

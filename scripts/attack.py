@@ -291,10 +291,9 @@ def file_attack(number: int, seed: int, clean: Path, folder: Path, limit: float)
     files = sorted(
         file
         for file in place.rglob("*")
-        # A lock holds nothing.
         if file.is_file()
-        and not file.name.endswith(".lock")
         and file.relative_to(place).as_posix().startswith(area)
+        and not file.name.endswith(".lock")  # which hold nothing
     )
     file = draw.choice(files)
     damage = draw.choice(JSON_DAMAGES if file.suffix == ".json" else DAMAGES)

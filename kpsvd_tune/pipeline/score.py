@@ -14,7 +14,7 @@ from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.checkpoint import RunDirectory, durable
-from kpsvd_tune.checkpoint.durable import check_writable
+from kpsvd_tune.checkpoint.durable import check_replaceable, check_writable
 from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 from kpsvd_tune.evaluation.evaluate import (
@@ -212,6 +212,7 @@ def evaluate(
         refuse_inside_run(output, "--output")
         _check_ours(output)
     check_writable(output)
+    check_replaceable(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json"))
     if found.recipe is not None:
         # The scores lie in the output folder all the same.
         try:

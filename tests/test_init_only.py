@@ -32,7 +32,7 @@ def test_init_only_names_the_page_and_leaves_a_training_run_alone(
     run = tmp_path / "run"
     assert cli.run(["init-only", str(recipe)]) == 0
     assert f"open {run}/init/rank_report.html in a browser" in capsys.readouterr().err
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text('{"identity": {}}')
     before = (run / "init" / "rank_report.json").read_bytes()
     assert cli.run(["init-only", str(recipe), "adapter.rank.max=1"]) == 1
     assert "holds a training run, and its ranks stay as they are" in capsys.readouterr().err
@@ -155,8 +155,9 @@ def test_an_output_folder_that_is_a_file_is_refused_with_a_cure(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").write_text("in the way")
-    assert cli.run(["init-only", str(recipe)]) == 1
-    assert "a file is in the way; remove it" in " ".join(capsys.readouterr().err.split())
+    assert cli.run(["init-only", str(recipe)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "run is a file; expected a folder, or a name that is free" in said
 
 
 @pytest.mark.parametrize(

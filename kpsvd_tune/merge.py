@@ -150,8 +150,6 @@ def merge(
         )
         (partial / "README.md").write_text(merged_card(report, base), encoding="utf-8")
         _publish(partial, output)
-    except OSError as error:
-        raise ResourceError(f"could not write {output}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report

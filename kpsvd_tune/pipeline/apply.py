@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.checkpoint.durable import check_writable
+from kpsvd_tune.checkpoint.ownership import refuse_inside_run
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
@@ -174,6 +176,7 @@ def merge(
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
     check_output(output, inputs)
+    refuse_inside_run(output, "--output")
     check_writable(output)
     phase = Phase()
     with watched(phase, goes_on=False):
@@ -181,16 +184,18 @@ def merge(
         events.stage(f"loading {model_source.path}")
         model = load_adapter(load_model(model_source, "float32"), found.adapter)
         _compare_files(model, model_source, events)
-        return merge_adapter(
-            model,
-            load_tokenizer(model_source, found.adapter),
-            output,
-            adapter=str(found.adapter),
-            dtype=stored,
-            base=_named(found.base, base, model_source),
-            tolerance=tolerance,
-            stage=events.stage,
-        )
+        tokenizer = load_tokenizer(model_source, found.adapter)
+        with explained(f"write {output}", "an --output"):
+            return merge_adapter(
+                model,
+                tokenizer,
+                output,
+                adapter=str(found.adapter),
+                dtype=stored,
+                base=_named(found.base, base, model_source),
+                tolerance=tolerance,
+                stage=events.stage,
+            )
 
 
 def _named(known: str, given: str | None, source: ModelSource) -> Base:

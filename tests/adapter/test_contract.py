@@ -215,9 +215,7 @@ def test_a_slightly_different_base_is_refused(
     other = model_factory()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(
-        AdapterError, match=r"model\.layers\.1\.mlp\.up_proj is 1.02 % of the norm"
-    ):
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj is 1.02 % of the norm"):
         PeftModel.from_pretrained(other, tmp_path)
 
 

@@ -15,9 +15,13 @@ from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import RanksEnded, app
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.report.layout import shortened
+from kpsvd_tune.recipe.faults import key_like
+from kpsvd_tune.report.layout import make_console, print_line, shortened
 
 __all__ = ["app", "main", "run"]
+
+# The commands with KEY=VALUE for a recipe.
+_TAKE_KEYS = ("train", "compare", "init-only", "validate")
 
 
 def run(arguments: list[str]) -> int:
@@ -33,7 +37,8 @@ def run(arguments: list[str]) -> int:
     except RanksEnded as ended:
         return ended.exit_code
     except TyperException as error:
-        _say(f"error: {error.format_message()}")
+        advice = _as_override(getattr(error, "option_name", ""), arguments)
+        _say(f"error: {error.format_message()}{advice}")
         return 2
     except BrokenPipeError:
         # The reader of our output is gone, as in `| head`; Python would complain again at exit.
@@ -63,6 +68,22 @@ def run(arguments: list[str]) -> int:
         return 1
 
 
+def _as_override(option: str, arguments: Sequence[str]) -> str:
+    """Where an unknown option is meant for a key of the recipe, how that is written."""
+    if not option.startswith("--") or arguments[0] not in _TAKE_KEYS:
+        return ""
+    place = next(n for n, each in enumerate(arguments) if each.partition("=")[0] == option)
+    _, equals, value = arguments[place].partition("=")
+    if not equals:
+        after = arguments[place + 1] if place + 1 < len(arguments) else "-"
+        # An option without a value is a switch in the tools that have such options.
+        value = "true" if after.startswith("-") or "=" in after else after
+    key = key_like(option.lstrip("-"))
+    if key is None:
+        return "; keys of the recipe are changed without dashes: train.max_steps=40"
+    return f"; to change that key of the recipe write {key}={value}"
+
+
 def _check_text(arguments: Sequence[str]) -> None:
     """Refuse bytes that are not UTF-8, which cannot be written into any of our files."""
     for each in arguments:
@@ -86,7 +107,9 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _say(message: str) -> None:
-    print(shortened(message), file=sys.stderr)
+    out = make_console(stderr=True, soft_wrap=True)
+    for line in shortened(message).split("\n"):
+        print_line(out, line)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 # Importing a module of commands adds them to the application, in this order.
 from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import RanksEnded, app
+from kpsvd_tune.disk import cure
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe.faults import key_like
@@ -61,7 +62,7 @@ def run(arguments: list[str]) -> int:
             command = arguments[0] if arguments else "kpsvd-tune"
             return _fail(str(out_of_memory(error, f"running {command}", ())), 1, debug)
         if isinstance(error, OSError):
-            return _fail(str(error), 1, debug)
+            return _fail(_of_the_system(error), 1, debug)
         traceback.print_exc()
         _say(f"error: {type(error).__name__}: {error}")
         _say("This is a bug in kpsvd-tune: please report it.")
@@ -72,7 +73,10 @@ def _as_override(option: str, arguments: Sequence[str]) -> str:
     """Where an unknown option is meant for a key of the recipe, how that is written."""
     if not option.startswith("--") or arguments[0] not in _TAKE_KEYS:
         return ""
-    place = next(n for n, each in enumerate(arguments) if each.partition("=")[0] == option)
+    names = [each.partition("=")[0] for each in arguments]
+    if option not in names:
+        return ""
+    place = names.index(option)
     _, equals, value = arguments[place].partition("=")
     if not equals:
         after = arguments[place + 1] if place + 1 < len(arguments) else "-"
@@ -82,6 +86,13 @@ def _as_override(option: str, arguments: Sequence[str]) -> str:
     if key is None:
         return "; keys of the recipe are changed without dashes: train.max_steps=40"
     return f"; to change that key of the recipe write {key}={value}"
+
+
+def _of_the_system(error: OSError) -> str:
+    """What no stage has put into words: the system's words, the file, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    said = error.strerror or str(error) or type(error).__name__
+    return f"{said}{where}; {cure(error, 'a place')}" if error.errno else f"{said}{where}"
 
 
 def _check_text(arguments: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.json_files import check_regular, parse_json
 
@@ -64,13 +65,14 @@ def append_completion(path: Path, completion: Completion) -> None:
     """
     # A lone surrogate is valid in JSON but not in UTF-8; escape instead of losing the row.
     line = (completion.to_json() + "\n").encode("utf-8", errors="backslashreplace")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        view = memoryview(line)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
+    with explained(f"append {len(line):,} bytes to {path}", "an --output"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        finally:
+            os.close(descriptor)
 
 
 def repair_completions(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
     append_completion,
@@ -123,7 +124,12 @@ def evaluate(
     )
     file = output_folder / COMPLETIONS_FILE
     settings = _settings(model, recipe.task, options)
-    on_first_process(lambda: _open_folder(output_folder, settings, prompts, set_aside))
+
+    def make_ready() -> None:
+        with explained(f"write into {output_folder}", "an --output"):
+            _open_folder(output_folder, settings, prompts, set_aside)
+
+    on_first_process(make_ready)
     done = {each.key for each in read_completions(file)} if file.exists() else set()
     wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
     if watch.note is not None and (found := len(wanted & done)):

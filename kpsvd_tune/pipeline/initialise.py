@@ -14,11 +14,11 @@ from torch import Tensor
 from kpsvd_tune.checkpoint import RunDirectory, Start
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.probes import choose_energy, with_energy
-from kpsvd_tune.pipeline.save import explained_disk
 from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe
@@ -101,7 +101,7 @@ def initialise(
         )
         for note in decomposition.notes:
             events.note(note)
-        with explained_disk(run.init):
+        with explained(f"write {run.init}"):
             # Factors last: with them the stage counts as done.
             missing_page = write_rank_report(replace(decomposition.report, probes=probes), run.init)
             decomposition.save_factors(factors_file)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.data import source_names
+from kpsvd_tune.disk import explained
 from kpsvd_tune.models import describe_base
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
@@ -54,34 +51,16 @@ def save_adapter(
         ResourceError: The disk refused; an adapter that was there stays.
     """
     durable.make_folder(folder.parent)
-    with explained_disk(folder):
+    with explained(f"write {folder}"):
         partial = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder.parent))
     try:
-        with explained_disk(folder):
+        with explained(f"write {folder}"):
             _write(model, weights, tokenizer, partial, _card(model, recipe, report, results))
         if folder.exists():
             durable.remove_folder(folder)
         durable.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def explained_disk(path: Path) -> Iterator[None]:
-    """Turn what the libraries raise where a disk refuses into our message.
-
-    Raises:
-        ResourceError: Names the path, and what to do.
-    """
-    with durable.explained(f"write {path}"):
-        try:
-            yield
-        except SafetensorError as error:
-            # The library keeps the system's number only in its text.
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _write(
@@ -157,11 +136,17 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
     card = folder / "README.md"
     if not card.is_file():
         return
-    text = card.read_text(encoding="utf-8").partition(f"\n{_EVALUATION}\n")[0].rstrip("\n")
+    # A card is the user's to edit; bytes of another encoding stay as they are.
+    text = (
+        card.read_text(encoding="utf-8", errors="surrogateescape")
+        .partition(f"\n{_EVALUATION}\n")[0]
+        .rstrip("\n")
+    )
     partial = card.with_name(".README.md.partial")
     section = without_folders(_evaluation_section(results))
-    partial.write_text(f"{text}\n{section}", encoding="utf-8")
-    partial.replace(card)
+    with explained(f"write {card}"):
+        partial.write_text(f"{text}\n{section}", encoding="utf-8", errors="surrogateescape")
+        partial.replace(card)
 
 
 def _evaluation_section(results: Mapping[str, Any]) -> str:

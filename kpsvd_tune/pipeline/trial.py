@@ -26,6 +26,7 @@ from kpsvd_tune.compare.baselines import Baseline
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Trial
 from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.json_files import parse_json, read_json
@@ -153,7 +154,8 @@ def run_trial(
         others: dict[str, float | None] = {"test_loss": None, "forgetting_loss": None}
         if failed is None:
             others = _other_losses(model, material, recipe, accelerator)
-            model.save_pretrained(str(run.adapter), save_embedding_layers=False)
+            with explained(f"write {run.adapter}"):
+                model.save_pretrained(str(run.adapter), save_embedding_layers=False)
         curve = [(0, outcome.validation_loss_before)]
         curve += [(line["step"], line.get("validation_loss")) for line in lines]
         base_text = setup.base["forgetting_loss"]

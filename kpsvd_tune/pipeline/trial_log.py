@@ -20,7 +20,7 @@ from kpsvd_tune.json_files import parse_json, read_json
 from kpsvd_tune.report.comparison import TrialRow
 
 RESULTS = "results.jsonl"
-_IDENTITY = "compare.json"
+COMPARISON = "compare.json"
 # How a trial warms up. Comparisons of versions that wrote nothing down have another way.
 SCHEDULE = "the first step of a warm-up has a rate"
 
@@ -49,7 +49,7 @@ def open_results(
         CheckpointError: Rows, model, loop or a method's settings were others.
         InputError: A line of results.jsonl is no row.
     """
-    file, results = folder / _IDENTITY, folder / RESULTS
+    file, results = folder / COMPARISON, folder / RESULTS
     rows = _read(results)
     # By way of JSON, for what was read back must equal what was not.
     now = json.loads(
@@ -84,7 +84,7 @@ def check_schedule(folder: Path) -> None:
     Raises:
         CheckpointError: An earlier version made them, whose warm-up began at rate 0.
     """
-    if read_json(folder / _IDENTITY).get("schedule") != SCHEDULE:
+    if read_json(folder / COMPARISON).get("schedule") != SCHEDULE:
         raise CheckpointError(
             f"{folder} holds trials of an earlier version, whose warm-up gave the first step no "
             "rate; new ones cannot be compared with them: choose another output_dir, or judge "

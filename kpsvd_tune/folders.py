@@ -12,6 +12,8 @@ import stat
 from pathlib import Path
 from typing import Literal
 
+from kpsvd_tune.errors import InputError
+
 Kind = Literal[
     "recipe", "run", "comparison", "adapter", "merged", "model", "rows", "folder", "file", "special"
 ]
@@ -36,6 +38,22 @@ def expand(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/kpsvd-tune``, by default ``~/.cache/kpsvd-tune``.
+
+    Raises:
+        InputError: The variable names the home of a user who is not there, or there is no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "kpsvd-tune"
+    except RuntimeError as error:
+        raise InputError(
+            f"the cache folder {base} cannot be found: {error} Set XDG_CACHE_HOME to a folder that "
+            "can be written"
+        ) from error
 
 
 def exists(path: str | os.PathLike[str]) -> bool:

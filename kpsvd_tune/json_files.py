@@ -70,7 +70,9 @@ def parse_json(content: bytes | str, expected: Any = dict[str, Any]) -> Any:
         ValueError: Says what is wrong, as the end of a sentence that begins with the file.
     """
     try:
-        value = json.loads(content)
+        # Text first: from bytes the library would guess at other encodings.
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError as problem:
         raise ValueError(f"is not UTF-8 text (at byte {problem.start:,})") from problem
     except ValueError as problem:
@@ -122,6 +124,10 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a named pipe, socket or device"
         raise OSError(f"it is {kind}, and a file is expected")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 @functools.lru_cache(maxsize=64)

@@ -35,7 +35,23 @@ _SAME_REQUEST_SECONDS = 1.1
 _FORCED_SECONDS = 2.0
 # Names the file in which a rank keeps what it is doing, for the message if it dies.
 PHASE_FILE = "KPSVD_TUNE_PHASE_FILE"
+# Names the file by which ranks of one machine find each other, where they need no port for it.
+RENDEZVOUS = "KPSVD_TUNE_RENDEZVOUS"
+# Ranks of one machine talk over the interface that no other machine sees; without these libraries
+# ask the name server for this machine's name, and listen on the address it gives.
+_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": _INTERFACE, "NCCL_SOCKET_IFNAME": _INTERFACE}
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def init_method() -> str | None:
+    """Where torch finds the other ranks, in the form of its `init_method`; None for its own way."""
+    if not (path := os.environ.get(RENDEZVOUS)):
+        return None
+    if os.environ.get("ACCELERATE_USE_CPU") == "true":
+        return f"file://{path}"  # Accelerate tells torch the rank, and twice is refused
+    rank, number = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    return f"file://{path}?rank={rank}&world_size={number}"
 
 
 def tell_phase(phase: str) -> None:
@@ -148,6 +164,8 @@ def launch(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
+    for name, value in _LOOPBACK.items():
+        environment.setdefault(name, value)
     if accelerate_config is not None:
         environment |= deepspeed_environment(accelerate_config, num_processes)
     if use_cpu:
@@ -160,6 +178,9 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_processes)))
     with tempfile.TemporaryDirectory(prefix="kpsvd-tune-") as folder:
         phases = [Path(folder, str(rank)) for rank in range(num_processes)]
+        if accelerate_config is None:
+            # A store on a port would listen on every interface; DeepSpeed knows no other.
+            environment[RENDEZVOUS] = str(Path(folder, "store"))
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "kpsvd_tune", *arguments],

@@ -39,6 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kpsvd_tune import cli, pipeline  # noqa: F401  imported once, here, for all runs
 from kpsvd_tune.checkpoint import RunDirectory, durable, read_committed
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.report.console import Events
 
 STEPS, EPOCH, SAVE_EVERY = 12, 4, 3
@@ -353,7 +354,7 @@ class Trials:
 
 def _is_finished(folder: Path) -> bool:
     file = RunDirectory(folder).run_file
-    return file.exists() and durable.read_json(file).get("status") == "finished"
+    return file.exists() and read_json(file).get("status") == "finished"
 
 
 def main() -> int:

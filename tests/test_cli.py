@@ -233,7 +233,7 @@ def test_mistakes_in_scoring(
         (NonFiniteError("step 3: the loss is nan"), 3, "error: step 3: the loss is nan"),
         (StoppedBySignal(15), 143, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "stopped"),
-        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied: 'out'"),
+        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied (out); choose"),
         (ZeroDivisionError("oops"), 1, "This is a bug in kpsvd-tune"),
     ],
 )

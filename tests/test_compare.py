@@ -277,7 +277,7 @@ def test_a_plan_is_shown_without_any_library(
         (["--budgets", ","], "--budgets is empty"),
         (["--learning-rates", "0"], "--learning-rates: got '0'; expected a number above 0"),
         (["--methods", "kpsvd:innit=random"], "adapter.innit: unknown key; did you mean init?"),
-        (["compare.forgetting=nowhere.txt"], "nowhere.txt cannot be read as UTF-8 text"),
+        (["compare.forgetting=nowhere.txt"], "compare.forgetting: there is no file nowhere.txt"),
         (["adapter.modules_to_save=[lm_head]"], "would count against no budget"),
         (["--methods", "lokr", "adapter.dropout=0.1"], "PEFT's LoKr cannot drop inputs"),
         (["--methods", "kpsvd,lora", "--budgets", "100"], "below the 928 that lora needs"),

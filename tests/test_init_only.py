@@ -32,7 +32,7 @@ def test_init_only_names_the_page_and_leaves_a_training_run_alone(
     run = tmp_path / "run"
     assert cli.run(["init-only", str(recipe)]) == 0
     assert f"open {run}/init/rank_report.html in a browser" in capsys.readouterr().err
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text('{"identity": {}}')
     before = (run / "init" / "rank_report.json").read_bytes()
     assert cli.run(["init-only", str(recipe), "adapter.rank.max=1"]) == 1
     assert "holds a training run, and its ranks stay as they are" in capsys.readouterr().err
@@ -155,5 +155,22 @@ def test_an_output_folder_that_is_a_file_is_refused_with_a_cure(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").write_text("in the way")
-    assert cli.run(["init-only", str(recipe)]) == 1
-    assert "a file is in the way; remove it" in " ".join(capsys.readouterr().err.split())
+    assert cli.run(["init-only", str(recipe)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "run is a file; expected a folder, or a name that is free" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "said"),
+    [
+        ("adapter.modules_to_save=[lm_haed]", 2, "'lm_haed' matches no module; did you mean lm_"),
+        ("adapter.exclude_modules=[up_porj]", 2, "'up_porj' matches no module; did you mean up_"),
+        ("adapter.modules_to_save=[norm]", 0, "modules_to_save 'norm' means 5 modules, trained"),
+    ],
+)
+def test_names_that_match_nothing_or_more_than_meant(
+    option: str, code: int, said: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["init-only", str(recipe), option]) == code
+    output = capsys.readouterr()
+    assert said in " ".join((output.out + output.err).split())

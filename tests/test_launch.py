@@ -272,3 +272,52 @@ def test_a_second_signal_ends_the_ranks_with_a_code_of_its_own(
     sender.join()
     expected = "" if ends else "stopped at once by a second signal: what was not saved is lost\n"
     assert capfd.readouterr().err == expected
+
+
+LISTENING = """
+import os, pathlib, sys
+from kpsvd_tune.launch import init_method
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training import make_accelerator
+from kpsvd_tune.training.processes import end_processes, gather_numbers
+
+accelerator = make_accelerator(TrainRecipe(precision="no"), init_method=init_method())
+both = gather_numbers(accelerator, [accelerator.process_index])
+own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+       if os.path.exists(f"/proc/self/fd/{fd}")}
+found = []
+for table in ("tcp", "tcp6"):
+    for line in pathlib.Path("/proc/self/net", table).read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:  # listens
+            found.append(fields[1].partition(":")[0])
+pathlib.Path(sys.argv[1], "rank" + os.environ["RANK"]).write_text(f"{both} {found}")
+gather_numbers(accelerator, [0])
+end_processes()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_of_one_machine_listen_to_no_other(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 60.0)
+    program.write_text(LISTENING)
+    assert launch.launch([str(tmp_path)], 2, use_cpu=True) == 0
+    for rank in range(2):
+        both, _, found = (tmp_path / f"rank{rank}").read_text().partition("] [")
+        assert both == "[[0.0], [1.0]"
+        # 127.0.0.1 as the kernel writes it; gloo listens, and nothing else.
+        assert set(found.rstrip("]").split(", ")) == {"'0100007F'"}
+
+
+def test_without_a_launcher_torch_finds_the_others_by_its_own_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert launch.init_method() is None
+    for name, value in ((launch.RENDEZVOUS, "/x/store"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert launch.init_method() == "file:///x/store?rank=1&world_size=2"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert launch.init_method() == "file:///x/store"

@@ -220,6 +220,16 @@ def test_scores_before_and_after(
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert "exact_match" in card
     assert "import kpsvd_tune.adapter" in card
+    # It is published: no folder of this machine, and no base that the hub does not know.
+    assert str(tmp_path.parent.parent) not in card
+    assert "base_model:" not in card
+    assert 'from_pretrained("PATH_OF_THE_BASE_MODEL")' in card
+    assert "| peak memory | " in card
+    merged = tmp_path / "merged"
+    assert cli.run(["merge", str(tmp_path / "run"), "-o", str(merged), "--dtype", "float32"]) == 0
+    card = (merged / "README.md").read_text()
+    assert "Adapter: run, trained with kpsvd-tune" in card
+    assert str(tmp_path.parent.parent) not in card
 
 
 def test_init_only_needs_no_data_and_writes_the_reports(
@@ -228,7 +238,7 @@ def test_init_only_needs_no_data_and_writes_the_reports(
     assert cli.run(["init-only", str(recipe), "dataset=null"]) == 0
     out = capsys.readouterr().out
     assert "14 matrices" in out
-    assert max(len(line) for line in out.splitlines()) <= 100
+    assert max(len(line) for line in out.splitlines() if "_proj" in line) <= 100
     report = json.loads((tmp_path / "run" / "init" / "rank_report.json").read_text())
     assert len(report["layers"]) == 14
     header, *rows = (tmp_path / "run" / "init" / "rank_report.csv").read_text().splitlines()
@@ -251,7 +261,7 @@ def test_dry_run_writes_nothing(
     assert cli.run(["train", str(recipe), "--dry-run"]) == 0
     assert not (tmp_path / "run").exists()
     out = capsys.readouterr().out
-    assert "target_matrices" in out
+    assert "target matrices" in out
     assert " 14" in out
 
 
@@ -269,7 +279,11 @@ def test_dry_run_writes_nothing(
         (["init-only", "RECIPE", "--sweep", "train.seed=1,2"], 2, "only keys of adapter.rank"),
         (["init-only", "RECIPE", "--sweep", "energy"], 2, "expected KEY=A,B,C"),
         (["init-only", "RECIPE", "adapter.target_modules=[q_prok]"], 2, "q_proj"),
-        (["merge", "MODEL", "--output", "OUT"], 2, "neither a run nor an adapter"),
+        (
+            ["merge", "MODEL", "--output", "OUT"],
+            2,
+            "is a model, with plain weights",
+        ),
         (["report", "MODEL"], 2, "holds neither init/rank_report.json nor results.json"),
         (["recipes", "show", "nothing"], 2, "no shipped recipe 'nothing'; there are: "),
     ],

@@ -1,47 +1,49 @@
 """Adapted layers that training does not reach: never called, or read past their forward.
 
 A vision tower on text, cross attention without encoder states, a projection whose weight another
-module multiplies with: their offsets get no gradient, count against the budget, and make
-DistributedDataParallel wait for gradients that never come.
+module multiplies with: what is trained there gets no gradient, counts against the budget, and makes
+DistributedDataParallel wait for gradients that never come. For PEFT's other methods too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from kpsvd_tune.adapter.model import kpsvd_layers
+from kpsvd_tune.adapter.targets import plain_name
 
 # A list of more names than this is written as a regular expression.
 LISTED = 6
 
 
-def idle_layers(model: nn.Module, adapter_name: str = "default") -> list[str]:
-    """Name the adapted layers whose offsets have no gradient; to be asked after a backward pass.
+def idle_layers(model: nn.Module) -> list[str]:
+    """Name the adapted layers that have no gradient at all; to be asked after a backward pass.
 
     Args:
-        model: A model with KPSVD layers, wrapped by PEFT or not.
-        adapter_name: The adapter.
+        model: A model with adapters, wrapped by PEFT or not; only what is trained counts.
     """
     return [
         name
-        for name, offsets in _trained_offsets(model, adapter_name)
-        if all(offset.grad is None for offset in offsets)
+        for name, trained in trained_by_layer(model).items()
+        if all(parameter.grad is None for parameter in trained)
     ]
 
 
-def unreached_layers(model: nn.Module, loss: Tensor, adapter_name: str = "default") -> list[str]:
-    """Name the adapted layers that a loss does not depend on, without a backward pass.
+def unreached_layers(model: nn.Module, loss: Tensor) -> list[str]:
+    """Name the adapted layers with a trained parameter that a loss does not depend on.
 
     Args:
-        model: A model with KPSVD layers, wrapped by PEFT or not.
+        model: A model with adapters, wrapped by PEFT or not.
         loss: What it gave, with its graph.
-        adapter_name: The adapter.
     """
     reached: set[int] = set()
-    seen, left = set(), [loss.grad_fn]
+    seen: set[Any] = set()
+    left: list[Any] = [loss.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:
@@ -52,9 +54,44 @@ def unreached_layers(model: nn.Module, loss: Tensor, adapter_name: str = "defaul
         left += [following for following, _ in node.next_functions]
     return [
         name
-        for name, offsets in _trained_offsets(model, adapter_name)
-        if not any(id(offset) in reached for offset in offsets)
+        for name, trained in trained_by_layer(model).items()
+        if not all(id(parameter) in reached for parameter in trained)
     ]
+
+
+def trained_by_layer(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What is trained, by the name of its layer in the base model."""
+    adapted = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.rpartition(".")[0]
+            holder = module
+            while holder and holder not in adapted:
+                holder = holder.rpartition(".")[0]
+            plain = plain_name(holder or module).removeprefix("base_model.model.")
+            layers.setdefault(plain, []).append(parameter)
+    return layers
+
+
+def idle_message(idle: Sequence[str], adapted: Sequence[str]) -> str:
+    """Say which layers are idle, what that means and how to leave them out.
+
+    Args:
+        idle: Names of layers without a gradient.
+        adapted: Names of all adapted layers.
+    """
+    named = ", ".join(idle[:LISTED]) + (f" and {len(idle) - LISTED} more" if idle[LISTED:] else "")
+    return (
+        f"{len(idle)} of {len(adapted)} adapted layers got no gradient in the first step: {named}. "
+        "The model does not call them on these data, or uses their weight in another way. They "
+        "stay as they are, and count as trainable parameters all the same. To give their share to "
+        f"the other layers, set adapter.exclude_modules: {exclusion(idle, adapted)}"
+    )
 
 
 def exclusion(idle: Sequence[str], adapted: Sequence[str]) -> str:
@@ -67,36 +104,10 @@ def exclusion(idle: Sequence[str], adapted: Sequence[str]) -> str:
     Returns:
         A list of names, or a quoted regular expression where that is shorter, as YAML has it.
     """
-    if len(idle) <= LISTED:
-        return f"[{', '.join(idle)}]"
-    # Layers that differ in their numbers alone are one pattern.
-    patterns = dict.fromkeys(re.sub(r"\\?\b\d+\b", r"\\d+", re.escape(name)) for name in idle)
-    expression = "|".join(patterns)
-    if {name for name in adapted if re.fullmatch(expression, name)} == set(idle):
-        return f"'{expression}'"
+    if len(idle) > LISTED:
+        # Layers that differ in their numbers alone are one pattern.
+        patterns = dict.fromkeys(re.sub(r"\b\d+\b", r"\\d+", re.escape(name)) for name in idle)
+        expression = "|".join(patterns)
+        if {name for name in adapted if re.fullmatch(expression, name)} == set(idle):
+            return f"'{expression}'"
     return f"[{', '.join(idle)}]"
-
-
-def idle_message(idle: Sequence[str], adapted: Sequence[str]) -> str:
-    """Say which layers are idle, what that means and how to leave them out."""
-    named = ", ".join(idle[:LISTED]) + (f" and {len(idle) - LISTED} more" if idle[LISTED:] else "")
-    return (
-        f"{len(idle)} of {len(adapted)} adapted layers got no gradient in the first step: {named}. "
-        "The model does not call them on these data, or uses their weight in another way; they "
-        "stay as they are and count in the number of trainable parameters. To give their share "
-        f"to the others, set adapter.exclude_modules: {exclusion(idle, adapted)}"
-    )
-
-
-def _trained_offsets(model: nn.Module, adapter_name: str) -> list[tuple[str, list[Tensor]]]:
-    return [
-        (name, offsets)
-        for name, layer in kpsvd_layers(model, adapter_name)
-        if (
-            offsets := [
-                offset
-                for offset in (layer.kpsvd_left[adapter_name], layer.kpsvd_right[adapter_name])
-                if offset.requires_grad
-            ]
-        )
-    ]

@@ -24,6 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
 FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -69,7 +70,10 @@ def target_names(
     matched_by = _all_linear(model, heads) if is_all_linear else target_modules
     config = _peft_config(matched_by, exclude_modules, modules_to_save)
     try:
-        found = {name: check_target_module_exists(config, name) for name, _ in _modules(model)}
+        with time_limit(f"target_modules {target_modules!r} with exclude_modules"):
+            found = {name: check_target_module_exists(config, name) for name, _ in _modules(model)}
+    except SlowPatternError as error:
+        raise AdapterError(str(error)) from error
     except re.error as error:
         raise AdapterError(
             f"target_modules or exclude_modules is not a regular expression: {error}"

@@ -9,7 +9,7 @@ written or read.
 from __future__ import annotations
 
 from kpsvd_tune.checkpoint.commit import MANIFEST, commit, read_committed
-from kpsvd_tune.checkpoint.durable import read_json, replace_file, to_json
+from kpsvd_tune.checkpoint.durable import replace_file, to_json
 from kpsvd_tune.checkpoint.listing import checkpoint_name
 from kpsvd_tune.checkpoint.run import RunDirectory, Start
 from kpsvd_tune.checkpoint.state import (
@@ -32,7 +32,6 @@ __all__ = [
     "optimizer_state",
     "random_state",
     "read_committed",
-    "read_json",
     "replace_file",
     "to_json",
 ]

@@ -9,16 +9,23 @@ it, so one flipped byte anywhere, the manifest included, is noticed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
 
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.json_files import check_types, parse_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+
+
+class _Entry(TypedDict):
+    bytes: int
+    sha256: str
 
 
 def commit(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
@@ -39,7 +46,7 @@ def commit(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
     if temporary.exists():
         durable.remove_folder(temporary)
     durable.make_folder(temporary)
-    listed: dict[str, dict[str, Any]] = {}
+    listed: dict[str, _Entry] = {}
     for name, data in files:
         durable.write_file(temporary / name, data)
         listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -60,13 +67,13 @@ def read_committed(folder: Path) -> dict[str, bytes]:
     return {name: _read_listed(folder / name, entry) for name, entry in _read_manifest(folder)}
 
 
-def _manifest(name: str, files: dict[str, dict[str, Any]]) -> bytes:
+def _manifest(name: str, files: dict[str, _Entry]) -> bytes:
     content = {"format": _FORMAT, "name": name, "files": files}
     seal = hashlib.sha256(durable.to_json(content)).hexdigest()
     return durable.to_json({**content, "sha256": seal})
 
 
-def _read_manifest(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_manifest(folder: Path) -> list[tuple[str, _Entry]]:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -75,10 +82,11 @@ def _read_manifest(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        content = json.loads(raw)
-        version, name, files = content["format"], content["name"], content["files"]
+        content = parse_json(raw)
+        version, name = content["format"], content["name"]
+        files = check_types(content["files"], dict[str, _Entry])
         is_whole = raw == _manifest(name, files)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, KeyError):
         is_whole, version = False, None
     if isinstance(version, int) and version > _FORMAT:
         raise CheckpointError(
@@ -92,7 +100,7 @@ def _read_manifest(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return list(files.items())
 
 
-def _read_listed(path: Path, entry: dict[str, Any]) -> bytes:
+def _read_listed(path: Path, entry: _Entry) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -6,28 +6,20 @@ can enumerate every write, fsync, rename and delete, and fail or kill at each of
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
+from kpsvd_tune.disk import explained
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.folders import kind_of, named
 
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28
-_CURES = {
-    errno.ENOSPC: "free some space, or choose an output_dir on another disk",
-    errno.EDQUOT: "the disk quota is used up; free some space, or choose another output_dir",
-    errno.EROFS: "the file system is read-only; choose an output_dir that can be written",
-    errno.EACCES: "choose an output_dir that this user may write",
-    errno.ENOENT: "the folder vanished; was output_dir moved, deleted or unmounted?",
-    errno.EEXIST: "a file is in the way; remove it, or choose another output_dir",
-    errno.ENOTDIR: "a file is in the way; remove it, or choose another output_dir",
-}
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -156,6 +148,21 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder where something other than a file bears a name that is to be written.
+
+    Raises:
+        InputError: A folder, a pipe or a device is in the way.
+    """
+    for name in names:
+        kind = kind_of(folder / name)
+        if kind is not None and not os.path.isfile(folder / name):
+            raise InputError(
+                f"{folder / name} is {named(kind)}, and a file is to be written there; remove it, "
+                "or name another folder"
+            )
+
+
 def _lies_there(path: Path) -> bool:
     try:
         os.lstat(path)
@@ -167,21 +174,6 @@ def _lies_there(path: Path) -> bool:
 def to_json(value: Any) -> bytes:
     """Serialise; floats come back as the same floats, NaN and infinity are refused."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        CheckpointError: It cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -197,13 +189,3 @@ def _remove_tree(path: Path) -> None:
         else:
             os.unlink(entry)
     os.rmdir(path)
-
-
-@contextlib.contextmanager
-def explained(attempt: str) -> Iterator[None]:
-    """Turn an OSError inside into a ResourceError that says what was tried and what to do."""
-    try:
-        yield
-    except OSError as error:
-        cure = _CURES.get(error.errno or 0, "try again, or choose an output_dir on another disk")
-        raise ResourceError(f"could not {attempt}: {error.strerror or error}; {cure}") from error

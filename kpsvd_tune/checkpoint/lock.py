@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kpsvd_tune.checkpoint import durable
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError
 
 
@@ -22,7 +23,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         ResourceError: The folder cannot be made.
     """
     durable.make_folder(folder)
-    with durable.explained(f"open {folder / '.lock'}"):
+    with explained(f"open {folder / '.lock'}"):
         file = (folder / ".lock").open("a+", encoding="utf-8")
     with file:
         try:

@@ -10,6 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.checkpoint.commit import commit, read_committed
 from kpsvd_tune.checkpoint.identity import Change, changes, refusal
@@ -21,11 +26,13 @@ from kpsvd_tune.checkpoint.listing import (
     list_saved,
 )
 from kpsvd_tune.checkpoint.lock import lock_folder
+from kpsvd_tune.checkpoint.ownership import is_run, refuse_foreign
 from kpsvd_tune.checkpoint.state import TrainingState, from_files, to_files
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.json_files import read_json
 
 _log = logging.getLogger(__name__)
-# What a run owns in its folder; anything else there is the user's and is never touched.
+# What a run owns in its folder.
 _ENTRIES = (
     "recipe.yaml",
     "run.json",
@@ -36,6 +43,10 @@ _ENTRIES = (
     "adapter",
     "results.json",
 )
+# What may lie beside them before run.json does: earlier runs, and a tracker's files.
+_BESIDE = ("previous", "logs")
+# The files of init/, by which that of init-only is known.
+_INIT_FILES = ("rank_report.", "factors.", "plotly")
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,15 @@ class Start:
     is_finished: bool = False
     is_same: bool = False
     changed: Mapping[str, Change] | None = None
+
+
+class RunRecord(TypedDict, total=False):
+    """What run.json holds that a run goes on by; other keys stay as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    status: str
+    identity: dict[str, Any]
+    changes: list[dict[str, Any]]
 
 
 class RunDirectory:
@@ -86,6 +106,39 @@ class RunDirectory:
         with lock_folder(self.path):
             yield
 
+    def check_ours(self, resume: str = "auto") -> None:
+        """Refuse a folder with files that no run of ours wrote, or that lost the record of its run.
+
+        Args:
+            resume: As in `begin`; never sets aside what a lost record leaves behind.
+
+        Raises:
+            InputError: The folder holds files of the user's, or lies in another run.
+            CheckpointError: There are checkpoints, and no run.json that says what they belong to.
+        """
+        if self.run_file.exists():
+            read_json(self.run_file)  # one that is damaged is named as such
+            if is_run(self.path) or list_saved(self.checkpoints):
+                return
+        if any(is_run(folder) for folder in self.path.glob("previous/*")):
+            # A run was set aside here, and the one to follow it was killed before its first file.
+            return
+        if list_saved(self.checkpoints):
+            if resume == "never":
+                return
+            raise CheckpointError(
+                f"{self.path} holds checkpoints of a run and no run.json that says what they "
+                "belong to; put that file back, or pass --resume never to start anew: what is "
+                "there is then kept in previous/"
+            )
+        refuse_foreign(self.path, (*_BESIDE, *(["init"] if self._is_init_ours() else [])))
+
+    def _is_init_ours(self) -> bool:
+        """Whether init/ holds what init-only writes, and nothing else."""
+        return self.init.is_dir() and all(
+            each.name.startswith((".", *_INIT_FILES)) for each in self.init.iterdir()
+        )
+
     def begin(
         self,
         recipe_text: str,
@@ -94,6 +147,7 @@ class RunDirectory:
         *,
         resume: str = "auto",
         allow_change: Collection[str] = (),
+        rebuild: bool = False,
     ) -> Start:
         """Start a run, or find where it goes on.
 
@@ -108,25 +162,29 @@ class RunDirectory:
             resume: auto (go on if there is a run), never (set an earlier run aside in
                 `previous/`, start from the first step) or the path of a checkpoint.
             allow_change: Dotted keys that may differ from the run's.
+            rebuild: Go on from the newest checkpoint of a finished run too, if it has one.
 
         Returns:
             Where to start. With a checkpoint, metrics.jsonl was cut back to it.
 
         Raises:
             CheckpointError: The folder holds a run with other settings, or no whole checkpoint.
+            InputError: The folder holds files that no run of ours wrote.
             ResourceError: The disk refused.
         """
+        self.check_ours(resume)
         durable.make_folder(self.path)
         if resume == "never":
             self._set_aside()
         if not self.run_file.exists():
             return self._anew(recipe_text, identity, about)
-        recorded = durable.read_json(self.run_file)
+        recorded = read_json(self.run_file, RunRecord)
         # By way of JSON, for what was read back must equal what was not.
         found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
         explicit = None if resume in ("auto", "never") else Path(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()
-        if is_finished and not found and explicit is None:
+        rebuild = rebuild and bool(list_saved(self.checkpoints))
+        if is_finished and not found and explicit is None and not rebuild:
             return Start(is_finished=True, is_same=True)
         checkpoint = self._choose(explicit)
         if checkpoint is None and not is_finished:
@@ -159,7 +217,7 @@ class RunDirectory:
 
     def update(self, **about: Any) -> None:
         """Add to run.json."""
-        self._write_run({**durable.read_json(self.run_file), **about})
+        self._write_run({**read_json(self.run_file, RunRecord), **about})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and mark the run as finished, in this order."""
@@ -276,8 +334,9 @@ class RunDirectory:
         self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
-        durable.replace_file(self.recipe_file, recipe_text.encode())
+        # First, as the rest is known for ours by it.
         self._write_run({"status": "running", **about, "identity": identity})
+        durable.replace_file(self.recipe_file, recipe_text.encode())
         return Start()
 
     def _write_run(self, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ apart (a tuple, a key that is no string, a tensor's place) is wrapped in a one-k
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
@@ -16,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from kpsvd_tune.checkpoint.durable import to_json
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
+from kpsvd_tune.json_files import parse_json
 
 # Keys of the wrapping objects; a plain dict that uses one as its only key is wrapped itself.
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
@@ -84,7 +85,7 @@ def from_files(files: Mapping[str, bytes]) -> TrainingState:
         CheckpointError: A file is missing or has another form.
     """
     try:
-        content = json.loads(files["state.json"])
+        content = parse_json(files["state.json"])
         return TrainingState(
             step=content["step"],
             offsets=load(files["offsets.safetensors"]),
@@ -96,6 +97,10 @@ def from_files(files: Mapping[str, bytes]) -> TrainingState:
         )
     except KeyError as error:
         raise CheckpointError(f"the checkpoint lacks {error}; expected one of ours") from error
+    except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint's state cannot be read ({error}); expected one of ours"
+        ) from error
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 from typer.exceptions import TyperException
 
 # Importing a module of commands adds them to the application, in this order.
 from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import RanksEnded, app
-from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
+from kpsvd_tune.disk import cure
+from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.report.layout import shortened
 
 __all__ = ["app", "main", "run"]
 
@@ -21,6 +25,7 @@ def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors become one message on stderr."""
     debug = "--debug" in arguments
     try:
+        _check_text(arguments)
         code = app(arguments, standalone_mode=False, prog_name="kpsvd-tune")
         if code == 130 and not _is_later_rank():
             # typer turns a Ctrl-C into this code, without a word.
@@ -52,11 +57,28 @@ def run(arguments: list[str]) -> int:
             command = arguments[0] if arguments else "kpsvd-tune"
             return _fail(str(out_of_memory(error, f"running {command}", ())), 1, debug)
         if isinstance(error, OSError):
-            return _fail(str(error), 1, debug)
+            return _fail(_of_the_system(error), 1, debug)
         traceback.print_exc()
         _say(f"error: {type(error).__name__}: {error}")
         _say("This is a bug in kpsvd-tune: please report it.")
         return 1
+
+
+def _of_the_system(error: OSError) -> str:
+    """What no stage has put into words: the system's words, the file, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    said = error.strerror or str(error) or type(error).__name__
+    return f"{said}{where}; {cure(error, 'a place')}" if error.errno else f"{said}{where}"
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuse bytes that are not UTF-8, which cannot be written into any of our files."""
+    for each in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in each):
+            raise InputError(
+                f"the argument {each!r} holds bytes that are not UTF-8; expected UTF-8: rename the "
+                "file or folder, or save the text with that encoding"
+            )
 
 
 def _is_later_rank() -> bool:
@@ -72,9 +94,13 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(shortened(message), file=sys.stderr)
 
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows what it lacks as \u2026 rather than ending us.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kpsvd_tune.cli.shared import Debug, Json, Overrides, RecipeArgument, app, emit
 from kpsvd_tune.errors import InputError
@@ -16,6 +15,7 @@ from kpsvd_tune.folders import exists, expand, kind_of
 from kpsvd_tune.recipe import load_recipe, recipe_to_yaml, shipped_recipes
 from kpsvd_tune.recipe.paths import SECTIONS
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.layout import make_console
 from kpsvd_tune.report.reading import read_comparison, read_run
 from kpsvd_tune.report.trials import show_comparison
 
@@ -36,7 +36,7 @@ def validate(
         typer.echo(resolved.model_dump_json())
     else:
         typer.echo(recipe_to_yaml(resolved), nl=False)
-        Console(stderr=True).print(f"{recipe}: valid", style="green")
+        make_console(stderr=True, soft_wrap=True).print(f"{recipe}: valid", style="green")
 
 
 @app.command()

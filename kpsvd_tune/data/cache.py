@@ -7,22 +7,27 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.store import FACTS, StoreWriter, TokenStore, store_files
 from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.folders import cache_folder
+from kpsvd_tune.json_files import parse_json, read_bytes
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
 FORMAT_VERSION = 4
 # Beyond this the stores used longest ago go; those of running commands stay.
 MAX_BYTES = 32 * 2**30
+_OPEN_FILES = 65_536
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -42,9 +47,11 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        self.folder = folder or Path(base).expanduser() / "kpsvd-tune" / "tokens"
+        self.folder = folder or cache_folder() / "tokens"
         self._max_bytes = max_bytes
+        # Looking at all stores takes as long as there are many: not after every small one.
+        self._made_bytes = max_bytes
+        _allow_many_files()
 
     def find_or_make(
         self, key: str, make: Callable[[StoreWriter], dict[str, Any]]
@@ -79,8 +86,8 @@ class TokenCache:
                     writer.abandon()
                     shutil.rmtree(temporary, ignore_errors=True)
                     raise
+                # Not synced: opening checks every digest, so what a power cut spoils is made again.
                 temporary.rename(folder)
-                _sync(self.folder)
                 store = TokenStore(folder)
                 _hold(store)
         except OSError as error:
@@ -89,13 +96,16 @@ class TokenCache:
                 f"the cache of tokenised rows {self.folder} {what}; make room, or point "
                 "XDG_CACHE_HOME at another disk"
             ) from error
-        self.prune()
+        self._made_bytes += sum(map(_size, store_files(folder)))
+        if self._made_bytes > self._max_bytes // 100:
+            self._made_bytes = 0
+            self.prune()
         return store, False
 
     def read_note(self, key: str) -> Any:
         """The JSON value noted under a key; None where it is absent or damaged."""
         try:
-            content = json.loads((self.folder / "notes" / f"{key}.json").read_text("utf-8"))
+            content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
             return content["value"] if content["sha256"] == _hash(content["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -153,13 +163,22 @@ class TokenCache:
         return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
 
 
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files: every source keeps up to eight open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def store_key(*parts: Any) -> str:
     """Name a store by everything its tokens depend on.
 
     Args:
         parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
     """
-    libraries = [version("tokenizers"), version("transformers")]
+    libraries = [tokenizers.__version__, transformers.__version__]
     return _hash([FORMAT_VERSION, libraries, *parts])
 
 
@@ -234,11 +253,3 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except OSError:
         return 0
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

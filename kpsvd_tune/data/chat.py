@@ -406,7 +406,12 @@ class _MarkedTurns(_Finder):
         before = renderer.prompt(self._messages[:index], self._tools)
         start, end = self._cut(text, self._marked[index], len(before), text.startswith(before))
         if text[:start] != before and renderer.is_strict:
-            raise _asks_otherwise(before, text, renderer.arguments)
+            is_last = index == len(self._messages) - 1
+            raise (
+                _asks_otherwise(before, text, renderer.arguments)
+                if is_last
+                else _rewrites(renderer.arguments)
+            )
         if text[:start] != before:
             renderer.notes[
                 "the chat template's generation prompt is not the text before the tokens it "

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.chat_program import variables_of
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.folders import expand
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
 
@@ -165,7 +165,7 @@ def _named_template(value: str, tokenizer: PreTrainedTokenizerBase) -> str:
                 f"expected one of the model's own family ({', '.join(CHAT_TEMPLATES)}), or a file"
             )
         return shipped_template(value)
-    path = Path(value).expanduser()
+    path = expand(value)
     if problem := chat_template_problem(value):
         raise DataError(f"dataset.chat_template: {problem}")
     try:

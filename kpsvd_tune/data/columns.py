@@ -18,6 +18,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
+        "chosen",
         "code", "label", "summary", "text",
     ),
     "instruction": ("instruction", "question", "prompt", "problem", "task"),

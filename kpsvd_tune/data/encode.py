@@ -206,18 +206,22 @@ class Encoder:
         )
 
     def encode_prompt(
-        self, prompt: str | Sequence[Mapping[str, Any]], system: str | None = None
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        system: str | None = None,
+        tools: tuple[Any, ...] | None = None,
     ) -> list[int]:
         """The ids that stand before the answer in training, for generation to continue.
 
         Args:
             prompt: What the prompt column holds, or chat messages up to a user's.
             system: System prompt, where the rows have one.
+            tools: What the assistant may call, beside messages.
         """
         if isinstance(prompt, str):
             segments, prefix, _ = self._segments(Pair(prompt, "", system), is_prompt=True)
         else:
-            segments, prefix = self._chat_prompt(tuple(prompt)), []
+            segments, prefix = self._chat_prompt(tuple(prompt), tools), []
         (pieces,) = self._segment_tokenizer.rows([segments])
         return [*prefix, *itertools.chain.from_iterable(pieces)]
 
@@ -255,15 +259,17 @@ class Encoder:
         segments = self._renderer().segments(example, only_last=self._learn != "all")
         return segments, [], [str(message["content"]) for message in example.messages]
 
-    def _chat_prompt(self, messages: tuple[Mapping[str, Any], ...]) -> list[Segment]:
-        text = self._renderer().prompt(messages)
+    def _chat_prompt(
+        self, messages: tuple[Mapping[str, Any], ...], tools: tuple[Any, ...] | None = None
+    ) -> list[Segment]:
+        text = self._renderer().prompt(messages, tools)
         past = [i for i, message in enumerate(messages) if is_answer(message)]
         if not past or self._learn != "all":
             return [Segment(text, False)]
         # Earlier answers are cut as they were in training, so that the ids are the same. A template
         # that changes them afterwards trains last answers only, behind one stretch of text.
         try:
-            segments = self._renderer().segments(Chat(messages[: past[-1] + 1]))
+            segments = self._renderer().segments(Chat(messages[: past[-1] + 1], tools))
         except DataError:
             return [Segment(text, False)]
         length = sum(len(segment.text) for segment in segments)

@@ -185,7 +185,7 @@ def _missing(path: Path) -> str:
     if path.is_dir():
         return f"{path}: is a folder; expected a file"
     siblings = sorted(p.name for p in path.parent.glob("*") if kind_of(p) in _READERS)
-    cure = f"that folder has {', '.join(siblings[:5])}" if siblings else "check dataset.path"
+    cure = f"that folder has {', '.join(siblings[:5])}" if siblings else "check the path"
     return f"{path}: there is no such file (looked from {Path.cwd()}); {cure}"
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from kpsvd_tune.data.files import SUFFIXES, kind_of
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.folders import exists, expand
 
 # What tools write beside the rows, under names of their own.
 _METADATA = frozenset(
@@ -241,7 +242,7 @@ def _card_files(label: str, value: Any) -> dict[str, list[str]]:
 
 def is_pattern(path: str) -> bool:
     """Whether a path is a pattern of file names (`data/*.jsonl`) rather than the name of a file."""
-    return glob.has_magic(path) and not Path(path).expanduser().exists()
+    return glob.has_magic(path) and not exists(path)
 
 
 def list_pattern(pattern: str) -> Listing:
@@ -250,9 +251,7 @@ def list_pattern(pattern: str) -> Listing:
     Raises:
         DataError: It matches no file of rows, or files of several kinds.
     """
-    found = sorted(
-        Path(name) for name in glob.glob(str(Path(pattern).expanduser()), recursive=True)
-    )
+    found = sorted(Path(name) for name in glob.glob(str(expand(pattern)), recursive=True))
     names = [file for file in found if file.is_file()]
     files = [file for file in names if _is_data(file)]
     root = Path(os.path.commonpath([file.parent for file in names])) if names else Path()

@@ -12,6 +12,7 @@ from kpsvd_tune.data.columns import (
     column,
     describe_columns,
     from_struct_of_lists,
+    is_empty,
     is_python_list,
     looks_like_pair,
     message_kind,
@@ -213,6 +214,8 @@ class RowFormat:
             messages.insert(0, {"role": "system", "content": system})
             context = {place + 1 for place in context}
         answers = {place for place, message in enumerate(messages) if is_answer(message)}
+        if not messages:
+            self._refuse_another_form(row)
         if not answers - context:
             return None
         if messages[0]["role"] == "assistant":
@@ -221,6 +224,17 @@ class RowFormat:
                 "message first, since nothing asks for that answer: remove it or add the question"
             )
         return Chat(tuple(messages), tools, frozenset(context & answers), tuple(notes))
+
+    def _refuse_another_form(self, row: Row) -> None:
+        """Refuse a row without messages that holds an answer elsewhere, rather than drop it."""
+        for form in ("prompt-completion", "alpaca"):
+            name = REQUIRED_ROLES[form][-1]
+            if name not in self.columns.values() and not is_empty(row.values.get(name)):
+                raise DataError(
+                    f"{row.where}: the row has no messages, as others have, but an answer in the "
+                    f"column {name!r}; expected rows of one form: make a file of each form, or "
+                    f"leave it out with dataset.ignore_columns: [{name}]"
+                )
 
 
 def find_format(

@@ -49,6 +49,7 @@ class PreparedData:
         sha256: Hash of every id and label in order: equal hashes train the same. Content,
             template, tokenizer, lengths and split all act through them, the files' place not.
         encoder: Encodes prompts for generation as the rows of the first source were.
+        template: What the rows of the first source were written with: "chat", or text.
         cache_note: Where the tokenised rows lie, and whether they were found there.
     """
 
@@ -57,6 +58,7 @@ class PreparedData:
     report: PreflightReport
     sha256: str
     encoder: Encoder
+    template: str
     cache_note: str
 
 
@@ -155,9 +157,8 @@ def prepare(
     ]
     rows = StoredRows([source.store for source in sources], np.concatenate(parts))
     others = StoredRows([source.store for source in held_out], validation.usable)
-    encoder = Encoder(
-        tokenizer, template_of(sources[0], settings[0]), dataset.max_length, learn=dataset.learn
-    )
+    template = template_of(sources[0], settings[0])
+    encoder = Encoder(tokenizer, template, dataset.max_length, learn=dataset.learn)
 
     def report() -> PreflightReport:
         whole = train.whole
@@ -204,7 +205,7 @@ def prepare(
     note = f"tokenised rows: {cache.folder}" + (
         ", found there; nothing was tokenised" if was_cached else ""
     )
-    return PreparedData(rows, others, preflight, found["sha256"], encoder, note)
+    return PreparedData(rows, others, preflight, found["sha256"], encoder, template, note)
 
 
 _Tokenised = tuple[list[TokenizedSource], list[TokenizedSource]]

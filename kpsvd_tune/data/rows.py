@@ -21,6 +21,7 @@ from kpsvd_tune.data.folders import (
 )
 from kpsvd_tune.data.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.folders import expand
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def open_sources(
         DataError: There is no such source.
     """
     names = [name] if name is None or isinstance(name, str) else list(name)
-    place = Path(path).expanduser()
+    place = expand(path)
     if place.is_dir() and (listings := list_card(place, names)):
         return [each for one in listings for each in _listed(one, split, is_held_out)]
     local = _open_local(path, split, is_held_out)
@@ -126,7 +127,7 @@ def open_sources(
 
 def is_local_file(source: str) -> bool:
     """Whether a path means a local file rather than a folder or a hub id."""
-    path = Path(source).expanduser()
+    path = expand(source)
     if kind_of(path) in SUFFIXES or path.is_file():
         return True
     looks_local = path.is_absolute() or source.startswith(("./", "../", "~"))
@@ -135,7 +136,7 @@ def is_local_file(source: str) -> bool:
 
 def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | None:
     """The sources of a local path; None where it is a hub id."""
-    place = Path(path).expanduser()
+    place = expand(path)
     if is_pattern(path):
         return _listed(list_pattern(path), split, is_held_out)
     if is_local_file(path):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from contextlib import suppress
 from enum import IntFlag
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.tokenized import IGNORED, TokenizedRow
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.json_files import check_regular, parse_json, read_bytes
 
 FACTS = "facts.json"
 _TYPES = {
@@ -42,6 +42,8 @@ _TYPES = {
 }
 _CODES = {"<i4": "i", "<i8": "q", "|u1": "B", "<u8": "Q"}
 _BLOCK = 1 << 20
+# Files up to this size are read rather than mapped.
+_SMALL_BYTES = 2**16
 
 
 class Mark(IntFlag):
@@ -99,16 +101,12 @@ class StoreWriter:
             # A one-dimensional header has the same length whatever the count: numpy pads it.
             self._write_header(name)
             file.flush()
-            os.fsync(file.fileno())
             file.seek(0)
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
             file.close()
         content = {"facts": facts, "digests": digests, "max_token_id": self._max_token_id}
         text = json.dumps({**content, "sha256": _hash(content)}, indent=1)
-        with (self._folder / FACTS).open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        (self._folder / FACTS).write_text(text, encoding="utf-8")
 
     def abandon(self) -> None:
         """Close the files of a store that will not be finished."""
@@ -155,7 +153,7 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(folder / FACTS))
         except OSError as error:
             raise DataError(
                 f"the tokenised rows in {folder} are gone ({error.strerror}); expected the folder "
@@ -169,10 +167,11 @@ class TokenStore:
     def verified(cls, folder: Path) -> TokenStore | None:
         """Open a store whose content is what was written; None where it is absent or damaged."""
         try:
-            content = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(folder / FACTS))
             if content.pop("sha256") != _hash(content) or set(content["digests"]) != set(_TYPES):
                 return None
             for name, expected in content["digests"].items():
+                check_regular(folder / f"{name}.npy")
                 with (folder / f"{name}.npy").open("rb") as stream:
                     if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
                         return None
@@ -243,12 +242,14 @@ class TokenStore:
         file = self.folder / f"{name}.npy"
         try:
             try:
-                return np.lib.format.open_memmap(file, mode="r")
+                # A map holds a file open, and hundreds of small sources are read as well as mapped.
+                if file.stat().st_size > _SMALL_BYTES:
+                    return np.lib.format.open_memmap(file, mode="r")
             except ValueError:
-                # Nothing cannot be mapped; a shortened file cannot be read either.
-                with file.open("rb") as stream:
-                    content: NDArray[Any] = np.lib.format.read_array(stream)
-                return content
+                pass  # a shortened file, which cannot be read either
+            with file.open("rb") as stream:
+                content: NDArray[Any] = np.lib.format.read_array(stream)
+            return content
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"the tokenised rows in {file} cannot be read: {error}") from error
 

@@ -25,6 +25,7 @@ _MEDIA = {
     *("audio", "audios", "video", "videos"),
 }
 _LABELS = {"label", "labels", "ktotag", "ktolabel", "isdesirable", "desirable"}
+_VERDICTS = {"iscorrect", "correct", "isgood", "isvalid", "accepted", "isaccepted"}
 _WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
 _SWITCHES = {"train", "trainable", "istrain", "istrainable"}
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
@@ -102,16 +103,25 @@ class UnusedColumns:
         if not self._form.is_named:
             check_preference(row, self._setting)
             if message_kind(value):
-                used = [taken for taken in self._form.columns.values() if column(row, taken)]
-                raise several_messages(row, [*used[:1], name], self._setting)
+                raise self._unused_messages(row, name)
         if _looks_like_context(plain_name(name), value) and self._form.name != "text":
             if not self._form.is_named and not self._form.is_chat:
                 raise self._missing_context(row, name)
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if plain_name(name) not in _LABELS | _WEIGHTS | _SWITCHES:
+        if plain_name(name) not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES:
             self._settled.add(name)
+
+    def _unused_messages(self, row: Row, name: str) -> DataError:
+        used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
+        if used:
+            return several_messages(row, [*used[:1], name], self._setting)
+        return DataError(
+            f"{row.where}: the column {name!r} holds messages, and earlier rows have the form "
+            f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
+            f"each form, or leave it out with dataset.ignore_columns: [{name}]"
+        )
 
     def _missing_context(self, row: Row, name: str) -> DataError:
         taken = self._form.columns.get("input")
@@ -163,6 +173,15 @@ def _label(plain: str, value: Any, form: RowFormat) -> str | None:
     )
 
 
+def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _VERDICTS or str(value).strip().lower() != "false":
+        return None
+    return (
+        f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the others; "
+        "expected rows with good answers only: take such rows out of the file"
+    )
+
+
 def _weight(plain: str, value: Any, form: RowFormat) -> str | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_share = is_number and (0 <= value < 1 or plain in _WEIGHTS - {"weight", "weights"})
@@ -207,6 +226,7 @@ def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
 _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _media,
     _label,
+    _verdict,
     _weight,
     _switch,
     _mask,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
 from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.folders import cache_folder
+from kpsvd_tune.json_files import check_types, parse_json, read_bytes
 from kpsvd_tune.linalg import KPSVD, KroneckerShape, ShapeChoice
 
 # Part of every key: raise it whenever linalg.kpsvd gives other numbers, or linalg.auto_shape
@@ -42,8 +45,7 @@ class CachedTerms:
 
 def default_cache_dir() -> Path:
     """``$XDG_CACHE_HOME/kpsvd-tune``, by default ``~/.cache/kpsvd-tune``."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "kpsvd-tune"
+    return cache_folder()
 
 
 def entry_key(weight: str, shape: KroneckerShape, tolerance: float, seed: int) -> str:
@@ -92,7 +94,7 @@ class SpectraCache:
     def read(self, key: str, shape: KroneckerShape, num_terms: int) -> CachedTerms | None:
         """Return an entry cut to ``num_terms``; None when absent, too short or damaged."""
         try:
-            data = self._file(key).read_bytes()
+            data = read_bytes(self._file(key))
         except OSError:
             return None
         entry = _decode(data, key, shape)
@@ -121,8 +123,8 @@ class SpectraCache:
     def read_shape(self, key: str) -> ShapeChoice | None:
         """Return a shape noted for factor shape auto; None when absent or damaged."""
         try:
-            shape, note, digest = json.loads(self._shape_file(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+            shape, note, digest = parse_json(read_bytes(self._shape_file(key)), list[Any])
+        except (OSError, ValueError):
             return None
         # What matches the hash was written below, so its types are right.
         is_ours = digest == _shape_hash(key, shape, note)
@@ -236,7 +238,7 @@ def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
     """Read an entry; None for anything but what :func:`_encode` wrote under this key."""
     try:
         length = int.from_bytes(data[:8], "little")
-        facts = dict(json.loads(data[8 : 8 + length])["__metadata__"])
+        facts = check_types(parse_json(data[8 : 8 + length])["__metadata__"], dict[str, str])
         digest = facts.pop("sha256")
         tensors = load(data)
         if facts["key"] != key or digest != _content_hash(facts, tensors):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpsvd_tune.json_files import parse_json
+
 # A file this young may still be written to within the resolution of its time stamp.
 SETTLED_SECONDS = 2.0
 
@@ -107,8 +109,8 @@ def _read(place: Path) -> dict[str, str]:
         return known
     for line in lines:
         try:
-            label, digest = json.loads(line)
-        except (ValueError, TypeError):
+            label, digest = parse_json(line, list[Any])
+        except ValueError:
             continue
         if isinstance(label, str) and isinstance(digest, str) and len(digest) == 64:
             known[label] = digest

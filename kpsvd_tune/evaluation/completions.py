@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.json_files import check_regular, parse_json
 
 RowId = int | str
 
@@ -63,13 +65,14 @@ def append_completion(path: Path, completion: Completion) -> None:
     """
     # A lone surrogate is valid in JSON but not in UTF-8; escape instead of losing the row.
     line = (completion.to_json() + "\n").encode("utf-8", errors="backslashreplace")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        view = memoryview(line)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
+    with explained(f"append {len(line):,} bytes to {path}", "an --output"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        finally:
+            os.close(descriptor)
 
 
 def repair_completions(path: Path) -> None:
@@ -103,11 +106,12 @@ def read_completions(path: Path) -> list[Completion]:
             (id, sample) pair appears twice.
     """
     try:
+        check_regular(path)
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(
-            f"cannot read completions from {path}: {error.strerror}. Expected a file of JSON "
-            "lines as an evaluation writes it (completions.jsonl)."
+            f"cannot read completions from {path}: {error.strerror or error}. Expected a file of "
+            "JSON lines as an evaluation writes it (completions.jsonl)."
         ) from error
     completions: list[Completion] = []
     seen: Counter[RowId] = Counter()
@@ -129,10 +133,10 @@ def read_completions(path: Path) -> list[Completion]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row: dict[str, Any] = parse_json(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    return row
 
 
 def _to_completion(
@@ -151,6 +155,11 @@ def _to_completion(
     if not isinstance(identifier, int | str):
         raise DataError(f"{path} line {number}: id must be a number or a text, got {identifier!r}.")
     sample = row.get("sample")
+    if not isinstance(sample, int | None) or not isinstance(row.get("prompt", ""), str):
+        raise DataError(
+            f"{path} line {number}: expected a text as prompt and a number as sample, got "
+            f"{str(row.get('prompt'))[:40]!r} and {str(sample)[:40]!r}"
+        )
     if sample is None:
         sample = seen[identifier]
         seen[identifier] += 1

@@ -167,7 +167,12 @@ def _choose(logits: Tensor, answers: Sequence[Answer], temperature: float) -> li
     if temperature == 0:
         return [int(token) for token in logits.argmax(dim=-1).tolist()]
     # float32 on the CPU: one generator a row gives the same draws in every batch.
-    shares = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    scaled = logits.float().cpu() / temperature
+    if not bool((scaled.isfinite() | ~logits.cpu().isfinite()).all()):
+        # So low a temperature leaves the range of float32; relative to the largest none does.
+        logits = logits.double().cpu()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    shares = torch.softmax(scaled, dim=-1)
     return [
         int(torch.multinomial(share, 1, generator=answer.draws))
         for share, answer in zip(shares, answers, strict=True)

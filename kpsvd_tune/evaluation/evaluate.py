@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
     append_completion,
@@ -40,6 +41,7 @@ from kpsvd_tune.evaluation.prompts import (
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
+from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 
@@ -122,7 +124,12 @@ def evaluate(
     )
     file = output_folder / COMPLETIONS_FILE
     settings = _settings(model, recipe.task, options)
-    on_first_process(lambda: _open_folder(output_folder, settings, prompts, set_aside))
+
+    def make_ready() -> None:
+        with explained(f"write into {output_folder}", "an --output"):
+            _open_folder(output_folder, settings, prompts, set_aside)
+
+    on_first_process(make_ready)
     done = {each.key for each in read_completions(file)} if file.exists() else set()
     wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
     if watch.note is not None and (found := len(wanted & done)):
@@ -256,8 +263,8 @@ def _check_folder(folder: Path, settings: dict[str, Any], prompts: Sequence[Prom
             f"made: {cure}"
         )
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        stored = parse_json(read_bytes(path))
+    except (OSError, ValueError):
         stored = {}
     for key, value in settings.items():
         if stored.get(key) != value:

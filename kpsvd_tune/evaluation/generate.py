@@ -9,6 +9,7 @@ batch; and only the logits of the last position are ever computed.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class GenerationOptions:
         for name in ("max_new_tokens", "batch_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if self.temperature < 0:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature must be 0 or more, got {self.temperature}.")
         if "" in self.stop:
             raise InputError("stop holds an empty text, which would end every answer: remove it.")

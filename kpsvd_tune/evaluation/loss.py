@@ -98,10 +98,12 @@ def completion_loss(
     Raises:
         DataError: the file cannot be read or no token of a completion is left in it.
     """
-    encoder = Encoder(tokenizer, template, max_length, learn=learn)
     found = read_examples(
         path, name=name, split=split, columns=columns, template=template, offline=offline
     )
+    # Chats take the chat template, as in training.
+    used = "chat" if found.format.is_chat else template
+    encoder = Encoder(tokenizer, used, max_length, learn=learn)
     rows = []
     for number, (_, example) in enumerate(found):
         if limit is not None and number >= limit:

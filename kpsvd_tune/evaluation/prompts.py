@@ -95,7 +95,7 @@ def build_prompts(
         chat = Encoder(tokenizer, "chat", _NO_LIMIT)
         prompts = []
         for question in questions:
-            ids = chat.encode_prompt(_messages(question, recipe.task, shots))
+            ids = chat.encode_prompt(_messages(question, recipe.task, shots), tools=question.tools)
             prompts.append(Prompt(question.id, chat.decode(ids), tuple(ids), question.gold))
         return prompts, chat.end_token_ids
     plain = Encoder(tokenizer, "{prompt}{completion}", _NO_LIMIT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from kpsvd_tune.evaluation.numeric_answer import (
 )
 from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, program_with_tests
 from kpsvd_tune.evaluation.sandbox import Limits, Sandbox, check_sandbox, run_programs
+from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.report.results import Score
 
 TASKS = ("gsm8k", "math", "mbpp", "exact_match")
@@ -156,11 +156,11 @@ def rescore(
 def stored_task(file: Path) -> str | None:
     """The task that stored completions answer, where the evaluation left word of it beside them."""
     try:
-        settings = json.loads((file.parent / "evaluation.json").read_text(encoding="utf-8"))
+        settings = parse_json(read_bytes(file.parent / "evaluation.json"))
     except (OSError, ValueError):
         return None
-    task = settings.get("task") if isinstance(settings, dict) else None
-    return task if task in TASKS else None
+    task = settings.get("task")
+    return task if isinstance(task, str) and task in TASKS else None
 
 
 def _text(completion: Completion) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Question:
         gold: what scorers compare with.
         system: the row's system prompt.
         tests: for code, the tests as texts.
+        tools: beside messages, what the assistant may call.
     """
 
     id: RowId
@@ -82,6 +83,7 @@ class Question:
     gold: Any
     system: str | None = None
     tests: tuple[str, ...] = field(default=())
+    tools: tuple[Any, ...] | None = None
 
 
 def read_questions(recipe: EvaluationRecipe, *, offline: bool = False) -> list[Question]:
@@ -134,7 +136,7 @@ def read_rows(
     )
     questions = []
     for number, (row, example) in enumerate(found):
-        if isinstance(example, Pair) and example.history:
+        if isinstance(example, Pair) and (example.history or example.tools):
             example = example.as_chat()
         if isinstance(example, Pair):
             gold = example.completion
@@ -193,7 +195,7 @@ def _chat_question(chat: Chat, identifier: RowId) -> Question:
     """The last answer of a conversation is asked for, all before it is given."""
     last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
     answer = str(chat.messages[last]["content"])
-    return Question(identifier, tuple(chat.messages[:last]), answer, answer)
+    return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)
 
 
 def _id(values: Mapping[str, Any], number: int) -> RowId:
@@ -206,7 +208,4 @@ def _with_unique_ids(questions: list[Question]) -> list[Question]:
     """The questions, numbered afresh where two share an id, as rows of several files may."""
     if len({question.id for question in questions}) == len(questions):
         return questions
-    return [
-        Question(number, q.prompt, q.answer, q.gold, q.system, q.tests)
-        for number, q in enumerate(questions)
-    ]
+    return [replace(question, id=number) for number, question in enumerate(questions)]

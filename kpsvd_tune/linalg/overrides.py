@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kpsvd_tune.patterns import time_limit
+
 OVERRIDE_KEYS = ("method", "energy", "min", "max")
 Override = int | Mapping[str, Any]
 
@@ -40,7 +42,8 @@ def overrides_by_layer(names: Sequence[str], overrides: Mapping[str, Override]) 
             raise ValueError(
                 f"rank override {pattern!r} is not a regular expression: {error}"
             ) from None
-        hits = [i for i, name in enumerate(names) if matcher.fullmatch(name)]
+        with time_limit(f"rank override {pattern!r}"):
+            hits = [i for i, name in enumerate(names) if matcher.fullmatch(name)]
         if not hits:
             raise ValueError(
                 f"rank override {pattern!r} matches none of the {len(names)} layers, such as "

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from kpsvd_tune.errors import ModelError
+from kpsvd_tune.errors import KpsvdTuneError, ModelError
 from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.models.source import ModelSource
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
 _DAMAGED = (SafetensorError, EOFError, UnpicklingError)
+# Of layers, and of experts in a layer; the largest models have a few hundred.
+_MOST_MODULES = 4096
 # What a configuration of the right form with impossible values raises.
 _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError, RuntimeError)
 
@@ -67,10 +69,10 @@ def load_model(
             f"model {source.path!r}: its weight files ({files}) are cut or damaged "
             f"({type(error).__name__}: {reason}); fetch the model again"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        if _is_not_of_the_files(error):
             raise
-        raise ModelError(f"model {source.path!r} cannot be loaded: {error}") from error
+        raise ModelError(f"model {source.path!r} cannot be loaded: {_said(error)}") from error
     # transformers fills what a checkpoint lacks with random numbers and a warning.
     missing = sorted(info["missing_keys"])
     if missing:
@@ -99,7 +101,9 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = build(config)
-    except (ValueError, KeyError, ImportError, *_IMPOSSIBLE) as error:
+    except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
         known: Any = AutoModelForCausalLM._model_mapping
         if type(config) in known:
             raise _impossible(source, error) from error
@@ -130,9 +134,13 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
+        # Files of the tokenizer may hold anything, and the library says so in every way.
         raise ModelError(
-            f"model {source.path!r}: its tokenizer cannot be loaded: {error}"
+            f"model {source.path!r}: its tokenizer cannot be loaded: {_said(error)}; expected the "
+            "tokenizer files that belong to the model: fetch them again"
         ) from error
     saved = adapter and adapter / "chat_template.jinja"
     # Beside several templates lies a folder of the others; those are the model's own.
@@ -152,18 +160,54 @@ def _config(source: ModelSource) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     except _IMPOSSIBLE as error:
         raise _impossible(source, error) from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
         raise ModelError(
-            f"model {source.path!r}: its configuration cannot be read: {error}"
+            f"model {source.path!r}: its configuration cannot be read: {_said(error)}; fetch it "
+            "again"
         ) from error
+    _check_sizes(source, config)
     return config
 
 
+def _check_sizes(source: ModelSource, config: PretrainedConfig) -> None:
+    """Refuse numbers of modules that no model has: building them would take for ever.
+
+    Raises:
+        ModelError: Names the key.
+    """
+    configs = [config, *(each for each in vars(config).values() if hasattr(each, "model_type"))]
+    for each in configs:
+        for key, value in vars(each).items():
+            if (
+                isinstance(value, int)
+                and value > _MOST_MODULES
+                and ("layers" in key or "experts" in key or key in ("n_layer", "depth"))
+            ):
+                raise ModelError(
+                    f"model {source.path!r}: its configuration says {key} {value:,}; expected at "
+                    f"most {_MOST_MODULES:,}: is this the config.json of these weights? Fetch it "
+                    "again"
+                )
+
+
+def _is_not_of_the_files(error: Exception) -> bool:
+    """Whether what a library raised while it read files is ours, or of the machine's memory."""
+    return isinstance(error, KpsvdTuneError) or is_out_of_memory(error)
+
+
+def _said(error: Exception) -> str:
+    """What a library said, on one line of bounded length, with its kind where it said little."""
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= 300 else text[:297] + "..."
+    return shown if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {shown}"
+
+
 def _impossible(source: ModelSource, error: Exception) -> ModelError:
-    said = " ".join(str(error).split())
     return ModelError(
-        f"model {source.path!r}: no model can be built from its configuration: {said}; expected "
-        "the config.json that belongs to the weights: fetch it again"
+        f"model {source.path!r}: no model can be built from its configuration: {_said(error)}; "
+        "expected the config.json that belongs to the weights: fetch it again"
     )
 
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.folders import exists, expand, kind_of
+from kpsvd_tune.folders import exists, expand, kind_of, named
+from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.recipe.paths import model_problem
 
-# What transformers reads of a hub repository; the rest (other frameworks, other formats) is not
-# fetched. Pickled weights are fetched only where a repository has no safetensors.
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+# What transformers reads of a hub repository, and its card, which states the licence; the rest
+# (other frameworks, other formats) is not fetched. Pickled weights are fetched only where a
+# repository has no safetensors.
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md"]
 HUB_IGNORED = ["*/*", "consolidated*"]
 PICKLED = ["pytorch_model*.bin"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ def _local(path: str, local: Path, revision: str | None) -> ModelSource:
     if kind_of(local) in ("run", "adapter", "comparison", "special"):
         raise ModelError(f"model.path: {model_problem(path)}")
     if local.is_dir():
+        _refuse_special(path, local)
         return ModelSource(path, "folder", local.resolve(), _weight_files(path, local.resolve()))
     if local.suffix != ".gguf":
         raise ModelError(
@@ -201,6 +210,15 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> ModelSource:
     return ModelSource(path, "hub", folder, _weight_files(path, folder), revision=folder.name)
 
 
+def _refuse_special(path: str, folder: Path) -> None:
+    """Refuse a folder with pipes or devices in it: a library that opens one waits for ever."""
+    for entry in sorted(folder.iterdir()):
+        if kind_of(entry) == "special":
+            raise ModelError(
+                f"model.path {path!r}: {entry} is {named('special')}, and a file is expected"
+            )
+
+
 def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
     """The files transformers would load, in its order of preference."""
     if not (folder / "config.json").is_file():
@@ -223,15 +241,22 @@ def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
 
 def _indexed(path: str, index: Path) -> tuple[Path, ...]:
     try:
-        found = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not found or not all(isinstance(name, str) for name in found):
-            raise ValueError("no names of files")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        content: _Index = parse_json(read_bytes(index), _Index)
+        names = sorted(set(content["weight_map"].values()))
+        if not names:
+            raise ValueError("names no files")
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.path {path!r}: {index} is not a weight index; expected a weight_map from names "
-            "of tensors to names of files: fetch it again"
+            f"model.path {path!r}: {index} is not a weight index ({error}); expected a weight_map "
+            "from names of tensors to names of files: fetch it again"
         ) from error
-    names = sorted(set(found))
+    for name in names:
+        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ModelError(
+                f"model.path {path!r}: {index} names {name!r}, which is no file inside the "
+                "model's folder; nothing outside it is read: fetch the model again from a place "
+                "that you trust"
+            )
     files = tuple(index.parent / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import ModelError
+from kpsvd_tune.json_files import check_regular, parse_json
 from kpsvd_tune.models.loading import load_model, load_skeleton
 from kpsvd_tune.models.source import ModelSource
 
@@ -205,12 +205,13 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 def _header(file: Path) -> dict[str, TensorLocation]:
     """Entries of a safetensors file: 8 bytes of header length, a JSON header, then the data."""
     try:
+        check_regular(file)
         file_bytes = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > LARGEST_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
-            entries: dict[str, Any] = json.loads(stream.read(length))
+            entries: dict[str, Any] = parse_json(stream.read(length))
         entries.pop("__metadata__", None)
         found = {key: _entry(file, key, entry, 8 + length) for key, entry in entries.items()}
     except KeyError as error:

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.checkpoint.durable import check_writable
-from kpsvd_tune.errors import AdapterError, InputError
+from kpsvd_tune.checkpoint.ownership import refuse_inside_run
+from kpsvd_tune.disk import explained
+from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.merge import DTYPES, check_output
 from kpsvd_tune.merge import merge as merge_adapter
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
+    describe_base,
     load_model,
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.pipeline.adapter_file import WEIGHTS, check_adapter, read_adapter_config
 from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.stages import Events, device
-from kpsvd_tune.recipe import Recipe, load_recipe
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
+from kpsvd_tune.report.card import Base
 from kpsvd_tune.report.results import MergeReport
+
+# Where run.json keeps the template that the rows were written with.
+TEMPLATE_KEY = "template"
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,14 @@ class Found:
         base: The base model, as the recipe or the adapter names it.
         recipe: The run's recipe; None for an adapter or a model alone.
         revision: The base's revision on the hub.
+        dataset: The recipe's dataset section, with the template that the rows turned out to take.
     """
 
     adapter: Path | None
     base: str
     recipe: Recipe | None = None
     revision: str | None = None
+    dataset: DatasetRecipe | None = None
 
 
 def find(source: str) -> Found:
@@ -65,17 +75,26 @@ def find(source: str) -> Found:
                 f"{source} is a run without a finished adapter: run `kpsvd-tune train "
                 f"{path / 'recipe.yaml'}` to its end first"
             )
-        return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision)
+        facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+        dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
+        return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
     if (path / "adapter_config.json").is_file():
-        config = _read_json(path / "adapter_config.json")
-        if config.get("peft_type") != "KPSVD":
-            raise AdapterError(
-                f"{source} is a {config.get('peft_type')} adapter: expected one of KPSVD"
-            )
-        return Found(
-            path, config.get("base_model_name_or_path") or "", None, config.get("revision")
-        )
+        config = read_adapter_config(path)
+        return Found(path, config.base_model_name_or_path or "", None, config.revision)
     return Found(None, source)
+
+
+def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
+    """The dataset section with the template that a run's rows were written with.
+
+    Chats take the chat template, whatever the section says of pairs: what is asked afterwards must
+    be asked as it was trained.
+
+    Args:
+        dataset: The section.
+        template: What `prepare` found; None where a run did not record it.
+    """
+    return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
 
 def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
@@ -89,31 +108,25 @@ def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
     Raises:
         AdapterError: The file of weights is damaged, or is of another base or other layers.
     """
-    file = folder / "adapter_model.safetensors"
+    check_adapter(folder, [name for name, _ in model.named_modules()])
+    file = folder / WEIGHTS
     try:
-        with safe_open(file, "pt") as opened:
-            held = set(opened.keys())
+        with safe_open(file, "pt"):
+            pass
         adapted = PeftModel.from_pretrained(model, folder, **options)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} holds no {file.name}, the weights of the adapter") from error
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    except Exception as error:
+        if isinstance(error, KpsvdTuneError) or is_out_of_memory(error):
             raise
-        # PEFT's and torch's ways to say that names or sizes are others.
+        # PEFT's and torch's ways to say that names or sizes are others are of every kind.
         reason = f"{type(error).__name__}: {error}"
         raise AdapterError(
             f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
             "trained on, and adapter_config.json and the weights as they were saved"
         ) from error
-    # PEFT would go on with what the fresh layers hold.
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if missing := sorted(expected - held):
-        raise AdapterError(
-            f"{file} lacks {missing[0]} and {len(missing) - 1} more of {len(expected)} tensors "
-            "that adapter_config.json tells of; expected the file that was saved with it"
-        )
     return adapted
 
 
@@ -163,6 +176,7 @@ def merge(
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
     check_output(output, inputs)
+    refuse_inside_run(output, "--output")
     check_writable(output)
     phase = Phase()
     with watched(phase, goes_on=False):
@@ -170,15 +184,24 @@ def merge(
         events.stage(f"loading {model_source.path}")
         model = load_adapter(load_model(model_source, "float32"), found.adapter)
         _compare_files(model, model_source, events)
-        return merge_adapter(
-            model,
-            load_tokenizer(model_source, found.adapter),
-            output,
-            adapter=str(found.adapter),
-            dtype=stored,
-            tolerance=tolerance,
-            stage=events.stage,
-        )
+        tokenizer = load_tokenizer(model_source, found.adapter)
+        with explained(f"write {output}", "an --output"):
+            return merge_adapter(
+                model,
+                tokenizer,
+                output,
+                adapter=str(found.adapter),
+                dtype=stored,
+                base=_named(found.base, base, model_source),
+                tolerance=tolerance,
+                stage=events.stage,
+            )
+
+
+def _named(known: str, given: str | None, source: ModelSource) -> Base:
+    """The base for a card: by the name that the adapter knows, where that is one of the hub."""
+    found = describe_base(known or source.path, source.folder)
+    return describe_base(given, source.folder) if given and not found.is_on_hub else found
 
 
 def generate(
@@ -222,7 +245,7 @@ def generate(
             model = load_adapter(model, found.adapter)
         phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
         model.to(device()).eval()
-        dataset = found.recipe.dataset if found.recipe else None
+        dataset = found.dataset
         template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)
         options = GenerationOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -237,13 +260,3 @@ def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> Non
     recorded = getattr(model.peft_config["default"], "base_files", None)
     if recorded is not None and recorded != base_fingerprint(source):
         events.note("the base model's files differ from those of the training, its weights do not")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return content

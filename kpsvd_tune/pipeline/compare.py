@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
+from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials
 from kpsvd_tune.compare.verdict import compare_rows
@@ -28,7 +29,13 @@ from kpsvd_tune.pipeline.phase import Phase, data_cures, watched
 from kpsvd_tune.pipeline.setups import Setups
 from kpsvd_tune.pipeline.stages import Events, find_model
 from kpsvd_tune.pipeline.trial import Material
-from kpsvd_tune.pipeline.trial_log import RESULTS, append_row, check_schedule, open_results
+from kpsvd_tune.pipeline.trial_log import (
+    COMPARISON,
+    RESULTS,
+    append_row,
+    check_schedule,
+    open_results,
+)
 from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
@@ -84,6 +91,10 @@ def compare(
     _check(recipe)
     assert recipe.dataset is not None
     run = RunDirectory(recipe.output_dir)
+    if not (run.path / COMPARISON).exists():
+        # The record of a comparison is the first file of its folder.
+        refuse_inside_run(run.path, "output_dir")
+        refuse_foreign(run.path, ())
     phase = Phase()
     phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
     with watched(phase), run.lock():

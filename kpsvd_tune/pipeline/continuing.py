@@ -14,11 +14,11 @@ from torch import Tensor
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.linalg import KroneckerShape
 from kpsvd_tune.models import ModelSource, load_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
-from kpsvd_tune.pipeline.save import explained_disk
 from kpsvd_tune.pipeline.stages import Events, base_name
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
@@ -44,12 +44,17 @@ def find_adapter(recipe: Recipe) -> Path | None:
             f"adapter.from: {path} is what this run itself would write; choose another output_dir"
         )
     folder = find(path).adapter
-    if folder is None or not (folder / _FILE).is_file():
+    if folder is None or not holds_adapter(folder):
         raise RecipeError(
             f"adapter.from: {path} holds no adapter; expected a finished run, or a folder with "
             f"adapter_config.json and {_FILE}"
         )
     return folder
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter's configuration and weights."""
+    return (folder / "adapter_config.json").is_file() and (folder / _FILE).is_file()
 
 
 def adapter_hash(folder: Path) -> str:
@@ -85,7 +90,7 @@ def load_adapted(
 def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) -> RankReport:
     """Write and show the adapter's layers as the rank report of the run."""
     report = report_ranks(model, recipe)
-    with explained_disk(folder):
+    with explained(f"write {folder}"):
         missing_page = write_rank_report(report, folder)
     if missing_page is not None:
         events.note(missing_page)

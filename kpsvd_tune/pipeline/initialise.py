@@ -6,16 +6,19 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kpsvd_tune.checkpoint import RunDirectory, Start, read_json
+from kpsvd_tune.checkpoint import RunDirectory, Start
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.disk import explained
+from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.probes import choose_energy, with_energy
-from kpsvd_tune.pipeline.save import explained_disk
 from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe
@@ -60,7 +63,7 @@ def initialise(
     if is_ours and factors_file.is_file() and report_file.is_file():
         report = RankReport.from_dict(read_json(report_file))
         if is_auto:
-            recipe = with_energy(recipe, report.rule["energy"])
+            recipe = with_energy(recipe, _known_energy(report, report_file))
         events.ranks(report)
         return recipe, report, Decomposition.load_factors(factors_file)
     probes: tuple[Probe, ...] = ()
@@ -98,7 +101,7 @@ def initialise(
         )
         for note in decomposition.notes:
             events.note(note)
-        with explained_disk(run.init):
+        with explained(f"write {run.init}"):
             # Factors last: with them the stage counts as done.
             missing_page = write_rank_report(replace(decomposition.report, probes=probes), run.init)
             decomposition.save_factors(factors_file)
@@ -110,3 +113,14 @@ def initialise(
     report = RankReport.from_dict(read_json(report_file))
     events.ranks(report)
     return recipe, report, Decomposition.load_factors(factors_file)
+
+
+def _known_energy(report: RankReport, file: Path) -> float:
+    """The threshold that probes chose."""
+    energy = report.rule.get("energy")
+    if not isinstance(energy, int | float) or not 0 < energy <= 1:
+        raise CheckpointError(
+            f"{file}: the energy of its rule is {energy!r}; expected a share above 0, up to 1. "
+            "Pass --resume never to choose it again"
+        )
+    return float(energy)

@@ -8,9 +8,11 @@ from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import prepare, source_names
 from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
+from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import (
     AdapterError,
     CheckpointError,
@@ -64,7 +66,7 @@ def init_only(
     source = find_model(recipe, offline)
     processes, device = _workers(processes, gpus)
     run = RunDirectory(recipe.output_dir)
-    if run.run_file.exists():
+    if is_run(run.path):
         # A run that goes on reads init/ back: other ranks there would not fit its factors.
         raise CheckpointError(
             f"{run.path} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
@@ -72,6 +74,8 @@ def init_only(
         )
     phase = Phase()
     phase.enter("decomposing the base model", decomposition_cures(recipe), KEPT)
+    refuse_inside_run(run.path, "output_dir")
+    run.check_ours()
     with run.lock(), watched(phase):
         events.stage(f"decomposing {recipe.model.path}")
         decomposition = decompose(
@@ -95,7 +99,8 @@ def init_only(
                 "adapter.init: gradient lets `train` choose the ranks by the gradient's spectra; "
                 "the ranks here are those of the weights"
             )
-        missing_page = write_rank_report(decomposition.report, run.init)
+        with explained(f"write {run.init}"):
+            missing_page = write_rank_report(decomposition.report, run.init)
     if missing_page is not None:
         events.note(missing_page)
     return decomposition.report

@@ -9,15 +9,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, read_json, replace_file, to_json
+from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
 from kpsvd_tune.errors import DataError, NonFiniteError
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
 from kpsvd_tune.pipeline.start import starting_factors
@@ -201,11 +201,12 @@ def _probe(
     """One short training; None where its loss became infinite or NaN."""
     folder = run.path / "probes" / f"energy-{energy:g}-steps-{length}"
     file = folder.with_name(f"{folder.name}.json")
-    known: dict[str, Any] | None = on_main_process(
-        accelerator, lambda: read_json(file) if file.exists() else None
+    cure = "remove it, and the probe is run again"
+    known: Probe | None = on_main_process(
+        accelerator, lambda: read_json(file, Probe, cure=cure) if file.exists() else None
     )
     if known is not None:
-        return Probe(**known)
+        return known
     began = time.monotonic()
     tried = with_energy(recipe, energy)
     warmup = recipe.train.warmup_steps

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, read_json
+from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.limits import model_limits
 from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
@@ -26,10 +27,14 @@ from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.json_files import read_json
+from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
+from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
     find_adapter,
+    holds_adapter,
     load_adapted,
     write_ranks,
 )
@@ -61,6 +66,9 @@ from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.zero_config import zero_stage
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
+
+# Parts of results.json that `eval RUN` writes as well.
+_ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
 
 
 def train(
@@ -112,19 +120,21 @@ def train(
     with watched(phase), ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
-        accelerator = make_accelerator(recipe.train, recipe.tracking, run.path / "logs")
+        accelerator = make_accelerator(
+            recipe.train, recipe.tracking, run.path / "logs", init_method()
+        )
         stack.enter_context(name_lost_process(lambda: phase.name))
         if (stage := zero_stage(accelerator)) == 3 and recipe.evaluation:
             raise RecipeError(
                 "evaluation: answers are not generated from sharded weights (DeepSpeed's ZeRO 3); "
                 "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
             )
-        on_main_process(accelerator, lambda: stack.enter_context(run.lock()))
+        on_main_process(accelerator, lambda: _claim(run, resume, stack))
         phase.enter("finding the base model")
         source = on_main_process(accelerator, lambda: find_model(recipe, offline))
         tokenizer = load_tokenizer(source)
         phase.enter("reading and tokenising the data", data_cures(recipe))
-        train_rows, validation_rows, data_sha256 = on_main_process(
+        train_rows, validation_rows, data_sha256, template = on_main_process(
             accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
@@ -150,15 +160,21 @@ def train(
                     **origin,
                 }
                 | ({} if stage is None else {"deepspeed_zero_stage": stage}),
-                _about(recipe, accelerator),
+                {**_about(recipe, accelerator), TEMPLATE_KEY: template},
                 resume=resume,
                 allow_change=allow_change,
+                rebuild=not holds_adapter(run.adapter),
             ),
         )
         if start.is_finished:
+            missing = (
+                ""
+                if holds_adapter(run.adapter)
+                else (" Its adapter is gone, and no checkpoint is left to make it from.")
+            )
             events.note(
-                f"the run in {run.path} is finished; nothing was done. To run it again, choose "
-                "another output_dir or pass --resume never"
+                f"the run in {run.path} is finished; nothing was done.{missing} To run it again, "
+                "choose another output_dir or pass --resume never"
             )
             return read_json(run.results_file)
         for note in length.notes:
@@ -194,7 +210,7 @@ def train(
             )
         scorer = Scorer(
             tokenizer,
-            dataset,
+            trained_as(dataset, template),
             accelerator.device,
             events,
             offline=offline,
@@ -271,8 +287,8 @@ def _prepare(
     seed: int,
     events: Events,
     offline: bool,
-) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str]:
-    """Rows to train on, held-out rows, and the hash of both."""
+) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str, str]:
+    """Rows to train on, held-out rows, the hash of both, and the template of both."""
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
@@ -284,7 +300,7 @@ def _prepare(
     )
     events.note(data.cache_note)
     events.preflight(data.report)
-    return data.train, data.validation, data.sha256
+    return data.train, data.validation, data.sha256, data.template
 
 
 def _scores(
@@ -304,6 +320,14 @@ def _scores(
     return results
 
 
+def _claim(run: RunDirectory, resume: str, stack: ExitStack) -> None:
+    """Make sure that the folder is this run's to write, then keep other runs out of it."""
+    if not is_run(run.path):
+        refuse_inside_run(run.path, "output_dir")
+    run.check_ours(resume)
+    stack.enter_context(run.lock())
+
+
 def _finish(
     run: RunDirectory,
     model: PeftModel,
@@ -313,6 +337,11 @@ def _finish(
     report: RankReport,
     results: Mapping[str, Any],
 ) -> None:
+    # Where a finished run is rebuilt, what `eval` has added to its results stays.
+    earlier = read_json(run.results_file) if run.results_file.exists() else {}
+    for key, value in earlier.items():
+        if key in _ADDED_BY_EVAL and isinstance(value, dict):
+            results = {**results, key: {**value, **results.get(key, {})}}
     save_adapter(model, weights, tokenizer, run.adapter, recipe, report, results)
     run.finish(results)
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.data import source_names
+from kpsvd_tune.disk import explained
+from kpsvd_tune.models import describe_base
 from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
 from kpsvd_tune.report.ending import worse_line
+from kpsvd_tune.report.figures import result_figures
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.score import score_table
 
@@ -51,34 +51,16 @@ def save_adapter(
         ResourceError: The disk refused; an adapter that was there stays.
     """
     durable.make_folder(folder.parent)
-    with explained_disk(folder):
+    with explained(f"write {folder}"):
         partial = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder.parent))
     try:
-        with explained_disk(folder):
+        with explained(f"write {folder}"):
             _write(model, weights, tokenizer, partial, _card(model, recipe, report, results))
         if folder.exists():
             durable.remove_folder(folder)
         durable.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def explained_disk(path: Path) -> Iterator[None]:
-    """Turn what the libraries raise where a disk refuses into our message.
-
-    Raises:
-        ResourceError: Names the path, and what to do.
-    """
-    with durable.explained(f"write {path}"):
-        try:
-            yield
-        except SafetensorError as error:
-            # The library keeps the system's number only in its text.
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _write(
@@ -100,19 +82,18 @@ def _write(
 
 
 def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]) -> str:
-    base = model.peft_config["default"].base_model_name_or_path
+    # The path stays in adapter_config.json, by which PEFT finds the base; a card is published.
+    source = Path(getattr(model.config, "_name_or_path", "") or ".nowhere")
+    base = describe_base(recipe.model.path, source if source.is_dir() else None)
     totals = report.totals
     adapted = sum(layer.rank > 0 for layer in report.layers)
     dataset = source_names(recipe.dataset) if recipe.dataset else "none"
-    start = f" It went on from the adapter {recipe.adapter.from_}." if recipe.adapter.from_ else ""
+    origin = recipe.adapter.from_
+    start = f" It went on from the adapter {adapter_name(origin)}." if origin else ""
     lines = [
-        "---",
-        f"base_model: {base}",
-        "library_name: peft",
-        "tags: [kpsvd, kronecker]",
-        "---",
+        *front_matter(base, "peft", "kpsvd", "kronecker"),
         "",
-        f"# KPSVD adapter for {base}",
+        f"# KPSVD adapter for {base.name}",
         "",
         f"Trained with kpsvd-tune {__version__} on {dataset}.{start} "
         f"{adapted} of {totals['modules']} target matrices are adapted with "
@@ -130,7 +111,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{base.place}")',
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
         "```",
         "",
@@ -140,13 +121,9 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "",
         "| figure | value |",
         "|---|---|",
-        *(
-            f"| {key} | {value:.6g} |"
-            for key, value in results.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        ),
+        *(f"| {name} | {text} |" for name, text in result_figures(results)),
     ]
-    return "\n".join(lines) + "\n" + _evaluation_section(results)
+    return without_folders("\n".join(lines) + "\n" + _evaluation_section(results))
 
 
 def update_card(folder: Path, results: Mapping[str, Any]) -> None:
@@ -159,10 +136,17 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
     card = folder / "README.md"
     if not card.is_file():
         return
-    text = card.read_text(encoding="utf-8").partition(f"\n{_EVALUATION}\n")[0].rstrip("\n")
+    # A card is the user's to edit; bytes of another encoding stay as they are.
+    text = (
+        card.read_text(encoding="utf-8", errors="surrogateescape")
+        .partition(f"\n{_EVALUATION}\n")[0]
+        .rstrip("\n")
+    )
     partial = card.with_name(".README.md.partial")
-    partial.write_text(f"{text}\n{_evaluation_section(results)}", encoding="utf-8")
-    partial.replace(card)
+    section = without_folders(_evaluation_section(results))
+    with explained(f"write {card}"):
+        partial.write_text(f"{text}\n{section}", encoding="utf-8", errors="surrogateescape")
+        partial.replace(card)
 
 
 def _evaluation_section(results: Mapping[str, Any]) -> str:

@@ -13,16 +13,26 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.checkpoint import RunDirectory, durable, read_json
-from kpsvd_tune.checkpoint.durable import check_writable
-from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.evaluation.evaluate import Watch, check_task, conditions, rows_source
+from kpsvd_tune.checkpoint import RunDirectory, durable
+from kpsvd_tune.checkpoint.durable import check_replaceable, check_writable
+from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
+from kpsvd_tune.evaluation.evaluate import (
+    COMPLETIONS_FILE,
+    SETTINGS_FILE,
+    Watch,
+    check_task,
+    conditions,
+    rows_source,
+)
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.folders import expand
+from kpsvd_tune.json_files import read_json
+from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 from kpsvd_tune.pipeline.apply import find, load_adapter
 from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, watched
@@ -191,14 +201,24 @@ def evaluate(
         DataError: The task's rows or text cannot be read.
     """
     found = find(source)
-    dataset = found.recipe.dataset if found.recipe else None
+    dataset = found.dataset
     if task.task == "forgetting" and (found.adapter is None or base_only):
         raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
     if output is None:
         if found.recipe is None:
             raise InputError(f"{source} is no run, so say where completions go: --output DIR")
         output = _folder(expand(source), task, base_only)
+    else:
+        refuse_inside_run(output, "--output")
+        _check_ours(output)
     check_writable(output)
+    check_replaceable(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json"))
+    if found.recipe is not None:
+        # The scores lie in the output folder all the same.
+        try:
+            check_writable(expand(source))
+        except InputError as error:
+            events.note(f"the scores will not be added to the run: {error}")
     check_tasks(
         [task],
         dataset,
@@ -255,6 +275,17 @@ def evaluate(
         return result
 
 
+def _check_ours(output: Path) -> None:
+    """Refuse an output folder that holds anything but an earlier evaluation."""
+    kept = (each.name for each in output.glob("previous-*"))
+    refuse_foreign(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json", *kept), "--output")
+    file = output / "results.json"
+    if file.exists() and not {"task", "scores"} <= read_json(file).keys():
+        raise InputError(
+            f"--output: {file} is not of an evaluation, and would be replaced; name another folder"
+        )
+
+
 def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:
     """Where a run keeps the completions of a task: one folder for each source of rows."""
     results = RunDirectory(run).results_file
@@ -296,7 +327,7 @@ def _record(run: RunDirectory, result: Mapping[str, Any], base_only: bool, event
             results.setdefault("score_conditions", {})[asked] = result["conditions"]
             run.finish(results)
             update_card(run.adapter, results)
-    except CheckpointError as error:
+    except (CheckpointError, ResourceError) as error:
         events.note(f"the scores were not added to {run.results_file}: {error}")
 
 
@@ -304,5 +335,8 @@ def _place() -> torch.device:
     """This process's device, once it has met the others."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device()
-    place: torch.device = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true").device
+    found = init_method()
+    others: dict[str, str] = {} if found is None else {"init_method": found}
+    is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
+    place: torch.device = PartialState(cpu=is_cpu, **others).device
     return place

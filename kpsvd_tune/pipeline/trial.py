@@ -19,14 +19,17 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, read_json, to_json
+from kpsvd_tune.checkpoint import RunDirectory, to_json
 from kpsvd_tune.checkpoint.identity import changes
+from kpsvd_tune.checkpoint.run import RunRecord
 from kpsvd_tune.compare.baselines import Baseline
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Trial
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.errors import NonFiniteError
+from kpsvd_tune.disk import explained
+from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
+from kpsvd_tune.json_files import parse_json, read_json
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
 from kpsvd_tune.pipeline.stages import SilentEvents, adapt, device
 from kpsvd_tune.pipeline.start import starting_factors
@@ -151,7 +154,8 @@ def run_trial(
         others: dict[str, float | None] = {"test_loss": None, "forgetting_loss": None}
         if failed is None:
             others = _other_losses(model, material, recipe, accelerator)
-            model.save_pretrained(str(run.adapter), save_embedding_layers=False)
+            with explained(f"write {run.adapter}"):
+                model.save_pretrained(str(run.adapter), save_embedding_layers=False)
         curve = [(0, outcome.validation_loss_before)]
         curve += [(line["step"], line.get("validation_loss")) for line in lines]
         base_text = setup.base["forgetting_loss"]
@@ -188,7 +192,7 @@ def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
     """Whether the folder holds this trial, and not one of the same name with other settings."""
     if not run.run_file.exists():
         return True
-    held = read_json(run.run_file).get("identity")
+    held = read_json(run.run_file, RunRecord).get("identity")
     now = json.loads(to_json(dict(identity)))
     if not held or not held.get("shared"):
         return False
@@ -277,4 +281,9 @@ def _loss(
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [parse_json(line) for line in file.read_bytes().splitlines()]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: a line {error}; remove the folder {file.parent}, and its trial is run again"
+        ) from error

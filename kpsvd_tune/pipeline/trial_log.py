@@ -7,16 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.checkpoint import read_json, replace_file, to_json
+from pydantic import ConfigDict
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
 from kpsvd_tune.checkpoint.identity import changes, describe
 from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.json_files import parse_json, read_json
 from kpsvd_tune.report.comparison import TrialRow
 
 RESULTS = "results.jsonl"
-_IDENTITY = "compare.json"
+COMPARISON = "compare.json"
 # How a trial warms up. Comparisons of versions that wrote nothing down have another way.
 SCHEDULE = "the first step of a warm-up has a rate"
+
+
+class _Shared(TypedDict, total=False):
+    """What compare.json holds; keys of other versions stay as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    shared: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
 
 
 def open_results(
@@ -35,14 +49,14 @@ def open_results(
         CheckpointError: Rows, model, loop or a method's settings were others.
         InputError: A line of results.jsonl is no row.
     """
-    file, results = folder / _IDENTITY, folder / RESULTS
+    file, results = folder / COMPARISON, folder / RESULTS
     rows = _read(results)
     # By way of JSON, for what was read back must equal what was not.
     now = json.loads(
         to_json({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
     )
     if file.exists() and rows:
-        earlier = read_json(file)
+        earlier = read_json(file, _Shared)
         known = {**now["methods"], **earlier.get("methods", {})}
         found = changes(earlier.get("shared", {}), now["shared"])
         for name, adapter in now["methods"].items():
@@ -70,7 +84,7 @@ def check_schedule(folder: Path) -> None:
     Raises:
         CheckpointError: An earlier version made them, whose warm-up began at rate 0.
     """
-    if read_json(folder / _IDENTITY).get("schedule") != SCHEDULE:
+    if read_json(folder / COMPARISON).get("schedule") != SCHEDULE:
         raise CheckpointError(
             f"{folder} holds trials of an earlier version, whose warm-up gave the first step no "
             "rate; new ones cannot be compared with them: choose another output_dir, or judge "
@@ -95,8 +109,8 @@ def _read(file: Path) -> list[TrialRow]:
     rows = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            rows.append(TrialRow.from_dict(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, InputError) as error:
+            rows.append(TrialRow.from_dict(parse_json(line)))
+        except (ValueError, InputError) as error:
             raise InputError(
                 f"{file}:{number} is no row of a trial ({error}); remove the line, and its trial "
                 "is run again"

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kpsvd_tune.checkpoint import read_json, replace_file, to_json
+from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.compare.plan import Trial
 from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
+from kpsvd_tune.json_files import read_json
 from kpsvd_tune.memory import host_memory
 from kpsvd_tune.pipeline.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.pipeline.stages import Events
@@ -55,7 +56,8 @@ def run_base(
 ) -> dict[str, float | None]:
     """The base model's losses, measured once for a comparison and kept in ``file``."""
     if file.exists():
-        known: dict[str, float | None] = read_json(file)
+        cure = "remove it, and the base model is measured again"
+        known = read_json(file, dict[str, float | None], cure=cure)
         if {"validation_loss", "test_loss", "forgetting_loss"} <= known.keys():
             return known
     events.stage("measuring the base model")

@@ -84,7 +84,9 @@ class RankRecipe(Section):
         description="energy the threshold is a share of: all layers' windows, a layer's window, "
         "or a layer's whole weight",
     )
-    window: int = Field(default=32, ge=1, description="leading terms computed for each layer")
+    window: int = Field(
+        default=32, ge=1, le=65_536, description="leading terms computed for each layer"
+    )
     min: int = Field(
         default=1, ge=0, description="smallest Kronecker rank; 0 lets a layer go untouched"
     )
@@ -191,7 +193,10 @@ class AdapterRecipe(Section):
         "gradient over the first batches (which then decides the ranks too), or nowhere",
     )
     gradient_batches: int = Field(
-        default=4, ge=1, description="micro batches that the gradient of init is the mean of"
+        default=4,
+        ge=1,
+        le=65_536,
+        description="micro batches that the gradient of init is the mean of",
     )
     rate: Literal["factors", "relative"] = Field(
         default="factors",

@@ -41,8 +41,10 @@ class EvaluationRecipe(Section):
     split: Text = Field(default="test", description="split to score")
     limit: int | None = Field(default=None, ge=1, description="rows to score; null: all")
     before: bool = Field(default=False, description="score the base model too, before training")
-    max_new_tokens: int = Field(default=256, ge=1, description="longest answer, in tokens")
-    batch_size: int = Field(default=16, ge=1, description="prompts generated together")
+    max_new_tokens: int = Field(
+        default=256, ge=1, le=10**7, description="longest answer, in tokens"
+    )
+    batch_size: int = Field(default=16, ge=1, le=65_536, description="prompts generated together")
     columns: Columns = Field(
         default_factory=Columns, description="column of each role, where its name differs"
     )
@@ -78,7 +80,7 @@ class EvaluationRecipe(Section):
         default=0.0, ge=0, description="0: the likeliest token; above: samples"
     )
     samples: int = Field(
-        default=1, ge=1, description="answers to each question; pass@k needs k or more"
+        default=1, ge=1, le=100_000, description="answers to each question; pass@k needs k or more"
     )
     sampling_seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
     window: int = Field(

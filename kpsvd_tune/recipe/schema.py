@@ -185,9 +185,11 @@ class TrainRecipe(Section):
     epochs: Number = Field(
         default=1.0, gt=0, description="passes over the rows, when max_steps is null"
     )
-    batch_size: int = Field(default=4, ge=1, description="rows per process and micro step")
+    batch_size: int = Field(
+        default=4, ge=1, le=65_536, description="rows per process and micro step"
+    )
     gradient_accumulation: int = Field(
-        default=1, ge=1, description="micro steps per optimiser step"
+        default=1, ge=1, le=65_536, description="micro steps per optimiser step"
     )
     packing: bool = Field(
         default=False,
@@ -243,7 +245,9 @@ class TrainRecipe(Section):
         "validation loss",
     )
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of everything random")
-    num_workers: int = Field(default=0, ge=0, description="processes that prepare batches; 0: none")
+    num_workers: int = Field(
+        default=0, ge=0, le=256, description="processes that prepare batches; 0: none"
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how several processes share work"
     )

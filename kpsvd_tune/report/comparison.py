@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.json_files import check_types
 from kpsvd_tune.report.result import Result
 
 
@@ -61,7 +62,7 @@ class TrialRow(Result):
         """Read a line of results.jsonl.
 
         Raises:
-            InputError: A key is missing or unknown.
+            InputError: A key is missing or unknown, or a value is of another type.
         """
         names = {each.name for each in fields(cls)}
         if wrong := sorted((names - {"failed"} - data.keys()) | (data.keys() - names)):
@@ -69,9 +70,11 @@ class TrialRow(Result):
                 f"a row of results.jsonl lacks or has the unknown {', '.join(wrong)}; expected "
                 "rows of this version: choose another output_dir"
             )
-        tuples = {name: tuple(data[name]) for name in ("losses", "grad_norms")}
-        points = tuple((int(step), float(loss)) for step, loss in data["validation_losses"])
-        return cls(**{**data, **tuples, "validation_losses": points})
+        try:
+            row: TrialRow = check_types(dict(data), cls)
+        except ValueError as error:
+            raise InputError(f"a row of results.jsonl {error}") from error
+        return row
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,23 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from kpsvd_tune.report.layout import Column, output, print_line, print_pair, print_table
+from kpsvd_tune.report.figures import figures, result_figures
+from kpsvd_tune.report.layout import (
+    Column,
+    make_console,
+    output,
+    print_line,
+    print_pair,
+    print_table,
+)
 from kpsvd_tune.report.results import (
     MergeReport,
     PreflightReport,
@@ -33,23 +40,12 @@ from kpsvd_tune.report.table import (
     rank_rows,
     rank_summary,
 )
-from kpsvd_tune.report.units import duration, size, time_left
+from kpsvd_tune.report.units import time_left
 
 # A log gets a line of progress at every tenth of the work, but not sooner than this after the last,
 # and one at this interval where a tenth takes long.
 PLAIN_SECONDS = 10.0
 ALIVE_SECONDS = 60.0
-# What a figure of results.json is called, and in which order figures are shown.
-_FIGURES = {
-    "validation_loss": "validation loss",
-    "validation_loss_before": "the same before training",
-    "best_step": "lowest at step",
-    "train_loss": "training loss, last steps",
-    "steps": "steps",
-    "trainable_parameters": "trainable parameters",
-    "wall_seconds": "time",
-    "peak_memory_bytes": "peak memory",
-}
 
 
 class Events:
@@ -57,7 +53,7 @@ class Events:
 
     def __init__(self) -> None:
         self._main = os.environ.get("RANK", "0") == "0"
-        self._console = Console(stderr=True, quiet=not self._main, highlight=False, soft_wrap=True)
+        self._console = make_console(stderr=True, quiet=not self._main, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
         self._phase = ""
@@ -166,10 +162,10 @@ class Events:
         detail = fitting(detail, width - len(f"  {phase}   {count * ' '}") - bar_width)
         if self._progress is None:
             self._progress = Progress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(bar_width=bar_width),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 console=self._console,
             )
             self._task = self._progress.add_task(phase, total=total or None, detail=detail)
@@ -236,7 +232,7 @@ def show_merge(report: MergeReport) -> None:
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What a run would do."""
-    _show_figures(plan)
+    _show_pairs(figures(plan))
 
 
 def show_results(results: Mapping[str, Any]) -> None:
@@ -246,13 +242,7 @@ def show_results(results: Mapping[str, Any]) -> None:
         results: The content of results.json.
     """
     scores = results.get("scores", {})
-    figures = {key: results[key] for key in _FIGURES if results.get(key) is not None}
-    figures |= {
-        key: value
-        for key, value in results.items()
-        if not isinstance(value, Mapping) and key not in _FIGURES
-    }
-    _show_figures(figures)
+    _show_pairs(result_figures(results))
     for line in score_lines(results):
         _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
     for task, change in results.items():
@@ -298,23 +288,10 @@ def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
     print_line(output(), Text("--layers shows the rank of every layer", style="dim"))
 
 
-def _show_figures(values: Mapping[str, Any]) -> None:
+def _show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     out = output()
-    for key, value in values.items():
-        name = _FIGURES.get(key, key.removesuffix("_bytes").replace("_", " "))
-        print_pair(out, name, _figure(key, value))
-
-
-def _figure(key: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (int, float)):
-        if key.endswith("_bytes"):
-            return size(value)
-        if key.endswith("_seconds"):
-            return duration(value)
-        return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    for name, text in pairs:
+        print_pair(out, name, text)
 
 
 def purpose(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -19,6 +20,8 @@ from rich.text import Text
 # A pipe has no width of its own.
 PIPE_WIDTH = 100
 _GAP = 2
+# Of a message; what is longer keeps this much of its start and of its end.
+_LONGEST_LINE, _KEPT = 2000, 800
 # Room for the names in front of values.
 _NAME_WIDTH = 26
 # On a console that leaves less for the text of a line, the terminal breaks it where it likes.
@@ -43,12 +46,35 @@ class Column:
     style: str = ""
 
 
+def make_console(**options: Any) -> Console:
+    """A console that prints text as it is: names and patterns hold [brackets] and :colons:.
+
+    Args:
+        **options: Of rich's Console.
+    """
+    return Console(**{"highlight": False, "markup": False, "emoji": False, **options})
+
+
 def output(pipe_width: int = PIPE_WIDTH) -> Console:
     """The standard output; ``pipe_width`` columns wide where it is no terminal."""
-    console = Console(highlight=False)
+    console = make_console()
     if console.is_terminal or os.environ.get("COLUMNS", "").isdigit():
         return console
-    return Console(highlight=False, width=pipe_width)
+    return make_console(width=pipe_width)
+
+
+def shortened(text: str) -> str:
+    """Each line with its middle left out where it is longer than anyone reads.
+
+    A message may list what a file holds, and a file may hold two hundred thousand columns. What is
+    wrong stands at the start, and what to do at the end.
+    """
+    return "\n".join(
+        line
+        if len(line) <= _LONGEST_LINE
+        else f"{line[:_KEPT]} ... {len(line) - 2 * _KEPT:,} characters ... {line[-_KEPT:]}"
+        for line in text.split("\n")
+    )
 
 
 def print_line(out: Console, text: Text | str, indent: int = 2) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from rich.text import Text
 from kpsvd_tune.report.comparison import Comparison, Estimate, MethodSummary, TrialRow
 from kpsvd_tune.report.layout import (
     Column,
+    make_console,
     output,
     print_blocks,
     print_line,
@@ -63,7 +63,7 @@ class TrialTable:
     """Shows trials as they run: a live table on a terminal, lines elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = make_console(stderr=True, soft_wrap=True)
         self._live: Live | None = None
         self._rows: list[TrialRow] = []
         self._running: dict[tuple[Any, ...], tuple[int, int, float]] = {}

@@ -31,6 +31,7 @@ from kpsvd_tune.training.halving import (
     halve,
     rows_at_once,
 )
+from kpsvd_tune.training.idle import allow_unused_parameters
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
 from kpsvd_tune.training.nonfinite import skip_or_refuse
 from kpsvd_tune.training.packing import prove_packing
@@ -112,6 +113,8 @@ class Training:
         )
         if self._is_packed:
             attend_by_rows(model)
+        if accelerator.num_processes > 1:
+            allow_unused_parameters(model, train_rows, self._make_batch, accelerator)
         self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
         self._signals = StopSignals(self._outlook, self._loss)
         self._signal = 0

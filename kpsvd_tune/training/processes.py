@@ -40,7 +40,10 @@ _patient_group: dist.ProcessGroup | None = None
 
 
 def make_accelerator(
-    recipe: TrainRecipe, tracking: Sequence[str] = (), logging_dir: Path | None = None
+    recipe: TrainRecipe,
+    tracking: Sequence[str] = (),
+    logging_dir: Path | None = None,
+    init_method: str | None = None,
 ) -> Accelerator:
     """Make the Accelerator that `Training` expects.
 
@@ -48,6 +51,7 @@ def make_accelerator(
         recipe: Its precision and its way of sharing work.
         tracking: Names of trackers.
         logging_dir: Where trackers that write files put them.
+        init_method: Where torch finds the other processes, if not by its environment.
 
     Raises:
         RecipeError: A tracker is not installed, or the device cannot do what the recipe asks, or
@@ -68,6 +72,8 @@ def make_accelerator(
         if not torch.accelerator.is_available():
             # Accelerate knows no backend for DeepSpeed on CPUs.
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    elif init_method is not None:
+        handlers.append(InitProcessGroupKwargs(init_method=init_method))
     accelerator = _accelerator(
         mixed_precision=recipe.precision,
         log_with=list(tracking) or None,

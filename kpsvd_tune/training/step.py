@@ -18,6 +18,7 @@ from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.halving import MicroStepOutOfMemory
+from kpsvd_tune.training.idle import warn_of_idle_layers
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
@@ -141,6 +142,8 @@ class Stepper:
         scale = accelerator.num_processes / max(1.0, num_supervised)
         with self._gradients_dropped_without_memory(step):
             loss = self._accumulate(batches, scale)
+        if step == 1 and self._zero is None:
+            warn_of_idle_layers(self.token_loss.model, accelerator)
         grad_norm = self._clip()
         sums = [loss.item(), sum(batch.num_tokens for batch in batches), signal()]
         losses, num_tokens, signals = zip(*gather_numbers(accelerator, sums), strict=True)

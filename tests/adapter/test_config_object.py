@@ -193,6 +193,18 @@ def test_a_start_away_from_the_base(
     assert torch.equal(logits(loaded), moved)
 
 
+def test_a_start_away_from_the_base_with_factors_of_one_entry() -> None:
+    base = nn.Sequential(nn.Linear(5, 1))
+    model: Any = get_peft_model(
+        base, KpsvdConfig(target_modules=["0"], rank=1, factor_shape="pissa", init_weights=False)
+    )
+    x = torch.randn(3, 5)
+    moved = model(x)
+    assert moved.isfinite().all()
+    with model.disable_adapter():
+        assert not torch.equal(model(x), moved)
+
+
 @pytest.mark.parametrize("rows", [[3, 5], {"embed_tokens": [3, 5]}])
 def test_rows_of_the_embedding_are_trained_beside_the_adapter(
     rows: Any, model_factory: Make, tmp_path: Path

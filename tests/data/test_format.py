@@ -200,7 +200,10 @@ def test_a_row_without_a_column_that_others_have_is_refused() -> None:
         (TURNS, r"has the keys from, value; expected .* set dataset\.format to sharegpt"),
         (["hi"], r"a message in 'messages' has 'hi'; expected"),
         ([{"role": "robot", "content": "x"}], r"unknown role 'robot' in 'messages'; expected one"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"is list; expected text"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            r"has a part .* expected parts of text",
+        ),
         (MESSAGES[1:], r"the chat starts with the assistant; expected a system or user message"),
         ("not json", r"is text and not a JSON list of messages"),
         ({"role": "user"}, r"expected a list of messages"),

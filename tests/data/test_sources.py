@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare, source_names
+from kpsvd_tune.data.cache import TokenCache
 from kpsvd_tune.data.sources import mix
-from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.report.table import preflight_lines
 
 
@@ -154,3 +156,23 @@ def test_a_validation_file_that_is_listed_to_train_on_is_not_trained(
     data = read(tokenizer, path=[b, a], validation=a)
     assert (len(data.train), len(data.validation)) == (4, 10)
     assert any("10 rows that are held out too" in each for each in data.report.warnings)
+
+
+def test_hundreds_of_sources_need_few_open_files_and_no_quadratic_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    looked: list[TokenCache] = []
+    monkeypatch.setattr(TokenCache, "prune", lambda self: looked.append(self))
+    paths: list[str | SourceRecipe] = []
+    for number in range(60):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(json.dumps({"prompt": f"p{number}", "completion": "c"}) + "\n")
+        paths.append(str(file))
+    before = len(os.listdir("/proc/self/fd"))
+    data = prepare(DatasetRecipe(path=paths, validation=0), tokenizer, seed=0)
+    assert len(data.train) == 60
+    assert data.report.num_tokens > 0
+    # One lock for each store that is in use, and no map.
+    assert len(os.listdir("/proc/self/fd")) - before <= 60
+    assert len(looked) == 1

@@ -86,6 +86,7 @@ def advised(error: DataError) -> dict[str, Any]:
         ({"prompt": "2 + 3?", "prompt_id": "ab", **CHAT}, {}),
         ({**PAIR, "label": "arithmetic", "score": 0.5, "weight": 70}, {}),
         ({**CHAT, "label": None, "images": [], "weight": 1.0, "train": True}, {}),
+        ({**PAIR, "is_correct": True}, {}),
         ({"text": "a5", "label": 1, "url": "u"}, {"text": "text"}),
     ],
 )
@@ -122,6 +123,7 @@ def test_a_part_of_the_example_that_named_columns_leave_out_is_told_of(read: Rea
         ({**CHAT, "label": True}, r"'label' is True"),
         ({**PAIR, "label": 0}, r"'label' is 0"),
         ({**PAIR, "kto_tag": "true"}, r"'kto_tag' is 'true'"),
+        ({**CHAT, "is_correct": False}, r"'is_correct' is False, so the answer seems to be a bad"),
         ({**CHAT, "images": ["a.png"]}, r"'images' holds images, sound or video"),
         ({"conversations": TURNS, "image": "a.png"}, r"'image' holds images"),
         ({**CHAT, "weight": 0.5}, r"'weight' is 0\.5, and rows have no weights of their own"),
@@ -245,6 +247,20 @@ def test_a_rejected_answer_in_a_later_row_is_refused(read: Read) -> None:
         read(PAIR, {**PAIR, "rejected": "6"})
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (({**PAIR, "messages": None}, {**CHAT, "prompt": None}), "'messages' holds messages, and"),
+        (({**CHAT, "prompt": None}, {**PAIR, "messages": None}), "no messages, as others have, b"),
+    ],
+)
+def test_rows_of_another_form_are_refused_rather_than_dropped(
+    read: Read, rows: tuple[Any, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=f"line 2: .*{message}.* make a file of each form"):
+        read(*rows)
+
+
 def test_a_column_to_ignore_that_no_row_has_is_refused(read: Read) -> None:
     with pytest.raises(DataError, match="ignore_columns names 'sorce', and no row of .* has such"):
         read({**PAIR, "source": "x"}, ignore_columns=["sorce"])
@@ -324,3 +340,16 @@ def test_an_empty_first_row_does_not_hide_the_form(read: Read) -> None:
     data = read({"id": 0, "messages": []}, {"id": 1, "messages": None}, {"id": 2, **CHAT})
     assert len(data.train) == 1
     assert any("2 rows dropped: empty" in note for note in data.report.warnings)
+
+
+def test_context_beside_an_input_has_to_be_joined_with_it(read: Read) -> None:
+    row = {"instruction": "2 + 3?", "input": "ints", "context": "base ten", "output": "5"}
+    with pytest.raises(DataError, match=r"'context' looks like .*: join it with 'input', and"):
+        read(row)
+
+
+def test_a_system_prompt_that_no_role_takes_is_told_of_with_the_way_to_use_it(read: Read) -> None:
+    row = {"conversations": TURNS, "system_prompt": "Add."}
+    (note,) = unused(read(row))
+    data = read(row, columns=advised(DataError(note))["columns"])
+    assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"

@@ -242,3 +242,38 @@ def test_keys_that_the_template_does_not_write_are_named(read: Read) -> None:
 def test_images_of_a_message_are_refused(read: Read) -> None:
     with pytest.raises(DataError, match=r"line 1: a message has 'images', .* only texts are"):
         read([{"messages": [{**USER, "images": ["a.png"]}, ANSWER]}], PLAIN)
+
+
+def test_a_template_that_refuses_what_it_does_not_know_is_asked_part_by_part(read: Read) -> None:
+    strict = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% if c.function.name != 'weather' %}{{ raise_exception('no such tool') }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    written = CALLS["name and arguments"]
+    assert len(learnt(read([conversation()], strict + LOOP + written + END))) == 2
+    lost = LOOP + "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}" \
+        "{% endfor %}" + END  # fmt: skip
+    with pytest.raises(DataError, match="does not write the argument 'city' of the call of 'wea"):
+        read([conversation()], strict + lost)
+
+
+def test_arguments_that_are_plain_text_have_to_be_written_too(read: Read) -> None:
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"name": "w", "arguments": "Bonn"}]}
+    rows = [{"messages": [USER, turn]}]
+    calls = "{% for c in m.tool_calls or [] %}{{ c.name + %s }}{%% endfor %%}"
+    calls = calls.replace("{% for", "{%% for", 1).replace("or [] %}", "or [] %%}")
+    assert learnt(read(rows, LOOP + "{{ m.content }}" + calls % "c.arguments" + END)) == [
+        "wBonn</s>"
+    ]
+    with pytest.raises(DataError, match="not write the arguments of the call of 'w'"):
+        read(rows, LOOP + "{{ m.content }}" + calls % "'()'" + END)
+
+
+def test_a_key_that_the_template_asks_for_is_no_unknown_one(read: Read) -> None:
+    asks = (
+        "{% for m in messages %}{% if m.role == 'user' and not m.name %}"
+        "{{ raise_exception('who?') }}{% endif %}{% endfor %}"
+    )
+    data = read([{"messages": [{**USER, "name": "Ann"}, ANSWER]}], asks + PLAIN)
+    assert not any("'name'" in note for note in data.report.warnings)

@@ -124,7 +124,9 @@ def test_samples_differ_and_depend_on_neither_batch_nor_order(answer, prompts):
 
 
 def test_a_low_temperature_is_nearly_greedy(answer):
-    assert answer(temperature=1e-6) == answer()
+    # Those below float32's smallest number leave its range on the way.
+    for temperature in (1e-6, 1e-40, 5e-324):
+        assert answer(temperature=temperature) == answer()
 
 
 def test_what_is_done_is_not_generated_again(tiny_model, tokenizer, prompts):
@@ -225,6 +227,8 @@ def test_memory_that_runs_out_names_the_key_to_lower(tiny_model, tokenizer, prom
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"num_samples": -1}, "num_samples must be 1 or more, got -1"),
         ({"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 or more, got inf"),
         ({"stop": ("",)}, "stop holds an empty text"),
         ({"num_samples": 2}, "num_samples is 2 but temperature is 0"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,6 +142,39 @@ def test_a_prompt_is_that_of_training(tokenizer, rows_file: Path, template: str)
         assert prompt.input_ids == row.input_ids[:trained]
         assert prompt.text == encoder.decode(prompt.input_ids)
     assert tokenizer.eos_token_id in ends
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "messages": [
+                {"role": ("user", "assistant")[place % 2], "content": text}
+                for place, text in enumerate(("1 + 1?", "2", "2 + 3?", "5"))
+            ],
+            "tools": [{"name": "add"}],
+        },
+        {"instruction": "2 + 3?", "output": "5", "history": [["1 + 1?", "2"]],
+         "tools": [{"name": "add"}]},
+        {"instruction": "2 + 3?", "output": "5", "tools": [{"name": "add"}]},
+    ],
+)  # fmt: skip
+def test_tools_and_earlier_rounds_are_asked_with_as_in_training(
+    tokenizer, tmp_path: Path, row: dict[str, Any]
+):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = "{{ tools | tojson }}" + tokenizer.chat_template
+    path = write(tmp_path / "rows.jsonl", [row])
+    task = recipe("exact_match", path)
+    ((prompt,), _) = build_prompts(read_questions(task), changed, "chat", task)
+    ((_, example),) = read_examples(path)
+    assert example is not None
+    trained = Encoder(changed, "chat", 512).encode(example, 0).row
+    assert trained is not None
+    assert prompt.input_ids == trained.input_ids[: len(prompt.input_ids)]
+    assert prompt.text.startswith('[{"name": "add"}]')
+    assert prompt.text.endswith("<|user|>2 + 3?</s><|assistant|>")
+    assert ("1 + 1?" in prompt.text) == (len(row) > 3 or "messages" in row)
 
 
 SHIPPED_ROWS: dict[str, dict[str, object]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import architectures
@@ -185,3 +186,51 @@ def test_a_pickled_file_of_something_else_is_named(tmp_path: Path, content: byte
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ModelError, match=r"\(pytorch_model.bin\) are cut or damaged .*fetch the"):
         load_model(resolve_model(str(tmp_path)), "float32")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "[1, 2]"),
+        ("tokenizer.json", '{"model": 5}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
+        ("tokenizer_config.json", '{"tokenizer_class": 7}'),
+        ("tokenizer_config.json", "[" * 10_000),
+    ],
+)
+def test_a_tokenizer_of_wrong_types_is_a_model_error(
+    tiny_model_dir: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / file).write_text(content)
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded: .*fetch them again"):
+        load_tokenizer(resolve_model(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1]", "its configuration cannot be read|no model can be built"),
+        ("[" * 10_000, "its configuration cannot be read|no model can be built"),
+        ('{"model_type": ["llama"]}', "its configuration cannot be read|no model can be built"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "no model can be built"),
+        (
+            '{"model_type": "llama", "num_hidden_layers": 5000000}',
+            "num_hidden_layers 5,000,000; expected at most 4,096",
+        ),
+        (
+            '{"model_type": "mixtral", "num_local_experts": 5000000}',
+            "num_local_experts 5,000,000; expected at most 4,096",
+        ),
+    ],
+)
+def test_a_configuration_of_wrong_types_or_sizes_is_a_model_error(
+    tiny_model_dir: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=said):
+        load_skeleton(resolve_model(str(folder)))

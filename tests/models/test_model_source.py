@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -173,5 +174,25 @@ def test_a_hub_model_that_is_not_cached_is_an_error_offline(
 def test_an_index_without_names_of_files_is_refused(tmp_path: Path, weight_map: object) -> None:
     fill(tmp_path, "config.json")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelError, match="is not a weight index; expected a weight_map from names"):
+    with pytest.raises(ModelError, match=r"is not a weight index \(.*\); expected a weight_map"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a/../../b", ""])
+def test_an_index_reads_nothing_outside_the_folder(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, "config.json")
+    index = {"weight_map": {"x": name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="which is no file inside the model's folder"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_pipe_among_the_files_is_refused_before_a_library_waits_for_it(
+    tmp_path: Path, name: str
+) -> None:
+    fill(tmp_path, "config.json", "model.safetensors")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match=f"{name} is a named pipe, socket or device"):
         resolve_model(str(tmp_path))

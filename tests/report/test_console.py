@@ -164,6 +164,23 @@ def test_every_score_says_whose_it_is_and_how_it_was_asked(capsys: pytest.Captur
     assert "gsm8k, in this training    9.0 % before, 47.0 % after, of 200" in lines
 
 
+def test_losses_are_not_repeated_and_only_a_bad_end_is_told(capsys: pytest.CaptureFixture[str]):
+    more = {
+        "best_validation_loss": RESULTS["validation_loss"],
+        "base_validation_loss": RESULTS["validation_loss_before"],
+        "adapter_validation_loss": 4.9,
+        "adapter_step": 4000,
+        "worse_than_base": False,
+        "worse_than_start": True,
+    }
+    view.show_results(RESULTS | more)
+    names = [line[:26].rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "adapter validation loss" in names
+    assert "worse than start" in names
+    for name in ("best validation loss", "base validation loss", "adapter step", "worse than base"):
+        assert name not in names
+
+
 def test_a_score_of_the_base_alone_has_its_own_conditions(capsys: pytest.CaptureFixture[str]):
     conditions = {"gsm8k": "own.jsonl, greedy", "gsm8k, base model": "other.jsonl, greedy"}
     view.show_results({**RESULTS, "score_conditions": conditions})

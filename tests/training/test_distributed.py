@@ -90,6 +90,17 @@ def test_all_processes_hold_the_same_weights_and_numbers(folder):
         assert zero["result"]["validation_loss"] == one["result"]["validation_loss"]
 
 
+def test_a_layer_that_nothing_calls_stops_no_process(folder):
+    """DDP would wait for its gradient; the others are trained as they are without it."""
+    zero, one, plain = seen(folder, "idle", 0), seen(folder, "idle", 1), seen(folder, "plain")
+    assert zero["error"] is None
+    assert zero["weights"] == one["weights"]
+    assert any("idle" in name for name in zero["weights"])
+    assert {n: each for n, each in zero["weights"].items() if "idle" not in n} == plain["weights"]
+    losses = [[m["loss"] for m in each["metrics"]] for each in (zero, plain)]
+    assert losses[0] == losses[1]
+
+
 def test_only_one_process_writes_the_log(folder):
     lines = (folder / "plain" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

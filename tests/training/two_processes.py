@@ -27,7 +27,7 @@ from kpsvd_tune.training import Training, end_processes, make_accelerator, on_ma
 from kpsvd_tune.training.optim import SHARDABLE
 
 
-def make_model(dropout: float = 0.0) -> torch.nn.Module:
+def make_model(dropout: float = 0.0, has_idle_layer: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -40,11 +40,16 @@ def make_model(dropout: float = 0.0) -> torch.nn.Module:
     adapter = LoraConfig(
         r=2,
         lora_dropout=dropout,
-        target_modules=["q_proj", "up_proj"],
+        target_modules=["q_proj", "up_proj", *["idle"][: int(has_idle_layer)]],
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(LlamaForCausalLM(config), adapter)
+    base = LlamaForCausalLM(config)
+    if has_idle_layer:
+        # Last, so that the others get the weights that they have without it.
+        with torch.random.fork_rng():
+            base.idle = torch.nn.Linear(4, 4)
+    model = get_peft_model(base, adapter)
     assert isinstance(model, torch.nn.Module)
     return model
 
@@ -68,6 +73,7 @@ def train(
     plant: Callable[[torch.nn.Module, int], None] | None = None,
     stop_after: int | None = None,
     two_rates: bool = False,
+    has_idle_layer: bool = False,
     **changes: Any,
 ) -> None:
     """Train, and write what this process saw."""
@@ -86,7 +92,7 @@ def train(
     run = RunDirectory(folder / name.partition("+")[0])
     identity = {"num_processes": accelerator.num_processes}
     start = on_main_process(accelerator, lambda: run.begin("recipe", identity, {}))
-    model = make_model(dropout)
+    model = make_model(dropout, has_idle_layer)
     rows = make_rows(16)
     training = Training(
         model,
@@ -169,6 +175,7 @@ def main(folder: Path) -> None:
     train(folder, "parts+resumed", dropout=0.3, batch_size=2)
     train(folder, "nan", batch_size=2, plant=plant_nan)
     train(folder, "signal", batch_size=2, plant=kill_once)
+    train(folder, "idle", batch_size=2, has_idle_layer=True)
     train(folder, "packed", batch_size=2, packing=True)
     train(folder, "grouped", batch_size=2, group_by_length=True)
     sharded: dict[str, Any] = {"batch_size": 2, "parallel": "fsdp"}

@@ -1,0 +1,71 @@
+"""What a disk refuses, told with what was tried and what to do; one place for every command."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from kpsvd_tune.errors import KpsvdTuneError, ResourceError
+
+_CURES = {
+    errno.ENOSPC: "free some space, or choose {place} on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space, or choose another {place}",
+    errno.EROFS: "the file system is read-only; choose {place} that can be written",
+    errno.EACCES: "choose {place} that this user may write",
+    errno.EPERM: "choose {place} that this user may write",
+    errno.ENOENT: "the folder vanished; was {bare} moved, deleted or unmounted?",
+    errno.EEXIST: "a file is in the way; remove it, or choose another {place}",
+    errno.ENOTDIR: "a file is in the way; remove it, or choose another {place}",
+    errno.EFBIG: "the file is larger than a limit allows; see `ulimit -f`, or choose another disk",
+}
+# Libraries in Rust (safetensors, tokenizers) keep the system's number only in their text.
+_RUST = re.compile(r"os error (\d+)")
+
+
+@contextlib.contextmanager
+def explained(attempt: str, place: str = "an output_dir") -> Iterator[None]:
+    """Turn what a disk refuses inside into a message.
+
+    Args:
+        attempt: What is tried, as in "could not write FILE".
+        place: What the user can choose instead: the key or option that names the folder.
+
+    Raises:
+        ResourceError: What was tried, why it failed, and what to do.
+    """
+    try:
+        yield
+    except KpsvdTuneError:
+        raise
+    except Exception as error:
+        refused = as_disk_error(error)
+        if refused is None:
+            raise
+        raise ResourceError(
+            f"could not {attempt}: {refused.strerror or refused}; {cure(refused, place)}"
+        ) from error
+
+
+def as_disk_error(error: Exception) -> OSError | None:
+    """The error as the system's, where it is one or tells of one; None where it is another."""
+    if isinstance(error, OSError):
+        return error
+    number = _RUST.search(str(error))
+    if number is None:
+        return None
+    return OSError(int(number[1]), os.strerror(int(number[1])))
+
+
+def cure(error: OSError, place: str) -> str:
+    """What to do about it.
+
+    Args:
+        error: With the system's number.
+        place: As by :func:`explained`.
+    """
+    text = _CURES.get(error.errno or 0, "try again, or choose {place} on another disk")
+    bare = place.removeprefix("an ").removeprefix("a ")
+    return text.replace("another {place}", "another {bare}").format(place=place, bare=bare)

@@ -1,0 +1,79 @@
+"""Regular expressions from recipes and from foreign adapters, matched within a time limit.
+
+Python's `re` may try exponentially many ways to match: (a+)+b on thirty letters takes hours. The
+module looks for signals while it works, so an alarm ends it, with the very matching that PEFT does.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# Sane patterns take microseconds a name, and a large model has some ten thousand names.
+SECONDS = 5.0
+
+
+class SlowPatternError(ValueError):
+    """Matching took too long."""
+
+
+@contextmanager
+def time_limit(what: str) -> Iterator[None]:
+    """End what is matched inside when it takes too long.
+
+    Outside the main thread, where Python delivers no signals, nothing is bounded.
+
+    Args:
+        what: The setting, as the error names it.
+
+    Raises:
+        SlowPatternError: The limit was reached.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SlowPatternError(
+            f"{what} takes more than {SECONDS:g} s to match, as patterns with repeats inside "
+            "repeats do, such as (a+)+; write it without them, or list the names"
+        )
+
+    handler: Any = signal.signal(signal.SIGALRM, stop)
+    earlier = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *earlier)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def check_patterns(patterns: Mapping[str, object], names: Iterable[str]) -> None:
+    """Refuse patterns that cannot be compiled, or not be matched with some names in time.
+
+    Args:
+        patterns: The key of each setting to its value; only texts are patterns.
+        names: What they will be matched with.
+
+    Raises:
+        ValueError: Names the key.
+    """
+    listed = list(names)
+    for key, pattern in patterns.items():
+        if not isinstance(pattern, str):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                matcher = re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{key} is not a regular expression: {error}") from error
+        with time_limit(key):
+            for name in listed:
+                matcher.fullmatch(name)

@@ -1,0 +1,108 @@
+"""Model cards: what a README.md says of the base, and the whole card of a merged model.
+
+Cards are published with the weights, so they name the base as the hub does where it is known, and
+never a folder of the machine that they were written on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kpsvd_tune import __version__
+from kpsvd_tune.report.results import MergeReport
+
+# What begins at the root, at home or at the current folder; addresses of the web do not.
+_LOCAL = re.compile(r"""(?<![\w.:/<\\])(?:~\w*|\.{1,2})?/(?:[^\s,;'"`|/]+/)+([^\s,;'"`|/]+)""")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as a card names it.
+
+    Attributes:
+        name: The id on the hub; else the name of its file or folder, without the path.
+        is_on_hub: Whether the name is an id on the hub.
+        licence: The licence that the base's own card states, as the hub writes it; None where it
+            states none.
+    """
+
+    name: str
+    is_on_hub: bool
+    licence: str | None = None
+
+    @property
+    def place(self) -> str:
+        """What stands in code that loads it."""
+        return self.name if self.is_on_hub else "PATH_OF_THE_BASE_MODEL"
+
+
+def front_matter(base: Base, library: str, *tags: str) -> list[str]:
+    """The lines that the hub reads; only an id on the hub is given as the base."""
+    return [
+        "---",
+        *([f"base_model: {base.name}"] if base.is_on_hub else []),
+        *([f"license: {base.licence}"] if base.licence else []),
+        f"library_name: {library}",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+    ]
+
+
+def merged_card(report: MergeReport, base: Base) -> str:
+    """The README.md of a merged model: what it was made of, how, and what proves it."""
+    verdict = "passed" if report.passed else "**did not pass**"
+    licence = (
+        f"The base model's card states the licence `{base.licence}`."
+        if base.licence
+        else "The licence of the base model holds for these weights too; look it up there."
+    )
+    lines = [
+        *front_matter(base, "transformers", "kpsvd", "merged"),
+        "",
+        f"# {base.name} with a KPSVD adapter merged in",
+        "",
+        f"Base model: {base.name}. Adapter: {adapter_name(report.adapter)}, trained with "
+        f"kpsvd-tune. Version {__version__} added its update to {len(report.kept_share)} weight "
+        f"matrices and stored all weights in {report.dtype}. The result is a plain model of the "
+        "base's architecture: it needs neither kpsvd-tune nor PEFT.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+        "## Proof",
+        "",
+        "This folder was loaded afresh and compared in float32 with the adapter on its base, on "
+        f"{report.num_positions} token positions of {len(report.prompts)} prompts. The comparison "
+        f"{verdict}; all figures are in merge_report.json.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| largest logit difference | {report.max_logit_difference:.3g} |",
+        f"| tolerance | {report.tolerance:.3g} |",
+        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
+        f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |",
+        *([""] if report.warnings else []),
+        *(f"Warning: {warning}" for warning in report.warnings),
+        "",
+        "## Licence",
+        "",
+        licence,
+    ]
+    return without_folders("\n".join(lines) + "\n")
+
+
+def adapter_name(path: str) -> str:
+    """What an adapter is called: its folder, or the run that keeps it in one called adapter."""
+    folder = Path(path)
+    return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
+
+
+def without_folders(text: str) -> str:
+    """Leave of every local path only its last name."""
+    return _LOCAL.sub(r"\1", text)

@@ -16,7 +16,7 @@ _CURES = {
     errno.EROFS: "the file system is read-only; choose {place} that can be written",
     errno.EACCES: "choose {place} that this user may write",
     errno.EPERM: "choose {place} that this user may write",
-    errno.ENOENT: "the folder vanished; was it moved, deleted or unmounted?",
+    errno.ENOENT: "the folder vanished; was {bare} moved, deleted or unmounted?",
     errno.EEXIST: "a file is in the way; remove it, or choose another {place}",
     errno.ENOTDIR: "a file is in the way; remove it, or choose another {place}",
     errno.EFBIG: "the file is larger than a limit allows; see `ulimit -f`, or choose another disk",
@@ -67,5 +67,5 @@ def cure(error: OSError, place: str) -> str:
         place: As by :func:`explained`.
     """
     text = _CURES.get(error.errno or 0, "try again, or choose {place} on another disk")
-    bare = place.removeprefix("an ").removeprefix("another ")
-    return text.replace("another {place}", f"another {bare}").format(place=place)
+    bare = place.removeprefix("an ").removeprefix("a ")
+    return text.replace("another {place}", "another {bare}").format(place=place, bare=bare)

@@ -158,3 +158,19 @@ def test_an_output_folder_that_is_a_file_is_refused_with_a_cure(
     assert cli.run(["init-only", str(recipe)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "run is a file; expected a folder, or a name that is free" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "said"),
+    [
+        ("adapter.modules_to_save=[lm_haed]", 2, "'lm_haed' matches no module; did you mean lm_"),
+        ("adapter.exclude_modules=[up_porj]", 2, "'up_porj' matches no module; did you mean up_"),
+        ("adapter.modules_to_save=[norm]", 0, "modules_to_save 'norm' means 5 modules, trained"),
+    ],
+)
+def test_names_that_match_nothing_or_more_than_meant(
+    option: str, code: int, said: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["init-only", str(recipe), option]) == code
+    output = capsys.readouterr()
+    assert said in " ".join((output.out + output.err).split())

@@ -10,11 +10,13 @@ import errno
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.folders import kind_of, named
 
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28
@@ -144,6 +146,21 @@ def check_writable(folder: Path) -> None:
         raise InputError(
             f"{folder} cannot be written: {reason} ({place}); name another folder"
         ) from error
+
+
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder where something other than a file bears a name that is to be written.
+
+    Raises:
+        InputError: A folder, a pipe or a device is in the way.
+    """
+    for name in names:
+        kind = kind_of(folder / name)
+        if kind is not None and not os.path.isfile(folder / name):
+            raise InputError(
+                f"{folder / name} is {named(kind)}, and a file is to be written there; remove it, "
+                "or name another folder"
+            )
 
 
 def _lies_there(path: Path) -> bool:

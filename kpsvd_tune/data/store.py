@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.tokenized import IGNORED, TokenizedRow
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.json_files import parse_json, read_bytes
+from kpsvd_tune.json_files import check_regular, parse_json, read_bytes
 
 FACTS = "facts.json"
 _TYPES = {
@@ -171,6 +171,7 @@ class TokenStore:
             if content.pop("sha256") != _hash(content) or set(content["digests"]) != set(_TYPES):
                 return None
             for name, expected in content["digests"].items():
+                check_regular(folder / f"{name}.npy")
                 with (folder / f"{name}.npy").open("rb") as stream:
                     if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
                         return None

@@ -136,11 +136,16 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
     card = folder / "README.md"
     if not card.is_file():
         return
-    text = card.read_text(encoding="utf-8").partition(f"\n{_EVALUATION}\n")[0].rstrip("\n")
+    # A card is the user's to edit; bytes of another encoding stay as they are.
+    text = (
+        card.read_text(encoding="utf-8", errors="surrogateescape")
+        .partition(f"\n{_EVALUATION}\n")[0]
+        .rstrip("\n")
+    )
     partial = card.with_name(".README.md.partial")
     section = without_folders(_evaluation_section(results))
     with explained(f"write {card}"):
-        partial.write_text(f"{text}\n{section}", encoding="utf-8")
+        partial.write_text(f"{text}\n{section}", encoding="utf-8", errors="surrogateescape")
         partial.replace(card)
 
 

@@ -635,7 +635,7 @@ def test_awkward_text_comes_back_equal_from_yaml(write, text: str):
 FUZZ = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
+NAMES = st.text(min_size=1, max_size=20).filter(lambda t: t.strip() and "\0" not in t)
 RATES = st.floats(0, 1, exclude_min=True)
 
 
@@ -847,3 +847,28 @@ def test_sources_keep_their_settings_in_the_yaml_that_a_run_keeps(write):
     assert (first.path, first.weight, first.columns) == ("a.jsonl", 2.0, {"prompt": "q"})
     assert second == "b.jsonl"
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("rows.jsonl", "a file of rows in dataset.path"),
+        ("rows.csv.gz", "a file of rows in dataset.path"),
+        ("m.gguf", "a model in model.path"),
+        ("model.safetensors", "the folder of a model in model.path"),
+    ],
+)
+def test_a_file_that_goes_into_a_recipe_is_none(tmp_path, name, use):
+    file = tmp_path / name
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(RecipeError, match=f"is no recipe; expected a YAML file, which names {use}"):
+        load_recipe(file)
+
+
+def test_every_synonym_names_a_key_that_exists():
+    from kpsvd_tune.recipe.faults import _SYNONYMS, key_like
+
+    for name, key in _SYNONYMS.items():
+        place, _, last = key.rpartition(".")
+        assert last in LEVELS[tuple(place.split(".")) if place else ()], name
+        assert key_like(name) in (name, key)

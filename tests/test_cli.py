@@ -270,6 +270,19 @@ def test_a_key_that_was_written_as_an_option(capsys, arguments, advice):
     assert advice in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "r", "--gpus", "0,1"], "got '0,1'; to choose GPUs: CUDA_VISIBLE_DEVICES=0,1"),
+        (["train", "r", "--gpus=0"], "Input should be greater than or equal to 1; got '0'"),
+        (["compare", "r", "--seeds", "many"], "unable to parse string as an integer; got 'many'"),
+    ],
+)
+def test_an_invalid_value_of_an_option_is_named(capsys, arguments, told):
+    assert cli.run(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_an_option_that_is_unknown_to_a_command_without_a_recipe(capsys):
     assert cli.run(["report", "r", "--layer"]) == 2
     assert "No such option: --layer" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_p
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.checkpoint.ownership import refuse_inside_run
 from kpsvd_tune.disk import explained
-from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
+from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.json_files import read_json
@@ -171,7 +171,15 @@ def merge(
         raise InputError(f"--dtype {stored}: expected one of {', '.join(DTYPES)}")
     if not (base or found.base):
         raise InputError(f"{source} names no base model: give it with --base")
-    model_source = resolve_model(base or found.base, None if base else found.revision, offline)
+    try:
+        model_source = resolve_model(base or found.base, None if base else found.revision, offline)
+    except ModelError as error:
+        if base:
+            raise ModelError(f"--base: {error}") from error
+        raise ModelError(
+            f"{error}\nThat is the base which {found.adapter} names: where it lies elsewhere now, "
+            "give that place with --base"
+        ) from error
     inputs = [found.adapter, Path(source)]
     if model_source.kind == "folder":
         inputs.append(model_source.folder)

@@ -20,7 +20,6 @@ from kpsvd_tune.checkpoint.commit import commit, read_committed
 from kpsvd_tune.checkpoint.identity import Change, changes, refusal
 from kpsvd_tune.checkpoint.listing import (
     abandon_newer,
-    as_saved,
     checkpoint_name,
     clean,
     list_saved,
@@ -114,8 +113,10 @@ class RunDirectory:
 
         Raises:
             InputError: The folder holds files of the user's, or lies in another run.
-            CheckpointError: There are checkpoints, and no run.json that says what they belong to.
+            CheckpointError: There are checkpoints, and no run.json that says what they belong to;
+                or what ``resume`` names is no checkpoint of this run.
         """
+        self._named(resume)
         if self.run_file.exists():
             read_json(self.run_file)  # one that is damaged is named as such
             if is_run(self.path) or list_saved(self.checkpoints):
@@ -181,7 +182,7 @@ class RunDirectory:
         recorded = read_json(self.run_file, RunRecord)
         # By way of JSON, for what was read back must equal what was not.
         found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
-        explicit = None if resume in ("auto", "never") else Path(resume)
+        explicit = self._named(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()
         rebuild = rebuild and bool(list_saved(self.checkpoints))
         if is_finished and not found and explicit is None and not rebuild:
@@ -318,17 +319,29 @@ class RunDirectory:
         clean(self.checkpoints, checkpoint)
         return state
 
+    def _named(self, resume: str) -> Path | None:
+        """The checkpoint that a path names; None for auto and never."""
+        if resume in ("auto", "never"):
+            return None
+        saved = [each.folder for each in list_saved(self.checkpoints)]
+        checkpoint = Path(resume).resolve()
+        if checkpoint in [folder.resolve() for folder in saved]:
+            return checkpoint
+        one = (
+            f"one of {', '.join(map(str, saved))}"
+            if saved
+            else f"nothing else: {self.path} holds no checkpoint"
+        )
+        raise CheckpointError(
+            f"--resume {resume} is no checkpoint of this run; expected auto, never, or {one}. To "
+            "begin with what another run has trained, name its adapter in adapter.from"
+        )
+
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:
             return self.newest_checkpoint()
-        checkpoint = explicit.resolve()
-        if checkpoint.parent != self.checkpoints.resolve() or as_saved(checkpoint) is None:
-            raise CheckpointError(
-                f"--resume {explicit} is no checkpoint of this run; expected auto, never, or a "
-                f"folder such as {self.checkpoints / 'step-000100'}"
-            )
-        read_committed(checkpoint)
-        return checkpoint
+        read_committed(explicit)
+        return explicit
 
     def _anew(
         self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]

@@ -41,6 +41,9 @@ def run(arguments: list[str]) -> int:
     except TyperException as error:
         message = error.format_message()
         advice = _as_override(getattr(error, "option_name", ""), arguments)
+        if message.startswith("No such command"):
+            group = getattr(getattr(error, "ctx", None), "command", None)
+            advice = f" Expected one of {', '.join(getattr(group, 'commands', ()))}."
         _say(f"error: {message}{_got(message, arguments)}{advice}")
         return 2
     except BrokenPipeError:

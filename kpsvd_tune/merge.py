@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+from kpsvd_tune.disk import follow_umask
 from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.report.card import Base, merged_card
@@ -264,10 +264,8 @@ def _check_room(model: PreTrainedModel, output: Path) -> None:
 
 
 def _publish(partial: Path, output: Path) -> None:
-    """Give the finished folder its name; mkdtemp made it private, a model is not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o777 & ~mask)
+    """Give the finished folder its name."""
+    follow_umask(partial)
     if output.is_dir():
         output.rmdir()
     partial.rename(output)

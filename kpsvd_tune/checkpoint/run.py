@@ -16,8 +16,8 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from kpsvd_tune.checkpoint import durable
-from kpsvd_tune.checkpoint.commit import commit, read_committed
-from kpsvd_tune.checkpoint.identity import Change, changes, refusal
+from kpsvd_tune.checkpoint.commit import commit, read_committed, run_of
+from kpsvd_tune.checkpoint.identity import Change, changes, refusal, run_id
 from kpsvd_tune.checkpoint.listing import (
     abandon_newer,
     checkpoint_name,
@@ -71,6 +71,7 @@ class RunRecord(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     status: str
+    id: str
     identity: dict[str, Any]
     changes: list[dict[str, Any]]
 
@@ -258,7 +259,7 @@ class RunDirectory:
         # The log reaches the disk before the checkpoint that counts on its length.
         state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
         folder = self.checkpoints / checkpoint_name(state.step, is_pending)
-        commit(folder, to_files(state))
+        commit(folder, to_files(state), self._id())
         clean(self.checkpoints, folder)
         for old in list_saved(self.checkpoints)[keep:]:
             if old.step != best_step:
@@ -283,7 +284,7 @@ class RunDirectory:
         Raises:
             CheckpointError: It is damaged; the message names the file.
         """
-        return from_files(read_committed(checkpoint))
+        return from_files(self._read(checkpoint))
 
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; a damaged newer one is named in a warning.
@@ -294,7 +295,7 @@ class RunDirectory:
         faults: list[str] = []
         for _, _, folder in list_saved(self.checkpoints):
             try:
-                read_committed(folder)
+                self._read(folder)
             except CheckpointError as error:
                 faults.append(str(error))
                 continue
@@ -340,15 +341,28 @@ class RunDirectory:
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:
             return self.newest_checkpoint()
-        read_committed(explicit)
+        self._read(explicit)
         return explicit
+
+    def _id(self) -> str | None:
+        """What the run is known by; None for one of an older version."""
+        return read_json(self.run_file, RunRecord).get("id") if self.run_file.exists() else None
+
+    def _read(self, checkpoint: Path) -> dict[str, bytes]:
+        files = read_committed(checkpoint)
+        # Of the same name and whole, and yet copied here: its offsets belong to other factors.
+        if run_of(checkpoint) != self._id():
+            raise CheckpointError(f"{checkpoint} is of another run; was it copied here?")
+        return files
 
     def _anew(
         self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
         # First, as the rest is known for ours by it.
-        self._write_run({"status": "running", **about, "identity": identity})
+        self._write_run(
+            {"status": "running", **about, "id": run_id(identity), "identity": identity}
+        )
         durable.replace_file(self.recipe_file, recipe_text.encode())
         return Start()
 

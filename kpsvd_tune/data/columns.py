@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ CONTEXT_NAMES = {
     *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
     *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
 }
+# Unicode's categories of control and format characters, and of spaces.
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
 
 
@@ -132,7 +135,11 @@ def text_of(row: Row, name: str) -> str:
         inner = next(iter(value), "key")
         cure = f"; to reach into it write the column as {name}.{inner}"
     elif isinstance(value, list):
-        cure = "; for chat messages set dataset.format to chat or sharegpt"
+        cure = (
+            "; for chat messages set dataset.format to chat or sharegpt"
+            if value
+            else "; a list of messages needs at least one: remove the row, or write the question"
+        )
     else:
         cure = "; write it as text, so that exactly these characters are learnt"
     raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
@@ -215,6 +222,11 @@ def _is_text(row: Row, path: str) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(each, str) for each in value)
     return isinstance(value, str) and bool(value.strip())
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces, control characters and characters without width."""
+    return all(unicodedata.category(each) in _INVISIBLE for each in text)
 
 
 def is_empty(value: Any) -> bool:

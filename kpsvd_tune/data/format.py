@@ -12,6 +12,7 @@ from kpsvd_tune.data.columns import (
     column,
     describe_columns,
     from_struct_of_lists,
+    is_blank,
     is_empty,
     is_python_list,
     looks_like_pair,
@@ -20,7 +21,7 @@ from kpsvd_tune.data.columns import (
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.messages import read_message
+from kpsvd_tune.data.messages import REASONING_KEYS, read_message
 from kpsvd_tune.data.preference import check_preference
 from kpsvd_tune.data.tools import read_tools
 from kpsvd_tune.errors import DataError
@@ -143,9 +144,10 @@ class RowFormat:
 
     def _pair(self, row: Row) -> Pair | None:
         texts = {role: name for role, name in self.columns.items() if role != "history"}
+        self._check_single_answer(row)
         read = {role: self._text(row, role) for role in texts}
         answer = read[REQUIRED_ROLES[self.name][-1]]
-        if not answer.strip():
+        if is_blank(answer):
             return None
         if self.name == "text":
             return Pair("", answer, is_plain=True)
@@ -162,6 +164,18 @@ class RowFormat:
         history = self._history(row) if "history" in self.columns else ()
         system = read.get("system") or None
         return Pair(prompt, answer, system, history=history, tools=read_tools(row))
+
+    def _check_single_answer(self, row: Row) -> None:
+        """Refuse several answers in a list, as data sets of questions hold all that count."""
+        name = self.columns[REQUIRED_ROLES[self.name][-1]]
+        value = column(row, name)
+        is_several = isinstance(value, list) and len(value) > 1 and message_kind(value) is None
+        if self.name != "text" and is_several and all(isinstance(each, str) for each in value):
+            raise DataError(
+                f"{row.where}: the column {name!r} holds a list of {len(value)} "
+                f"({json.dumps(value, default=str)[:60]}), which would be learnt as one answer; "
+                "expected one text: keep one of them, or join them where they are its lines"
+            )
 
     def _text(self, row: Row, role: str) -> str:
         name = self.columns[role]
@@ -205,6 +219,11 @@ class RowFormat:
                     context.add(len(messages))
                 messages.append(message)
                 notes += more
+                if only_thinks(message):
+                    notes.append(
+                        "assistant messages that hold reasoning alone, without text or call, are "
+                        f"not learnt (first: {row.where}): join each with the answer behind it"
+                    )
         if "system" in self.columns and (system := self._text(row, "system")):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
@@ -218,7 +237,7 @@ class RowFormat:
             self._refuse_another_form(row)
         if not answers - context:
             return None
-        if messages[0]["role"] == "assistant":
+        if messages[0]["role"] == "assistant" and 0 not in context:
             raise DataError(
                 f"{row.where}: the chat starts with the assistant; expected a system or user "
                 "message first, since nothing asks for that answer: remove it or add the question"
@@ -304,6 +323,8 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
         kinds = {role: message_kind(value, may_be_single=True) for role, value in values.items()}
         if not all(values.values()):
             continue
+        if not all(kinds.values()):  # then a JSON object in a text is the text that was asked for
+            kinds = {role: _unless_object(values[role], kind) for role, kind in kinds.items()}
         if any(kinds.values()) and (not all(kinds.values()) or len(kinds) == 1):
             role = next(role for role, kind in kinds.items() if kind)
             other = "completion" if role == "prompt" else "prompt"
@@ -316,6 +337,10 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
             )
         return any(kinds.values())
     return False
+
+
+def _unless_object(value: Any, kind: str | None) -> str | None:
+    return None if isinstance(value, str) and value.lstrip().startswith("{") else kind
 
 
 def _detect(
@@ -411,5 +436,11 @@ def is_answer(message: Mapping[str, Any]) -> bool:
 
     Learning a turn that says nothing would teach the model to stop before its first word.
     """
-    says_something = message["content"].strip() or message.get("tool_calls")
+    says_something = not is_blank(message["content"]) or message.get("tool_calls")
     return message["role"] == "assistant" and bool(says_something)
+
+
+def only_thinks(message: Mapping[str, Any]) -> bool:
+    """Whether a message is the assistant's and holds reasoning, and nothing else."""
+    thinks = any(not is_empty(message.get(key)) for key in REASONING_KEYS)
+    return message["role"] == "assistant" and thinks and not is_answer(message)

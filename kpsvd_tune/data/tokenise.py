@@ -203,10 +203,22 @@ def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str])
     """The rows without some columns; `found` gets those that they have."""
     for row in rows:
         if names:
-            found.update(name for name in names if name in row.values)
-            values = {name: value for name, value in row.values.items() if name not in names}
-            row = replace(row, values=values)
+            row = replace(row, values=_without(row.values, names, found))
         yield row
+
+
+def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
+    """An object without some keys; "a.b" leaves the key b out of the object a."""
+    found.update(name for name in names if name in values)
+    kept = {name: value for name, value in values.items() if name not in names}
+    for name in names:
+        first, _, rest = name.partition(".")
+        if rest and isinstance(kept.get(first), Mapping) and name not in values:
+            inside: set[str] = set()
+            kept[first] = _without(kept[first], [rest], inside)
+            if inside:
+                found.add(name)
+    return kept
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -26,6 +26,15 @@ _MEDIA = {
 }
 _LABELS = {"label", "labels", "ktotag", "ktolabel", "isdesirable", "desirable"}
 _VERDICTS = {"iscorrect", "correct", "isgood", "isvalid", "accepted", "isaccepted"}
+_GRADES = {
+    *("good", "bad", "yes", "no", "desirable", "undesirable", "chosen", "rejected"),
+    *("correct", "incorrect", "right", "wrong", "accepted", "acceptable", "unacceptable"),
+}
+_SPLITS = {"split", "datasplit", "subset", "fold", "partition"}
+_HELD_OUT = {
+    *("test", "testing", "eval", "evaluation", "validation", "validate", "valid", "val", "dev"),
+    *("holdout", "heldout"),
+}
 _WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
 _SWITCHES = {"train", "trainable", "istrain", "istrainable"}
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
@@ -47,6 +56,7 @@ class UnusedColumns:
         self._settled: set[str] = set()
         self._unused: dict[str, None] = {}
         self._context: dict[str, None] = {}
+        self._splits: dict[str, bool] = {}
 
     def check(self, row: Row) -> None:
         """Look at the columns of one row.
@@ -58,7 +68,9 @@ class UnusedColumns:
             if name in self._settled:
                 continue
             self.seen.add(name)
-            if self._is_used(row, name):
+            if self._is_used_in_part(row, name):
+                self._check_inside(row, name, value)
+            elif self._is_used(row, name):
                 self._settled.add(name)
             elif not is_empty(value):
                 self._judge(row, name, value)
@@ -84,18 +96,35 @@ class UnusedColumns:
             )
         return notes
 
+    def _check_inside(self, row: Row, name: str, value: Any) -> None:
+        """Look at the keys of an object of which others are taken ("data" of "data.question")."""
+        if not isinstance(value, dict):
+            return
+        for key, inner in value.items():
+            path = f"{name}.{key}"
+            if path in self._settled or path in self._form.columns.values():
+                continue
+            if self._is_used_in_part(row, path):
+                self._check_inside(row, path, inner)
+            elif not is_empty(inner):
+                self._judge(row, path, inner)
+
+    def _is_used_in_part(self, row: Row, path: str) -> bool:
+        return any(
+            taken not in row.values and taken.startswith(f"{path}.")
+            for taken in self._form.columns.values()
+        )
+
     def _is_used(self, row: Row, name: str) -> bool:
-        takes = self._form.columns.values()
-        if name in takes or any(
-            "." in taken and taken not in row.values and taken.split(".")[0] == name
-            for taken in takes
-        ):
+        if name in self._form.columns.values():
             return True
         return name in TOOL_COLUMNS and self._form.name != "text"
 
     def _judge(self, row: Row, name: str, value: Any) -> None:
+        plain = plain_name(name.rpartition(".")[2])
+        self._check_split(row, name, plain, value)
         for refuses in _REFUSALS:
-            if fault := refuses(plain_name(name), value, self._form):
+            if fault := refuses(plain, value, self._form):
                 raise DataError(
                     f"{row.where}: the column {name!r} {fault}; if it means nothing here, leave it "
                     f"out with dataset.ignore_columns: [{name}]"
@@ -104,14 +133,27 @@ class UnusedColumns:
             check_preference(row, self._setting)
             if message_kind(value):
                 raise self._unused_messages(row, name)
-        if _looks_like_context(plain_name(name), value) and self._form.name != "text":
+        if _looks_like_context(plain, value) and self._form.name != "text":
             if not self._form.is_named and not self._form.is_chat:
                 raise self._missing_context(row, name)
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if plain_name(name) not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES:
+        if plain not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS:
             self._settled.add(name)
+
+    def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
+        """Refuse rows for tests among rows to train on; a file of one kind is what a user chose."""
+        if plain not in _SPLITS or not isinstance(value, str):
+            return
+        is_held_out = value.strip().lower() in _HELD_OUT
+        if self._splits.setdefault(name, is_held_out) != is_held_out:
+            raise DataError(
+                f"{row.where}: the column {name!r} is {value!r} and earlier rows are of another "
+                "split, so rows for tests would be learnt with the others; expected one split in "
+                "a file: make a file of each (dataset.validation takes the held-out one), or, if "
+                f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
+            )
 
     def _unused_messages(self, row: Row, name: str) -> DataError:
         used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
@@ -163,7 +205,8 @@ def _media(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _label(plain: str, value: Any, form: RowFormat) -> str | None:
-    says_yes_or_no = str(value).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
+    text = str(value).strip().lower()
+    says_yes_or_no = text in ("true", "false", "0", "1", "0.0", "1.0") or text in _GRADES
     if plain not in _LABELS or form.name == "text" or not says_yes_or_no:
         return None
     return (
@@ -174,7 +217,10 @@ def _label(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _VERDICTS or str(value).strip().lower() != "false":
+    # `correct` may also be the number of the right choice.
+    is_number = plain != "correct" and str(value).strip() in ("0", "0.0")
+    says_no = str(value).strip().lower() in ("false", "no")
+    if plain not in _VERDICTS or not (says_no or is_number):
         return None
     return (
         f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the others; "

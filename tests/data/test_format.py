@@ -232,3 +232,31 @@ def test_two_system_messages_are_refused() -> None:
     row = Row("r.jsonl", 1, {"messages": turns, "system": "s"})
     with pytest.raises(DataError, match="line 1: both 'messages' and the column 'system' give"):
         find_format([row], "auto", {}).example(row)
+
+
+@pytest.mark.parametrize("answer", [["Paris", "paris"], ["a", "b", "c"]])
+def test_several_answers_are_not_joined_to_one(answer: list[str]) -> None:
+    one = Row("rows.jsonl", 1, {"prompt": "q", "completion": answer})
+    form = find_format([one], "auto", {})
+    with pytest.raises(DataError, match=r"holds a list of \d .* expected one text: keep one"):
+        form.example(one)
+    single = form.example(Row("rows.jsonl", 2, {"prompt": "q", "completion": answer[:1]}))
+    assert isinstance(single, Pair)
+    assert single.completion == answer[0]
+
+
+def test_an_answer_that_is_a_json_object_is_text() -> None:
+    one = Row("rows.jsonl", 1, {"prompt": "q", "completion": '{"role": "a", "content": "b"}'})
+    form = find_format([one], "auto", {})
+    assert not form.has_messages
+    found = form.example(one)
+    assert isinstance(found, Pair)
+    assert found.completion == '{"role": "a", "content": "b"}'
+
+
+def test_an_empty_list_for_a_prompt_is_told_as_what_it_is() -> None:
+    one = Row(
+        "rows.jsonl", 1, {"prompt": [], "completion": [{"role": "assistant", "content": "b"}]}
+    )
+    with pytest.raises(DataError, match="holds a list .* a list of messages needs at least one"):
+        find_format([one], "auto", {}).example(one)

@@ -353,3 +353,58 @@ def test_a_system_prompt_that_no_role_takes_is_told_of_with_the_way_to_use_it(re
     (note,) = unused(read(row))
     data = read(row, columns=advised(DataError(note))["columns"])
     assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
+
+
+NESTED = {"columns": {"prompt": "data.q", "completion": "data.a"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"is_correct": False}, r"column 'data\.is_correct' is False"),
+        ({"label": 0}, r"column 'data\.label' is 0"),
+        ({"weight": 0}, r"column 'data\.weight' is 0"),
+        ({"images": ["a.png"]}, r"column 'data\.images' holds images"),
+    ],
+)
+def test_keys_beside_those_that_are_taken_are_looked_at_too(
+    read: Read, more: dict[str, Any], message: str
+) -> None:
+    row = {"data": {"q": "2 + 3?", "a": "5", **more}}
+    with pytest.raises(DataError, match=message) as got:
+        read(row, **NESTED)
+    assert learnt(read(row, **NESTED, **advised(got.value))) == ["5</s>"]
+
+
+def test_keys_beside_those_that_are_taken_are_named(read: Read) -> None:
+    row = {"data": {"q": "2 + 3?", "a": "5", "context": "sums", "id": 7, "more": {"b": 1}}}
+    notes = unused(read(row, {"data": None, **PAIR}, row, **NESTED, on_bad_row="drop",
+                        max_bad_rows=0.5))  # fmt: skip
+    assert any("'data.context' looks like a part" in note for note in notes)
+    assert any("not used: data.id, data.more, prompt, completion" in note for note in notes)
+    silent = ["data.context", "data.id", "data.more"]
+    assert unused(read(row, **NESTED, ignore_columns=silent)) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("label", "bad"), ("label", "undesirable"), ("kto_tag", "rejected"),
+        ("is_correct", 0), ("accepted", "no"), ("is_valid", "0"),
+    ],
+)  # fmt: skip
+def test_other_ways_to_say_that_an_answer_is_bad(read: Read, column: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"line 1: the column '{column}' is {value!r}, "):
+        read({**PAIR, column: value})
+
+
+def test_the_number_of_the_right_choice_is_no_verdict(read: Read) -> None:
+    assert learnt(read({**PAIR, "correct": 0, "label": "sums"})) == ["5</s>"]
+
+
+def test_rows_for_tests_among_rows_to_train_on_are_refused(read: Read) -> None:
+    train, test = {**PAIR, "split": "train"}, {**PAIR, "split": "test"}
+    with pytest.raises(DataError, match=r"line 3: the column 'split' is 'test' and earlier rows"):
+        read(train, train, test)
+    assert len(read(test, test).train) == 2
+    assert len(read(train, test, ignore_columns=["split"]).train) == 2

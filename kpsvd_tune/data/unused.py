@@ -37,6 +37,10 @@ _HELD_OUT = {
 }
 _WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
 _SWITCHES = {"train", "trainable", "istrain", "istrainable"}
+_TOOLS = {
+    *("tools", "functions", "toollist", "toolslist", "availabletools", "availablefunctions"),
+    *("tooldefinitions", "toolschemas", "functionlist", "functionschemas"),
+}
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
 _SHOWN = 12
 
@@ -269,6 +273,15 @@ def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
     return "holds documents beside the chat, which are not passed on; expected them in a message"
 
 
+def _tools(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _TOOLS or not isinstance(value, list | dict | str) or not form.is_chat:
+        return None
+    return (
+        "seems to hold the tools of the chat, which would be learnt without them; expected them in "
+        "a column 'tools' of the row: rename it"
+    )
+
+
 _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _media,
     _label,
@@ -278,4 +291,5 @@ _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _mask,
     _template,
     _documents,
+    _tools,
 )

@@ -408,3 +408,15 @@ def test_rows_for_tests_among_rows_to_train_on_are_refused(read: Read) -> None:
         read(train, train, test)
     assert len(read(test, test).train) == 2
     assert len(read(train, test, ignore_columns=["split"]).train) == 2
+
+
+def test_tools_in_another_column_are_refused(read: Read) -> None:
+    tools = [{"name": "weather"}]
+    with pytest.raises(DataError, match=r"column 'available_tools' seems to hold the tools of"):
+        read({**CHAT, "available_tools": tools})
+    nested = {"columns": {"messages": "data.messages"}}
+    row = {"data": {**CHAT, "tools": tools}}
+    with pytest.raises(DataError, match=r"column 'data\.tools' seems to hold .*: rename it") as got:
+        read(row, **nested)
+    assert learnt(read(row, **nested, **advised(got.value))) == ["5</s>"]
+    assert learnt(read({**PAIR, "available_tools": tools})) == ["5</s>"]

@@ -15,7 +15,7 @@ from kpsvd_tune.adapter.base import other_base_allowed
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.checkpoint.ownership import refuse_inside_run
 from kpsvd_tune.disk import explained
-from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
+from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.json_files import read_json
@@ -115,12 +115,23 @@ def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> 
 
     Raises:
         InputError: No base is named, or one for a model that needs none.
+        ModelError: Nothing is there.
     """
     if base and found.adapter is None:
         raise InputError(f"--base {base}: {source} is no adapter, so it has no base model")
     if not (base or found.base):
         raise InputError(f"{source} names no base model: give it with --base")
-    return resolve_model(base or found.base, None if base else found.revision, offline)
+    try:
+        return resolve_model(base or found.base, None if base else found.revision, offline)
+    except ModelError as error:
+        if base:
+            raise ModelError(f"--base: {error}") from error
+        if found.adapter is None:
+            raise
+        raise ModelError(
+            f"{error}\nThat is the base which {found.adapter} names: where it lies elsewhere now, "
+            "give that place with --base"
+        ) from error
 
 
 def load_adapter(

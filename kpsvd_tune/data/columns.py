@@ -18,7 +18,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
-        "chosen",
+        "chosen", "answerkey",
         "code", "label", "summary", "text",
     ),
     "instruction": ("instruction", "question", "prompt", "problem", "task"),
@@ -110,11 +110,13 @@ def is_python_list(text: str) -> bool:
 def text_of(row: Row, name: str) -> str:
     """The text of a column: null is empty, a whole number is written out, texts are lines.
 
+    A list without texts is empty too.
+
     Raises:
         DataError: The column is missing from this row, or holds something that is not text.
     """
     value = column(row, name)
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
         value = "\n".join(value)  # as MBPP holds the tests of a task
     if isinstance(value, str):
         check_characters(row, name, value)
@@ -195,7 +197,7 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
     found: dict[str, str] = {}
     for wanted in required:
         free = [path for path in paths if path not in found.values()]
-        if close := _nearest(wanted, free):
+        if close := nearest(wanted, free):
             found[wanted] = close
     if form not in ("prompt-completion", "alpaca") or set(found) != set(required):
         return form, {role: found.get(role, "COLUMN") for role in required}
@@ -232,7 +234,7 @@ def plain_name(name: str) -> str:
 def looks_like_pair(row: Row, name: str) -> bool:
     """Whether another column than `name` is called as prompts or completions are."""
     others = [path for path in _text_paths(row) if path != name]
-    return any(_nearest(role, others) is not None for role in ("prompt", "completion"))
+    return any(nearest(role, others) is not None for role in ("prompt", "completion"))
 
 
 def describe_columns(row: Row) -> str:
@@ -241,7 +243,8 @@ def describe_columns(row: Row) -> str:
     return f"the columns {names}" if names else "no columns"
 
 
-def _nearest(role: str, names: Sequence[str]) -> str | None:
+def nearest(role: str, names: Sequence[str]) -> str | None:
+    """The name that is most like those that real data sets use for a role; None: none is."""
     lowered = {name.split(".")[-1].lower(): name for name in reversed(names)}
     for usual in _USUAL_NAMES[role]:
         if usual in lowered:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.data.columns import (
+    check_characters,
     column,
     describe_columns,
     from_struct_of_lists,
@@ -20,7 +21,7 @@ from kpsvd_tune.data.columns import (
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.messages import read_message
+from kpsvd_tune.data.messages import read_message, read_part
 from kpsvd_tune.data.preference import check_preference
 from kpsvd_tune.data.tools import read_tools
 from kpsvd_tune.errors import DataError
@@ -43,6 +44,10 @@ _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
 # Of a first row that is empty or half empty, the rows behind it tell the form.
 _LOOKED_AT = 50
 _NAMED = "named in the recipe"
+# Columns of rows that hold one message each, as exports of chats have them.
+_SPEAKERS = ("role", "from", "speaker", "author")
+_SPOKEN = ("user", "human", "prompter", "assistant", "gpt", "bot", "system")
+_SAID = ("content", "value", "text", "message")
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,11 @@ class RowFormat:
     is_named: bool = False
 
     @property
+    def is_format_named(self) -> bool:
+        """Whether the recipe names the form itself."""
+        return self.reason == _NAMED
+
+    @property
     def is_chat(self) -> bool:
         """Whether the rows hold messages rather than texts."""
         return self.name in ("chat", "sharegpt") or self.has_messages
@@ -143,16 +153,18 @@ class RowFormat:
 
     def _pair(self, row: Row) -> Pair | None:
         texts = {role: name for role, name in self.columns.items() if role != "history"}
-        read = {role: self._text(row, role) for role in texts}
-        answer = read[REQUIRED_ROLES[self.name][-1]]
+        answering = REQUIRED_ROLES[self.name][-1]
+        read = {role: self._text(row, role) for role in texts if role != answering}
+        answer = self._text(row, "text") if self.name == "text" else self._answer(row, answering)
         if not answer.strip():
             return None
         if self.name == "text":
             return Pair("", answer, is_plain=True)
         asking = "instruction" if self.name == "alpaca" else "prompt"
-        if asking in texts and column(row, texts[asking]) is None:
+        if asking in texts and (asked := column(row, texts[asking])) in (None, []):
+            found = "null" if asked is None else "an empty list"
             raise DataError(
-                f"{row.where}: the column {texts[asking]!r} is null, so nothing asks for the "
+                f"{row.where}: the column {texts[asking]!r} is {found}, so nothing asks for the "
                 'answer; expected text: remove the row, or write "" where the prompt is meant to '
                 "be empty"
             )
@@ -162,6 +174,30 @@ class RowFormat:
         history = self._history(row) if "history" in self.columns else ()
         system = read.get("system") or None
         return Pair(prompt, answer, system, history=history, tools=read_tools(row))
+
+    def _answer(self, row: Row, role: str) -> str:
+        """The answer of a pair: one text, since several are as a rule several answers."""
+        name = self.columns[role]
+        value = column(row, name)
+        if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+            distinct: list[str] = list(dict.fromkeys(value))
+            if len(distinct) > 1:
+                raise DataError(
+                    f"{row.where}: the column {name!r} holds {len(value)} texts, such as "
+                    f"{distinct[0][:40]!r} and {distinct[1][:40]!r}; expected one answer: keep the "
+                    "one to learn, write a row for each, or join them if they are lines of one"
+                )
+            check_characters(row, name, distinct[0])
+            return distinct[0]
+        return self._text(row, role)
+
+    def _system(self, row: Row) -> str:
+        """The system prompt beside a chat: text, or parts of text as messages may hold them."""
+        name = self.columns["system"]
+        value = column(row, name)
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            return "".join(read_part(row, name, part, "text") for part in value)
+        return self._text(row, "system")
 
     def _text(self, row: Row, role: str) -> str:
         name = self.columns[role]
@@ -205,7 +241,7 @@ class RowFormat:
                     context.add(len(messages))
                 messages.append(message)
                 notes += more
-        if "system" in self.columns and (system := self._text(row, "system")):
+        if "system" in self.columns and (system := self._system(row)):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
                     f"{row.where}: both {name!r} and the column {self.columns['system']!r} give a "
@@ -267,9 +303,9 @@ def find_format(
                 first, (name, columns, reason) = row, found
                 break
         else:
-            raise missing_column(
-                first, "prompt-completion", "prompt", "prompt", ("prompt", "completion"), setting
-            )
+            pair = REQUIRED_ROLES["prompt-completion"]
+            missing = next((role for role in pair if role not in first.values), "prompt")
+            raise missing_column(first, "prompt-completion", missing, missing, pair, setting)
     known = REQUIRED_ROLES[name] + _OPTIONAL_ROLES[name]
     if unknown := [role for role in columns if role not in known]:
         raise DataError(
@@ -293,6 +329,8 @@ def find_format(
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
     has_messages = name == "prompt-completion" and _holds_messages(filled, resolved, setting)
+    if has_messages:
+        resolved.setdefault("system", "system")  # unmistakable beside messages
     is_named = any(role in named for role in REQUIRED_ROLES[name])
     return RowFormat(name, resolved, reason, has_messages, is_named)
 
@@ -343,10 +381,25 @@ def _detect(
             roles = ("completion",)
         if all(role in row.values for role in roles):
             return name, columns, f"the rows have the columns {' and '.join(roles)}"
+    _refuse_single_messages(row)
     # A text beside its summary or its label is half of a pair: which one must be said.
     if "text" in row.values and not looks_like_pair(row, "text"):
         return "text", columns, "the rows have the column text, and none for an answer"
     return None
+
+
+def _refuse_single_messages(row: Row) -> None:
+    """Refuse rows that are one message of a chat each, whose questions would be learnt as text."""
+    speaker = next((name for name in _SPEAKERS if row.values.get(name) in _SPOKEN), None)
+    text = next((name for name in _SAID if isinstance(row.values.get(name), str)), None)
+    if speaker is None or text is None:
+        return
+    raise DataError(
+        f"{row.where}: the columns {speaker!r} ({row.values[speaker]!r}) and {text!r} are those of "
+        "one message of a chat; expected a whole chat in each row: join the messages of a chat to "
+        "a list, messages: [{'role': ..., 'content': ...}], or learn every row as plain text with "
+        f"dataset.format=text dataset.columns={{text: {text}}}"
+    )
 
 
 def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:

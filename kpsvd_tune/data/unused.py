@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kpsvd_tune.data.columns import (
@@ -11,6 +11,7 @@ from kpsvd_tune.data.columns import (
     column,
     is_empty,
     message_kind,
+    nearest,
     plain_name,
 )
 from kpsvd_tune.data.files import Row
@@ -43,7 +44,12 @@ class UnusedColumns:
     def __init__(self, form: RowFormat, setting: str = "dataset.columns") -> None:
         self._form = form
         self._setting = setting
-        self.seen: set[str] = set()
+        # Objects that "a.b" reaches into: what else is in them is looked at like other columns.
+        self._opened = {
+            ".".join(parts[:depth])
+            for parts in (taken.split(".") for taken in form.columns.values())
+            for depth in range(1, len(parts))
+        }
         self._settled: set[str] = set()
         self._unused: dict[str, None] = {}
         self._context: dict[str, None] = {}
@@ -54,14 +60,13 @@ class UnusedColumns:
         Raises:
             DataError: A column changes what the row means, or surely belongs to the example.
         """
-        for name, value in row.values.items():
+        for name, plain, value in self._columns(row):
             if name in self._settled:
                 continue
-            self.seen.add(name)
-            if self._is_used(row, name):
+            if self._is_used(name):
                 self._settled.add(name)
             elif not is_empty(value):
-                self._judge(row, name, value)
+                self._judge(row, name, plain, value)
 
     def notes(self) -> list[str]:
         """What a user should know about the columns of all rows looked at."""
@@ -69,7 +74,7 @@ class UnusedColumns:
         for name in self._context:
             how = (
                 "put it into a message"
-                if self._form.is_chat and plain_name(name) not in SYSTEM_NAMES
+                if self._form.is_chat and _last(name) not in SYSTEM_NAMES
                 else f"write {self._setting}={{{self._mapping(name)}}}"
             )
             notes.append(
@@ -77,25 +82,43 @@ class UnusedColumns:
                 f"{how}; to leave it out knowingly, dataset.ignore_columns: [{name}]"
             )
         if names := [name for name in self._unused if name not in self._context]:
-            listed = ", ".join(names[:_SHOWN])
+            listed = ", ".join(name or "'' (a column without a name)" for name in names[:_SHOWN])
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             notes.append(
                 f"columns that are not used: {listed}{more} (dataset.ignore_columns silences this)"
             )
         return notes
 
-    def _is_used(self, row: Row, name: str) -> bool:
-        takes = self._form.columns.values()
-        if name in takes or any(
-            "." in taken and taken not in row.values and taken.split(".")[0] == name
-            for taken in takes
-        ):
+    def _columns(self, row: Row) -> Iterator[tuple[str, str, Any]]:
+        """Name, plain name and value of each column, and of what is in an object reached into."""
+        for name, value in row.values.items():
+            if name in self._opened and isinstance(value, Mapping):
+                yield from self._inside(name, value)
+            else:
+                yield name, plain_name(name), value
+
+    def _inside(self, path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+        for key, value in values.items():
+            name = f"{path}.{key}"
+            if name in self._opened and isinstance(value, Mapping):
+                yield from self._inside(name, value)
+            else:
+                yield name, plain_name(key), value
+
+    def _is_used(self, name: str) -> bool:
+        if name in self._form.columns.values():
             return True
         return name in TOOL_COLUMNS and self._form.name != "text"
 
-    def _judge(self, row: Row, name: str, value: Any) -> None:
+    def _judge(self, row: Row, name: str, plain: str, value: Any) -> None:
+        if name not in row.values and plain in TOOL_COLUMNS and self._form.name != "text":
+            raise DataError(
+                f"{row.where}: {name!r} holds tools, which are read from a column of the row "
+                f"alone; expected them in a column 'tools': move them there, or leave them out "
+                f"with dataset.ignore_columns: [{name}]"
+            )
         for refuses in _REFUSALS:
-            if fault := refuses(plain_name(name), value, self._form):
+            if fault := refuses(plain, value, self._form):
                 raise DataError(
                     f"{row.where}: the column {name!r} {fault}; if it means nothing here, leave it "
                     f"out with dataset.ignore_columns: [{name}]"
@@ -104,14 +127,25 @@ class UnusedColumns:
             check_preference(row, self._setting)
             if message_kind(value):
                 raise self._unused_messages(row, name)
-        if _looks_like_context(plain_name(name), value) and self._form.name != "text":
+            self._check_plain_text(row, name)
+        if _looks_like_context(plain, value) and self._form.name != "text":
             if not self._form.is_named and not self._form.is_chat:
                 raise self._missing_context(row, name)
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if plain_name(name) not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES:
+        if plain not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES:
             self._settled.add(name)
+
+    def _check_plain_text(self, row: Row, name: str) -> None:
+        """Refuse what a first row would have been refused for, in a later row of plain text."""
+        is_found = self._form.name == "text" and not self._form.is_format_named
+        if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
+            raise DataError(
+                f"{row.where}: the column {name!r} looks like a prompt or an answer, and earlier "
+                "rows hold plain text alone; expected rows of one form: make a file of each form, "
+                f"or leave it out with dataset.ignore_columns: [{name}]"
+            )
 
     def _unused_messages(self, row: Row, name: str) -> DataError:
         used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
@@ -138,7 +172,7 @@ class UnusedColumns:
 
     def _mapping(self, name: str) -> str:
         takes = dict(self._form.columns)
-        if plain_name(name) in SYSTEM_NAMES:
+        if _last(name) in SYSTEM_NAMES:
             takes["system"] = name
         else:
             renamed = {"prompt": "instruction", "completion": "output"}
@@ -146,12 +180,17 @@ class UnusedColumns:
             takes = {
                 role: taken for role, taken in takes.items() if role in ("instruction", "output")
             }
-            takes["history" if plain_name(name) == "history" else "input"] = name
+            takes["history" if _last(name) == "history" else "input"] = name
         return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
 
 
+def _last(name: str) -> str:
+    """The plain name of a column, or of the last key of a path."""
+    return plain_name(name.split(".")[-1])
+
+
 def _looks_like_context(plain: str, value: Any) -> bool:
-    if plain in SYSTEM_NAMES - {"system"}:
+    if plain in SYSTEM_NAMES:
         return isinstance(value, str)
     return plain in CONTEXT_NAMES and isinstance(value, str | list | dict)
 
@@ -163,6 +202,11 @@ def _media(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _label(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain in _LABELS and isinstance(value, list) and False in _booleans(value):
+        return (
+            f"is {str(value)[:60]}, so a part of the answer seems to be wrong, and would be learnt "
+            "like the others; expected rows with good answers only"
+        )
     says_yes_or_no = str(value).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
     if plain not in _LABELS or form.name == "text" or not says_yes_or_no:
         return None
@@ -171,6 +215,10 @@ def _label(plain: str, value: Any, form: RowFormat) -> str | None:
         "and every answer would be learnt as a good one; expected rows with good answers only: "
         "keep those in the file"
     )
+
+
+def _booleans(values: list[Any]) -> list[bool]:
+    return [value for value in values if isinstance(value, bool)]
 
 
 def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:

@@ -232,3 +232,59 @@ def test_two_system_messages_are_refused() -> None:
     row = Row("r.jsonl", 1, {"messages": turns, "system": "s"})
     with pytest.raises(DataError, match="line 1: both 'messages' and the column 'system' give"):
         find_format([row], "auto", {}).example(row)
+
+
+def test_an_answer_is_one_text() -> None:
+    columns = {"prompt": "q", "completion": "answers.text"}
+    form = find({"q": "Where?", "answers": {"text": ["here"]}}, **columns)
+
+    def answer(*texts: str) -> Any:
+        return form.example(row(q="Where?", answers={"text": list(texts)}))
+
+    assert answer("here") == answer("here", "here") == Pair("Where?", "here")
+    assert answer() is None
+    with pytest.raises(DataError, match=r"holds 2 texts, such as 'here' and 'there'; expected one"):
+        answer("here", "there")
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        answer("\ud800")
+
+
+def test_an_empty_list_is_an_empty_context_and_no_prompt() -> None:
+    values = {"instruction": "Add", "input": [], "output": "2"}
+    assert find(values).example(Row("r", 1, values)) == Pair("Add", "2")
+    values = {"prompt": [], "completion": "2"}
+    form = find({"prompt": "a", "completion": "b"})
+    with pytest.raises(DataError, match="'prompt' is an empty list, so nothing asks"):
+        form.example(Row("r", 1, values))
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"role": "prompter", "text": "q", "parent_id": None}, r"'role' \('prompter'\) and 'text'"),
+        ({"role": "user", "content": "q"}, r"'role' \('user'\) and 'content'"),
+        ({"from": "human", "value": "q"}, r"'from' \('human'\) and 'value'"),
+    ],
+)
+def test_rows_of_single_messages_are_refused(values: dict[str, Any], names: str) -> None:
+    with pytest.raises(DataError, match=rf"the columns {names} are those of one message of a chat"):
+        find(values)
+    text = next(name for name in values if name in ("text", "content", "value"))
+    assert find(values, "text", text=text).name == "text"
+    assert find({"text": "t", "role": "editor"}).name == "text"
+
+
+def test_the_missing_half_of_a_pair_is_named() -> None:
+    with pytest.raises(DataError, match="the column 'completion' is missing; found the columns pr"):
+        find({"prompt": "q"})
+
+
+def test_a_system_prompt_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]
+    values = {"system": parts, "messages": MESSAGES}
+    chat = find(values).example(Row("r", 1, values))
+    assert isinstance(chat, Chat)
+    assert chat.messages[0] == {"role": "system", "content": "Be short."}
+    values["system"] = [{"type": "image"}]
+    with pytest.raises(DataError, match="part of the type 'image'"):
+        find(values).example(Row("r", 1, values))

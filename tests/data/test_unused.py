@@ -353,3 +353,85 @@ def test_a_system_prompt_that_no_role_takes_is_told_of_with_the_way_to_use_it(re
     (note,) = unused(read(row))
     data = read(row, columns=advised(DataError(note))["columns"])
     assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"tools": [TOOL]}, r"'body.tools' holds tools.*ignore_columns: \[body.tools\]"),
+        ({"images": ["a.png"]}, r"the column 'body.images' holds images.*\[body.images\]"),
+        ({"weight": 0.5}, r"the column 'body.weight' is 0.5"),
+    ],
+)
+def test_what_stands_beside_a_column_in_an_object_is_looked_at(
+    read: Read, more: dict[str, Any], message: str
+) -> None:
+    rows = [{"body": CHAT}, {"body": {**CHAT, **more}}]
+    columns = {"messages": "body.messages"}
+    with pytest.raises(DataError, match=rf"line 2: .*{message}"):
+        read(*rows, columns=columns)
+    ignored = [f"body.{name}" for name in more]
+    assert learnt(read(*rows, columns=columns, ignore_columns=ignored), 1) == ["5</s>"]
+
+
+def test_context_beside_a_column_in_an_object_is_told_of_with_the_way_to_use_it(
+    read: Read,
+) -> None:
+    row = {"data": {"q": "2 + 3?", "context": "Add.", "a": "5", "id": 1}}
+    data = read(row, columns={"prompt": "data.q", "completion": "data.a"})
+    found, others = unused(data)
+    assert "instruction: data.q, output: data.a, input: data.context" in found
+    assert "not used: data.id (" in others
+    advice = {"instruction": "data.q", "output": "data.a", "input": "data.context"}
+    assert before(read(row, columns=advice)) == "<|user|>2 + 3?\n\nAdd.</s><|assistant|>"
+
+
+def test_a_column_to_ignore_in_an_object_must_be_there(read: Read) -> None:
+    row = {"data": {"q": "2 + 3?", "a": "5"}, "id": 1}
+    columns = {"prompt": "data.q", "completion": "data.a"}
+    with pytest.raises(DataError, match=r"ignore_columns names 'data.b', and no row"):
+        read(row, columns=columns, ignore_columns=["data.b"])
+    with pytest.raises(DataError, match=r"ignore_columns names 'id.b', and no row"):
+        read(row, columns=columns, ignore_columns=["id.b"])
+
+
+def test_a_system_prompt_beside_texts_is_never_dropped(read: Read) -> None:
+    rows = [PAIR, {**PAIR, "system": "Add."}]
+    with pytest.raises(DataError, match=r"line 2: the column 'system' looks like a part") as caught:
+        read(*rows)
+    advice = advised(caught.value)
+    assert before(read(rows[1], columns=advice["columns"])).startswith("<|system|>Add.</s>")
+    assert learnt(read(*rows, ignore_columns=advice["ignore_columns"]), 1) == ["5</s>"]
+
+
+def test_a_system_prompt_beside_a_pair_of_messages_is_used(read: Read) -> None:
+    pair = {"prompt": [QUESTION], "completion": [RIGHT]}
+    data = read({**pair, "system": "Add."}, pair)
+    assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
+    assert not unused(data)
+
+
+def test_labels_of_steps_that_say_a_step_is_wrong_are_refused(read: Read) -> None:
+    row = {"prompt": "2 + 3?", "completion": "6", "labels": [True, False]}
+    with pytest.raises(DataError, match=r"'labels' is \[True, False\], so a part of the answer"):
+        read(row)
+    assert unused(read({**row, "labels": [True, True]}))
+
+
+@pytest.mark.parametrize("text", ["", "u"])
+def test_a_later_row_with_an_answer_is_not_read_as_plain_text(read: Read, text: str) -> None:
+    rows = [{"text": "t"}, {"text": text, "summary": "s"}]
+    with pytest.raises(DataError, match=r"line 2: the column 'summary' looks like a prompt or an"):
+        read(*rows)
+    assert len(read(*rows, format="text").train) == 1 + bool(text)
+    assert len(read(*rows, ignore_columns=["summary"]).train) == 1 + bool(text)
+
+
+def test_a_column_without_a_name_is_named_as_such(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(",prompt,completion\n0,a,b\n")
+    data = prepare(DatasetRecipe(path=str(path), validation=0), tokenizer, seed=0)
+    assert "not used: '' (a column without a name) (" in unused(data)[0]

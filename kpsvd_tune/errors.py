@@ -24,6 +24,7 @@ that escapes is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 __all__ = [
     "UNSAVED_EXIT_CODE",
@@ -44,6 +45,12 @@ __all__ = [
 
 # Of a process that a second signal ended while it was finishing and saving.
 UNSAVED_EXIT_CODE = 5
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few names and how many more there are, for messages about many."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class KpsvdTuneError(Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
-from kpsvd_tune.errors import InputError, MergeError, ResourceError
+from kpsvd_tune.disk import follow_umask
+from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
@@ -92,19 +92,27 @@ def merge(
         The report; ``passed`` is False when the tolerance is exceeded.
 
     Raises:
-        MergeError: The merged weights are not finite.
+        MergeError: Weights are not finite in the dtype, or logits are not finite or all equal, so
+            that nothing could be proved by them.
         ResourceError: The disk has no room.
     """
     batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
     model.eval()
     stage("computing the logits of the adapter on its base")
     expected = _logits(model, batches)
+    _check_telling(expected, "the adapter on its base")
+    with model.disable_adapter():
+        of_base = _logits(model, batches)
+    _check_telling(of_base, "the base model")
+    change, _ = _difference(of_base, expected)
     if tolerance is None:
-        tolerance = TOLERANCES[dtype] * max(float(logits.abs().max()) for logits in expected)
+        # Of the prompt with the smallest logits, so that large ones of another excuse nothing.
+        tolerance = TOLERANCES[dtype] * min(float(logits.abs().max()) for logits in expected)
     stage("merging")
     kept, sizes = _survival(model, DTYPES[dtype])
     plain: Any = model.merge_and_unload()
     plain.to(DTYPES[dtype])
+    _check_finite(plain, dtype)
     _check_room(plain, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -117,12 +125,15 @@ def merge(
         stage("loading the merged model afresh and comparing")
         merged: Any = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
         merged.eval()
-        difference, agreement = _difference(expected, _logits(merged, batches))
+        found = _logits(merged, batches)
+        _check_telling(found, "the merged model")
+        difference, agreement = _difference(expected, found)
         report = MergeReport(
             adapter=adapter,
             output=str(output),
             dtype=dtype,
             max_logit_difference=difference,
+            adapter_logit_difference=change,
             top1_agreement=agreement,
             num_positions=sum(len(logits) for logits in expected),
             kept_share=kept,
@@ -132,7 +143,7 @@ def merge(
             prompts=tuple(prompts),
             # Written so that a difference that is not a number fails.
             passed=difference <= tolerance,
-            warnings=_lost_updates(kept, dtype),
+            warnings=_lost_updates(kept, dtype) + _unseen(change, tolerance),
         )
         (partial / "merge_report.json").write_text(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
@@ -178,9 +189,56 @@ def _logits(model: torch.nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
     """Largest absolute logit difference, and the share of positions with the same top token."""
     pairs = list(zip(expected, found, strict=True))
-    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    # Of tensors and not of floats: Python's max() forgets what is not a number.
+    difference = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
     return difference, same / sum(len(a) for a in expected)
+
+
+def _check_telling(logits: Sequence[Tensor], whose: str) -> None:
+    """Refuse logits that would equal any others, or none."""
+    for number, each in enumerate(logits, 1):
+        if not torch.isfinite(each).all():
+            raise MergeError(
+                f"the logits of {whose} are not finite for prompt {number}: the weights of the "
+                "base or of the adapter are damaged; nothing was written"
+            )
+        if each.max() == each.min():
+            raise MergeError(
+                f"the logits of {whose} are all {float(each.max()):g} for prompt {number}, so that "
+                "comparing them proves nothing: the weights of the base or of the adapter are "
+                "damaged; nothing was written"
+            )
+
+
+def _check_finite(model: PreTrainedModel, dtype: str) -> None:
+    """Name the weights, adapted or not, that are not finite in the dtype they are stored in."""
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all()
+    ]
+    if broken:
+        raise MergeError(
+            f"{some_of(broken)}: not finite in {dtype}; the base model is damaged, or the dtype's "
+            "range too small: try --dtype float32. Nothing was written"
+        )
+
+
+def _unseen(change: float, tolerance: float) -> tuple[str, ...]:
+    """Say so where the proof could not tell the merged model from the base."""
+    if change == 0:
+        return (
+            "the adapter changes nothing: on all prompts its logits are those of its base model. "
+            "Was it trained?",
+        )
+    if change <= tolerance:
+        return (
+            f"the adapter changes the logits of its base by at most {change:.3g}, which is within "
+            f"the tolerance {tolerance:.3g}: the proof could not tell the merged model from the "
+            "base model; use --dtype float32 or a smaller --tolerance",
+        )
+    return ()
 
 
 def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:
@@ -206,10 +264,8 @@ def _check_room(model: PreTrainedModel, output: Path) -> None:
 
 
 def _publish(partial: Path, output: Path) -> None:
-    """Give the finished folder its name; mkdtemp made it private, a model is not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o777 & ~mask)
+    """Give the finished folder its name."""
+    follow_umask(partial)
     if output.is_dir():
         output.rmdir()
     partial.rename(output)

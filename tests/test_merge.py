@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_a_broken_adapter_is_named(
     with torch.no_grad():
         layer = peft.base_model.model.model.layers[1].self_attn.v_proj
         layer.kpsvd_left["default"][0, 0, 0] = float("inf")
-    with pytest.raises(MergeError, match=r"layers\.1\.self_attn\.v_proj: .* not finite"):
+    with pytest.raises(MergeError, match=r"logits of the adapter .* not finite for prompt 1"):
         merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
@@ -163,6 +164,87 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(ResourceError, match=r"needs \d+ kB on disk and .* has 10 bytes free"):
         merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_update_is_named_though_no_prompt_shows_it(tiny_model: Any) -> None:
+    peft = adapted(tiny_model)
+    with torch.no_grad():
+        layer = peft.base_model.model.model.layers[1].self_attn.v_proj
+        layer.kpsvd_left["default"][0, 0, 0] = float("inf")
+    with pytest.raises(MergeError, match=r"layers\.1\.self_attn\.v_proj: .* not finite"):
+        merging._survival(peft, torch.float32)
+
+
+def test_a_number_that_is_none_in_a_later_prompt_fails_the_proof() -> None:
+    """Python's max() keeps the first of two when the second is NaN."""
+    whole, broken = torch.ones(2, 3), torch.tensor([[1.0, float("nan"), 1.0]] * 2)
+    difference, _ = merging._difference([whole, whole], [whole, broken])
+    assert math.isnan(difference)
+
+
+@pytest.mark.parametrize("damage", ["nan", "zero"])
+def test_logits_that_prove_nothing_fail_the_proof(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, damage: str
+) -> None:
+    peft = adapted(tiny_model)
+    head = peft.base_model.model.lm_head
+    with torch.no_grad():
+        if damage == "nan":
+            # Of one token, which only the last prompt has.
+            used = set(tokenizer(merging.PROMPTS[-1]).input_ids)
+            for prompt in merging.PROMPTS[:-1]:
+                used -= set(tokenizer(prompt).input_ids)
+            peft.get_input_embeddings().weight[min(used)] = float("nan")
+        else:
+            head.weight.zero_()
+    words = "are not finite for prompt 4" if damage == "nan" else "are all 0 for prompt 1"
+    with pytest.raises(MergeError, match=f"logits of the adapter on its base {words}"):
+        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_logits_that_are_not_finite_leave_nothing(
+    tiny_model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = LlamaForCausalLM.save_pretrained
+
+    def save_other(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self.model.norm.weight[0] = float("nan")
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_other)
+    with pytest.raises(MergeError, match="logits of the merged model are not finite"):
+        merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_is_not_adapted_and_not_finite_is_named(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Finite in float32, infinite in float16; its token is in no prompt."""
+    peft = adapted(tiny_model)
+    with torch.no_grad():
+        peft.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("Z"), 0] = 1e6
+    with pytest.raises(MergeError, match=r"model.embed_tokens.weight: not finite in float16"):
+        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [(0.0, "the adapter changes nothing"), (1e-4, "could not tell the merged model from the base")],
+)
+def test_an_adapter_that_the_proof_cannot_see_is_told(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, scale: float, words: str
+) -> None:
+    peft = adapted(tiny_model, scale=scale)
+    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="bfloat16")
+    assert words in report.warnings[-1]
+    assert report.adapter_logit_difference == 0 if scale == 0 else report.adapter_logit_difference
 
 
 @pytest.mark.parametrize("place", ["base", "base/inside", "."])

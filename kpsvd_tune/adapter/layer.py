@@ -20,7 +20,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.adapter.base import Unchecked, base_sizes, check_loaded
+from kpsvd_tune.adapter.base import RECORD, Place, Unchecked, base_sizes, check_loaded
 from kpsvd_tune.adapter.cost import choose_plan
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
@@ -46,6 +46,9 @@ class KpsvdLayer(BaseTunerLayer):
         "kpsvd_shape",
         "kpsvd_path",
         "kpsvd_unchecked",
+        "kpsvd_base",
+        "kpsvd_seen",
+        "kpsvd_place",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -65,6 +68,11 @@ class KpsvdLayer(BaseTunerLayer):
         self._weight_before_merge: Tensor | None = None
         self.kpsvd_path: dict[str, str] = {}
         self.kpsvd_unchecked: dict[str, Unchecked] = {}
+        # What the base was known by when the adapter was made, zeros where nobody said, and what
+        # of it has been compared with this base.
+        self.kpsvd_base = BufferDict(persistent=True)
+        self.kpsvd_seen: dict[str, tuple[int, ...]] = {}
+        self.kpsvd_place: dict[str, Place] = {}
         self._ready: ReadyUpdate | None = None
 
     def update_layer(
@@ -114,6 +122,7 @@ class KpsvdLayer(BaseTunerLayer):
         self.kpsvd_right[adapter_name] = nn.Parameter(right)
         self.kpsvd_left0[adapter_name] = left0.detach().float().clone()
         self.kpsvd_right0[adapter_name] = right0.detach().float().clone()
+        self.kpsvd_base[adapter_name] = torch.zeros(RECORD, dtype=torch.int32)
         self.kpsvd_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -127,7 +136,8 @@ class KpsvdLayer(BaseTunerLayer):
         target = device or of_base(self.get_base_layer())[0]
         if target is None or target.type == "meta":
             return
-        for container in (self.kpsvd_left, self.kpsvd_right, self.kpsvd_left0, self.kpsvd_right0):
+        factors = (self.kpsvd_left, self.kpsvd_right, self.kpsvd_left0, self.kpsvd_right0)
+        for container in (*factors, self.kpsvd_base):
             if adapter_name in container and container[adapter_name].device.type != "meta":
                 container[adapter_name] = container[adapter_name].to(target)
 

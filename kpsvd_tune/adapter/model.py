@@ -18,14 +18,23 @@ from peft.tuners.tuners_utils import (
     _ExcludedModule,
     check_target_module_exists,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.adapter.base import Unchecked, check_base
+from kpsvd_tune.adapter.base import (
+    Place,
+    Unchecked,
+    check_base,
+    check_record,
+    check_rest,
+    record_base,
+    remember,
+)
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
 from kpsvd_tune.adapter.targets import modules_by_name, plain_name, saved_whole_notes, target_names
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.errors import AdapterError, some_of
 from kpsvd_tune.linalg import (
     KPSVD,
     KroneckerShape,
@@ -35,6 +44,8 @@ from kpsvd_tune.linalg import (
     choose_shape,
     kpsvd,
 )
+
+_PARTS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 
 
 class KpsvdModel(BaseTuner):
@@ -83,6 +94,9 @@ class KpsvdModel(BaseTuner):
                 config.layers = {
                     name: config.layers.get(name) or layer for name, layer in self._stated.items()
                 }
+            _check_all_found(model, config, adapter_name)
+            if self._factors:
+                record_base(model, dict(kpsvd_layers(model, adapter_name)), adapter_name)
         finally:
             self._factors, self._stated = {}, {}
             config.rank_pattern = overrides
@@ -126,11 +140,18 @@ class KpsvdModel(BaseTuner):
             path=config.path,
             is_at_base=config.init_weights,
         )
-        if name not in self._factors and layer.get("fingerprint") is not None:
+        made_for = str(config.base_model_name_or_path or "an unnamed model")
+        target.kpsvd_place[adapter_name] = Place(
+            name,
+            remember(self.model),
+            tuple(config.modules_to_save or ()),
+            config.task_type,
+            made_for,
+        )
+        if name not in self._factors:
             # Factors are to come from a file.
-            made_for = config.base_model_name_or_path or "an unnamed model"
             target.kpsvd_unchecked[adapter_name] = Unchecked(
-                name, layer["fingerprint"], str(made_for)
+                name, layer.get("fingerprint"), made_for
             )
 
     def _replace_module(
@@ -160,10 +181,12 @@ class KpsvdModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # Every way to load an adapter passes here, with the base and the stored factors at hand.
         state_dict = _named_as_in(model, state_dict)
-        _check_loaded(model, adapter_name, state_dict)
+        _expect_records(model, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        _check_names(model, adapter_name, remapped)
+        _check_loaded(model, adapter_name, state_dict)
         return remapped
 
 
@@ -193,6 +216,7 @@ def load_factors(
             held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
+    record_base(model, dict(kpsvd_layers(model, adapter_name)), adapter_name)
 
 
 def kpsvd_layers(
@@ -325,16 +349,83 @@ def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     return renamed
 
 
+def _check_all_found(model: nn.Module, config: KpsvdConfig, adapter_name: str) -> None:
+    """Refuse a configuration that tells of layers which the model has not got."""
+    found = {name for name, _ in kpsvd_layers(model, adapter_name)}
+    lost = sorted(set(config.layers or {}) - found)
+    if lost:
+        raise AdapterError(
+            f"the adapter's configuration tells of {some_of(lost)}, and the model has no such "
+            f"layers to adapt; {len(found)} others fit. Expected the base model that the adapter "
+            "was made for, and adapter_config.json as it was saved"
+        )
+
+
+def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps.
+
+    Args:
+        model: The model with the adapter's layers.
+        adapter_name: The adapter.
+        state_dict: What is to be loaded, by the names of the model.
+    """
+    own, optional = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
+            own |= {f"{name}.{part}.{adapter_name}" for part in _PARTS}
+            if adapter_name in module.kpsvd_base:
+                own.add(f"{name}.kpsvd_base.{adapter_name}")
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            # PEFT has refused what lacks these.
+            wrapper: Any = module
+            names: Mapping[str, str] = wrapper.adapter_state_dict_load_map(adapter_name)
+            optional |= {f"{name}.{each}" for each in names.values()}
+    given = set(state_dict)
+
+    def told(names: set[str]) -> list[str]:
+        ends = "base_model.model.", f".{adapter_name}"
+        return sorted(name.removeprefix(ends[0]).removesuffix(ends[1]) for name in names)
+
+    if extra := told(given - own - optional):
+        raise AdapterError(
+            f"the adapter's weights hold {some_of(extra)}, which the configuration does not tell "
+            "of and which would replace what the base model has; expected the tensors of its "
+            "layers alone: was the file changed, or is it of another adapter_config.json?"
+        )
+    if missing := told(own - given):
+        raise AdapterError(
+            f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
+            "configuration tells of; expected the file that was saved with it"
+        )
+
+
+def _expect_records(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Expect what the base is known by, or not: files of older versions have it in no layer."""
+    if any(key.endswith(".kpsvd_base") for key in state_dict):
+        return
+    for _, layer in kpsvd_layers(model, adapter_name):
+        held: Any = layer.kpsvd_base
+        del held[adapter_name]
+
+
 def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Compare every layer with what was stored when the adapter was made."""
-    plain = {plain_name(key): value for key, value in state_dict.items()}
-    for name, layer in kpsvd_layers(model, adapter_name):
+    """Compare the base with what was stored of it when the adapter was made."""
+    plain = {
+        plain_name(key).removeprefix("base_model.model."): value
+        for key, value in state_dict.items()
+    }
+    given = getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed"
+    layers = dict(kpsvd_layers(model, adapter_name))
+    record = None
+    for name, layer in layers.items():
         unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
-        factors = [
-            next((v for k, v in plain.items() if k.endswith(f"{name}.{part}")), None)
-            for part in ("kpsvd_left0", "kpsvd_right0")
-        ]
-        if unchecked is None or factors[0] is None or factors[1] is None:
+        record = plain.get(f"{name}.kpsvd_base")
+        if record is not None and record.any():
+            check_record(layer, adapter_name, record, given)
+            layer.kpsvd_seen[adapter_name] = tuple(record.flatten().tolist())
             continue
-        given = getattr(getattr(model, "config", None), "_name_or_path", "") or "unnamed"
-        check_base(layer, adapter_name, unchecked, (factors[0], factors[1]), given)
+        left0, right0 = (plain[f"{name}.{part}"] for part in ("kpsvd_left0", "kpsvd_right0"))
+        if unchecked is not None:
+            check_base(layer, adapter_name, unchecked, (left0, right0), given)
+    if record is not None:
+        check_rest(model, layers, adapter_name, record, given)

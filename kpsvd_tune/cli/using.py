@@ -21,14 +21,14 @@ from kpsvd_tune.cli.shared import (
     launch_processes,
     prepare_libraries,
 )
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.scoring import (
     check_code_execution,
     missing_scorers,
     rescore,
     stored_task,
 )
-from kpsvd_tune.folders import expand
+from kpsvd_tune.folders import expand, kind_of, siblings
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
@@ -180,8 +180,14 @@ def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> 
     if "path" in options:
         # Other questions: what the recipe says of its own may not hold for them.
         keys = {key: value for key, value in keys.items() if key not in _OF_THE_ROWS}
-    # The base model alone is scored by --base-only.
-    return evaluation_section({**keys, "task": name, "before": False}, options, overrides)
+    try:
+        # The base model alone is scored by --base-only.
+        return evaluation_section({**keys, "task": name, "before": False}, options, overrides)
+    except RecipeError as error:
+        if kind_of(source) is not None:
+            raise
+        # Of a run its recipe would have told the rest. A hub id is no fault.
+        raise RecipeError(f"{error}\nno run is in {source}{siblings(source)}") from error
 
 
 def _rescore(file: Path, task: str | None, as_json: bool, may: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ CONTEXT_NAMES = {
     *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
     *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
 }
+# Unicode's categories of control and format characters, and of spaces.
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
 
 
@@ -110,13 +113,11 @@ def is_python_list(text: str) -> bool:
 def text_of(row: Row, name: str) -> str:
     """The text of a column: null is empty, a whole number is written out, texts are lines.
 
-    A list without texts is empty too.
-
     Raises:
         DataError: The column is missing from this row, or holds something that is not text.
     """
     value = column(row, name)
-    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         value = "\n".join(value)  # as MBPP holds the tests of a task
     if isinstance(value, str):
         check_characters(row, name, value)
@@ -134,7 +135,11 @@ def text_of(row: Row, name: str) -> str:
         inner = next(iter(value), "key")
         cure = f"; to reach into it write the column as {name}.{inner}"
     elif isinstance(value, list):
-        cure = "; for chat messages set dataset.format to chat or sharegpt"
+        cure = (
+            "; for chat messages set dataset.format to chat or sharegpt"
+            if value
+            else "; a list of messages needs at least one: remove the row, or write the question"
+        )
     else:
         cure = "; write it as text, so that exactly these characters are learnt"
     raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
@@ -217,6 +222,11 @@ def _is_text(row: Row, path: str) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(each, str) for each in value)
     return isinstance(value, str) and bool(value.strip())
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces, control characters and characters without width."""
+    return all(unicodedata.category(each) in _INVISIBLE for each in text)
 
 
 def is_empty(value: Any) -> bool:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.data.columns import (
-    check_characters,
     column,
     describe_columns,
     from_struct_of_lists,
+    is_blank,
     is_empty,
     is_python_list,
     looks_like_pair,
@@ -21,7 +21,7 @@ from kpsvd_tune.data.columns import (
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.messages import read_message, read_part
+from kpsvd_tune.data.messages import REASONING_KEYS, read_message, read_part
 from kpsvd_tune.data.preference import check_preference
 from kpsvd_tune.data.tools import read_tools
 from kpsvd_tune.errors import DataError
@@ -153,18 +153,17 @@ class RowFormat:
 
     def _pair(self, row: Row) -> Pair | None:
         texts = {role: name for role, name in self.columns.items() if role != "history"}
-        answering = REQUIRED_ROLES[self.name][-1]
-        read = {role: self._text(row, role) for role in texts if role != answering}
-        answer = self._text(row, "text") if self.name == "text" else self._answer(row, answering)
-        if not answer.strip():
+        self._check_single_answer(row)
+        read = {role: self._text(row, role) for role in texts}
+        answer = read[REQUIRED_ROLES[self.name][-1]]
+        if is_blank(answer):
             return None
         if self.name == "text":
             return Pair("", answer, is_plain=True)
         asking = "instruction" if self.name == "alpaca" else "prompt"
-        if asking in texts and (asked := column(row, texts[asking])) in (None, []):
-            found = "null" if asked is None else "an empty list"
+        if asking in texts and column(row, texts[asking]) is None:
             raise DataError(
-                f"{row.where}: the column {texts[asking]!r} is {found}, so nothing asks for the "
+                f"{row.where}: the column {texts[asking]!r} is null, so nothing asks for the "
                 'answer; expected text: remove the row, or write "" where the prompt is meant to '
                 "be empty"
             )
@@ -175,21 +174,17 @@ class RowFormat:
         system = read.get("system") or None
         return Pair(prompt, answer, system, history=history, tools=read_tools(row))
 
-    def _answer(self, row: Row, role: str) -> str:
-        """The answer of a pair: one text, since several are as a rule several answers."""
-        name = self.columns[role]
+    def _check_single_answer(self, row: Row) -> None:
+        """Refuse several answers in a list, as data sets of questions hold all that count."""
+        name = self.columns[REQUIRED_ROLES[self.name][-1]]
         value = column(row, name)
-        if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-            distinct: list[str] = list(dict.fromkeys(value))
-            if len(distinct) > 1:
-                raise DataError(
-                    f"{row.where}: the column {name!r} holds {len(value)} texts, such as "
-                    f"{distinct[0][:40]!r} and {distinct[1][:40]!r}; expected one answer: keep the "
-                    "one to learn, write a row for each, or join them if they are lines of one"
-                )
-            check_characters(row, name, distinct[0])
-            return distinct[0]
-        return self._text(row, role)
+        is_several = isinstance(value, list) and len(value) > 1 and message_kind(value) is None
+        if self.name != "text" and is_several and all(isinstance(each, str) for each in value):
+            raise DataError(
+                f"{row.where}: the column {name!r} holds a list of {len(value)} "
+                f"({json.dumps(value, default=str)[:60]}), which would be learnt as one answer; "
+                "expected one text: keep one of them, or join them where they are its lines"
+            )
 
     def _system(self, row: Row) -> str:
         """The system prompt beside a chat: text, or parts of text as messages may hold them."""
@@ -203,6 +198,8 @@ class RowFormat:
         name = self.columns[role]
         if role in _OPTIONAL_ROLES[self.name] and name.split(".")[0] not in row.values:
             return ""
+        if role not in ("prompt", "instruction") and column(row, name) == []:
+            return ""  # no context, or no answer, where other rows have a list of texts
         return text_of(row, name)
 
     def _history(self, row: Row) -> tuple[tuple[str, str], ...]:
@@ -241,6 +238,11 @@ class RowFormat:
                     context.add(len(messages))
                 messages.append(message)
                 notes += more
+                if only_thinks(message):
+                    notes.append(
+                        "assistant messages that hold reasoning alone, without text or call, are "
+                        f"not learnt (first: {row.where}): join each with the answer behind it"
+                    )
         if "system" in self.columns and (system := self._system(row)):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
@@ -254,7 +256,7 @@ class RowFormat:
             self._refuse_another_form(row)
         if not answers - context:
             return None
-        if messages[0]["role"] == "assistant":
+        if messages[0]["role"] == "assistant" and 0 not in context:
             raise DataError(
                 f"{row.where}: the chat starts with the assistant; expected a system or user "
                 "message first, since nothing asks for that answer: remove it or add the question"
@@ -342,6 +344,8 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
         kinds = {role: message_kind(value, may_be_single=True) for role, value in values.items()}
         if not all(values.values()):
             continue
+        if not all(kinds.values()):  # then a JSON object in a text is the text that was asked for
+            kinds = {role: _unless_object(values[role], kind) for role, kind in kinds.items()}
         if any(kinds.values()) and (not all(kinds.values()) or len(kinds) == 1):
             role = next(role for role, kind in kinds.items() if kind)
             other = "completion" if role == "prompt" else "prompt"
@@ -354,6 +358,10 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
             )
         return any(kinds.values())
     return False
+
+
+def _unless_object(value: Any, kind: str | None) -> str | None:
+    return None if isinstance(value, str) and value.lstrip().startswith("{") else kind
 
 
 def _detect(
@@ -464,5 +472,11 @@ def is_answer(message: Mapping[str, Any]) -> bool:
 
     Learning a turn that says nothing would teach the model to stop before its first word.
     """
-    says_something = message["content"].strip() or message.get("tool_calls")
+    says_something = not is_blank(message["content"]) or message.get("tool_calls")
     return message["role"] == "assistant" and bool(says_something)
+
+
+def only_thinks(message: Mapping[str, Any]) -> bool:
+    """Whether a message is the assistant's and holds reasoning, and nothing else."""
+    thinks = any(not is_empty(message.get(key)) for key in REASONING_KEYS)
+    return message["role"] == "assistant" and thinks and not is_answer(message)

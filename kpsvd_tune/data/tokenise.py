@@ -213,25 +213,22 @@ def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str])
     """The rows without some columns; `found` gets those that they have."""
     for row in rows:
         if names:
-            values: Mapping[str, Any] = row.values
-            for name in names:
-                values, is_there = _without(values, name)
-                if is_there:
-                    found.add(name)
-            row = replace(row, values=values)
+            row = replace(row, values=_without(row.values, names, found))
         yield row
 
 
-def _without(values: Mapping[str, Any], path: str) -> tuple[Mapping[str, Any], bool]:
-    """An object without a key, and whether it was there; "a.b" reaches into the object in "a"."""
-    if path in values:
-        return {key: value for key, value in values.items() if key != path}, True
-    name, _, rest = path.partition(".")
-    inner = values.get(name)
-    if not rest or not isinstance(inner, Mapping):
-        return values, False
-    inner, is_there = _without(inner, rest)
-    return {**values, name: inner}, is_there
+def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
+    """An object without some keys; "a.b" leaves the key b out of the object a."""
+    found.update(name for name in names if name in values)
+    kept = {name: value for name, value in values.items() if name not in names}
+    for name in names:
+        first, _, rest = name.partition(".")
+        if rest and isinstance(kept.get(first), Mapping) and name not in values:
+            inside: set[str] = set()
+            kept[first] = _without(kept[first], [rest], inside)
+            if inside:
+                found.add(name)
+    return kept
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from kpsvd_tune.data.columns import (
@@ -27,8 +27,21 @@ _MEDIA = {
 }
 _LABELS = {"label", "labels", "ktotag", "ktolabel", "isdesirable", "desirable"}
 _VERDICTS = {"iscorrect", "correct", "isgood", "isvalid", "accepted", "isaccepted"}
+_GRADES = {
+    *("good", "bad", "yes", "no", "desirable", "undesirable", "chosen", "rejected"),
+    *("correct", "incorrect", "right", "wrong", "accepted", "acceptable", "unacceptable"),
+}
+_SPLITS = {"split", "datasplit", "subset", "fold", "partition"}
+_HELD_OUT = {
+    *("test", "testing", "eval", "evaluation", "validation", "validate", "valid", "val", "dev"),
+    *("holdout", "heldout"),
+}
 _WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
 _SWITCHES = {"train", "trainable", "istrain", "istrainable"}
+_TOOLS = {
+    *("tools", "functions", "toollist", "toolslist", "availabletools", "availablefunctions"),
+    *("tooldefinitions", "toolschemas", "functionlist", "functionschemas"),
+}
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
 _SHOWN = 12
 
@@ -44,15 +57,11 @@ class UnusedColumns:
     def __init__(self, form: RowFormat, setting: str = "dataset.columns") -> None:
         self._form = form
         self._setting = setting
-        # Objects that "a.b" reaches into: what else is in them is looked at like other columns.
-        self._opened = {
-            ".".join(parts[:depth])
-            for parts in (taken.split(".") for taken in form.columns.values())
-            for depth in range(1, len(parts))
-        }
+        self.seen: set[str] = set()
         self._settled: set[str] = set()
         self._unused: dict[str, None] = {}
         self._context: dict[str, None] = {}
+        self._splits: dict[str, bool] = {}
 
     def check(self, row: Row) -> None:
         """Look at the columns of one row.
@@ -60,13 +69,16 @@ class UnusedColumns:
         Raises:
             DataError: A column changes what the row means, or surely belongs to the example.
         """
-        for name, plain, value in self._columns(row):
+        for name, value in row.values.items():
             if name in self._settled:
                 continue
-            if self._is_used(name):
+            self.seen.add(name)
+            if self._is_used_in_part(row, name):
+                self._check_inside(row, name, value)
+            elif self._is_used(row, name):
                 self._settled.add(name)
             elif not is_empty(value):
-                self._judge(row, name, plain, value)
+                self._judge(row, name, value)
 
     def notes(self) -> list[str]:
         """What a user should know about the columns of all rows looked at."""
@@ -89,34 +101,33 @@ class UnusedColumns:
             )
         return notes
 
-    def _columns(self, row: Row) -> Iterator[tuple[str, str, Any]]:
-        """Name, plain name and value of each column, and of what is in an object reached into."""
-        for name, value in row.values.items():
-            if name in self._opened and isinstance(value, Mapping):
-                yield from self._inside(name, value)
-            else:
-                yield name, plain_name(name), value
+    def _check_inside(self, row: Row, name: str, value: Any) -> None:
+        """Look at the keys of an object of which others are taken ("data" of "data.question")."""
+        if not isinstance(value, dict):
+            return
+        for key, inner in value.items():
+            path = f"{name}.{key}"
+            if path in self._settled or path in self._form.columns.values():
+                continue
+            if self._is_used_in_part(row, path):
+                self._check_inside(row, path, inner)
+            elif not is_empty(inner):
+                self._judge(row, path, inner)
 
-    def _inside(self, path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-        for key, value in values.items():
-            name = f"{path}.{key}"
-            if name in self._opened and isinstance(value, Mapping):
-                yield from self._inside(name, value)
-            else:
-                yield name, plain_name(key), value
+    def _is_used_in_part(self, row: Row, path: str) -> bool:
+        return any(
+            taken not in row.values and taken.startswith(f"{path}.")
+            for taken in self._form.columns.values()
+        )
 
-    def _is_used(self, name: str) -> bool:
+    def _is_used(self, row: Row, name: str) -> bool:
         if name in self._form.columns.values():
             return True
         return name in TOOL_COLUMNS and self._form.name != "text"
 
-    def _judge(self, row: Row, name: str, plain: str, value: Any) -> None:
-        if name not in row.values and plain in TOOL_COLUMNS and self._form.name != "text":
-            raise DataError(
-                f"{row.where}: {name!r} holds tools, which are read from a column of the row "
-                f"alone; expected them in a column 'tools': move them there, or leave them out "
-                f"with dataset.ignore_columns: [{name}]"
-            )
+    def _judge(self, row: Row, name: str, value: Any) -> None:
+        plain = _last(name)
+        self._check_split(row, name, plain, value)
         for refuses in _REFUSALS:
             if fault := refuses(plain, value, self._form):
                 raise DataError(
@@ -134,8 +145,21 @@ class UnusedColumns:
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if plain not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES:
+        if plain not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS:
             self._settled.add(name)
+
+    def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
+        """Refuse rows for tests among rows to train on; a file of one kind is what a user chose."""
+        if plain not in _SPLITS or not isinstance(value, str):
+            return
+        is_held_out = value.strip().lower() in _HELD_OUT
+        if self._splits.setdefault(name, is_held_out) != is_held_out:
+            raise DataError(
+                f"{row.where}: the column {name!r} is {value!r} and earlier rows are of another "
+                "split, so rows for tests would be learnt with the others; expected one split in "
+                "a file: make a file of each (dataset.validation takes the held-out one), or, if "
+                f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
+            )
 
     def _check_plain_text(self, row: Row, name: str) -> None:
         """Refuse what a first row would have been refused for, in a later row of plain text."""
@@ -186,7 +210,7 @@ class UnusedColumns:
 
 def _last(name: str) -> str:
     """The plain name of a column, or of the last key of a path."""
-    return plain_name(name.split(".")[-1])
+    return plain_name(name.rpartition(".")[2])
 
 
 def _looks_like_context(plain: str, value: Any) -> bool:
@@ -202,12 +226,13 @@ def _media(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _label(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain in _LABELS and isinstance(value, list) and False in _booleans(value):
+    if plain in _LABELS and isinstance(value, list) and any(each is False for each in value):
         return (
             f"is {str(value)[:60]}, so a part of the answer seems to be wrong, and would be learnt "
             "like the others; expected rows with good answers only"
         )
-    says_yes_or_no = str(value).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
+    text = str(value).strip().lower()
+    says_yes_or_no = text in ("true", "false", "0", "1", "0.0", "1.0") or text in _GRADES
     if plain not in _LABELS or form.name == "text" or not says_yes_or_no:
         return None
     return (
@@ -217,12 +242,11 @@ def _label(plain: str, value: Any, form: RowFormat) -> str | None:
     )
 
 
-def _booleans(values: list[Any]) -> list[bool]:
-    return [value for value in values if isinstance(value, bool)]
-
-
 def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _VERDICTS or str(value).strip().lower() != "false":
+    # `correct` may also be the number of the right choice.
+    is_number = plain != "correct" and str(value).strip() in ("0", "0.0")
+    says_no = str(value).strip().lower() in ("false", "no")
+    if plain not in _VERDICTS or not (says_no or is_number):
         return None
     return (
         f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the others; "
@@ -271,6 +295,15 @@ def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
     return "holds documents beside the chat, which are not passed on; expected them in a message"
 
 
+def _tools(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _TOOLS or not isinstance(value, list | dict | str) or not form.is_chat:
+        return None
+    return (
+        "seems to hold the tools of the chat, which would be learnt without them; expected them in "
+        "a column 'tools' of the row: rename it"
+    )
+
+
 _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _media,
     _label,
@@ -280,4 +313,5 @@ _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _mask,
     _template,
     _documents,
+    _tools,
 )

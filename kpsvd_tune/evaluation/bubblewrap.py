@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,14 +25,34 @@ def is_root() -> bool:
     return os.geteuid() == 0
 
 
-def bubblewrap_command(scratch_bytes: int, filter_descriptors: tuple[int, ...]) -> list[str]:
+def find_bubblewrap() -> str | None:
+    """The full path of bubblewrap, None where it is not installed.
+
+    Folders of PATH that are relative, or into which everybody may write, are passed over: whoever
+    can put a file there would run it with our rights.
+    """
+    for folder in os.get_exec_path():
+        file = Path(folder, "bwrap")
+        if not file.is_absolute() or not os.access(file, os.X_OK) or not file.is_file():
+            continue
+        real = file.resolve()
+        parts = (file.parent, real.parent, real)
+        if not any(part.stat().st_mode & stat.S_IWOTH for part in parts):
+            return str(real)
+    return None
+
+
+def bubblewrap_command(
+    program: str, scratch_bytes: int, filter_descriptors: tuple[int, ...]
+) -> list[str]:
     """The words to put before a command.
 
     Args:
+        program: bubblewrap's own file, as `find_bubblewrap` gives it.
         scratch_bytes: size of /tmp, the only place that can be written to.
         filter_descriptors: what `filter_file` gave; must be passed on to the process.
     """
-    command = ["bwrap", "--die-with-parent", "--new-session", "--clearenv"]
+    command = [program, "--die-with-parent", "--new-session", "--clearenv"]
     for name, value in ENVIRONMENT.items():
         command += ["--setenv", name, value]
     command += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
@@ -49,9 +70,12 @@ def bubblewrap_command(scratch_bytes: int, filter_descriptors: tuple[int, ...]) 
         for parent in reversed(Path(folder).parents[:-1]):
             command += ["--dir", str(parent)]
         command += ["--ro-bind-try", folder, folder]
+    command += ["--dir", "/dev"]
     for device in _DEVICES:
         command += ["--dev-bind", device, device]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp"]
+    # Semaphores and shared memory of multiprocessing, under the same limits as files.
+    command += ["--symlink", "/tmp", "/dev/shm"]
     return [*command, "--chdir", "/tmp", "--remount-ro", "/", "--"]
 
 

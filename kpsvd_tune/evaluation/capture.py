@@ -1,18 +1,45 @@
-"""Run one command with a deadline and a cap on what it writes; nothing of it is left behind."""
+"""Run a program and its judge with a deadline and limits; nothing of them is left behind."""
 
 from __future__ import annotations
 
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from kpsvd_tune.evaluation.bubblewrap import ENVIRONMENT
+from kpsvd_tune.evaluation.usage import Usage
+
+_LOOK_SECONDS = 0.02
+Stop = Literal["timeout", "output", "memory", "files"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to start: a command, its standard input, and open files to pass on."""
+
+    command: list[str]
+    job: bytes
+    descriptors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a program and its judge may use together; `Limits` describes each."""
+
+    cpu_seconds: int
+    wall_seconds: float
+    output_bytes: int
+    total_bytes: int
+    num_files: int
+    scratch_bytes: int | None
 
 
 @dataclass
@@ -20,52 +47,70 @@ class Capture:
     """What came out of one run.
 
     Attributes:
-        verdict: what it wrote to standard output, where the runner tells how it went.
-        output: what it wrote to standard error, where the program's own output goes.
-        stopped: why it was ended; None where it ended by itself.
+        verdict: what the judge wrote to standard output.
+        output: what the program wrote, and the judge to standard error.
+        stopped: why it was ended; None where the judge came to an end.
+        exit_code: how the program ended, minus the signal's number where one ended it; None where
+            it was still running.
+        cpu_seconds: the most processor time seen of any one process of the program.
     """
 
     verdict: bytearray = field(default_factory=bytearray)
     output: bytearray = field(default_factory=bytearray)
-    stopped: Literal["timeout", "output"] | None = None
+    stopped: Stop | None = None
+    exit_code: int | None = None
+    cpu_seconds: float = 0.0
 
 
 def capture_run(
-    command: list[str],
-    job: bytes,
-    *,
-    wall_seconds: float,
-    output_bytes: int,
-    descriptors: tuple[int, ...] = (),
+    program: Start, judge: Start, bounds: Bounds, connection: Sequence[socket.socket]
 ) -> Capture:
-    """Run a command in a new session and an empty folder, and kill what is left of it.
+    """Run a program and its judge, each in a session and an empty folder of its own.
 
     Args:
-        command: what to run.
-        job: its standard input.
-        wall_seconds: when to end it.
-        output_bytes: most bytes of either stream; one that writes more is ended.
-        descriptors: open files to pass on.
+        program: starts the program under test.
+        judge: starts its judge.
+        bounds: what they may use.
+        connection: the ends of what connects them; closed here once both have theirs, so that each
+            of the two notices the end of the other.
     """
     capture = Capture()
+    with ExitStack() as stack:
+        tried = stack.enter_context(_started(program, subprocess.STDOUT))
+        judging = stack.enter_context(_started(judge, subprocess.PIPE))
+        for end in connection:
+            end.close()
+        usage = Usage(tried.pid, bounds.scratch_bytes)
+        stack.callback(usage.close)
+        capture.stopped = _collect(tried, judging, capture, usage, bounds)
+        capture.exit_code = _exit_code(tried, wait=b"\ncrashed " in capture.verdict)
+        capture.cpu_seconds = usage.cpu_seconds
+    overran = capture.exit_code == -signal.SIGKILL and capture.cpu_seconds >= bounds.cpu_seconds
+    if capture.stopped is None and (overran or capture.exit_code == -signal.SIGXCPU):
+        capture.stopped = "timeout"
+    return capture
+
+
+@contextmanager
+def _started(start: Start, errors: int) -> Iterator[subprocess.Popen[bytes]]:
     with (
         tempfile.TemporaryDirectory(prefix="kpsvd-tune-") as folder,
         tempfile.TemporaryFile() as file,
     ):
-        file.write(job)
+        file.write(start.job)
         file.seek(0)
         process = subprocess.Popen(
-            command,
+            start.command,
             stdin=file,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             cwd=folder,
             env=ENVIRONMENT,
             start_new_session=True,
-            pass_fds=descriptors,
+            pass_fds=start.descriptors,
         )
         try:
-            _collect(process, capture, wall_seconds, output_bytes)
+            yield process
         finally:
             # Killing bubblewrap ends its process namespace, and with it all that was started there.
             with suppress(ProcessLookupError):
@@ -75,36 +120,59 @@ def capture_run(
                 if stream is not None:
                     stream.close()
             process.wait()
-    # 128 + the signal is how bubblewrap passes on what ended its program.
-    if capture.stopped is None and process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
-        capture.stopped = "timeout"
-    return capture
 
 
 def _collect(
-    process: subprocess.Popen[bytes], capture: Capture, wall_seconds: float, output_bytes: int
-) -> None:
-    """Read verdict and output until the program ends, breaks a limit or its time is up."""
-    deadline = time.monotonic() + wall_seconds
+    tried: subprocess.Popen[bytes],
+    judging: subprocess.Popen[bytes],
+    capture: Capture,
+    usage: Usage,
+    bounds: Bounds,
+) -> Stop | None:
+    """Read verdict and output until the judge ends, a limit is broken or time is up."""
+    deadline = time.monotonic() + bounds.wall_seconds
+    next_look = 0.0
     with selectors.DefaultSelector() as selector:
-        for stream, sink in ((process.stdout, capture.verdict), (process.stderr, capture.output)):
+        streams = ((judging.stdout, capture.verdict), (judging.stderr, capture.output))
+        for stream, sink in (*streams, (tried.stdout, capture.output)):
             assert stream is not None
             selector.register(stream, selectors.EVENT_READ, sink)
         while True:
-            # Asked before reading: what a program wrote before its end is then still read.
-            has_ended = process.poll() is not None
-            left = deadline - time.monotonic()
-            if left <= 0 and not has_ended:
-                capture.stopped = "timeout"
-                return
-            events = selector.select(0 if has_ended else min(left, 0.05))
+            # Asked before reading: what was written before the end is then still read.
+            has_ended = judging.poll() is not None
+            now = time.monotonic()
+            if now >= deadline and not has_ended:
+                return "timeout"
+            if now >= next_look and not has_ended:
+                if (broken := _broken_limit(usage, bounds)) is not None:
+                    return broken
+                next_look = now + _LOOK_SECONDS
+            events = selector.select(0 if has_ended else min(deadline - now, _LOOK_SECONDS))
             if has_ended and not events:
-                return
+                return None
             for key, _ in events:
                 chunk = os.read(key.fd, 65536)
                 if not chunk:
                     selector.unregister(key.fileobj)
-                key.data.extend(chunk[: output_bytes - len(key.data)])
-                if len(key.data) >= output_bytes:
-                    capture.stopped = "output"
-                    return
+                key.data.extend(chunk[: bounds.output_bytes - len(key.data)])
+                if len(key.data) >= bounds.output_bytes:
+                    return "output"
+
+
+def _broken_limit(usage: Usage, bounds: Bounds) -> Stop | None:
+    usage.look()
+    if usage.num_files > bounds.num_files:
+        return "files"
+    # Pages that processes share are counted more than once by a look.
+    if usage.memory_bytes > bounds.total_bytes < usage.shared_memory_bytes():
+        return "memory"
+    return None
+
+
+def _exit_code(process: subprocess.Popen[bytes], *, wait: bool) -> int | None:
+    """How a process ended; after a crash it may be a moment until that is known."""
+    with suppress(subprocess.TimeoutExpired):
+        code = process.wait(1.0 if wait else 0)
+        # 128 + the signal is how bubblewrap passes on what ended its program.
+        return 128 - code if code > 128 else code
+    return None

@@ -1,21 +1,19 @@
-"""Run programs a model wrote, each in a bubblewrap sandbox of its own.
+"""Run programs a model wrote, each in a bubblewrap sandbox of its own, and judge them from outside.
 
 Inside there are the system's read-only /usr and Python's standard library, a small /tmp in
 memory, no network, no /proc, no home folder, no environment of ours, and a user that is not root
-even where we are. A program counts as passed only when the runner inside sends back a random word
-made for this one run; the word is not in the program's reach by ordinary means.
-
-Known limits: a program that searches the interpreter's memory can find that word, and an object
-that is equal to everything passes any assert. A sandbox guards against accidents and ordinary
-malice, not against flaws of the kernel.
+even where we are. The tests run in a second sandbox (`sandbox_judge`), which asks the program over
+a socket and gets plain values back (`wire`, `remote`): the program never holds a test, an expected
+value or the means to tell a verdict. A sandbox guards against accidents and ordinary malice, not
+against flaws of the kernel.
 """
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import secrets
-import shutil
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +21,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from types import CodeType
+from typing import Any, Literal
 
 from kpsvd_tune.errors import InputError, ResourceError
-from kpsvd_tune.evaluation.bubblewrap import bubblewrap_command, filter_file, is_root
-from kpsvd_tune.evaluation.capture import Capture, capture_run
+from kpsvd_tune.evaluation.bubblewrap import (
+    bubblewrap_command,
+    filter_file,
+    find_bubblewrap,
+    is_root,
+)
+from kpsvd_tune.evaluation.capture import Bounds, Capture, Start, capture_run
 
 Sandbox = Literal["bwrap", "none"]
-Status = Literal["passed", "failed", "invalid", "timeout", "output", "crashed"]
+Status = Literal["passed", "failed", "invalid", "timeout", "output", "memory", "files", "crashed"]
 
 _INSTALL = (
     "Install bubblewrap 0.8 or newer (Debian, Ubuntu: sudo apt-get install bubblewrap; Fedora: "
@@ -41,7 +45,7 @@ _MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class Program:
-    """A program and the tests it must pass, each run in the program's own namespace."""
+    """A program and the tests it must pass, which see its names as if they stood behind it."""
 
     source: str
     tests: tuple[str, ...]
@@ -54,20 +58,24 @@ class Limits:
     Attributes:
         cpu_seconds: processor time of each process; a busy machine does not use it up.
         wall_seconds: time from start to end.
-        memory_bytes: address space of each process, so that all together can hold
-            `memory_bytes` * `num_processes` + `scratch_bytes` at most.
+        memory_bytes: address space of each process.
+        total_bytes: memory of all its processes and of /tmp together; looked at fifty times a
+            second, so that it may be passed for a moment.
         num_processes: processes and threads.
         file_bytes: size of each file.
         scratch_bytes: size of /tmp.
+        num_files: files and folders in /tmp; looked at fifty times a second too.
         output_bytes: what it may print.
     """
 
     cpu_seconds: int = 10
     wall_seconds: float = 40.0
     memory_bytes: int = 512 * _MEBIBYTE
-    num_processes: int = 8
+    total_bytes: int = 1024 * _MEBIBYTE
+    num_processes: int = 16
     file_bytes: int = 16 * _MEBIBYTE
     scratch_bytes: int = 64 * _MEBIBYTE
+    num_files: int = 10_000
     output_bytes: int = _MEBIBYTE
 
 
@@ -77,8 +85,9 @@ class RunResult:
 
     Attributes:
         status: "passed"; "failed": an assert or another error; "invalid": it does not compile;
-            "timeout"; "output": it wrote more than it may; "crashed": it ended without a verdict.
-        detail: the error, as the program's side tells it.
+            "timeout"; "output", "memory", "files": it used more than it may; "crashed": it ended
+            before its tests did.
+        detail: the error, as the judge tells it.
         output: the beginning of what it printed.
     """
 
@@ -127,7 +136,8 @@ def run_programs(
         programs: what to run; nothing is shared between them.
         sandbox: "bwrap", or "none" for no protection but the limits.
         limits: what each program may use.
-        num_workers: programs at a time; the number of processors by default.
+        num_workers: programs at a time; by default as many as there are processors, and memory
+            for if each uses all it may.
         progress: called with (done, total) after each program.
 
     Returns:
@@ -140,7 +150,7 @@ def run_programs(
     check_sandbox(sandbox)
     limits = limits or Limits()
     results = []
-    with ThreadPoolExecutor(num_workers or os.cpu_count() or 1) as workers:
+    with ThreadPoolExecutor(num_workers or _num_workers(limits)) as workers:
         runs = [workers.submit(run_program, job, sandbox, limits) for job in programs]
         try:
             for run in runs:
@@ -162,13 +172,45 @@ def run_program(
         ResourceError: the sandbox did not start.
     """
     limits = limits or Limits()
-    nonce = secrets.token_hex(16)
+    with ExitStack() as stack:
+        ends = socket.socketpair()
+        descriptors: tuple[int, ...] = ()
+        wrapper: list[str] = []
+        for end in ends:
+            stack.enter_context(end)
+        starts = []
+        for end, module, content in (
+            (ends[0], "sandbox_program", {"program": program.source}),
+            (ends[1], "sandbox_judge", {"tests": list(program.tests)}),
+        ):
+            if sandbox == "bwrap":
+                descriptors = stack.enter_context(filter_file())
+                bubblewrap = find_bubblewrap() or "bwrap"
+                wrapper = bubblewrap_command(bubblewrap, limits.scratch_bytes, descriptors)
+            job = {**content, **_process_limits(limits, sandbox), "socket": end.fileno()}
+            starts.append(
+                Start(
+                    [*wrapper, *_interpreter()],
+                    marshal.dumps((_code_for(module), job)),
+                    (*descriptors, end.fileno()),
+                )
+            )
+        bounds = Bounds(
+            cpu_seconds=limits.cpu_seconds,
+            wall_seconds=limits.wall_seconds,
+            output_bytes=limits.output_bytes,
+            total_bytes=limits.total_bytes,
+            num_files=limits.num_files,
+            scratch_bytes=limits.scratch_bytes if sandbox == "bwrap" else None,
+        )
+        capture = capture_run(starts[0], starts[1], bounds, ends)
+    return _result(capture, sandbox)
+
+
+def _process_limits(limits: Limits, sandbox: Sandbox) -> dict[str, Any]:
     # A user of its own each time: the limit on processes counts all that a user runs.
     uid = 0x60000000 + secrets.randbelow(2**24) if sandbox == "bwrap" and is_root() else None
-    job = {
-        "program": program.source,
-        "tests": list(program.tests),
-        "nonce": nonce,
+    return {
         "uid": uid,
         "limits": {
             "RLIMIT_AS": limits.memory_bytes,
@@ -177,59 +219,84 @@ def run_program(
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": 64,
             "RLIMIT_CORE": 0,
+            "RLIMIT_SIGPENDING": 64,
+            "RLIMIT_MSGQUEUE": 0,
         },
     }
-    with ExitStack() as stack:
-        command = _interpreter()
-        descriptors: tuple[int, ...] = ()
-        if sandbox == "bwrap":
-            descriptors = stack.enter_context(filter_file())
-            command = [*bubblewrap_command(limits.scratch_bytes, descriptors), *command]
-        capture = capture_run(
-            command,
-            json.dumps(job).encode(),
-            wall_seconds=limits.wall_seconds,
-            output_bytes=limits.output_bytes,
-            descriptors=descriptors,
-        )
-    return _judge(capture, nonce, sandbox)
 
 
-def _judge(capture: Capture, nonce: str, sandbox: Sandbox) -> RunResult:
+def _num_workers(limits: Limits) -> int:
+    """Programs at a time: a processor for each, and memory if all use what they may."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass  # what is free altogether, then; it leaves out what the system could give back
+    # Beside the program's own there is the judge, a single process.
+    most = available // (limits.total_bytes + limits.memory_bytes)
+    return max(1, min(os.cpu_count() or 1, most))
+
+
+def _result(capture: Capture, sandbox: Sandbox) -> RunResult:
     output = capture.output.decode("utf-8", "replace")
-    lines = capture.verdict.decode("utf-8", "replace").split("\n")
-    told = [line.removeprefix(f"{nonce} ") for line in lines if line.startswith(f"{nonce} ")]
+    told = capture.verdict.decode("utf-8", "replace").splitlines()
     if not told:
         if capture.stopped is not None:
             return RunResult(capture.stopped, "before the program started", output)
+        # Program and judge say the same where neither starts.
+        words = " ".join(dict.fromkeys(output.splitlines()))
         raise ResourceError(
             f"the {'sandbox' if sandbox == 'bwrap' else 'interpreter'} did not start: "
-            f"{output.strip()[:300] or 'no message'}. Nothing was scored; free memory or "
+            f"{words.strip()[:300] or 'no message'}. Nothing was scored; free memory or "
             "processes and run the same command again."
         )
-    if capture.stopped is not None:
-        return RunResult(capture.stopped, "", output)
     status, _, detail = told[-1].partition(" ")
     if status == "passed":
         return RunResult("passed", "", output)
+    if capture.stopped is not None:
+        return RunResult(capture.stopped, "", output)
     if status == "failed":
         return RunResult("failed", detail, output)
     if status == "invalid":
         return RunResult("invalid", detail, output)
-    return RunResult("crashed", "it ended before its tests did", output)
+    if status == "crashed":
+        return RunResult("crashed", detail, output)
+    return RunResult("crashed", "its judge ended before the tests did", output)
+
+
+# A bare Python reads its parts from standard input: no site packages, nothing from the current
+# folder, no environment. The last part is the one to run.
+_BOOTSTRAP = """
+import marshal, sys, types
+parts, job = marshal.load(sys.stdin.buffer)
+for name, code in parts:
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(code, module.__dict__)
+module.main(job)
+"""
 
 
 def _interpreter() -> list[str]:
-    """A bare Python: no site packages, nothing from the current folder, no environment."""
     binary = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    runner = Path(__file__).with_name("sandbox_program.py").read_text(encoding="utf-8")
-    return [binary, "-s", "-S", "-B", "-P", "-u", "-c", runner]
+    return [binary, "-s", "-S", "-B", "-P", "-u", "-c", _BOOTSTRAP]
+
+
+@cache
+def _code_for(module: str) -> tuple[tuple[str, CodeType], ...]:
+    """A module of ours and those it imports, in the order they need each other."""
+    parts = []
+    for name in ("wire", "remote", "sandbox_limits", module):
+        text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        parts.append((f"{__package__}.{name}", compile(text, f"<{name}>", "exec")))
+    return tuple(parts)
 
 
 @cache
 def _sandbox_fault() -> str | None:
     """What stands in the way of a sandbox, found by starting one; None where nothing does."""
-    if shutil.which("bwrap") is None:
+    if find_bubblewrap() is None:
         return "Generated code runs in bubblewrap, which is not installed: found no bwrap."
     try:
         result = run_program(Program("", ()), "bwrap", Limits())

@@ -1,82 +1,98 @@
-"""What runs inside the sandbox: set limits, run one program, run its tests, say how it went.
+"""What runs the program under test: set limits, run it, then answer what the judge asks of it.
 
-Never imported: `sandbox` hands this file's text to a bare Python interpreter that sees the
-standard library alone, so it may import nothing of ours. A job comes as JSON on standard input;
-the verdict leaves on what was standard output, which the program under test does not get: its
-own output goes to standard error.
+It holds no test and no expected value. Whatever the program does to this process, the judge sees
+nothing but answers (`sandbox_judge`). Handed to a bare Python interpreter, so it may import only
+the standard library and what is handed over with it.
 """
 
-import builtins
-import json
+import copy
+import importlib
+import io
+import operator
 import os
-import resource
+import pickle
 import sys
 import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from kpsvd_tune.evaluation.remote import ARITHMETIC, COMPARISONS, ConversationError, Peer
+from kpsvd_tune.evaluation.sandbox_limits import set_limits
+from kpsvd_tune.evaluation.wire import BASES
 
-def main() -> None:
-    """Run the job from standard input; tell "<nonce> started", then "<nonce> <status> <detail>"."""
-    job = json.loads(sys.stdin.buffer.read())
-    verdict = _private_verdict_channel()
-    _limit(job)
-    _tell(verdict, job["nonce"], "started", "")
-    status, detail = _run(job["program"], job["tests"])
-    _tell(verdict, job["nonce"], status, detail)
-    # At once: threads, exit handlers and destructors of the program get no turn.
-    os._exit(0)
+# Frames of ours below every call of the program, which must not shorten its own recursion.
+_OUR_FRAMES = 20
 
 
-def _private_verdict_channel() -> int:
-    verdict = os.dup(1)
-    os.dup2(2, 1)
+def main(job: dict[str, Any]) -> None:
+    """Run the job's program and serve it until the judge is gone."""
     nothing = os.open("/dev/null", os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    return verdict
-
-
-def _limit(job: dict[str, Any]) -> None:
-    if job["uid"] is not None:  # root outside: become nobody before anything foreign runs
-        os.setgroups([])
-        os.setgid(job["uid"])
-        os.setuid(job["uid"])
-    for name, value in job["limits"].items():
-        limit = getattr(resource, name)
-        _, most = resource.getrlimit(limit)
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        # A second more before the kill: the signal that comes first tells why a program ended.
-        hard = value + (name == "RLIMIT_CPU" and value != most)
-        resource.setrlimit(limit, (value, hard))
-
-
-def _tell(verdict: int, nonce: str, status: str, detail: str) -> None:
-    line = f"\n{nonce} {status} {' '.join(detail.split())}\n"
-    os.write(verdict, line.encode("utf-8", "backslashreplace"))
-
-
-def _run(program: str, tests: list[str]) -> tuple[str, str]:
-    try:
-        compiled = compile(program, "<program>", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        return "invalid", _describe(error)
+    set_limits(job)
+    sys.setrecursionlimit(sys.getrecursionlimit() + _OUR_FRAMES)
     # Registered as a module, because dataclasses and pickle look their classes' module up.
     module = types.ModuleType("program")
     sys.modules["program"] = module
+    served = _served(job["program"], module)
+    peer = Peer(job["socket"], 1, lambda name, args: served[name](*args), is_judge=False)
     try:
-        builtins.exec(compiled, module.__dict__)
-        for test in tests:
-            builtins.exec(compile(test, "<test>", "exec", dont_inherit=True), module.__dict__)
-    except BaseException as error:  # SystemExit too: a program that leaves has not passed
-        return "failed", _describe(error)
-    return "passed", ""
+        peer.answer_until_the_end()
+    except ConversationError:
+        pass
+    finally:
+        os._exit(0)
 
 
-def _describe(error: BaseException) -> str:
+def _served(source: str, module: types.ModuleType) -> Mapping[str, Callable[..., Any]]:
+    """What the judge may ask, by name."""
+    compiled: list[types.CodeType] = []
+    named: dict[str, Callable[..., Any]] = {
+        "hello": lambda: None,
+        "compile": lambda: compiled.append(compile(source, "<program>", "exec", dont_inherit=True)),
+        "run": lambda: exec(compiled[0], module.__dict__),
+        "lookup": lambda name: (name in module.__dict__, module.__dict__.get(name)),
+        "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
+        "open": lambda: open,
+        "call": lambda function, args, kwargs: function(*args, **kwargs),
+        "plain": _plain,
+        "enter": lambda value: type(value).__enter__(value),
+        "exit": lambda value, kind, error: type(value).__exit__(value, kind, error, None),
+        "isinstance": lambda kind, value: isinstance(value, kind),
+        "issubclass": lambda kind, value: issubclass(value, kind),
+        "int": int,
+        "pickle": pickle.dumps,
+        "unpickle": pickle.loads,
+        "copy": copy.copy,
+        "deepcopy": copy.deepcopy,
+    }
+    functions: tuple[Callable[..., Any], ...] = (
+        *(getattr, setattr, delattr, iter, next, format, complex, float, str, repr),
+        *(abs, bool, dir, len, reversed, round, *COMPARISONS, *ARITHMETIC),
+        *(operator.eq, operator.contains, operator.index, operator.invert, operator.neg),
+        *(operator.pos, operator.getitem, operator.setitem, operator.delitem),
+    )
+    named |= {function.__name__: function for function in functions}
+    return named | {"printing": lambda name, args: _printing(named[name], args)}
+
+
+def _printing(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any, str]:
+    """(whether it went well, answer or error, what it printed)."""
+    collected = io.StringIO()
+    stream, sys.stdout = sys.stdout, collected
     try:
-        return f"{type(error).__name__}: {error}"[:200]
-    except BaseException:
-        return "an error that cannot be shown"
+        try:
+            answer = (True, function(*args))
+        except BaseException as error:
+            answer = (False, error)
+        return (*answer, collected.getvalue())
+    finally:
+        sys.stdout = stream
 
 
-main()
+def _plain(value: Any) -> Any:
+    """An object's content in the exact built-in type that its class derives from."""
+    base = next(base for base in BASES if isinstance(value, base))
+    if base is dict:
+        return {key: dict.__getitem__(value, key) for key in dict.__iter__(value)}
+    return base(base.__iter__(value))

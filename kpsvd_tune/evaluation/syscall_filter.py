@@ -25,6 +25,7 @@ _REFUSED: Mapping[str, tuple[int, int]] = {
     "memfd_secret": (447, 447),
     "mount": (165, 40),
     "move_mount": (429, 429),
+    "mq_open": (240, 180),
     "msgget": (68, 186),
     "open_tree": (428, 428),
     "perf_event_open": (298, 241),
@@ -33,12 +34,17 @@ _REFUSED: Mapping[str, tuple[int, int]] = {
     "process_vm_writev": (311, 271),
     "ptrace": (101, 117),
     "request_key": (249, 218),
+    "semget": (64, 190),
     "setns": (308, 268),
     "shmget": (29, 194),
     "umount2": (166, 39),
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
 }
+# A socket of any other family may lead out of an empty network namespace: to the machine that
+# hosts this one (AF_VSOCK), to hardware, to the kernel's own interfaces.
+_SOCKET_CALLS = ((41, 198), (53, 199))  # socket, socketpair
+_SOCKET_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 _CLONE = (56, 220)
 _CLONE3 = 435
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
@@ -71,6 +77,13 @@ def syscall_filter(machine: str) -> bytes | None:
     for numbers in _REFUSED.values():
         program += [(_EQUAL, 0, 1, numbers[column]), no]
     program += [(_EQUAL, 0, 1, _CLONE3), missing]
+    for numbers in _SOCKET_CALLS:
+        program += [(_EQUAL, 0, 6, numbers[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT)]
+        left = len(_SOCKET_FAMILIES)
+        for family in _SOCKET_FAMILIES:
+            program += [(_EQUAL, left, 0, family)]
+            left -= 1
+        program += [(_RETURN, 0, 0, _REFUSE | errno.EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
     program += [(_EQUAL, 0, 3, _CLONE[column]), (_LOAD, 0, 0, _FIRST_ARGUMENT_AT)]
     program += [(_ANY_BIT, 0, 1, _NEW_NAMESPACE_FLAGS), no]
     program += [(_RETURN, 0, 0, _ALLOW)]

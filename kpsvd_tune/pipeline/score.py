@@ -110,15 +110,17 @@ class Scorer:
     def score_all(
         self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
     ) -> dict[str, list[Score]]:
-        """Scores by name; each task's completions go to a folder of its name.
+        """Scores by name, told as they are found; completions go to a folder of the task's name.
 
         Completions there that another model wrote, as those of an earlier run in this place, are
         set aside.
         """
-        return {
-            name: self.score(model, task, folder / name, set_aside=True)
-            for name, task in tasks.items()
-        }
+        found = {}
+        for name, task in tasks.items():
+            found[name] = self.score(model, task, folder / name, set_aside=True)
+            for score in found[name]:
+                self._events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
+        return found
 
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
@@ -143,8 +145,6 @@ class Scorer:
             watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
         self._events.end_progress()
-        for score in scores:
-            self._events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
         for note in missing_scorers(task.task):
             self._events.note(note)
         return scores

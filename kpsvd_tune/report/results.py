@@ -237,6 +237,8 @@ class MergeReport(Result):
         min_kept_share: The smallest kept share; 1 without layers.
         passed: Whether the difference is within the tolerance.
         warnings: What passed and deserves a look all the same.
+        adapter_logit_difference: Largest absolute difference that the adapter makes to a logit of
+            its base model; 0: it changes nothing. None in reports of older versions.
     """
 
     adapter: str
@@ -252,6 +254,7 @@ class MergeReport(Result):
     min_kept_share: float
     passed: bool
     warnings: tuple[str, ...] = ()
+    adapter_logit_difference: float | None = None
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,13 @@ def merge_lines(report: MergeReport) -> list[Text]:
             style="green" if report.passed else "bold red",
         )
     ]
+    if report.adapter_logit_difference is not None:
+        lines.append(
+            Text(
+                "the adapter changes a logit of its base by at most "
+                f"{report.adapter_logit_difference:.3g}"
+            )
+        )
     lines.append(
         Text(
             f"of every layer's update at least {100 * report.min_kept_share:.1f} % survived the "

@@ -188,13 +188,16 @@ def test_save_and_load_never_decomposes(
     assert again == {name: entry["rank"] for name, entry in config["layers"].items()}
 
 
-def test_the_file_holds_offsets_and_factors_only(tiny_model: Any, tmp_path: Path) -> None:
+def test_the_file_holds_offsets_factors_and_what_the_base_is_known_by(
+    tiny_model: Any, tmp_path: Path
+) -> None:
     adapt(tiny_model, rank=3).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     kinds = {name.rpartition(".")[2] for name in tensors}
-    assert kinds == {"kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0"}
-    assert len(tensors) == 4 * 14
-    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert kinds == {f"kpsvd_{k}" for k in ("left", "right", "left0", "right0", "base")}
+    assert len(tensors) == 5 * 14
+    kinds_of = {name.endswith("base"): t.dtype for name, t in tensors.items()}
+    assert kinds_of == {True: torch.int32, False: torch.float32}
 
 
 def test_the_wrong_base_is_refused_by_name(
@@ -212,7 +215,7 @@ def test_a_slightly_different_base_is_refused(
     other = model_factory()
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj projects to"):
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj is 1.02 % of the norm"):
         PeftModel.from_pretrained(other, tmp_path)
 
 

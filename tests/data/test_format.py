@@ -234,28 +234,38 @@ def test_two_system_messages_are_refused() -> None:
         find_format([row], "auto", {}).example(row)
 
 
-def test_an_answer_is_one_text() -> None:
-    columns = {"prompt": "q", "completion": "answers.text"}
-    form = find({"q": "Where?", "answers": {"text": ["here"]}}, **columns)
-
-    def answer(*texts: str) -> Any:
-        return form.example(row(q="Where?", answers={"text": list(texts)}))
-
-    assert answer("here") == answer("here", "here") == Pair("Where?", "here")
-    assert answer() is None
-    with pytest.raises(DataError, match=r"holds 2 texts, such as 'here' and 'there'; expected one"):
-        answer("here", "there")
-    with pytest.raises(DataError, match="half a surrogate pair"):
-        answer("\ud800")
+@pytest.mark.parametrize("answer", [["Paris", "paris"], ["a", "b", "c"]])
+def test_several_answers_are_not_joined_to_one(answer: list[str]) -> None:
+    one = Row("rows.jsonl", 1, {"prompt": "q", "completion": answer})
+    form = find_format([one], "auto", {})
+    with pytest.raises(DataError, match=r"holds a list of \d .* expected one text: keep one"):
+        form.example(one)
+    single = form.example(Row("rows.jsonl", 2, {"prompt": "q", "completion": answer[:1]}))
+    assert isinstance(single, Pair)
+    assert single.completion == answer[0]
 
 
-def test_an_empty_list_is_an_empty_context_and_no_prompt() -> None:
+def test_an_answer_that_is_a_json_object_is_text() -> None:
+    one = Row("rows.jsonl", 1, {"prompt": "q", "completion": '{"role": "a", "content": "b"}'})
+    form = find_format([one], "auto", {})
+    assert not form.has_messages
+    found = form.example(one)
+    assert isinstance(found, Pair)
+    assert found.completion == '{"role": "a", "content": "b"}'
+
+
+def test_an_empty_list_for_a_prompt_is_told_as_what_it_is() -> None:
+    one = Row(
+        "rows.jsonl", 1, {"prompt": [], "completion": [{"role": "assistant", "content": "b"}]}
+    )
+    with pytest.raises(DataError, match="holds a list .* a list of messages needs at least one"):
+        find_format([one], "auto", {}).example(one)
+
+
+def test_an_empty_list_is_an_empty_context_and_no_answer() -> None:
     values = {"instruction": "Add", "input": [], "output": "2"}
     assert find(values).example(Row("r", 1, values)) == Pair("Add", "2")
-    values = {"prompt": [], "completion": "2"}
-    form = find({"prompt": "a", "completion": "b"})
-    with pytest.raises(DataError, match="'prompt' is an empty list, so nothing asks"):
-        form.example(Row("r", 1, values))
+    assert find({"prompt": "a", "completion": "b"}).example(row(prompt="a", completion=[])) is None
 
 
 @pytest.mark.parametrize(

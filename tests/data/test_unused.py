@@ -355,47 +355,71 @@ def test_a_system_prompt_that_no_role_takes_is_told_of_with_the_way_to_use_it(re
     assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
 
 
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+NESTED = {"columns": {"prompt": "data.q", "completion": "data.a"}}
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"tools": [TOOL]}, r"'body.tools' holds tools.*ignore_columns: \[body.tools\]"),
-        ({"images": ["a.png"]}, r"the column 'body.images' holds images.*\[body.images\]"),
-        ({"weight": 0.5}, r"the column 'body.weight' is 0.5"),
+        ({"is_correct": False}, r"column 'data\.is_correct' is False"),
+        ({"label": 0}, r"column 'data\.label' is 0"),
+        ({"weight": 0}, r"column 'data\.weight' is 0"),
+        ({"images": ["a.png"]}, r"column 'data\.images' holds images"),
     ],
 )
-def test_what_stands_beside_a_column_in_an_object_is_looked_at(
+def test_keys_beside_those_that_are_taken_are_looked_at_too(
     read: Read, more: dict[str, Any], message: str
 ) -> None:
-    rows = [{"body": CHAT}, {"body": {**CHAT, **more}}]
-    columns = {"messages": "body.messages"}
-    with pytest.raises(DataError, match=rf"line 2: .*{message}"):
-        read(*rows, columns=columns)
-    ignored = [f"body.{name}" for name in more]
-    assert learnt(read(*rows, columns=columns, ignore_columns=ignored), 1) == ["5</s>"]
+    row = {"data": {"q": "2 + 3?", "a": "5", **more}}
+    with pytest.raises(DataError, match=message) as got:
+        read(row, **NESTED)
+    assert learnt(read(row, **NESTED, **advised(got.value))) == ["5</s>"]
 
 
-def test_context_beside_a_column_in_an_object_is_told_of_with_the_way_to_use_it(
-    read: Read,
-) -> None:
-    row = {"data": {"q": "2 + 3?", "context": "Add.", "a": "5", "id": 1}}
-    data = read(row, columns={"prompt": "data.q", "completion": "data.a"})
-    found, others = unused(data)
-    assert "instruction: data.q, output: data.a, input: data.context" in found
-    assert "not used: data.id (" in others
-    advice = {"instruction": "data.q", "output": "data.a", "input": "data.context"}
-    assert before(read(row, columns=advice)) == "<|user|>2 + 3?\n\nAdd.</s><|assistant|>"
+def test_keys_beside_those_that_are_taken_are_named(read: Read) -> None:
+    row = {"data": {"q": "2 + 3?", "a": "5", "context": "sums", "id": 7, "more": {"b": 1}}}
+    notes = unused(read(row, {"data": None, **PAIR}, row, **NESTED, on_bad_row="drop",
+                        max_bad_rows=0.5))  # fmt: skip
+    assert any("'data.context' looks like a part" in note for note in notes)
+    assert any("not used: data.id, data.more, prompt, completion" in note for note in notes)
+    silent = ["data.context", "data.id", "data.more"]
+    assert unused(read(row, **NESTED, ignore_columns=silent)) == []
 
 
-def test_a_column_to_ignore_in_an_object_must_be_there(read: Read) -> None:
-    row = {"data": {"q": "2 + 3?", "a": "5"}, "id": 1}
-    columns = {"prompt": "data.q", "completion": "data.a"}
-    with pytest.raises(DataError, match=r"ignore_columns names 'data.b', and no row"):
-        read(row, columns=columns, ignore_columns=["data.b"])
-    with pytest.raises(DataError, match=r"ignore_columns names 'id.b', and no row"):
-        read(row, columns=columns, ignore_columns=["id.b"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("label", "bad"), ("label", "undesirable"), ("kto_tag", "rejected"),
+        ("is_correct", 0), ("accepted", "no"), ("is_valid", "0"),
+    ],
+)  # fmt: skip
+def test_other_ways_to_say_that_an_answer_is_bad(read: Read, column: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"line 1: the column '{column}' is {value!r}, "):
+        read({**PAIR, column: value})
+
+
+def test_the_number_of_the_right_choice_is_no_verdict(read: Read) -> None:
+    assert learnt(read({**PAIR, "correct": 0, "label": "sums"})) == ["5</s>"]
+
+
+def test_rows_for_tests_among_rows_to_train_on_are_refused(read: Read) -> None:
+    train, test = {**PAIR, "split": "train"}, {**PAIR, "split": "test"}
+    with pytest.raises(DataError, match=r"line 3: the column 'split' is 'test' and earlier rows"):
+        read(train, train, test)
+    assert len(read(test, test).train) == 2
+    assert len(read(train, test, ignore_columns=["split"]).train) == 2
+
+
+def test_tools_in_another_column_are_refused(read: Read) -> None:
+    tools = [{"name": "weather"}]
+    with pytest.raises(DataError, match=r"column 'available_tools' seems to hold the tools of"):
+        read({**CHAT, "available_tools": tools})
+    nested = {"columns": {"messages": "data.messages"}}
+    row = {"data": {**CHAT, "tools": tools}}
+    with pytest.raises(DataError, match=r"column 'data\.tools' seems to hold .*: rename it") as got:
+        read(row, **nested)
+    assert learnt(read(row, **nested, **advised(got.value))) == ["5</s>"]
+    assert learnt(read({**PAIR, "available_tools": tools})) == ["5</s>"]
 
 
 def test_a_system_prompt_beside_texts_is_never_dropped(read: Read) -> None:

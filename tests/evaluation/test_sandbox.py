@@ -130,7 +130,7 @@ def test_home_and_other_files_are_not_there(tmp_path: Path):
     secret.write_text("secret")
     secret.chmod(0o644)
     hidden = [str(secret), str(Path.home() / ".bashrc"), "/etc/passwd", "/etc/shadow", "/proc/1"]
-    hidden += [str(Path(__file__)), "/root/.bashrc", "/sys/kernel", "/dev/shm", "/dev/tty", "/var"]
+    hidden += [str(Path(__file__)), "/root/.bashrc", "/sys/kernel", "/dev/tty", "/var"]
     result = run(f"import os\nassert not [p for p in {hidden} if os.path.exists(p)]")
     assert result.passed, result
 
@@ -273,8 +273,6 @@ def test_processor_time_is_limited_on_a_busy_machine_too():
     [
         "while True: print('a' * 1000)",
         "import os\nwhile True: os.write(2, b'a' * 65536)",
-        "import os\nfor fd in range(3, 64):\n"
-        " try: os.write(fd, b'a' * 2**22)\n except OSError: pass",
     ],
 )
 def test_an_output_flood_is_cut_off(source: str):

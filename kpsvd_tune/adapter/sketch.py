@@ -1,0 +1,249 @@
+"""What a base model is known by: random projections of its weights, small and hard to fool.
+
+A tensor's sketch is its inner products with eight random vectors of signs, which are the same for
+every tensor of a size and come from a hash, so that every machine draws the same. The mean square
+of the differences of two sketches estimates the squared distance of the tensors: two that differ by
+d in norm have sketches that differ by less than 0.45 d once in a hundred times. Whatever the
+difference is, noise, a fine-tuning or one entry, no direction is spared by design; who knows the
+signs could construct one.
+
+The base may come in another dtype than the one at hand. A sketch therefore holds the projections
+of the weight as it is and rounded to bfloat16 and to float16: rounding is the same function on
+both sides, so that a float32 checkpoint is compared exactly with its 16-bit copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+NUM_PROJECTIONS = 8
+# A chunk of a million entries takes 8 MB in float64, in which everything is added up.
+_BLOCK, _CHUNK = 4096, 1 << 20
+FORMS: tuple[torch.dtype | None, ...] = (None, torch.bfloat16, torch.float16)
+SIZE = 1 + len(FORMS) * NUM_PROJECTIONS
+_EXACT, _BF16, _FP16, _OTHER, _MIXED, _MIXED_OTHER = range(1, 7)
+_KINDS = {
+    torch.float64: _EXACT,
+    torch.float32: _EXACT,
+    torch.bfloat16: _BF16,
+    torch.float16: _FP16,
+}
+# Largest distance that passes, relative to the weight's norm. Equal weights differ by the order of
+# sums in float32 at most; a float32 checkpoint rounded once to bfloat16 and once to float16 by
+# 2^-9 to 2^-8; weights of four bits by a tenth and more.
+TOLERANCE, TOLERANCE_16_BIT, TOLERANCE_QUANTISED = 1e-6, 1e-2, 0.3
+# Modules that PEFT trains whole for these tasks, and fills with new random numbers.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Projections of one tensor, or of the sum of several.
+
+    Attributes:
+        kind: What dtype it was of.
+        values: (forms, projections), float64, on the CPU.
+        norm: Of what was projected; 0 where a stored sketch does not say.
+    """
+
+    kind: int
+    values: Tensor
+    norm: float = 0.0
+
+    def packed(self) -> Tensor:
+        """As int32, which no cast to another dtype touches: the kind, then bits of float32."""
+        bits = self.values.float().flatten().view(torch.int32)
+        return torch.cat([torch.tensor([self.kind], dtype=torch.int32), bits])
+
+
+def unpacked(stored: Tensor) -> Sketch:
+    """Read what :meth:`Sketch.packed` gave."""
+    stored = stored.detach().cpu()
+    values = stored[1:].contiguous().view(torch.float32).double()
+    return Sketch(int(stored[0]), values.reshape(len(FORMS), NUM_PROJECTIONS))
+
+
+@torch.no_grad()
+def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
+    """Project one weight.
+
+    Args:
+        weight: Floating point, any size, on any device.
+        is_quantised: Whether it was dequantised from fewer bits.
+    """
+    flat = weight.detach().reshape(-1)
+    signs = _block_signs()
+    if flat.device.type not in ("cpu", "mps"):
+        signs = signs.to(flat.device)
+    values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
+    square = 0.0
+    of_blocks = _signs("blocks", math.ceil(flat.numel() / _BLOCK))
+    for begin in range(0, flat.numel(), _CHUNK):
+        chunk = flat[begin : begin + _CHUNK]
+        if chunk.device.type == "mps":
+            chunk = chunk.cpu()
+        first = begin // _BLOCK
+        for index, form in enumerate(FORMS):
+            rounded = chunk if form is None else chunk.float().to(form)
+            # Neither infinity nor NaN may hide all other entries.
+            entries = torch.nan_to_num(rounded.double(), posinf=7e4, neginf=-7e4)
+            if form is None:
+                square += float(entries.square().sum())
+            whole = entries[: len(entries) // _BLOCK * _BLOCK].view(-1, _BLOCK)
+            sums = [whole @ signs]
+            if rest := len(entries) % _BLOCK:
+                sums.append((entries[-rest:] @ signs[:rest])[None])
+            projected = torch.cat(sums).cpu()
+            values[index] += (projected * of_blocks[first : first + len(projected)]).sum(0)
+    kind = _OTHER if is_quantised else _KINDS.get(weight.dtype, _OTHER)
+    return Sketch(kind, values, math.sqrt(square))
+
+
+def sketch_module(module: nn.Module) -> Sketch | None:
+    """Project the weight of one adapted layer's base; None where it is not here."""
+    for name, weight, is_quantised in _weights(module):
+        if name == "weight" and weight is not None:
+            return sketch(weight, is_quantised)
+    return None
+
+
+def sketch_rest(
+    model: nn.Module, adapted: Sequence[str], saved_whole: Sequence[str], task: str | None
+) -> Sketch | None:
+    """Project all weights of a base but those of adapted layers and of modules saved whole.
+
+    Args:
+        model: The model, with adapters or without.
+        adapted: Names of the layers whose weights are left out.
+        saved_whole: ``modules_to_save``.
+        task: PEFT's task type, some of which save a head whole.
+
+    Returns:
+        The sum of the sketches, each with random signs of its name; None where weights are shared
+        out or not here.
+    """
+    ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
+    left_out = {f"{name}.weight" for name in adapted}
+    values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
+    square, kinds = 0.0, set()
+    for path, module in _base_modules(model):
+        if any(_is_under(path, end) for end in ends):
+            continue
+        for name, weight, is_quantised in _weights(module):
+            full = f"{path}.{name}" if path else name
+            if full in left_out:
+                continue
+            if weight is None:
+                return None
+            one = sketch(weight, is_quantised)
+            values += one.values * _signs(full, 1)
+            square += one.norm**2
+            kinds.add(one.kind)
+    if not kinds:
+        return None
+    kind = kinds.pop() if len(kinds) == 1 else _MIXED_OTHER if _OTHER in kinds else _MIXED
+    return Sketch(kind, values, math.sqrt(square))
+
+
+def distance(stored: Sketch, found: Sketch) -> tuple[float, float]:
+    """How far a weight is from the one that a sketch was stored of, relative to its norm.
+
+    Args:
+        stored: Of the base that the adapter was made for.
+        found: Of the base at hand.
+
+    Returns:
+        The estimated distance, and the largest that passes.
+    """
+    pair = {stored.kind, found.kind}
+    forms = [0]
+    # Of equal dtypes one form decides; rounding again would only hide a difference.
+    if len(pair) > 1 or pair & {_MIXED, _MIXED_OTHER}:
+        forms += [1] if pair & {_BF16, _MIXED, _MIXED_OTHER} else []
+        forms += [2] if pair & {_FP16, _MIXED, _MIXED_OTHER} else []
+    scale = found.norm or 1.0
+    far = [
+        float((stored.values[form] - found.values[form]).square().mean().sqrt()) / scale
+        for form in forms
+    ]
+    if not all(math.isfinite(each) for each in far):
+        return math.inf, TOLERANCE
+    if min(far) > TOLERANCE and pair & {_OTHER, _MIXED_OTHER}:
+        return far[0], TOLERANCE_QUANTISED
+    if min(far) > TOLERANCE and len(pair) > 1 and pair <= {_BF16, _FP16, _MIXED}:
+        # A float32 checkpoint was rounded in two ways, neither of which gives the other.
+        return far[0], TOLERANCE_16_BIT
+    return min(far), TOLERANCE
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrappers."""
+    tuner = getattr(model, "base_model", None)
+    return tuner.model if isinstance(tuner, BaseTuner) else model
+
+
+def _is_under(path: str, end: str) -> bool:
+    """Whether a module is one that ends in a name of ``modules_to_save``, or lies in one."""
+    parts = path.split(".")
+    return any(".".join(parts[: k + 1]).endswith(end) for k in range(len(parts)))
+
+
+def _base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The base's own modules, as they are called without adapters and torch.compile."""
+    if isinstance(model, BaseTunerLayer):
+        model = model.get_base_layer()
+    elif isinstance(model, AuxiliaryTrainingWrapper):
+        yield from _base_modules(model.original_module, path)
+        return
+    yield path, model
+    for name, child in model.named_children():
+        inner = path if name == "_orig_mod" else f"{path}.{name}" if path else name
+        yield from _base_modules(child, inner)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor | None, bool]]:
+    """A module's own floating weights as (name, weight, whether it is dequantised).
+
+    Offloaded ones are fetched; None stands for one that is shared out or nowhere.
+    """
+    backend = resolve_quantization_backend(module)
+    with align_module_device(module):
+        if backend is not None:
+            try:
+                yield "weight", backend.get_base_weight(module), True
+            except (ValueError, TypeError, NotImplementedError):
+                yield "weight", None, True
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_floating_point() or (backend is not None and name == "weight"):
+                continue
+            is_gone = parameter.is_meta or not parameter.numel()
+            is_here = not is_gone and not hasattr(parameter, "full_tensor")
+            yield name, parameter if is_here else None, False
+
+
+@functools.cache
+def _block_signs() -> Tensor:
+    return _signs("entries", _BLOCK)
+
+
+def _signs(label: str, count: int) -> Tensor:
+    """(count, projections) of +-1 in float64, from a hash of the label."""
+    bits = hashlib.shake_256(f"kpsvd sketch {label}".encode()).digest(count)
+    signs = np.unpackbits(np.frombuffer(bits, dtype=np.uint8)).astype(np.float64) * 2 - 1
+    return torch.from_numpy(signs).reshape(count, NUM_PROJECTIONS)

@@ -1,0 +1,317 @@
+"""The conversation of two processes, and the stand-ins of objects that live in the other one.
+
+An object of the other side never decides how it compares with a plain value: such a comparison is
+made here, on its content in exact built-in types where its class derives from a container, and is
+unequal or an error where it does not. Two objects of the other side are compared over there.
+
+Imports the standard library and `wire` alone, because it runs in a bare interpreter too.
+"""
+
+import operator
+import os
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kpsvd_tune.evaluation.wire import MOST_BYTES, Codec, WireError
+
+_LENGTH = struct.Struct("!I")
+
+
+class ConversationError(BaseException):
+    """The other side has ended, or does not keep to the rules; no test may go on after that."""
+
+
+class Peer:
+    """One side of the conversation.
+
+    Args:
+        descriptor: a connected stream socket.
+        first_id: 0 on one side, 1 on the other.
+        serve: answers what the other side asks: (name of the question, its arguments).
+        is_judge: whether this side judges the other; see `Codec` for what that changes.
+
+    Attributes:
+        fault: what ended the conversation, or None.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        first_id: int,
+        serve: Callable[[str, tuple[Any, ...]], Any],
+        *,
+        is_judge: bool,
+    ) -> None:
+        if is_judge:
+            _judging[:] = [self]
+            # A name without dots, under which pickle finds it in a bare interpreter.
+            _unpickle.__module__ = "kpsvd_tune_remote"
+            sys.modules[_unpickle.__module__] = sys.modules[__name__]
+        self.fault: str | None = None
+        self._descriptor = descriptor
+        self._serve = serve
+        # A thread of the program may ask while another waits; one question at a time.
+        self._lock = threading.RLock()
+        self.codec = Codec(
+            first_id,
+            lambda *described: _stand_in(self, *described),
+            lambda value: Remote.number_in(value, self),
+            shares_names=is_judge,
+            forgets=is_judge,
+        )
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Ask the other side, and answer what it asks meanwhile.
+
+        Returns:
+            Its answer.
+
+        Raises:
+            BaseException: what it raised, or `ConversationError`.
+        """
+        with self._lock:
+            if self.codec.is_reading:
+                raise self._end("a message that asks for more before it is read")
+            self._send(("ask", name, args))
+            while True:
+                kind, *rest = self._receive()
+                if kind == "ask":
+                    self._answer(*rest)
+                elif kind == "error" and isinstance(rest[0], BaseException):
+                    raise rest[0]
+                else:
+                    return rest[0]
+
+    def answer_until_the_end(self) -> None:
+        """Answer questions until the other side is gone."""
+        while True:
+            kind, *rest = self._receive()
+            if kind != "ask":
+                raise self._end("an answer without a question")
+            self._answer(*rest)
+
+    def _answer(self, name: str, args: tuple[Any, ...]) -> None:
+        try:
+            answer = ("answer", self._serve(name, args))
+        except ConversationError:
+            raise
+        except BaseException as error:
+            answer = ("error", error)
+        try:
+            message = self.codec.write(answer)
+        except BaseException as error:
+            message = self.codec.write(("error", TypeError(f"cannot be sent: {error!r}"[:200])))
+        self._send_bytes(message)
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        self._send_bytes(self.codec.write(message))
+
+    def _send_bytes(self, message: bytes) -> None:
+        data = memoryview(_LENGTH.pack(len(message)) + message)
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError as error:
+            raise self._end(f"the program ended before its tests did ({error.strerror})") from None
+
+    def _receive(self) -> tuple[Any, ...]:
+        (length,) = _LENGTH.unpack(self._read_bytes(_LENGTH.size))
+        if length > MOST_BYTES:
+            raise self._end(f"a message of {length} bytes; at most {MOST_BYTES} are read")
+        try:
+            message = self.codec.read(self._read_bytes(length))
+        except WireError as error:
+            raise self._end(f"a message that cannot be read ({error})") from None
+        if type(message) is not tuple or not message or message[0] not in _SHAPES:
+            raise self._end("a message of no known kind")
+        if [type(part) for part in message[1:]] != _SHAPES[message[0]] and message[0] == "ask":
+            raise self._end("a question without a name")
+        if len(message) != 1 + len(_SHAPES[message[0]]):
+            raise self._end("a message of another length")
+        return message
+
+    def _read_bytes(self, count: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < count:
+            try:
+                part = os.read(self._descriptor, min(count - len(parts), 2**20))
+            except OSError as error:
+                raise self._end(
+                    f"the program ended before its tests did ({error.strerror})"
+                ) from None
+            if not part:
+                raise self._end("the program ended before its tests did")
+            parts += part
+        return bytes(parts)
+
+    def _end(self, fault: str) -> ConversationError:
+        self.fault = self.fault or fault
+        return ConversationError(self.fault)
+
+
+_SHAPES: dict[Any, list[type]] = {"ask": [str, tuple], "answer": [object], "error": [object]}
+
+
+class Remote:
+    """An object of the other side."""
+
+    __slots__ = ("__has_base", "__hash", "__number", "__peer")
+
+    def __init__(self, peer: Peer, number: int, has_base: bool, hash_value: int | None) -> None:
+        for name, value in (
+            ("peer", peer),
+            ("number", number),
+            ("has_base", has_base),
+            ("hash", hash_value),
+        ):
+            object.__setattr__(self, f"_Remote__{name}", value)
+
+    @staticmethod
+    def number_in(value: Any, peer: Peer) -> int | None:
+        """The number of a stand-in of this conversation, None for any other object."""
+        return value.__number if type(value) is Remote and value.__peer is peer else None
+
+    @staticmethod
+    def plain(value: Any) -> Any:
+        """A value to compute with: an object's content in an exact built-in type.
+
+        Raises:
+            TypeError: the object's class derives from no container.
+        """
+        if type(value) is not Remote:
+            return value
+        if not value.__has_base:
+            raise TypeError(
+                "an object of the program met a plain value in an operator. Only numbers, texts "
+                "and containers are computed with by the tests."
+            )
+        return value.__peer.ask("plain", value)
+
+    def __ask(self, name: str, *args: Any) -> Any:
+        return self.__peer.ask(name, self, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__ask("getattr", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__ask("setattr", name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__ask("delattr", name)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call it over there."""
+        return self.__ask("call", args, kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is Remote:
+            return self is other or bool(self.__ask("eq", other))
+        return self.__has_base and bool(Remote.plain(self) == other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        if self.__hash is None:
+            raise TypeError("unhashable object of the program")
+        return int(self.__hash)
+
+    def __iter__(self) -> Iterator[Any]:
+        return _RemoteIterator(self.__peer, self.__ask("iter"))
+
+    def __next__(self) -> Any:
+        return self.__ask("next")
+
+    def __contains__(self, item: object) -> bool:
+        if type(item) is Remote:
+            return bool(self.__ask("contains", item))
+        if self.__has_base:
+            return item in Remote.plain(self)
+        return any(each is item or each == item for each in self)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return bool(self.__ask("isinstance", instance))
+
+    def __subclasscheck__(self, subclass: Any) -> bool:
+        return bool(self.__ask("issubclass", subclass))
+
+    def __exit__(self, *exception: Any) -> bool:
+        return bool(self.__ask("exit", *exception[:2]))
+
+    def __format__(self, spec: str) -> str:
+        return str(self.__ask("format", spec))
+
+    def __reduce__(self) -> Any:
+        return _unpickle, (self.__ask("pickle"),)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__ask("deepcopy")
+
+
+class _RemoteIterator:
+    """Goes through an iterator of the other side."""
+
+    def __init__(self, peer: Peer, iterator: Any) -> None:
+        self._peer = peer
+        self._iterator = iterator
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._peer.ask("next", self._iterator)
+
+
+def _stand_in(peer: Peer, number: int, nature: str, hash_value: int | None) -> Any:
+    remote = Remote(peer, number, nature == "container", hash_value)
+    return _run_over_there(peer, remote) if nature == "coroutine" else remote
+
+
+async def _run_over_there(peer: Peer, coroutine: Remote) -> Any:
+    return peer.ask("await", coroutine)
+
+
+_judging: list[Peer] = []
+
+
+def _unpickle(content: Any) -> Any:
+    """An object of the program from its own pickle; the program reads it."""
+    return _judging[0].ask("unpickle", content)
+
+
+def _unary(name: str) -> Any:
+    def method(self: Remote, *args: Any) -> Any:
+        return self._Remote__ask(name, *args)
+
+    return method
+
+
+def _binary(function: Callable[[Any, Any], Any], *, is_reflected: bool) -> Any:
+    def method(self: Remote, other: Any) -> Any:
+        left, right = (other, self) if is_reflected else (self, other)
+        if type(left) is Remote and type(right) is Remote:
+            return self._Remote__ask(function.__name__, other)
+        return function(Remote.plain(left), Remote.plain(right))
+
+    return method
+
+
+UNARY: tuple[str, ...] = ("abs", "bool", "complex", "copy", "dir", "enter", "float", "index", "int")
+UNARY += ("invert", "len", "neg", "pos", "repr", "reversed", "round", "str")
+ITEMS = ("delitem", "getitem", "setitem")
+COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge)
+ARITHMETIC = (
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
+    *(operator.mod, operator.pow, operator.matmul, operator.and_, operator.or_, operator.xor),
+    *(operator.lshift, operator.rshift),
+)
+for _name in (*UNARY, *ITEMS):
+    setattr(Remote, f"__{_name}__", _unary(_name))
+for _function in (*COMPARISONS, *ARITHMETIC):
+    _plain_name = _function.__name__.strip("_")
+    setattr(Remote, f"__{_plain_name}__", _binary(_function, is_reflected=False))
+    if _function in ARITHMETIC:
+        setattr(Remote, f"__r{_plain_name}__", _binary(_function, is_reflected=True))

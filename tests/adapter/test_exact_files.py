@@ -1,0 +1,127 @@
+"""What an adapter's file holds is exactly what its configuration tells of, both ways."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.pipeline.apply import load_adapter
+
+FILE = "adapter_model.safetensors"
+NORM = "base_model.model.model.norm.weight"
+
+
+@pytest.fixture
+def folder(tiny_model: Any, tmp_path: Path) -> Path:
+    place = tmp_path / "adapter"
+    model = get_peft_model(
+        tiny_model, KpsvdConfig(target_modules=["q_proj", "up_proj"], rank=2, task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(str(place))
+    return place
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / FILE).items()}
+    edit(weights)
+    save_file(weights, folder / FILE)
+
+
+def change_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    edit(config)
+    file.write_text(json.dumps(config))
+
+
+def roads(folder: Path, base: Callable[[], Any]) -> list[Callable[[], Any]]:
+    """Every way to put the folder on a base at which PEFT asks the method."""
+
+    def set_state() -> Any:
+        model = get_peft_model(base(), KpsvdConfig.from_pretrained(str(folder)))
+        return set_peft_model_state_dict(model, load_file(folder / FILE))
+
+    return [
+        lambda: load_adapter(base(), folder),
+        lambda: PeftModel.from_pretrained(base(), folder),
+        lambda: PeftModel.from_pretrained(base(), folder, low_cpu_mem_usage=True),
+        set_state,
+    ]
+
+
+def refused(folder: Path, base: Callable[[], Any], words: str) -> None:
+    for road in roads(folder, base):
+        with pytest.raises(AdapterError, match=re.escape(words)):
+            road()
+
+
+@pytest.mark.parametrize(
+    "name", [NORM, "base_model.model.lm_head.weight", "base_model.model.nothing", "extra"]
+)
+def test_tensors_beside_the_adapters_are_refused(
+    folder: Path, model_factory: Callable[..., Any], name: str
+) -> None:
+    change(folder, lambda weights: weights.update({name: torch.zeros(32)}))
+    refused(folder, model_factory, f"hold {name.removeprefix('base_model.model.')}, which the conf")
+
+
+def test_factors_of_a_layer_that_the_configuration_lacks_are_refused(
+    folder: Path, model_factory: Callable[..., Any]
+) -> None:
+    change_config(folder, lambda config: config["layers"].pop("model.layers.0.mlp.up_proj"))
+    refused(folder, model_factory, "hold model.layers.0.mlp.up_proj.kpsvd_base, model")
+
+
+@pytest.mark.parametrize("part", ["kpsvd_left", "kpsvd_right0"])
+def test_missing_tensors_are_refused(
+    folder: Path, model_factory: Callable[..., Any], part: str
+) -> None:
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    change(folder, lambda weights: weights.pop(f"base_model.model.{name}"))
+    refused(folder, model_factory, f"the adapter's weights lack {name} of ")
+
+
+def test_a_renamed_layer_is_refused(folder: Path, model_factory: Callable[..., Any]) -> None:
+    def rename(config: dict[str, Any]) -> None:
+        layers = config["layers"]
+        layers["model.layers.7.mlp.up_proj"] = layers.pop("model.layers.1.mlp.up_proj")
+
+    change_config(folder, rename)
+    words = "tells of model.layers.7.mlp.up_proj, and the model has no such layers"
+    refused(folder, model_factory, words)
+
+
+def test_a_module_saved_whole_must_be_in_both(
+    folder: Path, model_factory: Callable[..., Any], tmp_path: Path
+) -> None:
+    change_config(folder, lambda config: config.update(modules_to_save=["model.norm"]))
+    with pytest.raises(AdapterError, match=r"model\.norm\.weight"):
+        load_adapter(model_factory(), folder)
+
+    whole = tmp_path / "whole"
+    config = KpsvdConfig(target_modules=["q_proj"], rank=1, modules_to_save=["model.norm"])
+    get_peft_model(model_factory(), config).save_pretrained(str(whole))
+    for road in roads(whole, model_factory):
+        road()
+    change_config(whole, lambda config: config.update(modules_to_save=None))
+    refused(whole, model_factory, "hold model.norm.weight, which the configuration does not tell")
+
+
+def test_a_refused_adapter_leaves_the_base_as_it_was(
+    folder: Path, model_factory: Callable[..., Any]
+) -> None:
+    change(folder, lambda weights: weights.update({NORM: torch.zeros(32)}))
+    base = model_factory()
+    with pytest.raises(AdapterError):
+        load_adapter(base, folder)
+    assert torch.equal(base.model.norm.weight, model_factory().model.norm.weight)

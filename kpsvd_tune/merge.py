@@ -69,6 +69,7 @@ def merge(
     base: Base = UNKNOWN_BASE,
     tolerance: float | None = None,
     prompts: Sequence[str] = PROMPTS,
+    warnings: Sequence[str] = (),
     stage: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge an adapter into its base, save it, load it again and compare.
@@ -86,6 +87,7 @@ def merge(
         tolerance: Largest logit difference that passes; None takes the dtype's share of the
             largest logit: 1e-5 in float32, 5e-3 in float16, 4e-2 in bfloat16.
         prompts: Texts to compare the two models on.
+        warnings: For the report, before its own.
         stage: Told what is being done.
 
     Returns:
@@ -143,7 +145,7 @@ def merge(
             prompts=tuple(prompts),
             # Written so that a difference that is not a number fails.
             passed=difference <= tolerance,
-            warnings=_lost_updates(kept, dtype) + _unseen(change, tolerance),
+            warnings=(*warnings, *_lost_updates(kept, dtype)) + _unseen(change, tolerance),
         )
         (partial / "merge_report.json").write_text(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"

@@ -167,7 +167,7 @@ class WrittenCheck:
             rendered, marked = self._marked(changed, tools)
         learnt = "".join(rendered[start:end] for start, end in marked)
         for doubt, mark in zip(doubts, marks, strict=True):
-            if mark in rendered:
+            if rendered.count(mark) >= (2 if doubt.is_content else 1):
                 if marked and doubt.is_learnt and mark not in learnt:
                     self._refuse_unmarked(doubt)
                 continue
@@ -197,13 +197,25 @@ class WrittenCheck:
         ] = None
 
     def _changes(self, doubt: _Doubt, mark: str, messages: Sequence[Message], tools: Any) -> bool:
-        """Whether the rendering is another with a mark in place of the part."""
-        changed: list[Message] = list(messages)
-        changed[doubt.place] = doubt.replaced(changed[doubt.place], mark)
-        try:
-            return self._render(changed, tools) != self._render(messages, tools)
-        except DataError:
-            return True  # it was looked at
+        """Whether the rendering is another with a mark in place of the part.
+
+        A text is put to the proof at both of its ends, as templates may cut it. Of an assistant's,
+        which is not learnt, reasoning at its beginning may be left out.
+        """
+        message = messages[doubt.place]
+        changes = [doubt.replaced(message, mark)]
+        if doubt.is_content:
+            text = message["content"]
+            changes = [{**message, "content": f"{text} {mark}end"}]
+            if doubt.role != "assistant":
+                changes.append({**message, "content": f"{mark} {text}"})
+        text = self._render(messages, tools)
+        return all(
+            self._differs(
+                [*messages[: doubt.place], each, *messages[doubt.place + 1 :]], tools, text
+            )
+            for each in changes
+        )
 
     def _try_key(self, place: int, key: str, messages: Sequence[Message], tools: Any) -> None:
         message = messages[place]
@@ -259,6 +271,11 @@ class _Doubt:
     is_learnt: bool
 
     @property
+    def is_content(self) -> bool:
+        """Whether it is the message's text, which may also be cut."""
+        return self.path == ("content",)
+
+    @property
     def is_reasoning(self) -> bool:
         """Whether it is what an assistant thought before it spoke."""
         return self.path[0] in REASONING_KEYS
@@ -268,6 +285,8 @@ class _Doubt:
 
         Reasoning is often held under several names, of which a template reads any.
         """
+        if self.is_content:
+            return {**message, "content": f"{mark} {message['content']} {mark}end"}
         paths = [self.path]
         if self.is_reasoning:
             text = message[self.what]
@@ -352,7 +371,8 @@ def _doubts(
 
     # The text of a learnt turn has been compared already; it may be part of a call.
     if content and not (is_learnt and not has_more) and not is_surely_in(content):
-        yield _Doubt(place, ("content",), role, f"a message of the role {role!r}", is_learnt)
+        what = f"a message of the role {role!r} as a whole"
+        yield _Doubt(place, ("content",), role, what, is_learnt)
     for value, key in _reasoning(message).items():
         if not is_surely_in(value):
             yield _Doubt(place, (key,), role, key, is_learnt)

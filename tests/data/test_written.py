@@ -387,3 +387,25 @@ def test_a_call_whose_arguments_are_called_otherwise_is_refused_where_they_are_l
     with pytest.raises(DataError, match=r"not write the key 'parameters' of the call of 'weather'"):
         read([row], tolerant)
     assert "Bonn" in learnt(read([row], LOOP + CALLS["json object"] + END))[0]
+
+
+@pytest.mark.parametrize("cut", ["[:40]", ".split('\\n')[0]", "[-40:]"])
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_text_that_the_template_cuts_is_refused(read: Read, cut: str, role: str) -> None:
+    template = LOOP + "{{ m.content if m.role == 'assistant' else m.content" + cut + " }}" + END
+    text = "Here is a list of all cities of two countries.\nWhich of them is warmest in May?"
+    rows = [{"messages": [{"role": role, "content": text}, USER, ANSWER]}]
+    with pytest.raises(DataError, match=f"not write a message of the role '{role}' as a whole"):
+        read(rows, template)
+    short = [{"messages": [{"role": role, "content": "Hi."}, {**USER, "content": "Hm?"}, ANSWER]}]
+    assert learnt(read(short, PLAIN)) == ["Rome is warmer.</s>"]
+
+
+def test_reasoning_in_the_text_of_an_earlier_turn_may_be_left_out(read: Read) -> None:
+    template = (
+        LOOP + "{{ m.content if m.role != 'assistant' or loop.last else "
+        "m.content.split('</think>')[-1] }}" + END
+    )
+    earlier = {**ANSWER, "content": "<think>Rome lies further south.</think>Rome."}
+    data = read([{"messages": [USER, earlier, USER, ANSWER]}], template, learn="last")
+    assert learnt(data) == ["Rome is warmer.</s>"]

@@ -226,7 +226,7 @@ def _escape(*acts: str) -> str:
 # Each defines `escaped`, which is true where one of its ways out works.
 ESCAPES = {
     "reads files": _escape(
-        *("open('/etc/passwd').read()", "os.listdir('/root')", "os.listdir('/home')"),
+        *("open('/etc/passwd').read()", "open('/root/.bashrc')", "os.listdir('/home')"),
         *("os.listdir('/proc')", "os.listdir('/sys')", "os.listdir('/var')", "os.listdir('/mnt')"),
     ),
     "writes files": _escape(

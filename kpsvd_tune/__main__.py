@@ -1,6 +1,22 @@
-"""`python -m kpsvd_tune` does what `kpsvd-tune` does."""
+"""`kpsvd-tune`, and `python -m kpsvd_tune`, which does the same."""
 
-from kpsvd_tune.cli import main
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Load the commands and run one of them."""
+    # Loading takes seconds on a cold disk, and typer answers a Ctrl-C only once it is there.
+    try:
+        from kpsvd_tune.cli import main as run
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("stopped\n")
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

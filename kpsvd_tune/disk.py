@@ -7,6 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from kpsvd_tune.errors import KpsvdTuneError, ResourceError
 
@@ -69,3 +70,15 @@ def cure(error: OSError, place: str) -> str:
     text = _CURES.get(error.errno or 0, "try again, or choose {place} on another disk")
     bare = place.removeprefix("an ").removeprefix("a ")
     return text.replace("another {place}", "another {bare}").format(place=place, bare=bare)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give a folder and all in it the modes that the user's other files get.
+
+    mkdtemp makes folders, and safetensors files, that nobody else may read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

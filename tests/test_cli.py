@@ -254,6 +254,87 @@ def test_exit_codes(
     assert ("Traceback" in captured.err) is isinstance(error, ZeroDivisionError)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["train", "r", "--train.max_steps", "20"], "write train.max_steps=20"),
+        (["train", "r", "--learning_rate=1e-4"], "write train.learning_rate=1e-4"),
+        (["train", "r", "--gradient-checkpointing"], "write train.gradient_checkpointing=true"),
+        (["train", "r", "--num_train_epochs", "3"], "write train.epochs=3"),
+        (["validate", "r", "--cutoff_len", "64"], "write dataset.max_length=64"),
+        (["compare", "r", "--zzz"], "are changed without dashes: train.max_steps=40"),
+    ],
+)
+def test_a_key_that_was_written_as_an_option(capsys, arguments, advice):
+    assert cli.run(arguments) == 2
+    assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "r", "--gpus", "0,1"], "got '0,1'; to choose GPUs: CUDA_VISIBLE_DEVICES=0,1"),
+        (["train", "r", "--gpus=0"], "Input should be greater than or equal to 1; got '0'"),
+        (["compare", "r", "--seeds", "many"], "unable to parse string as an integer; got 'many'"),
+    ],
+)
+def test_an_invalid_value_of_an_option_is_named(capsys, arguments, told):
+    assert cli.run(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["finetune", "r"], "train"), (["recipes", "ls"], "list, show, copy")],
+)
+def test_an_unknown_command_is_answered_with_those_there_are(capsys, arguments, told):
+    assert cli.run(arguments) == 2
+    err = capsys.readouterr().err
+    assert "No such command" in err
+    assert told in err.partition("Expected one of ")[2]
+
+
+def test_an_option_that_is_unknown_to_a_command_without_a_recipe(capsys):
+    assert cli.run(["report", "r", "--layer"]) == 2
+    assert "No such option: --layer" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_program_is_loaded():
+    code = (
+        "import builtins, sys; real = builtins.__import__\n"
+        "def stopped(name, *rest):\n"
+        "    if name == 'kpsvd_tune.cli': raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = stopped\n"
+        "from kpsvd_tune.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_recipes_are_listed_within_the_width_of_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["recipes", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    # Names in one column, texts in another, and no line broken before its room is used.
+    (first,) = [line for line in lines if line.startswith("quickstart ")]
+    assert first.endswith("learns to solve")
+    assert all(line[26] == " " for line in lines)
+
+
+def test_errors_break_between_words_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["validate", "no-such-recipe-as-this-one"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()).startswith("error: no-such-recipe-as-this-one: not")
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["validate", "nothing-like-this", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err

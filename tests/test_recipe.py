@@ -478,7 +478,8 @@ def test_early_stopping_without_validation_is_refused(faults):
         ("=4", "has an empty key; expected key=value, for example train.learning_rate=1e-3"),
         ("train..seed=4", "has an empty key; expected key=value, for example "
          "train.learning_rate=1e-3"),
-        ("train.seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("train.seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'; text "
+             "with colons, braces or hashes: 'train.seed=\"...\"'"),
         ("train.seed=!!python/name:os.system", "tags such as "
          "'tag:yaml.org,2002:python/name:os.system' are not allowed; write a plain value"),
         ("train.seed=" + " " * 2**20 + "1", "is longer than 1048576 characters"),
@@ -635,7 +636,7 @@ def test_awkward_text_comes_back_equal_from_yaml(write, text: str):
 FUZZ = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-NAMES = st.text(min_size=1, max_size=20).filter(str.strip)
+NAMES = st.text(min_size=1, max_size=20).filter(lambda t: t.strip() and "\0" not in t)
 RATES = st.floats(0, 1, exclude_min=True)
 
 
@@ -847,3 +848,33 @@ def test_sources_keep_their_settings_in_the_yaml_that_a_run_keeps(write):
     assert (first.path, first.weight, first.columns) == ("a.jsonl", 2.0, {"prompt": "q"})
     assert second == "b.jsonl"
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("rows.jsonl", "a file of rows in dataset.path"),
+        ("rows.csv.gz", "a file of rows in dataset.path"),
+        ("m.gguf", "a model in model.path"),
+        ("model.safetensors", "the folder of a model in model.path"),
+    ],
+)
+def test_a_file_that_goes_into_a_recipe_is_none(tmp_path, name, use):
+    file = tmp_path / name
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(RecipeError, match=f"is no recipe; expected a YAML file, which names {use}"):
+        load_recipe(file)
+
+
+def test_every_synonym_names_a_key_that_exists():
+    from kpsvd_tune.recipe.faults import _SYNONYMS, key_like
+
+    for name, key in _SYNONYMS.items():
+        place, _, last = key.rpartition(".")
+        assert last in LEVELS[tuple(place.split(".")) if place else ()], name
+        assert key_like(name) in (name, key)
+
+
+def test_text_that_is_no_yaml_on_the_command_line_is_answered_with_its_quotes(write):
+    with pytest.raises(RecipeError, match="""'dataset.template="...\\"'$"""):
+        load_recipe(write(MINIMAL), ["dataset.template=Q: {question} A: {answer}"])

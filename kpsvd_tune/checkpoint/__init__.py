@@ -8,7 +8,13 @@ written or read.
 
 from __future__ import annotations
 
-from kpsvd_tune.checkpoint.commit import MANIFEST, commit, read_committed
+from kpsvd_tune.checkpoint.commit import (
+    MANIFEST,
+    check_sealed,
+    commit,
+    manifest,
+    read_committed,
+)
 from kpsvd_tune.checkpoint.durable import replace_file, to_json
 from kpsvd_tune.checkpoint.listing import checkpoint_name
 from kpsvd_tune.checkpoint.run import RunDirectory, Start
@@ -25,10 +31,12 @@ __all__ = [
     "RunDirectory",
     "Start",
     "TrainingState",
+    "check_sealed",
     "checkpoint_name",
     "commit",
     "load_optimizer_state",
     "load_random_state",
+    "manifest",
     "optimizer_state",
     "random_state",
     "read_committed",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -54,6 +56,15 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]
         for key in keys
         if before.get(key, _ABSENT) != after.get(key, _ABSENT) and not _covers(HARMLESS, key)
     }
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """What a run is known by: a hash of all settings that matter, as it began with them.
+
+    Runs with equal ones have equal bytes, so that a checkpoint of the one is one of the other.
+    """
+    settings = {key: value for key, value in _flat(identity) if not _covers(HARMLESS, key)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def refusal(found: Mapping[str, Change], allowed: Collection[str]) -> str | None:

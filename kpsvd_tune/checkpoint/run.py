@@ -16,11 +16,10 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from kpsvd_tune.checkpoint import durable
-from kpsvd_tune.checkpoint.commit import commit, read_committed
-from kpsvd_tune.checkpoint.identity import Change, changes, refusal
+from kpsvd_tune.checkpoint.commit import commit, read_committed, run_of
+from kpsvd_tune.checkpoint.identity import Change, changes, refusal, run_id
 from kpsvd_tune.checkpoint.listing import (
     abandon_newer,
-    as_saved,
     checkpoint_name,
     clean,
     list_saved,
@@ -72,6 +71,7 @@ class RunRecord(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     status: str
+    id: str
     identity: dict[str, Any]
     changes: list[dict[str, Any]]
 
@@ -114,8 +114,10 @@ class RunDirectory:
 
         Raises:
             InputError: The folder holds files of the user's, or lies in another run.
-            CheckpointError: There are checkpoints, and no run.json that says what they belong to.
+            CheckpointError: There are checkpoints, and no run.json that says what they belong to;
+                or what ``resume`` names is no checkpoint of this run.
         """
+        self._named(resume)
         if self.run_file.exists():
             read_json(self.run_file)  # one that is damaged is named as such
             if is_run(self.path) or list_saved(self.checkpoints):
@@ -181,7 +183,7 @@ class RunDirectory:
         recorded = read_json(self.run_file, RunRecord)
         # By way of JSON, for what was read back must equal what was not.
         found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
-        explicit = None if resume in ("auto", "never") else Path(resume)
+        explicit = self._named(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()
         rebuild = rebuild and bool(list_saved(self.checkpoints))
         if is_finished and not found and explicit is None and not rebuild:
@@ -257,7 +259,7 @@ class RunDirectory:
         # The log reaches the disk before the checkpoint that counts on its length.
         state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
         folder = self.checkpoints / checkpoint_name(state.step, is_pending)
-        commit(folder, to_files(state))
+        commit(folder, to_files(state), self._id())
         clean(self.checkpoints, folder)
         for old in list_saved(self.checkpoints)[keep:]:
             if old.step != best_step:
@@ -282,7 +284,7 @@ class RunDirectory:
         Raises:
             CheckpointError: It is damaged; the message names the file.
         """
-        return from_files(read_committed(checkpoint))
+        return from_files(self._read(checkpoint))
 
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; a damaged newer one is named in a warning.
@@ -293,7 +295,7 @@ class RunDirectory:
         faults: list[str] = []
         for _, _, folder in list_saved(self.checkpoints):
             try:
-                read_committed(folder)
+                self._read(folder)
             except CheckpointError as error:
                 faults.append(str(error))
                 continue
@@ -318,24 +320,49 @@ class RunDirectory:
         clean(self.checkpoints, checkpoint)
         return state
 
+    def _named(self, resume: str) -> Path | None:
+        """The checkpoint that a path names; None for auto and never."""
+        if resume in ("auto", "never"):
+            return None
+        saved = [each.folder for each in list_saved(self.checkpoints)]
+        checkpoint = Path(resume).resolve()
+        if checkpoint in [folder.resolve() for folder in saved]:
+            return checkpoint
+        one = (
+            f"one of {', '.join(map(str, saved))}"
+            if saved
+            else f"nothing else: {self.path} holds no checkpoint"
+        )
+        raise CheckpointError(
+            f"--resume {resume} is no checkpoint of this run; expected auto, never, or {one}. To "
+            "begin with what another run has trained, name its adapter in adapter.from"
+        )
+
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:
             return self.newest_checkpoint()
-        checkpoint = explicit.resolve()
-        if checkpoint.parent != self.checkpoints.resolve() or as_saved(checkpoint) is None:
-            raise CheckpointError(
-                f"--resume {explicit} is no checkpoint of this run; expected auto, never, or a "
-                f"folder such as {self.checkpoints / 'step-000100'}"
-            )
-        read_committed(checkpoint)
-        return checkpoint
+        self._read(explicit)
+        return explicit
+
+    def _id(self) -> str | None:
+        """What the run is known by; None for one of an older version."""
+        return read_json(self.run_file, RunRecord).get("id") if self.run_file.exists() else None
+
+    def _read(self, checkpoint: Path) -> dict[str, bytes]:
+        files = read_committed(checkpoint)
+        # Of the same name and whole, and yet copied here: its offsets belong to other factors.
+        if run_of(checkpoint) != self._id():
+            raise CheckpointError(f"{checkpoint} is of another run; was it copied here?")
+        return files
 
     def _anew(
         self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
         # First, as the rest is known for ours by it.
-        self._write_run({"status": "running", **about, "identity": identity})
+        self._write_run(
+            {"status": "running", **about, "id": run_id(identity), "identity": identity}
+        )
         durable.replace_file(self.recipe_file, recipe_text.encode())
         return Start()
 

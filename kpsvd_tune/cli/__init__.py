@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,9 +17,13 @@ from kpsvd_tune.cli.shared import RanksEnded, app
 from kpsvd_tune.disk import cure
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.report.layout import shortened
+from kpsvd_tune.recipe.faults import key_like
+from kpsvd_tune.report.layout import make_console, print_line, shortened
 
 __all__ = ["app", "main", "run"]
+
+# The commands with KEY=VALUE for a recipe.
+_TAKE_KEYS = ("train", "compare", "init-only", "validate")
 
 
 def run(arguments: list[str]) -> int:
@@ -34,7 +39,12 @@ def run(arguments: list[str]) -> int:
     except RanksEnded as ended:
         return ended.exit_code
     except TyperException as error:
-        _say(f"error: {error.format_message()}")
+        message = error.format_message()
+        advice = _as_override(getattr(error, "option_name", ""), arguments)
+        if message.startswith("No such command"):
+            group = getattr(getattr(error, "ctx", None), "command", None)
+            advice = f" Expected one of {', '.join(getattr(group, 'commands', ()))}."
+        _say(f"error: {message}{_got(message, arguments)}{advice}")
         return 2
     except BrokenPipeError:
         # The reader of our output is gone, as in `| head`; Python would complain again at exit.
@@ -62,6 +72,41 @@ def run(arguments: list[str]) -> int:
         _say(f"error: {type(error).__name__}: {error}")
         _say("This is a bug in kpsvd-tune: please report it.")
         return 1
+
+
+def _as_override(option: str, arguments: Sequence[str]) -> str:
+    """Where an unknown option is meant for a key of the recipe, how that is written."""
+    if not option.startswith("--") or arguments[0] not in _TAKE_KEYS:
+        return ""
+    names = [each.partition("=")[0] for each in arguments]
+    if option not in names:
+        return ""
+    place = names.index(option)
+    _, equals, value = arguments[place].partition("=")
+    if not equals:
+        after = arguments[place + 1] if place + 1 < len(arguments) else "-"
+        # An option without a value is a switch in the tools that have such options.
+        value = "true" if after.startswith("-") or "=" in after else after
+    key = key_like(option.lstrip("-"))
+    if key is None:
+        return "; keys of the recipe are changed without dashes: train.max_steps=40"
+    return f"; to change that key of the recipe write {key}={value}"
+
+
+def _got(message: str, arguments: Sequence[str]) -> str:
+    """The value of an option that typer calls invalid without naming it."""
+    found = re.match(r"Invalid value for '(--[a-z-]+)'", message)
+    for place, each in enumerate(arguments if found else ()):
+        name, equals, value = each.partition("=")
+        if found and name == found[1]:
+            got = value if equals else "".join(arguments[place + 1 : place + 2])
+            if name == "--gpus" and "," in got:
+                number = len(got.split(","))
+                return (
+                    f"; got {got!r}; to choose GPUs: CUDA_VISIBLE_DEVICES={got} ... --gpus {number}"
+                )
+            return f"; got {got!r}"
+    return ""
 
 
 def _of_the_system(error: OSError) -> str:
@@ -94,7 +139,9 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _say(message: str) -> None:
-    print(shortened(message), file=sys.stderr)
+    out = make_console(stderr=True, soft_wrap=True)
+    for line in shortened(message).split("\n"):
+        print_line(out, line)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from kpsvd_tune.folders import exists, expand, kind_of
 from kpsvd_tune.recipe import load_recipe, recipe_to_yaml, shipped_recipes
 from kpsvd_tune.recipe.paths import SECTIONS
 from kpsvd_tune.report import console as view
-from kpsvd_tune.report.layout import make_console
+from kpsvd_tune.report.layout import make_console, output, print_pair
 from kpsvd_tune.report.reading import read_comparison, read_run
 from kpsvd_tune.report.trials import show_comparison
 
@@ -64,7 +64,7 @@ def list_recipes(as_json: Json = False) -> None:
         typer.echo(json.dumps(purposes))
         return
     for name, purpose in purposes.items():
-        typer.echo(f"{name:24} {purpose}")
+        print_pair(output(), name, purpose)
 
 
 @recipes_app.command("show")

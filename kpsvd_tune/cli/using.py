@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from kpsvd_tune.cli.shared import (
+    AllowOtherBase,
+    BaseOption,
     Debug,
     Gpus,
     Json,
@@ -21,14 +23,14 @@ from kpsvd_tune.cli.shared import (
     launch_processes,
     prepare_libraries,
 )
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.scoring import (
     check_code_execution,
     missing_scorers,
     rescore,
     stored_task,
 )
-from kpsvd_tune.folders import expand
+from kpsvd_tune.folders import expand, kind_of, siblings
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
@@ -47,9 +49,8 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, when the adapter names none that exists.")
-    ] = None,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Largest logit difference that passes.")
     ] = None,
@@ -63,7 +64,14 @@ def merge(
 
     with view.Events() as events:
         report = pipeline.merge(
-            source, output, events, dtype=dtype, base=base, tolerance=tolerance, offline=offline
+            source,
+            output,
+            events,
+            dtype=dtype,
+            base=base,
+            tolerance=tolerance,
+            allow_other_base=allow_other_base,
+            offline=offline,
         )
         emit(report, as_json, view.show_merge)
         events.note(f"written: {output}")
@@ -109,6 +117,8 @@ def evaluate(
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Score without the adapter, to compare.")
     ] = False,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
     ] = None,
@@ -162,6 +172,8 @@ def evaluate(
             output=output,
             base_only=base_only,
             dtype=dtype,
+            base=base,
+            allow_other_base=allow_other_base,
             offline=offline,
             **may,
         )
@@ -180,8 +192,14 @@ def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> 
     if "path" in options:
         # Other questions: what the recipe says of its own may not hold for them.
         keys = {key: value for key, value in keys.items() if key not in _OF_THE_ROWS}
-    # The base model alone is scored by --base-only.
-    return evaluation_section({**keys, "task": name, "before": False}, options, overrides)
+    try:
+        # The base model alone is scored by --base-only.
+        return evaluation_section({**keys, "task": name, "before": False}, options, overrides)
+    except RecipeError as error:
+        if kind_of(source) is not None:
+            raise
+        # Of a run its recipe would have told the rest. A hub id is no fault.
+        raise RecipeError(f"{error}\nno run is in {source}{siblings(source)}") from error
 
 
 def _rescore(file: Path, task: str | None, as_json: bool, may: Mapping[str, Any]) -> None:
@@ -213,6 +231,8 @@ def generate(
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Answer without the adapter, to compare.")
     ] = False,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -231,6 +251,8 @@ def generate(
             seed=seed,
             raw=raw,
             base_only=base_only,
+            base=base,
+            allow_other_base=allow_other_base,
             offline=offline,
         )
     if as_json:

@@ -101,6 +101,31 @@ def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
     return []
 
 
+def num_left(grid: Grid, rows: Sequence[TrialRow]) -> int:
+    """How many trials are still to come: at most that many, where a later stage has some done.
+
+    Args:
+        grid: What is compared.
+        rows: Trials that are done.
+    """
+    left = len(next_trials(grid, rows))
+    if grid.plan == "staged" and left:
+        sizes = _stage_sizes(grid)
+        done = {Trial(row.method, row.budget, row.learning_rate, row.seed): row for row in rows}
+        # The first stage that is not done ends the loop: the next one cannot be known yet.
+        for number, stage in enumerate(_stages(grid, done), 1):
+            if any(trial not in done for trial in stage):
+                return left + sum(sizes[number:])
+    return left
+
+
+def _stage_sizes(grid: Grid) -> tuple[int, int, int]:
+    """Trials of the stages of the staged plan."""
+    rates, seeds, budgets = len(grid.learning_rates), grid.num_seeds, len(grid.budgets)
+    each = (rates, min(2, rates) * (seeds - 1), (budgets - 1) * seeds)
+    return tuple(size * len(grid.methods) for size in each)  # type: ignore[return-value]
+
+
 def _full(grid: Grid) -> list[list[Trial]]:
     return [
         [

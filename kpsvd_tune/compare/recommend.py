@@ -59,7 +59,7 @@ def recommend(
     )
     proved = [(other, found) for other, found in rivals if found and _is_above(found.loss)]
     undecided = [
-        f"whether it is better than {other.method} ({_shown(found)})"
+        f"whether it is better than {other.method} ({_lead(found, other.method, chosen.method)})"
         for other, found in rivals
         if not (found and _is_above(found.loss))
     ]
@@ -104,10 +104,9 @@ def _open_settings(
         if each.method == chosen.method and each.budget < chosen.budget:
             found = difference((each.method, each.budget), (chosen.method, chosen.budget))
             if not (found and _is_above(found.loss)):
-                yield (
-                    f"whether {each.trainable_parameters:,} parameters would do as well "
-                    f"({_shown(found)})"
-                )
+                fewer = f"{each.trainable_parameters:,}"
+                more = f"{chosen.trainable_parameters:,}"
+                yield f"whether {fewer} parameters would do as well ({_lead(found, fewer, more)})"
     if chosen.is_edge:
         yield f"whether a rate beyond {chosen.learning_rate:g} is better: it is the last one tried"
 
@@ -115,6 +114,12 @@ def _open_settings(
 def _is_above(found: Estimate) -> bool:
     """Whether the whole interval lies above zero."""
     return found.low is not None and found.low > 0
+
+
+def _lead(found: Difference | None, one: str, other: str) -> str:
+    """A difference with whose loss minus whose it is."""
+    told = _shown(found)
+    return told if found is None else f"loss of {one} minus that of {other}: {told}"
 
 
 def _shown(found: Difference | None, sign: str = "+") -> str:

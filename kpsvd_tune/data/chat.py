@@ -23,9 +23,10 @@ from kpsvd_tune.data.chat_program import (
 )
 from kpsvd_tune.data.chat_templates import Template, shipped_name
 from kpsvd_tune.data.format import Chat
+from kpsvd_tune.data.messages import REASONING_KEYS
 from kpsvd_tune.data.tokenized import Segment
 from kpsvd_tune.data.tools import render_calls
-from kpsvd_tune.data.written import REASONING_KEYS, WrittenCheck
+from kpsvd_tune.data.written import WrittenCheck
 from kpsvd_tune.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -84,7 +85,7 @@ class ChatRenderer:
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
         self.notes: dict[str, None] = {}  # a set that keeps its order
-        self._written = WrittenCheck(self.rendered, self.notes)
+        self._written = WrittenCheck(self.marked, self.notes)
 
     def prompt(self, messages: Messages, tools: Any = None) -> str:
         """The text that a model continues with its answer: messages and generation prompt.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
-        "chosen",
+        "chosen", "answerkey",
         "code", "label", "summary", "text",
     ),
     "instruction": ("instruction", "question", "prompt", "problem", "task"),
@@ -34,6 +35,8 @@ CONTEXT_NAMES = {
     *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
     *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
 }
+# Unicode's categories of control and format characters, and of spaces.
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
 
 
@@ -132,7 +135,11 @@ def text_of(row: Row, name: str) -> str:
         inner = next(iter(value), "key")
         cure = f"; to reach into it write the column as {name}.{inner}"
     elif isinstance(value, list):
-        cure = "; for chat messages set dataset.format to chat or sharegpt"
+        cure = (
+            "; for chat messages set dataset.format to chat or sharegpt"
+            if value
+            else "; a list of messages needs at least one: remove the row, or write the question"
+        )
     else:
         cure = "; write it as text, so that exactly these characters are learnt"
     raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
@@ -195,7 +202,7 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
     found: dict[str, str] = {}
     for wanted in required:
         free = [path for path in paths if path not in found.values()]
-        if close := _nearest(wanted, free):
+        if close := nearest(wanted, free):
             found[wanted] = close
     if form not in ("prompt-completion", "alpaca") or set(found) != set(required):
         return form, {role: found.get(role, "COLUMN") for role in required}
@@ -217,6 +224,11 @@ def _is_text(row: Row, path: str) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces, control characters and characters without width."""
+    return all(unicodedata.category(each) in _INVISIBLE for each in text)
+
+
 def is_empty(value: Any) -> bool:
     """Whether a column or key holds nothing: null, no text, an empty list or object."""
     if isinstance(value, str):
@@ -232,7 +244,7 @@ def plain_name(name: str) -> str:
 def looks_like_pair(row: Row, name: str) -> bool:
     """Whether another column than `name` is called as prompts or completions are."""
     others = [path for path in _text_paths(row) if path != name]
-    return any(_nearest(role, others) is not None for role in ("prompt", "completion"))
+    return any(nearest(role, others) is not None for role in ("prompt", "completion"))
 
 
 def describe_columns(row: Row) -> str:
@@ -241,7 +253,8 @@ def describe_columns(row: Row) -> str:
     return f"the columns {names}" if names else "no columns"
 
 
-def _nearest(role: str, names: Sequence[str]) -> str | None:
+def nearest(role: str, names: Sequence[str]) -> str | None:
+    """The name that is most like those that real data sets use for a role; None: none is."""
     lowered = {name.split(".")[-1].lower(): name for name in reversed(names)}
     for usual in _USUAL_NAMES[role]:
         if usual in lowered:

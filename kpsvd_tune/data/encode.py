@@ -8,6 +8,7 @@ for in generation; no token straddles the boundary.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -60,6 +61,7 @@ class Encoder:
         self._max_length = max_length
         self._learn = learn
         self._notes: dict[str, None] = {}
+        self._told: set[str] = set()
         self._special_ids = _special_tokens(tokenizer)
         self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
         # Read once: a tokenizer looks its special tokens up anew at every call.
@@ -254,10 +256,18 @@ class Encoder:
             if is_prompt:
                 return self._chat_prompt(example.as_chat().messages[:-1]), [], []
             example = example.as_chat()
-        self._notes |= dict.fromkeys(example.notes)
+        self._take_notes(example)
         # The template writes its own special tokens, so the tokenizer adds none.
         segments = self._renderer().segments(example, only_last=self._learn != "all")
-        return segments, [], [str(message["content"]) for message in example.messages]
+        return segments, [], _texts_of(example)
+
+    def _take_notes(self, chat: Chat) -> None:
+        """Keep what a user should know about a row; of rows alike in that, the first."""
+        for note in chat.notes:
+            about = note.partition(" (first: ")[0]
+            if about not in self._told:
+                self._told.add(about)
+                self._notes[note] = None
 
     def _chat_prompt(
         self, messages: tuple[Mapping[str, Any], ...], tools: tuple[Any, ...] | None = None
@@ -299,6 +309,17 @@ class Encoder:
             "written once; remove it from the template"
         ] = None
         return []
+
+
+def _texts_of(chat: Chat) -> list[str]:
+    """All that the row itself gives to be written: texts, reasoning, calls, tools."""
+    texts = [json.dumps(chat.tools, ensure_ascii=False, default=str)] if chat.tools else []
+    for message in chat.messages:
+        texts.append(str(message["content"]))
+        more = {key: value for key, value in message.items() if key not in ("role", "content")}
+        if more:
+            texts.append(json.dumps(more, ensure_ascii=False, default=str))
+    return texts
 
 
 def _refuse_chat_parts(pair: Pair) -> None:

@@ -12,6 +12,7 @@ from kpsvd_tune.data.columns import (
     column,
     describe_columns,
     from_struct_of_lists,
+    is_blank,
     is_empty,
     is_python_list,
     looks_like_pair,
@@ -20,7 +21,7 @@ from kpsvd_tune.data.columns import (
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.messages import read_message
+from kpsvd_tune.data.messages import REASONING_KEYS, read_message, read_part
 from kpsvd_tune.data.preference import check_preference
 from kpsvd_tune.data.tools import read_tools
 from kpsvd_tune.errors import DataError
@@ -43,6 +44,10 @@ _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
 # Of a first row that is empty or half empty, the rows behind it tell the form.
 _LOOKED_AT = 50
 _NAMED = "named in the recipe"
+# Columns of rows that hold one message each, as exports of chats have them.
+_SPEAKERS = ("role", "from", "speaker", "author")
+_SPOKEN = ("user", "human", "prompter", "assistant", "gpt", "bot", "system")
+_SAID = ("content", "value", "text", "message")
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,11 @@ class RowFormat:
     is_named: bool = False
 
     @property
+    def is_format_named(self) -> bool:
+        """Whether the recipe names the form itself."""
+        return self.reason == _NAMED
+
+    @property
     def is_chat(self) -> bool:
         """Whether the rows hold messages rather than texts."""
         return self.name in ("chat", "sharegpt") or self.has_messages
@@ -143,9 +153,10 @@ class RowFormat:
 
     def _pair(self, row: Row) -> Pair | None:
         texts = {role: name for role, name in self.columns.items() if role != "history"}
+        self._check_single_answer(row)
         read = {role: self._text(row, role) for role in texts}
         answer = read[REQUIRED_ROLES[self.name][-1]]
-        if not answer.strip():
+        if is_blank(answer):
             return None
         if self.name == "text":
             return Pair("", answer, is_plain=True)
@@ -163,10 +174,32 @@ class RowFormat:
         system = read.get("system") or None
         return Pair(prompt, answer, system, history=history, tools=read_tools(row))
 
+    def _check_single_answer(self, row: Row) -> None:
+        """Refuse several answers in a list, as data sets of questions hold all that count."""
+        name = self.columns[REQUIRED_ROLES[self.name][-1]]
+        value = column(row, name)
+        is_several = isinstance(value, list) and len(value) > 1 and message_kind(value) is None
+        if self.name != "text" and is_several and all(isinstance(each, str) for each in value):
+            raise DataError(
+                f"{row.where}: the column {name!r} holds a list of {len(value)} "
+                f"({json.dumps(value, default=str)[:60]}), which would be learnt as one answer; "
+                "expected one text: keep one of them, or join them where they are its lines"
+            )
+
+    def _system(self, row: Row) -> str:
+        """The system prompt beside a chat: text, or parts of text as messages may hold them."""
+        name = self.columns["system"]
+        value = column(row, name)
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            return "".join(read_part(row, name, part, "text") for part in value)
+        return self._text(row, "system")
+
     def _text(self, row: Row, role: str) -> str:
         name = self.columns[role]
         if role in _OPTIONAL_ROLES[self.name] and name.split(".")[0] not in row.values:
             return ""
+        if role not in ("prompt", "instruction") and column(row, name) == []:
+            return ""  # no context, or no answer, where other rows have a list of texts
         return text_of(row, name)
 
     def _history(self, row: Row) -> tuple[tuple[str, str], ...]:
@@ -205,7 +238,12 @@ class RowFormat:
                     context.add(len(messages))
                 messages.append(message)
                 notes += more
-        if "system" in self.columns and (system := self._text(row, "system")):
+                if only_thinks(message):
+                    notes.append(
+                        "assistant messages that hold reasoning alone, without text or call, are "
+                        f"not learnt (first: {row.where}): join each with the answer behind it"
+                    )
+        if "system" in self.columns and (system := self._system(row)):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
                     f"{row.where}: both {name!r} and the column {self.columns['system']!r} give a "
@@ -218,7 +256,7 @@ class RowFormat:
             self._refuse_another_form(row)
         if not answers - context:
             return None
-        if messages[0]["role"] == "assistant":
+        if messages[0]["role"] == "assistant" and 0 not in context:
             raise DataError(
                 f"{row.where}: the chat starts with the assistant; expected a system or user "
                 "message first, since nothing asks for that answer: remove it or add the question"
@@ -267,9 +305,9 @@ def find_format(
                 first, (name, columns, reason) = row, found
                 break
         else:
-            raise missing_column(
-                first, "prompt-completion", "prompt", "prompt", ("prompt", "completion"), setting
-            )
+            pair = REQUIRED_ROLES["prompt-completion"]
+            missing = next((role for role in pair if role not in first.values), "prompt")
+            raise missing_column(first, "prompt-completion", missing, missing, pair, setting)
     known = REQUIRED_ROLES[name] + _OPTIONAL_ROLES[name]
     if unknown := [role for role in columns if role not in known]:
         raise DataError(
@@ -293,6 +331,8 @@ def find_format(
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
     has_messages = name == "prompt-completion" and _holds_messages(filled, resolved, setting)
+    if has_messages:
+        resolved.setdefault("system", "system")  # unmistakable beside messages
     is_named = any(role in named for role in REQUIRED_ROLES[name])
     return RowFormat(name, resolved, reason, has_messages, is_named)
 
@@ -304,6 +344,8 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
         kinds = {role: message_kind(value, may_be_single=True) for role, value in values.items()}
         if not all(values.values()):
             continue
+        if not all(kinds.values()):  # then a JSON object in a text is the text that was asked for
+            kinds = {role: _unless_object(values[role], kind) for role, kind in kinds.items()}
         if any(kinds.values()) and (not all(kinds.values()) or len(kinds) == 1):
             role = next(role for role, kind in kinds.items() if kind)
             other = "completion" if role == "prompt" else "prompt"
@@ -316,6 +358,10 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
             )
         return any(kinds.values())
     return False
+
+
+def _unless_object(value: Any, kind: str | None) -> str | None:
+    return None if isinstance(value, str) and value.lstrip().startswith("{") else kind
 
 
 def _detect(
@@ -343,10 +389,25 @@ def _detect(
             roles = ("completion",)
         if all(role in row.values for role in roles):
             return name, columns, f"the rows have the columns {' and '.join(roles)}"
+    _refuse_single_messages(row)
     # A text beside its summary or its label is half of a pair: which one must be said.
     if "text" in row.values and not looks_like_pair(row, "text"):
         return "text", columns, "the rows have the column text, and none for an answer"
     return None
+
+
+def _refuse_single_messages(row: Row) -> None:
+    """Refuse rows that are one message of a chat each, whose questions would be learnt as text."""
+    speaker = next((name for name in _SPEAKERS if row.values.get(name) in _SPOKEN), None)
+    text = next((name for name in _SAID if isinstance(row.values.get(name), str)), None)
+    if speaker is None or text is None:
+        return
+    raise DataError(
+        f"{row.where}: the columns {speaker!r} ({row.values[speaker]!r}) and {text!r} are those of "
+        "one message of a chat; expected a whole chat in each row: join the messages of a chat to "
+        "a list, messages: [{'role': ..., 'content': ...}], or learn every row as plain text with "
+        f"dataset.format=text dataset.columns={{text: {text}}}"
+    )
 
 
 def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:
@@ -411,5 +472,11 @@ def is_answer(message: Mapping[str, Any]) -> bool:
 
     Learning a turn that says nothing would teach the model to stop before its first word.
     """
-    says_something = message["content"].strip() or message.get("tool_calls")
+    says_something = not is_blank(message["content"]) or message.get("tool_calls")
     return message["role"] == "assistant" and bool(says_something)
+
+
+def only_thinks(message: Mapping[str, Any]) -> bool:
+    """Whether a message is the assistant's and holds reasoning, and nothing else."""
+    thinks = any(not is_empty(message.get(key)) for key in REASONING_KEYS)
+    return message["role"] == "assistant" and thinks and not is_answer(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kpsvd_tune.data.columns import check_characters
+from kpsvd_tune.data.columns import check_characters, is_empty
 from kpsvd_tune.data.files import Row, parse_json
 from kpsvd_tune.data.tools import read_calls
 from kpsvd_tune.errors import DataError
@@ -27,6 +27,8 @@ _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "function": "tool",
 }
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # Keys of other tools that say which turns are learnt, and that mean something else in each.
 _FOREIGN_SWITCHES = (
@@ -104,7 +106,7 @@ def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str
             'missing); expected text: remove the message, or write "" where it is meant to be empty'
         )
     if isinstance(content, list):
-        content = "".join(_part(row, name, part, key) for part in content)
+        content = "".join(read_part(row, name, part, key) for part in content)
     if not isinstance(content, str):
         raise DataError(
             f"{row.where}: {key!r} of a message in {name!r} is {type(content).__name__}; "
@@ -114,7 +116,7 @@ def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str
     return content
 
 
-def _part(row: Row, name: str, part: Any, key: str) -> str:
+def read_part(row: Row, name: str, part: Any, key: str) -> str:
     """The text of one part of a content that is a list, as OpenAI and templates for images have it.
 
     Raises:
@@ -124,8 +126,10 @@ def _part(row: Row, name: str, part: Any, key: str) -> str:
         return part
     given = part if isinstance(part, Mapping) else {}
     kind, text = given.get("type", "text"), given.get("text")
-    if kind in _TEXT_PARTS and isinstance(text, str):
+    media = [key for key in (*MEDIA_KEYS, "image_url") if not is_empty(given.get(key))]
+    if kind in _TEXT_PARTS and isinstance(text, str) and not media:
         return text
+    kind = media[0] if media else kind
     what = f"of the type {kind!r}" if kind not in _TEXT_PARTS else f"{part!r:.60}"
     raise DataError(
         f"{row.where}: {key!r} of a message in {name!r} has a part {what}; expected parts of text "

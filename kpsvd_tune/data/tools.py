@@ -49,13 +49,23 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
             ) from error
     if value is None:
         return None
+    if isinstance(value, list):  # Arrow holds tools of different keys as JSON texts
+        value = [_parsed(each) for each in value]
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise DataError(
             f"{row.where}: the column {name!r} holds {type(value).__name__} ({str(value)[:40]}); "
-            "expected a list of tools, each an object: write [...] around it, or leave it out "
-            f"with dataset.ignore_columns: [{name}]"
+            "expected a list of tools, each an object: "
+            + ("write [...] around it" if isinstance(value, Mapping) else "correct it")
+            + f", or leave it out with dataset.ignore_columns: [{name}]"
         )
     return tuple(_without_nulls(value)) or None
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # refused as what it is
+            return parse_json(value)
+    return value
 
 
 def read_calls(
@@ -111,7 +121,16 @@ def _read_call(
     call = {key: value for key, value in call.items() if value is not None}
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _read_call(row, call["function"], tools, notes)}
-    arguments = call.get("arguments")
+    name, arguments = call.get("name"), call.get("arguments")
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(
+            f"{row.where}: a call of a tool has no name: {json.dumps(call, default=str)[:60]}; "
+            "expected {'function': {'name': ..., 'arguments': {...}}}: correct it, or remove it"
+        )
+    # Some write a call without arguments so; a template would write "" or nothing.
+    is_without = isinstance(arguments, str) and arguments.strip() in ("", "null")
+    if is_without or set(call) <= {"name", "id", "type", "index"}:
+        return {**call, "arguments": {}}
     if isinstance(arguments, str):
         try:
             parsed = parse_json(arguments)

@@ -11,6 +11,7 @@ from kpsvd_tune.data.columns import (
     column,
     is_empty,
     message_kind,
+    nearest,
     plain_name,
 )
 from kpsvd_tune.data.files import Row
@@ -26,8 +27,21 @@ _MEDIA = {
 }
 _LABELS = {"label", "labels", "ktotag", "ktolabel", "isdesirable", "desirable"}
 _VERDICTS = {"iscorrect", "correct", "isgood", "isvalid", "accepted", "isaccepted"}
+_GRADES = {
+    *("good", "bad", "yes", "no", "desirable", "undesirable", "chosen", "rejected"),
+    *("correct", "incorrect", "right", "wrong", "accepted", "acceptable", "unacceptable"),
+}
+_SPLITS = {"split", "datasplit", "subset", "fold", "partition"}
+_HELD_OUT = {
+    *("test", "testing", "eval", "evaluation", "validation", "validate", "valid", "val", "dev"),
+    *("holdout", "heldout"),
+}
 _WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
 _SWITCHES = {"train", "trainable", "istrain", "istrainable"}
+_TOOLS = {
+    *("tools", "functions", "toollist", "toolslist", "availabletools", "availablefunctions"),
+    *("tooldefinitions", "toolschemas", "functionlist", "functionschemas"),
+}
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
 _SHOWN = 12
 
@@ -47,6 +61,7 @@ class UnusedColumns:
         self._settled: set[str] = set()
         self._unused: dict[str, None] = {}
         self._context: dict[str, None] = {}
+        self._splits: dict[str, bool] = {}
 
     def check(self, row: Row) -> None:
         """Look at the columns of one row.
@@ -58,7 +73,9 @@ class UnusedColumns:
             if name in self._settled:
                 continue
             self.seen.add(name)
-            if self._is_used(row, name):
+            if self._is_used_in_part(row, name):
+                self._check_inside(row, name, value)
+            elif self._is_used(row, name):
                 self._settled.add(name)
             elif not is_empty(value):
                 self._judge(row, name, value)
@@ -69,7 +86,7 @@ class UnusedColumns:
         for name in self._context:
             how = (
                 "put it into a message"
-                if self._form.is_chat and plain_name(name) not in SYSTEM_NAMES
+                if self._form.is_chat and _last(name) not in SYSTEM_NAMES
                 else f"write {self._setting}={{{self._mapping(name)}}}"
             )
             notes.append(
@@ -77,25 +94,42 @@ class UnusedColumns:
                 f"{how}; to leave it out knowingly, dataset.ignore_columns: [{name}]"
             )
         if names := [name for name in self._unused if name not in self._context]:
-            listed = ", ".join(names[:_SHOWN])
+            listed = ", ".join(name or "'' (a column without a name)" for name in names[:_SHOWN])
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             notes.append(
                 f"columns that are not used: {listed}{more} (dataset.ignore_columns silences this)"
             )
         return notes
 
+    def _check_inside(self, row: Row, name: str, value: Any) -> None:
+        """Look at the keys of an object of which others are taken ("data" of "data.question")."""
+        if not isinstance(value, dict):
+            return
+        for key, inner in value.items():
+            path = f"{name}.{key}"
+            if path in self._settled or path in self._form.columns.values():
+                continue
+            if self._is_used_in_part(row, path):
+                self._check_inside(row, path, inner)
+            elif not is_empty(inner):
+                self._judge(row, path, inner)
+
+    def _is_used_in_part(self, row: Row, path: str) -> bool:
+        return any(
+            taken not in row.values and taken.startswith(f"{path}.")
+            for taken in self._form.columns.values()
+        )
+
     def _is_used(self, row: Row, name: str) -> bool:
-        takes = self._form.columns.values()
-        if name in takes or any(
-            "." in taken and taken not in row.values and taken.split(".")[0] == name
-            for taken in takes
-        ):
+        if name in self._form.columns.values():
             return True
         return name in TOOL_COLUMNS and self._form.name != "text"
 
     def _judge(self, row: Row, name: str, value: Any) -> None:
+        plain = _last(name)
+        self._check_split(row, name, plain, value)
         for refuses in _REFUSALS:
-            if fault := refuses(plain_name(name), value, self._form):
+            if fault := refuses(plain, value, self._form):
                 raise DataError(
                     f"{row.where}: the column {name!r} {fault}; if it means nothing here, leave it "
                     f"out with dataset.ignore_columns: [{name}]"
@@ -104,14 +138,38 @@ class UnusedColumns:
             check_preference(row, self._setting)
             if message_kind(value):
                 raise self._unused_messages(row, name)
-        if _looks_like_context(plain_name(name), value) and self._form.name != "text":
+            self._check_plain_text(row, name)
+        if _looks_like_context(plain, value) and self._form.name != "text":
             if not self._form.is_named and not self._form.is_chat:
                 raise self._missing_context(row, name)
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if plain_name(name) not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES:
+        if plain not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS:
             self._settled.add(name)
+
+    def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
+        """Refuse rows for tests among rows to train on; a file of one kind is what a user chose."""
+        if plain not in _SPLITS or not isinstance(value, str):
+            return
+        is_held_out = value.strip().lower() in _HELD_OUT
+        if self._splits.setdefault(name, is_held_out) != is_held_out:
+            raise DataError(
+                f"{row.where}: the column {name!r} is {value!r} and earlier rows are of another "
+                "split, so rows for tests would be learnt with the others; expected one split in "
+                "a file: make a file of each (dataset.validation takes the held-out one), or, if "
+                f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
+            )
+
+    def _check_plain_text(self, row: Row, name: str) -> None:
+        """Refuse what a first row would have been refused for, in a later row of plain text."""
+        is_found = self._form.name == "text" and not self._form.is_format_named
+        if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
+            raise DataError(
+                f"{row.where}: the column {name!r} looks like a prompt or an answer, and earlier "
+                "rows hold plain text alone; expected rows of one form: make a file of each form, "
+                f"or leave it out with dataset.ignore_columns: [{name}]"
+            )
 
     def _unused_messages(self, row: Row, name: str) -> DataError:
         used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
@@ -138,7 +196,7 @@ class UnusedColumns:
 
     def _mapping(self, name: str) -> str:
         takes = dict(self._form.columns)
-        if plain_name(name) in SYSTEM_NAMES:
+        if _last(name) in SYSTEM_NAMES:
             takes["system"] = name
         else:
             renamed = {"prompt": "instruction", "completion": "output"}
@@ -146,12 +204,17 @@ class UnusedColumns:
             takes = {
                 role: taken for role, taken in takes.items() if role in ("instruction", "output")
             }
-            takes["history" if plain_name(name) == "history" else "input"] = name
+            takes["history" if _last(name) == "history" else "input"] = name
         return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
 
 
+def _last(name: str) -> str:
+    """The plain name of a column, or of the last key of a path."""
+    return plain_name(name.rpartition(".")[2])
+
+
 def _looks_like_context(plain: str, value: Any) -> bool:
-    if plain in SYSTEM_NAMES - {"system"}:
+    if plain in SYSTEM_NAMES:
         return isinstance(value, str)
     return plain in CONTEXT_NAMES and isinstance(value, str | list | dict)
 
@@ -163,7 +226,13 @@ def _media(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _label(plain: str, value: Any, form: RowFormat) -> str | None:
-    says_yes_or_no = str(value).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
+    if plain in _LABELS and isinstance(value, list) and any(each is False for each in value):
+        return (
+            f"is {str(value)[:60]}, so a part of the answer seems to be wrong, and would be learnt "
+            "like the others; expected rows with good answers only"
+        )
+    text = str(value).strip().lower()
+    says_yes_or_no = text in ("true", "false", "0", "1", "0.0", "1.0") or text in _GRADES
     if plain not in _LABELS or form.name == "text" or not says_yes_or_no:
         return None
     return (
@@ -174,7 +243,10 @@ def _label(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _VERDICTS or str(value).strip().lower() != "false":
+    # `correct` may also be the number of the right choice.
+    is_number = plain != "correct" and str(value).strip() in ("0", "0.0")
+    says_no = str(value).strip().lower() in ("false", "no")
+    if plain not in _VERDICTS or not (says_no or is_number):
         return None
     return (
         f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the others; "
@@ -223,6 +295,15 @@ def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
     return "holds documents beside the chat, which are not passed on; expected them in a message"
 
 
+def _tools(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _TOOLS or not isinstance(value, list | dict | str) or not form.is_chat:
+        return None
+    return (
+        "seems to hold the tools of the chat, which would be learnt without them; expected them in "
+        "a column 'tools' of the row: rename it"
+    )
+
+
 _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _media,
     _label,
@@ -232,4 +313,5 @@ _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _mask,
     _template,
     _documents,
+    _tools,
 )

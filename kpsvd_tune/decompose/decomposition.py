@@ -35,14 +35,18 @@ class Decomposition:
     factors: dict[str, tuple[Tensor, Tensor]]
     notes: tuple[str, ...] = ()
 
-    def save_factors(self, file: Path) -> None:
-        """Write the factors as ``NAME.left`` and ``NAME.right`` into one safetensors file."""
+    def to_bytes(self) -> bytes:
+        """The factors as ``NAME.left`` and ``NAME.right``, the content of a safetensors file."""
         tensors = {
             f"{name}.{side}": factor.contiguous()
             for name, pair in self.factors.items()
             for side, factor in zip(("left", "right"), pair, strict=True)
         }
-        commit_file(file, save(tensors))
+        return save(tensors)
+
+    def save_factors(self, file: Path) -> None:
+        """Write the factors into one safetensors file."""
+        commit_file(file, self.to_bytes())
 
     @staticmethod
     def load_factors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from kpsvd_tune.data.format import Chat, Pair
 from kpsvd_tune.data.rows import load_rows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import RowId
+from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold
 from kpsvd_tune.recipe import EvaluationRecipe
 
 Message = Mapping[str, Any]
@@ -145,7 +146,18 @@ def read_rows(
             )
         elif isinstance(example, Chat):
             questions.append(_chat_question(example, _id(row.values, number)))
+        # A row with an empty field is no example.
+        _check_gold(recipe.task, "" if example is None else questions[-1].gold, row.where)
     return _with_unique_ids(questions)
+
+
+def _check_gold(task: str, gold: Any, where: str) -> None:
+    """Refuse a right answer in which the task's scorers find none: every answer would be wrong."""
+    if task == "gsm8k" and isinstance(gold, str) and gsm8k_gold(gold) is None:
+        raise DataError(
+            f"{where}: the right answer {gold[-60:]!r} holds no number, so that every answer would "
+            "count as wrong. Expected one behind '####', or as the last number of the text"
+        )
 
 
 def _read_code(

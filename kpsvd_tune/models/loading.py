@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import logging
+import re
 from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +16,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from kpsvd_tune.errors import KpsvdTuneError, ModelError
+from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
 from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
 _DAMAGED = (SafetensorError, EOFError, UnpicklingError)
@@ -80,10 +85,40 @@ def load_model(
             f"model {source.path!r}: its files hold no values for {len(missing)} weights, the "
             f"first is {missing[0]}; the download is incomplete or belongs to another architecture"
         )
+    # Without those that transformers knows to ignore.
+    extra = sorted(info["unexpected_keys"])
+    refuse_more_layers(source, extra, model.state_dict())
+    if extra:
+        _log.warning(
+            "model %r: its configuration has no place for %s of its files; they are left out",
+            source.path,
+            some_of(extra),
+        )
     if source.kind == "gguf":
         _forget_quantisation(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def refuse_more_layers(source: ModelSource, extra: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a configuration that counts fewer layers or experts than its files hold.
+
+    Args:
+        source: The model.
+        extra: Names in the files that no weight of the model came from.
+        known: Names of those that it came from, or of the model's weights.
+
+    Raises:
+        ModelError: Weights have names of known ones, with other numbers.
+    """
+    kinds = {_NUMBER.sub("#", name) for name in known}
+    more = sorted(name for name in extra if _NUMBER.sub("#", name) in kinds)
+    if more:
+        raise ModelError(
+            f"model {source.path!r}: its files hold {some_of(more)}, for which its configuration "
+            "has no place: config.json counts fewer layers than there are, and a part of the model "
+            "would be loaded; expected the config.json that belongs to the weights: fetch it again"
+        )
 
 
 def load_skeleton(source: ModelSource) -> PreTrainedModel:
@@ -134,6 +169,8 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, **options
         )
+        # Values of wrong types, as of model_max_length, show when they are first used.
+        tokenizer("a")
     except Exception as error:
         if _is_not_of_the_files(error):
             raise

@@ -14,7 +14,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.folders import exists, expand, kind_of, named
+from kpsvd_tune.folders import exists, expand, kind_of, named, siblings
 from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.recipe.paths import model_problem
 
@@ -197,13 +197,13 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> ModelSource:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"model.path {path!r}: there is no such folder here and no such model on the hub; "
-            "check the spelling, or run: hf auth login, if it is private"
+            "check the spelling, or run: hf auth login, if it is private" + siblings(path)
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
             f"model.path {path!r}{at}: there is no such folder here, nothing of it is in the local "
             "hub cache, and the hub cannot be asked; run once with a connection and without "
-            "--offline, or give the path of a folder"
+            "--offline, or give the path of a folder" + siblings(path)
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error

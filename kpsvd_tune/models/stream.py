@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.json_files import check_regular, parse_json
-from kpsvd_tune.models.loading import load_model, load_skeleton
+from kpsvd_tune.models.loading import load_model, load_skeleton, refuse_more_layers
 from kpsvd_tune.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -174,6 +175,11 @@ def _locate(
         return {}
     stored = {key: place for file in source.weight_files for key, place in _header(file).items()}
     parameters = _names_in_model(skeleton, list(stored))
+    # Now, and not when the model is loaded after hours of work.
+    taken = set(parameters.values())
+    ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = [key for key in stored if not any(re.search(known, key) for known in ignored)]
+    refuse_more_layers(source, set(left) - taken, taken)
     located: dict[str, TensorLocation] = {}
     for name in names:
         key = parameters.get(f"{name}.weight")

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.checkpoint import MANIFEST, check_sealed, manifest
+from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.json_files import check_regular, check_types, parse_json, read_bytes
 from kpsvd_tune.patterns import check_patterns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # No matrix of any model is larger; the product of two such sizes is still a number of torch.
 _Size = Annotated[int, Field(ge=1, le=2**31)]
+# What a manifest calls the folder, which may have any name.
+_KIND = "adapter"
 
 
 class _Layer(BaseModel):
@@ -71,11 +74,17 @@ def read_adapter_config(folder: Path) -> AdapterFile:
 
 
 def check_adapter(folder: Path, names: list[str]) -> None:
-    """Refuse an adapter that would make PEFT wait for ever on a base with these modules.
+    """Refuse an adapter that is not as it was saved, or that would make PEFT wait for ever.
+
+    Args:
+        folder: The adapter.
+        names: The base's modules.
 
     Raises:
-        AdapterError: A pattern takes too long, or the weights are no regular file.
+        AdapterError: A file is damaged, a pattern takes too long, or the weights are no regular
+            file.
     """
+    check_seal(folder)
     config = read_adapter_config(folder)
     patterns = {
         f"{folder / CONFIG}: {key}": value
@@ -94,3 +103,28 @@ def check_adapter(folder: Path, names: list[str]) -> None:
         raise AdapterError(f"{folder} holds no {WEIGHTS}, the weights of the adapter") from error
     except OSError as error:
         raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+
+
+def seal(folder: Path) -> bytes:
+    """A manifest of all that an adapter's folder holds but the model card, which takes scores."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    contents.pop("README.md", None)
+    return manifest(_KIND, contents)
+
+
+def check_seal(folder: Path) -> None:
+    """Refuse an adapter of which a file is another than the one that was saved.
+
+    Adapters without a manifest, of older versions and of PEFT itself, pass.
+
+    Raises:
+        AdapterError: Names the file.
+    """
+    try:
+        check_sealed(folder, _KIND)
+    except CheckpointError as error:
+        raise AdapterError(
+            f"{error}; restore the adapter from a copy. If the change was meant, remove "
+            f"{folder / MANIFEST}, by which it is noticed"
+        ) from error

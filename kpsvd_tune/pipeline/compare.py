@@ -12,7 +12,7 @@ from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
 from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.compare.methods import Method
-from kpsvd_tune.compare.plan import Grid, Trial, next_trials
+from kpsvd_tune.compare.plan import Grid, Trial, next_trials, num_left
 from kpsvd_tune.compare.verdict import compare_rows
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.limits import ModelLimits, model_limits
@@ -47,14 +47,14 @@ from kpsvd_tune.training.optim import num_warmup_steps
 class Watcher(Protocol):
     """What a comparison tells whoever started it, besides events."""
 
-    def begin(self, rows: Sequence[TrialRow]) -> None:
-        """Show the trials that are done already."""
+    def begin(self, rows: Sequence[TrialRow], num_left: int, jobs: int) -> None:
+        """Show the trials that are done already, and how many are to come, ``jobs`` at a time."""
 
     def stepped(self, trial: Trial, step: int, total: int, loss: float) -> None:
         """Report one step of a trial that runs."""
 
-    def finished(self, row: TrialRow) -> None:
-        """Report a trial that is done."""
+    def finished(self, row: TrialRow, num_left: int) -> None:
+        """Report a trial that is done, and how many are to come."""
 
 
 def compare(
@@ -152,14 +152,14 @@ def compare(
         if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, length.num_steps):
             check_schedule(run.path)
         base = run_base(material, recipe, run.path / "base.json", events)
-        watcher.begin(rows)
+        watcher.begin(rows, num_left(grid, rows), jobs)
         try:
             while pending := next_trials(grid, rows):
                 setups = [plan.setup(trial, base) for trial in pending]
                 for row in run_setups(setups, material, jobs, watcher.stepped):
                     append_row(run.path, row)
                     rows.append(row)
-                    watcher.finished(row)
+                    watcher.finished(row, num_left(grid, rows))
         except StoppedBySignal:
             # What is known so far is worth a look.
             with suppress(InputError):

@@ -11,7 +11,14 @@ from pathlib import Path
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kpsvd_tune.checkpoint import RunDirectory, Start
+from kpsvd_tune.checkpoint import (
+    MANIFEST,
+    RunDirectory,
+    Start,
+    check_sealed,
+    manifest,
+    replace_file,
+)
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
 from kpsvd_tune.disk import explained
@@ -26,6 +33,9 @@ from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.result import Probe
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.training import on_main_process
+
+# What the manifest calls the folder.
+_KIND = "init"
 
 
 def initialise(
@@ -61,6 +71,7 @@ def initialise(
     is_ours = start.checkpoint is not None or start.is_same
     is_auto = recipe.adapter.rank.energy == "auto"
     if is_ours and factors_file.is_file() and report_file.is_file():
+        _check_seal(run.init)
         report = RankReport.from_dict(read_json(report_file))
         if is_auto:
             recipe = with_energy(recipe, _known_energy(report, report_file))
@@ -102,8 +113,13 @@ def initialise(
         for note in decomposition.notes:
             events.note(note)
         with explained(f"write {run.init}"):
-            # Factors last: with them the stage counts as done.
+            # Factors last: with them the stage counts as done. Those of other settings go first,
+            # for the seal is not theirs.
             missing_page = write_rank_report(replace(decomposition.report, probes=probes), run.init)
+            factors_file.unlink(missing_ok=True)
+            contents = {factors_file.name: decomposition.to_bytes()}
+            contents[report_file.name] = report_file.read_bytes()
+            replace_file(run.init / MANIFEST, manifest(_KIND, contents))
             decomposition.save_factors(factors_file)
         if missing_page is not None:
             events.note(missing_page)
@@ -113,6 +129,17 @@ def initialise(
     report = RankReport.from_dict(read_json(report_file))
     events.ranks(report)
     return recipe, report, Decomposition.load_factors(factors_file)
+
+
+def _check_seal(folder: Path) -> None:
+    """Refuse factors that are not those of the decomposition; older versions did not seal them."""
+    try:
+        check_sealed(folder, _KIND)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. All checkpoints of the run belong to these factors: restore the file from a "
+            "copy, or pass --resume never to begin anew; this run is then kept in previous/"
+        ) from error
 
 
 def _known_energy(report: RankReport, file: Path) -> float:

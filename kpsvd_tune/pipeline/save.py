@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
-from kpsvd_tune.checkpoint import durable
+from kpsvd_tune.checkpoint import MANIFEST, durable
 from kpsvd_tune.data import source_names
-from kpsvd_tune.disk import explained
+from kpsvd_tune.disk import explained, follow_umask
 from kpsvd_tune.models import describe_base
+from kpsvd_tune.pipeline.adapter_file import seal
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
 from kpsvd_tune.report.ending import worse_line
@@ -76,9 +77,11 @@ def _write(
     )
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    folder.chmod(0o755)
-    for file in folder.iterdir():
-        durable.sync_file(file)
+    durable.write_file(folder / MANIFEST, seal(folder))
+    follow_umask(folder)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            durable.sync_file(file)
 
 
 def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]) -> str:
@@ -101,6 +104,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "parameters; the file holds as many frozen ones, the Kronecker factors that training "
         "started from.",
         "",
+        *([f"**Warning: {other}**", ""] if (other := results.get("other_base")) else []),
         *([f"**Warning: {worse}.**", ""] if (worse := worse_line(results)) else []),
         "## Use",
         "",

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.compare.plan import Trial
@@ -202,6 +203,8 @@ def _work(
     torch.set_num_threads(threads)
     # Libraries warn about their insides, once for each process.
     warnings.simplefilter("ignore")
+    # The bars of libraries would be drawn into the table of trials.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     # Bars would share a lock between processes, which outlives this one as a leaked semaphore.
     tqdm.set_lock(threading.RLock())
     if torch.cuda.is_available():

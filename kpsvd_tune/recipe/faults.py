@@ -19,15 +19,32 @@ from kpsvd_tune.recipe.values import show
 _SYNONYMS = {
     "base_model": "model.path",
     "bs": "train.batch_size",
+    "cutoff_len": "dataset.max_length",
+    "dataset_path": "dataset.path",
+    "early_stopping_patience": "train.early_stopping",
+    "grad_accum": "train.gradient_accumulation",
+    "logging_steps": "train.log_every",
+    "lora_dropout": "adapter.dropout",
     "lora_r": "adapter.rank",
+    "lora_target_linear": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
     "lr": "train.learning_rate",
+    "lr_scheduler": "train.scheduler",
+    "lr_scheduler_type": "train.scheduler",
     "max_seq_length": "dataset.max_length",
+    "micro_batch_size": "train.batch_size",
     "model_name_or_path": "model.path",
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "per_device_train_batch_size": "train.batch_size",
     "r": "adapter.rank",
+    "report_to": "tracking",
+    "save_steps": "train.save_every",
     "sequence_len": "dataset.max_length",
+    "torch_dtype": "model.dtype",
+    "train_file": "dataset.path",
+    "val_set_size": "dataset.validation",
+    "val_size": "dataset.validation",
 }
 _TYPES = {
     "string_type": "text",
@@ -109,6 +126,28 @@ def near_key(path: Path) -> tuple[str | None, str]:
         if found:
             return (found[0] if found[0] in here else None), f"did you mean {_one_of(found)}?"
     return None, f"expected {_one_of(here)}"
+
+
+def key_like(name: str) -> str | None:
+    """The dotted key of a recipe that a name stands for, which may be another toolkit's."""
+    name = name.replace("-", "_")
+    keys = [
+        ".".join((*place, key))
+        for place, names in LEVELS.items()
+        for key in names
+        if "*" not in place and place[:1] != ("evaluation",) and place != ("dataset", "path")
+    ]
+    if name in keys:
+        return name
+    if found := _SYNONYMS.get(name.rpartition(".")[2]):
+        return found
+    # The section of training first: most options of other tools are there.
+    ends = sorted((key for key in keys if key.endswith(f".{name}")), key=_is_elsewhere)
+    return ends[0] if ends else next(iter(_close(name, keys)), None)
+
+
+def _is_elsewhere(key: str) -> bool:
+    return not key.startswith("train.")
 
 
 def message_of(error: ErrorDetails, path: Path) -> str:

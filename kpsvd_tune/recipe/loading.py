@@ -21,6 +21,16 @@ from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
 
 _PACKAGE = FilePath(__file__).parents[1]
+# Endings of files that go into a recipe and are none.
+_ROWS = "a file of rows in dataset.path"
+_NO_RECIPES = {
+    ".jsonl": _ROWS,
+    ".csv": _ROWS,
+    ".parquet": _ROWS,
+    ".gguf": "a model in model.path",
+    ".safetensors": "the folder of a model in model.path",
+    ".py": "all that a script would set",
+}
 
 
 def shipped_recipes() -> dict[str, FilePath]:
@@ -173,6 +183,11 @@ def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
         raise RecipeError(
             f"{_shown(file)}: not found; expected a recipe file; {advice}"
             f"shipped recipes: {', '.join(shipped)}"
+        )
+    if use := next((use for end, use in _NO_RECIPES.items() if end in file.suffixes), None):
+        raise RecipeError(
+            f"{_shown(file)}: is no recipe; expected a YAML file, which names {use}; "
+            "to begin with one: kpsvd-tune recipes copy quickstart my.yaml"
         )
     try:
         with open(file, "rb") as stream:

@@ -61,6 +61,9 @@ def model_problem(path: str) -> str | None:
     is_gguf = path.lower().endswith(".gguf")
     if kind in ("merged", "model") and (os.path.isdir(expand(path)) or is_gguf):
         return None
+    parent = FilePath(path).parent
+    if os.path.isfile(expand(path)) and kind_of(parent) in ("merged", "model"):
+        return f"{path} is a file of a model; name its folder, {parent}"
     return (
         f"{path} is {named(kind)}; expected a folder with config.json and weights, or a .gguf file"
     )

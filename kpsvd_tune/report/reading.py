@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import kind_of, named
+from kpsvd_tune.folders import kind_of, named, siblings
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.report.comparison import Comparison
 from kpsvd_tune.report.results import RankReport
+
+# Runs that a message names of a folder that holds several.
+_SHOWN = 8
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -23,9 +26,12 @@ def read_run(run: Path) -> dict[str, Any]:
     if not (os.path.isfile(ranks) or os.path.isfile(results)):
         kind = kind_of(run)
         found = f"; it is {named(kind)}" if kind else "; nothing lies there"
+        if within := _runs_in(run):
+            found += f" with {', '.join(within)} in it: name one of them"
         raise InputError(
-            f"{run} holds neither init/rank_report.json nor results.json{found}. Expected the "
+            f"{run} holds neither init/rank_report.json nor results.json{found}; expected the "
             "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"
+            f"{'' if kind else siblings(run)}"
         )
     cure = "was it edited or cut? Write it again with `kpsvd-tune init-only`"
     return {
@@ -34,6 +40,15 @@ def read_run(run: Path) -> dict[str, Any]:
         else None,
         "results": read_json(results, error=InputError) if os.path.isfile(results) else None,
     }
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Runs and comparisons that lie directly in a folder, the first few of them."""
+    if not os.path.isdir(folder):
+        return []
+    found = [each for each in sorted(folder.iterdir()) if kind_of(each) in ("run", "comparison")]
+    names = [str(each) for each in found[:_SHOWN]]
+    return names + ["..."] * (len(found) > _SHOWN)
 
 
 def read_comparison(folder: Path) -> Comparison:

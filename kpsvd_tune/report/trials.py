@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -22,7 +23,7 @@ from kpsvd_tune.report.layout import (
     print_pair,
     print_table,
 )
-from kpsvd_tune.report.units import duration
+from kpsvd_tune.report.units import duration, time_left
 
 PLAIN_SECONDS = 30.0
 # Holds the whole table.
@@ -67,6 +68,8 @@ class TrialTable:
         self._live: Live | None = None
         self._rows: list[TrialRow] = []
         self._running: dict[tuple[Any, ...], tuple[int, int, float]] = {}
+        self._since: dict[tuple[Any, ...], float] = {}
+        self._num_left, self._jobs = 0, 1
         self._last = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -81,9 +84,15 @@ class TrialTable:
         if self._live is not None:
             self._live.stop()
 
-    def begin(self, rows: Sequence[TrialRow]) -> None:
-        """Show the trials that are done already."""
-        self._rows = list(rows)
+    def begin(self, rows: Sequence[TrialRow], num_left: int, jobs: int) -> None:
+        """Show the trials that are done already.
+
+        Args:
+            rows: Those.
+            num_left: Trials that are to come.
+            jobs: Trials at a time.
+        """
+        self._rows, self._num_left, self._jobs = list(rows), num_left, jobs
         if rows:
             print_line(self._console, f"· {len(rows)} trials are done already")
         if self._console.is_terminal and os.environ.get("TERM") != "dumb":
@@ -94,20 +103,50 @@ class TrialTable:
         """Report one step of a trial that runs."""
         key = (trial.method, trial.budget, trial.learning_rate, trial.seed)
         self._running[key] = (step, total, loss)
+        self._since.setdefault(key, time.monotonic())
         self._show()
 
-    def finished(self, row: TrialRow) -> None:
-        """Report a trial that is done."""
-        self._running.pop((row.method, row.budget, row.learning_rate, row.seed), None)
+    def finished(self, row: TrialRow, num_left: int) -> None:
+        """Report a trial that is done, and how many are to come."""
+        self._num_left = num_left
+        key = (row.method, row.budget, row.learning_rate, row.seed)
+        self._running.pop(key, None)
+        self._since.pop(key, None)
         self._rows.append(row)
         if self._live is None:
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
             print_line(
                 self._console,
                 f"  {row.method} at {row.budget:,}, rate {row.learning_rate:g}, seed {row.seed}: "
-                f"validation loss {loss}, {duration(row.wall_seconds)}",
+                f"validation loss {loss}, {duration(row.wall_seconds)}; {self._standing()}",
             )
         self._show()
+
+    def _standing(self) -> str:
+        """How many trials are done and to come, and how long those take."""
+        told = f"{len(self._rows)} done, {self._num_left} to come"
+        left = time_left(self._seconds_left())
+        return f"{told}, {left}" if left else told
+
+    def _seconds_left(self) -> float | None:
+        """By the trials that are done; before the first one by the steps of those that run."""
+        parts = [step / total for step, total, _ in self._running.values()]
+        if self._rows:
+            each = statistics.fmean(row.wall_seconds for row in self._rows)
+        elif self._running:
+            now = time.monotonic()
+            # The first step starts the clock.
+            rates = [
+                (now - self._since[key]) * total / (step - 1)
+                for key, (step, total, _) in self._running.items()
+                if step > 1
+            ]
+            if not rates:
+                return None
+            each = statistics.fmean(rates)
+        else:
+            return None
+        return max(self._num_left - sum(parts), 0.0) * each / min(self._jobs, self._num_left or 1)
 
     def _show(self) -> None:
         if self._live is not None:
@@ -121,7 +160,7 @@ class TrialTable:
                 )
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 2), title=f"{len(self._rows)} done")
+        table = Table(box=None, pad_edge=False, padding=(0, 2), title=self._standing())
         for name in ("method", "budget", "rate", "seed", "step", "loss", "validation"):
             table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
         for row in self._rows[-_RECENT:]:
@@ -144,7 +183,7 @@ def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        print_pair(output(), key, shown)
+        print_pair(output(), key.replace("_", " "), shown)
 
 
 def show_comparison(verdict: Comparison) -> None:

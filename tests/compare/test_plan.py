@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from trial_rows import row
 
-from kpsvd_tune.compare.plan import Grid, Trial, next_trials
+from kpsvd_tune.compare.plan import Grid, Trial, next_trials, num_left
 from kpsvd_tune.report.comparison import TrialRow
 
 RATES = (1e-3, 2e-3, 4e-3)
@@ -51,6 +52,18 @@ def test_the_staged_plan_spends_seeds_on_the_best_rates() -> None:
         (budget, 2e-3, seed) for budget in (100, 400) for seed in (0, 1, 2)
     }
     assert sum(map(len, (rates, seeds, budgets))) == grid.summary()["trials"]
+
+
+@pytest.mark.parametrize("plan", ["full", "staged", "done"])
+def test_what_is_left_is_counted_through_all_stages(plan: str) -> None:
+    grid = Grid(["a", "b"], [100, 200, 400], RATES, 3, plan)
+    rows: list[TrialRow] = []
+    left = [num_left(grid, rows)]
+    while trials := next_trials(grid, rows):
+        for trial in trials:
+            rows += done([trial])
+            left.append(num_left(grid, rows))
+    assert left == list(range(grid.summary()["trials"], -1, -1))
 
 
 def test_every_method_gets_the_same_number_of_trials() -> None:

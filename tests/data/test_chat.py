@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kpsvd_tune.data.columns import is_blank
 from kpsvd_tune.data.encode import Encoder
 from kpsvd_tune.data.format import Chat, Pair
 from kpsvd_tune.errors import DataError
@@ -51,8 +52,11 @@ def trained(encoder: Encoder, chat: Chat | Pair) -> list[str]:
     return [text for text, is_trained in encoder.pieces(row) if is_trained]
 
 
+TEXT = st.text(min_size=1, max_size=12).filter(lambda text: not is_blank(text))
+
+
 @settings(max_examples=50, deadline=None)
-@given(texts=st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=6))
+@given(texts=st.lists(TEXT, min_size=2, max_size=6))
 def test_all_assistant_turns_are_trained_and_nothing_else(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
 ) -> None:

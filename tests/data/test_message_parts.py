@@ -57,6 +57,7 @@ def test_parts_of_text_are_one_text(tokenizer: PreTrainedTokenizerFast, tmp_path
     [
         ({"type": "image_url", "image_url": {"url": "x"}}, "a part of the type 'image_url'"),
         ({"type": "image"}, "a part of the type 'image'"),
+        ({"type": "text", "text": "a", "image": "a.png"}, "a part of the type 'image'"),
         ({"type": "text", "text": None}, "a part {'type': 'text', 'text': None}"),
         (3, "a part 3"),
     ],

@@ -20,6 +20,7 @@ from kpsvd_tune.data.chat_templates import (
     use_recipe_template,
     with_arguments,
 )
+from kpsvd_tune.data.columns import is_blank
 from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.format import Chat
 from kpsvd_tune.errors import DataError
@@ -49,7 +50,7 @@ SPECIAL = sorted({token for family in FAMILIES.values() for token in family.toke
 PLACES = st.sampled_from(["<b>", "a ", " b", "{{ x }}", "{% raw %}", "[INST]", "</s", "\n", "ü🕷"])
 TEXTS = st.builds(
     lambda parts: "".join(parts), st.lists(PLACES | st.text(max_size=6), min_size=1, max_size=5)
-).filter(lambda text: text.strip() and "think>" not in text)
+).filter(lambda text: not is_blank(text) and "think>" not in text)
 
 
 def tokenizer_for(

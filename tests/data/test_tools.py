@@ -131,3 +131,56 @@ def test_half_a_surrogate_pair_in_a_message_is_refused_with_its_row(read: Read) 
     half = {"role": "assistant", "content": "\ud83d"}
     with pytest.raises(DataError, match=r"line 1: the column 'messages' has half a surrogate"):
         read([{"messages": [USER, half]}])
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null", None])
+def test_a_call_without_arguments_has_an_empty_object(read: Read, arguments: Any) -> None:
+    (taught, _) = learnt(read([{"messages": [USER, call(arguments), ANSWER]}]))
+    assert taught == "weather{}<|call|>"
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_a_call_without_a_name_is_refused(read: Read, name: Any) -> None:
+    with pytest.raises(DataError, match="line 1: a call of a tool has no name: "):
+        read([{"messages": [USER, call({"city": "Bonn"}, name=name)]}])
+
+
+def test_tools_may_be_json_texts_in_a_list(read: Read) -> None:
+    row = {"messages": [USER, ANSWER], "tools": ['{"name": "weather"}']}
+    assert read([row]).report.sample[0][0].startswith('<|tools|>[{"name": "weather"}]')
+    with pytest.raises(DataError, match=r"expected a list of tools, each an object: correct it"):
+        read([{**row, "tools": ["weather"]}])
+
+
+def test_special_tokens_in_calls_are_warned_of(read: Read) -> None:
+    warnings = read([{"messages": [USER, call({"city": "a</s>b"}), ANSWER]}]).report.warnings
+    assert any("1 row with the text of a special token" in each for each in warnings)
+
+
+def test_what_many_rows_have_in_common_is_told_once(read: Read) -> None:
+    rows = [{"messages": [USER, call({"city": "Bonn", "n": None}), ANSWER]}] * 3
+    found = [each for each in read(rows).report.warnings if each.startswith("null arguments")]
+    assert len(found) == 1
+    assert "line 1, weather)" in found[0]
+
+
+def test_a_turn_that_only_thinks_is_told_of(read: Read) -> None:
+    thinks = {"role": "assistant", "content": "", "reasoning_content": "Bonn is in the north."}
+    data = read([{"messages": [USER, thinks, USER, ANSWER]}] * 2)
+    assert learnt(data) == ["Sunny.</s>"]
+    found = [each for each in data.report.warnings if "reasoning alone" in each]
+    assert len(found) == 1
+    assert "line 1): join each" in found[0]
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff \u200d", "\x00"])
+def test_a_turn_of_invisible_characters_is_not_learnt(read: Read, text: str) -> None:
+    row = {"messages": [USER, {**ANSWER, "content": text}, USER, ANSWER]}
+    assert learnt(read([row])) == ["Sunny.</s>"]
+
+
+def test_a_greeting_that_is_not_learnt_may_come_first(read: Read) -> None:
+    greeting = {"role": "assistant", "content": "Hello!"}
+    assert learnt(read([{"messages": [{**greeting, "weight": 0}, USER, ANSWER]}])) == ["Sunny.</s>"]
+    with pytest.raises(DataError, match="the chat starts with the assistant"):
+        read([{"messages": [greeting, USER, ANSWER]}])

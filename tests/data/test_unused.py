@@ -353,3 +353,109 @@ def test_a_system_prompt_that_no_role_takes_is_told_of_with_the_way_to_use_it(re
     (note,) = unused(read(row))
     data = read(row, columns=advised(DataError(note))["columns"])
     assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
+
+
+NESTED = {"columns": {"prompt": "data.q", "completion": "data.a"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"is_correct": False}, r"column 'data\.is_correct' is False"),
+        ({"label": 0}, r"column 'data\.label' is 0"),
+        ({"weight": 0}, r"column 'data\.weight' is 0"),
+        ({"images": ["a.png"]}, r"column 'data\.images' holds images"),
+    ],
+)
+def test_keys_beside_those_that_are_taken_are_looked_at_too(
+    read: Read, more: dict[str, Any], message: str
+) -> None:
+    row = {"data": {"q": "2 + 3?", "a": "5", **more}}
+    with pytest.raises(DataError, match=message) as got:
+        read(row, **NESTED)
+    assert learnt(read(row, **NESTED, **advised(got.value))) == ["5</s>"]
+
+
+def test_keys_beside_those_that_are_taken_are_named(read: Read) -> None:
+    row = {"data": {"q": "2 + 3?", "a": "5", "context": "sums", "id": 7, "more": {"b": 1}}}
+    notes = unused(read(row, {"data": None, **PAIR}, row, **NESTED, on_bad_row="drop",
+                        max_bad_rows=0.5))  # fmt: skip
+    assert any("'data.context' looks like a part" in note for note in notes)
+    assert any("not used: data.id, data.more, prompt, completion" in note for note in notes)
+    silent = ["data.context", "data.id", "data.more"]
+    assert unused(read(row, **NESTED, ignore_columns=silent)) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("label", "bad"), ("label", "undesirable"), ("kto_tag", "rejected"),
+        ("is_correct", 0), ("accepted", "no"), ("is_valid", "0"),
+    ],
+)  # fmt: skip
+def test_other_ways_to_say_that_an_answer_is_bad(read: Read, column: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"line 1: the column '{column}' is {value!r}, "):
+        read({**PAIR, column: value})
+
+
+def test_the_number_of_the_right_choice_is_no_verdict(read: Read) -> None:
+    assert learnt(read({**PAIR, "correct": 0, "label": "sums"})) == ["5</s>"]
+
+
+def test_rows_for_tests_among_rows_to_train_on_are_refused(read: Read) -> None:
+    train, test = {**PAIR, "split": "train"}, {**PAIR, "split": "test"}
+    with pytest.raises(DataError, match=r"line 3: the column 'split' is 'test' and earlier rows"):
+        read(train, train, test)
+    assert len(read(test, test).train) == 2
+    assert len(read(train, test, ignore_columns=["split"]).train) == 2
+
+
+def test_tools_in_another_column_are_refused(read: Read) -> None:
+    tools = [{"name": "weather"}]
+    with pytest.raises(DataError, match=r"column 'available_tools' seems to hold the tools of"):
+        read({**CHAT, "available_tools": tools})
+    nested = {"columns": {"messages": "data.messages"}}
+    row = {"data": {**CHAT, "tools": tools}}
+    with pytest.raises(DataError, match=r"column 'data\.tools' seems to hold .*: rename it") as got:
+        read(row, **nested)
+    assert learnt(read(row, **nested, **advised(got.value))) == ["5</s>"]
+    assert learnt(read({**PAIR, "available_tools": tools})) == ["5</s>"]
+
+
+def test_a_system_prompt_beside_texts_is_never_dropped(read: Read) -> None:
+    rows = [PAIR, {**PAIR, "system": "Add."}]
+    with pytest.raises(DataError, match=r"line 2: the column 'system' looks like a part") as caught:
+        read(*rows)
+    advice = advised(caught.value)
+    assert before(read(rows[1], columns=advice["columns"])).startswith("<|system|>Add.</s>")
+    assert learnt(read(*rows, ignore_columns=advice["ignore_columns"]), 1) == ["5</s>"]
+
+
+def test_a_system_prompt_beside_a_pair_of_messages_is_used(read: Read) -> None:
+    pair = {"prompt": [QUESTION], "completion": [RIGHT]}
+    data = read({**pair, "system": "Add."}, pair)
+    assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
+    assert not unused(data)
+
+
+def test_labels_of_steps_that_say_a_step_is_wrong_are_refused(read: Read) -> None:
+    row = {"prompt": "2 + 3?", "completion": "6", "labels": [True, False]}
+    with pytest.raises(DataError, match=r"'labels' is \[True, False\], so a part of the answer"):
+        read(row)
+    assert unused(read({**row, "labels": [True, True]}))
+
+
+@pytest.mark.parametrize("text", ["", "u"])
+def test_a_later_row_with_an_answer_is_not_read_as_plain_text(read: Read, text: str) -> None:
+    rows = [{"text": "t"}, {"text": text, "summary": "s"}]
+    with pytest.raises(DataError, match=r"line 2: the column 'summary' looks like a prompt or an"):
+        read(*rows)
+    assert len(read(*rows, format="text").train) == 1 + bool(text)
+    assert len(read(*rows, ignore_columns=["summary"]).train) == 1 + bool(text)
+
+
+def test_a_column_without_a_name_is_named_as_such(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(",prompt,completion\n0,a,b\n")
+    data = prepare(DatasetRecipe(path=str(path), validation=0), tokenizer, seed=0)
+    assert "not used: '' (a column without a name) (" in unused(data)[0]

@@ -277,3 +277,135 @@ def test_a_key_that_the_template_asks_for_is_no_unknown_one(read: Read) -> None:
     )
     data = read([{"messages": [{**USER, "name": "Ann"}, ANSWER]}], asks + PLAIN)
     assert not any("'name'" in note for note in data.report.warnings)
+
+
+def called(*made: tuple[str, dict[str, Any]], text: str = "", **more: Any) -> dict[str, Any]:
+    listed = [
+        {"id": f"c{number}", "function": {"name": name, "arguments": arguments}}
+        for number, (name, arguments) in enumerate(made)
+    ]
+    return {"role": "assistant", "content": text, "tool_calls": listed, **more}
+
+
+FIRST_CALL = LOSES["the second call"]
+BY_NAME = "{% for t in tools or [] %}{{ t.function.name ~ ' ' }}{% endfor %}" + PLAIN
+INSIDE = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}" \
+    "{% else %}{{ m.content }}{% endif %}"  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+@pytest.mark.parametrize("second", ["price", "price_history"])
+def test_a_call_that_equals_a_part_of_another_is_missed_all_the_same(
+    read: Read, second: str, weight: int
+) -> None:
+    stock = {"symbol": "a stock with a long name"}
+    turn = called((second, stock), ("price", stock), weight=weight)
+    row = {"messages": [USER, turn, {"role": "tool", "content": "1"}, ANSWER]}
+    with pytest.raises(DataError, match="line 1: the chat template does not write the call of"):
+        read([row], FIRST_CALL)
+    assert learnt(read([row], LOOP + CALLS["json object"] + END))[-1] == "Rome is warmer.</s>"
+
+
+def test_a_result_that_the_answer_repeats_is_missed_all_the_same(read: Read) -> None:
+    result = {"role": "tool", "content": "It is 21 degrees in Rome."}
+    row = {"messages": [USER, called(("w", {"c": "Rome"})), result, {**result, **ANSWER,
+           "content": result["content"]}]}  # fmt: skip
+    with pytest.raises(DataError, match="not write a message of the role 'tool'"):
+        read([row], LOSES["the tool's answer"])
+
+
+def test_a_text_that_its_call_repeats_is_missed_all_the_same(read: Read) -> None:
+    why = "I look for the weather in Bonn."
+    row = {"messages": [USER, called(("w", {"why": why}), text=why)]}
+    with pytest.raises(DataError, match="not write a message of the role 'assistant'"):
+        read([row], LOSES["the text beside the call"])
+    assert learnt(read([row], LOOP + CALLS["json object"] + END))[0].count(why) == 2
+
+
+def test_what_stands_outside_of_the_markers_is_not_lost_in_silence(read: Read) -> None:
+    template = LOOP + INSIDE + CALLS["json object"].removeprefix("{{ m.content }}") + END
+    with pytest.raises(DataError, match="call of 'w' outside of its {% generation %} markers"):
+        read([{"messages": [USER, called(("w", {"c": "Bonn"}), text="Let me see.")]}], template)
+    data = read([{"messages": [USER, {**ANSWER, "thinking": "12 < 21"}]}], LOOP + THINK + INSIDE
+                + END)  # fmt: skip
+    assert learnt(data) == ["Rome is warmer.</s>"]
+    assert any("'thinking' outside of its {% gen" in note for note in data.report.warnings)
+
+
+def test_every_tool_has_to_be_written(read: Read) -> None:
+    described = {"name": "weather", "description": "Tells it.", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": described}, {"name": "time"}]
+    first = "{% if tools %}{{ tools[0] | tojson }}{% endif %}" + PLAIN
+    with pytest.raises(DataError, match=r"not write all of the row's tools \(missing: 'time'\)"):
+        read([{"messages": [USER, ANSWER], "tools": tools}], first)
+    rows = [{"messages": [USER, ANSWER], "tools": tools[:1]}] * 2
+    notes = read(rows, BY_NAME).report.warnings
+    found = [note.split("'")[1] for note in notes if "of tools: the model never sees" in note]
+    assert found == ["description", "parameters"]
+    strict = "{% if tools and tools[0].function.name != 'weather' %}{{ raise_exception('who?') }}" \
+        "{% endif %}"  # fmt: skip
+    assert len(read(rows, strict + BY_NAME).train) == 2
+
+
+def test_tools_of_a_message_have_to_be_written(read: Read) -> None:
+    system = {"role": "system", "content": "Be brief.", "tools": TOOLS}
+    row = {"messages": [system, USER, ANSWER]}
+    with pytest.raises(DataError, match=r"a message has 'tools', .*a column of the row \(tools\)"):
+        read([row], PLAIN)
+    written = LOOP + "{{ m.content }}{% if m.tools %}{{ m.tools | tojson }}{% endif %}" + END
+    assert learnt(read([row], written)) == ["Rome is warmer.</s>"]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_results_in_another_order_than_their_calls(read: Read, order: list[int]) -> None:
+    turn = called(("weather", {"city": "Bonn"}), ("weather", {"city": "Rome"}))
+    results = [
+        {"role": "tool", "tool_call_id": f"c{number}", "content": text}
+        for number, text in enumerate(("12", "21"))
+    ]
+    row = {"messages": [USER, turn, *(results[place] for place in order), ANSWER]}
+    template = LOOP + CALLS["json object"] + END
+    with_ids = LOOP + "{{ m.tool_call_id or '' }}" + CALLS["json object"] + END
+    assert len(read([row], with_ids).train) == 1
+    if order == [0, 1]:
+        assert len(read([row], template).train) == 1
+        return
+    with pytest.raises(DataError, match="line 1: the results of tools stand in another order"):
+        read([row], template)
+
+
+def test_a_call_whose_arguments_are_called_otherwise_is_refused_where_they_are_lost(
+    read: Read,
+) -> None:
+    function = {"name": "weather", "parameters": {"city": "Bonn"}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    row = {"messages": [USER, turn]}
+    tolerant = (
+        LOOP + "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{{ c.function.arguments | default({}) | tojson }}{% endfor %}{{ m.content }}" + END
+    )
+    with pytest.raises(DataError, match=r"not write the key 'parameters' of the call of 'weather'"):
+        read([row], tolerant)
+    assert "Bonn" in learnt(read([row], LOOP + CALLS["json object"] + END))[0]
+
+
+@pytest.mark.parametrize("cut", ["[:40]", ".split('\\n')[0]", "[-40:]"])
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_text_that_the_template_cuts_is_refused(read: Read, cut: str, role: str) -> None:
+    template = LOOP + "{{ m.content if m.role == 'assistant' else m.content" + cut + " }}" + END
+    text = "Here is a list of all cities of two countries.\nWhich of them is warmest in May?"
+    rows = [{"messages": [{"role": role, "content": text}, USER, ANSWER]}]
+    with pytest.raises(DataError, match=f"not write a message of the role '{role}' as a whole"):
+        read(rows, template)
+    short = [{"messages": [{"role": role, "content": "Hi."}, {**USER, "content": "Hm?"}, ANSWER]}]
+    assert learnt(read(short, PLAIN)) == ["Rome is warmer.</s>"]
+
+
+def test_reasoning_in_the_text_of_an_earlier_turn_may_be_left_out(read: Read) -> None:
+    template = (
+        LOOP + "{{ m.content if m.role != 'assistant' or loop.last else "
+        "m.content.split('</think>')[-1] }}" + END
+    )
+    earlier = {**ANSWER, "content": "<think>Rome lies further south.</think>Rome."}
+    data = read([{"messages": [USER, earlier, USER, ANSWER]}], template, learn="last")
+    assert learnt(data) == ["Rome is warmer.</s>"]

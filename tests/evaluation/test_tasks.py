@@ -52,6 +52,14 @@ def test_gsm8k_rows_are_questions_and_answers(rows_file: Path):
     assert [each.id for each in questions] == list(range(8))
 
 
+@pytest.mark.parametrize("answer", ["nobody knows", "about 3 #### ", "3 #### none", ""])
+def test_a_gold_answer_without_a_number_is_refused_with_its_row(tmp_path: Path, answer: str):
+    rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "2 + 1?", "answer": answer}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2"):
+        read_questions(recipe("gsm8k", path))
+
+
 def test_limit_takes_the_first_rows(rows_file: Path):
     assert len(read_questions(recipe("gsm8k", str(rows_file), limit=3))) == 3
 

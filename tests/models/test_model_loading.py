@@ -48,6 +48,37 @@ def test_missing_weights_are_an_error_and_not_random_numbers(tmp_path: Path) -> 
         load_model(resolve_model(str(tmp_path)), "float32")
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_configuration_with_fewer_layers_than_the_files_is_refused(
+    tmp_path: Path, streamed: bool
+) -> None:
+    architectures.save("llama", tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    source = resolve_model(str(tmp_path))
+    words = r"files hold model\.layers\.1\.input_layernorm\.weight, .* counts fewer layers"
+    with pytest.raises(ModelError, match=words):
+        # The decomposition must not work for hours before it is found out.
+        WeightReader(source, ["lm_head"]) if streamed else load_model(source, "float32")
+
+
+def test_weights_of_another_kind_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    architectures.save("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    # The second is known to transformers as a left-over of older versions.
+    tensors["vision.0.weight"] = torch.zeros(2)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level("WARNING", logger="kpsvd_tune"):
+        load_model(resolve_model(str(tmp_path)), "float32")
+        WeightReader(resolve_model(str(tmp_path)), ["lm_head"])
+    (told,) = [each.getMessage() for each in caplog.records if each.name.startswith("kpsvd_tune")]
+    assert "no place for vision.0.weight of its files; they are left out" in told
+
+
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     saved = architectures.save("gemma", tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -196,6 +227,7 @@ def test_a_pickled_file_of_something_else_is_named(tmp_path: Path, content: byte
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
         ("tokenizer_config.json", '{"tokenizer_class": 7}'),
+        ("tokenizer_config.json", '{"model_max_length": "long"}'),
         ("tokenizer_config.json", "[" * 10_000),
     ],
 )

@@ -170,6 +170,19 @@ def test_a_hub_model_that_is_not_cached_is_an_error_offline(
         resolve_model("owner/name", offline=True)
 
 
+def test_a_slip_in_the_name_of_a_folder_is_told_beside_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot(repository: str, **options: object) -> str:
+        raise LocalEntryNotFoundError("no snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "tiny", "config.json")
+    with pytest.raises(ModelError, match=r"no such folder here.*; did you mean tiny\?$"):
+        resolve_model("tinny")
+
+
 @pytest.mark.parametrize("weight_map", [{}, {"x": 5}, {"x": ["a"]}, [], None])
 def test_an_index_without_names_of_files_is_refused(tmp_path: Path, weight_map: object) -> None:
     fill(tmp_path, "config.json")

@@ -18,14 +18,17 @@ def test_lines_stand_for_the_table_where_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr(trials, "PLAIN_SECONDS", 0.0)
     with TrialTable() as table:
-        table.begin([row()])
+        table.begin([row()], 5, 1)
         table.stepped(Trial("kpsvd", 100, 1e-3, 0), 3, 60, 1.234)
-        table.finished(row("kpsvd", loss=0.5))
-        table.finished(row("pissa", loss=None, failed="diverged"))
+        table.finished(row("kpsvd", loss=0.5), 4)
+        table.finished(row("pissa", loss=None, failed="diverged"), 3)
     shown = capsys.readouterr().err
     assert "1 trials are done already" in shown
     assert "kpsvd, rate 0.001, seed 0: step 3/60, loss 1.234" in shown
-    assert "kpsvd at 100, rate 0.001, seed 0: validation loss 0.5000, 8 s" in shown
+    assert (
+        "kpsvd at 100, rate 0.001, seed 0: validation loss 0.5000, 8 s; "
+        "2 done, 4 to come, 32 s left\n" in shown
+    )
     assert "pissa at 100, rate 0.001, seed 0: validation loss failed" in shown
 
 
@@ -34,18 +37,35 @@ def test_a_terminal_shows_running_and_finished_trials_in_one_table() -> None:
     out = io.StringIO()
     table._console = Console(file=out, force_terminal=True, width=120)
     with table:
-        table.begin([])
+        table.begin([], 4, 2)
         table.stepped(Trial("kpsvd", 100, 1e-3, 0), 3, 60, 1.234)
-        table.finished(row("lora", loss=0.75))
-        table.finished(row("pissa", loss=None))
+        table.finished(row("lora", loss=0.75), 3)
+        table.finished(row("pissa", loss=None), 2)
     shown = out.getvalue()
-    for text in ("kpsvd", "3/60", "1.234", "0.7500", "failed", "2 done"):
+    for text in ("kpsvd", "3/60", "1.234", "0.7500", "failed", "2 done, 2 to come, 8 s left"):
         assert text in shown
 
 
+def test_before_the_first_trial_is_done_its_steps_tell_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("kpsvd_tune.report.trials.time.monotonic", lambda: now[0])
+    with TrialTable() as table:
+        table.begin([], 4, 2)
+        trial = Trial("kpsvd", 100, 1e-3, 0)
+        table.stepped(trial, 1, 10, 1.2)
+        assert table._standing() == "0 done, 4 to come"
+        now[0] = 4.0
+        table.stepped(trial, 5, 10, 1.2)
+        # 1 s a step, 10 steps a trial, half a trial done, two trials at a time.
+        assert table._standing() == "0 done, 4 to come, 18 s left"
+
+
 def test_a_grid_is_shown_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    show_grid({"methods": ["a", "b"], "trials": 4})
+    show_grid({"methods": ["a", "b"], "learning_rates": [0.1], "trials": 4})
     assert capsys.readouterr().out.splitlines() == [
         "methods                    a, b",
+        "learning rates             0.1",
         "trials                     4",
     ]

@@ -248,6 +248,7 @@ def merge(
                 dtype=stored,
                 base=_named(found.base, base, model_source),
                 tolerance=tolerance,
+                base_folder=None if model_source.kind == "gguf" else model_source.folder,
                 warnings=[f"merged {other}" for other in others],
                 stage=events.stage,
             )

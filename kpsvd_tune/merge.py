@@ -7,8 +7,12 @@ the stored weights, not the noise of a 16-bit forward pass.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
+import glob
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,6 +28,7 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.disk import follow_umask
 from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
+from kpsvd_tune.merged_files import keep_base_files
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.report.units import size
@@ -69,6 +74,8 @@ def merge(
     base: Base = UNKNOWN_BASE,
     tolerance: float | None = None,
     prompts: Sequence[str] = PROMPTS,
+    warnings: Sequence[str] = (),
+    base_folder: Path | None = None,
     stage: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge an adapter into its base, save it, load it again and compare.
@@ -86,6 +93,9 @@ def merge(
         tolerance: Largest logit difference that passes; None takes the dtype's share of the
             largest logit: 1e-5 in float32, 5e-3 in float16, 4e-2 in bfloat16.
         prompts: Texts to compare the two models on.
+        warnings: For the report, before its own.
+        base_folder: Of the base model, whose configuration and tokenizer files are kept; None
+            where it is a single file.
         stage: Told what is being done.
 
     Returns:
@@ -115,11 +125,17 @@ def merge(
     _check_finite(plain, dtype)
     _check_room(plain, output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(output)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    held = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        # Some network file systems have no locks.
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        keep_base_files(partial, base_folder, dtype)
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
@@ -143,7 +159,7 @@ def merge(
             prompts=tuple(prompts),
             # Written so that a difference that is not a number fails.
             passed=difference <= tolerance,
-            warnings=_lost_updates(kept, dtype) + _unseen(change, tolerance),
+            warnings=(*warnings, *_lost_updates(kept, dtype)) + _unseen(change, tolerance),
         )
         (partial / "merge_report.json").write_text(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
@@ -151,8 +167,24 @@ def merge(
         (partial / "README.md").write_text(merged_card(report, base), encoding="utf-8")
         _publish(partial, output)
     finally:
+        os.close(held)
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Delete what killed merges to the same place left; one at work holds a lock on its folder."""
+    for folder in output.parent.glob(f".{glob.escape(output.name)}.????????"):
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        finally:
+            os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @torch.no_grad()

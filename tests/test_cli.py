@@ -270,6 +270,30 @@ def test_a_key_that_was_written_as_an_option(capsys, arguments, advice):
     assert advice in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "r", "--gpus", "0,1"], "got '0,1'; to choose GPUs: CUDA_VISIBLE_DEVICES=0,1"),
+        (["train", "r", "--gpus=0"], "Input should be greater than or equal to 1; got '0'"),
+        (["compare", "r", "--seeds", "many"], "unable to parse string as an integer; got 'many'"),
+    ],
+)
+def test_an_invalid_value_of_an_option_is_named(capsys, arguments, told):
+    assert cli.run(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["finetune", "r"], "train"), (["recipes", "ls"], "list, show, copy")],
+)
+def test_an_unknown_command_is_answered_with_those_there_are(capsys, arguments, told):
+    assert cli.run(arguments) == 2
+    err = capsys.readouterr().err
+    assert "No such command" in err
+    assert told in err.partition("Expected one of ")[2]
+
+
 def test_an_option_that_is_unknown_to_a_command_without_a_recipe(capsys):
     assert cli.run(["report", "r", "--layer"]) == 2
     assert "No such option: --layer" in capsys.readouterr().err
@@ -295,7 +319,10 @@ def test_recipes_are_listed_within_the_width_of_a_terminal(monkeypatch, capsys):
     assert cli.run(["recipes", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(line.startswith("quickstart ") for line in lines)
+    # Names in one column, texts in another, and no line broken before its room is used.
+    (first,) = [line for line in lines if line.startswith("quickstart ")]
+    assert first.endswith("learns to solve")
+    assert all(line[26] == " " for line in lines)
 
 
 def test_errors_break_between_words_on_a_terminal(monkeypatch, capsys):

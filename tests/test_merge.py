@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from transformers import (
 from kpsvd_tune import merge as merging
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
+from kpsvd_tune.merged_files import for_both_versions
 
 
 def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:
@@ -245,6 +247,63 @@ def test_an_adapter_that_the_proof_cannot_see_is_told(
     report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="bfloat16")
     assert words in report.warnings[-1]
     assert report.adapter_logit_difference == 0 if scale == 0 else report.adapter_logit_difference
+
+
+def test_files_that_transformers_4_reads(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Version 4 takes rope_theta 10000 in silence where only rope_parameters has it."""
+    tiny_model.config.rope_parameters = {"rope_type": "default", "rope_theta": 100000.0}
+    tiny_model.config.torch_dtype = torch.float32
+    base = tmp_path / "base"
+    tiny_model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    settings = json.loads((base / "config.json").read_text())
+    # As version 4 wrote it: the base's own keys stay.
+    old = {key: value for key, value in settings.items() if key not in ("rope_parameters", "dtype")}
+    old |= {"rope_theta": 100000.0, "torch_dtype": "float32", "own_key": 1}
+    (base / "config.json").write_text(json.dumps(old))
+    for place, known in (("of files", base), ("without files", None)):
+        base_model = LlamaForCausalLM.from_pretrained(base)
+        merging.merge(
+            adapted(base_model),
+            tokenizer,
+            tmp_path / place,
+            adapter="r",
+            dtype="bfloat16",
+            base_folder=known,
+        )
+        found = json.loads((tmp_path / place / "config.json").read_text())
+        assert found["rope_theta"] == 100000.0
+        assert found["dtype"] == found["torch_dtype"] == "bfloat16"
+        if known:
+            assert found == old | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                assert (tmp_path / place / name).read_bytes() == (base / name).read_bytes()
+        else:
+            assert found["rope_parameters"]["rope_theta"] == 100000.0
+
+
+def test_scaled_rotary_embeddings_and_parts_have_the_keys_of_both_versions() -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    inner = {"model_type": "llama", "rope_parameters": rope}
+    found = for_both_versions({"text_config": inner, "quantization_config": {"bits": 4}}, "float16")
+    assert "quantization_config" not in found
+    assert found["text_config"]["rope_theta"] == 5e5
+    assert found["text_config"]["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_what_a_killed_merge_left_is_removed_and_one_at_work_is_not(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    left, at_work, other = (tmp_path / name for name in (".m.aaaaaaaa", ".m.bbbbbbbb", ".mine"))
+    for folder in (left, at_work, other):
+        folder.mkdir()
+    held = os.open(at_work, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+    os.close(held)
+    assert {each.name for each in tmp_path.iterdir()} == {"m", ".m.bbbbbbbb", ".mine"}
 
 
 @pytest.mark.parametrize("place", ["base", "base/inside", "."])

@@ -188,8 +188,9 @@ def test_hub_ids_and_paths_that_are_right_pass(here: Path, setting: str) -> None
         ("merge compared --output o", "compared is the folder of a comparison"),
         ("merge r.yaml --output o", "r.yaml is a recipe; expected the run it made: its output_dir"),
         ("report model", "it is a model; expected the output_dir of a recipe"),
-        ("report gone", "nothing lies there (looked from "),
-        ("report dome", "did you mean done?; expected the output_dir of a recipe"),
+        ("report gone", "nothing lies there; expected the output_dir of a recipe"),
+        ("report dome", "or `compare` (looked from "),
+        ("report dome", "); did you mean done?\n"),
         ("report .", "it is a folder with compared, done, run in it: name one of them"),
         ("eval rums/a --task exact_match", "no run is in rums/a (looked from "),
         ("train rows/train.jsonl", "rows/train.jsonl: is no recipe; expected a YAML file, which"),
@@ -287,3 +288,20 @@ def test_what_cannot_be_looked_at_holds_nothing(here: Path) -> None:
         assert kind_of(path) is None
     assert expand("~nobody-here/x") == Path("~nobody-here/x")
     assert kind_of("pipe.jsonl") == "special"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "where it lies elsewhere now, give that place with --base"),
+        (["--base", "./elsewhere"], "error: --base: "),
+    ],
+)
+def test_a_base_that_moved_is_told_with_the_option_that_names_it(
+    here: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+) -> None:
+    from kpsvd_tune.adapter import KpsvdConfig
+
+    KpsvdConfig(base_model_name_or_path="/gone/base").save_pretrained("adapter")
+    assert told in refused(capsys, "merge", "adapter", "--output", "o", *options)
+    assert not Path("o").exists()

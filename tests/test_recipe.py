@@ -478,7 +478,8 @@ def test_early_stopping_without_validation_is_refused(faults):
         ("=4", "has an empty key; expected key=value, for example train.learning_rate=1e-3"),
         ("train..seed=4", "has an empty key; expected key=value, for example "
          "train.learning_rate=1e-3"),
-        ("train.seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("train.seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'; text "
+             "with colons, braces or hashes: 'train.seed=\"...\"'"),
         ("train.seed=!!python/name:os.system", "tags such as "
          "'tag:yaml.org,2002:python/name:os.system' are not allowed; write a plain value"),
         ("train.seed=" + " " * 2**20 + "1", "is longer than 1048576 characters"),
@@ -872,3 +873,8 @@ def test_every_synonym_names_a_key_that_exists():
         place, _, last = key.rpartition(".")
         assert last in LEVELS[tuple(place.split(".")) if place else ()], name
         assert key_like(name) in (name, key)
+
+
+def test_text_that_is_no_yaml_on_the_command_line_is_answered_with_its_quotes(write):
+    with pytest.raises(RecipeError, match="""'dataset.template="...\\"'$"""):
+        load_recipe(write(MINIMAL), ["dataset.template=Q: {question} A: {answer}"])

@@ -101,7 +101,10 @@ def refuse(message: str) -> None:
     """Refuse a base, or note it where another is allowed."""
     accepted = _OTHERS.get()
     if accepted is None:
-        raise AdapterError(message)
+        raise AdapterError(
+            f"{message} To use it on this base all the same, pass --allow-other-base, or in Python "
+            "load it inside kpsvd_tune.adapter.base.other_base_allowed()"
+        )
     accepted.append(message)
 
 

@@ -20,7 +20,6 @@ from kpsvd_tune.checkpoint.commit import commit, read_committed, run_of
 from kpsvd_tune.checkpoint.identity import Change, changes, refusal, run_id
 from kpsvd_tune.checkpoint.listing import (
     abandon_newer,
-    as_saved,
     checkpoint_name,
     clean,
     list_saved,
@@ -115,8 +114,10 @@ class RunDirectory:
 
         Raises:
             InputError: The folder holds files of the user's, or lies in another run.
-            CheckpointError: There are checkpoints, and no run.json that says what they belong to.
+            CheckpointError: There are checkpoints, and no run.json that says what they belong to;
+                or what ``resume`` names is no checkpoint of this run.
         """
+        self._named(resume)
         if self.run_file.exists():
             read_json(self.run_file)  # one that is damaged is named as such
             if is_run(self.path) or list_saved(self.checkpoints):
@@ -182,7 +183,7 @@ class RunDirectory:
         recorded = read_json(self.run_file, RunRecord)
         # By way of JSON, for what was read back must equal what was not.
         found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
-        explicit = None if resume in ("auto", "never") else Path(resume)
+        explicit = self._named(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()
         rebuild = rebuild and bool(list_saved(self.checkpoints))
         if is_finished and not found and explicit is None and not rebuild:
@@ -319,17 +320,29 @@ class RunDirectory:
         clean(self.checkpoints, checkpoint)
         return state
 
+    def _named(self, resume: str) -> Path | None:
+        """The checkpoint that a path names; None for auto and never."""
+        if resume in ("auto", "never"):
+            return None
+        saved = [each.folder for each in list_saved(self.checkpoints)]
+        checkpoint = Path(resume).resolve()
+        if checkpoint in [folder.resolve() for folder in saved]:
+            return checkpoint
+        one = (
+            f"one of {', '.join(map(str, saved))}"
+            if saved
+            else f"nothing else: {self.path} holds no checkpoint"
+        )
+        raise CheckpointError(
+            f"--resume {resume} is no checkpoint of this run; expected auto, never, or {one}. To "
+            "begin with what another run has trained, name its adapter in adapter.from"
+        )
+
     def _choose(self, explicit: Path | None) -> Path | None:
         if explicit is None:
             return self.newest_checkpoint()
-        checkpoint = explicit.resolve()
-        if checkpoint.parent != self.checkpoints.resolve() or as_saved(checkpoint) is None:
-            raise CheckpointError(
-                f"--resume {explicit} is no checkpoint of this run; expected auto, never, or a "
-                f"folder such as {self.checkpoints / 'step-000100'}"
-            )
-        self._read(checkpoint)
-        return checkpoint
+        self._read(explicit)
+        return explicit
 
     def _id(self) -> str | None:
         """What the run is known by; None for one of an older version."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,8 +39,12 @@ def run(arguments: list[str]) -> int:
     except RanksEnded as ended:
         return ended.exit_code
     except TyperException as error:
+        message = error.format_message()
         advice = _as_override(getattr(error, "option_name", ""), arguments)
-        _say(f"error: {error.format_message()}{advice}")
+        if message.startswith("No such command"):
+            group = getattr(getattr(error, "ctx", None), "command", None)
+            advice = f" Expected one of {', '.join(getattr(group, 'commands', ()))}."
+        _say(f"error: {message}{_got(message, arguments)}{advice}")
         return 2
     except BrokenPipeError:
         # The reader of our output is gone, as in `| head`; Python would complain again at exit.
@@ -86,6 +91,22 @@ def _as_override(option: str, arguments: Sequence[str]) -> str:
     if key is None:
         return "; keys of the recipe are changed without dashes: train.max_steps=40"
     return f"; to change that key of the recipe write {key}={value}"
+
+
+def _got(message: str, arguments: Sequence[str]) -> str:
+    """The value of an option that typer calls invalid without naming it."""
+    found = re.match(r"Invalid value for '(--[a-z-]+)'", message)
+    for place, each in enumerate(arguments if found else ()):
+        name, equals, value = each.partition("=")
+        if found and name == found[1]:
+            got = value if equals else "".join(arguments[place + 1 : place + 2])
+            if name == "--gpus" and "," in got:
+                number = len(got.split(","))
+                return (
+                    f"; got {got!r}; to choose GPUs: CUDA_VISIBLE_DEVICES={got} ... --gpus {number}"
+                )
+            return f"; got {got!r}"
+    return ""
 
 
 def _of_the_system(error: OSError) -> str:

@@ -145,3 +145,15 @@ def launch_processes(
     from kpsvd_tune.launch import launch
 
     raise RanksEnded(launch(sys.argv[1:], count, processes is not None, accelerate_config))
+
+
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")
+]
+AllowOtherBase = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-base",
+        help="Put the adapter on a base that is not its own; what is written says so.",
+    ),
+]

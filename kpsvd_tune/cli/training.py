@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kpsvd_tune.cli.shared import (
+    AllowOtherBase,
     Debug,
     DryRun,
     Gpus,
@@ -46,6 +47,7 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="Continue although this recipe key has changed."),
     ] = None,
+    allow_other_base: AllowOtherBase = False,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run generated code when scoring MBPP.")
     ] = False,
@@ -73,6 +75,7 @@ def train(
             offline=offline,
             resume=resume,
             allow_change=tuple(allow_change or ()),
+            allow_other_base=allow_other_base,
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
         )

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from kpsvd_tune.cli.shared import (
+    AllowOtherBase,
+    BaseOption,
     Debug,
     Gpus,
     Json,
@@ -47,9 +49,8 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model, when the adapter names none that exists.")
-    ] = None,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Largest logit difference that passes.")
     ] = None,
@@ -63,7 +64,14 @@ def merge(
 
     with view.Events() as events:
         report = pipeline.merge(
-            source, output, events, dtype=dtype, base=base, tolerance=tolerance, offline=offline
+            source,
+            output,
+            events,
+            dtype=dtype,
+            base=base,
+            tolerance=tolerance,
+            allow_other_base=allow_other_base,
+            offline=offline,
         )
         emit(report, as_json, view.show_merge)
         events.note(f"written: {output}")
@@ -109,6 +117,8 @@ def evaluate(
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Score without the adapter, to compare.")
     ] = False,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
     ] = None,
@@ -162,6 +172,8 @@ def evaluate(
             output=output,
             base_only=base_only,
             dtype=dtype,
+            base=base,
+            allow_other_base=allow_other_base,
             offline=offline,
             **may,
         )
@@ -219,6 +231,8 @@ def generate(
     base_only: Annotated[
         bool, typer.Option("--base-only", help="Answer without the adapter, to compare.")
     ] = False,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -237,6 +251,8 @@ def generate(
             seed=seed,
             raw=raw,
             base_only=base_only,
+            base=base,
+            allow_other_base=allow_other_base,
             offline=offline,
         )
     if as_json:

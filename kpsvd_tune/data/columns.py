@@ -19,7 +19,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
-        "chosen",
+        "chosen", "answerkey",
         "code", "label", "summary", "text",
     ),
     "instruction": ("instruction", "question", "prompt", "problem", "task"),
@@ -202,7 +202,7 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
     found: dict[str, str] = {}
     for wanted in required:
         free = [path for path in paths if path not in found.values()]
-        if close := _nearest(wanted, free):
+        if close := nearest(wanted, free):
             found[wanted] = close
     if form not in ("prompt-completion", "alpaca") or set(found) != set(required):
         return form, {role: found.get(role, "COLUMN") for role in required}
@@ -244,7 +244,7 @@ def plain_name(name: str) -> str:
 def looks_like_pair(row: Row, name: str) -> bool:
     """Whether another column than `name` is called as prompts or completions are."""
     others = [path for path in _text_paths(row) if path != name]
-    return any(_nearest(role, others) is not None for role in ("prompt", "completion"))
+    return any(nearest(role, others) is not None for role in ("prompt", "completion"))
 
 
 def describe_columns(row: Row) -> str:
@@ -253,7 +253,8 @@ def describe_columns(row: Row) -> str:
     return f"the columns {names}" if names else "no columns"
 
 
-def _nearest(role: str, names: Sequence[str]) -> str | None:
+def nearest(role: str, names: Sequence[str]) -> str | None:
+    """The name that is most like those that real data sets use for a role; None: none is."""
     lowered = {name.split(".")[-1].lower(): name for name in reversed(names)}
     for usual in _USUAL_NAMES[role]:
         if usual in lowered:

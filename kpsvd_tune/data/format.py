@@ -21,7 +21,7 @@ from kpsvd_tune.data.columns import (
     text_of,
 )
 from kpsvd_tune.data.files import Row, parse_json
-from kpsvd_tune.data.messages import REASONING_KEYS, read_message
+from kpsvd_tune.data.messages import REASONING_KEYS, read_message, read_part
 from kpsvd_tune.data.preference import check_preference
 from kpsvd_tune.data.tools import read_tools
 from kpsvd_tune.errors import DataError
@@ -44,6 +44,10 @@ _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
 # Of a first row that is empty or half empty, the rows behind it tell the form.
 _LOOKED_AT = 50
 _NAMED = "named in the recipe"
+# Columns of rows that hold one message each, as exports of chats have them.
+_SPEAKERS = ("role", "from", "speaker", "author")
+_SPOKEN = ("user", "human", "prompter", "assistant", "gpt", "bot", "system")
+_SAID = ("content", "value", "text", "message")
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,11 @@ class RowFormat:
     is_named: bool = False
 
     @property
+    def is_format_named(self) -> bool:
+        """Whether the recipe names the form itself."""
+        return self.reason == _NAMED
+
+    @property
     def is_chat(self) -> bool:
         """Whether the rows hold messages rather than texts."""
         return self.name in ("chat", "sharegpt") or self.has_messages
@@ -177,10 +186,20 @@ class RowFormat:
                 "expected one text: keep one of them, or join them where they are its lines"
             )
 
+    def _system(self, row: Row) -> str:
+        """The system prompt beside a chat: text, or parts of text as messages may hold them."""
+        name = self.columns["system"]
+        value = column(row, name)
+        if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+            return "".join(read_part(row, name, part, "text") for part in value)
+        return self._text(row, "system")
+
     def _text(self, row: Row, role: str) -> str:
         name = self.columns[role]
         if role in _OPTIONAL_ROLES[self.name] and name.split(".")[0] not in row.values:
             return ""
+        if role not in ("prompt", "instruction") and column(row, name) == []:
+            return ""  # no context, or no answer, where other rows have a list of texts
         return text_of(row, name)
 
     def _history(self, row: Row) -> tuple[tuple[str, str], ...]:
@@ -224,7 +243,7 @@ class RowFormat:
                         "assistant messages that hold reasoning alone, without text or call, are "
                         f"not learnt (first: {row.where}): join each with the answer behind it"
                     )
-        if "system" in self.columns and (system := self._text(row, "system")):
+        if "system" in self.columns and (system := self._system(row)):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
                     f"{row.where}: both {name!r} and the column {self.columns['system']!r} give a "
@@ -286,9 +305,9 @@ def find_format(
                 first, (name, columns, reason) = row, found
                 break
         else:
-            raise missing_column(
-                first, "prompt-completion", "prompt", "prompt", ("prompt", "completion"), setting
-            )
+            pair = REQUIRED_ROLES["prompt-completion"]
+            missing = next((role for role in pair if role not in first.values), "prompt")
+            raise missing_column(first, "prompt-completion", missing, missing, pair, setting)
     known = REQUIRED_ROLES[name] + _OPTIONAL_ROLES[name]
     if unknown := [role for role in columns if role not in known]:
         raise DataError(
@@ -312,6 +331,8 @@ def find_format(
         elif role not in REQUIRED_ROLES[name] and name != "prompt-completion":
             resolved[role] = source  # later rows may have it
     has_messages = name == "prompt-completion" and _holds_messages(filled, resolved, setting)
+    if has_messages:
+        resolved.setdefault("system", "system")  # unmistakable beside messages
     is_named = any(role in named for role in REQUIRED_ROLES[name])
     return RowFormat(name, resolved, reason, has_messages, is_named)
 
@@ -368,10 +389,25 @@ def _detect(
             roles = ("completion",)
         if all(role in row.values for role in roles):
             return name, columns, f"the rows have the columns {' and '.join(roles)}"
+    _refuse_single_messages(row)
     # A text beside its summary or its label is half of a pair: which one must be said.
     if "text" in row.values and not looks_like_pair(row, "text"):
         return "text", columns, "the rows have the column text, and none for an answer"
     return None
+
+
+def _refuse_single_messages(row: Row) -> None:
+    """Refuse rows that are one message of a chat each, whose questions would be learnt as text."""
+    speaker = next((name for name in _SPEAKERS if row.values.get(name) in _SPOKEN), None)
+    text = next((name for name in _SAID if isinstance(row.values.get(name), str)), None)
+    if speaker is None or text is None:
+        return
+    raise DataError(
+        f"{row.where}: the columns {speaker!r} ({row.values[speaker]!r}) and {text!r} are those of "
+        "one message of a chat; expected a whole chat in each row: join the messages of a chat to "
+        "a list, messages: [{'role': ..., 'content': ...}], or learn every row as plain text with "
+        f"dataset.format=text dataset.columns={{text: {text}}}"
+    )
 
 
 def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:

@@ -69,8 +69,11 @@ def divide(
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
     else:
         _, rows = np.unique(source_rows(sources)[pool], return_inverse=True)
-        kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool])
-        train, held = pool[kept], pool[chosen]
+        usable = np.isin(pool, whole.usable)
+        train, held = pool, pool[:0]
+        if usable.any():  # the caller refuses rows of which none can be learnt
+            kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool], usable)
+            train, held = pool[kept], pool[chosen]
     rest = np.setdiff1d(pool, np.union1d(train, held) if not has_own else train)
     leaks = np.intersect1d(rest, whole.usable)
     if len(leaks):

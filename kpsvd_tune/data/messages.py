@@ -106,7 +106,7 @@ def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str
             'missing); expected text: remove the message, or write "" where it is meant to be empty'
         )
     if isinstance(content, list):
-        content = "".join(_part(row, name, part, key) for part in content)
+        content = "".join(read_part(row, name, part, key) for part in content)
     if not isinstance(content, str):
         raise DataError(
             f"{row.where}: {key!r} of a message in {name!r} is {type(content).__name__}; "
@@ -116,7 +116,7 @@ def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str
     return content
 
 
-def _part(row: Row, name: str, part: Any, key: str) -> str:
+def read_part(row: Row, name: str, part: Any, key: str) -> str:
     """The text of one part of a content that is a list, as OpenAI and templates for images have it.
 
     Raises:

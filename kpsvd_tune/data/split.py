@@ -14,6 +14,7 @@ def split_rows(
     validation: int | float,
     seed: int,
     twins: NDArray[np.int64] | None = None,
+    usable: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Places to train on and to validate on: disjoint, both ascending.
 
@@ -27,17 +28,23 @@ def split_rows(
             at least one row as long as one is left to train on; 0 holds out none.
         seed: Seed of the choice.
         twins: (places,) equal numbers for what must not be on both sides; None: all rows differ.
+        usable: (places,) what can be learnt, at least one; None: all. Other rows are never held
+            out, and do not count, since they would make the validation smaller than asked for.
 
     Raises:
         DataError: A number of rows that leaves nothing to train on.
     """
-    num_rows = int(groups[-1]) + 1
+    num_places = int(groups[-1]) + 1
+    candidates = np.ones(num_places, dtype=bool)
+    if usable is not None:
+        candidates = np.bincount(groups, weights=usable) > 0
+    num_rows = int(candidates.sum())
     if isinstance(validation, int):
         if validation >= num_rows:
             raise DataError(
-                f"dataset.validation holds out {validation} rows and the dataset has {num_rows}; "
-                "expected fewer, so that rows are left to train on: lower it, or give a share "
-                "such as 0.1"
+                f"dataset.validation holds out {validation} rows and the dataset has {num_rows} "
+                "that can be learnt; expected fewer, so that rows are left to train on: lower it, "
+                "or give a share such as 0.1"
             )
         num_held_out = validation
     elif validation > 0:
@@ -46,7 +53,8 @@ def split_rows(
         num_held_out = 0
     if num_held_out == 0:
         return np.arange(len(groups)), np.arange(0)
-    order = np.asarray(permutation(num_rows, f"validation {seed}"))
+    order = np.asarray(permutation(num_places, f"validation {seed}"))
+    order = order[candidates[order]]
     places = np.arange(len(groups))
     if twins is None:
         twins = groups
@@ -56,7 +64,7 @@ def split_rows(
         of_rows = twins[starts][order]
         _, first, inverse = np.unique(of_rows, return_index=True, return_inverse=True)
         order = order[np.argsort(first[inverse], kind="stable")]
-    is_held = np.zeros(num_rows, dtype=bool)
+    is_held = np.zeros(num_places, dtype=bool)
     is_held[order[:num_held_out]] = True
     held, rest = places[is_held[groups]], places[~is_held[groups]]
     return rest[~np.isin(twins[rest], twins[held])], held

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.chat import TemplateMismatch
 from kpsvd_tune.data.chat_templates import Template
-from kpsvd_tune.data.columns import column
+from kpsvd_tune.data.columns import column, is_empty
 from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.faults import Faults, faulty_rows_note
 from kpsvd_tune.data.files import Row
@@ -90,9 +90,17 @@ def find_form(
             "dataset.template has {system} and no column gives it; expected "
             "dataset.columns={system: COLUMN}, or a template without it"
         )
-    if gives_system and not text.has_system:
-        return form, [f"the column {system!r} is not used: dataset.template has no {{system}}"]
-    return form, []
+    return form, _unused_system(rows, form, template)
+
+
+def _unused_system(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
+    """A note where rows have a system prompt and the template no place for it."""
+    system = form.columns.get("system")
+    if form.is_chat or system is None or template == "chat" or TextTemplate(template).has_system:
+        return []
+    if not any(not is_empty(column(row, system)) for row in rows):
+        return []
+    return [f"the column {system!r} is not used: dataset.template has no {{system}}"]
 
 
 def tokenise(
@@ -135,6 +143,8 @@ def tokenise(
         unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, unused, encoder, writer, faults)
+            if not notes:  # a later row may be the first with a system prompt
+                notes = _unused_system(chunk, form, template)
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
             raise DataError(

@@ -11,6 +11,7 @@ from kpsvd_tune.data.columns import (
     column,
     is_empty,
     message_kind,
+    nearest,
     plain_name,
 )
 from kpsvd_tune.data.files import Row
@@ -85,7 +86,7 @@ class UnusedColumns:
         for name in self._context:
             how = (
                 "put it into a message"
-                if self._form.is_chat and plain_name(name) not in SYSTEM_NAMES
+                if self._form.is_chat and _last(name) not in SYSTEM_NAMES
                 else f"write {self._setting}={{{self._mapping(name)}}}"
             )
             notes.append(
@@ -93,7 +94,7 @@ class UnusedColumns:
                 f"{how}; to leave it out knowingly, dataset.ignore_columns: [{name}]"
             )
         if names := [name for name in self._unused if name not in self._context]:
-            listed = ", ".join(names[:_SHOWN])
+            listed = ", ".join(name or "'' (a column without a name)" for name in names[:_SHOWN])
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             notes.append(
                 f"columns that are not used: {listed}{more} (dataset.ignore_columns silences this)"
@@ -125,7 +126,7 @@ class UnusedColumns:
         return name in TOOL_COLUMNS and self._form.name != "text"
 
     def _judge(self, row: Row, name: str, value: Any) -> None:
-        plain = plain_name(name.rpartition(".")[2])
+        plain = _last(name)
         self._check_split(row, name, plain, value)
         for refuses in _REFUSALS:
             if fault := refuses(plain, value, self._form):
@@ -137,6 +138,7 @@ class UnusedColumns:
             check_preference(row, self._setting)
             if message_kind(value):
                 raise self._unused_messages(row, name)
+            self._check_plain_text(row, name)
         if _looks_like_context(plain, value) and self._form.name != "text":
             if not self._form.is_named and not self._form.is_chat:
                 raise self._missing_context(row, name)
@@ -157,6 +159,16 @@ class UnusedColumns:
                 "split, so rows for tests would be learnt with the others; expected one split in "
                 "a file: make a file of each (dataset.validation takes the held-out one), or, if "
                 f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
+            )
+
+    def _check_plain_text(self, row: Row, name: str) -> None:
+        """Refuse what a first row would have been refused for, in a later row of plain text."""
+        is_found = self._form.name == "text" and not self._form.is_format_named
+        if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
+            raise DataError(
+                f"{row.where}: the column {name!r} looks like a prompt or an answer, and earlier "
+                "rows hold plain text alone; expected rows of one form: make a file of each form, "
+                f"or leave it out with dataset.ignore_columns: [{name}]"
             )
 
     def _unused_messages(self, row: Row, name: str) -> DataError:
@@ -184,7 +196,7 @@ class UnusedColumns:
 
     def _mapping(self, name: str) -> str:
         takes = dict(self._form.columns)
-        if plain_name(name) in SYSTEM_NAMES:
+        if _last(name) in SYSTEM_NAMES:
             takes["system"] = name
         else:
             renamed = {"prompt": "instruction", "completion": "output"}
@@ -192,12 +204,17 @@ class UnusedColumns:
             takes = {
                 role: taken for role, taken in takes.items() if role in ("instruction", "output")
             }
-            takes["history" if plain_name(name) == "history" else "input"] = name
+            takes["history" if _last(name) == "history" else "input"] = name
         return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
 
 
+def _last(name: str) -> str:
+    """The plain name of a column, or of the last key of a path."""
+    return plain_name(name.rpartition(".")[2])
+
+
 def _looks_like_context(plain: str, value: Any) -> bool:
-    if plain in SYSTEM_NAMES - {"system"}:
+    if plain in SYSTEM_NAMES:
         return isinstance(value, str)
     return plain in CONTEXT_NAMES and isinstance(value, str | list | dict)
 
@@ -209,6 +226,11 @@ def _media(plain: str, value: Any, form: RowFormat) -> str | None:
 
 
 def _label(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain in _LABELS and isinstance(value, list) and any(each is False for each in value):
+        return (
+            f"is {str(value)[:60]}, so a part of the answer seems to be wrong, and would be learnt "
+            "like the others; expected rows with good answers only"
+        )
     text = str(value).strip().lower()
     says_yes_or_no = text in ("true", "false", "0", "1", "0.0", "1.0") or text in _GRADES
     if plain not in _LABELS or form.name == "text" or not says_yes_or_no:

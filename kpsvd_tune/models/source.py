@@ -196,14 +196,14 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> ModelSource:
         raise ModelError(f"model.revision {revision!r}: {path} has no such revision") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"model.path {path!r}: there is no such folder here{siblings(path)}, and no such model "
-            "on the hub; check the spelling, or run: hf auth login, if it is private"
+            f"model.path {path!r}: there is no such folder here and no such model on the hub; "
+            "check the spelling, or run: hf auth login, if it is private" + siblings(path)
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
-            f"model.path {path!r}{at}: there is no such folder here{siblings(path)}; nothing of it "
-            "is in the local hub cache, and the hub cannot be asked; run once with a connection "
-            "and without --offline, or give the path of a folder"
+            f"model.path {path!r}{at}: there is no such folder here, nothing of it is in the local "
+            "hub cache, and the hub cannot be asked; run once with a connection and without "
+            "--offline, or give the path of a folder" + siblings(path)
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
+from kpsvd_tune.adapter.base import other_base_allowed
 from kpsvd_tune.checkpoint.durable import check_writable
 from kpsvd_tune.checkpoint.ownership import refuse_inside_run
 from kpsvd_tune.disk import explained
-from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError
+from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.json_files import read_json
@@ -38,6 +40,11 @@ from kpsvd_tune.report.results import MergeReport
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
+
+COMPARED = (
+    "its weights agree as far as they were compared: by random projections of each adapted weight "
+    "and of all others together, or in adapters of older versions by one number a layer"
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +104,46 @@ def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
 
-def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
+def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> ModelSource:
+    """Find the base model of an adapter, where it is now; or a model itself.
+
+    Args:
+        found: What the command was given.
+        source: As it was typed.
+        base: Another place of the base; None: as the adapter or the recipe says.
+        offline: Make no network call.
+
+    Raises:
+        InputError: No base is named, or one for a model that needs none.
+        ModelError: Nothing is there.
+    """
+    if base and found.adapter is None:
+        raise InputError(f"--base {base}: {source} is no adapter, so it has no base model")
+    if not (base or found.base):
+        raise InputError(f"{source} names no base model: give it with --base")
+    try:
+        return resolve_model(base or found.base, None if base else found.revision, offline)
+    except ModelError as error:
+        if base:
+            raise ModelError(f"--base: {error}") from error
+        if found.adapter is None:
+            raise
+        raise ModelError(
+            f"{error}\nThat is the base which {found.adapter} names: where it lies elsewhere now, "
+            "give that place with --base"
+        ) from error
+
+
+def load_adapter(
+    model: Any, folder: Path, others: list[str] | None = None, **options: Any
+) -> PeftModel:
     """Put a saved adapter on its base model.
 
     Args:
         model: The base model.
         folder: An adapter folder of ours.
+        others: Takes any base whose sizes fit, and gets the sentence with which another than the
+            adapter's would have been refused; None: it is refused.
         **options: Of PEFT's ``from_pretrained``.
 
     Raises:
@@ -113,7 +154,14 @@ def load_adapter(model: Any, folder: Path, **options: Any) -> PeftModel:
     try:
         with safe_open(file, "pt"):
             pass
-        adapted = PeftModel.from_pretrained(model, folder, **options)
+        allowed: AbstractContextManager[list[str]] = (
+            nullcontext([]) if others is None else other_base_allowed()
+        )
+        with allowed as found:
+            adapted = PeftModel.from_pretrained(model, folder, **options)
+        if others is not None and found:
+            more = f" {len(found)} such differences were found." if len(found) > 1 else ""
+            others.append(f"on another base model (--allow-other-base): {found[0]}{more}")
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
     except AdapterError as error:
@@ -138,6 +186,7 @@ def merge(
     dtype: str | None = None,
     base: str | None = None,
     tolerance: float | None = None,
+    allow_other_base: bool = False,
     offline: bool = False,
 ) -> MergeReport:
     """Merge the adapter of a run into plain weights and prove the result.
@@ -149,6 +198,7 @@ def merge(
         dtype: Of the stored weights; by default the recipe's, else float32.
         base: Another place of the same base model.
         tolerance: Largest logit difference that passes; by default the dtype's.
+        allow_other_base: Merge onto a base that is not the adapter's; the report says so.
         offline: Make no network call.
 
     Raises:
@@ -169,9 +219,7 @@ def merge(
     stored = dtype or (found.recipe.model.dtype if found.recipe else "float32")
     if stored not in DTYPES:
         raise InputError(f"--dtype {stored}: expected one of {', '.join(DTYPES)}")
-    if not (base or found.base):
-        raise InputError(f"{source} names no base model: give it with --base")
-    model_source = resolve_model(base or found.base, None if base else found.revision, offline)
+    model_source = resolve_base(found, source, base, offline)
     inputs = [found.adapter, Path(source)]
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
@@ -182,8 +230,14 @@ def merge(
     with watched(phase, goes_on=False):
         phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
         events.stage(f"loading {model_source.path}")
-        model = load_adapter(load_model(model_source, "float32"), found.adapter)
-        _compare_files(model, model_source, events)
+        others: list[str] = []
+        model = load_adapter(
+            load_model(model_source, "float32"),
+            found.adapter,
+            others if allow_other_base else None,
+        )
+        if not others:
+            _compare_files(model, model_source, events)
         tokenizer = load_tokenizer(model_source, found.adapter)
         with explained(f"write {output}", "an --output"):
             return merge_adapter(
@@ -194,6 +248,8 @@ def merge(
                 dtype=stored,
                 base=_named(found.base, base, model_source),
                 tolerance=tolerance,
+                base_folder=None if model_source.kind == "gguf" else model_source.folder,
+                warnings=[f"merged {other}" for other in others],
                 stage=events.stage,
             )
 
@@ -214,6 +270,8 @@ def generate(
     seed: int = 0,
     raw: bool = False,
     base_only: bool = False,
+    base: str | None = None,
+    allow_other_base: bool = False,
     offline: bool = False,
 ) -> str:
     """Let a run, an adapter or a model answer a prompt.
@@ -230,10 +288,12 @@ def generate(
         seed: Of the sampling.
         raw: Give the prompt as it is.
         base_only: Leave the adapter out.
+        base: Another place of the same base model.
+        allow_other_base: Take a base that is not the adapter's; a note says so.
         offline: Make no network call.
     """
     found = find(source)
-    model_source = resolve_model(found.base, found.revision, offline)
+    model_source = resolve_base(found, source, base, offline)
     phase = Phase()
     with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
@@ -242,7 +302,10 @@ def generate(
         phase.enter("loading the base model", loading_cures(dtype))
         model: Any = load_model(model_source, dtype)
         if found.adapter is not None and not base_only:
-            model = load_adapter(model, found.adapter)
+            others: list[str] = []
+            model = load_adapter(model, found.adapter, others if allow_other_base else None)
+            for other in others:
+                events.note(f"answering {other}")
         phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
         model.to(device()).eval()
         dataset = found.dataset
@@ -259,4 +322,4 @@ def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> Non
     """Loading has compared the weights; other files with the same weights are worth a note."""
     recorded = getattr(model.peft_config["default"], "base_files", None)
     if recorded is not None and recorded != base_fingerprint(source):
-        events.note("the base model's files differ from those of the training, its weights do not")
+        events.note(f"the base model's files differ from those of the training; {COMPARED}")

@@ -12,13 +12,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.base import RECORD, record_base
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
 from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.linalg import KroneckerShape
 from kpsvd_tune.models import ModelSource, load_model
-from kpsvd_tune.pipeline.apply import find, load_adapter
+from kpsvd_tune.pipeline.apply import COMPARED, find, load_adapter
 from kpsvd_tune.pipeline.stages import Events, base_name
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
@@ -64,11 +65,24 @@ def adapter_hash(folder: Path) -> str:
 
 
 def load_adapted(
-    recipe: Recipe, source: ModelSource, folder: Path, base_files: Mapping[str, str], events: Events
+    recipe: Recipe,
+    source: ModelSource,
+    folder: Path,
+    base_files: Mapping[str, str],
+    events: Events,
+    others: list[str] | None = None,
 ) -> PeftModel:
     """Load the base model with a saved adapter on it, ready to be trained on.
 
     Factors, offsets, ranks and shapes are the adapter's; dropout and path are the recipe's.
+
+    Args:
+        recipe: Its model and adapter sections.
+        source: The base model.
+        folder: The adapter.
+        base_files: Hashes of the base's files.
+        events: Told of notes.
+        others: As by :func:`kpsvd_tune.pipeline.apply.load_adapter`.
 
     Raises:
         AdapterError: The adapter was trained on another base model, or is damaged.
@@ -79,9 +93,19 @@ def load_adapted(
         raise AdapterError(f"adapter.from: {folder} says nothing about its layers")
     config.dropout, config.path = recipe.adapter.dropout, recipe.adapter.path
     config.inference_mode = False
-    model = load_adapter(base, folder, config=config, is_trainable=True)
-    if config.base_files is not None and config.base_files != dict(base_files):
-        events.note("the base model's files differ from those of the adapter, its weights do not")
+    model = load_adapter(base, folder, others, config=config, is_trainable=True)
+    for other in others or ():
+        events.note(f"training {other}")
+    if not others and config.base_files is not None and config.base_files != dict(base_files):
+        events.note(f"the base model's files differ from those of the adapter; {COMPARED}")
+    # What is trained on belongs to the base at hand, in the dtype at hand.
+    layers = dict(kpsvd_layers(model))
+    for name, layer in layers.items():
+        if "default" not in layer.kpsvd_base:
+            layer.kpsvd_base["default"] = torch.zeros(RECORD, dtype=torch.int32)
+        if others and config.layers is not None:
+            config.layers[name]["fingerprint"] = None
+    record_base(model, layers, "default")
     config.base_files = dict(base_files)
     config.base_model_name_or_path = base_name(recipe.model.path)
     return model

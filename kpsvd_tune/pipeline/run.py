@@ -78,6 +78,7 @@ def train(
     offline: bool = False,
     resume: str = "auto",
     allow_change: Sequence[str] = (),
+    allow_other_base: bool = False,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
 ) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def train(
         offline: Make no network call.
         resume: auto, never, or the path of a checkpoint.
         allow_change: Recipe keys that may differ from those the run began with.
+        allow_other_base: Go on from an adapter (`adapter.from`) of another base model.
         allow_code_execution: Whether an evaluation may run generated programs.
         sandbox: What they run in; none runs them without protection.
 
@@ -115,6 +117,7 @@ def train(
         offline=offline,
     )
     adapter_folder = find_adapter(recipe)
+    others: list[str] = []
     run = RunDirectory(recipe.output_dir)
     phase = Phase()
     with watched(phase), ExitStack() as stack:
@@ -204,7 +207,14 @@ def train(
         else:
             phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
             events.stage(f"loading {adapter_folder} on {recipe.model.path}")
-            model = load_adapted(recipe, source, adapter_folder, base_files, events)
+            model = load_adapted(
+                recipe,
+                source,
+                adapter_folder,
+                base_files,
+                events,
+                others if allow_other_base else None,
+            )
             report = on_main_process(
                 accelerator, lambda: write_ranks(model, recipe, run.init, events)
             )
@@ -270,6 +280,7 @@ def train(
         results = outcome.to_dict() | training.halvings()
         results |= ending(results, from_adapter=adapter_folder is not None)
         results |= _scores(before, after)
+        results |= {"other_base": f"trained {others[0]}"} if others else {}
         if tasks:
             results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
             results["score_conditions"] = scorer.conditions(tasks)

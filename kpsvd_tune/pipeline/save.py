@@ -104,6 +104,7 @@ def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping
         "parameters; the file holds as many frozen ones, the Kronecker factors that training "
         "started from.",
         "",
+        *([f"**Warning: {other}**", ""] if (other := results.get("other_base")) else []),
         *([f"**Warning: {worse}.**", ""] if (worse := worse_line(results)) else []),
         "## Use",
         "",

@@ -33,8 +33,8 @@ from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.folders import expand
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.launch import init_method
-from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
-from kpsvd_tune.pipeline.apply import find, load_adapter
+from kpsvd_tune.models import load_model, load_tokenizer
+from kpsvd_tune.pipeline.apply import find, load_adapter, resolve_base
 from kpsvd_tune.pipeline.phase import Phase, answering_cures, loading_cures, watched
 from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
@@ -170,6 +170,8 @@ def evaluate(
     output: Path | None = None,
     base_only: bool = False,
     dtype: str | None = None,
+    base: str | None = None,
+    allow_other_base: bool = False,
     offline: bool = False,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
@@ -186,6 +188,8 @@ def evaluate(
         output: Folder of the completions; by default one inside the run.
         base_only: Score the base model without the adapter.
         dtype: Of the weights; by default the recipe's, else float32.
+        base: Another place of the same base model.
+        allow_other_base: Take a base that is not the adapter's; the results say so.
         offline: Make no network call.
         allow_code_execution: Whether generated programs may be run.
         sandbox: bwrap, or none to run them without protection.
@@ -231,13 +235,14 @@ def evaluate(
         # Several processes end cleanly only when they take leave of each other.
         stack.callback(end_processes)
         place = _place()
-        model_source = on_first_process(lambda: resolve_model(found.base, found.revision, offline))
+        model_source = on_first_process(lambda: resolve_base(found, source, base, offline))
         events.stage(f"loading {model_source.path}")
         known = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the model", loading_cures(dtype or known, "--dtype"))
         model: Any = load_model(model_source, dtype or known)
+        others: list[str] = []
         if found.adapter is not None and not base_only:
-            model = load_adapter(model, found.adapter)
+            model = load_adapter(model, found.adapter, others if allow_other_base else None)
         scorer = Scorer(
             load_tokenizer(model_source, found.adapter),
             dataset,
@@ -254,6 +259,10 @@ def evaluate(
         )
         scores = as_mapping(scorer.score(model, task, output))
         asked = scorer.conditions({task.task: task})[task.task]
+        for other in others:
+            events.note(f"scored {other}")
+            # The conditions stand in results.json and in the card of a run.
+            asked += "; on another base model than the adapter's"
         scored = "base model" if base_only else "adapter" if found.adapter else "model"
         result = {
             "task": task.task,
@@ -262,6 +271,8 @@ def evaluate(
             "scores": scores,
             "conditions": asked,
         }
+        if others:
+            result["other_base"] = f"scored {others[0]}"
         if (file := output / "completions.jsonl").exists():
             result["completions"] = str(file)
 

@@ -32,7 +32,11 @@ def apply_override(document: Document, text: str) -> None:
         return
     value = read_yaml(value_text)
     if value.faults and not value.origins:  # Not YAML at all: there is no value to set.
-        document.faults += [Fault(text, (), fault.message) for fault in value.faults]
+        advice = f"; text with colons, braces or hashes: '{key.strip()}=\"...\"'"
+        document.faults += [
+            Fault(text, (), message + advice * message.startswith("not valid YAML"))
+            for _, _, message in value.faults
+        ]
         return
     _place(document, keys, value, text)
 

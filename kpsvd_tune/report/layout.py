@@ -98,7 +98,14 @@ def print_line(out: Console, text: Text | str, indent: int = 2) -> None:
 
 def print_pair(out: Console, name: str, value: str) -> None:
     """Print a name and its value; the values of several stand below each other."""
-    print_line(out, f"{name:<{_NAME_WIDTH}} {value}", _NAME_WIDTH + 1)
+    start = f"{name:<{_NAME_WIDTH}} "
+    room = out.width - len(start)
+    if not out.is_terminal or cell_len(start + value) <= out.width or room < _LEAST_ROOM:
+        out.print(Text(start + value), soft_wrap=True)
+        return
+    for number, piece in enumerate(Text(value).wrap(out, room)):
+        piece.rstrip()
+        out.print(Text(" " * len(start) if number else start) + piece, soft_wrap=True)
 
 
 def print_table(

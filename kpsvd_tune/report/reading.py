@@ -25,12 +25,13 @@ def read_run(run: Path) -> dict[str, Any]:
     ranks, results = run / "init" / "rank_report.json", run / "results.json"
     if not (os.path.isfile(ranks) or os.path.isfile(results)):
         kind = kind_of(run)
-        found = f"; it is {named(kind)}" if kind else f"; nothing lies there{siblings(run)}"
+        found = f"; it is {named(kind)}" if kind else "; nothing lies there"
         if within := _runs_in(run):
             found += f" with {', '.join(within)} in it: name one of them"
         raise InputError(
             f"{run} holds neither init/rank_report.json nor results.json{found}; expected the "
             "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"
+            f"{'' if kind else siblings(run)}"
         )
     cure = "was it edited or cut? Write it again with `kpsvd-tune init-only`"
     return {

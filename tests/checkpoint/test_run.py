@@ -261,10 +261,24 @@ def test_a_run_resumes_from_a_named_checkpoint(run):
     assert run.newest_checkpoint() == run.checkpoints / "step-000002"
 
 
-@pytest.mark.parametrize("path", ["elsewhere/step-000002", "run/checkpoints/newest"])
+@pytest.mark.parametrize("resume", ["old/checkpoints/step-000002", "run/checkpoints/step-000001"])
+def test_a_new_run_never_ignores_the_checkpoint_that_it_was_given(tmp_path, resume):
+    run = RunDirectory(tmp_path / "new")
+    message = r"is no checkpoint of this run; .* or nothing else: .*new holds no.*adapter\.from"
+    with pytest.raises(CheckpointError, match=message):
+        run.check_ours(resume)
+    with pytest.raises(CheckpointError, match=message):
+        run.begin("recipe: 1", identity(), {}, resume=resume)
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["elsewhere/step-000002", "run/checkpoints/newest", "run/checkpoints/step-000005"]
+)
 def test_a_path_that_is_no_checkpoint_of_the_run_is_refused(run, tmp_path, path):
     with pytest.raises(
-        CheckpointError, match=r"is no checkpoint of this run; expected auto, never"
+        CheckpointError,
+        match=r"is no checkpoint of this run; expected auto, never, or one of .*step-000006.*,",
     ):
         run.begin("recipe: 1", identity(), {}, resume=str(tmp_path / path))
 

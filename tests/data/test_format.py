@@ -260,3 +260,41 @@ def test_an_empty_list_for_a_prompt_is_told_as_what_it_is() -> None:
     )
     with pytest.raises(DataError, match="holds a list .* a list of messages needs at least one"):
         find_format([one], "auto", {}).example(one)
+
+
+def test_an_empty_list_is_an_empty_context_and_no_answer() -> None:
+    values = {"instruction": "Add", "input": [], "output": "2"}
+    assert find(values).example(Row("r", 1, values)) == Pair("Add", "2")
+    assert find({"prompt": "a", "completion": "b"}).example(row(prompt="a", completion=[])) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"role": "prompter", "text": "q", "parent_id": None}, r"'role' \('prompter'\) and 'text'"),
+        ({"role": "user", "content": "q"}, r"'role' \('user'\) and 'content'"),
+        ({"from": "human", "value": "q"}, r"'from' \('human'\) and 'value'"),
+    ],
+)
+def test_rows_of_single_messages_are_refused(values: dict[str, Any], names: str) -> None:
+    with pytest.raises(DataError, match=rf"the columns {names} are those of one message of a chat"):
+        find(values)
+    text = next(name for name in values if name in ("text", "content", "value"))
+    assert find(values, "text", text=text).name == "text"
+    assert find({"text": "t", "role": "editor"}).name == "text"
+
+
+def test_the_missing_half_of_a_pair_is_named() -> None:
+    with pytest.raises(DataError, match="the column 'completion' is missing; found the columns pr"):
+        find({"prompt": "q"})
+
+
+def test_a_system_prompt_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]
+    values = {"system": parts, "messages": MESSAGES}
+    chat = find(values).example(Row("r", 1, values))
+    assert isinstance(chat, Chat)
+    assert chat.messages[0] == {"role": "system", "content": "Be short."}
+    values["system"] = [{"type": "image"}]
+    with pytest.raises(DataError, match="part of the type 'image'"):
+        find(values).example(Row("r", 1, values))

@@ -331,3 +331,26 @@ def test_examples_for_evaluation_are_read_alike(rows_file: Path) -> None:
     assert len(examples) == 8
     assert examples[0] is not None
     assert examples[0].prompt.startswith("Tom has 1 nuts")  # type: ignore[union-attr]
+
+
+def test_a_late_system_prompt_without_a_place_is_told_of(prepare_file: Prepare) -> None:
+    rows = [{"instruction": f"i{k}", "output": "o"} for k in range(501)]
+    assert not prepare_file("r.jsonl", rows).report.warnings
+    rows.append({"instruction": "i", "output": "o", "system": "short"})
+    notes = prepare_file("r.jsonl", rows).report.warnings
+    assert "the column 'system' is not used: dataset.template has no {system}" in notes
+
+
+@pytest.mark.parametrize(("validation", "number"), [(3, 3), (0.5, 2)])
+def test_rows_that_cannot_be_learnt_take_no_place_of_held_out_ones(
+    prepare_file: Prepare, validation: float, number: int
+) -> None:
+    good = [{"prompt": f"q{k}", "completion": f"a{k}"} for k in range(4)]
+    empty = [{"prompt": f"q{k}", "completion": ""} for k in range(4, 10)]
+    long = {"prompt": "x" * 60, "completion": "a"}
+    keys = {"validation": validation, "max_length": 50, "too_long": "drop"}
+    data = prepare_file("r.jsonl", [*empty, *good, long], **keys)
+    assert (len(data.train), len(data.validation)) == (4 - number, number)
+    assert data.report.num_dropped == 7
+    with pytest.raises(DataError, match="holds out 4 rows and the dataset has 4 that can be learn"):
+        prepare_file("r.jsonl", [*empty, *good, long], **{**keys, "validation": 4})

@@ -420,3 +420,42 @@ def test_tools_in_another_column_are_refused(read: Read) -> None:
         read(row, **nested)
     assert learnt(read(row, **nested, **advised(got.value))) == ["5</s>"]
     assert learnt(read({**PAIR, "available_tools": tools})) == ["5</s>"]
+
+
+def test_a_system_prompt_beside_texts_is_never_dropped(read: Read) -> None:
+    rows = [PAIR, {**PAIR, "system": "Add."}]
+    with pytest.raises(DataError, match=r"line 2: the column 'system' looks like a part") as caught:
+        read(*rows)
+    advice = advised(caught.value)
+    assert before(read(rows[1], columns=advice["columns"])).startswith("<|system|>Add.</s>")
+    assert learnt(read(*rows, ignore_columns=advice["ignore_columns"]), 1) == ["5</s>"]
+
+
+def test_a_system_prompt_beside_a_pair_of_messages_is_used(read: Read) -> None:
+    pair = {"prompt": [QUESTION], "completion": [RIGHT]}
+    data = read({**pair, "system": "Add."}, pair)
+    assert before(data) == "<|system|>Add.</s><|user|>2 + 3?</s><|assistant|>"
+    assert not unused(data)
+
+
+def test_labels_of_steps_that_say_a_step_is_wrong_are_refused(read: Read) -> None:
+    row = {"prompt": "2 + 3?", "completion": "6", "labels": [True, False]}
+    with pytest.raises(DataError, match=r"'labels' is \[True, False\], so a part of the answer"):
+        read(row)
+    assert unused(read({**row, "labels": [True, True]}))
+
+
+@pytest.mark.parametrize("text", ["", "u"])
+def test_a_later_row_with_an_answer_is_not_read_as_plain_text(read: Read, text: str) -> None:
+    rows = [{"text": "t"}, {"text": text, "summary": "s"}]
+    with pytest.raises(DataError, match=r"line 2: the column 'summary' looks like a prompt or an"):
+        read(*rows)
+    assert len(read(*rows, format="text").train) == 1 + bool(text)
+    assert len(read(*rows, ignore_columns=["summary"]).train) == 1 + bool(text)
+
+
+def test_a_column_without_a_name_is_named_as_such(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(",prompt,completion\n0,a,b\n")
+    data = prepare(DatasetRecipe(path=str(path), validation=0), tokenizer, seed=0)
+    assert "not used: '' (a column without a name) (" in unused(data)[0]

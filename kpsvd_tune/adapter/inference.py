@@ -26,9 +26,9 @@ FACTORS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 class ReadyUpdate:
     """The stacked factors of a layer's only active adapter, for inputs of one size.
 
-    Holds while the factors are the same tensors at the same versions. Writes past the version, as
-    through ``.data``, are met by the layer, which drops this at every differentiated call and
-    whenever it is moved or cast.
+    Holds while the factors are the same frozen tensors at the same versions and addresses. Writes
+    past the version, as through ``.data``, are met by the layer, which drops this at every
+    differentiated call and whenever it is moved, cast, or put into a mode.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ReadyUpdate:
         self.device_kind = x.device.type
         self.base = cast(nn.Linear, layer.base_layer)
         self.factors = tuple(_held(layer, kind, name) for kind in FACTORS)
-        self.versions = [factor._version for factor in self.factors]
+        self.versions = [_version(factor) for factor in self.factors]
         self.state = (layer.training, layer._active_adapter)
         # Kept tensors must not be inference tensors: a later call may be outside that mode.
         with torch.inference_mode(False), torch.no_grad():
@@ -71,7 +71,9 @@ class ReadyUpdate:
         if torch.is_autocast_enabled(self.device_kind):
             return False
         for kind, factor, version in zip(FACTORS, self.factors, self.versions, strict=True):
-            if factor._version != version or _held(layer, kind, self.name) is not factor:
+            if _version(factor) != version or _held(layer, kind, self.name) is not factor:
+                return False
+            if factor.requires_grad:
                 return False
         return True
 
@@ -100,10 +102,14 @@ class ReadyUpdate:
 
 
 def can_keep(factors: tuple[Tensor, ...], tokens: int) -> bool:
-    """Whether an update may be kept: few tokens, and factors whose changes can be seen."""
+    """Whether an update may be kept: few tokens, and factors whose changes can be seen.
+
+    Factors that are trained are not kept: optimisers without gradients, evolution strategies and
+    averages of weights write them through ``.data``, which no version tells.
+    """
     if tokens > READY_TOKENS or torch.compiler.is_compiling():
         return False
-    return not any(factor.is_inference() for factor in factors)
+    return not any(factor.is_inference() or factor.requires_grad for factor in factors)
 
 
 def _held(layer: KpsvdLinear, kind: str, name: str) -> Tensor:
@@ -112,3 +118,8 @@ def _held(layer: KpsvdLinear, kind: str, name: str) -> Tensor:
     assert container is not None
     held = container._parameters.get(name)
     return cast(Tensor, container._buffers[name] if held is None else held)
+
+
+def _version(factor: Tensor) -> tuple[int, int]:
+    # An assignment to .data changes the address alone.
+    return factor._version, factor.data_ptr()

@@ -302,6 +302,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; factors that were loaded past PEFT are first compared with the base."""
+        self._ready = None
         check_loaded(self)
         return super().train(mode)
 

@@ -186,6 +186,7 @@ class KpsvdModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         _check_names(model, adapter_name, remapped)
+        _check_values(state_dict)
         _check_loaded(model, adapter_name, state_dict)
         return remapped
 
@@ -397,6 +398,26 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
             f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
             "configuration tells of; expected the file that was saved with it"
         )
+
+
+def _check_values(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse what torch would copy without a word: other kinds of numbers, and none at all."""
+    for key, value in state_dict.items():
+        name = plain_name(key).removeprefix("base_model.model.")
+        if key.endswith(".kpsvd_base"):
+            expected, fits = "torch.int32", value.dtype == torch.int32
+        else:
+            expected, fits = "floating point", value.is_floating_point()
+        if not fits:
+            raise AdapterError(
+                f"the adapter's weights hold {name} in {value.dtype}, expected {expected}: was the "
+                "file changed?"
+            )
+        if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all():
+            raise AdapterError(
+                f"the adapter's weights hold {name} with numbers that are not finite (NaN or "
+                "infinity): the adapter is damaged, or its training had failed when it was saved"
+            )
 
 
 def _expect_records(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

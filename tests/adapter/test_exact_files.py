@@ -125,3 +125,30 @@ def test_a_refused_adapter_leaves_the_base_as_it_was(
     with pytest.raises(AdapterError):
         load_adapter(base, folder)
     assert torch.equal(base.model.norm.weight, model_factory().model.norm.weight)
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w[f"{Q_PROJ}kpsvd_left"].view(-1)[3].fill_(float("nan")), "are not finite"),
+        (lambda w: w[f"{Q_PROJ}kpsvd_right0"].view(-1)[0].fill_(float("inf")), "are not finite"),
+        (
+            lambda w: w.update({f"{Q_PROJ}kpsvd_left": w[f"{Q_PROJ}kpsvd_left"].int()}),
+            "in torch.int32, expected floating point",
+        ),
+        (
+            lambda w: w.update({f"{Q_PROJ}kpsvd_base": w[f"{Q_PROJ}kpsvd_base"].float()}),
+            "in torch.float32, expected torch.int32",
+        ),
+    ],
+)
+def test_numbers_that_no_training_saved_are_refused(
+    folder: Path, model_factory: Any, edit: Callable[[dict[str, torch.Tensor]], Any], message: str
+) -> None:
+    change(folder, edit)
+    for road in roads(folder, model_factory):
+        with pytest.raises(AdapterError, match=f"layers.0.self_attn.q_proj.kpsvd_.*{message}"):
+            road()

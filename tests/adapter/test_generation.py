@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_factors_are_prepared_once_a_layer_not_once_a_token(
     tiny_model: LlamaForCausalLM, stacked: list[int], shape: str
 ) -> None:
-    model = adapt(tiny_model, shape)
+    model = adapt(tiny_model, shape).requires_grad_(False)
     layers = len(list(kpsvd_layers(model)))
     generate(model, tokens=12)
     # Once for the prompt and once for single tokens.
@@ -101,6 +102,49 @@ def test_a_write_past_the_version_is_seen_after_training(tiny_model: LlamaForCau
     torch.testing.assert_close(inferred, model(PROMPT).logits.detach(), rtol=1e-4, atol=1e-5)
 
 
+def _add(parameter: torch.nn.Parameter) -> None:
+    parameter.data.add_(0.1)
+
+
+def _assign(parameter: torch.nn.Parameter) -> None:
+    parameter.data = parameter.data + 0.1
+
+
+@pytest.mark.parametrize("write", [_add, _assign])
+def test_a_write_past_the_version_is_seen_without_any_training(
+    tiny_model: LlamaForCausalLM, write: Callable[[torch.nn.Parameter], None]
+) -> None:
+    model = adapt(tiny_model)
+    for _ in range(2):
+        with torch.no_grad():
+            before = model(PROMPT).logits
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                write(parameter)
+        with torch.no_grad():
+            inferred = model(PROMPT).logits
+        assert not torch.allclose(inferred, before, rtol=1e-4, atol=1e-5)
+        true = model(PROMPT).logits.detach()
+        torch.testing.assert_close(inferred, true, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_factors_written_past_the_version_are_seen(tiny_model: LlamaForCausalLM) -> None:
+    model = adapt(tiny_model)
+    offsets = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    with torch.no_grad():
+        first = model(PROMPT).logits
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(offsets) + 0.1, offsets
+        )
+        second = model(PROMPT).logits
+        for parameter in offsets:
+            parameter.data.sub_(0.1)
+        third = model.eval()(PROMPT).logits
+    assert not torch.allclose(first, second, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first, third, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", ["balanced", "thin"])
 def test_merged_and_unmerged_models_say_the_same(tiny_model: LlamaForCausalLM, shape: str) -> None:
     plain = generate(tiny_model)
@@ -119,7 +163,10 @@ def test_moved_cast_and_replaced_factors_are_seen(tiny_model: LlamaForCausalLM) 
         double = model.double()(PROMPT).logits
         assert double.dtype == torch.float64
         torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
-        state = {name: 2 * t if "kpsvd" in name else t for name, t in model.state_dict().items()}
+        state = {
+            name: 2 * t if "kpsvd" in name and t.is_floating_point() else t
+            for name, t in model.state_dict().items()
+        }
         model.load_state_dict(state, assign=True)
         changed = model(PROMPT).logits
     assert not torch.allclose(changed, double)

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.json_files import check_types, parse_json
+from kpsvd_tune.json_files import check_types, parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -123,11 +123,11 @@ def _manifest(name: str, files: dict[str, _Entry], run: str | None = None) -> by
 def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the folder was never completed") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         content: dict[str, Any] = parse_json(raw)
         version, name = content["format"], content["name"]
@@ -150,11 +150,11 @@ def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
 
 def _read_listed(path: Path, entry: _Entry) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) != entry["bytes"]:
         raise CheckpointError(
             f"{path} is damaged: {len(data):,} bytes; expected {entry['bytes']:,}"

@@ -170,6 +170,8 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, **options
         )
+        # Values of wrong types, as of model_max_length, show when they are first used.
+        tokenizer("a")
     except Exception as error:
         if _is_not_of_the_files(error):
             raise

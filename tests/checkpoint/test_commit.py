@@ -193,6 +193,15 @@ def test_any_flipped_byte_is_named(two, name):
                 read_committed(two / "step-1")
 
 
+@pytest.mark.parametrize("name", ["a.bin", MANIFEST])
+def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(two, name):
+    path = two / "step-1" / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is a named pipe"):
+        read_committed(two / "step-1")
+
+
 def test_a_renamed_folder_is_not_taken_for_another_step(two):
     (two / "step-1").rename(two / "step-9")
     with pytest.raises(CheckpointError, match="is of step-1; expected step-9"):

@@ -227,6 +227,7 @@ def test_a_pickled_file_of_something_else_is_named(tmp_path: Path, content: byte
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
         ("tokenizer_config.json", '{"tokenizer_class": 7}'),
+        ("tokenizer_config.json", '{"model_max_length": "long"}'),
         ("tokenizer_config.json", "[" * 10_000),
     ],
 )

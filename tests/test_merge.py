@@ -356,7 +356,7 @@ def test_tokens_that_were_added_for_the_adapter_come_along(
     tokenizer.save_pretrained(base)
     adapter = tmp_path / "adapter"
     config = KpsvdConfig(target_modules=["q_proj"], rank=1, init_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(adapter))
     tokenizer.add_tokens(["<tool>", "</tool>"])
     tokenizer.save_pretrained(adapter)
     merged = tmp_path / "merged"

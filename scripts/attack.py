@@ -1,11 +1,14 @@
-"""Mutated recipes and damaged files: every command must answer, in words, in time.
+"""Mutated recipes, damaged files and hostile programs: each must be answered rightly, in time.
 
 Each attack changes one thing at random, from a seed, and runs a command on it in this process. An
 attack fails if the command ends in a traceback, takes longer than the limit, or returns an exit
 code that its kind of input cannot cause. Whatever fails is printed with its number; the same
 seed and number give the same attack again.
 
-Usage: attack.py [--seed 0] [--recipes 3000] [--files 300] [--limit 10]
+Programs are drawn from tests/programs.py, cheats two at a time, and run in the sandbox: none may
+escape, last, or be judged right without being it; honest ones, disguised at random, must be.
+
+Usage: attack.py [--seed 0] [--recipes 3000] [--files 300] [--programs 80] [--limit 10]
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +32,11 @@ from types import FrameType
 from typing import Any
 
 from kpsvd_tune import cli
+from kpsvd_tune.evaluation.sandbox import Limits, Program, run_program
 from kpsvd_tune.recipe import shipped_recipes
+
+# For tests/programs.py, which the tests of the sandbox use as well.
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 LIMIT_SECONDS = 10.0
 # What may come of bad input, by command: 1 where a run or a proof fails, 3 for numbers that are
@@ -385,8 +393,59 @@ JSON_DAMAGES: tuple[Damage, ...] = (
 )
 
 
-def attacks(seed: int, recipes: int, files: int, limit: float) -> Iterator[Attack]:
+# Programs
+
+# What honest programs have around them.
+_DISGUISES = (
+    *("import os, sys, json\n", "print('noise' * 99)\n", "# -*- coding: utf-8 -*-\n"),
+    *("import gc\ngc.disable()\n", "import threading\nthreading.Thread(target=print).start()\n"),
+    *("import random\nrandom.seed(0)\n", "__name__ = '__main__'\n", "\n\n"),
+)
+
+
+def program_attack(number: int, seed: int, limit: float) -> Attack:
+    """One program in the sandbox, of a kind that goes by its number."""
+    import programs
+
+    draw = random.Random(f"program {seed} {number}")
+    kind = ("cheat", "helper", "escape", "bomb", "honest")[number % 5]
+    cheats: dict[str, str] = programs.CHEATS
+    helpers: dict[str, tuple[str, str]] = programs.CHEATS_OF_HELPERS
+    honest: dict[str, tuple[str, ...]] = programs.HONEST
+    tests: tuple[str, ...]
+    if kind == "cheat":
+        names = draw.sample(sorted(cheats), 2)
+        source, tests = "\n".join(cheats[name] for name in names), programs.TESTS
+    elif kind == "helper":
+        names = [draw.choice(sorted(helpers))]
+        source, tests = helpers[names[0]][0], (helpers[names[0]][1],)
+    elif kind == "honest":
+        names = [draw.choice(sorted(honest))]
+        source, tests = textwrap.dedent(honest[names[0]][0]), honest[names[0]][1:]
+        source = draw.choice(_DISGUISES) + source
+    else:
+        table: dict[str, str] = programs.ESCAPES if kind == "escape" else programs.BOMBS
+        names = [draw.choice(sorted(table))]
+        source = table[names[0]]
+        tests = ("assert escaped()",) if kind == "escape" else ("assert False",)
+    began = time.monotonic()
+    result = run_program(
+        Program(source, tests), "bwrap", Limits(cpu_seconds=3, wall_seconds=0.8 * limit)
+    )
+    problem = ""
+    if time.monotonic() - began > limit:
+        problem = f"took longer than {limit:g} s"
+    elif result.passed != (kind == "honest"):
+        problem = f"{result.status} {result.detail}"
+    return Attack(f"program:{number}", [kind], ", ".join(names), problem)
+
+
+def attacks(
+    seed: int, recipes: int, files: int, limit: float, programs: int = 0
+) -> Iterator[Attack]:
     """Carry out the attacks, one after the other."""
+    for number in range(programs):
+        yield program_attack(number, seed, limit)
     here, cache = Path.cwd(), os.environ.get("XDG_CACHE_HOME")
     with tempfile.TemporaryDirectory(prefix="attack-") as name:
         folder = Path(name)
@@ -416,10 +475,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipes", type=int, default=3000)
     parser.add_argument("--files", type=int, default=300)
+    parser.add_argument("--programs", type=int, default=80)
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS)
     options = parser.parse_args()
     began, done, failed = time.monotonic(), 0, 0
-    for attack in attacks(options.seed, options.recipes, options.files, options.limit):
+    counts = (options.recipes, options.files, options.limit, options.programs)
+    for attack in attacks(options.seed, *counts):
         done += 1
         if attack.problem:
             failed += 1

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from kpsvd_tune.errors import InputError, NonFiniteError
+from kpsvd_tune.evaluation.sandbox import sandbox_available
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "attack.py"
 
@@ -37,6 +38,14 @@ def test_mutated_recipes_are_answered(attack: ModuleType) -> None:
 def test_damaged_files_are_answered(attack: ModuleType) -> None:
     found = list(attack.attacks(seed=7, recipes=0, files=12, limit=30))
     assert len(found) == 12
+    assert [each for each in found if each.problem] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sandbox_available(), reason="needs bubblewrap")
+def test_programs_are_judged_rightly(attack: ModuleType) -> None:
+    found = list(attack.attacks(seed=7, recipes=0, files=0, limit=30, programs=10))
+    assert len(found) == 10
     assert [each for each in found if each.problem] == []
 
 

@@ -24,6 +24,7 @@ from kpsvd_tune.evaluation.sandbox import (
     Limits,
     Program,
     RunResult,
+    Sandbox,
     check_sandbox,
     run_program,
     run_programs,
@@ -239,6 +240,117 @@ def test_files_and_tmp_are_limited():
         limits=Limits(scratch_bytes=2**22),
     )
     assert "No space left on device" in many.detail
+
+
+@needs_bubblewrap
+def test_files_are_limited_in_number():
+    # The bomb ends by itself at 100,000 files, so that a sandbox without the limit does no harm.
+    result = run(
+        "import os\nfor i in range(100_000): os.close(os.open(f'/tmp/{i}', os.O_CREAT))",
+        limits=Limits(num_files=2000),
+    )
+    assert result.status == "files", result
+    assert run("for i in range(1000): open(f'/tmp/{i}', 'w')", limits=Limits(num_files=2000)).passed
+
+
+@needs_bubblewrap
+def test_folders_and_links_count_as_files():
+    for make in ("os.mkdir(f'/tmp/{i}')", "os.symlink('a', f'/tmp/{i}')", "os.mkfifo(f'/tmp/{i}')"):
+        source = f"import os\nfor i in range(50_000): {make}"
+        assert run(source, limits=Limits(num_files=1000)).status == "files", make
+
+
+_FORKS = """
+import os, time
+{before}
+for i in range(4):
+    if os.fork() == 0:
+        {inside}
+        time.sleep(60)
+time.sleep({seconds})
+"""
+
+
+@needs_bubblewrap
+def test_memory_is_counted_for_all_processes_together():
+    limits = Limits(total_bytes=128 * 2**20)
+    apart = _FORKS.format(before="", inside="x = b'a' * (40 * 2**20)", seconds=30)
+    assert run(apart, limits=limits).status == "memory"
+    # What the processes share is there once.
+    shared = _FORKS.format(before="_x = b'a' * (60 * 2**20)", inside="pass", seconds=0.5)
+    assert run(shared, limits=limits).passed
+
+
+@needs_bubblewrap
+def test_files_in_tmp_count_as_memory():
+    source = "import time\nfor i in range(4): open(f'/tmp/{i}', 'wb').write(bytes(12 * 2**20))\n"
+    result = run(source + "time.sleep(30)", limits=Limits(total_bytes=40 * 2**20))
+    assert result.status == "memory", result
+
+
+def test_no_more_programs_run_at_a_time_than_memory_is_there_for():
+    assert module._num_workers(Limits(total_bytes=2**60)) == 1
+    assert module._num_workers(Limits(total_bytes=1, memory_bytes=1)) == os.cpu_count()
+
+
+@needs_bubblewrap
+def test_only_sockets_of_ordinary_families_can_be_made():
+    result = run(
+        """
+        import errno, socket
+        for family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6):
+            socket.socket(family).close()
+        socket.socketpair()
+        for family in range(64):
+            if family in (1, 2, 10):
+                continue
+            for make in (socket.socket, socket.socketpair):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
+                    try:
+                        made = make(family, kind)
+                    except OSError as error:
+                        assert error.errno == errno.EAFNOSUPPORT, (family, error)
+                    else:
+                        raise AssertionError((family, made))
+        """
+    )
+    assert result.passed, result
+
+
+@needs_bubblewrap
+def test_kernel_memory_without_limit_is_refused():
+    result = run(
+        """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.semget(0, 1, 0o1600) == -1
+        assert libc.msgget(0, 0o1600) == -1
+        assert libc.shmget(0, 4096, 0o1600) == -1
+        """
+    )
+    assert result.passed, result
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+        "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass",
+        "import ctypes, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGXCPU])\n"
+        "while True: pass",
+    ],
+)
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+def test_an_overrun_with_the_signal_ignored_is_a_time_out(source: str, sandbox: Sandbox):
+    limits = Limits(cpu_seconds=1, wall_seconds=60)
+    assert run_program(Program(source, ("assert True",)), sandbox, limits).status == "timeout"
+
+
+@needs_bubblewrap
+def test_a_kill_without_an_overrun_is_no_time_out():
+    result = run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "assert True")
+    assert result.status == "crashed"
 
 
 @needs_bubblewrap

@@ -56,6 +56,25 @@ def test_calls_that_get_round_the_limits_are_refused(
     assert run(program, architecture, 435) == MISSING
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "calls"),
+    [
+        ("x86_64", X86[0], (41, 53)),
+        ("aarch64", ARM[0], (198, 199)),
+    ],
+)
+def test_sockets_of_other_families_are_refused(
+    name: str, architecture: int, calls: tuple[int, int]
+):
+    program = syscall_filter(name)
+    assert program is not None
+    for call in calls:
+        allowed = {f for f in range(64) if run(program, architecture, call, f) == ALLOW}
+        assert allowed == {1, 2, 10}
+        # The kernel looks at the lower half of the argument alone.
+        assert run(program, architecture, call, 2**32 + 40) == 0x00050000 | errno.EAFNOSUPPORT
+
+
 def test_other_architectures_do_not_slip_through():
     program = syscall_filter("x86_64")
     assert program is not None

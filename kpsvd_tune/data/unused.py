@@ -31,7 +31,14 @@ _GRADES = {
     *("good", "bad", "yes", "no", "desirable", "undesirable", "chosen", "rejected"),
     *("correct", "incorrect", "right", "wrong", "accepted", "acceptable", "unacceptable"),
 }
-_SPLITS = {"split", "datasplit", "subset", "fold", "partition"}
+_SPLITS = {"split", "datasplit", "set", "subset", "fold", "partition"}
+# Set to true for rows that are not meant for training, and states that say the same.
+_EXCLUDED = {
+    *("deleted", "isdeleted", "discarded", "isdiscarded", "removed", "spam", "isspam"),
+    *("istest", "isvalidation", "isheldout", "heldout"),
+}
+_STATES = {"status", "state", "reviewstatus"}
+_EXCLUDED_STATES = {"discarded", "deleted", "rejected", "removed", "spam"}
 _HELD_OUT = {
     *("test", "testing", "eval", "evaluation", "validation", "validate", "valid", "val", "dev"),
     *("holdout", "heldout"),
@@ -145,7 +152,8 @@ class UnusedColumns:
             self._context[name] = None
         self._unused[name] = None
         # The others may hold what changes a row's meaning further down.
-        if plain not in _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS:
+        telling = _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
+        if plain not in telling:
             self._settled.add(name)
 
     def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
@@ -271,6 +279,17 @@ def _switch(plain: str, value: Any, form: RowFormat) -> str | None:
     return f"is {value!r}, so the row is marked as not to be learnt: take such rows out of the file"
 
 
+def _excluded(plain: str, value: Any, form: RowFormat) -> str | None:
+    text = str(value).strip().lower()
+    is_set = plain in _EXCLUDED and text in ("true", "1", "yes")
+    if not is_set and not (plain in _STATES and text in _EXCLUDED_STATES):
+        return None
+    return (
+        f"is {value!r}, so the row seems not to be meant for training; expected rows to learn "
+        "alone: take such rows out of the file"
+    )
+
+
 def _mask(plain: str, value: Any, form: RowFormat) -> str | None:
     if plain not in _MASKS or not isinstance(value, list):
         return None
@@ -310,6 +329,7 @@ _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
     _verdict,
     _weight,
     _switch,
+    _excluded,
     _mask,
     _template,
     _documents,

@@ -459,3 +459,25 @@ def test_a_column_without_a_name_is_named_as_such(tmp_path: Path, tokenizer: Any
     path.write_text(",prompt,completion\n0,a,b\n")
     data = prepare(DatasetRecipe(path=str(path), validation=0), tokenizer, seed=0)
     assert "not used: '' (a column without a name) (" in unused(data)[0]
+
+
+@pytest.mark.parametrize(
+    ("column", "kept", "refused"),
+    [
+        ("status", "submitted", "discarded"),
+        ("deleted", False, True),
+        ("is_test", 0, 1),
+    ],
+)
+def test_rows_that_were_set_aside_are_refused(
+    read: Read, column: str, kept: Any, refused: Any
+) -> None:
+    rows = {**PAIR, column: kept}, {**PAIR, column: refused}
+    with pytest.raises(DataError, match=rf"line 2: the column '{column}' is {refused!r}, so the"):
+        read(*rows)
+    assert len(read(*rows, ignore_columns=[column]).train) == 2
+
+
+def test_a_set_of_held_out_rows_among_others_is_refused(read: Read) -> None:
+    with pytest.raises(DataError, match="the column 'set' is 'dev' and earlier rows"):
+        read({**PAIR, "set": "train"}, {**PAIR, "set": "dev"})

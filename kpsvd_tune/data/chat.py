@@ -9,6 +9,7 @@ messages, so a template that drops, rewrites or reorders text is refused rather 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -130,6 +131,10 @@ class ChatRenderer:
         for start, end in spans:
             segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
             position = end
+        last = segments[-1]
+        if self.ends_turn(last.text) and not self.ends_answer(last.text, messages[-1]):
+            # The text ends with the name of a special token, which is no end of the turn.
+            segments[-1] = replace(last, text=last.text + self._special_token_names["eos_token"])
         return [segment for segment in segments if segment.text]
 
     @cached_property
@@ -149,10 +154,18 @@ class ChatRenderer:
         """Whether a turn's text ends with a special token."""
         return text.endswith(self._special_tokens)
 
-    def turn(self, text: str) -> str:
+    def ends_answer(self, turn: str, message: Mapping[str, Any]) -> bool:
+        """Whether a special token ends a turn, other than one that its text ends with."""
+        said = message["content"].strip()
+        if not self.ends_turn(said):
+            return self.ends_turn(turn)
+        _, found, rest = turn.partition(said)
+        return self.ends_turn(rest if found else turn)
+
+    def turn(self, text: str, message: Mapping[str, Any]) -> str:
         """The turn without the line break that templates write after its end token."""
         stripped = text.rstrip()
-        return stripped if self.ends_turn(stripped) else text
+        return stripped if self.ends_answer(stripped, message) else text
 
     def end_after(self, text: str) -> str:
         """The end token right behind a marked stretch that left it out."""
@@ -172,7 +185,7 @@ class ChatRenderer:
             TemplateError: It is not.
         """
         start, end = _place_of(message["content"], turn)
-        if not is_last and not self.ends_turn(turn):
+        if not is_last and not self.ends_answer(turn, message):
             self.notes[
                 "the chat template ends assistant turns without an end token: only the last turn "
                 "of a chat, behind which one is put, teaches the model to stop; use a template "
@@ -321,7 +334,8 @@ class _Finder:
         after = self._text if is_last else self._renderer.rendered(whole, self._tools)
         if not after.startswith(before):
             raise _asks_otherwise(before, after, self._renderer.arguments)
-        end = len(before) + len(self._renderer.turn(after[len(before) :]))
+        turn = self._renderer.turn(after[len(before) :], self._messages[index])
+        end = len(before) + len(turn)
         if not self._text.startswith(after[:end]):
             raise _rewrites(self._renderer.arguments)
         return len(before), end
@@ -344,7 +358,7 @@ class _Finder:
         past, asked = near[: len(near) - (index - previous)], near[:-1]
         renderer = self._renderer
         try:
-            shorter = renderer.turn(renderer.rendered(past, self._tools))
+            shorter = renderer.turn(renderer.rendered(past, self._tools), past[-1])
             before = renderer.prompt(asked, self._tools)
             after = renderer.rendered(near, self._tools)
         except TemplateError:
@@ -352,7 +366,7 @@ class _Finder:
         if not (before.startswith(shorter) and after.startswith(before)):
             return None
         start = position + len(before) - len(shorter)
-        turn = renderer.turn(after[len(before) :])
+        turn = renderer.turn(after[len(before) :], near[-1])
         if self._text[position : start + len(turn)] != after[len(shorter) : len(before)] + turn:
             return None
         return start, start + len(turn)
@@ -405,7 +419,9 @@ class _MarkedTurns(_Finder):
     def _whole(self, index: int) -> tuple[int, int]:
         text, renderer = self._text, self._renderer
         before = renderer.prompt(self._messages[:index], self._tools)
-        start, end = self._cut(text, self._marked[index], len(before), text.startswith(before))
+        message = self._messages[index]
+        is_asked = text.startswith(before)
+        start, end = self._cut(text, self._marked[index], message, len(before), is_asked)
         if text[:start] != before and renderer.is_strict:
             is_last = index == len(self._messages) - 1
             raise (
@@ -422,7 +438,8 @@ class _MarkedTurns(_Finder):
         if index < len(self._messages) - 1:
             # Learnt is what stands in the long chat, written is what the turn was when it came.
             alone, marked = renderer.marked(self._messages[: index + 1], self._tools)
-            place = self._cut(alone, marked[-1], len(before), alone.startswith(before))
+            is_asked = alone.startswith(before)
+            place = self._cut(alone, marked[-1], message, len(before), is_asked)
             if place != (start, end) or alone[:end] != text[:end]:
                 raise _rewrites(self._renderer.arguments)
         return start, end
@@ -431,19 +448,25 @@ class _MarkedTurns(_Finder):
         found = super()._near(previous, index, position)
         if found is None:
             return None
-        start, end = self._cut(self._text, self._marked[index], found[0], True)
+        message = self._messages[index]
+        start, end = self._cut(self._text, self._marked[index], message, found[0], True)
         return (start, end) if end == found[1] else None
 
     def _cut(
-        self, text: str, marked: tuple[int, int], asked: int, is_asked: bool
+        self,
+        text: str,
+        marked: tuple[int, int],
+        message: Mapping[str, Any],
+        asked: int,
+        is_asked: bool,
     ) -> tuple[int, int]:
         """The marked stretch without the header that a model never writes, and with its end."""
         start, end = marked
         # Markers around the whole turn hold its header too.
         if is_asked and start < asked <= end:
             start = asked
-        turn = self._renderer.turn(text[start:end])
-        if not self._renderer.ends_turn(turn):
+        turn = self._renderer.turn(text[start:end], message)
+        if not self._renderer.ends_answer(turn, message):
             turn += self._renderer.end_after(text[start + len(turn) :])
         return start, start + len(turn)
 

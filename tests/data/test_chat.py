@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kpsvd_tune.data.columns import is_blank
-from kpsvd_tune.data.encode import Encoder
+from kpsvd_tune.data.encode import Encoder, Learn
 from kpsvd_tune.data.format import Chat, Pair
 from kpsvd_tune.errors import DataError
 
@@ -99,6 +99,29 @@ def test_markers_give_the_same_labels_as_rendering(
     assert marked.encode(chat, 1) == plain.encode(chat, 1)
     notes = [note for note in marked.notes if "leave out the end token '</s>'" in note]
     assert len(notes) == (turn.count("{{ eos_token }}"))
+
+
+@pytest.mark.parametrize("learn", ["all", "last", "each"])
+@pytest.mark.parametrize("answer", ["It ends with <pad>", "<s>", "</s>", "see </s>\n\n", "</s> "])
+@pytest.mark.parametrize("turn", [*MARKED.values(), PLAIN_TURN], ids=[*MARKED, "unmarked"])
+def test_a_special_token_at_the_end_of_a_text_is_not_taken_for_the_end_of_the_turn(
+    tokenizer: PreTrainedTokenizerFast, turn: str, answer: str, learn: Learn
+) -> None:
+    turn = "{% if m['role'] == 'assistant' %}" + turn + "{% else %}" + PLAIN_TURN + "{% endif %}"
+    encoder = Encoder(with_template(tokenizer, loop(turn)), "chat", 512, learn=learn)
+    chat = talk("q", answer, "q", answer)
+    found = [text for part in encoder.parts(chat) for text in trained(encoder, part)]
+    assert found == [answer + "</s>"] * (1 if learn == "last" else 2)
+
+
+@pytest.mark.parametrize("answer", ["It ends with <pad>", "</s>"])
+def test_without_an_end_token_in_the_template_a_special_token_in_the_text_ends_no_row(
+    tokenizer: PreTrainedTokenizerFast, answer: str
+) -> None:
+    turn = HEADER + "{{ m['content'] }}"
+    encoder = Encoder(with_template(tokenizer, loop(turn)), "chat", 512)
+    assert trained(encoder, talk("q", answer, "q", answer)) == [answer, answer + "</s>"]
+    assert any("ends assistant turns without an end token" in note for note in encoder.notes)
 
 
 def test_line_break_behind_the_end_token_is_not_trained(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -22,7 +22,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.disk import follow_umask
@@ -135,7 +140,7 @@ def merge(
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        keep_base_files(partial, base_folder, dtype)
+        keep_base_files(partial, base_folder, dtype, _has_own_tokens(tokenizer, base_folder))
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
@@ -185,6 +190,14 @@ def _remove_leftovers(output: Path) -> None:
         finally:
             os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_own_tokens(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
+    """Whether a tokenizer has tokens that the base's lacks, which came with the adapter."""
+    if base_folder is None or not (base_folder / "tokenizer_config.json").is_file():
+        return False
+    own: Any = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
+    return bool(tokenizer.get_vocab().keys() - own.get_vocab().keys())
 
 
 @torch.no_grad()

@@ -30,13 +30,16 @@ _COPIED = (
 )
 
 
-def keep_base_files(folder: Path, base: Path | None, dtype: str) -> None:
+def keep_base_files(
+    folder: Path, base: Path | None, dtype: str, has_own_tokens: bool = False
+) -> None:
     """Give a merged model the base's own files where the merge changed nothing in them.
 
     Args:
         folder: Of the merged model, as transformers saved it; its chat template stays.
         base: Folder of the base model; None where it is a single file such as GGUF.
         dtype: Of the stored weights.
+        has_own_tokens: Whether the tokenizer that was written has tokens which the base's lacks.
     """
     written = read_json(folder / "config.json")
     config = written
@@ -46,7 +49,8 @@ def keep_base_files(folder: Path, base: Path | None, dtype: str) -> None:
         same = all(own.get(key) == written.get(key) for key in ("model_type", "architectures"))
         config = own if same else written
         for name in _COPIED:
-            if (base / name).is_file():
+            is_of_tokenizer = "processor" not in name
+            if (base / name).is_file() and not (has_own_tokens and is_of_tokenizer):
                 shutil.copyfile(base / name, folder / name)
     content = for_both_versions(config, dtype)
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kpsvd_tune import cli
 from kpsvd_tune import merge as merging
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
@@ -341,3 +342,26 @@ def test_conv1d_layers_merge(
     report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert report.passed
     assert report.max_logit_difference < 1e-4
+
+
+def test_tokens_that_were_added_for_the_adapter_come_along(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    # Room for more tokens than there are, as padded vocabularies have.
+    model.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapter = tmp_path / "adapter"
+    config = KpsvdConfig(target_modules=["q_proj"], rank=1, init_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(adapter))
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    tokenizer.save_pretrained(adapter)
+    merged = tmp_path / "merged"
+    assert cli.run(["merge", str(adapter), "--output", str(merged)]) == 0
+    text = "a<tool>b</tool>"
+    found = AutoTokenizer.from_pretrained(merged)(text).input_ids
+    assert found == tokenizer(text).input_ids
+    assert len(tokenizer) - 1 in found

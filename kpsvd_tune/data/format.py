@@ -314,6 +314,7 @@ def find_format(
             f"{setting} names the role {unknown[0]!r}; the format {name} has the roles "
             f"{', '.join(known)}"
         )
+    _check_distinct(columns, setting)
     resolved = {}
     for role in known:
         source = columns.get(role, role)
@@ -335,6 +336,17 @@ def find_format(
         resolved.setdefault("system", "system")  # unmistakable beside messages
     is_named = any(role in named for role in REQUIRED_ROLES[name])
     return RowFormat(name, resolved, reason, has_messages, is_named)
+
+
+def _check_distinct(columns: Mapping[str, str], setting: str) -> None:
+    """Refuse one column for two roles: a slip that would teach to repeat the question."""
+    roles: dict[str, str] = {}
+    for role, name in columns.items():
+        if (other := roles.setdefault(name, role)) != role:
+            raise DataError(
+                f"{setting} names the column {name!r} for {other} and for {role}; expected a "
+                "column of its own for each role: correct one of the two"
+            )
 
 
 def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: str) -> bool:

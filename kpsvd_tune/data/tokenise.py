@@ -90,17 +90,23 @@ def find_form(
             "dataset.template has {system} and no column gives it; expected "
             "dataset.columns={system: COLUMN}, or a template without it"
         )
-    return form, _unused_system(rows, form, template)
+    return form, _without_place(rows, form, template)
 
 
-def _unused_system(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
-    """A note where rows have a system prompt and the template no place for it."""
-    system = form.columns.get("system")
-    if form.is_chat or system is None or template == "chat" or TextTemplate(template).has_system:
+def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
+    """Notes where rows have a prompt or a system prompt and the template no place for it."""
+    if form.is_chat or form.name == "text" or template == "chat":
         return []
-    if not any(not is_empty(column(row, system)) for row in rows):
-        return []
-    return [f"the column {system!r} is not used: dataset.template has no {{system}}"]
+    text = TextTemplate(template)
+    missing = ["system"] if not text.has_system else []
+    if not text.has_prompt:
+        missing += ["prompt", "instruction", "input"]
+    return [
+        f"the column {name!r} is not used: dataset.template has no "
+        f"{{{'system' if role == 'system' else 'prompt'}}}"
+        for role, name in form.columns.items()
+        if role in missing and any(not is_empty(column(row, name)) for row in rows)
+    ]
 
 
 def tokenise(
@@ -143,8 +149,8 @@ def tokenise(
         unused = UnusedColumns(form)
         for chunk in _chunks(chain(head, rows)):
             _encode(chunk, form, unused, encoder, writer, faults)
-            if not notes:  # a later row may be the first with a system prompt
-                notes = _unused_system(chunk, form, template)
+            # A later row may be the first with a system prompt.
+            notes = list(dict.fromkeys([*notes, *_without_place(chunk, form, template)]))
             advance(len(chunk))
         if source.fingerprint() != fingerprint:
             raise DataError(

@@ -156,10 +156,11 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
     Args:
         source: The model.
         adapter: Folder of an adapter trained on it, whose chat template is taken where it has one:
-            the training may have used another than the model's.
+            the training may have used another than the model's. So are tokens that were added to
+            its tokenizer.
 
     Raises:
-        ModelError: The source holds no tokenizer.
+        ModelError: The source holds no tokenizer, or its tokenizer and the adapter's differ.
     """
     from transformers import AutoTokenizer
 
@@ -183,7 +184,45 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
     # Beside several templates lies a folder of the others; those are the model's own.
     if saved and saved.is_file() and not (saved.parent / "additional_chat_templates").exists():
         tokenizer.chat_template = saved.read_text(encoding="utf-8")
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        _add_tokens(tokenizer, adapter)
     return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
+    """Give a base's tokenizer the tokens that were added for an adapter, as trainers of PEFT do.
+
+    Raises:
+        ModelError: The adapter's tokenizer cannot be read, or has these tokens in other places.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        saved: Any = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    except Exception as error:
+        if _is_not_of_the_files(error):
+            raise
+        raise ModelError(
+            f"{adapter}: the tokenizer beside the adapter cannot be loaded: {_said(error)}; "
+            "expected the files as they were saved, or none: then the base's are taken"
+        ) from error
+    known = tokenizer.get_vocab()
+    added = {
+        number: token
+        for number, token in sorted(saved.added_tokens_decoder.items())
+        if token.content not in known
+    }
+    if not added:
+        return
+    tokenizer.add_tokens(list(added.values()))
+    found = tokenizer.get_vocab()
+    for number, token in added.items():
+        if found[token.content] != number:
+            raise ModelError(
+                f"{adapter}: its tokenizer has the token {token.content!r} at {number}, with the "
+                f"base's tokenizer it would be {found[token.content]}; expected the tokenizer of "
+                "the base, with tokens added to it"
+            )
 
 
 def _config(source: ModelSource) -> PretrainedConfig:

@@ -30,7 +30,12 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.pipeline.adapter_file import WEIGHTS, check_adapter, read_adapter_config
+from kpsvd_tune.pipeline.adapter_file import (
+    WEIGHTS,
+    check_adapter,
+    check_seal,
+    read_adapter_config,
+)
 from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
@@ -297,6 +302,8 @@ def generate(
     phase = Phase()
     with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
+        if found.adapter is not None:
+            check_seal(found.adapter)
         tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the base model", loading_cures(dtype))

@@ -237,7 +237,8 @@ def _rate_factors(
 
 def _stored(model: PeftModel, method: Method) -> int:
     saved: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    count = sum(tensor.numel() for tensor in saved.values())
+    # What the base is known by is stored beside them as whole numbers, and is no parameter.
+    count = sum(tensor.numel() for tensor in saved.values() if tensor.is_floating_point())
     # For the unmodified base PiSSA has to store where it started too.
     return 2 * count if method.kind == "pissa" else count
 

@@ -298,3 +298,8 @@ def test_a_system_prompt_may_be_parts_of_text() -> None:
     values["system"] = [{"type": "image"}]
     with pytest.raises(DataError, match="part of the type 'image'"):
         find(values).example(Row("r", 1, values))
+
+
+def test_one_column_for_two_roles_is_refused() -> None:
+    with pytest.raises(DataError, match="names the column 'q' for prompt and for completion; exp"):
+        find({"q": "a", "b": "c"}, prompt="q", completion="q")

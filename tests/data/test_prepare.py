@@ -354,3 +354,10 @@ def test_rows_that_cannot_be_learnt_take_no_place_of_held_out_ones(
     assert data.report.num_dropped == 7
     with pytest.raises(DataError, match="holds out 4 rows and the dataset has 4 that can be learn"):
         prepare_file("r.jsonl", [*empty, *good, long], **{**keys, "validation": 4})
+
+
+def test_a_prompt_without_a_place_is_told_of(prepare_file: Prepare) -> None:
+    data = prepare_file("r.jsonl", [PAIR], template="Answer: {completion}")
+    assert data.report.warnings == (
+        "the column 'prompt' is not used: dataset.template has no {prompt}",
+    )

@@ -505,7 +505,7 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     if (start := turn.find(text)) >= 0:
         return start, start + len(text)
     reasoning, marker, answer = text.rpartition(_THINK_END)
-    if not marker:
+    if not marker or _only_mentions_thinking(reasoning, answer):
         raise TemplateError(
             "the chat template does not write the assistant's text as it is: expected "
             f"{head(text)}, it wrote {head(turn)}; use {_OTHER_TEMPLATE} that keeps it"
@@ -519,6 +519,14 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     start = start if reasoning else place
     marker_place = turn.rfind("<think>", 0, start)
     return (start if marker_place < 0 else marker_place), place + len(answer)
+
+
+def _only_mentions_thinking(reasoning: str, answer: str) -> bool:
+    """Whether a text that opens no reasoning tells of the markers, in the middle of a line."""
+    if not reasoning or reasoning.startswith("<think>"):
+        return False
+    is_inline = not (reasoning.endswith("\n") or answer.startswith("\n"))
+    return "<think>" in reasoning + answer or (bool(answer) and is_inline)
 
 
 def _drops_reasoning(expected: str, turn: str) -> TemplateError:

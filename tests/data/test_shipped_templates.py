@@ -362,3 +362,24 @@ def test_files_that_are_no_chat_templates_are_refused(
     without.chat_template = None
     with pytest.raises(DataError, match="the tokenizer has no chat template to read them"):
         use_recipe_template(without, DatasetRecipe(path="x", template_arguments={"a": 1}))
+
+
+@pytest.mark.parametrize("name", REASONING)
+@pytest.mark.parametrize(
+    "text", ["`</think>` ends reasoning, `<think>` starts it.", "Reasoning ends with `</think>`."]
+)
+def test_an_answer_about_the_markers_of_reasoning_is_not_cut_in_two(
+    tokenizer: PreTrainedTokenizerFast, name: str, text: str
+) -> None:
+    encoder = Encoder(tokenizer_for(tokenizer, name), "chat", 999)
+    with pytest.raises(TemplateError, match="does not write the assistant's text as it is"):
+        encoder.encode(talk(["q", text]), 1)
+
+
+@pytest.mark.parametrize("name", REASONING)
+def test_reasoning_without_an_opening_marker_is_still_set_apart(
+    tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    encoder = Encoder(tokenizer_for(tokenizer, name), "chat", 999)
+    (found,) = learnt(encoder, talk(["q", "why\n</think>\n\na"]))
+    assert "why\n</think>\n\na" in found

@@ -24,8 +24,12 @@ UNSAFE_CALLS = {
     *("eval", "exec", "builtins.eval", "builtins.exec"),
     *("os.system", "os.popen"),
 }
-# The program that the sandbox starts runs generated code: it is there for nothing else.
-RUNS_CODE = {PACKAGE / "evaluation" / "sandbox_program.py"}
+# These are there to run code in the sandbox: the generated program, its tests, and our own side of
+# both, which is sent there compiled and never read back.
+RUNS_CODE = {
+    PACKAGE / "evaluation" / name
+    for name in ("sandbox.py", "sandbox_judge.py", "sandbox_program.py")
+}
 
 
 def name_of(module: Path) -> str:

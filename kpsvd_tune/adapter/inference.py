@@ -101,15 +101,11 @@ class ReadyUpdate:
         return self.left, self.right, self.spread
 
 
-def can_keep(factors: tuple[Tensor, ...], tokens: int) -> bool:
-    """Whether an update may be kept: few tokens, and factors whose changes can be seen.
-
-    Factors that are trained are not kept: optimisers without gradients, evolution strategies and
-    averages of weights write them through ``.data``, which no version tells.
-    """
+def can_make_ready(factors: tuple[Tensor, ...], tokens: int) -> bool:
+    """Whether an update is worth making ready: few tokens, and factors with versions."""
     if tokens > READY_TOKENS or torch.compiler.is_compiling():
         return False
-    return not any(factor.is_inference() or factor.requires_grad for factor in factors)
+    return not any(factor.is_inference() for factor in factors)
 
 
 def _held(layer: KpsvdLinear, kind: str, name: str) -> Tensor:

@@ -29,7 +29,7 @@ from kpsvd_tune.adapter.function import (
     base_output,
     outside_autocast,
 )
-from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_keep
+from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready
 from kpsvd_tune.adapter.kernel import left_form, stack_terms
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
@@ -271,7 +271,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             and result is None
             and autocast_dtype is None
             and path != "weight"
-            and can_keep(factors, tokens)
+            and can_make_ready(factors, tokens)
         )
         if keeps:
             # Kept factors cost nothing to stack again, while W + Delta would have to be built.
@@ -292,8 +292,11 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             )
             return adapted
         if keeps:
-            self._ready = ReadyUpdate(self, name, x, plan.spread, dtype)
-            return self._ready.apply(x)
+            ready = ReadyUpdate(self, name, x, plan.spread, dtype)
+            # Factors that are trained are stacked anew at each call: optimisers without gradients,
+            # evolution strategies and averages of weights write them past their versions.
+            self._ready = None if any(each.requires_grad for each in factors) else ready
+            return ready.apply(x)
         with outside_autocast(x, autocast_dtype is not None):
             left, right = stack_terms(*factors, dtype)
             left = left_form(left, right.shape[1], plan.spread)

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.errors import InputError, ModelError, NonFiniteError, ResourceError
 from kpsvd_tune.evaluation.generate import (
     GenerationOptions,
@@ -36,6 +39,19 @@ def answer(tiny_model, tokenizer, prompts):
         return {each.key: each.completion for each in completions}
 
     return run
+
+
+def test_an_adapter_in_training_is_asked_as_a_frozen_one(tiny_model, tokenizer, prompts):
+    model = get_peft_model(tiny_model, KpsvdConfig(target_modules="all-linear", rank=2)).train()
+    trained = [name for name, each in model.named_parameters() if each.requires_grad]
+    answers = generate_completions(model, tokenizer, prompts, GenerationOptions(max_new_tokens=4))
+    next(answers)
+    # Frozen factors are stacked once and not for each token.
+    assert not any(each.requires_grad for each in model.parameters())
+    assert all(layer._ready is not None for _, layer in kpsvd_layers(model))
+    list(answers)
+    assert [name for name, each in model.named_parameters() if each.requires_grad] == trained
+    assert model.training
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 6, 64])

@@ -42,8 +42,8 @@ _KINDS = {
 }
 # Largest distance that passes, relative to the weight's norm. Equal weights differ by the order of
 # sums in float32 at most; a float32 checkpoint rounded once to bfloat16 and once to float16 by
-# 2^-9 to 2^-8; weights of four bits by a tenth and more.
-TOLERANCE, TOLERANCE_16_BIT, TOLERANCE_QUANTISED = 1e-6, 1e-2, 0.3
+# about 1e-3, estimated from eight numbers; weights of four bits by a tenth and more.
+TOLERANCE, TOLERANCE_16_BIT, TOLERANCE_QUANTISED = 1e-6, 4e-3, 0.3
 # Modules that PEFT trains whole for these tasks, and fills with new random numbers.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -57,7 +57,7 @@ class Sketch:
     """Projections of one tensor, or of the sum of several.
 
     Attributes:
-        kind: What dtype it was of.
+        kind: The narrowest dtype that holds its values.
         values: (forms, projections), float64, on the CPU.
         norm: Of what was projected; 0 where a stored sketch does not say.
     """
@@ -93,6 +93,7 @@ def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
         signs = signs.to(flat.device)
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
     square = 0.0
+    is_form = [True] * len(FORMS)
     of_blocks = _signs("blocks", math.ceil(flat.numel() / _BLOCK))
     for begin in range(0, flat.numel(), _CHUNK):
         chunk = flat[begin : begin + _CHUNK]
@@ -101,6 +102,7 @@ def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
         first = begin // _BLOCK
         for index, form in enumerate(FORMS):
             rounded = chunk if form is None else chunk.float().to(form)
+            is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
             # Neither infinity nor NaN may hide all other entries.
             entries = torch.nan_to_num(rounded.double(), posinf=7e4, neginf=-7e4)
             if form is None:
@@ -112,6 +114,9 @@ def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
             projected = torch.cat(sums).cpu()
             values[index] += (projected * of_blocks[first : first + len(projected)]).sum(0)
     kind = _OTHER if is_quantised else _KINDS.get(weight.dtype, _OTHER)
+    if kind == _EXACT:
+        # A 16-bit file that was loaded in float32, as merging does, is a 16-bit weight still.
+        kind = _BF16 if is_form[1] else _FP16 if is_form[2] else _EXACT
     return Sketch(kind, values, math.sqrt(square))
 
 
@@ -188,7 +193,7 @@ def distance(stored: Sketch, found: Sketch) -> tuple[float, float]:
         return far[0], TOLERANCE_QUANTISED
     if min(far) > TOLERANCE and len(pair) > 1 and pair <= {_BF16, _FP16, _MIXED}:
         # A float32 checkpoint was rounded in two ways, neither of which gives the other.
-        return far[0], TOLERANCE_16_BIT
+        return min(far), TOLERANCE_16_BIT
     return min(far), TOLERANCE
 
 

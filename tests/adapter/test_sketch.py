@@ -152,6 +152,8 @@ def test_the_right_base_in_another_dtype_passes_and_a_wrong_one_does_not(
     """Both are loads of one float32 checkpoint."""
     folder = saved(model_factory().to(made_on), tmp_path)
     PeftModel.from_pretrained(model_factory().to(at_hand), folder)
+    # As merging loads a 16-bit file.
+    PeftModel.from_pretrained(model_factory().to(at_hand).float(), folder)
     other = model_factory()
     with torch.no_grad():
         for layer in other.model.layers:
@@ -197,6 +199,19 @@ def test_the_estimate_is_the_distance() -> None:
     assert mean == pytest.approx(1, abs=4 * (2 / NUM_PROJECTIONS / 200) ** 0.5)
     # The power that the documentation states.
     assert sum(square < 0.45**2 for square in squares) <= 8
+
+
+def test_two_ways_of_rounding_are_told_from_noise_of_one_percent() -> None:
+    weight = torch.randn(256, 512)
+    noise = torch.randn(256, 512)
+    noise *= 0.01 * weight.norm() / noise.norm()
+    stored = unpacked(sketch(weight.to(torch.bfloat16)).packed())
+    for at_hand in (torch.float16, torch.float32):
+        found = sketch(weight.to(torch.float16).to(at_hand))
+        far, tolerance = distance(stored, found)
+        assert far <= tolerance < 0.005
+        far, tolerance = distance(stored, sketch((weight + noise).to(torch.float16).to(at_hand)))
+        assert far > tolerance
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -61,6 +61,8 @@ class Events:
         # Tenths of the phase that the log has heard of.
         self._told = 0
         self._validated = -PLAIN_SECONDS
+        # Number and time of the first training step that was seen here.
+        self._first_step: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +132,15 @@ class Events:
 
     def step(self, metrics: StepMetrics, total: int) -> None:
         """Report one training step."""
-        left = (total - metrics.step) * metrics.seconds / max(1, metrics.step)
+        # The seconds of a run hold the validation before its first step, and those of a continued
+        # run the steps of another day: only what was seen here tells the pace.
+        if self._first_step is None or metrics.step <= self._first_step[0]:
+            self._first_step = (metrics.step, metrics.seconds)
+        number, seconds = self._first_step
+        left = None
+        if metrics.step > number:
+            pace = (metrics.seconds - seconds) / (metrics.step - number)
+            left = (total - metrics.step) * pace
         parts = [
             f"loss {metrics.loss:.4f}",
             f"rate {metrics.learning_rate:.2e}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,12 +113,25 @@ def test_work_that_is_done_at_once_says_so_in_one_line(capsys: pytest.CaptureFix
     assert capsys.readouterr().err.splitlines() == ["  tokenising 24 of 24"]
 
 
+def test_what_came_before_the_first_step_does_not_count_for_the_time_left(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+):
+    with view.Events() as events:
+        for number in (501, 502, 503):
+            clock.now += 60
+            # An hour of earlier steps and of a validation, then two seconds a step.
+            events.step(replace(step(number), seconds=3600.0 + 2 * number), 1000)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "training" in line]
+    assert lines[-1].endswith("16 min 34 s left")
+
+
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
 def test_the_bar_of_a_training_is_never_cut(width: int):
     out = io.StringIO()
     events = view.Events()
     events._console = Console(file=out, force_terminal=True, width=width, color_system=None)
     with events:
+        events.step(step(1233), 123_456)
         events.step(step(1234), 123_456)
     shown = out.getvalue()
     assert "…" not in shown

@@ -53,7 +53,31 @@ def keep_base_files(
             if (base / name).is_file() and not (has_own_tokens and is_of_tokenizer):
                 shutil.copyfile(base / name, folder / name)
     content = for_both_versions(config, dtype)
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(folder / "config.json", content)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and (known := tokenizer_for_both_versions(read_json(tokenizer))):
+        _write(tokenizer, known)
+
+
+def tokenizer_for_both_versions(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A tokenizer's configuration as transformers 4 reads it too.
+
+    Args:
+        config: As either version wrote it.
+
+    Returns:
+        The changed one; None where nothing has to be changed.
+    """
+    content = dict(config)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in version 4
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    return content if content != dict(config) else None
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def for_both_versions(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from kpsvd_tune import cli
 from kpsvd_tune import merge as merging
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
-from kpsvd_tune.merged_files import for_both_versions
+from kpsvd_tune.merged_files import for_both_versions, tokenizer_for_both_versions
 
 
 def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:
@@ -279,8 +279,11 @@ def test_files_that_transformers_4_reads(
         assert found["dtype"] == found["torch_dtype"] == "bfloat16"
         if known:
             assert found == old | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                assert (tmp_path / place / name).read_bytes() == (base / name).read_bytes()
+            name = "tokenizer.json"
+            assert (tmp_path / place / name).read_bytes() == (base / name).read_bytes()
+            own = json.loads((base / "tokenizer_config.json").read_text())
+            kept = json.loads((tmp_path / place / "tokenizer_config.json").read_text())
+            assert kept == (tokenizer_for_both_versions(own) or own)
         else:
             assert found["rope_parameters"]["rope_theta"] == 100000.0
 
@@ -365,3 +368,22 @@ def test_tokens_that_were_added_for_the_adapter_come_along(
     found = AutoTokenizer.from_pretrained(merged)(text).input_ids
     assert found == tokenizer(text).input_ids
     assert len(tokenizer) - 1 in found
+
+
+def test_a_tokenizer_that_only_version_5_knows_is_written_for_both(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|call|>", "<|end_call|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    found = tokenizer_for_both_versions(written)
+    assert found is not None
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["additional_special_tokens"] == ["<|call|>", "<|end_call|>"]
+    assert tokenizer_for_both_versions(found) is None
+    file.write_text(json.dumps(found), encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+    text = "nuts<|call|>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]

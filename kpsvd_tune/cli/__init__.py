@@ -14,11 +14,11 @@ from typer.exceptions import TyperException
 # Importing a module of commands adds them to the application, in this order.
 from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
 from kpsvd_tune.cli.shared import RanksEnded, app
-from kpsvd_tune.disk import cure
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
-from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe.faults import key_like
 from kpsvd_tune.report.layout import make_console, print_line, shortened
+from kpsvd_tune.storage.disk import cure
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 
 __all__ = ["app", "main", "run"]
 

@@ -21,7 +21,7 @@ from kpsvd_tune.data.folders import (
 )
 from kpsvd_tune.data.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.folders import expand
+from kpsvd_tune.storage.paths import expand
 
 
 @dataclass(frozen=True)

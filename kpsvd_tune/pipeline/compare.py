@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
-from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
-from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials, num_left
 from kpsvd_tune.compare.verdict import compare_rows
@@ -40,6 +38,9 @@ from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.optim import num_warmup_steps
 

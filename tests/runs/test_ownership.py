@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune import cli
-from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.runs import RunDirectory
 
 
 @pytest.fixture

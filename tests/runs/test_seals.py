@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune import cli
-from kpsvd_tune.checkpoint.identity import run_id
+from kpsvd_tune.runs.identity import run_id
 
 FACTORS = "init/factors.safetensors"
 

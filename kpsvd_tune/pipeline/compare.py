@@ -15,9 +15,9 @@ from kpsvd_tune.compare.methods import Method
 from kpsvd_tune.compare.plan import Grid, Trial, next_trials, num_left
 from kpsvd_tune.compare.verdict import compare_rows
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.limits import ModelLimits, model_limits
-from kpsvd_tune.data.preflight import pad_token_id
-from kpsvd_tune.data.stored_rows import num_shared
+from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
+from kpsvd_tune.data.rows.preflight import pad_token_id
+from kpsvd_tune.data.rows.stored_rows import num_shared
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
     WeightReader,

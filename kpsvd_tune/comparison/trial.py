@@ -22,9 +22,9 @@ from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory, to_json
 from kpsvd_tune.checkpoint.identity import changes
 from kpsvd_tune.checkpoint.run import RunRecord
-from kpsvd_tune.compare.baselines import Baseline
-from kpsvd_tune.compare.methods import Method
-from kpsvd_tune.compare.plan import Trial
+from kpsvd_tune.comparison.baselines import Baseline
+from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError, NonFiniteError

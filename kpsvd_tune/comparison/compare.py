@@ -11,9 +11,19 @@ from typing import Any, Protocol
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
 from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
-from kpsvd_tune.compare.methods import Method
-from kpsvd_tune.compare.plan import Grid, Trial, next_trials, num_left
-from kpsvd_tune.compare.verdict import compare_rows
+from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
+from kpsvd_tune.comparison.setups import Setups
+from kpsvd_tune.comparison.trial import Material
+from kpsvd_tune.comparison.trial_log import (
+    COMPARISON,
+    RESULTS,
+    append_row,
+    check_schedule,
+    open_results,
+)
+from kpsvd_tune.comparison.verdict import compare_rows
+from kpsvd_tune.comparison.workers import run_base, run_setups
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
 from kpsvd_tune.data.rows.preflight import pad_token_id
@@ -26,17 +36,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
 )
 from kpsvd_tune.pipeline.phase import Phase, data_cures, watched
-from kpsvd_tune.pipeline.setups import Setups
 from kpsvd_tune.pipeline.stages import Events, find_model
-from kpsvd_tune.pipeline.trial import Material
-from kpsvd_tune.pipeline.trial_log import (
-    COMPARISON,
-    RESULTS,
-    append_row,
-    check_schedule,
-    open_results,
-)
-from kpsvd_tune.pipeline.workers import run_base, run_setups
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page

@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from kpsvd_tune.compare.claims import EQUAL_SIZE, is_kpsvd, judge, lowest_mean
-from kpsvd_tune.compare.recommend import recommend
-from kpsvd_tune.compare.statistics import estimate, steps_to, variation
+from kpsvd_tune.comparison.claims import EQUAL_SIZE, is_kpsvd, judge, lowest_mean
+from kpsvd_tune.comparison.recommend import recommend
+from kpsvd_tune.comparison.statistics import estimate, steps_to, variation
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, Difference, Estimate, MethodSummary, TrialRow
 

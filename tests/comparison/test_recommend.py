@@ -6,7 +6,7 @@ from typing import Any
 
 from trial_rows import row
 
-from kpsvd_tune.compare.verdict import compare_rows
+from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.report.comparison import Recommendation, TrialRow
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kpsvd_tune.compare.statistics import estimate, mean_curve, steps_to, variation
+from kpsvd_tune.comparison.statistics import estimate, mean_curve, steps_to, variation
 from kpsvd_tune.report.comparison import Claim, Difference, Estimate, MethodSummary, TrialRow
 
 # Losses this close, in nats, count as equal quality: well below what one step on a usual grid of

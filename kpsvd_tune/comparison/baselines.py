@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.lokr.layer import factorization
 
-from kpsvd_tune.compare.methods import Method
+from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.errors import InputError
 
 # A rank is a whole number for every layer, so a budget can be missed by nearly a rank's

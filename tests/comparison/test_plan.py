@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trial_rows import row
 
-from kpsvd_tune.compare.plan import Grid, Trial, next_trials, num_left
+from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
 from kpsvd_tune.report.comparison import TrialRow
 
 RATES = (1e-3, 2e-3, 4e-3)

@@ -74,7 +74,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
             yield function(*arguments, *([] if trial is None else [report]))
 
-    monkeypatch.setattr("kpsvd_tune.pipeline.workers._run", run)
+    monkeypatch.setattr("kpsvd_tune.comparison.workers._run", run)
 
 
 def test_every_kind_of_method_trains_through_the_same_loop(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kpsvd_tune.compare.statistics import estimate, steps_to, variation
+from kpsvd_tune.comparison.statistics import estimate, steps_to, variation
 
 
 def test_an_interval_by_hand() -> None:

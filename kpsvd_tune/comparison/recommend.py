@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from kpsvd_tune.compare.claims import EQUAL_SIZE
+from kpsvd_tune.comparison.claims import EQUAL_SIZE
 from kpsvd_tune.report.comparison import Difference, Estimate, MethodSummary, Recommendation
 
 Key = tuple[str, int]

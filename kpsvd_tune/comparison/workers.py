@@ -23,13 +23,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.checkpoint import replace_file, to_json
-from kpsvd_tune.compare.plan import Trial
+from kpsvd_tune.comparison.plan import Trial
+from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
 from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.memory import host_memory
 from kpsvd_tune.pipeline.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.pipeline.stages import Events
-from kpsvd_tune.pipeline.trial import Material, Setup, measure_base, run_trial
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
@@ -97,7 +97,7 @@ def _run(
     # Forked from a process that has the libraries and nothing else: a trial starts at once, and
     # no thread or GPU context is forked.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kpsvd_tune.pipeline.workers"])
+    context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
     threads = max(1, torch.get_num_threads() // jobs)
     waiting = list(zip(trials, calls, strict=True))
     running: dict[Connection, _Running] = {}

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kpsvd_tune.compare.methods import read_methods
+from kpsvd_tune.comparison.methods import read_methods
 from kpsvd_tune.errors import InputError
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.compare.baselines import baseline
-from kpsvd_tune.compare.methods import Method
-from kpsvd_tune.compare.plan import Trial
+from kpsvd_tune.comparison.baselines import baseline
+from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.plan import Trial
+from kpsvd_tune.comparison.trial import Setup
+from kpsvd_tune.comparison.trial_log import SCHEDULE
 from kpsvd_tune.decompose import Spectra, collect_spectra
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, report_decomposition
-from kpsvd_tune.pipeline.trial import Setup
-from kpsvd_tune.pipeline.trial_log import SCHEDULE
 from kpsvd_tune.recipe import RankRecipe, Recipe
 
 

@@ -24,8 +24,8 @@ from transformers import (
 from kpsvd_tune import cli
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
-from kpsvd_tune.merge import merging
 from kpsvd_tune.merge.files import for_both_versions, tokenizer_for_both_versions
+from kpsvd_tune.merge.merging import merging
 
 
 def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 from trial_rows import row
 
 from kpsvd_tune import cli
-from kpsvd_tune.compare.verdict import compare_rows
+from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison
 from kpsvd_tune.report.reading import read_comparison

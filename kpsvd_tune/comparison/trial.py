@@ -34,7 +34,6 @@ from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.directory import RunRecord
 from kpsvd_tune.runs.identity import changes
-from kpsvd_tune.runs.run import RunRecord
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import to_json
 from kpsvd_tune.storage.json_files import parse_json, read_json

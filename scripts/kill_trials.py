@@ -37,7 +37,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kpsvd_tune import cli, pipeline  # noqa: F401  imported once, here, for all runs
+from kpsvd_tune import pipeline  # noqa: F401  imported once, here, for all runs
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.console import Events
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage import durable

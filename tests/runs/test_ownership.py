@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.runs import RunDirectory
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.runs.identity import run_id
 
 FACTORS = "init/factors.safetensors"

@@ -16,8 +16,7 @@ from kpsvd_tune.checkpoint.identity import changes
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.folders import expand, kind_of
-from kpsvd_tune.report.comparison import Comparison
-from kpsvd_tune.report.reading import read_comparison
+from kpsvd_tune.report.comparison import Comparison, read_comparison
 
 RECIPE = """\
 model:

@@ -15,8 +15,9 @@ from kpsvd_tune.folders import exists, expand, kind_of
 from kpsvd_tune.recipe import load_recipe, recipe_to_yaml, shipped_recipes
 from kpsvd_tune.recipe.paths import SECTIONS
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.comparison import read_comparison
 from kpsvd_tune.report.layout import make_console, output, print_pair
-from kpsvd_tune.report.reading import read_comparison, read_run
+from kpsvd_tune.report.run import read_run
 from kpsvd_tune.report.trials import show_comparison
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)

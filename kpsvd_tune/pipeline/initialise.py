@@ -29,9 +29,8 @@ from kpsvd_tune.pipeline.probes import choose_energy, with_energy
 from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
-from kpsvd_tune.report.result import Probe
-from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.rank_page import write_rank_report
+from kpsvd_tune.report.results import Probe, RankReport
 from kpsvd_tune.training import on_main_process
 
 # What the manifest calls the folder.

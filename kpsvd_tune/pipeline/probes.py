@@ -22,7 +22,7 @@ from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
-from kpsvd_tune.report.result import Probe
+from kpsvd_tune.report.results import Probe
 from kpsvd_tune.training import Training, on_main_process
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)

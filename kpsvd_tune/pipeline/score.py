@@ -40,7 +40,7 @@ from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
-from kpsvd_tune.report.score import as_mapping, score_label, score_text
+from kpsvd_tune.report.run import as_mapping, score_label, score_text
 from kpsvd_tune.report.units import time_left
 from kpsvd_tune.training import end_processes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kpsvd_tune.errors import did_you_mean
-from kpsvd_tune.folders import exists, siblings
+from kpsvd_tune.storage.paths import exists, siblings
 
 CHAT_TEMPLATES = (
     "chatml",

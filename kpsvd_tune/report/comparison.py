@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.json_files import check_types, read_json
 from kpsvd_tune.report.results import Result
+from kpsvd_tune.storage.json_files import check_types, read_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.json_files import check_types
+from kpsvd_tune.storage.json_files import check_types
 
 
 class Result:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import kind_of, named, siblings
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.report.results import RankReport, Score
-from kpsvd_tune.report.units import duration, size
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.paths import kind_of, named, siblings
+from kpsvd_tune.units import duration, size
 
 # Scorers whose value is no share of right answers: their n counts tokens.
 LOSSES = frozenset({"loss", "perplexity", "loss_change", "base_loss"})

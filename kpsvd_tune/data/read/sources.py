@@ -10,9 +10,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kpsvd_tune.data.read.files import (
     SUFFIXES,
     Row,
@@ -31,10 +28,9 @@ from kpsvd_tune.data.read.folders import (
     list_folder,
     list_pattern,
 )
-from kpsvd_tune.data.rows.batches import permutation
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.folders import expand
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
+from kpsvd_tune.storage.paths import expand
 
 
 @dataclass(frozen=True)
@@ -524,30 +520,6 @@ def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) ->
             f"dataset.ignore_columns names {missing[0]!r}, and no row of {labels} has such a "
             "column; expected names of columns that are there: correct or remove it"
         )
-
-
-def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]:
-    """Repeat or thin out the rows of a source by its weight.
-
-    Each row occurs floor(weight) times; of the rest, round(fraction * rows) rows chosen at random
-    occur once more. The choice is a function of the key alone, so it is the same in every epoch
-    and after a resume.
-
-    Args:
-        places: (rows,) places of the source's rows.
-        weight: Above 0. A weight that would keep no row keeps one.
-        key: Seeds the choice.
-
-    Returns:
-        (rows seen in an epoch,) places, those of a row side by side.
-    """
-    whole = int(weight)
-    num_more = round((weight - whole) * len(places))
-    if whole == 0 and len(places):
-        num_more = max(1, num_more)
-    times = np.full(len(places), whole)
-    times[np.asarray(permutation(len(places), key))[:num_more]] += 1
-    return np.repeat(places, times)
 
 
 def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:

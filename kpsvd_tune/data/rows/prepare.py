@@ -17,7 +17,6 @@ from kpsvd_tune.data.read.sources import (
     SourceSettings,
     check_ignored,
     load_rows,
-    mix,
     open_sources,
     training_sources,
     validation_source,
@@ -29,7 +28,7 @@ from kpsvd_tune.data.rows.preflight import (
     check_lengths,
     tokenizer_warnings,
 )
-from kpsvd_tune.data.rows.split import Selection, divide, source_rows
+from kpsvd_tune.data.rows.split import Selection, divide, mix, source_rows
 from kpsvd_tune.data.rows.store import StoredRows, rows_sha256
 from kpsvd_tune.data.rows.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError

@@ -397,3 +397,27 @@ class Selection:
                 return source.where(place)
             place -= len(source.store)
         raise IndexError(place)
+
+
+def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]:
+    """Repeat or thin out the rows of a source by its weight.
+
+    Each row occurs floor(weight) times; of the rest, round(fraction * rows) rows chosen at random
+    occur once more. The choice is a function of the key alone, so it is the same in every epoch
+    and after a resume.
+
+    Args:
+        places: (rows,) places of the source's rows.
+        weight: Above 0. A weight that would keep no row keeps one.
+        key: Seeds the choice.
+
+    Returns:
+        (rows seen in an epoch,) places, those of a row side by side.
+    """
+    whole = int(weight)
+    num_more = round((weight - whole) * len(places))
+    if whole == 0 and len(places):
+        num_more = max(1, num_more)
+    times = np.full(len(places), whole)
+    times[np.asarray(permutation(len(places), key))[:num_more]] += 1
+    return np.repeat(places, times)

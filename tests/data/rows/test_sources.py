@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare, source_names
-from kpsvd_tune.data.read.sources import mix
 from kpsvd_tune.data.rows.cache import TokenCache
+from kpsvd_tune.data.rows.split import mix
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.report.table import preflight_lines
 

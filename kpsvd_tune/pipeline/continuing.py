@@ -21,7 +21,7 @@ from kpsvd_tune.models import ModelSource, load_model
 from kpsvd_tune.pipeline.apply import COMPARED, find, load_adapter
 from kpsvd_tune.pipeline.stages import Events, base_name
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.storage.disk import explained
 

@@ -19,9 +19,8 @@ from kpsvd_tune.pipeline.probes import choose_energy, with_energy
 from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
-from kpsvd_tune.report.result import Probe
-from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.rank_page import write_rank_report
+from kpsvd_tune.report.results import Probe, RankReport
 from kpsvd_tune.runs import RunDirectory, Start
 from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
 from kpsvd_tune.storage.disk import explained

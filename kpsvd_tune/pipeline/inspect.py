@@ -20,7 +20,7 @@ from kpsvd_tune.models import load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, watched
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run

@@ -20,7 +20,7 @@ from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
-from kpsvd_tune.report.result import Probe
+from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.storage.json_files import read_json

@@ -48,9 +48,8 @@ from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
 from kpsvd_tune.pipeline.stages import Events, adapt, find_model
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
-from kpsvd_tune.report.ending import ending
 from kpsvd_tune.report.results import RankReport, Score
-from kpsvd_tune.report.score import as_mapping
+from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.storage.json_files import read_json

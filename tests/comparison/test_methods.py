@@ -40,7 +40,7 @@ def test_settings_of_baselines_replace_the_defaults() -> None:
     ("text", "message"),
     [
         ("", "--methods is empty; expected some of kpsvd, kpsvd-thin, lora"),
-        ("loar", "--methods: unknown 'loar'; did you mean lora? expected kpsvd"),
+        ("loar", "kpsvd-thin, lora, lora+, rslora, pissa, lokr; did you mean lora?"),
         ("lora,lora", "--methods: lora is given twice"),
         ("lora:alpha", "got 'alpha'; expected KEY=VALUE after each colon"),
         ("lora:dropout=1", "lora has no setting 'dropout'; expected alpha, ratio, rslora"),

@@ -373,7 +373,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     Raises:
         DataError: It is no parquet file, is damaged, or names a column twice.
     """
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     number = 0

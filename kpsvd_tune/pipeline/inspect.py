@@ -94,11 +94,6 @@ def init_only(
             events.note(
                 f"adapter.rank.energy: auto is chosen by `train`; here {default:g} stands in"
             )
-        if recipe.adapter.init == "gradient":
-            events.note(
-                "adapter.init: gradient lets `train` choose the ranks by the gradient's spectra; "
-                "the ranks here are those of the weights"
-            )
         with explained(f"write {run.init}"):
             missing_page = write_rank_report(decomposition.report, run.init)
     if missing_page is not None:

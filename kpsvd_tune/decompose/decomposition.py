@@ -10,12 +10,12 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kpsvd_tune.decompose.cache import commit_file
 from kpsvd_tune.decompose.collect import collect_spectra
 from kpsvd_tune.decompose.progress import Progress
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.storage.durable import make_folder, replace_file
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Decomposition:
 
     def save_factors(self, file: Path) -> None:
         """Write the factors into one safetensors file."""
-        commit_file(file, self.to_bytes())
+        make_folder(file.parent)
+        replace_file(file, self.to_bytes())
 
     @staticmethod
     def load_factors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -38,10 +38,9 @@ from kpsvd_tune.runs.adapter_folder import (
 )
 from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import check_writable
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
-from kpsvd_tune.storage.paths import expand, kind_of
+from kpsvd_tune.storage.paths import check_writable, expand, kind_of
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"

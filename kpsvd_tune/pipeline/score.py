@@ -39,9 +39,8 @@ from kpsvd_tune.report.run import as_mapping, score_label, score_text
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.durable import check_replaceable, check_writable
 from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.storage.paths import expand
+from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
 from kpsvd_tune.training import end_processes
 from kpsvd_tune.units import time_left
 

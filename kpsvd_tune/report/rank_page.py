@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -22,6 +21,7 @@ from typing import Any
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.plotly_script import plotly_script
 from kpsvd_tune.report.results import LayerReport, RankReport
+from kpsvd_tune.storage.durable import make_folder, replace_file
 from kpsvd_tune.units import duration
 
 # Characters of a kind of module that fit beside the heat map.
@@ -59,9 +59,9 @@ def write_rank_report(report: RankReport, folder: Path) -> str | None:
     Returns:
         Why there is no page, where plotly is not installed; None otherwise.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = report.to_dict()
-    _replace(folder / "rank_report.json", json.dumps(content, indent=1) + "\n")
+    replace_file(folder / "rank_report.json", f"{json.dumps(content, indent=1)}\n".encode())
     text = io.StringIO()
     columns = [each.name for each in fields(LayerReport) if each.name != "singular_values"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -69,10 +69,10 @@ def write_rank_report(report: RankReport, folder: Path) -> str | None:
     for layer in content["layers"]:
         shape = "x".join(str(size) for size in layer["factor_shape"])
         writer.writerow({**layer, "factor_shape": shape})
-    _replace(folder / "rank_report.csv", text.getvalue())
+    replace_file(folder / "rank_report.csv", text.getvalue().encode())
     page = folder / "rank_report.html"
     try:
-        _replace(page, rank_page(report))
+        replace_file(page, rank_page(report).encode())
     except InputError as error:
         # A page of earlier ranks beside the new tables would tell something else than they do.
         page.unlink(missing_ok=True)
@@ -309,12 +309,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _shorten(name: str, width: int) -> str:

@@ -28,8 +28,10 @@ from kpsvd_tune.adapter.base import (
     check_base,
     check_record,
     check_rest,
+    note_seen,
     record_base,
     remember,
+    say_uncompared,
 )
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
@@ -96,7 +98,8 @@ class KpsvdModel(BaseTuner):
                 }
             _check_all_found(model, config, adapter_name)
             if self._factors:
-                record_base(model, dict(kpsvd_layers(model, adapter_name)), adapter_name)
+                made = dict(kpsvd_layers(model, adapter_name))
+                record_base(model, made, adapter_name, config)
         finally:
             self._factors, self._stated = {}, {}
             config.rank_pattern = overrides
@@ -187,7 +190,7 @@ class KpsvdModel(BaseTuner):
         )
         _check_names(model, adapter_name, remapped)
         _check_values(state_dict)
-        _check_loaded(model, adapter_name, state_dict)
+        _check_loaded(model, config, adapter_name, state_dict)
         return remapped
 
 
@@ -217,7 +220,9 @@ def load_factors(
             held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
-    record_base(model, dict(kpsvd_layers(model, adapter_name)), adapter_name)
+    configs: Any = model.peft_config
+    layers = dict(kpsvd_layers(model, adapter_name))
+    record_base(model, layers, adapter_name, configs[adapter_name])
 
 
 def kpsvd_layers(
@@ -429,7 +434,9 @@ def _expect_records(model: nn.Module, adapter_name: str, state_dict: Mapping[str
         del held[adapter_name]
 
 
-def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def _check_loaded(
+    model: nn.Module, config: KpsvdConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
     """Compare the base with what was stored of it when the adapter was made."""
     plain = {
         plain_name(key).removeprefix("base_model.model."): value
@@ -441,12 +448,13 @@ def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, 
     for name, layer in layers.items():
         unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
         record = plain.get(f"{name}.kpsvd_base")
+        factors = plain[f"{name}.kpsvd_left0"], plain[f"{name}.kpsvd_right0"]
         if record is not None and record.any():
-            check_record(layer, adapter_name, record, given)
-            layer.kpsvd_seen[adapter_name] = tuple(record.flatten().tolist())
-            continue
-        left0, right0 = (plain[f"{name}.{part}"] for part in ("kpsvd_left0", "kpsvd_right0"))
-        if unchecked is not None:
-            check_base(layer, adapter_name, unchecked, (left0, right0), given)
+            check_record(layer, adapter_name, record, given, factors, unchecked)
+            note_seen(layer, adapter_name, record, factors)
+        elif unchecked is not None:
+            check_base(layer, adapter_name, unchecked, factors, given)
     if record is not None:
-        check_rest(model, layers, adapter_name, record, given)
+        check_rest(model, layers, adapter_name, record, config, given)
+    else:
+        say_uncompared()

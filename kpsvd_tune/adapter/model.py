@@ -188,6 +188,7 @@ class KpsvdModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        remapped = _without_the_bases(model, remapped)
         _check_names(model, adapter_name, remapped)
         _check_values(state_dict)
         _check_loaded(model, config, adapter_name, state_dict)
@@ -367,6 +368,23 @@ def _check_all_found(model: nn.Module, config: KpsvdConfig, adapter_name: str) -
         )
 
 
+def _without_the_bases(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out tensors that are the base's own, bit for bit in the narrower dtype.
+
+    PEFT saves embeddings beside the adapter where it is told to, and where they were resized.
+    """
+    own: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def is_the_bases(name: str, value: Tensor) -> bool:
+        held = own.get(name, own.get(name.removeprefix("base_model.model.")))
+        if held is None or "kpsvd_" in name or held.is_meta or held.shape != value.shape:
+            return False
+        given = value.to(held.device)
+        return torch.equal(given.to(held.dtype), held) or torch.equal(given, held.to(given.dtype))
+
+    return {name: value for name, value in state_dict.items() if not is_the_bases(name, value)}
+
+
 def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps.
 
@@ -396,7 +414,10 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
         raise AdapterError(
             f"the adapter's weights hold {some_of(extra)}, which the configuration does not tell "
             "of and which would replace what the base model has; expected the tensors of its "
-            "layers alone: was the file changed, or is it of another adapter_config.json?"
+            "layers alone: was the file changed, or is it of another adapter_config.json? PEFT "
+            "adds embeddings where it saves with save_embedding_layers=True, or after they were "
+            "resized: these are not the base's. Save with save_embedding_layers=False, or name "
+            "what is trained of them in modules_to_save or trainable_token_indices"
         )
     if missing := told(own - given):
         raise AdapterError(

@@ -149,7 +149,9 @@ def test_shards_of_two_formats_are_refused_where_transformers_cannot_load_them(
     mixed(tmp_path, bin_first=False)
     with pytest.raises(SafetensorError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"lists a\.safetensors and, of another format, b\.bin; tr"):
+    with pytest.raises(
+        ModelError, match=r"lists a\.safetensors and, of another format, b\.bin; tr"
+    ):
         resolve_model(str(tmp_path))
 
 

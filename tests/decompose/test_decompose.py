@@ -19,9 +19,9 @@ from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.linalg import KroneckerShape, auto_shape, kpsvd, unrearrange
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
 from kpsvd_tune.recipe.adapter import AdapterRecipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.console import rank_summary
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
-from kpsvd_tune.report.table import rank_summary
 
 
 def recipe(**rank: object) -> AdapterRecipe:

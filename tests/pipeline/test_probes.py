@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.pipeline import probes
 from kpsvd_tune.pipeline.probes import CANDIDATES, best_first, round_lengths
-from kpsvd_tune.report.result import Probe
+from kpsvd_tune.report.results import Probe
 
 
 def probe(energy: float, parameters: int, loss: float) -> Probe:

@@ -22,8 +22,8 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from kpsvd_tune import cli
 from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.models import load_tokenizer, resolve_model
 from kpsvd_tune.models.loading import same_tokenizer
 

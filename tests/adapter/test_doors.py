@@ -51,7 +51,8 @@ def test_low_memory_loading_of_two_adapters_leaves_nothing_on_meta(
     assert {p.device.type for n, p in plain.named_parameters() if "kpsvd" in n} == {"meta"}
     # Nothing is taken for what a file fills, and what is filled is where the base is.
     plain = model_factory()
-    inject_adapter_in_model(KpsvdConfig.from_pretrained(tmp_path), plain, low_cpu_mem_usage=True)
+    saved: Any = KpsvdConfig.from_pretrained(str(tmp_path))
+    inject_adapter_in_model(saved, plain, low_cpu_mem_usage=True)
     held = {n: t for n, t in [*plain.named_parameters(), *plain.named_buffers()] if "kpsvd" in n}
     assert {t.device.type for t in held.values()} == {"meta"}
     weights = load_file(tmp_path / "adapter_model.safetensors")

@@ -17,6 +17,7 @@ from kpsvd_tune.checkpoint.ownership import refuse_inside_run
 from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
+from kpsvd_tune.events import Events
 from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.memory import is_out_of_memory
@@ -30,14 +31,14 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.adapter_file import (
     WEIGHTS,
     check_adapter,
     check_seal,
     read_adapter_config,
 )
-from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
-from kpsvd_tune.pipeline.stages import Events, device
+from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report.card import Base

@@ -23,16 +23,16 @@ from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
 from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.events import Events
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.probes import choose_energy, with_energy
-from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.result import Probe
 from kpsvd_tune.report.results import RankReport
-from kpsvd_tune.training import on_main_process
 
 # What the manifest calls the folder.
 _KIND = "init"
@@ -81,9 +81,7 @@ def initialise(
     if is_auto:
         if not is_ours:
             # Probes of other settings say nothing about these.
-            on_main_process(
-                accelerator, lambda: shutil.rmtree(run.path / "probes", ignore_errors=True)
-            )
+            on_main_process(lambda: shutil.rmtree(run.path / "probes", ignore_errors=True))
         energy, probes = choose_energy(
             recipe,
             source,
@@ -125,7 +123,7 @@ def initialise(
             events.note(missing_page)
         run.update(init_seconds=time.monotonic() - began)
 
-    on_main_process(accelerator, compute)
+    on_main_process(compute)
     report = RankReport.from_dict(read_json(report_file))
     events.ranks(report)
     return recipe, report, Decomposition.load_factors(factors_file)

@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.decompose import Decomposition, decompose, layers_of
+from kpsvd_tune.decompose.progress import report_decomposition
 from kpsvd_tune.decompose.ranks import rank_report
 from kpsvd_tune.decompose.tasks import Finished
+from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import KPSVD, KroneckerShape, kpsvd
 from kpsvd_tune.models import ModelSource, load_model
-from kpsvd_tune.pipeline.stages import Events, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.training.loss import make_micro_batch

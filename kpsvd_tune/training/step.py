@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
 from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.halving import MicroStepOutOfMemory
 from kpsvd_tune.training.idle import warn_of_idle_layers
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
-from kpsvd_tune.training.processes import gather_numbers
 from kpsvd_tune.training.sharding import (
     check_shardable,
     copy_into,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.events import SilentEvents
 from kpsvd_tune.linalg import KroneckerShape, kpsvd
 from kpsvd_tune.models import load_model, resolve_model
-from kpsvd_tune.pipeline.stages import SilentEvents
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.training.loss import make_micro_batch

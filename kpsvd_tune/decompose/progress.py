@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kpsvd_tune.decompose.tasks import Finished, Task
 from kpsvd_tune.events import Events
-from kpsvd_tune.report.units import time_left
+from kpsvd_tune.units import time_left
 
 
 @dataclass(frozen=True)

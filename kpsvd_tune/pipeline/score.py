@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.checkpoint import RunDirectory, durable
-from kpsvd_tune.checkpoint.durable import check_replaceable, check_writable
-from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 from kpsvd_tune.evaluation.evaluate import (
     COMPLETIONS_FILE,
@@ -28,8 +25,6 @@ from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.events import Events
-from kpsvd_tune.folders import expand
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import load_model, load_tokenizer
 from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
 from kpsvd_tune.pipeline.apply import find, load_adapter, resolve_base
@@ -38,7 +33,13 @@ from kpsvd_tune.processes import device, end_processes, num_processes, on_main_p
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.score import as_mapping, score_label, score_text
-from kpsvd_tune.report.units import time_left
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.durable import check_replaceable, check_writable
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.paths import expand
+from kpsvd_tune.units import time_left
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:

@@ -19,11 +19,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.processes import end_processes, on_main_process
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.optim import SHARDABLE
 

@@ -29,7 +29,7 @@ from kpsvd_tune.data.read.folders import (
 )
 from kpsvd_tune.data.read.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.folders import expand
+from kpsvd_tune.storage.paths import expand
 
 
 @dataclass(frozen=True)

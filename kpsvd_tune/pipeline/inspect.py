@@ -21,7 +21,7 @@ from kpsvd_tune.launch import check_gpus
 from kpsvd_tune.models import load_skeleton, load_tokenizer, resolve_model
 from kpsvd_tune.phase import Phase, decomposition_cures, watched
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
@@ -94,11 +94,6 @@ def init_only(
             default = decomposition.report.rule["energy"]
             events.note(
                 f"adapter.rank.energy: auto is chosen by `train`; here {default:g} stands in"
-            )
-        if recipe.adapter.init == "gradient":
-            events.note(
-                "adapter.init: gradient lets `train` choose the ranks by the gradient's spectra; "
-                "the ranks here are those of the weights"
             )
         with explained(f"write {run.init}"):
             missing_page = write_rank_report(decomposition.report, run.init)

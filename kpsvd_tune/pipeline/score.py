@@ -32,7 +32,7 @@ from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.processes import device, end_processes, num_processes, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
-from kpsvd_tune.report.score import as_mapping, score_label, score_text
+from kpsvd_tune.report.run import as_mapping, score_label, score_text
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage import durable

@@ -7,7 +7,6 @@ serves it later all render alike without being told of them.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.chat_program import variables_of
-from kpsvd_tune.errors import DataError
+from kpsvd_tune.errors import DataError, did_you_mean
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
 from kpsvd_tune.storage.paths import expand
@@ -187,12 +186,11 @@ def _check_arguments(
     for name in arguments:
         if name in known:
             continue
-        close = difflib.get_close_matches(name, known, 1, 0.6)
-        listed = ", ".join(sorted(known))
+        listed = f"it reads {', '.join(sorted(known))}"
         raise DataError(
             f"dataset.template_arguments: the chat template does not read {name!r}, so it would "
-            f"change nothing; {f'did you mean {close[0]}? ' if close else ''}"
-            + (f"It reads {listed}" if listed else "It reads no arguments: remove them")
+            f"change nothing; {listed if known else 'it reads no arguments: remove them'}"
+            f"{did_you_mean(name, known)}"
         )
 
 

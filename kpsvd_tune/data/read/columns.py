@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kpsvd_tune.data.read.files import Row, parse_json
-from kpsvd_tune.errors import DataError
+from kpsvd_tune.errors import DataError, closest
 
 # Names that real data sets use for a role, most telling first.
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -260,8 +259,8 @@ def nearest(role: str, names: Sequence[str]) -> str | None:
         if usual in lowered:
             return lowered[usual]
     for usual in _USUAL_NAMES[role]:
-        if close := difflib.get_close_matches(usual, lowered, n=1, cutoff=0.75):
-            return lowered[close[0]]
+        if close := closest(usual, lowered, 0.75):
+            return lowered[close]
     return None
 
 

@@ -31,8 +31,7 @@ from kpsvd_tune.data.rows.stored_rows import StoredRows, rows_sha256
 from kpsvd_tune.data.rows.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
-from kpsvd_tune.report.result import SourceCount
-from kpsvd_tune.report.results import PreflightReport
+from kpsvd_tune.report.results import PreflightReport, SourceCount
 
 # Called with rows tokenised so far and in all; 0 in all: not known, as for a file read once.
 Progress = Callable[[int, int], None]

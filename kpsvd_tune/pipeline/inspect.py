@@ -8,7 +8,7 @@ from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.data import prepare, source_names
-from kpsvd_tune.data.rows.limits import model_limits
+from kpsvd_tune.data.rows.preflight import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.decompose.progress import report_decomposition
 from kpsvd_tune.errors import (

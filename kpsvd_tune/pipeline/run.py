@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.rows.limits import model_limits
-from kpsvd_tune.data.rows.preflight import check_known_tokens, pad_token_id
+from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
-from kpsvd_tune import cli
-from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.console import Events
+from kpsvd_tune.runs import RunDirectory
 
 # A program, for the console script of an environment may be that of another checkout.
 COMMAND = [sys.executable, "-m", "kpsvd_tune"]
@@ -161,7 +161,7 @@ socket.getaddrinfo = refuse
 socket.create_connection = refuse
 socket.socket.connect = refuse
 socket.socket.connect_ex = refuse
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 code = cli.run(sys.argv[1:])
 assert not asked, asked
 sys.exit(code)
@@ -278,7 +278,7 @@ def test_a_sharded_run_leaves_a_whole_adapter(
 SLOW_STEP = """
 import sys
 from hashlib import pbkdf2_hmac
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 forward, calls = SummedTokenLoss.forward, 0
@@ -339,7 +339,7 @@ def test_a_signal_before_the_first_step_says_where_it_came(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("kpsvd_tune.pipeline.start.decompose", wait)
+    monkeypatch.setattr("kpsvd_tune.decompose.start.decompose", wait)
     assert cli.run(["train", str(recipe)]) == 143
     assert capsys.readouterr().err.endswith(
         "stopped by SIGTERM while decomposing the base model; finished matrices are kept; the same "

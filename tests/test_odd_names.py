@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import cache_folder
 from kpsvd_tune.report.console import Events, show_sweep
 from kpsvd_tune.report.layout import make_console, shortened
+from kpsvd_tune.storage.paths import cache_folder
 
 PACKAGE = Path(cli.__file__).parents[1]
 ODD = "a[red]b[/]:smile:[x-z]+.yaml"
@@ -115,7 +115,6 @@ def test_a_message_that_lists_what_a_file_holds_is_shortened(
         "train.gradient_accumulation=5000000",
         "train.num_workers=1000000",
         "adapter.rank.window=5000000",
-        "adapter.gradient_batches=5000000",
         "evaluation=[{task: gsm8k, batch_size: 5000000}]",
         "evaluation=[{task: gsm8k, samples: 5000000, temperature: 1}]",
         "evaluation=[{task: gsm8k, max_new_tokens: 500000000}]",

@@ -6,7 +6,6 @@ The readers run before pydantic's strict types. They exist because YAML 1.1 has 
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -26,6 +25,8 @@ from pydantic import (
     Tag,
 )
 from pydantic_core import PydanticCustomError
+
+from kpsvd_tune.errors import closest
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BUDGET = re.compile(r"(\d+\.?\d*|\.\d+)([eE]\+?\d{1,2})?\s*([kKmMgG]?)", re.ASCII)
@@ -82,7 +83,7 @@ def _compile(pattern: str) -> str:
 
 def _check_target(value: str) -> str:
     # "all_linear" is a valid regular expression that matches nothing: surely a slip.
-    if value != "all-linear" and difflib.get_close_matches(value, ["all-linear"], 1, 0.75):
+    if value != "all-linear" and closest(value, ["all-linear"], 0.75):
         raise ValueError(f"got {show(value)}; did you mean all-linear?")
     return value
 
@@ -115,17 +116,12 @@ def read_number_of_parameters(value: object) -> int:
     return int(number)
 
 
-def _check_plain(value: object) -> object:
-    """Take text, numbers, true, false, null, and lists and mappings of these, as they are."""
+def _freeze(value: object) -> object:
+    """Take what YAML holds as it is, with lists as tuples."""
     if isinstance(value, list | tuple):
-        return tuple(_check_plain(each) for each in value)
+        return tuple(_freeze(each) for each in value)
     if isinstance(value, Mapping):
-        return {str(key): _check_plain(each) for key, each in value.items()}
-    if value is not None and not isinstance(value, bool | int | float | str):
-        raise ValueError(
-            f"got {show(value)}; expected text, a number, true, false, null, or a list or mapping "
-            "of these; write a date in quotes"
-        )
+        return {str(key): _freeze(each) for key, each in value.items()}
     return value
 
 
@@ -164,8 +160,7 @@ def read_factor_shape(value: object) -> object:
     """Refuse what is neither a name nor a mapping, naming both forms."""
     if not isinstance(value, str | Mapping):
         raise ValueError(
-            f"got {show(value)}; expected balanced, thin, pissa, auto or a mapping such as "
-            "{n: 8, p: 2}"
+            f"got {show(value)}; expected balanced, thin, pissa or a mapping such as {{n: 8, p: 2}}"
         )
     return value
 
@@ -238,5 +233,5 @@ Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
 Budget = Annotated[int | None, BeforeValidator(_read_budget)]
 Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]
 PlainValues = dict[
-    Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_check_plain)]
+    Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_freeze)]
 ]

@@ -1,0 +1,106 @@
+"""The command `compare`: every method at equal budgets on the same rows, and a verdict."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from kpsvd_tune.commands.options import (
+    Debug,
+    DryRun,
+    Json,
+    Offline,
+    Overrides,
+    RecipeArgument,
+    emit,
+    prepare_libraries,
+)
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.recipe import load_recipe, read_number_of_parameters
+from kpsvd_tune.report import console as view
+from kpsvd_tune.report.trials import TrialTable, show_comparison, show_grid
+
+DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
+
+
+def compare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,C",
+            help="kpsvd, kpsvd-thin, lora, lora+, rslora, pissa, "
+            "lokr; with settings as kpsvd:init=random or lora:alpha=1r.",
+        ),
+    ] = DEFAULT_METHODS,
+    budgets: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Trainable parameters: 0.3M,0.6M,1.2M.")
+    ] = "0.3M,0.6M,1.2M",
+    learning_rates: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Rates that every method is tried at.")
+    ] = "1e-3,3e-3,6e-3,1e-2,2e-2",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: orders of the rows.")] = 3,
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="full: every combination; staged: rates, then seeds, then budgets; done: run "
+            "nothing, judge every trial that is there."
+        ),
+    ] = "full",
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    dry_run: DryRun = False,
+    offline: Offline = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train every method at equal budgets on the same rows, and draw a verdict."""
+    if plan not in ("full", "staged", "done"):
+        raise InputError(f"--plan {plan}: expected full, staged or done")
+    sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
+    rates = sorted({_rate(each) for each in _items("--learning-rates", learning_rates)})
+    shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
+    from kpsvd_tune.comparison.methods import read_methods
+    from kpsvd_tune.comparison.plan import Grid
+
+    chosen = read_methods(methods)
+    recipes = {
+        method.name: load_recipe(
+            recipe, [*(overrides or ()), *(method.overrides if method.kind == "kpsvd" else ())]
+        )
+        for method in chosen
+    }
+    grid = Grid([method.name for method in chosen], sizes, rates, seeds, plan)
+    if dry_run:
+        emit(grid.summary(), as_json, show_grid)
+        return
+    prepare_libraries(offline, debug)
+    from kpsvd_tune.comparison.compare import compare as run_comparison
+
+    with view.Events() as events, TrialTable() as table:
+        verdict = run_comparison(
+            shared, recipes, chosen, grid, events, table, jobs=jobs, offline=offline
+        )
+    emit(verdict, as_json, show_comparison)
+
+
+def _items(option: str, text: str) -> list[str]:
+    items = [each.strip() for each in text.split(",") if each.strip()]
+    if not items:
+        raise InputError(f"{option} is empty; expected numbers with commas between them")
+    return items
+
+
+def _budget(text: str) -> int:
+    try:
+        return read_number_of_parameters(text)
+    except ValueError as error:
+        raise InputError(f"--budgets: {error}") from error
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) or not 0 < float(text) <= 1:
+        raise InputError(f"--learning-rates: got {text!r}; expected a number above 0, up to 1")
+    return float(text)

@@ -1,0 +1,176 @@
+"""The command `eval`: score a run or a model, or stored completions again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kpsvd_tune.commands.options import (
+    AllowOtherBase,
+    BaseOption,
+    Debug,
+    Gpus,
+    Json,
+    Offline,
+    Processes,
+    SandboxOption,
+    emit,
+    launch_processes,
+    prepare_libraries,
+)
+from kpsvd_tune.errors import InputError, RecipeError
+from kpsvd_tune.evaluation.scoring import (
+    check_code_execution,
+    missing_scorers,
+    rescore,
+    stored_task,
+)
+from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
+from kpsvd_tune.recipe.paths import check_source
+from kpsvd_tune.report import console as view
+from kpsvd_tune.report.run import as_mapping
+from kpsvd_tune.storage.paths import expand, kind_of, siblings
+
+# Keys of an evaluation that belong to its rows.
+_OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
+
+
+def evaluate(
+    source: Annotated[
+        str | None, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Keys of the recipe's evaluation: template=chat"
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="gsm8k, math, mbpp, exact_match, loss or forgetting."),
+    ] = None,
+    path: Annotated[
+        str | None, typer.Option(help="The questions: file or hub id; default: the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions to ask.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Worked examples before each question.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0, the default: the likeliest token.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Answers to each question, for pass@k.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens; default 256.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Questions answered together; default 16.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the completions.")
+    ] = None,
+    base_only: Annotated[
+        bool, typer.Option("--base-only", help="Score without the adapter, to compare.")
+    ] = False,
+    base: BaseOption = None,
+    allow_other_base: AllowOtherBase = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
+    ] = None,
+    stored: Annotated[
+        Path | None,
+        typer.Option("--rescore", metavar="FILE", help="Score stored completions again."),
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run generated code (mbpp).")
+    ] = False,
+    sandbox: SandboxOption = "bwrap",
+    gpus: Gpus = None,
+    processes: Processes = None,
+    offline: Offline = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run or a model on a task, or score stored completions again."""
+    if sandbox not in ("bwrap", "none"):
+        raise InputError(f"--sandbox {sandbox}: expected bwrap or none")
+    may: dict[str, Any] = {"allow_code_execution": allow_code_execution, "sandbox": sandbox}
+    if stored is not None:
+        _rescore(stored, task, as_json, may)
+        return
+    if source is None:
+        raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
+    check_source(source)
+    given = {
+        "task": task,
+        "path": path,
+        "limit": limit,
+        "shots": shots,
+        "temperature": temperature,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    wanted = _task(source, options, overrides or ())
+    # Before the processes start and the libraries are loaded: nothing is to be waited for.
+    check_code_execution(wanted.task, **may)
+    launch_processes(gpus, processes)
+    prepare_libraries(offline, debug)
+    from kpsvd_tune import pipeline
+
+    with view.Events() as events:
+        result = pipeline.evaluate(
+            source,
+            wanted,
+            events,
+            output=output,
+            base_only=base_only,
+            dtype=dtype,
+            base=base,
+            allow_other_base=allow_other_base,
+            offline=offline,
+            **may,
+        )
+        emit(result, as_json, view.show_scores)
+
+
+def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> EvaluationRecipe:
+    """What to score: the run's own task of that name where it has one, changed as was typed."""
+    recipe = expand(source) / "recipe.yaml"
+    own = load_recipe(recipe, of_run=True).evaluation if recipe.is_file() else []
+    name = options.get("task", own[0].task if len({each.task for each in own}) == 1 else None)
+    if name is None:
+        among = f"; the run's own are {', '.join(each.task for each in own)}" if own else ""
+        raise InputError(f"say what to score, as in --task gsm8k{among}")
+    keys = next((each.model_dump() for each in own if each.task == name), {})
+    if "path" in options:
+        # Other questions: what the recipe says of its own may not hold for them.
+        keys = {key: value for key, value in keys.items() if key not in _OF_THE_ROWS}
+    try:
+        # The base model alone is scored by --base-only.
+        return evaluation_section({**keys, "task": name, "before": False}, options, overrides)
+    except RecipeError as error:
+        if kind_of(source) is not None:
+            raise
+        # Of a run its recipe would have told the rest. A hub id is no fault.
+        raise RecipeError(f"{error}\nno run is in {source}{siblings(source)}") from error
+
+
+def _rescore(file: Path, task: str | None, as_json: bool, may: Mapping[str, Any]) -> None:
+    task = task or stored_task(file)
+    if task is None:
+        raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
+    with view.Events() as events:
+        scores = rescore(
+            file,
+            task,
+            progress=lambda done, total: events.advance("running programs", done, total),
+            **may,
+        )
+        for note in missing_scorers(task):
+            events.note(note)
+    emit({"scores": as_mapping(scores)}, as_json, lambda r: view.show_scores({"task": task, **r}))

@@ -1,0 +1,132 @@
+"""The options that commands share, and what each of them does before and after its work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from kpsvd_tune.errors import InputError
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change: train.max_steps=40"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Make no network call.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Share the work over that many GPUs.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="Share the work over that many CPU processes."),
+]
+SandboxOption = Annotated[
+    str, typer.Option("--sandbox", help="bwrap; none runs code without protection.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")
+]
+AllowOtherBase = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-base",
+        help="Put the adapter on a base that is not its own; what is written says so.",
+    ),
+]
+
+
+def prepare_libraries(offline: bool, debug: bool) -> None:
+    """Set what the libraries read when they are imported, so this comes before any of them."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ["WANDB_MODE"] = "offline"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Where it is installed, transformers imports it for itself; it logs to standard output, which
+    # is for results.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if not debug:
+        # Their warnings are about their insides; ours say what a user can act on. Their bars show
+        # a person that a download goes on, and fill a log file with noise.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        warnings.simplefilter("ignore")
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Print a command's result, as one JSON object or by ``show``; on the first rank alone."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    if as_json:
+        typer.echo(json.dumps(result, default=lambda value: value.to_dict()))
+    else:
+        show(result)
+
+
+def check_devices(gpus: int | None, processes: int | None) -> None:
+    """Refuse what no command can do with --gpus and --processes.
+
+    Raises:
+        InputError: Both were given, or there are fewer GPUs.
+    """
+    if gpus and processes:
+        raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
+    # A rank sees what its launcher has checked.
+    if gpus and "WORLD_SIZE" not in os.environ:
+        from kpsvd_tune.launch import check_gpus
+
+        check_gpus(gpus)
+
+
+class RanksEnded(Exception):
+    """The command was done by ranks, which have said all that is to be said.
+
+    Attributes:
+        exit_code: Theirs.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        """Keep the code."""
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+def launch_processes(
+    gpus: int | None, processes: int | None, accelerate_config: str | None = None
+) -> None:
+    """Start the same command on several ranks, unless this is one of them already.
+
+    Raises:
+        InputError: Both kinds of process were asked for, a configuration without a number, or more
+            GPUs than there are.
+        RanksEnded: The ranks were started and have ended.
+    """
+    check_devices(gpus, processes)
+    count = gpus or processes
+    if accelerate_config and count is None:
+        raise InputError("--accelerate-config needs --gpus N or --processes N")
+    if count is None or "WORLD_SIZE" in os.environ:
+        return
+    if processes == 1 and not accelerate_config:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    if count == 1 and not accelerate_config:
+        return
+    from kpsvd_tune.launch import launch
+
+    raise RanksEnded(launch(sys.argv[1:], count, processes is not None, accelerate_config))

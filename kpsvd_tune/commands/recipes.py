@@ -1,0 +1,70 @@
+"""The commands `recipes list`, `show` and `copy`: the recipes that come with the package."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kpsvd_tune.commands.options import Json
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.recipe import shipped_recipes
+from kpsvd_tune.report import console as view
+from kpsvd_tune.report.layout import output, print_pair
+from kpsvd_tune.storage.paths import exists
+
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the shipped recipes with their purpose."""
+    purposes = {name: view.purpose(path) for name, path in shipped_recipes().items()}
+    if as_json:
+        typer.echo(json.dumps(purposes))
+        return
+    for name, purpose in purposes.items():
+        print_pair(output(), name, purpose)
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    typer.echo(_shipped(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="The name of a shipped recipe.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="File or folder; default: here, same name.")
+    ] = None,
+) -> None:
+    """Copy a shipped recipe to edit it; never overwrites."""
+    source = _shipped(name)
+    path = target or Path(source.name)
+    if os.path.isdir(path):
+        path = path / source.name
+    if exists(path):
+        raise InputError(f"{path} exists: name another file")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"the folder {path.parent} does not exist")
+    try:
+        with path.open("xb") as file:
+            file.write(source.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror or error}; name a file in another folder"
+        ) from error
+    typer.echo(str(path))
+
+
+def _shipped(name: str) -> Path:
+    recipes = shipped_recipes()
+    key = name.removesuffix(".yaml").removeprefix("recipes/")
+    if key not in recipes:
+        raise InputError(f"no shipped recipe {name!r}; there are: {', '.join(recipes)}")
+    return recipes[key]

@@ -1,0 +1,117 @@
+"""The folder of a comparison: what its trials share, and the rows of those that are done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.runs.identity import changes, describe
+from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, to_json, truncate_file
+from kpsvd_tune.storage.json_files import parse_json, read_json
+
+RESULTS = "results.jsonl"
+COMPARISON = "compare.json"
+# How a trial warms up. Comparisons of versions that wrote nothing down have another way.
+SCHEDULE = "the first step of a warm-up has a rate"
+
+
+class _Shared(TypedDict, total=False):
+    """What compare.json holds; keys of other versions stay as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    shared: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
+
+
+def open_results(
+    folder: Path, shared: Mapping[str, Any], adapters: Mapping[str, Any]
+) -> list[TrialRow]:
+    """Give the rows that are done, and refuse a folder of trials that are not comparable.
+
+    A folder without a finished trial holds nothing to protect, and takes the settings of now.
+
+    Args:
+        folder: Of the comparison.
+        shared: What is equal in all trials, as JSON values.
+        adapters: Adapter section of each KPSVD method of this call, by name.
+
+    Raises:
+        CheckpointError: Rows, model, loop or a method's settings were others.
+        InputError: A line of results.jsonl is no row.
+    """
+    file, results = folder / COMPARISON, folder / RESULTS
+    rows = _read(results)
+    # By way of JSON, for what was read back must equal what was not.
+    now = json.loads(
+        to_json({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
+    )
+    if file.exists() and rows:
+        earlier = read_json(file, _Shared)
+        known = {**now["methods"], **earlier.get("methods", {})}
+        found = changes(earlier.get("shared", {}), now["shared"])
+        for name, adapter in now["methods"].items():
+            if any(row.method == name for row in rows):
+                own = changes(known[name], adapter)
+                found |= {f"{name}: adapter.{key}": change for key, change in own.items()}
+        if found:
+            raise CheckpointError(
+                f"{folder} holds a comparison with other settings:\n{describe(found)}\n"
+                "Its trials cannot be compared with new ones: undo the change, or choose another "
+                "output_dir"
+            )
+        now["methods"] = {**earlier.get("methods", {}), **now["methods"]}
+        now["schedule"] = earlier.get("schedule")
+    elif file.exists():
+        # Losses of the base model belong to the settings that go.
+        (folder / "base.json").unlink(missing_ok=True)
+    replace_file(file, to_json(now))
+    return rows
+
+
+def check_schedule(folder: Path) -> None:
+    """Refuse more trials where those that are done had another schedule of the rate.
+
+    Raises:
+        CheckpointError: An earlier version made them, whose warm-up began at rate 0.
+    """
+    if read_json(folder / COMPARISON).get("schedule") != SCHEDULE:
+        raise CheckpointError(
+            f"{folder} holds trials of an earlier version, whose warm-up gave the first step no "
+            "rate; new ones cannot be compared with them: choose another output_dir, or judge "
+            "those that are there with --plan done"
+        )
+
+
+def append_row(folder: Path, row: TrialRow) -> None:
+    """Add the row of a finished trial; it is on the disk when this returns."""
+    line = json.dumps(row.to_dict(), allow_nan=False) + "\n"
+    append_file(folder / RESULTS, line.encode())
+    sync_file(folder / RESULTS)
+
+
+def _read(file: Path) -> list[TrialRow]:
+    if not file.exists():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    # A crash can leave half a line behind; its trial is asked for its row again.
+    truncate_file(file, len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            rows.append(TrialRow.from_dict(parse_json(line)))
+        except (ValueError, InputError) as error:
+            raise InputError(
+                f"{file}:{number} is no row of a trial ({error}); remove the line, and its trial "
+                "is run again"
+            ) from error
+    return rows

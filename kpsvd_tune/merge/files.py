@@ -1,0 +1,101 @@
+"""The files beside merged weights: configuration, tokenizer and processors, as the base has them.
+
+transformers 5 writes configurations in which version 4 finds no base of the rotary embedding and
+takes 10000 in silence, and names classes of tokenizers that version 4 does not know. A merge
+changes nothing in either, so the base's own files are kept, and both versions' keys written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.storage.json_files import read_json
+
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+def keep_base_files(
+    folder: Path, base: Path | None, dtype: str, has_own_tokens: bool = False
+) -> None:
+    """Give a merged model the base's own files where the merge changed nothing in them.
+
+    Args:
+        folder: Of the merged model, as transformers saved it; its chat template stays.
+        base: Folder of the base model; None where it is a single file such as GGUF.
+        dtype: Of the stored weights.
+        has_own_tokens: Whether the tokenizer that was written has tokens which the base's lacks.
+    """
+    written = read_json(folder / "config.json")
+    config = written
+    if base is not None and (base / "config.json").is_file():
+        own = read_json(base / "config.json")
+        # The language model alone of a model of several kinds has another configuration.
+        same = all(own.get(key) == written.get(key) for key in ("model_type", "architectures"))
+        config = own if same else written
+        for name in _COPIED:
+            is_of_tokenizer = "processor" not in name
+            if (base / name).is_file() and not (has_own_tokens and is_of_tokenizer):
+                shutil.copyfile(base / name, folder / name)
+    content = for_both_versions(config, dtype)
+    _write(folder / "config.json", content)
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and (known := tokenizer_for_both_versions(read_json(tokenizer))):
+        _write(tokenizer, known)
+
+
+def tokenizer_for_both_versions(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A tokenizer's configuration as transformers 4 reads it too.
+
+    Args:
+        config: As either version wrote it.
+
+    Returns:
+        The changed one; None where nothing has to be changed.
+    """
+    content = dict(config)
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in version 4
+    if isinstance(content.get("extra_special_tokens"), list):
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
+    return content if content != dict(config) else None
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def for_both_versions(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration with the keys of transformers 4 and 5, of weights that are plain.
+
+    Args:
+        config: As either version wrote it.
+        dtype: Of the stored weights.
+    """
+    content = {key: value for key, value in config.items() if key != "quantization_config"}
+    content |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = content.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        content.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            content.setdefault("rope_scaling", scaling)
+    for key, value in content.items():
+        if key.endswith("_config") and isinstance(value, Mapping) and "model_type" in value:
+            content[key] = for_both_versions(value, dtype)
+    return content

@@ -1,0 +1,130 @@
+"""adapter_config.json as it must be: read and checked before PEFT builds anything of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
+from kpsvd_tune.storage.json_files import check_regular, check_types, parse_json, read_bytes
+from kpsvd_tune.storage.patterns import check_patterns
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# No matrix of any model is larger; the product of two such sizes is still a number of torch.
+_Size = Annotated[int, Field(ge=1, le=2**31)]
+# What a manifest calls the folder, which may have any name.
+_KIND = "adapter"
+
+
+class _Layer(BaseModel):
+    """One adapted layer: the sizes of its factors, and the base's product with their first term."""
+
+    model_config = ConfigDict(strict=True)
+    shape: Annotated[list[_Size], Field(min_length=4, max_length=4)]
+    rank: _Size
+    fingerprint: float | None = None
+
+
+class AdapterFile(BaseModel):
+    """The keys that our commands and PEFT's loading read; others are PEFT's to judge."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    peft_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers: dict[str, _Layer] | None = None
+    base_files: dict[str, str] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    path: str = "auto"
+    seed: int = 0
+    rank: int | dict[str, Any] = Field(default_factory=dict)
+    rank_pattern: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_adapter_config(folder: Path) -> AdapterFile:
+    """Read the configuration of an adapter of ours.
+
+    Raises:
+        AdapterError: It cannot be read, holds something else, or is of another method.
+    """
+    file = folder / CONFIG
+    cure = "expected the file that was saved with the adapter's weights"
+    try:
+        content = parse_json(read_bytes(file))
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error.strerror or error}; {cure}") from error
+    except ValueError as error:
+        raise AdapterError(f"{file} {error}; {cure}") from error
+    # Said first: the keys of another method have another form.
+    if content.get("peft_type") != "KPSVD":
+        raise AdapterError(
+            f"{folder} is a {str(content.get('peft_type'))[:40]} adapter: expected one of KPSVD"
+        )
+    try:
+        found: AdapterFile = check_types(content, AdapterFile)
+    except ValueError as error:
+        raise AdapterError(f"{file} {error}; {cure}") from error
+    return found
+
+
+def check_adapter(folder: Path, names: list[str]) -> None:
+    """Refuse an adapter that is not as it was saved, or that would make PEFT wait for ever.
+
+    Args:
+        folder: The adapter.
+        names: The base's modules.
+
+    Raises:
+        AdapterError: A file is damaged, a pattern takes too long, or the weights are no regular
+            file.
+    """
+    check_seal(folder)
+    config = read_adapter_config(folder)
+    patterns = {
+        f"{folder / CONFIG}: {key}": value
+        for key, value in (
+            ("target_modules", config.target_modules),
+            ("exclude_modules", config.exclude_modules),
+        )
+    }
+    try:
+        check_patterns(patterns, names)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    try:
+        check_regular(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder} holds no {WEIGHTS}, the weights of the adapter") from error
+    except OSError as error:
+        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+
+
+def seal(folder: Path) -> bytes:
+    """A manifest of all that an adapter's folder holds but the model card, which takes scores."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    contents.pop("README.md", None)
+    return manifest(_KIND, contents)
+
+
+def check_seal(folder: Path) -> None:
+    """Refuse an adapter of which a file is another than the one that was saved.
+
+    Adapters without a manifest, of older versions and of PEFT itself, pass.
+
+    Raises:
+        AdapterError: Names the file.
+    """
+    try:
+        check_sealed(folder, _KIND)
+    except CheckpointError as error:
+        raise AdapterError(
+            f"{error}; restore the adapter from a copy. If the change was meant, remove "
+            f"{folder / MANIFEST}, by which it is noticed"
+        ) from error

@@ -1,0 +1,379 @@
+"""The folder of one run: where everything lies, who may write it, and where it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.runs.identity import Change, changes, refusal, run_id
+from kpsvd_tune.runs.listing import abandon_newer, checkpoint_name, clean, list_saved
+from kpsvd_tune.runs.ownership import is_run, refuse_foreign
+from kpsvd_tune.runs.state import TrainingState, from_files, to_files
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.commit import commit, read_committed, run_of
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.locks import lock_folder
+
+_log = logging.getLogger(__name__)
+# What a run owns in its folder.
+_ENTRIES = (
+    "recipe.yaml",
+    "run.json",
+    "init",
+    "probes",
+    "metrics.jsonl",
+    "checkpoints",
+    "adapter",
+    "results.json",
+)
+# What may lie beside them before run.json does: earlier runs, and a tracker's files.
+_BESIDE = ("previous", "logs")
+# The files of init/, by which that of init-only is known.
+_INIT_FILES = ("rank_report.", "factors.", "plotly")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.
+
+    Attributes:
+        checkpoint: The checkpoint to continue from; None: from the first step.
+        is_finished: Nothing is left to do; the results are in results.json.
+        is_same: The folder held this run already, with equal settings, so that what earlier
+            stages left in it still holds.
+        changed: Settings that were allowed to change, each with its old and new value.
+    """
+
+    checkpoint: Path | None = None
+    is_finished: bool = False
+    is_same: bool = False
+    changed: Mapping[str, Change] | None = None
+
+
+class RunRecord(TypedDict, total=False):
+    """What run.json holds that a run goes on by; other keys stay as they are."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    status: str
+    id: str
+    identity: dict[str, Any]
+    changes: list[dict[str, Any]]
+
+
+class RunDirectory:
+    """The layout of `output_dir`, its lock, its log of metrics and its checkpoints.
+
+    Making it touches nothing. Only the main process writes; others use its paths, and load.
+
+    Args:
+        path: The recipe's `output_dir`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.yaml"
+        self.run_file = self.path / "run.json"
+        self.init = self.path / "init"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.results_file = self.path / "results.json"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder; the system lifts it however this process ends.
+
+        Raises:
+            CheckpointError: Another process holds it; the message names it.
+            ResourceError: The folder cannot be made.
+        """
+        with lock_folder(self.path):
+            yield
+
+    def check_ours(self, resume: str = "auto") -> None:
+        """Refuse a folder with files that no run of ours wrote, or that lost the record of its run.
+
+        Args:
+            resume: As in `begin`; never sets aside what a lost record leaves behind.
+
+        Raises:
+            InputError: The folder holds files of the user's, or lies in another run.
+            CheckpointError: There are checkpoints, and no run.json that says what they belong to;
+                or what ``resume`` names is no checkpoint of this run.
+        """
+        self._named(resume)
+        if self.run_file.exists():
+            read_json(self.run_file)  # one that is damaged is named as such
+            if is_run(self.path) or list_saved(self.checkpoints):
+                return
+        if any(is_run(folder) for folder in self.path.glob("previous/*")):
+            # A run was set aside here, and the one to follow it was killed before its first file.
+            return
+        if list_saved(self.checkpoints):
+            if resume == "never":
+                return
+            raise CheckpointError(
+                f"{self.path} holds checkpoints of a run and no run.json that says what they "
+                "belong to; put that file back, or pass --resume never to start anew: what is "
+                "there is then kept in previous/"
+            )
+        refuse_foreign(self.path, (*_BESIDE, *(["init"] if self._is_init_ours() else [])))
+
+    def _is_init_ours(self) -> bool:
+        """Whether init/ holds what init-only writes, and nothing else."""
+        return self.init.is_dir() and all(
+            each.name.startswith((".", *_INIT_FILES)) for each in self.init.iterdir()
+        )
+
+    def begin(
+        self,
+        recipe_text: str,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        *,
+        resume: str = "auto",
+        allow_change: Collection[str] = (),
+        rebuild: bool = False,
+    ) -> Start:
+        """Start a run, or find where it goes on.
+
+        A folder whose run never reached a checkpoint is begun again, whatever its settings were:
+        there is nothing to lose in it.
+
+        Args:
+            recipe_text: The resolved recipe as YAML.
+            identity: What must stay the same, as JSON values: `recipe` (a mapping) and anything
+                else, such as `base`, `dataset` and `num_processes`.
+            about: More for run.json: versions, command, device.
+            resume: auto (go on if there is a run), never (set an earlier run aside in
+                `previous/`, start from the first step) or the path of a checkpoint.
+            allow_change: Dotted keys that may differ from the run's.
+            rebuild: Go on from the newest checkpoint of a finished run too, if it has one.
+
+        Returns:
+            Where to start. With a checkpoint, metrics.jsonl was cut back to it.
+
+        Raises:
+            CheckpointError: The folder holds a run with other settings, or no whole checkpoint.
+            InputError: The folder holds files that no run of ours wrote.
+            ResourceError: The disk refused.
+        """
+        self.check_ours(resume)
+        durable.make_folder(self.path)
+        if resume == "never":
+            self._set_aside()
+        if not self.run_file.exists():
+            return self._anew(recipe_text, identity, about)
+        recorded = read_json(self.run_file, RunRecord)
+        # By way of JSON, for what was read back must equal what was not.
+        found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
+        explicit = self._named(resume)
+        is_finished = recorded.get("status") == "finished" and self.results_file.exists()
+        rebuild = rebuild and bool(list_saved(self.checkpoints))
+        if is_finished and not found and explicit is None and not rebuild:
+            return Start(is_finished=True, is_same=True)
+        checkpoint = self._choose(explicit)
+        if checkpoint is None and not is_finished:
+            start = self._anew(recipe_text, identity, about)
+            return replace(start, is_same=not found)
+        if reason := refusal(found, allow_change):
+            raise CheckpointError(
+                f"{self.path} holds a run with other settings:\n{reason} "
+                "To start another, choose another output_dir or pass --resume never."
+            )
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self.path} holds a finished run without checkpoints, which cannot go on with "
+                "other settings; choose another output_dir or pass --resume never"
+            )
+        state = self._return_to(checkpoint)
+        durable.replace_file(self.recipe_file, recipe_text.encode())
+        history = recorded.get("changes", []) + [
+            {"step": state.step, "key": key, "old": old, "new": new}
+            for key, (old, new) in found.items()
+        ]
+        self._write_run(
+            {**recorded, **about, "status": "running", "identity": identity, "changes": history}
+        )
+        return Start(checkpoint=checkpoint, is_same=not found, changed=found)
+
+    def holds_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint, whole or not, that a run could go on from."""
+        return bool(list_saved(self.checkpoints))
+
+    def update(self, **about: Any) -> None:
+        """Add to run.json."""
+        self._write_run({**read_json(self.run_file, RunRecord), **about})
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write results.json and mark the run as finished, in this order."""
+        durable.replace_file(self.results_file, durable.to_json(dict(results)))
+        self.update(status="finished")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        text = json.dumps(line, allow_nan=False)
+        durable.append_file(self.metrics_file, f"{text}\n".encode())
+
+    def save(
+        self,
+        state: TrainingState,
+        keep: int,
+        best_step: int | None = None,
+        *,
+        is_pending: bool = False,
+    ) -> Path:
+        """Commit a checkpoint, then delete the oldest beyond `keep`.
+
+        Args:
+            state: What to save.
+            keep: How many of the newest stay.
+            best_step: The step of one more that stays, however old.
+            is_pending: A validation of the step is still to come, after which the same step may
+                be saved again. Any newer checkpoint replaces such a one.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            NonFiniteError: A tensor is infinite or NaN.
+            ResourceError: The disk refused; the earlier checkpoints are as they were.
+        """
+        durable.make_folder(self.checkpoints)
+        # The log reaches the disk before the checkpoint that counts on its length.
+        state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
+        folder = self.checkpoints / checkpoint_name(state.step, is_pending)
+        commit(folder, to_files(state), self._id())
+        clean(self.checkpoints, folder)
+        for old in list_saved(self.checkpoints)[keep:]:
+            if old.step != best_step:
+                durable.remove_folder(old.folder)
+        return folder
+
+    def rewind(self) -> Path:
+        """Go back to the newest whole checkpoint and give it; later ones are moved away.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        checkpoint = self.newest_checkpoint()
+        if checkpoint is None:
+            raise CheckpointError(f"{self.checkpoints} holds no checkpoint to go back to")
+        self._return_to(checkpoint)
+        return checkpoint
+
+    def load(self, checkpoint: Path) -> TrainingState:
+        """Read a checkpoint, every file checked.
+
+        Raises:
+            CheckpointError: It is damaged; the message names the file.
+        """
+        return from_files(self._read(checkpoint))
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; a damaged newer one is named in a warning.
+
+        Raises:
+            CheckpointError: There are checkpoints, and every one is damaged.
+        """
+        faults: list[str] = []
+        for _, _, folder in list_saved(self.checkpoints):
+            try:
+                self._read(folder)
+            except CheckpointError as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                _log.warning("%s; using %s instead", fault, folder.name)
+            return folder
+        if faults:
+            raise CheckpointError(
+                "no checkpoint of the run can be used:\n  "
+                + "\n  ".join(faults)
+                + "\nPass --resume never to start again; this run is then kept in previous/."
+            )
+        return None
+
+    def _return_to(self, checkpoint: Path) -> TrainingState:
+        state = self.load(checkpoint)
+        if durable.sync_file(self.metrics_file) < state.metrics_bytes:
+            _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
+        # First, for a checkpoint that can still be chosen needs its lines of the log.
+        abandon_newer(self.checkpoints, checkpoint)
+        durable.truncate_file(self.metrics_file, state.metrics_bytes)
+        clean(self.checkpoints, checkpoint)
+        return state
+
+    def _named(self, resume: str) -> Path | None:
+        """The checkpoint that a path names; None for auto and never."""
+        if resume in ("auto", "never"):
+            return None
+        saved = [each.folder for each in list_saved(self.checkpoints)]
+        checkpoint = Path(resume).resolve()
+        if checkpoint in [folder.resolve() for folder in saved]:
+            return checkpoint
+        one = (
+            f"one of {', '.join(map(str, saved))}"
+            if saved
+            else f"nothing else: {self.path} holds no checkpoint"
+        )
+        raise CheckpointError(
+            f"--resume {resume} is no checkpoint of this run; expected auto, never, or {one}. To "
+            "begin with what another run has trained, name its adapter in adapter.from"
+        )
+
+    def _choose(self, explicit: Path | None) -> Path | None:
+        if explicit is None:
+            return self.newest_checkpoint()
+        self._read(explicit)
+        return explicit
+
+    def _id(self) -> str | None:
+        """What the run is known by; None for one of an older version."""
+        return read_json(self.run_file, RunRecord).get("id") if self.run_file.exists() else None
+
+    def _read(self, checkpoint: Path) -> dict[str, bytes]:
+        files = read_committed(checkpoint)
+        # Of the same name and whole, and yet copied here: its offsets belong to other factors.
+        if run_of(checkpoint) != self._id():
+            raise CheckpointError(f"{checkpoint} is of another run; was it copied here?")
+        return files
+
+    def _anew(
+        self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> Start:
+        durable.truncate_file(self.metrics_file, 0)
+        # First, as the rest is known for ours by it.
+        self._write_run(
+            {"status": "running", **about, "id": run_id(identity), "identity": identity}
+        )
+        durable.replace_file(self.recipe_file, recipe_text.encode())
+        return Start()
+
+    def _write_run(self, content: Mapping[str, Any]) -> None:
+        durable.replace_file(self.run_file, durable.to_json(content))
+
+    def _set_aside(self) -> None:
+        entries = [self.path / name for name in _ENTRIES if (self.path / name).exists()]
+        # A folder with no more than init/ was made by init-only, and is as good as new.
+        if not self.run_file.exists() and not self.checkpoints.exists():
+            return
+        number = 1
+        while (folder := self.path / "previous" / f"{number:03d}").exists():
+            number += 1
+        durable.make_folder(folder)
+        # run.json goes last: while it is there, a second try goes on with the rest.
+        for entry in sorted(entries, key=lambda entry: entry == self.run_file):
+            durable.rename(entry, folder / entry.name)
+        _log.warning("the earlier run in %s was moved to %s", self.path, folder)

@@ -1,0 +1,117 @@
+"""What makes a run that run: the settings it began with, compared key by key with those of now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.recipe.removed import had_no_effect
+
+# Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
+# because a run's folder may be moved; `evaluation` comes after training and scores what it finds,
+# and `compare` belongs to another command, which knows its files by their hashes.
+HARMLESS = (
+    "recipe.tracking",
+    "recipe.output_dir",
+    "recipe.evaluation",
+    "recipe.compare",
+    "recipe.train.log_every",
+    "recipe.train.save_every",
+    "recipe.train.keep_checkpoints",
+    "recipe.train.num_workers",
+    # A run that memory ended goes on with it: rows and updates of a step are the same.
+    "recipe.train.on_oom",
+)
+# Keys that made the frozen factors, which all that a checkpoint holds belongs to: a run that went
+# on under other values would have the old factors all the same. So does `adapter`, the hash of what
+# `adapter.from` names; that path may change.
+FIXED = (
+    "adapter.target_modules",
+    "adapter.exclude_modules",
+    "adapter.factor_shape",
+    "adapter.init",
+    "adapter.rank",
+    "adapter.modules_to_save",
+)
+_ABSENT = "(not set)"
+Change = tuple[Any, Any]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]:
+    """Settings that differ and matter, by dotted key, each with its old and new value.
+
+    Keys of the recipe are given as the user writes them, without a leading `recipe.`. A key that
+    the recipe did not have yet when the run began counts as its default, which keeps to what was
+    done before there was the key; one that it no longer has is left out at its old default.
+    """
+    before = {key: value for key, value in _flat(old) if not had_no_effect(key, value)}
+    after = dict(_flat(new))
+    before |= {key: value for key, value in _defaults().items() if key in after.keys() - before}
+    keys = [*before, *(key for key in after if key not in before)]
+    return {
+        key.removeprefix("recipe."): (before.get(key, _ABSENT), after.get(key, _ABSENT))
+        for key in keys
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and not _covers(HARMLESS, key)
+    }
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """What a run is known by: a hash of all settings that matter, as it began with them.
+
+    Runs with equal ones have equal bytes, so that a checkpoint of the one is one of the other.
+    """
+    settings = {key: value for key, value in _flat(identity) if not _covers(HARMLESS, key)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def refusal(found: Mapping[str, Change], allowed: Collection[str]) -> str | None:
+    """Say which changes the run cannot go on with, and what to do; None where it can.
+
+    Args:
+        found: What has changed.
+        allowed: Keys that may; `train` covers `train.seed`.
+    """
+    fixed = [key for key in found if key == "adapter" or _covers(FIXED, key)]
+    unwanted = [key for key in found if key in fixed or not _covers(allowed, key)]
+    if not unwanted:
+        return None
+    lines = [describe({key: found[key] for key in unwanted})]
+    keys = [f"--allow-change {key}" for key in unwanted if key not in fixed]
+    accept = f", or accept it with {' '.join(keys)}" if keys else ""
+    lines.append(f"To continue that run, undo the change{accept}.")
+    if fixed:
+        lines.append(
+            f"{', '.join(fixed)} made the factors, which all checkpoints belong to, and cannot be "
+            "accepted."
+        )
+    return "\n".join(lines)
+
+
+def describe(found: Mapping[str, Change]) -> str:
+    """One indented line a change."""
+    return "\n".join(
+        f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in found.items()
+    )
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    """The value of every key of a recipe that says nothing."""
+    least = {"model": {"path": "-"}, "dataset": {"path": "-"}, "output_dir": "-"}
+    return dict(_flat({"recipe": Recipe.model_validate(least).model_dump(mode="json")}))
+
+
+def _covers(keys: Collection[str], key: str) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,79 @@
+"""What checkpoints lie in a folder: their names, and which of them is the newer one.
+
+A checkpoint of a step whose validation a signal put off is named `step-000100-pending`. The run
+that goes on from it makes the validation up and, where a run without the signal would have saved
+that step, commits `step-000100` beside it; only then the pending one goes. So the run ends with the
+checkpoint of one that was never stopped, and there is a whole one at every moment.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from kpsvd_tune.storage import durable
+
+_NAME = re.compile(r"step-(\d{6,})(-pending)?")
+
+
+class Saved(NamedTuple):
+    """One checkpoint, whole or not; the larger one is the newer.
+
+    Attributes:
+        step: Optimiser steps done.
+        is_settled: Nothing of the step is left to do; False for a pending one.
+        folder: Where it lies.
+    """
+
+    step: int
+    is_settled: bool
+    folder: Path
+
+
+def checkpoint_name(step: int, is_pending: bool = False) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:06d}{'-pending' if is_pending else ''}"
+
+
+def as_saved(folder: Path) -> Saved | None:
+    """Read a folder's name; None where it is no checkpoint's."""
+    match = _NAME.fullmatch(folder.name)
+    return Saved(int(match[1]), match[2] is None, folder) if match else None
+
+
+def list_saved(checkpoints: Path) -> list[Saved]:
+    """Every checkpoint in a folder, newest first, whole or not."""
+    if not checkpoints.is_dir():
+        return []
+    found = (as_saved(folder) for folder in checkpoints.iterdir())
+    return sorted((saved for saved in found if saved is not None), reverse=True)
+
+
+def clean(checkpoints: Path, newest: Path) -> None:
+    """Delete pending checkpoints that a whole, newer one has replaced, and half-deleted folders.
+
+    Raises:
+        ResourceError: The disk refused.
+    """
+    for old in list_saved(checkpoints):
+        if not old.is_settled and old.folder.name != newest.name:
+            durable.remove_folder(old.folder)
+    for leftover in checkpoints.glob(".removed-*"):
+        durable.remove_folder(leftover)
+
+
+def abandon_newer(checkpoints: Path, chosen: Path) -> None:
+    """Move newer checkpoints than `chosen` away: damaged ones, or of a path not taken.
+
+    Raises:
+        ResourceError: The disk refused.
+    """
+    until = as_saved(chosen)
+    for newer in list_saved(checkpoints):
+        if until is None or newer[:2] <= until[:2]:
+            break
+        abandoned = newer.folder.with_name(f"abandoned-{newer.folder.name}")
+        if abandoned.exists():
+            durable.remove_folder(abandoned)
+        durable.rename(newer.folder, abandoned)

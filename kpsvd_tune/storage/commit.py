@@ -1,0 +1,164 @@
+"""A folder that is whole or not there: written aside, sealed by a manifest of hashes, renamed.
+
+The order is what makes it safe: files into a hidden sibling folder, each synced; the manifest
+last; the folder synced; the rename; the parent synced. Only a caller that sees `commit` return may
+delete an older folder. The manifest carries its own hash and must be spelled exactly as we spell
+it, so one flipped byte anywhere, the manifest included, is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class _Entry(TypedDict):
+    bytes: int
+    sha256: str
+
+
+def commit(folder: Path, files: Iterable[tuple[str, bytes]], run: str | None = None) -> None:
+    """Write `files` as the folder `folder`, atomically.
+
+    Args:
+        folder: The folder to make; it must not exist.
+        files: Pairs of file name and content; taken one at a time, so that a generator keeps only
+            one content in memory.
+        run: What the run is known by, which :func:`run_of` gives back.
+
+    Raises:
+        CheckpointError: `folder` exists.
+        ResourceError: The disk refused; nothing stands under `folder`'s name.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; it was not written again")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        durable.remove_folder(temporary)
+    durable.make_folder(temporary)
+    listed: dict[str, _Entry] = {}
+    for name, data in files:
+        durable.write_file(temporary / name, data)
+        listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    durable.write_file(temporary / MANIFEST, _manifest(folder.name, listed, run))
+    durable.sync_folder(temporary)
+    durable.rename(temporary, folder)
+
+
+def read_committed(folder: Path) -> dict[str, bytes]:
+    """Read a committed folder, every file checked against the manifest.
+
+    Returns:
+        The content of each file but the manifest, by name.
+
+    Raises:
+        CheckpointError: A file is missing, cut short or changed; the message names it.
+    """
+    files = _read_manifest(folder, folder.name)["files"]
+    return {name: _read_listed(folder / name, entry) for name, entry in files.items()}
+
+
+def run_of(folder: Path) -> str | None:
+    """What the run that committed a folder is known by; None where it was not said.
+
+    Raises:
+        CheckpointError: The manifest is missing or damaged.
+    """
+    run: str | None = _read_manifest(folder, folder.name).get("run")
+    return run
+
+
+def manifest(kind: str, files: Mapping[str, bytes]) -> bytes:
+    """The content of a manifest that seals files of a folder which may be renamed and copied.
+
+    Args:
+        kind: What the folder is, which :func:`check_sealed` must be told.
+        files: Name to content.
+    """
+    return _manifest(
+        kind,
+        {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    )
+
+
+def check_sealed(folder: Path, kind: str) -> bool:
+    """Compare a folder's files with its seal.
+
+    Returns:
+        Whether there is one: folders of older versions and of other programs have none.
+
+    Raises:
+        CheckpointError: A file is missing, cut short or changed; the message names it.
+    """
+    if not (folder / MANIFEST).exists():
+        return False
+    for name, entry in _read_manifest(folder, kind)["files"].items():
+        _read_listed(folder / name, entry)
+    return True
+
+
+def _manifest(name: str, files: dict[str, _Entry], run: str | None = None) -> bytes:
+    content: dict[str, Any] = {"format": _FORMAT, "name": name, "files": files}
+    if run is not None:
+        content["run"] = run
+    seal = hashlib.sha256(durable.to_json(content)).hexdigest()
+    return durable.to_json({**content, "sha256": seal})
+
+
+def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        raw = read_bytes(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the folder was never completed") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        content: dict[str, Any] = parse_json(raw)
+        version, name = content["format"], content["name"]
+        files = check_types(content["files"], dict[str, _Entry])
+        run = check_types(content.get("run"), str | None)
+        is_whole = raw == _manifest(name, files, run)
+    except (ValueError, KeyError):
+        is_whole, version = False, None
+    if isinstance(version, int) and version > _FORMAT:
+        raise CheckpointError(
+            f"{path} has format {version}; this version reads {_FORMAT}: update kpsvd-tune"
+        )
+    if not is_whole:
+        raise CheckpointError(f"{path} is damaged: its own hash does not fit its content")
+    # A renamed folder is told from its content, so that no step is taken for another.
+    if name != expected:
+        raise CheckpointError(f"{path} is of {name}; expected {expected}")
+    return content
+
+
+def _read_listed(path: Path, entry: _Entry) -> bytes:
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) != entry["bytes"]:
+        raise CheckpointError(
+            f"{path} is damaged: {len(data):,} bytes; expected {entry['bytes']:,}"
+        )
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
+    return data

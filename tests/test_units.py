@@ -1,0 +1,65 @@
+"""Times and sizes for people: every border between two units."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kpsvd_tune.units import duration, size, time_left
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (8.02, "8 s"),
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (53, "53 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (250, "4 min 10 s"),
+        (3599.7, "1 h 00 min"),
+        (7800, "2 h 10 min"),
+        (86399, "1 d 0 h"),
+        (273600, "3 d 4 h"),
+    ],
+)
+def test_a_duration(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (64_192, "64 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (421_126_144, "421 MB"),
+        (1_234_567_890, "1.2 GB"),
+        (26_900_000_000, "27 GB"),
+        (5e15, "5,000 TB"),
+    ],
+)
+def test_a_size(num_bytes: float, text: str):
+    assert size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, ""),
+        (math.inf, ""),
+        (0.2, ""),
+        (0.6, "1 s left"),
+        (12.4, "12 s left"),
+        (185, "3 min 05 s left"),
+    ],
+)
+def test_the_time_left_is_said_in_one_way(seconds: float | None, text: str):
+    assert time_left(seconds) == text

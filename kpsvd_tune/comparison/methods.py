@@ -63,7 +63,7 @@ def read_methods(text: str) -> list[Method]:
 
     Args:
         text: Names with commas between them; a name may carry settings, as in
-            ``kpsvd:init=gradient:factor_shape=8x8`` or ``lora:alpha=1r``. Commas inside brackets
+            ``kpsvd:init=random:factor_shape=8x8`` or ``lora:alpha=1r``. Commas inside brackets
             belong to a value.
 
     Returns:

@@ -160,8 +160,7 @@ def read_factor_shape(value: object) -> object:
     """Refuse what is neither a name nor a mapping, naming both forms."""
     if not isinstance(value, str | Mapping):
         raise ValueError(
-            f"got {show(value)}; expected balanced, thin, pissa, auto or a mapping such as "
-            "{n: 8, p: 2}"
+            f"got {show(value)}; expected balanced, thin, pissa or a mapping such as {{n: 8, p: 2}}"
         )
     return value
 

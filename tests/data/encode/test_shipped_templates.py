@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from kpsvd_tune.data.encode.chat import ChatRenderer, TemplateError
+from kpsvd_tune.data.encode.chat import ChatRenderer
+from kpsvd_tune.data.encode.chat_program import TemplateError
 from kpsvd_tune.data.encode.encoder import Encoder, Learn
 from kpsvd_tune.data.encode.format import Chat
 from kpsvd_tune.data.encode.templates import (

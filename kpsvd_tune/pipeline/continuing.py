@@ -106,7 +106,7 @@ def load_adapted(
             layer.kpsvd_base["default"] = torch.zeros(RECORD, dtype=torch.int32)
         if others and config.layers is not None:
             config.layers[name]["fingerprint"] = None
-    record_base(model, layers, "default")
+    record_base(model, layers, "default", config)
     config.base_files = dict(base_files)
     config.base_model_name_or_path = base_name(recipe.model.path)
     return model

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kpsvd_tune.data import IGNORED, TokenizedRow
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.processes import gather_numbers
 from kpsvd_tune.training.sharding import free
 
 # Rows that are tried; the model's code treats the fifth like the fourth.

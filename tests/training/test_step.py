@@ -14,8 +14,8 @@ from torch import nn
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.accelerator import make_accelerator
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.processes import make_accelerator
 from kpsvd_tune.training.sharding import check_shardable
 
 
@@ -226,6 +226,6 @@ def test_one_process_shares_nothing_out(start_training):
 
 
 def test_a_missing_tracker_is_refused_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr("kpsvd_tune.training.processes.get_available_trackers", list)
+    monkeypatch.setattr("kpsvd_tune.training.accelerator.get_available_trackers", list)
     with pytest.raises(RecipeError, match="pip install tensorboard"):
         make_accelerator(TrainRecipe(), ["tensorboard"])

@@ -38,6 +38,7 @@ from kpsvd_tune.phase import Phase, data_cures, watched
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file, to_json
@@ -196,14 +197,8 @@ def _conclude(
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"
-    try:
-        replace_file(page, comparison_page(verdict, chosen).encode())
-    except InputError as error:
-        # A page of earlier trials beside the new figures would tell something else.
-        page.unlink(missing_ok=True)
-        events.note(f"{page.name} was not written: {error}")
-    else:
-        events.note(f"written: {page}, comparison.json and {RESULTS}")
+    fault = write_page(page, lambda: comparison_page(verdict, chosen))
+    events.note(fault or f"written: {page}, comparison.json and {RESULTS}")
     return verdict
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from peft import PeftModel
@@ -110,14 +110,16 @@ def _distance(losses: Tensor, others: Tensor) -> float:
 
 
 def _all_learnt(row: TokenizedRow) -> TokenizedRow:
-    return replace(row, labels=(IGNORED, *row.input_ids[1:]))
+    labels = row.input_ids.copy()
+    labels[0] = IGNORED
+    return TokenizedRow(row.input_ids, labels, row.row)
 
 
 def _changed(row: TokenizedRow, rows: Sequence[TokenizedRow]) -> TokenizedRow:
     """The row with every token another one, of those that the rows hold."""
-    known = [token for each in rows for token in each.input_ids]
-    low, high = min(known), max(known)
-    return replace(row, input_ids=tuple(low if id == high else high for id in row.input_ids))
+    known = np.concatenate([each.input_ids for each in rows])
+    low, high = known.min(), known.max()
+    return TokenizedRow(np.where(row.input_ids == high, low, high), row.labels, row.row)
 
 
 def _takes_positions(model: Any) -> bool:

@@ -25,10 +25,10 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def row_loss(model: nn.Module, row: TokenizedRow) -> tuple[torch.Tensor, int]:
     """Summed loss and supervised tokens of one row without padding: slow and obvious."""
-    logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+    logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0]
     total, count = torch.zeros(()), 0
     for position in range(len(row.input_ids) - 1):
-        label = row.labels[position + 1]
+        label = int(row.labels[position + 1])
         if label != -100:
             total = total - F.log_softmax(logits[position].float(), dim=-1)[label]
             count += 1

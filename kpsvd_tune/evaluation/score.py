@@ -27,14 +27,14 @@ from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer
 from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
-from kpsvd_tune.pipeline.apply import find, load_adapter, resolve_base
-from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.processes import device, end_processes, num_processes, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_label, score_text
 from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.durable import check_replaceable, check_writable
 from kpsvd_tune.storage.json_files import read_json

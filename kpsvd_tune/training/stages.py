@@ -25,6 +25,7 @@ from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.score import Scorer, check_tasks, labelled
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
@@ -43,28 +44,27 @@ from kpsvd_tune.phase import (
     training_cures,
     watched,
 )
-from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
-from kpsvd_tune.pipeline.continuing import (
+from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.results import RankReport, Score
+from kpsvd_tune.report.run import as_mapping, ending
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.find import TEMPLATE_KEY, trained_as
+from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.runs.save_adapter import save_adapter
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.training import (
+    Training,
+    make_accelerator,
+)
+from kpsvd_tune.training.from_adapter import (
     adapter_hash,
     find_adapter,
     holds_adapter,
     load_adapted,
     write_ranks,
 )
-from kpsvd_tune.pipeline.initialise import initialise
-from kpsvd_tune.pipeline.save import save_adapter
-from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
-from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
-from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
-from kpsvd_tune.report.results import RankReport, Score
-from kpsvd_tune.report.run import as_mapping, ending
-from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
-from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.training import (
-    Training,
-    make_accelerator,
-)
+from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.zero_config import zero_stage
 

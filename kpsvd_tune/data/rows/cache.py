@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, store_files
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, json_sha256, store_files
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import (
@@ -45,9 +45,6 @@ class TokenCache:
     Args:
         folder: Another folder than the usual one.
         max_bytes: Size above which stores used longest ago are removed.
-
-    Attributes:
-        folder: Where the stores lie.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -62,13 +59,8 @@ class TokenCache:
     ) -> tuple[TokenStore, bool]:
         """Open the store of a key, or make it.
 
-        Args:
-            key: From :func:`store_key`.
-            make: Adds all rows and returns the facts to keep; what it raises is passed on, and
-                no store is left.
-
-        Returns:
-            The store, and whether it was there before.
+        `make` adds all rows and returns the facts to keep; what it raises is passed on, and no
+        store is left. Returns the store, and whether it was there before.
 
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
@@ -98,7 +90,7 @@ class TokenCache:
         """The JSON value noted under a key; None where it is absent or damaged."""
         try:
             content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
-            return content["value"] if content["sha256"] == _hash(content["value"]) else None
+            return content["value"] if content["sha256"] == json_sha256(content["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -107,7 +99,7 @@ class TokenCache:
         file = self.folder / "notes" / f"{key}.json"
         with suppress(ResourceError):
             make_folder(file.parent)
-            text = json.dumps({"value": value, "sha256": _hash(value)})
+            text = json.dumps({"value": value, "sha256": json_sha256(value)})
             replace_file(file, text.encode())
 
     def prune(self) -> None:
@@ -142,13 +134,9 @@ def _allow_many_files() -> None:
 
 
 def store_key(*parts: Any) -> str:
-    """Name a store by everything its tokens depend on.
-
-    Args:
-        parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
-    """
+    """Name a store by everything its tokens depend on: JSON values, in order."""
     libraries = [tokenizers.__version__, transformers.__version__]
-    return _hash([FORMAT_VERSION, libraries, *parts])
+    return json_sha256([FORMAT_VERSION, libraries, *parts])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -167,10 +155,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [type(tokenizer).__name__, rules, special, added, tokenizer.chat_template]
     text = json.dumps([*parts, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _hold(store: TokenStore) -> None:

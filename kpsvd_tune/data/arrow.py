@@ -42,9 +42,14 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
+                for values in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, without_filled_nulls(values)
+    except KeyError as error:  # of a column of maps
+        raise DataError(
+            f"{path}, behind row {number}: {error.args[0]} Expected each key of a map once: mend "
+            "the row"
+        ) from error
     # Besides its own errors: text that is not UTF-8, and dates that Python has no value for.
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(

@@ -24,7 +24,7 @@ from kpsvd_tune.folders import cache_folder
 from kpsvd_tune.json_files import parse_json, read_bytes
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Beyond this the stores used longest ago go; those of running commands stay.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536

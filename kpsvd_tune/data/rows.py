@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ from kpsvd_tune.data.folders import (
 from kpsvd_tune.data.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.folders import expand
+
+# A hub that says nothing for so long is taken for one that cannot be reached.
+_HUB_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -291,6 +295,34 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, split: str, label: st
     yield from chain([first], rows)
 
 
+def _reaches_hub(source: str) -> bool:
+    """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # that it has no such data set is an answer
+    # The HTTP client raises many kinds, and all of them mean that nothing came back.
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _not_asked(offline: bool) -> Iterator[None]:
+    """Keep the libraries from asking the hub: they look at this constant at every call."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
     from datasets import (
@@ -305,6 +337,12 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
+    where = "the local cache (offline)" if offline else "the hub"
+    notes: tuple[str, ...] = ()
+    if not offline and not _reaches_hub(source):
+        offline = True
+        where = "the local cache, and the hub cannot be reached"
+        notes = (f"the hub cannot be reached: {source} is read from the local cache",)
     config = DownloadConfig(local_files_only=True) if offline else None
 
     def open_table() -> tuple[Any, str]:
@@ -316,12 +354,13 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         return builder.as_streaming_dataset(split=parts[0].name), f"{builder.cache_dir} {split}"
 
     label = f"{source} ({split})"
-    table, fingerprint = _explained(open_table, source, name, split, offline)
+    with _not_asked(offline):
+        table, fingerprint = _explained(open_table, source, name, split, where)
 
     def rows() -> Iterator[Row]:
         records = iter(table)
         for number in range(1, 2**62):
-            values = _explained(lambda: next(records, None), source, name, split, offline)
+            values = _explained(lambda: next(records, None), source, name, split, where)
             if values is None:
                 return
             yield Row(label, number, without_filled_nulls(values), "row")
@@ -331,11 +370,11 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             return rows()
         return _sliced(rows, parts[0], split, source)
 
-    return RowSource(label, "row", read, lambda: f"hub {fingerprint}")
+    return RowSource(label, "row", read, lambda: f"hub {fingerprint}", notes=notes)
 
 
 def _explained(
-    function: Callable[[], Any], source: str, name: str | None, split: str, offline: bool
+    function: Callable[[], Any], source: str, name: str | None, split: str, where: str
 ) -> Any:
     try:
         return function()
@@ -343,7 +382,6 @@ def _explained(
     # of them mean that this dataset cannot be had as the recipe names it.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        where = "the local cache (offline)" if offline else "the hub"
         raise DataError(
             f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: not "
             f"found as a local file and not loadable from {where}: {reason}. Check the spelling, "

@@ -19,6 +19,7 @@ from kpsvd_tune.data.chat_templates import (
     family_of,
     missing_tokens,
     reads,
+    shipped_name,
     shipped_template,
     use_recipe_template,
     with_arguments,
@@ -60,6 +61,8 @@ def with_chat_template(
         name = None if dataset.chat_template or keeps_template else family_of(own)
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
+        if isinstance(own, str) and shipped_name(own):
+            raise  # it is one of ours, which has just been tried
         refusal = error
     reasons: list[str] = []
     for variant in FAMILIES[name].variants:

@@ -30,7 +30,7 @@ from kpsvd_tune.errors import DataError
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
-# Rows of no form at the head of a source, where faulty rows are left out, before it is refused.
+# Rows at the head of a source that are asked for a form, where faulty rows are left out.
 _MOST_REFUSED = 100
 
 
@@ -142,7 +142,7 @@ def tokenise(
     def make(writer: StoreWriter) -> dict[str, Any]:
         rows = _without_columns(source.read(), settings.ignore_columns, ignored)
         faults = Faults() if settings.drops_faulty else None
-        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
+        head = list(islice(rows, _ROWS))  # which decides the form
         form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
         encoder = Encoder(tokenizer, template, max_length, learn=learn, compared_with=own_template)
@@ -246,7 +246,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def _find_form(
     head: Sequence[Row], settings: SourceSettings, label: str
 ) -> tuple[RowFormat, list[str]]:
-    """The form of the rows; where faulty rows are left out, of the first that have one.
+    """The form of the rows; where faulty rows are left out, that which most of them have.
 
     Raises:
         DataError: There are no rows, one cannot be read, or no form fits.
@@ -256,13 +256,45 @@ def _find_form(
     unreadable = [row.fault for row in head if row.fault is not None]
     if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
         raise unreadable[0]
+    if not settings.drops_faulty:
+        return find_form(head, settings.format, settings.columns, settings.template)
     refused: list[DataError] = []
-    for start in range(min(len(head), _MOST_REFUSED if settings.drops_faulty else 1)):
+    forms: list[tuple[int, RowFormat, list[str]]] = []
+    known: set[int] = set()
+    for start in range(min(len(head), _MOST_REFUSED)):
+        if start in known:
+            continue
         try:
-            return find_form(head[start:], settings.format, settings.columns, settings.template)
+            form, notes = find_form(
+                head[start:], settings.format, settings.columns, settings.template
+            )
         except DataError as error:
             refused.append(error)
-    raise refused[0]
+            continue
+        if all(form != other for _, other, _ in forms):
+            understood = {place for place, row in enumerate(head) if _is_understood(row, form)}
+            forms.append((len(understood), form, notes))
+            known |= understood
+    if not forms:
+        raise refused[0]
+    number, form, notes = max(forms, key=lambda each: each[0])  # the first of several
+    if len(forms) > 1:
+        others = ", ".join(f"{each.name} ({count})" for count, each, _ in forms if each != form)
+        notes = [
+            f"{label}: {number} of the first {len(head)} rows have the form {form.name}, which is "
+            f"taken for all, as dataset.on_bad_row says; other forms: {others}",
+            *notes,
+        ]
+    return form, notes
+
+
+def _is_understood(row: Row, form: RowFormat) -> bool:
+    """Whether a row can be read in a form and gives something to learn."""
+    try:
+        UnusedColumns(form).check(row)
+        return row.fault is None and form.example(row) is not None
+    except DataError:
+        return False
 
 
 def _encode(

@@ -459,6 +459,23 @@ def test_limits_that_contradict_each_other_are_refused_where_the_later_one_was_s
     assert faults(MINIMAL + "adapter:\n  rank:\n    window: 8\n") == [f"x.yaml:5: {above}"]
 
 
+def test_halving_a_single_row_is_refused(faults):
+    line = one_fault(faults(SECTIONS, "train.on_oom=halve", "train.batch_size=1"))
+    assert "train.on_oom: halve needs a batch_size of 2 or more, for one row cannot be" in line
+
+
+def test_a_template_argument_has_a_name_that_templates_can_use(faults):
+    line = one_fault(faults(SECTIONS, "dataset.template_arguments={'a b': 1}"))
+    assert "got 'a b'; expected a name of letters, digits and underscores" in line
+
+
+def test_template_arguments_may_nest(write):
+    text = SECTIONS.replace("rows.jsonl", "rows.jsonl\n  template_arguments: {a: [1, {b: null}]}")
+    dataset = load_recipe(write(text)).dataset
+    assert dataset is not None
+    assert dataset.template_arguments == {"a": (1, {"b": None})}
+
+
 def test_early_stopping_without_validation_is_refused(faults):
     stop = "train.early_stopping={patience: 2}"
     line = one_fault(faults(SECTIONS, stop, "train.eval_every=0"))

@@ -64,8 +64,8 @@ def compare(
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
     rates = sorted({_rate(each) for each in _items("--learning-rates", learning_rates)})
     shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
-    from kpsvd_tune.compare.methods import read_methods
-    from kpsvd_tune.compare.plan import Grid
+    from kpsvd_tune.comparison.methods import read_methods
+    from kpsvd_tune.comparison.plan import Grid
 
     chosen = read_methods(methods)
     recipes = {
@@ -79,10 +79,10 @@ def compare(
         emit(grid.summary(), as_json, show_grid)
         return
     prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
+    from kpsvd_tune.comparison.compare import compare as run_comparison
 
     with view.Events() as events, TrialTable() as table:
-        verdict = pipeline.compare(
+        verdict = run_comparison(
             shared, recipes, chosen, grid, events, table, jobs=jobs, offline=offline
         )
     emit(verdict, as_json, show_comparison)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
-from kpsvd_tune.data.encode import Learn
+from kpsvd_tune.data.encode.encoder import Learn
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.decode import LanguageModel
 from kpsvd_tune.evaluation.generate import evaluation_mode

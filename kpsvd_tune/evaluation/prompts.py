@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import Encoder
-from kpsvd_tune.data.format import Pair
-from kpsvd_tune.data.rows import is_local_file
-from kpsvd_tune.data.template import TextTemplate
+from kpsvd_tune.data.encode.format import Pair
+from kpsvd_tune.data.encode.text_template import TextTemplate
+from kpsvd_tune.data.read.sources import is_local_file
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.generate import Prompt
 from kpsvd_tune.evaluation.tasks import SOURCES, Message, Question, read_rows

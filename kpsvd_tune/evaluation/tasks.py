@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.data import read_examples
-from kpsvd_tune.data.format import Chat, Pair
-from kpsvd_tune.data.rows import load_rows
+from kpsvd_tune.data.encode.format import Chat, Pair
+from kpsvd_tune.data.read.sources import load_rows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import RowId
 from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold

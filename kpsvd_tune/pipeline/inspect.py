@@ -10,7 +10,7 @@ from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import prepare, source_names
-from kpsvd_tune.data.limits import model_limits
+from kpsvd_tune.data.rows.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import (

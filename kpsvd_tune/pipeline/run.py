@@ -21,8 +21,8 @@ from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.limits import model_limits
-from kpsvd_tune.data.preflight import check_known_tokens, pad_token_id
+from kpsvd_tune.data.rows.limits import model_limits
+from kpsvd_tune.data.rows.preflight import check_known_tokens, pad_token_id
 from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source

@@ -160,8 +160,8 @@ def _keys_of_paths(recipe: object) -> Iterator[tuple[Path, object, str]]:
         yield ("dataset", "validation"), validation, "rows"
     yield ("adapter", "from"), adapter.get("from"), "adapter"
     tasks = recipe.get("evaluation") if isinstance(recipe, dict) else None
-    for index in range(len(tasks) if isinstance(tasks, list) else 0):
-        task = _section(tasks, index)
+    for index, each in enumerate(tasks if isinstance(tasks, list) else ()):
+        task = each if isinstance(each, dict) else {}
         place = ("evaluation", index)
         kind = "text" if task.get("task") == "forgetting" else "rows"
         for path, value, _ in _sources((*place, "path"), task.get("path")):
@@ -181,10 +181,6 @@ def _sources(path: Path, value: object) -> Iterator[tuple[Path, object, str]]:
         yield path, value, "rows"
 
 
-def _section(parent: object, key: str | int) -> dict[str, object]:
-    found: object = None
-    if isinstance(parent, dict):
-        found = parent.get(key)
-    elif isinstance(parent, list) and isinstance(key, int):
-        found = parent[key]
+def _section(parent: object, key: str) -> dict[str, object]:
+    found = parent.get(key) if isinstance(parent, dict) else None
     return found if isinstance(found, dict) else {}

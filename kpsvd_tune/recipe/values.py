@@ -118,17 +118,12 @@ def read_number_of_parameters(value: object) -> int:
     return int(number)
 
 
-def _check_plain(value: object) -> object:
-    """Take text, numbers, true, false, null, and lists and mappings of these, as they are."""
+def _freeze(value: object) -> object:
+    """Take what YAML holds as it is, with lists as tuples."""
     if isinstance(value, list | tuple):
-        return tuple(_check_plain(each) for each in value)
+        return tuple(_freeze(each) for each in value)
     if isinstance(value, Mapping):
-        return {str(key): _check_plain(each) for key, each in value.items()}
-    if value is not None and not isinstance(value, bool | int | float | str):
-        raise ValueError(
-            f"got {show(value)}; expected text, a number, true, false, null, or a list or mapping "
-            "of these; write a date in quotes"
-        )
+        return {str(key): _freeze(each) for key, each in value.items()}
     return value
 
 
@@ -241,5 +236,5 @@ Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
 Budget = Annotated[int | None, BeforeValidator(_read_budget)]
 Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]
 PlainValues = dict[
-    Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_check_plain)]
+    Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_freeze)]
 ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kpsvd_tune.data import Encoder
-from kpsvd_tune.data.format import Pair
+from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.loss import TokenLoss, completion_loss, forgetting, text_loss
 

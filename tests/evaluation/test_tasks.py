@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kpsvd_tune.data import Encoder, read_examples
-from kpsvd_tune.data.format import Pair
+from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.prompts import build_prompts, num_shots, read_shots, stop_strings
 from kpsvd_tune.evaluation.tasks import SOURCES, Question, read_questions

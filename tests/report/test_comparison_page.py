@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from trial_rows import row
 
-from kpsvd_tune.compare.verdict import compare_rows
+from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import PALETTES, _money, comparison_page

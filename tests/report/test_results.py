@@ -121,6 +121,19 @@ def test_a_report_with_an_unknown_key_is_refused(report: RankReport):
         RankReport.from_dict(content)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"totals": []}, "the totals of the rank report is no mapping"),
+        ({"model": 3}, "the rank report holds something unexpected"),
+    ],
+)
+def test_a_report_of_wrong_types_is_refused(report: RankReport, changes, message: str):
+    with pytest.raises(InputError, match=message) as refused:
+        RankReport.from_dict({**report.to_dict(), **changes})
+    assert "write it again with `kpsvd-tune init-only`" in str(refused.value)
+
+
 RESULTS = [
     layer(),
     PreflightReport(8, 2, 100, 40, 0, 0, 20, "chat", "has messages", ("short",), (("Hi", False),)),

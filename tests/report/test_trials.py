@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from trial_rows import row
 
-from kpsvd_tune.compare.plan import Trial
+from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.report import trials
 from kpsvd_tune.report.trials import TrialTable, show_grid
 

@@ -1,0 +1,268 @@
+"""The command `compare`: the same training for every method, trial by trial, and the verdict."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
+from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
+from kpsvd_tune.comparison.setups import Setups
+from kpsvd_tune.comparison.trial import Material
+from kpsvd_tune.comparison.trial_log import (
+    COMPARISON,
+    RESULTS,
+    append_row,
+    check_schedule,
+    open_results,
+)
+from kpsvd_tune.comparison.verdict import compare_rows
+from kpsvd_tune.comparison.workers import run_base, run_setups
+from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
+from kpsvd_tune.data.rows.preflight import pad_token_id
+from kpsvd_tune.data.rows.stored_rows import num_shared
+from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.models import (
+    WeightReader,
+    base_fingerprint,
+    load_skeleton,
+    load_tokenizer,
+)
+from kpsvd_tune.pipeline.phase import Phase, data_cures, watched
+from kpsvd_tune.pipeline.stages import Events, find_model
+from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.comparison import Comparison, TrialRow
+from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.training.length import run_length
+from kpsvd_tune.training.optim import num_warmup_steps
+
+
+class Watcher(Protocol):
+    """What a comparison tells whoever started it, besides events."""
+
+    def begin(self, rows: Sequence[TrialRow], num_left: int, jobs: int) -> None:
+        """Show the trials that are done already, and how many are to come, ``jobs`` at a time."""
+
+    def stepped(self, trial: Trial, step: int, total: int, loss: float) -> None:
+        """Report one step of a trial that runs."""
+
+    def finished(self, row: TrialRow, num_left: int) -> None:
+        """Report a trial that is done, and how many are to come."""
+
+
+def compare(
+    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
+    methods: Sequence[Method],
+    grid: Grid,
+    events: Events,
+    watcher: Watcher,
+    *,
+    jobs: int = 1,
+    offline: bool = False,
+) -> Comparison:
+    """Run every trial that is not done yet, and draw the verdict.
+
+    Args:
+        recipe: What all methods share.
+        recipes: The recipe of each method by its name, which differs in its adapter section.
+        methods: The methods of the grid.
+        grid: Budgets, rates and seeds.
+        events: Told of stages and progress.
+        watcher: Told of trials.
+        jobs: Trials at a time; on GPUs each takes its own.
+        offline: Make no network call.
+
+    Returns:
+        The verdict, also written to comparison.json and comparison.html in the recipe's
+        output_dir, beside results.jsonl with a row a trial.
+
+    Raises:
+        StoppedBySignal: SIGINT or SIGTERM; running trials were saved.
+        KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
+    """
+    _check(recipe)
+    assert recipe.dataset is not None
+    run = RunDirectory(recipe.output_dir)
+    if not (run.path / COMPARISON).exists():
+        # The record of a comparison is the first file of its folder.
+        refuse_inside_run(run.path, "output_dir")
+        refuse_foreign(run.path, ())
+    phase = Phase()
+    phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
+    with watched(phase), run.lock():
+        source = find_model(recipe, offline)
+        tokenizer = load_tokenizer(source)
+        events.stage(f"reading {source_names(recipe.dataset)}")
+        skeleton = load_skeleton(source)
+        limits = model_limits(skeleton)
+        data = prepare(
+            recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline, limits=limits
+        )
+        events.note(data.cache_note)
+        events.preflight(data.report)
+        if not data.validation:
+            raise DataError(
+                "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
+                "a number of rows or a file"
+            )
+        length = run_length(recipe.train, len(data.train), len(data.validation))
+        if length.faults and grid.plan != "done":
+            raise RecipeError("\n".join(length.faults))
+        for note in length.notes:
+            events.note(note)
+        test, test_sha256 = _test_rows(recipe, tokenizer, offline, limits)
+        if known := num_shared(test, data.train):
+            events.note(
+                f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "
+                "the test loss is partly one of known rows: take them out of one of the two"
+            )
+        forgetting, text_sha256 = _forgetting_text(recipe)
+        material = Material(
+            source, data.train, data.validation, test, forgetting, pad_token_id(tokenizer)
+        )
+        shared = {
+            "recipe": _fixed_part(recipe),
+            "base": base_fingerprint(source),
+            "dataset": data.sha256,
+            "test": test_sha256,
+            "forgetting": text_sha256,
+        }
+        names = target_names(
+            skeleton,
+            recipe.adapter.target_modules,
+            recipe.adapter.exclude_modules,
+            recipe.adapter.modules_to_save,
+        )
+        reader = WeightReader(source, names, skeleton)
+        sizes = {name: reader.size(name) for name in names}
+        reader.close()
+        plan = Setups(recipe, recipes, methods, sizes, run.path, shared)
+        # What cannot be met is refused before the first trial, not after hours.
+        plan.check_baselines(grid.budgets)
+        plan.decompose(source, grid.budgets, events)
+        rows = open_results(run.path, shared, plan.adapters())
+        if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, length.num_steps):
+            check_schedule(run.path)
+        base = run_base(material, recipe, run.path / "base.json", events)
+        watcher.begin(rows, num_left(grid, rows), jobs)
+        try:
+            while pending := next_trials(grid, rows):
+                setups = [plan.setup(trial, base) for trial in pending]
+                for row in run_setups(setups, material, jobs, watcher.stepped):
+                    append_row(run.path, row)
+                    rows.append(row)
+                    watcher.finished(row, num_left(grid, rows))
+        except StoppedBySignal:
+            # What is known so far is worth a look.
+            with suppress(InputError):
+                _conclude(recipe, grid, rows, base, run.path, jobs, events)
+            raise
+        return _conclude(recipe, grid, rows, base, run.path, jobs, events)
+
+
+def _conclude(
+    recipe: Recipe,
+    grid: Grid,
+    rows: Sequence[TrialRow],
+    base: Mapping[str, float | None],
+    folder: Path,
+    jobs: int,
+    events: Events,
+) -> Comparison:
+    """Write the verdict on the trials of the grid, also where more of them are to come."""
+    chosen = [row for row in rows if grid.holds(row)]
+    train = recipe.train
+    steps = max((len(row.losses) for row in chosen), default=0)
+    verdict = compare_rows(
+        chosen,
+        model=recipe.model.path,
+        steps=steps,
+        base=base,
+        num_warmup=num_warmup_steps(train, steps),
+        max_grad_norm=train.max_grad_norm,
+        price_per_hour=recipe.compare.price_per_hour,
+        currency=recipe.compare.currency,
+        num_missing=len(next_trials(grid, rows)),
+        jobs=jobs,
+    )
+    replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
+    page = folder / "comparison.html"
+    try:
+        replace_file(page, comparison_page(verdict, chosen).encode())
+    except InputError as error:
+        # A page of earlier trials beside the new figures would tell something else.
+        page.unlink(missing_ok=True)
+        events.note(f"{page.name} was not written: {error}")
+    else:
+        events.note(f"written: {page}, comparison.json and {RESULTS}")
+    return verdict
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `compare` needs")
+    if recipe.adapter.modules_to_save:
+        raise RecipeError(
+            "adapter.modules_to_save: modules trained whole would count against no budget; set it "
+            "to [] to compare adapters"
+        )
+    if recipe.adapter.from_ is not None:
+        raise RecipeError(
+            "adapter.from: methods are compared from their own starts, not from a trained adapter; "
+            "set it to null"
+        )
+
+
+def _test_rows(
+    recipe: Recipe, tokenizer: Any, offline: bool, limits: ModelLimits
+) -> tuple[Sequence[TokenizedRow], str | None]:
+    """Rows that no choice looks at, and their hash."""
+    if recipe.compare.test is None:
+        return (), None
+    assert recipe.dataset is not None
+    dataset = recipe.dataset.model_copy(
+        update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
+    )
+    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits, keeps_template=True)
+    return found.train, found.sha256
+
+
+def _forgetting_text(recipe: Recipe) -> tuple[Path | None, str | None]:
+    """The text of another kind, and its hash."""
+    if recipe.compare.forgetting is None:
+        return None, None
+    file = Path(recipe.compare.forgetting)
+    try:
+        content = file.read_bytes()
+        content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"compare.forgetting: {file} cannot be read as UTF-8 text ({error}); name a text file, "
+            "or set it to null"
+        ) from error
+    return file, hashlib.sha256(content).hexdigest()
+
+
+def _fixed_part(recipe: Recipe) -> dict[str, Any]:
+    """What must be equal in all trials; methods, budgets, rates and seeds may be added later."""
+    content = recipe.model_dump(mode="json")
+    for key in ("output_dir", "tracking", "evaluation", "adapter"):
+        del content[key]
+    for key in ("learning_rate", "seed"):
+        del content["train"][key]
+    for key in ("price_per_hour", "currency"):
+        del content["compare"][key]
+    content["adapter"] = {
+        key: value
+        for key, value in recipe.adapter.model_dump(mode="json").items()
+        if key in ("target_modules", "exclude_modules", "modules_to_save", "dropout")
+    }
+    return content

@@ -1,0 +1,290 @@
+"""One training run of a comparison, in a process of its own: any method, the same loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from kpsvd_tune.adapter.rates import rate_factors
+from kpsvd_tune.checkpoint import RunDirectory, to_json
+from kpsvd_tune.checkpoint.identity import changes
+from kpsvd_tune.checkpoint.run import RunRecord
+from kpsvd_tune.comparison.baselines import Baseline
+from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.plan import Trial
+from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.disk import explained
+from kpsvd_tune.errors import CheckpointError, NonFiniteError
+from kpsvd_tune.evaluation.loss import text_loss
+from kpsvd_tune.json_files import parse_json, read_json
+from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
+from kpsvd_tune.pipeline.stages import SilentEvents, adapt, device
+from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.recipe import AdapterRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.results import StepMetrics
+from kpsvd_tune.training import Training, make_accelerator
+from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
+from kpsvd_tune.training.validation import validation_loss
+
+# Tokens of a window of the forgetting text: short, for the runs of a comparison are.
+WINDOW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every trial of a comparison shares.
+
+    Attributes:
+        source: The base model.
+        train: Rows to learn from.
+        validation: Held-out rows, which choices are made by.
+        test: Rows that no choice looks at; may be empty.
+        forgetting: A text of another kind; None: not measured.
+        pad_token_id: Fills short rows.
+    """
+
+    source: ModelSource
+    train: Sequence[TokenizedRow]
+    validation: Sequence[TokenizedRow]
+    test: Sequence[TokenizedRow]
+    forgetting: Path | None
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One trial, ready to run.
+
+    Attributes:
+        trial: What it is.
+        method: Its method.
+        recipe: With the trial's rate and seed, and for KPSVD its rank rule and budget.
+        baseline: PEFT's configuration; None for KPSVD.
+        folder: Of the run.
+        base: Losses of the base model, from :func:`measure_base`.
+        identity: What must be equal for a stopped trial to go on, as JSON values.
+    """
+
+    trial: Trial
+    method: Method
+    recipe: Recipe
+    baseline: Baseline | None
+    folder: Path
+    base: Mapping[str, float | None]
+    identity: Mapping[str, Any]
+
+
+def measure_base(material: Material, recipe: Recipe) -> dict[str, float | None]:
+    """Losses of the base model: validation_loss, test_loss and forgetting_loss."""
+    accelerator = make_accelerator(recipe.train)
+    model = load_model(material.source, recipe.model.dtype, recipe.model.attn_implementation)
+    model.to(accelerator.device)
+    validation = _loss(model, material.validation, material, recipe, accelerator)
+    return {"validation_loss": validation} | _other_losses(model, material, recipe, accelerator)
+
+
+def run_trial(
+    setup: Setup, material: Material, report: Callable[[StepMetrics, int], None]
+) -> TrialRow:
+    """Train one method once and measure it.
+
+    A trial that was stopped goes on from its checkpoint; its folder keeps the metrics and the
+    adapter.
+
+    Args:
+        setup: The trial.
+        material: Model and rows.
+        report: Called after each step with its metrics and the number of steps.
+
+    Raises:
+        StoppedBySignal: SIGINT or SIGTERM; the state was saved.
+        KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
+    """
+    recipe = setup.recipe
+    accelerator = make_accelerator(recipe.train)
+    run = RunDirectory(setup.folder)
+    with run.lock():
+        begun = run.begin(
+            recipe_to_yaml(recipe),
+            setup.identity,
+            {"trial": setup.trial.folder_name},
+            resume="auto" if _is_same(run, setup.identity) else "never",
+        )
+        if begun.is_finished:
+            # It ended, and whoever started it was gone before the row could be written down.
+            return TrialRow.from_dict(read_json(run.results_file))
+        torch.manual_seed(recipe.train.seed)
+        model, rank, init_seconds = _adapted(setup, material)
+        training = Training(
+            model,
+            material.train,
+            material.validation,
+            recipe.train,
+            accelerator,
+            run,
+            pad_token_id=material.pad_token_id,
+            checkpoint=begun.checkpoint,
+            rate_factors=_rate_factors(model, setup.baseline, recipe.adapter),
+        )
+        # A resumed trial counts the processor time of its last session only, over its steps.
+        began, first, failed = time.process_time(), training.progress.step, None
+        try:
+            for metrics in training.steps():
+                report(metrics, training.num_steps)
+        except NonFiniteError as error:
+            failed = str(error)
+        took = time.process_time() - began
+        steps = training.progress.step - first
+        outcome = training.result()
+        lines = _read_metrics(run.metrics_file)
+        others: dict[str, float | None] = {"test_loss": None, "forgetting_loss": None}
+        if failed is None:
+            others = _other_losses(model, material, recipe, accelerator)
+            with explained(f"write {run.adapter}"):
+                model.save_pretrained(str(run.adapter), save_embedding_layers=False)
+        curve = [(0, outcome.validation_loss_before)]
+        curve += [(line["step"], line.get("validation_loss")) for line in lines]
+        base_text = setup.base["forgetting_loss"]
+        forgot = others["forgetting_loss"]
+        is_cpu = accelerator.device.type == "cpu"
+        row = TrialRow(
+            method=setup.trial.method,
+            budget=setup.trial.budget,
+            learning_rate=setup.trial.learning_rate,
+            seed=setup.trial.seed,
+            rank=rank,
+            trainable_parameters=outcome.trainable_parameters,
+            stored_parameters=_stored(model, setup.method),
+            validation_loss=None if failed else outcome.adapter_validation_loss,
+            validation_losses=tuple((step, loss) for step, loss in curve if loss is not None),
+            test_loss=others["test_loss"],
+            forgetting=None if forgot is None or base_text is None else forgot - base_text,
+            losses=tuple(round(line["loss"], 5) for line in lines),
+            grad_norms=tuple(round(line["grad_norm"] or 0.0, 5) for line in lines),
+            seconds_per_step=statistics.median(
+                [line["tokens"] / line["tokens_per_second"] for line in lines] or [0.0]
+            ),
+            cpu_seconds_per_step=took / steps if is_cpu and steps else 0.0,
+            init_seconds=init_seconds,
+            wall_seconds=outcome.wall_seconds,
+            peak_memory_bytes=outcome.peak_memory_bytes,
+            failed=failed,
+        )
+        run.finish(row.to_dict())
+    return row
+
+
+def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this trial, and not one of the same name with other settings."""
+    if not run.run_file.exists():
+        return True
+    held = read_json(run.run_file, RunRecord).get("identity")
+    now = json.loads(to_json(dict(identity)))
+    if not held or not held.get("shared"):
+        return False
+    # Of `shared` as a run of its own, for its recipe may have got keys since.
+    rest = [{k: v for k, v in each.items() if k != "shared"} for each in (held, now)]
+    return rest[0] == rest[1] and not changes(held["shared"], now["shared"])
+
+
+def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
+    """The model with its adapter, its rank as text, and the seconds the adapter's start took."""
+    recipe, source = setup.recipe, material.source
+    if setup.baseline is not None:
+        base: Any = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
+        began = time.monotonic()
+        baseline: Any = get_peft_model(base, setup.baseline.config)
+        return baseline, str(setup.baseline.rank), time.monotonic() - began
+    began = time.monotonic()
+    decomposition = starting_factors(
+        recipe, source, material.train, material.pad_token_id, device(), SilentEvents()
+    )
+    took = time.monotonic() - began
+    model = adapt(recipe, source, decomposition.layers, decomposition.factors, None)
+    ranks = [layer.rank for layer in decomposition.report.layers]
+    low, high = min(ranks), max(ranks)
+    # What the cache spared is counted all the same.
+    seconds = sum(layer.seconds for layer in decomposition.report.layers)
+    return model, str(low) if low == high else f"{low}-{high}", max(seconds, took)
+
+
+def _rate_factors(
+    model: PeftModel, baseline: Baseline | None, adapter: AdapterRecipe
+) -> dict[str, float]:
+    if baseline is None:
+        return rate_factors(model, ratio=adapter.rate_ratio, is_relative=adapter.rate == "relative")
+    return {
+        name: factor
+        for name, parameter in model.named_parameters()
+        for part, factor in baseline.rate_ratios.items()
+        if parameter.requires_grad and part in name
+    }
+
+
+def _stored(model: PeftModel, method: Method) -> int:
+    saved: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # What the base is known by is stored beside them as whole numbers, and is no parameter.
+    count = sum(tensor.numel() for tensor in saved.values() if tensor.is_floating_point())
+    # For the unmodified base PiSSA has to store where it started too.
+    return 2 * count if method.kind == "pissa" else count
+
+
+def _other_losses(
+    model: Any, material: Material, recipe: Recipe, accelerator: Accelerator
+) -> dict[str, float | None]:
+    test = _loss(model, material.test, material, recipe, accelerator) if material.test else None
+    forgetting = None
+    if material.forgetting is not None:
+        was_training = model.training
+        model.eval()
+        tokenizer = load_tokenizer(material.source)
+        with accelerator.autocast() if recipe.train.precision != "no" else nullcontext():
+            found = text_loss(model, tokenizer, material.forgetting, window=WINDOW_TOKENS)
+        model.train(was_training)
+        forgetting = found.value
+    losses = {"test_loss": test, "forgetting_loss": forgetting}
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in losses.items()}
+
+
+def _loss(
+    model: Any,
+    rows: Sequence[TokenizedRow],
+    material: Material,
+    recipe: Recipe,
+    accelerator: Accelerator,
+) -> float:
+    with accelerator.autocast():
+        loss = validation_loss(
+            SummedTokenLoss(model),
+            rows,
+            recipe.train.batch_size,
+            accelerator,
+            lambda part: make_micro_batch(part, material.pad_token_id),
+        )
+    assert loss is not None
+    return loss
+
+
+def _read_metrics(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    try:
+        return [parse_json(line) for line in file.read_bytes().splitlines()]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file}: a line {error}; remove the folder {file.parent}, and its trial is run again"
+        ) from error

@@ -1,0 +1,339 @@
+"""Turn examples into token ids and labels: only what the model has to write is learnt.
+
+A row is a list of text segments, learnt or not. Each segment is tokenised on its own and the ids
+are joined, so the ids of a prompt are the same whether an answer follows in training or is asked
+for in generation; no token straddles the boundary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.data.encode.chat import ChatRenderer
+from kpsvd_tune.data.encode.format import Chat, Pair, is_answer
+from kpsvd_tune.data.encode.segments import SegmentTokenizer
+from kpsvd_tune.data.encode.templates import Template
+from kpsvd_tune.data.encode.text_template import TextTemplate
+from kpsvd_tune.data.encode.tokenized import IGNORED, EncodedRow, Layout, Segment, TokenizedRow
+from kpsvd_tune.errors import DataError
+
+__all__ = ["IGNORED", "EncodedRow", "Encoder", "Layout", "TokenizedRow"]
+_PLAIN = TextTemplate("{completion}")
+# Which assistant turns of a chat are learnt: all in one row, the last one, or each in its own row.
+Learn = Literal["all", "last", "each"]
+
+
+class Encoder:
+    """Encodes rows for training and prompts for generation with one template.
+
+    Text templates: the prompt is everything before the completion. Spaces at its end move to the
+    completion, since most tokenizers write " word" as one token and a prompt that ends in a
+    space asks for something never seen. The end token follows the completion.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        template: Text with {prompt} and {completion}, or "chat".
+        max_length: Tokens a row is cut to.
+        learn: Assistant turns of a chat to learn.
+        compared_with: Another chat template, which must ask as the tokenizer's does.
+
+    Raises:
+        DataError: The template does not work with this tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        max_length: int,
+        *,
+        learn: Learn = "all",
+        compared_with: Template | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._learn = learn
+        self._notes: dict[str, None] = {}
+        self._told: set[str] = set()
+        self._special_ids = _special_tokens(tokenizer)
+        self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
+        # Read once: a tokenizer looks its special tokens up anew at every call.
+        self._all_special_ids = frozenset(self._special_ids.values())
+        self._bos, self._bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no end token (eos_token), so the model could not learn to "
+                "stop; set eos_token in the tokenizer's tokenizer_config.json"
+            )
+        self._eos_id = int(tokenizer.eos_token_id)
+        self._template = None if template == "chat" else TextTemplate(template)
+        self._chat = (
+            ChatRenderer(tokenizer, tuple(self._special_ids), compared_with)
+            if template == "chat"
+            else None
+        )
+        self._segment_tokenizer = SegmentTokenizer(tokenizer)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about tokenizer and template, as met so far."""
+        of_chat = self._chat.notes if self._chat else {}
+        return (*self._notes, *of_chat)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the tokenizer's end token, and the chat template's if another."""
+        ends = {self._eos_id: None}
+        if self._chat is not None:
+            question = {"role": "user", "content": "a"}
+            answer = {"role": "assistant", "content": "b"}
+            turn = self._chat.segments(Chat((question, answer)), only_last=True)[-1].text
+            if self._chat.ends_turn(turn):
+                ends[self._segment_tokenizer.ids(turn)[-1]] = None
+        return tuple(ends)
+
+    @property
+    def last_token_ids(self) -> tuple[int, ...]:
+        """Ids that a whole row may end with: in chats any special token, else the end token.
+
+        Templates end calls of tools with another token than answers.
+        """
+        special = self._special_ids.values() if self._chat is not None else ()
+        return tuple(dict.fromkeys((self._eos_id, *special)))
+
+    def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
+        """What becomes a row of its own: the example, or a chat up to each turn to learn."""
+        if isinstance(example, Pair) and example.history and self._text_template(example) is None:
+            example = example.as_chat()
+        if self._learn != "each" or isinstance(example, Pair):
+            return [example]
+        return [
+            replace(
+                example,
+                messages=example.messages[: turn + 1],
+                context=example.context.union(range(turn)),
+            )
+            for turn in example.learnt
+        ]
+
+    def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
+        """Encode one example; its ids are cut at the maximal length.
+
+        Args:
+            example: What `RowFormat.example` read, or one of its :meth:`parts`.
+            row: Number to keep in the result.
+
+        Raises:
+            DataError: The chat template does not give the messages back.
+        """
+        return self.encode_laid_out([self.lay_out(example)], [row])[0]
+
+    def lay_out(self, example: Pair | Chat) -> Layout:
+        """Write an example out as text, before any tokenising.
+
+        Raises:
+            DataError: The chat template does not give the messages back.
+        """
+        segments, prefix, texts = self._segments(example)
+        return Layout(
+            tuple(segments),
+            tuple(prefix),
+            any(self._special_pattern.search(text) for text in texts),
+            is_chat=isinstance(example, Chat) or self._text_template(example) is None,
+        )
+
+    def encode_laid_out(
+        self, layouts: Sequence[Layout], numbers: Sequence[int]
+    ) -> list[EncodedRow]:
+        """Tokenise many rows in one call, which a fast tokenizer shares out over its threads.
+
+        Args:
+            layouts: From :meth:`lay_out`.
+            numbers: Number of each row, to keep in the result.
+
+        Returns:
+            The rows, equal to what `encode` gives one by one.
+        """
+        pieces = list(self._segment_tokenizer.rows([layout.segments for layout in layouts]))
+        learnt = [
+            (place, piece, segment.text)
+            for place, layout in enumerate(layouts)
+            for segment, piece in zip(layout.segments, pieces[place], strict=True)
+            if segment.is_trained
+        ]
+        gives_back = self._segment_tokenizer.gives_back(
+            [piece for _, piece, _ in learnt], [text for _, _, text in learnt]
+        )
+        inexact = {
+            place for (place, _, _), fits in zip(learnt, gives_back, strict=True) if not fits
+        }
+        return [
+            self._assemble(*each, place not in inexact)
+            for place, each in enumerate(zip(layouts, pieces, numbers, strict=True))
+        ]
+
+    def _assemble(
+        self, layout: Layout, pieces: Sequence[list[int]], row: int, is_exact: bool
+    ) -> EncodedRow:
+        ids: list[int] = list(layout.prefix)
+        labels: list[int] = [IGNORED] * len(ids)
+        for segment, piece in zip(layout.segments, pieces, strict=True):
+            ids += piece
+            labels += piece if segment.is_trained else [IGNORED] * len(piece)
+        bos, eos = self._bos_id, self._eos_id
+        if bos is not None and bos != eos and ids[:2] == [bos, bos]:
+            self._notes[
+                f"rows begin with {self._bos!r} twice, which no model has seen in "
+                "pretraining: take it out of the chat template, or out of the rows"
+            ] = None
+        # Of a text that its tokenizer drops altogether, no id is left.
+        last = ids[-1] if ids else None
+        if not (last in self._all_special_ids if layout.is_chat else last == eos):
+            ids.append(eos)
+            labels.append(eos)
+        labels[0] = IGNORED
+        kept = TokenizedRow(tuple(ids[: self._max_length]), tuple(labels[: self._max_length]), row)
+        return EncodedRow(
+            row=kept if kept.num_supervised else None,
+            is_truncated=len(ids) > self._max_length,
+            is_exact=is_exact,
+            holds_special_tokens=layout.holds_special_tokens,
+        )
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        system: str | None = None,
+        tools: tuple[Any, ...] | None = None,
+    ) -> list[int]:
+        """The ids that stand before the answer in training, for generation to continue.
+
+        Args:
+            prompt: What the prompt column holds, or chat messages up to a user's.
+            system: System prompt, where the rows have one.
+            tools: What the assistant may call, beside messages.
+        """
+        if isinstance(prompt, str):
+            segments, prefix, _ = self._segments(Pair(prompt, "", system), is_prompt=True)
+        else:
+            segments, prefix = self._chat_prompt(tuple(prompt), tools), []
+        (pieces,) = self._segment_tokenizer.rows([segments])
+        return [*prefix, *itertools.chain.from_iterable(pieces)]
+
+    def pieces(self, row: TokenizedRow) -> tuple[tuple[str, bool], ...]:
+        """The row as decoded from its ids: stretches of text, each learnt or not."""
+        marked = zip(row.input_ids, row.labels, strict=True)
+        groups = itertools.groupby(marked, key=lambda pair: pair[1] != IGNORED)
+        return tuple(
+            (self.decode([token for token, _ in group]), is_trained) for is_trained, group in groups
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids with special tokens written out and no spaces tidied away."""
+        return self._segment_tokenizer.decode(ids)
+
+    def _segments(
+        self, example: Pair | Chat, is_prompt: bool = False
+    ) -> tuple[list[Segment], list[int], list[str]]:
+        """Segments, the ids before them, and the texts of the row itself."""
+        if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
+            _refuse_chat_parts(example)
+            prompt, completion = template.render(example)
+            segments = [Segment(prompt, False)]
+            if not is_prompt:
+                segments.append(Segment(completion, True))
+            texts = [example.prompt, example.completion, example.system or ""]
+            segments = [segment for segment in segments if segment.text]
+            return segments, self._prefix(segments), texts
+        if isinstance(example, Pair):
+            if is_prompt:
+                return self._chat_prompt(example.as_chat().messages[:-1]), [], []
+            example = example.as_chat()
+        self._take_notes(example)
+        # The template writes its own special tokens, so the tokenizer adds none.
+        segments = self._renderer().segments(example, only_last=self._learn != "all")
+        return segments, [], _texts_of(example)
+
+    def _take_notes(self, chat: Chat) -> None:
+        """Keep what a user should know about a row; of rows alike in that, the first."""
+        for note in chat.notes:
+            about = note.partition(" (first: ")[0]
+            if about not in self._told:
+                self._told.add(about)
+                self._notes[note] = None
+
+    def _chat_prompt(
+        self, messages: tuple[Mapping[str, Any], ...], tools: tuple[Any, ...] | None = None
+    ) -> list[Segment]:
+        text = self._renderer().prompt(messages, tools)
+        past = [i for i, message in enumerate(messages) if is_answer(message)]
+        if not past or self._learn != "all":
+            return [Segment(text, False)]
+        # Earlier answers are cut as they were in training, so that the ids are the same. A template
+        # that changes them afterwards trains last answers only, behind one stretch of text.
+        try:
+            segments = self._renderer().segments(Chat(messages[: past[-1] + 1], tools))
+        except DataError:
+            return [Segment(text, False)]
+        length = sum(len(segment.text) for segment in segments)
+        if text[:length] != "".join(segment.text for segment in segments):
+            return [Segment(text, False)]
+        return [*segments, Segment(text[length:], False)]
+
+    def _text_template(self, example: Pair) -> TextTemplate | None:
+        """The template to put around a pair; None where the chat template writes it."""
+        return _PLAIN if example.is_plain else self._template
+
+    def _renderer(self) -> ChatRenderer:
+        if self._chat is None:
+            raise DataError(
+                "chat messages need the tokenizer's chat template; set dataset.template to chat"
+            )
+        return self._chat
+
+    def _prefix(self, segments: list[Segment]) -> list[int]:
+        """The ids that the tokenizer puts first, unless the template wrote them already."""
+        first = segments[0].text if segments else ""
+        bos = self._bos
+        if not (self._segment_tokenizer.start_ids and bos and first.startswith(bos)):
+            return self._segment_tokenizer.start_ids
+        self._notes[
+            f"dataset.template starts with {bos!r}, which the tokenizer adds by itself: it is "
+            "written once; remove it from the template"
+        ] = None
+        return []
+
+
+def _texts_of(chat: Chat) -> list[str]:
+    """All that the row itself gives to be written: texts, reasoning, calls, tools."""
+    texts = [json.dumps(chat.tools, ensure_ascii=False, default=str)] if chat.tools else []
+    for message in chat.messages:
+        texts.append(str(message["content"]))
+        more = {key: value for key, value in message.items() if key not in ("role", "content")}
+        if more:
+            texts.append(json.dumps(more, ensure_ascii=False, default=str))
+    return texts
+
+
+def _refuse_chat_parts(pair: Pair) -> None:
+    for part, column in ((pair.history, "history"), (pair.tools, "tools")):
+        if part:
+            raise DataError(
+                f"the row has {column}, which a text template cannot write; expected "
+                "dataset.template: chat (the tokenizer's own template), or leave it out with "
+                f"dataset.ignore_columns: [{column}]"
+            )
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text and id of every special token; longest first, so that a search takes the whole one."""
+    tokens = {str(t): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))

@@ -1,0 +1,192 @@
+"""Read one message of a chat: who speaks, the text, the calls, and whether its turn is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kpsvd_tune.data.encode.tools import read_calls
+from kpsvd_tune.data.read.columns import check_characters, is_empty
+from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.errors import DataError
+
+# LLaMA-Factory's speaker of a turn that calls tools; its text is the call as JSON.
+_CALL = "function_call"
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    _CALL: "assistant",
+}
+# "function" is OpenAI's older name of the role that gives a tool's result.
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    "function": "tool",
+}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+# Keys of other tools that say which turns are learnt, and that mean something else in each.
+_FOREIGN_SWITCHES = (
+    "trainable",
+    "training",
+    "train_detail",
+    "loss",
+    "loss_weight",
+    "loss_mask",
+    "mask",
+    "masked",
+    "is_masked",
+    "learn",
+)
+
+
+def read_message(
+    row: Row, name: str, entry: Any, kind: str, tools: tuple[Any, ...] | None
+) -> tuple[dict[str, Any], bool, list[str]]:
+    """Read one entry of a list of messages.
+
+    Args:
+        row: Its row, for messages.
+        name: Column of the list.
+        entry: The entry.
+        kind: Which keys it has: "chat" (role and content) or "sharegpt" (from and value).
+        tools: The tools of the row, which say what calls may hold.
+
+    Returns:
+        The message as chat templates take it, whether an assistant's turn is learnt as far as
+        the entry's own switches say, and what a user should know.
+
+    Raises:
+        DataError: The entry is no message, or holds something that is not understood.
+    """
+    speaker, text = ("role", "content") if kind == "chat" else ("from", "value")
+    if not isinstance(entry, Mapping) or speaker not in entry:
+        found = f"the keys {', '.join(entry)}" if isinstance(entry, Mapping) else repr(entry)
+        other = {"chat": "sharegpt", "sharegpt": "chat"}[kind]
+        raise DataError(
+            f"{row.where}: a message in {name!r} has {found}; expected {{{speaker!r}: ..., "
+            f"{text!r}: ...}}: check the row, or set dataset.format to {other}"
+        )
+    # Arrow fills keys that other messages have with null; a template would print "None".
+    message = {key: value for key, value in entry.items() if value is not None}
+    spoken = message.pop(speaker, None)
+    roles = _ROLES if kind == "chat" else _SPEAKERS
+    if spoken not in roles:
+        raise DataError(
+            f"{row.where}: unknown {speaker} {spoken!r} in {name!r}; expected one of "
+            f"{', '.join(roles)}: rename it"
+        )
+    role = roles[spoken]
+    content = _content(row, name, message.pop(text, None), role, spoken, text)
+    if spoken == _CALL:
+        if "tool_calls" in message:
+            raise DataError(
+                f"{row.where}: a message from {_CALL!r} in {name!r} has 'tool_calls' besides; "
+                "expected the call in its text alone: remove the key"
+            )
+        message["tool_calls"], content = _called(row, name, content), ""
+    is_learnt = _read_switches(row, name, message, role)
+    notes: list[str] = []
+    if calls := read_calls(row, name, message, tools, notes):
+        message["tool_calls"] = calls
+    return {"role": role, "content": content, **message}, is_learnt, notes
+
+
+def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str) -> str:
+    if content is None and role in ("assistant", "tool"):
+        return ""  # as beside a call, or from a tool that answers nothing
+    if content is None:
+        raise DataError(
+            f"{row.where}: a message of {spoken!r} in {name!r} has no text ({key!r} is null or "
+            'missing); expected text: remove the message, or write "" where it is meant to be empty'
+        )
+    if isinstance(content, list):
+        content = "".join(read_part(row, name, part, key) for part in content)
+    if not isinstance(content, str):
+        raise DataError(
+            f"{row.where}: {key!r} of a message in {name!r} is {type(content).__name__}; "
+            "expected text, or a list of parts such as {'type': 'text', 'text': ...}"
+        )
+    check_characters(row, name, content)
+    return content
+
+
+def read_part(row: Row, name: str, part: Any, key: str) -> str:
+    """The text of one part of a content that is a list, as OpenAI and templates for images have it.
+
+    Raises:
+        DataError: It is something else than text.
+    """
+    if isinstance(part, str):
+        return part
+    given = part if isinstance(part, Mapping) else {}
+    kind, text = given.get("type", "text"), given.get("text")
+    media = [key for key in (*MEDIA_KEYS, "image_url") if not is_empty(given.get(key))]
+    if kind in _TEXT_PARTS and isinstance(text, str) and not media:
+        return text
+    kind = media[0] if media else kind
+    what = f"of the type {kind!r}" if kind not in _TEXT_PARTS else f"{part!r:.60}"
+    raise DataError(
+        f"{row.where}: {key!r} of a message in {name!r} has a part {what}; expected parts of text "
+        "alone ({'type': 'text', 'text': ...}), since only texts are trained here: remove the "
+        "part or the row"
+    )
+
+
+def _called(row: Row, name: str, content: str) -> list[dict[str, Any]]:
+    """The calls in the text of a turn from `function_call`: an object of name and arguments.
+
+    Raises:
+        DataError: It is no call, or no list of calls.
+    """
+    try:
+        value = parse_json(content)
+    except ValueError:
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        is_call = isinstance(call, Mapping) and isinstance(call.get("name"), str)
+        if not is_call or "arguments" not in call:
+            raise DataError(
+                f"{row.where}: a message from {_CALL!r} in {name!r} holds {content[:60]!r}; "
+                'expected JSON such as {"name": "search", "arguments": {"query": "..."}}, or a '
+                "list of these: correct it, or let it come from gpt if it is text"
+            )
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def _read_switches(row: Row, name: str, message: dict[str, Any], role: str) -> bool:
+    """Take the keys out that say whether a turn is learnt; the template never sees them."""
+    understood = (
+        "expected weight: 0 or 1, or train: true or false, on assistant messages: a turn with 0 or "
+        "false stays in the chat and is not learnt"
+    )
+    found: set[bool] = set()
+    for key in ("weight", "train", *_FOREIGN_SWITCHES):
+        if key not in message:
+            continue
+        value = message.pop(key)
+        # In Python True equals 1, in a data file it does not.
+        is_flag = isinstance(value, bool) == (key == "train") and value in (0, 1)
+        if key in _FOREIGN_SWITCHES or not is_flag:
+            raise DataError(
+                f"{row.where}: a message in {name!r} has {key}: {value!r}, which is not "
+                f"understood; {understood}: rewrite the key, or remove it"
+            )
+        found.add(bool(value))
+    if len(found) == 2:
+        raise DataError(
+            f"{row.where}: weight and train of a message in {name!r} contradict each other; "
+            f"{understood}: remove one of them"
+        )
+    if role != "assistant" and True in found:
+        raise DataError(
+            f"{row.where}: a message of the role {role!r} in {name!r} is marked to be learnt, and "
+            f"only assistant messages are; {understood}: remove the key, or set it to 0 or false"
+        )
+    return False not in found

@@ -1,0 +1,211 @@
+"""Which chat template a run uses, the tokenizer's, one of ours or a file, with its arguments.
+
+Ours are written for training: each marks what the assistant writes. Arguments are written into the
+template's own text as defaults, so that training, evaluation, the saved tokenizer and whoever
+serves it later all render alike without being told of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.data.encode.chat_program import variables_of
+from kpsvd_tune.errors import DataError
+from kpsvd_tune.folders import expand
+from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
+
+Template = str | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models whose chats one of our templates writes.
+
+    Attributes:
+        marks: Texts that the own templates of these models all hold.
+        tokens: Special tokens that ours writes, which the tokenizer must know as single tokens.
+        variants: Arguments under which ours is tried, in turn, against a model's own template.
+    """
+
+    marks: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+
+
+# The first whose marks all occur is a template's family, so the narrower stand first.
+FAMILIES: Mapping[str, Family] = {
+    "deepseek-r1": Family(
+        ("<｜User｜>", "<｜Assistant｜><think>"),
+        ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    ),
+    "deepseek": Family(
+        ("<｜User｜>", "<｜Assistant｜>"),
+        ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+    ),
+    "llama3": Family(
+        ("<|start_header_id|>", "<|eot_id|>"),
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "llama2": Family(("<<SYS>>", "[INST]")),
+    "mistral": Family(("[INST]",)),
+    "gemma": Family(("<start_of_turn>", "<end_of_turn>"), ("<start_of_turn>", "<end_of_turn>")),
+    "phi4": Family(("<|im_sep|>", "<|im_start|>"), ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+    "qwen3": Family(("<|im_start|>", "<think>", "enable_thinking"), ("<|im_start|>", "<|im_end|>")),
+    "chatml": Family(
+        ("<|im_start|>", "<|im_end|>"),
+        ("<|im_start|>", "<|im_end|>"),
+        ({}, {"write_bos": True}),
+    ),
+    "phi3": Family(
+        ("<|user|>\n", "<|end|>"), ("<|end|>", "<|assistant|>"), ({}, {"write_bos": True})
+    ),
+    "phi4-mini": Family(("<|end|>", "'<|' + message"), ("<|end|>", "<|assistant|>")),
+    "zephyr": Family(("<|user|>\n", "eos_token")),
+    "command-r": Family(
+        ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"),
+        ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+    ),
+}
+# What a rendering always gives; these are no arguments.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
+
+
+@cache
+def shipped_template(name: str) -> str:
+    """The text of one of our templates."""
+    folder = files("kpsvd_tune.data.encode").joinpath("shipped")
+    return folder.joinpath(f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def shipped_name(template: str) -> str | None:
+    """Which of our templates a text is, with or without arguments; None for any other."""
+    return next((name for name in FAMILIES if template.endswith(shipped_template(name))), None)
+
+
+def family_of(template: Template | None) -> str | None:
+    """The family that a tokenizer's own template belongs to; None where it is of none."""
+    text = template if isinstance(template, str) else "".join((template or {}).values())
+    return next(
+        (name for name, each in FAMILIES.items() if all(mark in text for mark in each.marks)), None
+    )
+
+
+def use_recipe_template(tokenizer: PreTrainedTokenizerBase, dataset: DatasetRecipe) -> None:
+    """Give a tokenizer the chat template and the arguments that the recipe names.
+
+    Nothing changes where it names none, or where the tokenizer has them already.
+
+    Raises:
+        DataError: There is no such template, the tokenizer lacks its tokens, or the template does
+            not read an argument.
+    """
+    template: Template | None = tokenizer.chat_template
+    if dataset.chat_template is not None:
+        template = _named_template(dataset.chat_template, tokenizer)
+    if dataset.template_arguments:
+        if not template:
+            raise DataError(
+                "dataset.template_arguments are given and the tokenizer has no chat template to "
+                "read them; name one with dataset.chat_template, or remove them"
+            )
+        _check_arguments(template, dataset.template_arguments, tokenizer)
+        template = with_arguments(template, dataset.template_arguments)
+    if template != tokenizer.chat_template:
+        tokenizer.chat_template = template
+
+
+def with_arguments(template: Template, arguments: Mapping[str, Any]) -> Template:
+    """A template in whose text arguments stand as defaults: who renders it may give others."""
+    if isinstance(template, dict):
+        return {name: str(with_arguments(text, arguments)) for name, text in template.items()}
+    lines = "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
+        "{%- endif -%}\n"
+        for name, value in arguments.items()
+    )
+    return template if template.startswith(lines) else lines + template
+
+
+def reads(template: Template, tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The arguments that a template reads.
+
+    Raises:
+        DataError: It is no jinja template.
+    """
+    texts = [template] if isinstance(template, str) else list(template.values())
+    try:
+        names: set[str] = set().union(*map(variables_of, texts))
+    except jinja2.TemplateError as error:
+        raise DataError(f"the chat template does not compile: {error}; correct it") from error
+    return names - _GIVEN - set(tokenizer.special_tokens_map)
+
+
+def missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Special tokens that one of our templates writes and the tokenizer does not know."""
+    known = tokenizer.get_vocab()
+    return [token for token in FAMILIES[name].tokens if token not in known]
+
+
+def _named_template(value: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if value in CHAT_TEMPLATES:
+        if missing := missing_tokens(value, tokenizer):
+            raise DataError(
+                f"dataset.chat_template: {value} writes the special token {missing[0]!r}, which "
+                "this tokenizer does not know, so its turns would not end with one token; "
+                f"expected one of the model's own family ({', '.join(CHAT_TEMPLATES)}), or a file"
+            )
+        return shipped_template(value)
+    path = expand(value)
+    if problem := chat_template_problem(value):
+        raise DataError(f"dataset.chat_template: {problem}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"dataset.chat_template: cannot read {path}: {error}") from error
+    if "messages" not in text:
+        raise DataError(
+            f"dataset.chat_template: {path} reads no messages; expected a jinja template of chats, "
+            "such as the chat_template.jinja beside a model"
+        )
+    return text
+
+
+def _check_arguments(
+    template: Template, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    known = reads(template, tokenizer)
+    for name in arguments:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, 1, 0.6)
+        listed = ", ".join(sorted(known))
+        raise DataError(
+            f"dataset.template_arguments: the chat template does not read {name!r}, so it would "
+            f"change nothing; {f'did you mean {close[0]}? ' if close else ''}"
+            + (f"It reads {listed}" if listed else "It reads no arguments: remove them")
+        )
+
+
+def _literal(value: Any) -> str:
+    """A plain value as jinja writes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_literal(str(key))}: {_literal(each)}" for key, each in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    # The escapes of JSON are jinja's too; other characters stand for themselves.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,263 @@
+"""Tools and tool calls of chats, in the one form that chat templates expect: values, not JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.errors import DataError
+
+Rendered = TypeVar("Rendered", bound=tuple[str, Any])
+# "functions" is OpenAI's older name.
+TOOL_COLUMNS = ("tools", "functions")
+
+
+def read_tools(row: Row) -> tuple[Any, ...] | None:
+    """The tools that the assistant of a row may call; a list, or the JSON text of one.
+
+    Raises:
+        DataError: The column `tools` or `functions` holds something else, or both hold tools.
+    """
+    found = {name: read for name in TOOL_COLUMNS if (read := _read_column(row, name))}
+    if len(found) > 1:
+        raise DataError(
+            f"{row.where}: both the columns 'tools' and 'functions' hold tools; expected one of "
+            "them: leave one out with dataset.ignore_columns: [functions]"
+        )
+    if "functions" in found:
+        return tuple(
+            each if "function" in each else {"type": "function", "function": each}
+            for each in found["functions"]
+        )
+    return found.get("tools")
+
+
+def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
+    value = row.values.get(name)
+    if isinstance(value, str):  # ShareGPT files and csv hold them so
+        if not value.strip():
+            return None
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise DataError(
+                f"{row.where}: the column {name!r} is text and not JSON ({error}); expected a "
+                f"list of tools: correct it, or leave it out with dataset.ignore_columns: [{name}]"
+            ) from error
+    if value is None:
+        return None
+    if isinstance(value, list):  # Arrow holds tools of different keys as JSON texts
+        value = [_parsed(each) for each in value]
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise DataError(
+            f"{row.where}: the column {name!r} holds {type(value).__name__} ({str(value)[:40]}); "
+            "expected a list of tools, each an object: "
+            + ("write [...] around it" if isinstance(value, Mapping) else "correct it")
+            + f", or leave it out with dataset.ignore_columns: [{name}]"
+        )
+    return tuple(_without_nulls(value)) or None
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # refused as what it is
+            return parse_json(value)
+    return value
+
+
+def read_calls(
+    row: Row,
+    name: str,
+    message: dict[str, Any],
+    tools: Sequence[Any] | None,
+    notes: list[str],
+) -> list[Any]:
+    """Take the calls out of a message: those of `tool_calls`, or OpenAI's older `function_call`.
+
+    Arguments that are JSON text, as OpenAI writes them, become objects: templates write them with
+    `tojson`, which puts such a text into quotes a second time, and the model would learn those.
+
+    Nulls in arguments that are objects are left out unless the tool's schema allows them: files
+    exported through Arrow hold the arguments of all tools in each call, null where a call has none.
+
+    Args:
+        row: For messages.
+        name: Column of the message.
+        message: Loses both keys.
+        tools: The tools of the row.
+        notes: Gets what a user should know.
+
+    Raises:
+        DataError: Both keys are given, or what they hold is no call.
+    """
+    calls = message.pop("tool_calls", None) or []
+    legacy = message.pop("function_call", None)
+    if isinstance(calls, str):
+        with contextlib.suppress(ValueError):  # refused below, as what it is
+            calls = parse_json(calls)
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(
+            f"{row.where}: 'tool_calls' of a message in {name!r} is {str(calls)[:60]!r}; expected "
+            "a list of objects such as {'function': {'name': ..., 'arguments': {...}}}"
+        )
+    if legacy:
+        if calls or not isinstance(legacy, Mapping) or not legacy.get("name"):
+            what = "stands beside 'tool_calls'" if calls else f"is {str(legacy)[:60]!r}"
+            raise DataError(
+                f"{row.where}: 'function_call' of a message in {name!r} {what}; expected "
+                "{'name': ..., 'arguments': ...} and no 'tool_calls' in the same message: "
+                "correct it, or remove the key"
+            )
+        calls = [{"type": "function", "function": legacy}]
+    return [_read_call(row, call, tools, notes) for call in calls]
+
+
+def _read_call(
+    row: Row, call: Mapping[str, Any], tools: Sequence[Any] | None, notes: list[str]
+) -> dict[str, Any]:
+    call = {key: value for key, value in call.items() if value is not None}
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _read_call(row, call["function"], tools, notes)}
+    name, arguments = call.get("name"), call.get("arguments")
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(
+            f"{row.where}: a call of a tool has no name: {json.dumps(call, default=str)[:60]}; "
+            "expected {'function': {'name': ..., 'arguments': {...}}}: correct it, or remove it"
+        )
+    # Some write a call without arguments so; a template would write "" or nothing.
+    is_without = isinstance(arguments, str) and arguments.strip() in ("", "null")
+    if is_without or set(call) <= {"name", "id", "type", "index"}:
+        return {**call, "arguments": {}}
+    if isinstance(arguments, str):
+        try:
+            parsed = parse_json(arguments)
+        except ValueError:
+            return call
+        return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+    if isinstance(arguments, Mapping):
+        kept = _given(arguments, _schema(call.get("name"), tools))
+        if kept != arguments:
+            notes.append(
+                f"null arguments of tool calls are left out (first: {row.where}, "
+                f"{call.get('name')}): files exported through Arrow hold them where a call gives "
+                "none; to keep one, let the tool's schema allow null, or write the arguments as "
+                "JSON text"
+            )
+        return {**call, "arguments": kept}
+    return call
+
+
+def _schema(name: Any, tools: Sequence[Any] | None) -> Any:
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        if isinstance(function, Mapping) and function.get("name") == name:
+            return function.get("parameters")
+    return None
+
+
+def _given(value: Any, schema: Any) -> Any:
+    """A value without the nulls in its objects that the JSON schema does not allow."""
+    schema = schema if isinstance(schema, Mapping) else {}
+    if isinstance(value, Mapping):
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        return {
+            key: _given(inner, properties.get(key))
+            for key, inner in value.items()
+            if inner is not None or _allows_null(properties.get(key))
+        }
+    if isinstance(value, list):
+        return [_given(inner, schema.get("items")) for inner in value]
+    return value
+
+
+def _allows_null(schema: Any) -> bool:
+    if not isinstance(schema, Mapping):
+        return False
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    choices = [
+        each
+        for key in ("anyOf", "oneOf")
+        if isinstance(schema.get(key), list)
+        for each in schema[key]
+    ]
+    values = schema.get("enum")
+    return (
+        "null" in kinds
+        or schema.get("nullable") is True
+        or (isinstance(values, list) and None in values)
+        or any(map(_allows_null, choices))
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """The definition of a tool without the nulls that Arrow fills in; a lone default stays."""
+    if isinstance(value, Mapping):
+        nulls = [key for key, inner in value.items() if inner is None]
+        if nulls == ["default"]:
+            nulls = []
+        return {key: _without_nulls(inner) for key, inner in value.items() if key not in nulls}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def render_calls(
+    render: Callable[[list[dict[str, Any]]], Rendered], messages: list[dict[str, Any]]
+) -> Rendered:
+    """Render a chat with the arguments of calls as objects, or as text where a template needs it.
+
+    Some templates join arguments with other text, as OpenAI gives them: with objects they fail,
+    or write them as Python shows them.
+
+    Args:
+        render: Gives the text, and where it marks what.
+        messages: The chat, its arguments as `read_calls` gave them.
+
+    Returns:
+        What `render` gave.
+    """
+    objects = [
+        arguments
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if isinstance(arguments := _function(call).get("arguments"), Mapping)
+    ]
+    if not objects:
+        return render(messages)
+    try:
+        found = render(messages)
+    except TypeError:
+        return render(_with_text_arguments(messages))
+    shown = [str(each) for each in objects if each and str(each) in found[0]]
+    if not shown:
+        return found
+    other = render(_with_text_arguments(messages))
+    # The same may stand in a message's text, which is no reason.
+    is_other = all(other[0].count(each) < found[0].count(each) for each in shown)
+    return other if is_other else found
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = call.get("function")
+    return inner if isinstance(inner, Mapping) else call
+
+
+def _with_text_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def written(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": written(call["function"])}
+        if not isinstance(call.get("arguments"), Mapping):
+            return call
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]

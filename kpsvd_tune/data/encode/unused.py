@@ -1,0 +1,337 @@
+"""Columns that no role takes: refused where they change what a row means, named where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kpsvd_tune.data.encode.format import RowFormat, several_messages
+from kpsvd_tune.data.encode.preference import check_preference
+from kpsvd_tune.data.encode.tools import TOOL_COLUMNS
+from kpsvd_tune.data.read.columns import (
+    CONTEXT_NAMES,
+    SYSTEM_NAMES,
+    column,
+    is_empty,
+    message_kind,
+    nearest,
+    plain_name,
+)
+from kpsvd_tune.data.read.files import Row
+from kpsvd_tune.errors import DataError
+
+# Names by what such a column holds; lower case, without "_" and "-".
+_MEDIA = {
+    *("image", "images", "imageurl", "imagepath", "pixelvalues"),
+    *("audio", "audios", "video", "videos"),
+}
+_LABELS = {"label", "labels", "ktotag", "ktolabel", "isdesirable", "desirable"}
+_VERDICTS = {"iscorrect", "correct", "isgood", "isvalid", "accepted", "isaccepted"}
+_GRADES = {
+    *("good", "bad", "yes", "no", "desirable", "undesirable", "chosen", "rejected"),
+    *("correct", "incorrect", "right", "wrong", "accepted", "acceptable", "unacceptable"),
+}
+_SPLITS = {"split", "datasplit", "set", "subset", "fold", "partition"}
+# Set to true for rows that are not meant for training, and states that say the same.
+_EXCLUDED = {
+    *("deleted", "isdeleted", "discarded", "isdiscarded", "removed", "spam", "isspam"),
+    *("istest", "isvalidation", "isheldout", "heldout"),
+}
+_STATES = {"status", "state", "reviewstatus"}
+_EXCLUDED_STATES = {"discarded", "deleted", "rejected", "removed", "spam"}
+_HELD_OUT = {
+    *("test", "testing", "eval", "evaluation", "validation", "validate", "valid", "val", "dev"),
+    *("holdout", "heldout"),
+}
+_WEIGHTS = {"weight", "weights", "sampleweight", "lossweight", "exampleweight"}
+_SWITCHES = {"train", "trainable", "istrain", "istrainable"}
+_TOOLS = {
+    *("tools", "functions", "toollist", "toolslist", "availabletools", "availablefunctions"),
+    *("tooldefinitions", "toolschemas", "functionlist", "functionschemas"),
+}
+_MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
+_SHOWN = 12
+
+
+class UnusedColumns:
+    """Looks at the columns that a form leaves out, row by row.
+
+    Args:
+        form: The form of the rows.
+        setting: Where a user names columns.
+    """
+
+    def __init__(self, form: RowFormat, setting: str = "dataset.columns") -> None:
+        self._form = form
+        self._setting = setting
+        self.seen: set[str] = set()
+        self._settled: set[str] = set()
+        self._unused: dict[str, None] = {}
+        self._context: dict[str, None] = {}
+        self._splits: dict[str, bool] = {}
+
+    def check(self, row: Row) -> None:
+        """Look at the columns of one row.
+
+        Raises:
+            DataError: A column changes what the row means, or surely belongs to the example.
+        """
+        for name, value in row.values.items():
+            if name in self._settled:
+                continue
+            self.seen.add(name)
+            if self._is_used_in_part(row, name):
+                self._check_inside(row, name, value)
+            elif self._is_used(row, name):
+                self._settled.add(name)
+            elif not is_empty(value):
+                self._judge(row, name, value)
+
+    def notes(self) -> list[str]:
+        """What a user should know about the columns of all rows looked at."""
+        notes = []
+        for name in self._context:
+            how = (
+                "put it into a message"
+                if self._form.is_chat and _last(name) not in SYSTEM_NAMES
+                else f"write {self._setting}={{{self._mapping(name)}}}"
+            )
+            notes.append(
+                f"the column {name!r} looks like a part of the example and is not used: to use it, "
+                f"{how}; to leave it out knowingly, dataset.ignore_columns: [{name}]"
+            )
+        if names := [name for name in self._unused if name not in self._context]:
+            listed = ", ".join(name or "'' (a column without a name)" for name in names[:_SHOWN])
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            notes.append(
+                f"columns that are not used: {listed}{more} (dataset.ignore_columns silences this)"
+            )
+        return notes
+
+    def _check_inside(self, row: Row, name: str, value: Any) -> None:
+        """Look at the keys of an object of which others are taken ("data" of "data.question")."""
+        if not isinstance(value, dict):
+            return
+        for key, inner in value.items():
+            path = f"{name}.{key}"
+            if path in self._settled or path in self._form.columns.values():
+                continue
+            if self._is_used_in_part(row, path):
+                self._check_inside(row, path, inner)
+            elif not is_empty(inner):
+                self._judge(row, path, inner)
+
+    def _is_used_in_part(self, row: Row, path: str) -> bool:
+        return any(
+            taken not in row.values and taken.startswith(f"{path}.")
+            for taken in self._form.columns.values()
+        )
+
+    def _is_used(self, row: Row, name: str) -> bool:
+        if name in self._form.columns.values():
+            return True
+        return name in TOOL_COLUMNS and self._form.name != "text"
+
+    def _judge(self, row: Row, name: str, value: Any) -> None:
+        plain = _last(name)
+        self._check_split(row, name, plain, value)
+        for refuses in _REFUSALS:
+            if fault := refuses(plain, value, self._form):
+                raise DataError(
+                    f"{row.where}: the column {name!r} {fault}; if it means nothing here, leave it "
+                    f"out with dataset.ignore_columns: [{name}]"
+                )
+        if not self._form.is_named:
+            check_preference(row, self._setting)
+            if message_kind(value):
+                raise self._unused_messages(row, name)
+            self._check_plain_text(row, name)
+        if _looks_like_context(plain, value) and self._form.name != "text":
+            if not self._form.is_named and not self._form.is_chat:
+                raise self._missing_context(row, name)
+            self._context[name] = None
+        self._unused[name] = None
+        # The others may hold what changes a row's meaning further down.
+        telling = _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
+        if plain not in telling:
+            self._settled.add(name)
+
+    def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
+        """Refuse rows for tests among rows to train on; a file of one kind is what a user chose."""
+        if plain not in _SPLITS or not isinstance(value, str):
+            return
+        is_held_out = value.strip().lower() in _HELD_OUT
+        if self._splits.setdefault(name, is_held_out) != is_held_out:
+            raise DataError(
+                f"{row.where}: the column {name!r} is {value!r} and earlier rows are of another "
+                "split, so rows for tests would be learnt with the others; expected one split in "
+                "a file: make a file of each (dataset.validation takes the held-out one), or, if "
+                f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
+            )
+
+    def _check_plain_text(self, row: Row, name: str) -> None:
+        """Refuse what a first row would have been refused for, in a later row of plain text."""
+        is_found = self._form.name == "text" and not self._form.is_format_named
+        if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
+            raise DataError(
+                f"{row.where}: the column {name!r} looks like a prompt or an answer, and earlier "
+                "rows hold plain text alone; expected rows of one form: make a file of each form, "
+                f"or leave it out with dataset.ignore_columns: [{name}]"
+            )
+
+    def _unused_messages(self, row: Row, name: str) -> DataError:
+        used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
+        if used:
+            return several_messages(row, [*used[:1], name], self._setting)
+        return DataError(
+            f"{row.where}: the column {name!r} holds messages, and other rows have the form "
+            f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
+            f"each form, or leave it out with dataset.ignore_columns: [{name}]"
+        )
+
+    def _missing_context(self, row: Row, name: str) -> DataError:
+        taken = self._form.columns.get("input")
+        cure = (
+            f"join it with {taken!r}"
+            if taken is not None and row.values.get(taken)
+            else f"{self._setting}={{{self._mapping(name)}}} puts it into the prompt"
+        )
+        return DataError(
+            f"{row.where}: the column {name!r} looks like a part of the prompt and no role takes "
+            f"it; expected every part of the example to have one: {cure}, and "
+            f"dataset.ignore_columns: [{name}] leaves it out"
+        )
+
+    def _mapping(self, name: str) -> str:
+        takes = dict(self._form.columns)
+        if _last(name) in SYSTEM_NAMES:
+            takes["system"] = name
+        else:
+            renamed = {"prompt": "instruction", "completion": "output"}
+            takes = {renamed.get(role, role): taken for role, taken in takes.items()}
+            takes = {
+                role: taken for role, taken in takes.items() if role in ("instruction", "output")
+            }
+            takes["history" if _last(name) == "history" else "input"] = name
+        return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
+
+
+def _last(name: str) -> str:
+    """The plain name of a column, or of the last key of a path."""
+    return plain_name(name.rpartition(".")[2])
+
+
+def _looks_like_context(plain: str, value: Any) -> bool:
+    if plain in SYSTEM_NAMES:
+        return isinstance(value, str)
+    return plain in CONTEXT_NAMES and isinstance(value, str | list | dict)
+
+
+def _media(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _MEDIA:
+        return None
+    return "holds images, sound or video; expected text alone, since only texts are trained here"
+
+
+def _label(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain in _LABELS and isinstance(value, list) and any(each is False for each in value):
+        return (
+            f"is {str(value)[:60]}, so a part of the answer seems to be wrong, and would be learnt "
+            "like the others; expected rows with good answers only"
+        )
+    text = str(value).strip().lower()
+    says_yes_or_no = text in ("true", "false", "0", "1", "0.0", "1.0") or text in _GRADES
+    if plain not in _LABELS or form.name == "text" or not says_yes_or_no:
+        return None
+    return (
+        f"is {value!r}, which seems to say whether the answer is a good one (as rows for KTO do), "
+        "and every answer would be learnt as a good one; expected rows with good answers only: "
+        "keep those in the file"
+    )
+
+
+def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:
+    # `correct` may also be the number of the right choice.
+    is_number = plain != "correct" and str(value).strip() in ("0", "0.0")
+    says_no = str(value).strip().lower() in ("false", "no")
+    if plain not in _VERDICTS or not (says_no or is_number):
+        return None
+    return (
+        f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the others; "
+        "expected rows with good answers only: take such rows out of the file"
+    )
+
+
+def _weight(plain: str, value: Any, form: RowFormat) -> str | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_share = is_number and (0 <= value < 1 or plain in _WEIGHTS - {"weight", "weights"})
+    if plain not in _WEIGHTS or not is_share or value == 1:
+        return None
+    return (
+        f"is {value!r}, and rows have no weights of their own here; expected weights of whole "
+        "sources (weight, in dataset.path): put rows of another weight into another file"
+    )
+
+
+def _switch(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _SWITCHES or str(value).strip().lower() not in ("false", "0"):
+        return None
+    return f"is {value!r}, so the row is marked as not to be learnt: take such rows out of the file"
+
+
+def _excluded(plain: str, value: Any, form: RowFormat) -> str | None:
+    text = str(value).strip().lower()
+    is_set = plain in _EXCLUDED and text in ("true", "1", "yes")
+    if not is_set and not (plain in _STATES and text in _EXCLUDED_STATES):
+        return None
+    return (
+        f"is {value!r}, so the row seems not to be meant for training; expected rows to learn "
+        "alone: take such rows out of the file"
+    )
+
+
+def _mask(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _MASKS or not isinstance(value, list):
+        return None
+    return (
+        "says token by token what is learnt; expected that to follow from roles, or from weight or "
+        "train of a message"
+    )
+
+
+def _template(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in ("chattemplate", "chattemplatekwargs"):
+        return None
+    return (
+        "changes how the chat template writes this row; expected one way for all rows: "
+        "dataset.chat_template and dataset.template_arguments"
+    )
+
+
+def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain != "documents" or not isinstance(value, list) or not form.is_chat:
+        return None
+    return "holds documents beside the chat, which are not passed on; expected them in a message"
+
+
+def _tools(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain not in _TOOLS or not isinstance(value, list | dict | str) or not form.is_chat:
+        return None
+    return (
+        "seems to hold the tools of the chat, which would be learnt without them; expected them in "
+        "a column 'tools' of the row: rename it"
+    )
+
+
+_REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
+    _media,
+    _label,
+    _verdict,
+    _weight,
+    _switch,
+    _excluded,
+    _mask,
+    _template,
+    _documents,
+    _tools,
+)

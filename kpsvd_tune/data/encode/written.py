@@ -1,0 +1,489 @@
+"""Check that a rendered chat holds all that its messages say, or that the rest is told of.
+
+A chat template takes what it knows of a message and leaves out the rest without a word: calls of
+tools, reasoning, whole roles. What is not found in the text as it stands is put to the proof:
+the chat is rendered again with a mark in its place, and the mark has to show up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from kpsvd_tune.data.encode.messages import MEDIA_KEYS, REASONING_KEYS
+from kpsvd_tune.data.read.columns import is_empty
+from kpsvd_tune.errors import DataError
+
+Message = Mapping[str, Any]
+# Messages and tools to text, and to the stretches of it that the template marks as learnt.
+Render = Callable[[Sequence[Message], Any], tuple[str, Sequence[tuple[int, int]]]]
+
+# Of a message rather than of the row, as few templates read them.
+_TOOL_KEYS = ("tools", "functions")
+# Known to every check here, or of no meaning to a model.
+_KNOWN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
+# A shorter text may be found in a rendering by chance.
+_TELLING = 16
+# Rows to try a key of no known meaning on before it is taken for one that is never written.
+_TRIES = 3
+_OTHER_TEMPLATE = (
+    "use another template that writes it (dataset.chat_template: the name of one that comes with "
+    "kpsvd-tune, or a file), or a model whose own does"
+)
+
+
+class WrittenCheck:
+    """The check for one chat template.
+
+    Args:
+        render: Renders messages and tools.
+        notes: Gets what a user should know.
+    """
+
+    def __init__(self, render: Render, notes: dict[str, None]) -> None:
+        self._marked = render
+        self._notes = notes
+        self._tries: dict[tuple[str, str], int] = {}
+
+    def check(
+        self, messages: Sequence[Message], tools: Any, turns: Mapping[int, str], text: str
+    ) -> None:
+        """Compare a rendering with what was to be rendered.
+
+        Args:
+            messages: The chat.
+            tools: What its assistant may call.
+            turns: Text of each turn that is learnt, by its place.
+            text: The whole rendering.
+
+        Raises:
+            DataError: A part that carries content is not in the text.
+        """
+        if tools and (lost := self._lost_tools(messages, tools, text)):
+            raise DataError(
+                f"the chat template does not write {lost}, so calls would be learnt "
+                f"without them; expected them in the text: {_OTHER_TEMPLATE}, or leave them out "
+                "with dataset.ignore_columns: [tools] (or functions)"
+            )
+        said = _Said(messages, tools)
+        doubts = [
+            doubt
+            for place, message in enumerate(messages)
+            for doubt in _doubts(place, message, turns.get(place), text, said)
+        ]
+        self._settle(doubts, messages, tools, max(turns))
+        self._check_order_of_results(messages, tools, text)
+        for place, message in enumerate(messages):
+            for key, value in message.items():
+                if key not in _KNOWN_KEYS and not is_empty(value):
+                    self._try_key(place, key, messages, tools)
+
+    def _render(self, messages: Sequence[Message], tools: Any) -> str:
+        return self._marked(messages, tools)[0]
+
+    def _lost_tools(self, messages: Sequence[Message], tools: Sequence[Any], text: str) -> str:
+        """What of the tools is not in the text, as a message names it; empty where nothing is."""
+        if all(json.dumps(tool, ensure_ascii=False) in text for tool in tools):
+            return ""
+        if self._render(messages, None) == text:
+            return "the row's tools"
+        marks = [f"Qz{number}zQ" for number in range(len(tools))]
+        renamed = [_with_name(tool, mark) for tool, mark in zip(tools, marks, strict=True)]
+        try:
+            rendered = self._render(messages, renamed)
+        except DataError:  # the template looks at the names: one by one, then
+            rendered = ""
+        for number, (tool, mark) in enumerate(zip(tools, marks, strict=True)):
+            others = [*tools[:number], *tools[number + 1 :]]
+            if mark not in rendered and others and not self._differs(messages, others, text):
+                return f"all of the row's tools (missing: {_function(tool).get('name')!r})"
+        self._note_parts(messages, tools, text)
+        return ""
+
+    def _note_parts(self, messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:
+        """Note the keys of tools that the template leaves out, as far as the first one has them."""
+        function = _function(tools[0])
+        for key in ("description", "parameters"):
+            known = ("tools", key)
+            tries = self._tries.get(known, 0)
+            if is_empty(function.get(key)) or not 0 <= tries < _TRIES:
+                continue
+            without = _with_function(tools[0], {k: v for k, v in function.items() if k != key})
+            note = (
+                f"the chat template does not write the key {key!r} of tools: the model never "
+                "sees it"
+            )
+            if self._differs(messages, [without, *tools[1:]], text):
+                self._tries[known] = -1
+                self._notes.pop(note, None)
+            else:
+                self._tries[known] = tries + 1
+                self._notes[note] = None
+
+    def _differs(self, messages: Sequence[Message], tools: Any, text: str) -> bool:
+        try:
+            return self._render(messages, tools) != text
+        except DataError:
+            return True  # it was looked at
+
+    def _check_order_of_results(self, messages: Sequence[Message], tools: Any, text: str) -> None:
+        """Check that results of tools can be told apart where they stand in another order.
+
+        Raises:
+            DataError: Only `tool_call_id` tells them apart, and the template does not write it.
+        """
+        for swapped in _swapped_results(messages):
+            bare = [
+                {k: v for k, v in message.items() if k not in ("tool_call_id", "name")}
+                if place in swapped
+                else message
+                for place, message in enumerate(messages)
+            ]
+            if not self._differs(bare, tools, text):
+                raise DataError(
+                    "the results of tools stand in another order than the calls that they answer, "
+                    "and the chat template does not write tool_call_id, so each would be read as "
+                    "the answer to another call; expected the order of the calls: sort the "
+                    "messages of the role 'tool', or remove the row"
+                )
+
+    def _settle(
+        self, doubts: Sequence[_Doubt], messages: Sequence[Message], tools: Any, last: int
+    ) -> None:
+        if not doubts:
+            return
+        changed: list[Message] = list(messages)
+        marks = [f"Qz{number}zQ" for number in range(len(doubts))]
+        for doubt, mark in zip(doubts, marks, strict=True):
+            changed[doubt.place] = doubt.replaced(changed[doubt.place], mark)
+        rendered = ""
+        marked: Sequence[tuple[int, int]] = ()
+        # Where the template looks at what stands there, it refuses: one by one, then.
+        with suppress(DataError):
+            rendered, marked = self._marked(changed, tools)
+        learnt = "".join(rendered[start:end] for start, end in marked)
+        for doubt, mark in zip(doubts, marks, strict=True):
+            if rendered.count(mark) >= (2 if doubt.is_content else 1):
+                if marked and doubt.is_learnt and mark not in learnt:
+                    self._refuse_unmarked(doubt)
+                continue
+            if doubt.is_reasoning and not doubt.is_learnt:
+                self._notes[
+                    "the chat template leaves the reasoning of turns that are not learnt out of "
+                    "the text, as it does in use"
+                ] = None
+            elif not self._changes(doubt, mark, messages, tools):
+                raise DataError(doubt.message(is_last=doubt.place == last))
+
+    def _refuse_unmarked(self, doubt: _Doubt) -> None:
+        """Tell of a part of a learnt turn that stands outside of what the template marks.
+
+        Raises:
+            DataError: Without it the turn would mean something else.
+        """
+        if not doubt.is_reasoning:
+            raise DataError(
+                f"the chat template writes {doubt.what} outside of its {{% generation %}} "
+                "markers, so the turn would be learnt without it; expected all that the assistant "
+                f"says between the markers: correct them, or {_OTHER_TEMPLATE}"
+            )
+        self._notes[
+            f"the chat template writes {doubt.what!r} outside of its {{% generation %}} markers: "
+            "it stands in the text and is not learnt"
+        ] = None
+
+    def _changes(self, doubt: _Doubt, mark: str, messages: Sequence[Message], tools: Any) -> bool:
+        """Whether the rendering is another with a mark in place of the part.
+
+        A text is put to the proof at both of its ends, as templates may cut it. Of an assistant's,
+        which is not learnt, reasoning at its beginning may be left out.
+        """
+        message = messages[doubt.place]
+        changes = [doubt.replaced(message, mark)]
+        if doubt.is_content:
+            text = message["content"]
+            changes = [{**message, "content": f"{text} {mark}end"}]
+            if doubt.role != "assistant":
+                changes.append({**message, "content": f"{mark} {text}"})
+        text = self._render(messages, tools)
+        return all(
+            self._differs(
+                [*messages[: doubt.place], each, *messages[doubt.place + 1 :]], tools, text
+            )
+            for each in changes
+        )
+
+    def _try_key(self, place: int, key: str, messages: Sequence[Message], tools: Any) -> None:
+        message = messages[place]
+        known = (str(message["role"]), key)
+        tries = self._tries.get(known, 0)
+        if tries < 0 or (tries >= _TRIES and key not in (*MEDIA_KEYS, *_TOOL_KEYS)):
+            return
+        without: list[Message] = list(messages)
+        without[place] = {name: value for name, value in message.items() if name != key}
+        note = (
+            f"the chat template does not write the key {key!r} of {known[0]} messages: the model "
+            "never sees it"
+        )
+        try:
+            is_written = self._render(without, tools) != self._render(messages, tools)
+        except DataError:
+            is_written = True
+        if is_written:
+            self._tries[known] = -1
+            self._notes.pop(note, None)
+            return
+        if key in MEDIA_KEYS:
+            raise DataError(
+                f"a message has {key!r}, which the chat template does not write; expected text "
+                "alone, since only texts are trained here: remove the key or the row"
+            )
+        if key in _TOOL_KEYS:
+            raise DataError(
+                f"a message has {key!r}, which the chat template does not write, so calls would "
+                "be learnt without the tools; expected them in a column of the row (tools), or "
+                f"{_OTHER_TEMPLATE}"
+            )
+        self._tries[known] = tries + 1
+        self._notes[note] = None
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """A part of a message that is not surely in the text.
+
+    Attributes:
+        place: The message's.
+        path: Keys and places that lead to the part.
+        role: The message's.
+        what: The part, as a message names it.
+        is_learnt: Whether the message is.
+    """
+
+    place: int
+    path: tuple[str | int, ...]
+    role: str
+    what: str
+    is_learnt: bool
+
+    @property
+    def is_content(self) -> bool:
+        """Whether it is the message's text, which may also be cut."""
+        return self.path == ("content",)
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether it is what an assistant thought before it spoke."""
+        return self.path[0] in REASONING_KEYS
+
+    def replaced(self, message: Message, mark: str) -> dict[str, Any]:
+        """The message with a mark in place of the part.
+
+        Reasoning is often held under several names, of which a template reads any.
+        """
+        if self.is_content:
+            return {**message, "content": f"{mark} {message['content']} {mark}end"}
+        paths = [self.path]
+        if self.is_reasoning:
+            text = message[self.what]
+            paths = [(key,) for key in REASONING_KEYS if message.get(key) == text]
+        changed = dict(message)
+        for path in paths:
+            changed = _replaced(changed, path, mark)
+        return changed
+
+    def message(self, *, is_last: bool) -> str:
+        """What a user has to know where the template leaves the part out."""
+        key = self.path[0]
+        if key == "tool_calls":
+            return (
+                f"the chat template does not write {self.what}, so the assistant's turn would "
+                "be learnt as if it stopped without it; expected calls in the text: "
+                f"{_OTHER_TEMPLATE}, or write the call into the message's text, or remove the row"
+            )
+        if self.is_reasoning:
+            earlier = (
+                "; dataset.learn: each, or last, where it leaves out that of earlier turns only"
+            )
+            return (
+                f"the chat template does not write {key!r} of an assistant message, so the "
+                f"reasoning would be lost; expected it in the text: {_OTHER_TEMPLATE}, or remove "
+                f"the key from the rows{'' if is_last else earlier}"
+            )
+        return (
+            f"the chat template does not write {self.what}; expected every message in the text: "
+            f"{_OTHER_TEMPLATE}, or remove messages of the role {self.role!r} from the rows"
+        )
+
+
+class _Said:
+    """All that a chat says, to tell a part that is written from an equal one that is not.
+
+    Args:
+        messages: The chat.
+        tools: What its assistant may call.
+    """
+
+    def __init__(self, messages: Sequence[Message], tools: Any) -> None:
+        self._messages = messages
+        self._tools = tools
+        self._texts: dict[int | None, str] = {}
+        self._calls: dict[int | None, Counter[str]] = {}
+
+    def count(self, part: str, place: int | None) -> int:
+        """How often a part is said in one message, or in the chat with its tools (None)."""
+        if place not in self._texts:
+            texts = [] if place is not None else [_dumped(self._tools)]
+            for message in self._in(place):
+                texts.append(str(message["content"]))
+                texts += _reasoning(message)
+                texts += _strings(_calls(message))
+            self._texts[place] = "\0".join(texts)
+        return max(self._texts[place].count(part), 1)
+
+    def count_calls(self, call: Message, place: int | None) -> int:
+        """How often a call is made in one message, or in the chat (None)."""
+        if place not in self._calls:
+            calls = [call for message in self._in(place) for call in _calls(message)]
+            self._calls[place] = Counter(_dumped(_core(each)) for each in calls)
+        return self._calls[place][_dumped(_core(call))]
+
+    def _in(self, place: int | None) -> Sequence[Message]:
+        return self._messages if place is None else [self._messages[place]]
+
+
+def _doubts(
+    place: int, message: Message, turn: str | None, text: str, said: _Said
+) -> Iterator[_Doubt]:
+    """The parts of a message that are not surely in the text of its turn, or of the chat."""
+    role, content = str(message["role"]), str(message["content"]).strip()
+    is_learnt = turn is not None
+    # What is learnt must be in its own turn, all else in the chat; equal parts each for itself.
+    scope, within = (text, None) if turn is None else (turn, place)
+    has_more = message.get("tool_calls") or any(message.get(key) for key in REASONING_KEYS)
+
+    def is_surely_in(part: str) -> bool:
+        return len(part) >= _TELLING and scope.count(part) >= said.count(part, within)
+
+    # The text of a learnt turn has been compared already; it may be part of a call.
+    if content and not (is_learnt and not has_more) and not is_surely_in(content):
+        what = f"a message of the role {role!r} as a whole"
+        yield _Doubt(place, ("content",), role, what, is_learnt)
+    for value, key in _reasoning(message).items():
+        if not is_surely_in(value):
+            yield _Doubt(place, (key,), role, key, is_learnt)
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        path: tuple[str | int, ...] = ("tool_calls", number)
+        if isinstance(call.get("function"), Mapping):
+            call, path = call["function"], (*path, "function")
+        times = said.count_calls(call, within)
+        if call.get("arguments") and any(
+            scope.count(written) >= times for written in _json_forms(_core(call))
+        ):
+            continue
+        yield from _doubts_of_call(place, role, call, path, is_learnt)
+
+
+def _doubts_of_call(
+    place: int, role: str, call: Message, path: tuple[str | int, ...], is_learnt: bool
+) -> Iterator[_Doubt]:
+    name, arguments = call.get("name"), call.get("arguments")
+    yield _Doubt(place, (*path, "name"), role, f"the call of {name!r}", is_learnt)
+    if arguments is None:
+        for key in sorted(set(call) - {"name", "id", "type", "index"}):
+            what = f"the key {key!r} of the call of {name!r} (expected 'arguments')"
+            yield _Doubt(place, (*path, key), role, what, is_learnt)
+    if not arguments:
+        return
+    what = f"the arguments of the call of {name!r}"
+    if not isinstance(arguments, Mapping):
+        yield _Doubt(place, (*path, "arguments"), role, what, is_learnt)
+        return
+    for key in arguments:
+        what = f"the argument {key!r} of the call of {name!r}"
+        yield _Doubt(place, (*path, "arguments", key), role, what, is_learnt)
+
+
+def _reasoning(message: Message) -> dict[str, str]:
+    """Each text of reasoning, which may stand under several names, with the first of them."""
+    found: dict[str, str] = {}
+    for key in REASONING_KEYS:
+        value = message.get(key)
+        if isinstance(value, str) and value.strip():
+            found.setdefault(value.strip(), key)
+    return found
+
+
+def _calls(message: Message) -> list[Message]:
+    found = []
+    for call in message.get("tool_calls") or ():
+        inner = call.get("function")
+        found.append(inner if isinstance(inner, Mapping) else call)
+    return found
+
+
+def _core(call: Message) -> dict[str, Any]:
+    return {"name": call.get("name"), "arguments": call.get("arguments")}
+
+
+def _swapped_results(messages: Sequence[Message]) -> Iterator[set[int]]:
+    """Places of the results behind each turn whose order is not that of its calls."""
+    ids: list[Any] = []
+    places: dict[int, Any] = {}
+    for place, message in enumerate([*messages, {"role": "end"}]):
+        if message["role"] == "tool" and message.get("tool_call_id") in ids:
+            places[place] = message["tool_call_id"]
+            continue
+        order = [ids.index(each) for each in places.values()]
+        if order != sorted(order):
+            yield set(places)
+        places = {}
+        ids = [call["id"] for call in message.get("tool_calls") or () if call.get("id")]
+
+
+def _function(tool: Message) -> Message:
+    function = tool.get("function", tool)
+    return function if isinstance(function, Mapping) else {}
+
+
+def _with_function(tool: Message, function: Message) -> Message:
+    return {**tool, "function": function} if "function" in tool else function
+
+
+def _with_name(tool: Message, name: str) -> Message:
+    return _with_function(tool, {**_function(tool), "name": name})
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts inside of a value, as they stand where they are not written as JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _json_forms(value: Any) -> Iterable[str]:
+    for ascii_only in (False, True):
+        for separators in ((", ", ": "), (",", ":")):
+            yield json.dumps(value, ensure_ascii=ascii_only, separators=separators, default=str)
+
+
+def _replaced(value: Any, path: Sequence[str | int], mark: str) -> Any:
+    if not path:
+        return mark
+    step, rest = path[0], path[1:]
+    if isinstance(step, int):
+        return [_replaced(each, rest, mark) if i == step else each for i, each in enumerate(value)]
+    return {**value, step: _replaced(value.get(step), rest, mark)}

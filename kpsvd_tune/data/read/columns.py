@@ -1,0 +1,316 @@
+"""Look up columns in rows, and say what to write when one is missing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.errors import DataError
+
+# Names that real data sets use for a role, most telling first.
+_USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "prompt": (
+        "prompt", "question", "instruction", "problem", "query", "input", "request", "user",
+        "source", "context", "text",
+    ),
+    "completion": (
+        "completion", "answer", "response", "output", "solution", "target", "reply", "assistant",
+        "chosen", "answerkey",
+        "code", "label", "summary", "text",
+    ),
+    "instruction": ("instruction", "question", "prompt", "problem", "task"),
+    "output": ("output", "answer", "response", "completion", "solution"),
+    "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
+    "conversations": ("conversations", "conversation", "messages", "chat", "dialog"),
+    "text": ("text", "content", "body", "document", "passage", "completion"),
+}  # fmt: skip
+
+
+# What belongs before the answer besides the question, by plain names.
+CONTEXT_NAMES = {
+    *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
+    *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
+}
+# Unicode's categories of control and format characters, and of spaces.
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+# Characters of other categories that show nothing either: fillers, joiners, variation selectors,
+# and the Braille pattern without dots.
+_FILLERS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff]"
+)
+# Texts that are no content of an example.
+_IDENTIFIERS = re.compile(r"(^|[._-])(id|uid|uuid|idx|index|url|uri)$", re.IGNORECASE)
+SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
+
+
+def column(row: Row, name: str) -> Any:
+    """The value of a column, or None; "a.b" reaches into the object in column "a"."""
+    if name in row.values:
+        return row.values[name]
+    value: Any = row.values
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
+    """Whether a value is a list of messages, or the JSON text of one: "chat", "sharegpt" or None.
+
+    Args:
+        value: What a column holds.
+        may_be_single: Whether one message that stands without a list counts too.
+    """
+    if isinstance(value, str):
+        if is_python_list(value):
+            return "chat" if "'role'" in value else "sharegpt"
+        if not value.lstrip().startswith(("[", "{")):
+            return None
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+    try:
+        value = from_struct_of_lists(value)
+    except ValueError:
+        return "chat" if "role" in value else "sharegpt"
+    messages = [value] if may_be_single and isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not messages or not isinstance(messages[0], Mapping):
+        return None
+    for kind, speaker, text in (("chat", "role", "content"), ("sharegpt", "from", "value")):
+        # A message with a call alone, or a faulty one, has no text.
+        if speaker in messages[0] and any(isinstance(m, Mapping) and text in m for m in messages):
+            return kind
+    return None
+
+
+def from_struct_of_lists(value: Any) -> Any:
+    """Messages as a list of objects, where they stand as one object of lists; else as they are.
+
+    Arrow and older versions of the `datasets` library hold messages as {"role": [...],
+    "content": [...]}.
+
+    Raises:
+        ValueError: The lists have different lengths.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    lists = {key: each for key, each in value.items() if isinstance(each, list)}
+    is_struct = {"role", "content"} <= set(lists) or {"from", "value"} <= set(lists)
+    if not is_struct or any(each is not None for key, each in value.items() if key not in lists):
+        return value
+    if len({len(each) for each in lists.values()}) > 1:
+        lengths = ", ".join(f"{key}: {len(each)}" for key, each in lists.items())
+        raise ValueError(f"its lists have different lengths ({lengths})")
+    return [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+
+
+def is_python_list(text: str) -> bool:
+    """Whether a text is a list of messages as Python prints it, which pandas writes into csv."""
+    return re.match(r"\s*\[\s*\{\s*'", text) is not None and (
+        ("'role'" in text and "'content'" in text) or ("'from'" in text and "'value'" in text)
+    )
+
+
+def text_of(row: Row, name: str) -> str:
+    """The text of a column: null is empty, a whole number is written out, texts are lines.
+
+    Raises:
+        DataError: The column is missing from this row, or holds something that is not text.
+    """
+    value = column(row, name)
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        value = "\n".join(value)  # as MBPP holds the tests of a task
+    if isinstance(value, str):
+        check_characters(row, name, value)
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        if name.split(".")[0] not in row.values:
+            raise absent_column(row, name)
+        return ""
+    if isinstance(value, Mapping):
+        inner = next(iter(value), "key")
+        cure = f"; to reach into it write the column as {name}.{inner}"
+    elif isinstance(value, list):
+        cure = (
+            "; for chat messages set dataset.format to chat or sharegpt"
+            if value
+            else "; a list of messages needs at least one: remove the row, or write the question"
+        )
+    else:
+        cure = "; write it as text, so that exactly these characters are learnt"
+    raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
+
+
+def check_characters(row: Row, name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer reads.
+
+    Raises:
+        DataError: The text, from the column `name`, has one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.where}: the column {name!r} has half a surrogate pair "
+            f"({text[error.start]!r}), which is no character; remove it or write the whole "
+            "character"
+        ) from error
+
+
+def absent_column(row: Row, name: str) -> DataError:
+    """The error for a row that lacks a column of the other rows, with the key that it may be."""
+    near = next((key for key, value in row.values.items() if message_kind(value)), None)
+    if name in _USUAL_NAMES and name not in ("messages", "conversations"):
+        near = nearest(name, list(row.values))
+    cure = f"rename {near!r} to {name!r}" if near else f"write a {name!r} into it"
+    return DataError(
+        f"{row.where}: has no column {name!r}, which other rows have; found "
+        f"{describe_columns(row)}; expected rows of one form: {cure}, remove the row or put it "
+        "into a file of its own, or have such rows left out with dataset.on_bad_row=drop"
+    )
+
+
+def missing_column(
+    row: Row,
+    form: str,
+    role: str,
+    name: str,
+    required: Sequence[str],
+    setting: str,
+    names_format: bool = False,
+) -> DataError:
+    """The error for a column that is not there, with what to write to use those that are.
+
+    Args:
+        row: The row.
+        form: The form that needs the column.
+        role: The role that it plays there.
+        name: Its name.
+        required: The roles that the form needs.
+        setting: Where a user names columns.
+        names_format: Whether the recipe names the form, so that another one has to be named too.
+    """
+    advised, mapping, is_guess = _advice(row, form, required)
+    what = f"the column {name!r}" + (f" for {role}" if name != role else "")
+    lead = "for example " if is_guess else "the nearest is "
+    if "COLUMN" in mapping.values():
+        lead = "say which columns to use: "
+    changes = f"dataset.format={advised} " if names_format and advised != form else ""
+    listed = ", ".join(f"{key}: {value}" for key, value in mapping.items())
+    return DataError(
+        f"{row.where}: {what} is missing; found {describe_columns(row)}; expected "
+        f"{' and '.join(required)} (format {form}); {lead}{changes}{setting}={{{listed}}}"
+    )
+
+
+def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str, str], bool]:
+    """The form and columns that use all that seems to belong to the example.
+
+    Returns:
+        Form, columns by role, and whether some are taken for no more than the order they come in.
+    """
+    paths = _text_paths(row)
+    for path in paths:
+        kind = message_kind(column(row, path))
+        if kind is not None and path not in ("prompt", "completion"):
+            return kind, {"messages" if kind == "chat" else "conversations": path}, False
+    if form in ("chat", "sharegpt"):
+        # No column holds messages, whatever one of them is called.
+        other = _advice(row, "prompt-completion", ("prompt", "completion"))
+        is_whole = "COLUMN" not in other[1].values()
+        return other if is_whole else (form, dict.fromkeys(required, "COLUMN"), False)
+    found: dict[str, str] = {}
+    for wanted in required:
+        free = [path for path in paths if path not in found.values()]
+        if close := nearest(wanted, free):
+            found[wanted] = close
+    free = [path for path in paths if path not in found.values() and _is_text(row, path)]
+    left = [role for role in required if role not in found]
+    texts = [path for path in free if not _IDENTIFIERS.search(path)]
+    if left and len(left) == len(texts):
+        # A text beside its summary or translation: which is which the order tells, if anything.
+        found |= dict(zip(left, texts, strict=True))
+        return form, {role: found[role] for role in required}, True
+    if form not in ("prompt-completion", "alpaca") or left:
+        return form, {role: found.get(role, "COLUMN") for role in required}, False
+    more: dict[str, str] = {}
+    for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES)):
+        if fitting := [path for path in free if plain_name(path.split(".")[-1]) in names]:
+            more[role] = fitting[0]
+    if "input" in more:
+        asking, answer = found.values()
+        return "alpaca", {"instruction": asking, "output": answer, **more}, False
+    return form, {**found, **more}, False
+
+
+def _is_text(row: Row, path: str) -> bool:
+    value = column(row, path)
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(each, str) for each in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces, control characters and characters without width."""
+    return all(unicodedata.category(each) in _INVISIBLE or _FILLERS.match(each) for each in text)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column or key holds nothing: null, no text, an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | dict) and not value)
+
+
+def plain_name(name: str) -> str:
+    """A name without case, "_" and "-", as names are compared."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def looks_like_pair(row: Row, name: str) -> bool:
+    """Whether another column than `name` is called as prompts or completions are."""
+    others = [path for path in _text_paths(row) if path != name]
+    return any(nearest(role, others) is not None for role in ("prompt", "completion"))
+
+
+def describe_columns(row: Row) -> str:
+    """The names of a row's columns, as an error message lists them."""
+    names = ", ".join(map(str, row.values))
+    return f"the columns {names}" if names else "no columns"
+
+
+def nearest(role: str, names: Sequence[str]) -> str | None:
+    """The name that is most like those that real data sets use for a role; None: none is."""
+    lowered = {name.split(".")[-1].lower(): name for name in reversed(names)}
+    for usual in _USUAL_NAMES[role]:
+        if usual in lowered:
+            return lowered[usual]
+    for usual in _USUAL_NAMES[role]:
+        if close := difflib.get_close_matches(usual, lowered, n=1, cutoff=0.75):
+            return lowered[close[0]]
+    return None
+
+
+def _text_paths(row: Row) -> list[str]:
+    """Columns and, one level down, the keys of nested objects."""
+    paths: list[str] = []
+    for name, value in row.values.items():
+        if isinstance(value, Mapping):
+            paths += [f"{name}.{key}" for key in value]
+        else:
+            paths.append(name)
+    return paths
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", float: "a decimal number"}
+    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]})"

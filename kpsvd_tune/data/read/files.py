@@ -1,0 +1,376 @@
+"""Read one local file row by row: .jsonl, .json, .csv, .parquet; each fault names its line.
+
+The first three may be compressed: .jsonl.gz, .csv.zst.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from kpsvd_tune.data.read.arrow import read_parquet
+from kpsvd_tune.errors import DataError
+
+# A row, or what is wrong with it.
+Numbered = tuple[int, Mapping[str, Any] | DataError]
+_COMPRESSED = (".gz", ".zst")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".bz2", ".xz")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and the place where a person finds it.
+
+    Attributes:
+        source: File or hub dataset.
+        number: Line (.jsonl, .csv) or row (.json, .parquet, hub), counted from 1.
+        values: Columns by name, as read.
+        unit: What `number` counts.
+        fault: Why the row cannot be read; None where it can.
+    """
+
+    source: str
+    number: int
+    values: Mapping[str, Any]
+    unit: str = "line"
+    fault: DataError | None = None
+
+    @property
+    def where(self) -> str:
+        """Source and place, as error messages print it."""
+        return f"{self.source}, {self.unit} {self.number}"
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells the kind of a file, in small letters: that before .gz or .zst."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _COMPRESSED else suffix
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file of a known kind.
+
+    Raises:
+        DataError: The file is missing or of another kind; the message says what is there.
+    """
+    kind, suffix = kind_of(path), path.suffix.lower()
+    if kind in _ARCHIVES or suffix in _ARCHIVES:
+        raise DataError(
+            f"{path}: is an archive ({suffix}); expected a file of rows "
+            f"({', '.join(SUFFIXES)}, also as .gz or .zst): unpack it first"
+        )
+    if kind not in _READERS:
+        found = "".join(path.suffixes[-2:]) if suffix in _COMPRESSED else suffix
+        raise DataError(
+            f"{path}: cannot read {found or 'a file without suffix'}; expected one of "
+            f"{', '.join(SUFFIXES)}, also compressed, such as .jsonl.gz or .jsonl.zst: convert "
+            "the file, or rename it if only the suffix is wrong"
+        )
+    if kind == ".parquet" and suffix in _COMPRESSED:
+        raise DataError(
+            f"{path}: parquet files are compressed inside; unpack it first ({path.stem})"
+        )
+    if not path.is_file():
+        raise DataError(_missing(path))
+
+
+def row_unit(path: Path) -> str:
+    """What the rows of a file are counted in: lines, or rows where it has no lines."""
+    return "line" if kind_of(path) in (".jsonl", ".csv") else "row"
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Read a local file row by row; blank lines are no rows.
+
+    Memory holds one row of a .jsonl or .csv file, a thousand of a .parquet file, and all of a
+    .json file, which is one value.
+
+    Args:
+        path: A file whose kind is one of `SUFFIXES`. Text is UTF-8, with or without a byte
+            order mark, with any line ends.
+
+    Yields:
+        The rows in their order; one that cannot be read with its `fault`.
+
+    Raises:
+        DataError: The file is missing, of another kind, empty or damaged, so that it has no rows
+            to tell apart.
+    """
+    check_file(path)
+    unit = row_unit(path)
+    is_empty = True
+    try:
+        for number, found in _READERS[kind_of(path)](path):
+            is_empty = False
+            if isinstance(found, DataError):
+                yield Row(str(path), number, {}, unit, found)
+            else:
+                yield Row(str(path), number, found, unit)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        if path.suffix.lower() == ".zst" and error.errno is None:
+            raise _damaged(path, error) from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if is_empty:
+        raise DataError(f"{path}: holds no rows; expected at least one")
+
+
+def readable(rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, refusing the first that cannot be read.
+
+    Raises:
+        DataError: Its fault.
+    """
+    for row in rows:
+        if row.fault is not None:
+            raise row.fault
+        yield row
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: cannot be unpacked ({error}); expected whole {path.suffix} data: fetch or write "
+        f"it again, or rename it to {path.stem} if it is not compressed"
+    )
+
+
+def _open(path: Path) -> BinaryIO:
+    """A file's bytes, unpacked where its suffix says that it is compressed."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if suffix == ".zst":
+        import pyarrow  # type: ignore[import-untyped]
+
+        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        return cast(BinaryIO, io.BufferedReader(stream))
+    return path.open("rb")
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` that refuses an object with the same key twice instead of keeping the last.
+
+    Raises:
+        ValueError: Not JSON (the position counts from this text's start), a repeated key, or
+            nesting too deep to read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_repeats)
+    except RecursionError as error:
+        raise ValueError("the nesting is too deep to read") from error
+
+
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+        raise ValueError(
+            f"the key {repeated!r} occurs twice in one object: keep one of the two, "
+            "it is unclear which one is meant"
+        )
+    return values
+
+
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: is a folder; expected a file"
+    siblings = sorted(p.name for p in path.parent.glob("*") if kind_of(p) in _READERS)
+    cure = f"that folder has {', '.join(siblings[:5])}" if siblings else "check the path"
+    return f"{path}: there is no such file (looked from {Path.cwd()}); {cure}"
+
+
+def _read_text(path: Path, newline: str | None) -> Iterator[str]:
+    """The lines of a text file with their ends; `newline` as :func:`open` takes it."""
+    with _open(path) as stream:
+        head = stream.read(4)
+    for start, found, cure in _FOREIGN_STARTS:
+        if head.startswith(start):
+            raise DataError(f"{path}: is {found}; expected UTF-8 text: {cure}")
+    if b"\0" in head:
+        raise DataError(
+            f"{path}: starts with NUL bytes, as UTF-16 text or a binary file does; expected UTF-8 "
+            "text: save it with that encoding"
+        )
+    try:
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline) as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        # The decoder knows its place in a block of the file only.
+        line, byte = _foreign_byte(path)
+        raise DataError(
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; expected UTF-8 "
+            "text: save the file with that encoding"
+        ) from error
+
+
+def _foreign_byte(path: Path) -> tuple[int, int]:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return number, line[error.start]
+    raise AssertionError("the file changed while it was read")
+
+
+def _read_jsonl(path: Path) -> Iterator[Numbered]:
+    # newline=None: any line end ends a row, since JSON writes those inside a text as \\n and \\r.
+    for number, line in enumerate(_read_text(path, newline=None), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line)
+        except ValueError as error:
+            fault = DataError(
+                f"{path}, line {number}: {_json_fault(error)}; expected one JSON object a line, "
+                f'such as {{"prompt": "...", "completion": "..."}}; found {_shorten(line)}'
+            )
+            yield number, fault
+            continue
+        if not isinstance(values, dict):
+            cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
+            fault = DataError(
+                f"{path}, line {number}: expected a JSON object (columns by name), found "
+                f"{_kind(values)}{cure}"
+            )
+            yield number, fault
+            continue
+        yield number, values
+
+
+def _read_json(path: Path) -> Iterator[Numbered]:
+    text = "".join(_read_text(path, newline=""))
+    if not text.strip():
+        return
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        cure = ": rename it to .jsonl if it has one object a line" if extra else ""
+        raise DataError(
+            f"{path}: {_json_fault(error)}; expected one JSON array of objects{cure}"
+        ) from error
+    if isinstance(content, dict):
+        keys = [key for key, value in content.items() if isinstance(value, list)]
+        cure = f"; save the array under {keys[0]!r} as the whole file" if keys else ""
+        raise DataError(
+            f"{path}: expected a JSON array of objects, found one object with the keys "
+            f"{_names(content)}{cure}"
+        )
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
+    for number, values in enumerate(content, start=1):
+        if not isinstance(values, dict):
+            fault = DataError(
+                f"{path}, row {number}: expected a JSON object (columns by name), found "
+                f"{_kind(values)}"
+            )
+            yield number, fault
+            continue
+        yield number, values
+
+
+def _read_csv(path: Path) -> Iterator[Numbered]:
+    # The library's own limit is 131,072 characters, and long texts are what csv files hold here.
+    csv.field_size_limit(2**31 - 1)
+    # newline="": csv sees the line ends itself and keeps those inside quotes.
+    lines = _read_text(path, newline="")
+    first = next(lines, "")
+    # How Excel is told the separator of what follows.
+    told = re.fullmatch(r'"?sep=([,;\t|])"?\s*', first, re.IGNORECASE)
+    reader = csv.reader(
+        lines if told else chain([first], lines), delimiter=told[1] if told else ",", strict=True
+    )
+    header: list[str] | None = None
+    start = before = 2 if told else 1
+    try:
+        for fields in reader:
+            number, start = start, reader.line_num + before
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = _csv_header(path, fields)
+                continue
+            if len(fields) != len(header):
+                fault = DataError(
+                    f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
+                    f'({_names(header)}): put double quotes (") around a text with a comma in it'
+                )
+                yield number, fault
+                continue
+            yield number, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "
+            'a text with commas or quotes in double quotes, each quote in it doubled ("")'
+        ) from error
+
+
+def _csv_header(path: Path, fields: list[str]) -> list[str]:
+    header = [field.strip() for field in fields]
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and delimiter in header[0]:
+            raise DataError(
+                f"{path}, line 1: the header {header[0]!r} is separated by {name}; expected "
+                "commas: export the file as comma-separated values"
+            )
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{path}, line 1: the column {repeated[0]!r} occurs twice in the header; expected "
+            "each column once: rename or remove one"
+        )
+    return header
+
+
+def _json_fault(error: ValueError) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+    return f"not valid JSON at {place} ({error.msg})"
+
+
+def _kind(value: Any) -> str:
+    names = {list: "an array", dict: "an object", str: "a text", bool: "true or false"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")
+
+
+def _names(names: Any) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= length else text[: length - 3] + "...")
+
+
+_FOREIGN_STARTS = (
+    (codecs.BOM_UTF32_LE, "UTF-32 text", "save it with that encoding"),
+    (codecs.BOM_UTF16_LE, "UTF-16 text", "save it with that encoding"),
+    (codecs.BOM_UTF16_BE, "UTF-16 text", "save it with that encoding"),
+    (b"\x1f\x8b", "compressed by gzip", "add .gz to its name"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "add .zst to its name"),
+    (b"PK\x03\x04", "a zip archive or spreadsheet", "unpack or export it first"),
+    (b"PAR1", "a parquet file", "rename it to .parquet"),
+)
+_READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": read_parquet,
+}
+SUFFIXES = tuple(_READERS)

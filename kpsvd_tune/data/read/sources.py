@@ -1,0 +1,397 @@
+"""Where rows come from: local files by plain path, everything else from the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from kpsvd_tune.data.read.arrow import without_filled_nulls
+from kpsvd_tune.data.read.files import (
+    SUFFIXES,
+    Row,
+    check_file,
+    kind_of,
+    read_file,
+    readable,
+    row_unit,
+)
+from kpsvd_tune.data.read.folders import (
+    HELD_OUT,
+    Listing,
+    is_pattern,
+    list_card,
+    list_folder,
+    list_pattern,
+)
+from kpsvd_tune.data.read.slices import Part, parse_split
+from kpsvd_tune.errors import DataError
+from kpsvd_tune.folders import expand
+
+# A hub that says nothing for so long is taken for one that cannot be reached.
+_HUB_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """One file, or one configuration of a hub dataset, opened and not yet read.
+
+    Attributes:
+        label: File or hub dataset, as messages name it.
+        unit: What its rows are numbered by: line or row.
+        read: Gives the rows one at a time, from the first, at every call; those that cannot be
+            read with their fault.
+        fingerprint: Gives a text that changes when the rows do: the hash of a file's bytes, or
+            what the `datasets` library knows a hub dataset by.
+        part: Which rows of them are read.
+        notes: What a user should know about the reading.
+    """
+
+    label: str
+    unit: str
+    read: Callable[[], Iterator[Row]]
+    fingerprint: Callable[[], str]
+    part: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """All rows in the order of their sources, and what a user should know about the reading."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load_rows(
+    path: str | Sequence[str],
+    *,
+    name: str | Sequence[str] | None = None,
+    split: str = "train",
+    offline: bool = False,
+) -> LoadedRows:
+    """Read one or several sources into memory, one after the other.
+
+    Args:
+        path: Local file, folder, pattern or hub id; or several of these.
+        name: Configuration of a hub dataset, or several to read one after the other.
+        split: Split of a hub dataset, in the notation of `datasets`.
+        offline: Use only what the local hub cache holds.
+
+    Raises:
+        DataError: A source is missing or faulty; the message names source and line.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    if not paths:
+        raise DataError("dataset.path is an empty list; expected at least one file or hub id")
+    rows: list[Row] = []
+    notes: list[str] = []
+    for one in paths:
+        for source in open_sources(one, name=name, split=split, offline=offline):
+            rows += readable(source.read())
+            notes += source.notes
+    return LoadedRows(tuple(rows), tuple(notes))
+
+
+def open_sources(
+    path: str,
+    *,
+    name: str | Sequence[str] | None = None,
+    split: str = "train",
+    offline: bool = False,
+    streaming: bool = False,
+    is_held_out: bool = False,
+) -> list[RowSource]:
+    """Find the files of a path, or a hub dataset in each of its configurations.
+
+    A local file holds no splits: `split` then may only slice it ("train[:100]"), and a name
+    other than "train" is ignored with a note, as `name` is. Of a folder or a pattern the files of
+    the split are read, each a source of its own.
+
+    Args:
+        path: Local file, folder, pattern such as "data/*.jsonl", or hub id.
+        name: Configuration of a hub dataset, or several.
+        split: Split, in the notation of `datasets`.
+        offline: Use only what the local hub cache holds.
+        streaming: Read a hub dataset over the network as it is needed, and keep no copy.
+        is_held_out: Whether its rows are held out: of a folder, those of its validation or test
+            files, where it has such.
+
+    Raises:
+        DataError: There is no such source.
+    """
+    names = [name] if name is None or isinstance(name, str) else list(name)
+    place = expand(path)
+    if place.is_dir() and (listings := list_card(place, names)):
+        return [each for one in listings for each in _listed(one, split, is_held_out)]
+    local = _open_local(path, split, is_held_out)
+    if local is None:
+        return [_hub(path, one, split, offline, streaming) for one in names]
+    if name is not None:
+        note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
+        local[0] = replace(local[0], notes=(*local[0].notes, note))
+    return local
+
+
+def is_local_file(source: str) -> bool:
+    """Whether a path means a local file rather than a folder or a hub id."""
+    path = expand(source)
+    if kind_of(path) in SUFFIXES or path.is_file():
+        return True
+    looks_local = path.is_absolute() or source.startswith(("./", "../", "~"))
+    return looks_local and not path.is_dir()
+
+
+def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | None:
+    """The sources of a local path; None where it is a hub id."""
+    place = expand(path)
+    if is_pattern(path):
+        return _listed(list_pattern(path), split, is_held_out)
+    if is_local_file(path):
+        return _local(place, split)
+    if not place.is_dir():
+        return None
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        return _saved(place, split, is_held_out)
+    return _listed(list_folder(place), split, is_held_out)
+
+
+def _local(path: Path, split: str) -> list[RowSource]:
+    parts = parse_split(split)
+    check_file(path)
+    names = list(dict.fromkeys(part.name for part in parts))
+    if len(names) > 1:
+        raise DataError(
+            f"dataset.split is {split!r} and {path} is one file without splits, whose rows would "
+            f"be read {len(parts)} times; expected one name, such as train, or stretches of it"
+        )
+    notes = [] if names == ["train"] else [
+        f"{path}: a local file has no splits, {names[0]!r} has no effect"
+    ]  # fmt: skip
+    return _with_notes([_file(path, part, split) for part in parts], notes)
+
+
+def _listed(listing: Listing, split: str, is_held_out: bool) -> list[RowSource]:
+    """A source for each file that a split has rows in."""
+    sources: list[RowSource] = []
+    notes: dict[str, None] = {}
+    for part in parse_split(split):
+        files, note = listing.choose(part.name, is_held_out=is_held_out)
+        notes[note] = None
+        for file in files:
+            check_file(file)
+        if part.is_whole or len(files) == 1:
+            sources += [_file(file, part, split) for file in files]
+            continue
+        sources += _across(files, part, split, listing.label)
+    return _with_notes(sources, list(notes))
+
+
+def _across(files: Sequence[Path], part: Part, split: str, label: str) -> list[RowSource]:
+    """A stretch of rows that are counted through several files."""
+    counts = [sum(1 for _ in read_file(file)) for file in files]
+    total = sum(counts)
+    first, stop = part.bounds(lambda: total)
+    last = total if stop is None else min(stop, total)
+    sources = []
+    start = 0
+    for file, count in zip(files, counts, strict=True):
+        begin, end = max(first - start, 0), min(last - start, count)
+        if begin < end:
+            sources.append(_file(file, Part(part.name, begin, end), split))
+        start += count
+    if not sources:
+        raise DataError(f"dataset.split {split!r} keeps none of the {total} rows of {label}")
+    return sources
+
+
+def _file(path: Path, part: Part, split: str) -> RowSource:
+    def fingerprint() -> str:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        # The kind of file decides how the bytes are read.
+        return f"{''.join(path.suffixes[-2:]).lower()} {digest}"
+
+    return RowSource(
+        str(path),
+        row_unit(path),
+        lambda: _sliced(lambda: read_file(path), part, split, str(path)),
+        fingerprint,
+        _text(part),
+    )
+
+
+def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
+    """What `save_to_disk` of the datasets library wrote: one table, or one for each split."""
+    from datasets import Dataset, load_from_disk  # type: ignore[import-untyped]
+
+    try:
+        found = load_from_disk(str(folder))
+    # Of many kinds, all of which mean a damaged folder.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{folder}: looks like a folder of save_to_disk and cannot be loaded: {reason}; "
+            "save it anew"
+        ) from error
+    parts = parse_split(split)
+    if isinstance(found, Dataset):
+        names = list(dict.fromkeys(part.name for part in parts))
+        notes = [] if names == ["train"] else [
+            f"{folder}: holds one table without splits, {names[0]!r} has no effect"
+        ]  # fmt: skip
+        if len(names) > 1:
+            raise DataError(
+                f"dataset.split is {split!r} and {folder} holds one table without splits; expected "
+                "one name, such as train, or stretches of it"
+            )
+        return _with_notes([_table(found, str(folder), part, split) for part in parts], notes)
+    sources = []
+    for part in parts:
+        wanted = part.name
+        if is_held_out:
+            wanted = next((each for each in HELD_OUT if each in found), wanted)
+        if wanted not in found:
+            raise DataError(
+                f"dataset.split is {split!r} and {folder} has the splits {', '.join(found)}; "
+                "expected one of these"
+            )
+        sources.append(_table(found[wanted], f"{folder} ({wanted})", part, split))
+    return sources
+
+
+def _table(table: Any, label: str, part: Part, split: str) -> RowSource:
+    def rows() -> Iterator[Row]:
+        for number, values in enumerate(table, start=1):
+            yield Row(label, number, without_filled_nulls(values), "row")
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256()
+        for file in table.cache_files:
+            with open(file["filename"], "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return f"saved {digest.hexdigest()}"
+
+    return RowSource(
+        label, "row", lambda: _sliced(rows, part, split, label), fingerprint, _text(part)
+    )
+
+
+def _with_notes(sources: list[RowSource], notes: Sequence[str]) -> list[RowSource]:
+    return [replace(sources[0], notes=tuple(notes)), *sources[1:]]
+
+
+def _text(part: Part) -> str:
+    """Which rows of a file a part is, whatever the split is called."""
+    unit = ("%" if part.is_percent else "") + ("-" if part.drops_remainder else "")
+    sides = ["" if side is None else f"{side}{unit}" for side in (part.start, part.stop)]
+    return f"[{':'.join(sides)}]"
+
+
+def _sliced(read: Callable[[], Iterator[Row]], part: Part, split: str, label: str) -> Iterator[Row]:
+    start, stop = part.bounds(lambda: sum(1 for _ in read()))
+    rows = iter(()) if stop is not None and stop <= start else islice(read(), start, stop)
+    first = next(rows, None)
+    if first is None:
+        number = sum(1 for _ in read())
+        which = f"dataset.split {split!r}" + (f" in {_text(part)}" if "+" in split else "")
+        raise DataError(f"{which} keeps none of the {number} rows of {label}")
+    yield from chain([first], rows)
+
+
+def _reaches_hub(source: str) -> bool:
+    """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # that it has no such data set is an answer
+    # The HTTP client raises many kinds, and all of them mean that nothing came back.
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _not_asked(offline: bool) -> Iterator[None]:
+    """Keep the libraries from asking the hub: they look at this constant at every call."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
+    # Imported here: a run on local files pays nothing for it.
+    from datasets import (
+        DownloadConfig,
+        load_dataset,
+        load_dataset_builder,
+    )
+
+    parts = parse_split(split)
+    if streaming and (len(parts) > 1 or parts[0].is_percent):
+        raise DataError(
+            f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
+            "train[:100], where dataset.streaming is true"
+        )
+    where = "the local cache (offline)" if offline else "the hub"
+    notes: tuple[str, ...] = ()
+    if not offline and not _reaches_hub(source):
+        offline = True
+        where = "the local cache, and the hub cannot be reached"
+        notes = (f"the hub cannot be reached: {source} is read from the local cache",)
+    config = DownloadConfig(local_files_only=True) if offline else None
+
+    def open_table() -> tuple[Any, str]:
+        if not streaming:
+            table = load_dataset(source, name, split=split, download_config=config)
+            return table, str(table._fingerprint)
+        builder = load_dataset_builder(source, name, download_config=config)
+        # The library names its cache folder by the configuration and the state of the data files.
+        return builder.as_streaming_dataset(split=parts[0].name), f"{builder.cache_dir} {split}"
+
+    label = f"{source} ({split})"
+    with _not_asked(offline):
+        table, fingerprint = _explained(open_table, source, name, split, where)
+
+    def rows() -> Iterator[Row]:
+        records = iter(table)
+        for number in range(1, 2**62):
+            values = _explained(lambda: next(records, None), source, name, split, where)
+            if values is None:
+                return
+            yield Row(label, number, without_filled_nulls(values), "row")
+
+    def read() -> Iterator[Row]:
+        if not streaming:
+            return rows()
+        return _sliced(rows, parts[0], split, source)
+
+    return RowSource(label, "row", read, lambda: f"hub {fingerprint}", notes=notes)
+
+
+def _explained(
+    function: Callable[[], Any], source: str, name: str | None, split: str, where: str
+) -> Any:
+    try:
+        return function()
+    # The library raises many kinds (its own, OSError, ValueError, those of the hub client): all
+    # of them mean that this dataset cannot be had as the recipe names it.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: not "
+            f"found as a local file and not loadable from {where}: {reason}. Check the spelling, "
+            f"or give a local file ({', '.join(SUFFIXES)})"
+        ) from error

@@ -1,0 +1,1 @@
+"""Tokenised rows: stored and found again, split, checked, ordered and put into batches."""

@@ -1,0 +1,255 @@
+"""The cache of tokenised rows: stores by the hash of what they were made from, shared by runs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, store_files
+from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.folders import cache_folder
+from kpsvd_tune.json_files import parse_json, read_bytes
+
+# Part of every key: raise it whenever the same rows would give other tokens or another store.
+FORMAT_VERSION = 7
+# Beyond this the stores used longest ago go; those of running commands stay.
+MAX_BYTES = 32 * 2**30
+_OPEN_FILES = 65_536
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class TokenCache:
+    """Stores of tokenised rows under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
+
+    A store is written beside its place, synced and renamed, so a killed run leaves none
+    half-written; a lock held meanwhile keeps two runs from making the same one.
+
+    Args:
+        folder: Another folder than the usual one.
+        max_bytes: Size above which stores used longest ago are removed.
+
+    Attributes:
+        folder: Where the stores lie.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
+        self.folder = folder or cache_folder() / "tokens"
+        self._max_bytes = max_bytes
+        # Looking at all stores takes as long as there are many: not after every small one.
+        self._made_bytes = max_bytes
+        _allow_many_files()
+
+    def find_or_make(
+        self, key: str, make: Callable[[StoreWriter], dict[str, Any]]
+    ) -> tuple[TokenStore, bool]:
+        """Open the store of a key, or make it.
+
+        Args:
+            key: From :func:`store_key`.
+            make: Adds all rows and returns the facts to keep; what it raises is passed on, and
+                no store is left.
+
+        Returns:
+            The store, and whether it was there before.
+
+        Raises:
+            ResourceError: The disk is full or the folder cannot be written.
+        """
+        folder = self.folder / key
+        try:
+            with self._lock(key):
+                if (found := TokenStore.verified(folder)) is not None:
+                    _hold(found)
+                    return found, True
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
+                temporary = self.folder / f"{key}.tmp"  # ours alone under the lock
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                writer = StoreWriter(temporary)
+                try:
+                    writer.close(make(writer))
+                except BaseException:
+                    writer.abandon()
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise
+                # Not synced: opening checks every digest, so what a power cut spoils is made again.
+                temporary.rename(folder)
+                store = TokenStore(folder)
+                _hold(store)
+        except OSError as error:
+            what = "is full" if error.errno in _FULL else f"cannot be written ({error})"
+            raise ResourceError(
+                f"the cache of tokenised rows {self.folder} {what}; make room, or point "
+                "XDG_CACHE_HOME at another disk"
+            ) from error
+        self._made_bytes += sum(map(_size, store_files(folder)))
+        if self._made_bytes > self._max_bytes // 100:
+            self._made_bytes = 0
+            self.prune()
+        return store, False
+
+    def read_note(self, key: str) -> Any:
+        """The JSON value noted under a key; None where it is absent or damaged."""
+        try:
+            content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
+            return content["value"] if content["sha256"] == _hash(content["value"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_note(self, key: str, value: Any) -> None:
+        """Note a JSON value; a note only saves time, so a folder that takes none is no error."""
+        file = self.folder / "notes" / f"{key}.json"
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"value": value, "sha256": _hash(value)})
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
+        except OSError:
+            return
+
+    def prune(self) -> None:
+        """Remove what was used longest ago, until the rest is no larger than the bound."""
+        self._remove_unfinished()
+        stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
+        total = 0
+        for facts in stores:
+            total += sum(map(_size, store_files(facts.parent)))
+            if total > self._max_bytes and _is_free(facts):
+                shutil.rmtree(facts.parent, ignore_errors=True)
+        notes = sorted((self.folder / "notes").glob("*.json"), key=_last_use, reverse=True)
+        for note in notes[1000:]:
+            note.unlink(missing_ok=True)
+
+    def _remove_unfinished(self) -> None:
+        """Remove what killed runs left; where nobody holds the lock, nobody writes there."""
+        for folder in self.folder.glob("*.tmp"):
+            descriptor = self._open_lock(folder.name)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                continue  # being written, or no locks here to tell
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        descriptor = self._open_lock(key)
+        # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
+        try:
+            _flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _open_lock(self, key: str) -> int:
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _allow_many_files() -> None:
+    """Raise this process's limit of open files: every source keeps up to eight open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def store_key(*parts: Any) -> str:
+    """Name a store by everything its tokens depend on.
+
+    Args:
+        parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
+    """
+    libraries = [tokenizers.__version__, transformers.__version__]
+    return _hash([FORMAT_VERSION, libraries, *parts])
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what a tokenizer does: vocabulary, rules, special tokens, chat template."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    settings = {
+        name: value
+        for name, value in tokenizer.init_kwargs.items()
+        # Where it was found says nothing about what it does.
+        if name not in ("name_or_path", "vocab_file", "tokenizer_file", "cache_dir")
+        and not name.startswith("_")
+    }
+    added = sorted((index, str(token)) for index, token in tokenizer.added_tokens_decoder.items())
+    parts = [type(tokenizer).__name__, rules, special, added, tokenizer.chat_template]
+    text = json.dumps([*parts, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hold(store: TokenStore) -> None:
+    """Mark a store as used now, and keep it from being pruned while this process lives."""
+    facts = store.folder / FACTS
+    os.utime(facts)
+    place = facts.stat().st_ino
+    if place not in _held:
+        _held[place] = os.open(facts, os.O_RDONLY)
+        _flock(_held[place], fcntl.LOCK_SH)
+
+
+# Descriptors with a shared lock each, by inode; they end with the process.
+_held: dict[int, int] = {}
+
+
+def _is_free(facts: Path) -> bool:
+    try:
+        descriptor = os.open(facts, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _flock(descriptor: int, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError as error:
+        # Some network file systems have no locks; renames keep stores whole there too.
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _last_use(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0

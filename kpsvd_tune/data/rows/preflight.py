@@ -1,0 +1,146 @@
+"""The check before training: what will be learnt, and what would silently go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.data.encode.tokenized import IGNORED, TokenizedRow
+from kpsvd_tune.data.rows.limits import ModelLimits
+from kpsvd_tune.data.rows.stored_rows import StoredRows
+from kpsvd_tune.errors import DataError
+
+
+def check_supervision(
+    rows: Sequence[TokenizedRow], truncated: Sequence[bool], end_token_ids: Sequence[int]
+) -> None:
+    """Refuse rows that would train nothing, or a model that never stops.
+
+    Args:
+        rows: Rows to train on.
+        truncated: For each row whether it was cut, which takes its end token away rightly.
+        end_token_ids: Ids that end an answer.
+
+    Raises:
+        DataError: No token is learnt, or a whole row's end token is not.
+    """
+    if not any(row.num_supervised for row in rows):
+        raise DataError(
+            f"none of the tokens of the {len(rows)} training rows would be trained; expected at "
+            "least one: raise dataset.max_length if the prompts fill it, and check that the "
+            "completion column holds text"
+        )
+    for row, is_cut in zip(rows, truncated, strict=True):
+        last = next((label for label in reversed(row.labels) if label != IGNORED), None)
+        if not is_cut and last not in end_token_ids:
+            raise DataError(
+                f"row {row.row}: the end token is not trained (the last trained token is {last}, "
+                f"expected one of {', '.join(map(str, end_token_ids))}), so the model would never "
+                "stop; labels must be made before padding and keep the end token"
+            )
+
+
+def check_known_tokens(
+    rows: Sequence[TokenizedRow],
+    num_embeddings: int,
+    where: Callable[[int], str] | None = None,
+) -> None:
+    """Refuse token ids that the model has no embedding for, as added special tokens may be.
+
+    Args:
+        rows: Rows to train or validate on.
+        num_embeddings: Rows of the model's input embedding.
+        where: Names a row by its place in `rows`, for the message; None: by its number.
+
+    Raises:
+        DataError: An id is `num_embeddings` or more.
+    """
+    # A store knows its largest id, which spares reading many millions of rows.
+    if isinstance(rows, StoredRows) and rows.max_token_id < num_embeddings:
+        return
+    for place, row in enumerate(rows):
+        if (largest := max(row.input_ids)) >= num_embeddings:
+            raise DataError(
+                f"{where(place) if where else f'row {row.row}'}: token id {largest} has no "
+                f"embedding, the model has {num_embeddings}; tokens were added to the tokenizer "
+                "and not to the model: use the tokenizer that belongs to the model, or resize the "
+                "model's embedding and save it first"
+            )
+
+
+def check_lengths(
+    lengths: NDArray[np.int64],
+    limits: ModelLimits,
+    max_length: int,
+    where: Callable[[int], str],
+) -> list[str]:
+    """Refuse rows that have more tokens than the model has positions.
+
+    Args:
+        lengths: (rows,) tokens of each row.
+        limits: Of the model.
+        max_length: The recipe's.
+        where: Names a row by its place.
+
+    Returns:
+        What a user should know: rows beyond the length that a rotary model is meant for.
+
+    Raises:
+        DataError: A row is longer and the model has no position for its end.
+    """
+    limit = limits.positions
+    if limit is None or not (is_longer := lengths > limit).any():
+        return []
+    first = int(is_longer.argmax())
+    number = int(is_longer.sum())
+    found = (
+        f"{number} row{'s have' if number > 1 else ' has'} more tokens than the {limit} that the "
+        f"model takes by its configuration (first: {where(first)}, {int(lengths[first])} tokens)"
+    )
+    cures = (
+        f"set dataset.max_length to {limit} (now {max_length}), which cuts such rows; or leave "
+        f"them out with dataset.max_length={limit} dataset.too_long=drop; or take a model with "
+        "more positions"
+    )
+    if limits.is_hard:
+        raise DataError(f"{found}; it has no positions beyond: {cures}")
+    return [
+        f"LONG ROWS: {found}: the base was not made for such positions, and results there are "
+        f"uncertain: {cures}, or one whose rope_scaling stretches them"
+    ]
+
+
+def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
+    """What is unusual about a tokenizer, and what follows from it.
+
+    Args:
+        tokenizer: The base model's.
+        longest: Tokens of the longest row.
+    """
+    warnings = []
+    if tokenizer.pad_token_id is None:
+        warnings.append(
+            "the tokenizer has no pad token: batches are padded with the end token, which is "
+            "harmless here since padding is masked by its position"
+        )
+    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+        warnings.append(
+            f"pad and end token are the same ({tokenizer.eos_token!r}): padding is masked by its "
+            "position here, so the end token is trained; elsewhere give pad a token of its own"
+        )
+    if longest > tokenizer.model_max_length:
+        warnings.append(
+            f"the longest row has {longest} tokens and the tokenizer says that its model takes "
+            f"{tokenizer.model_max_length}: lower dataset.max_length"
+        )
+    return warnings
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad batches with: the pad token, or the end token where there is none."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return int(tokenizer.eos_token_id)

@@ -1,0 +1,290 @@
+"""The command compare, end to end on the tiny model: run, killed, continued, judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpsvd_tune import cli
+from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.results import StepMetrics
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
+    text = tmp_path / "other.txt"
+    text.write_text("A text of another kind, about boats and the sea.", encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""# Purpose: a tiny comparison.
+model: {{path: {tiny_model_dir}, dtype: float32}}
+dataset:
+  path: {rows_file}
+  columns: {{prompt: question, completion: answer}}
+  validation: 2
+adapter: {{rank: {{window: 4, max: 4}}}}
+train:
+  max_steps: 4
+  batch_size: 2
+  eval_every: 2
+  precision: "no"
+compare: {{test: {rows_file}, forgetting: {text}, price_per_hour: 2}}
+output_dir: {tmp_path / "comparison"}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+ARGUMENTS = (
+    *("--methods", "kpsvd,lora", "--budgets", "3k", "--learning-rates", "1e-3,1e-2"),
+    *("--seeds", "2", "--offline"),
+)
+
+
+def rows_of(folder: Path) -> list[TrialRow]:
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [TrialRow.from_dict(json.loads(line)) for line in lines]
+
+
+def without_times(row: TrialRow) -> dict[str, Any]:
+    measured = ("seconds", "memory")
+    return {k: v for k, v in row.to_dict().items() if not any(word in k for word in measured)}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials one after the other here, for a look at what they do rather than at processes."""
+
+    def run(trials: Any, calls: Any, jobs: int, stepped: Any) -> Iterator[Any]:
+        for trial, (function, arguments) in zip(trials, calls, strict=True):
+
+            def report(metrics: StepMetrics, total: int, trial: Any = trial) -> None:
+                stepped(trial, metrics.step, total, metrics.loss)
+
+            yield function(*arguments, *([] if trial is None else [report]))
+
+    monkeypatch.setattr("kpsvd_tune.comparison.workers._run", run)
+
+
+def test_every_kind_of_method_trains_through_the_same_loop(
+    recipe: Path, tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = "kpsvd,kpsvd:init=random:rate=relative,kpsvd:rank.max=2,lora,lora+,pissa,lokr"
+    command = ["compare", str(recipe), "--offline", "--methods", methods, "--budgets", "3k"]
+    command += ["--learning-rates", "1e-2", "--seeds", "1"]
+    assert cli.run(command) == 0
+    captured = capsys.readouterr()
+    assert "lora at 3,000, rate 0.01, seed 0: validation loss" in captured.err
+    assert "kpsvd:rank.max=2 minus lora at 3,000" in captured.out
+    rows = {row.method: row for row in rows_of(tmp_path / "comparison")}
+    assert list(rows) == methods.split(",")
+    assert all(row.trainable_parameters <= 3060 for row in rows.values())
+    # The same rows in the same order: the first loss is the base model's, whatever the method.
+    first = [row.losses[0] for row in rows.values()]
+    assert first == pytest.approx([first[0]] * len(first), rel=1e-3)
+    assert len({row.validation_loss for row in rows.values()}) == len(rows)
+    # Offsets come with their frozen factors, and PiSSA for the unmodified base with its start.
+    for name, times in {"kpsvd": 2, "lora": 1, "pissa": 2}.items():
+        assert rows[name].stored_parameters == times * rows[name].trainable_parameters
+    for row in rows.values():
+        assert list((tmp_path / "comparison" / "trials").glob("*/adapter/adapter_config.json"))
+        assert row.validation_loss is not None
+        assert row.validation_loss < row.validation_losses[0][1]
+
+    # A trial that ended and lost its row gives the row again; other settings of one do not.
+    results = tmp_path / "comparison" / "results.jsonl"
+    lines = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:3]) + b'{"half')
+    assert cli.run(command) == 0
+    assert {row.method: row for row in rows_of(tmp_path / "comparison")} == rows
+    assert cli.run([*command, "adapter.rate_ratio=2"]) == 1
+    assert "kpsvd: adapter.rate_ratio: 1.0 in the run, 2.0 now" in capsys.readouterr().err
+    # Trials of a version with another warm-up are judged, and get no new ones beside them.
+    known = json.loads((tmp_path / "comparison" / "compare.json").read_text())
+    del known["schedule"]
+    (tmp_path / "comparison" / "compare.json").write_text(json.dumps(known))
+    assert cli.run(command) == 0
+    capsys.readouterr()
+    assert cli.run([*command[:-1], "2"]) == 1
+    assert "trials of an earlier version, whose warm-up gave" in capsys.readouterr().err
+    results.write_bytes(b"")
+    assert cli.run([*command[:4], "lora", *command[5:], "train.max_steps=3"]) == 0
+    assert [len(row.losses) for row in rows_of(tmp_path / "comparison")] == [3]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_and_ends_the_same(recipe: Path, tmp_path: Path) -> None:
+    """Two methods, two rates, two seeds; kill -9 after the third trial."""
+    folder = tmp_path / "comparison"
+    command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), *ARGUMENTS]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    results = folder / "results.jsonl"
+    deadline = time.monotonic() + 180
+    while not results.exists() or results.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, "the comparison ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    early = rows_of(folder)
+    assert 3 <= len(early) < 8
+    # The moment between a trial's end and its row: finished, and no row is there.
+    lines = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:-1]))
+    early = early[:-1]
+    # What a crash in the middle of a line would leave.
+    with results.open("ab") as file:
+        file.write(b'{"method": "kpsvd", "bud')
+
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    rows = rows_of(folder)
+    assert rows[: len(early)] == early
+    assert len({(r.method, r.learning_rate, r.seed) for r in rows}) == len(rows) == 8
+    assert {r.trainable_parameters <= 3060 for r in rows} == {True}
+    assert all(r.validation_losses[0][1] == rows[0].validation_losses[0][1] for r in rows)
+    assert all(r.test_loss is not None and r.forgetting is not None for r in rows)
+    assert {s["method"] for s in verdict["summaries"]} == {"kpsvd", "lora"}
+    assert all(s["num_trials"] == 4 and s["cost"] > 0 for s in verdict["summaries"])
+    assert len(verdict["claims"]) == 4
+    assert verdict == json.loads((folder / "comparison.json").read_text())
+    assert "Plotly" in (folder / "comparison.html").read_text(encoding="utf-8")
+
+    # The same trials without any kill give the same rows, times and memory aside.
+    again = tmp_path / "again"
+    done = subprocess.run(
+        [*command, "--jobs", "2", f"output_dir={again}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    key = lambda row: (row["method"], row["learning_rate"], row["seed"])  # noqa: E731
+    fresh = sorted(map(without_times, rows_of(again)), key=key)
+    assert fresh == sorted(map(without_times, rows), key=key)
+
+    # A third call has nothing to do, and other data are refused by name.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert "8 trials are done already" in done.stderr
+    done = subprocess.run(
+        [*command, "train.max_steps=5"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "train.max_steps: 4 in the run, 5 now" in done.stderr
+    assert "Traceback" not in done.stderr
+    # So are other settings of a method that has trials, and a test file of other rows.
+    done = subprocess.run(
+        [*command, "adapter.init=random"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "kpsvd: adapter.init: 'weight' in the run, 'random' now" in done.stderr
+    # Judging alone runs nothing; a line that is no row is named.
+    judged = [*command, "--plan", "done", "--json"]
+    done = subprocess.run(judged, capture_output=True, text=True, timeout=120, check=False)
+    assert json.loads(done.stdout)["summaries"] == verdict["summaries"]
+    with results.open("ab") as file:
+        file.write(b"[]\n")
+    done = subprocess.run(judged, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "results.jsonl:9 is no row of a trial" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_a_row_and_a_corrected_typo_is_no_other_comparison(
+    recipe: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), "--offline", "--json"]
+    command += ["--budgets", "3k", "--seeds", "1", "--learning-rates", "1"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], capture_output=True, text=True, timeout=180, check=False
+        )
+
+    # No trial ran under these settings, so the corrected command may use the folder.
+    assert run("--methods", "lora", "adapter.target_modules=nosuch").returncode == 2
+    # Every step logs a line and no worker process is started, whatever the recipe says.
+    odd = ("train.eval_every=1", "train.warmup_ratio=0", "train.log_every=3", "train.num_workers=1")
+    done = run("--methods", "lora:alpha=100000000000000000000,lora", *odd)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    diverged, sound = sorted(rows_of(tmp_path / "comparison"), key=lambda row: row.failed is None)
+    assert diverged.validation_loss is None
+    assert diverged.failed is not None
+    assert sound.failed is None
+    assert len(sound.losses) == 4
+    assert any(diverged.failed in note for note in json.loads(done.stdout)["notes"])
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), *ARGUMENTS]
+    process = subprocess.Popen(
+        [*command, "train.max_steps=400", "train.save_every=0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "comparison" / "trials"
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size for file in metrics.glob("*/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "leaked" not in errors
+    assert "Traceback" not in errors
+    assert list(metrics.glob("*/checkpoints/step-*"))
+
+
+def test_a_plan_is_shown_without_any_library(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", str(recipe), *ARGUMENTS, "--dry-run", "--json", "--plan", "staged"]
+    assert cli.run(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trials_per_method"] == 4
+    assert plan["budgets"] == [3000]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "half"], "--plan half: expected full, staged or done"),
+        (["--budgets", "x"], "--budgets: got 'x'; expected a whole number"),
+        (["--budgets", ","], "--budgets is empty"),
+        (["--learning-rates", "0"], "--learning-rates: got '0'; expected a number above 0"),
+        (["--methods", "kpsvd:innit=random"], "adapter.innit: unknown key; did you mean init?"),
+        (["compare.forgetting=nowhere.txt"], "compare.forgetting: there is no file nowhere.txt"),
+        (["adapter.modules_to_save=[lm_head]"], "would count against no budget"),
+        (["--methods", "lokr", "adapter.dropout=0.1"], "PEFT's LoKr cannot drop inputs"),
+        (["--methods", "kpsvd,lora", "--budgets", "100"], "below the 928 that lora needs"),
+    ],
+)
+def test_mistakes_are_told_before_any_trial(
+    arguments: list[str], message: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["compare", str(recipe), "--offline", *arguments]) == 2
+    assert re.search(re.escape(message), capsys.readouterr().err)

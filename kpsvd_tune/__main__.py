@@ -10,7 +10,7 @@ def main() -> None:
     """Load the commands and run one of them."""
     # Loading takes seconds on a cold disk, and typer answers a Ctrl-C only once it is there.
     try:
-        from kpsvd_tune.cli import main as run
+        from kpsvd_tune.commands.main import main as run
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write("stopped\n")

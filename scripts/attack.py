@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.evaluation.sandbox import Limits, Program, run_program
 from kpsvd_tune.recipe import shipped_recipes
 

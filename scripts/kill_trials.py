@@ -37,8 +37,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kpsvd_tune import cli, pipeline  # noqa: F401  imported once, here, for all runs
+from kpsvd_tune import pipeline  # noqa: F401  imported once, here, for all runs
 from kpsvd_tune.checkpoint import RunDirectory, durable, read_committed
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.json_files import read_json
 from kpsvd_tune.report.console import Events
 

@@ -125,7 +125,13 @@ def heavy_after(program: str, cwd: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["kpsvd_tune", "kpsvd_tune.errors", "kpsvd_tune.recipe", "kpsvd_tune.report", "kpsvd_tune.cli"],
+    [
+        "kpsvd_tune",
+        "kpsvd_tune.errors",
+        "kpsvd_tune.recipe",
+        "kpsvd_tune.report",
+        "kpsvd_tune.commands.main",
+    ],
 )
 def test_importing_stays_light(module: str, tmp_path: Path):
     assert heavy_after(f"import {module}", tmp_path) == set()
@@ -135,7 +141,9 @@ def test_importing_stays_light(module: str, tmp_path: Path):
     "command", ["--help", "train --help", "recipes list", "validate smollm2_gsm8k"]
 )
 def test_commands_that_only_read_stay_light(command: str, tmp_path: Path):
-    program = f"sys.argv[1:] = {command.split()!r}; from kpsvd_tune.cli import main; main()"
+    program = (
+        f"sys.argv[1:] = {command.split()!r}; from kpsvd_tune.commands.main import main; main()"
+    )
     assert heavy_after(program, tmp_path) == set()
 
 

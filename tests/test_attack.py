@@ -75,7 +75,7 @@ def test_an_answer_that_is_wrong_is_noticed(
     error: BaseException | None,
     said: str,
 ) -> None:
-    monkeypatch.setattr("kpsvd_tune.cli.reading.load_recipe", _fail(error))
+    monkeypatch.setattr("kpsvd_tune.commands.validate.load_recipe", _fail(error))
     found = attack.run(["validate", "x"], limit=1 if error is None else 30)
     assert found.startswith(said)
     assert bool(found) == bool(said)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.evaluation import generate
 

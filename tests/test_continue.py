@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 
 
 @pytest.fixture

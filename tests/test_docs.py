@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kpsvd_tune.cli import app
+from kpsvd_tune.commands.main import app
 from kpsvd_tune.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

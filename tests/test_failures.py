@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
-from kpsvd_tune import cli
 from kpsvd_tune.checkpoint import RunDirectory
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.console import Events
 
 # A program, for the console script of an environment may be that of another checkout.
@@ -161,7 +161,7 @@ socket.getaddrinfo = refuse
 socket.create_connection = refuse
 socket.socket.connect = refuse
 socket.socket.connect_ex = refuse
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 code = cli.run(sys.argv[1:])
 assert not asked, asked
 sys.exit(code)
@@ -278,7 +278,7 @@ def test_a_sharded_run_leaves_a_whole_adapter(
 SLOW_STEP = """
 import sys
 from hashlib import pbkdf2_hmac
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 forward, calls = SummedTokenLoss.forward, 0

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune import cli, launch
+from kpsvd_tune import launch
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
 
 

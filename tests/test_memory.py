@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from kpsvd_tune import cli, memory
+from kpsvd_tune import memory
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import ModelError, ResourceError
 
 GIB = 1 << 30
@@ -194,7 +195,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
         (["eval", "--task", "gsm8k", "--path", "rows"],
          "transformers.AutoModelForCausalLM.from_pretrained", "loading the model", "--dtype"),
         (["generate"], "kpsvd_tune.pipeline.apply.generate_text", "answering", "--max-new-tokens"),
-        (["report"], "kpsvd_tune.cli.reading.read_run", "running report", ""),
+        (["report"], "kpsvd_tune.commands.report.read_run", "running report", ""),
     ],
 )  # fmt: skip
 def test_every_other_command_does(
@@ -226,7 +227,7 @@ def test_every_other_command_does(
 
 PROGRAM = """
 import resource, sys
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 recipe = sys.argv[1]
 assert cli.run(["train", recipe]) == 0
 for line in open("/proc/self/status"):

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kpsvd_tune import cli
 from kpsvd_tune import merge as merging
 from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
 from kpsvd_tune.merged_files import for_both_versions, tokenizer_for_both_versions
 

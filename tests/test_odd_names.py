@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.folders import cache_folder
 from kpsvd_tune.report.console import Events, show_sweep

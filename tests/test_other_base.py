@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 
 COLUMNS = "columns={prompt: question, completion: answer}"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 
 PAIRS = [{"prompt": f"{n} + {n}?", "completion": str(2 * n)} for n in range(6)]
 CHATS = [

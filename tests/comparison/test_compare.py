@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.pipeline import probes
 from kpsvd_tune.pipeline.probes import CANDIDATES, best_first, round_lengths
 from kpsvd_tune.report.result import Probe

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kpsvd_tune import cli
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.data import prepare
 from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
 from kpsvd_tune.errors import DataError

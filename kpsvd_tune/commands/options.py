@@ -1,4 +1,4 @@
-"""The application object, the options that commands share, and what each command does around."""
+"""The options that commands share, and what each of them does before and after its work."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kpsvd_tune import __version__
 from kpsvd_tune.errors import InputError
 
-app = typer.Typer(
-    name="kpsvd-tune",
-    help="Fine-tune language models with KPSVD: Kronecker-product SVD adapters.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.")
 ]
@@ -44,22 +35,16 @@ Processes = Annotated[
 SandboxOption = Annotated[
     str, typer.Option("--sandbox", help="bwrap; none runs code without protection.")
 ]
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"kpsvd-tune {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
-    ] = False,
-) -> None:
-    """Options of the program itself."""
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")
+]
+AllowOtherBase = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-base",
+        help="Put the adapter on a base that is not its own; what is written says so.",
+    ),
+]
 
 
 def prepare_libraries(offline: bool, debug: bool) -> None:
@@ -145,15 +130,3 @@ def launch_processes(
     from kpsvd_tune.launch import launch
 
     raise RanksEnded(launch(sys.argv[1:], count, processes is not None, accelerate_config))
-
-
-BaseOption = Annotated[
-    str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")
-]
-AllowOtherBase = Annotated[
-    bool,
-    typer.Option(
-        "--allow-other-base",
-        help="Put the adapter on a base that is not its own; what is written says so.",
-    ),
-]

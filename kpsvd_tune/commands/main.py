@@ -1,4 +1,4 @@
-"""The command line: parse, one call into the pipeline, render, exit code."""
+"""The application: all commands, their exit codes, and every error as one message."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from typer.exceptions import TyperException
 
-# Importing a module of commands adds them to the application, in this order.
-from kpsvd_tune.cli import comparing, reading, training, using  # noqa: F401
-from kpsvd_tune.cli.shared import RanksEnded, app
+from kpsvd_tune import __version__
+from kpsvd_tune.commands.compare import compare
+from kpsvd_tune.commands.eval import evaluate
+from kpsvd_tune.commands.generate import generate
+from kpsvd_tune.commands.init_only import init_only
+from kpsvd_tune.commands.merge import merge
+from kpsvd_tune.commands.options import RanksEnded
+from kpsvd_tune.commands.recipes import recipes_app
+from kpsvd_tune.commands.report import report
+from kpsvd_tune.commands.train import train
+from kpsvd_tune.commands.validate import validate
 from kpsvd_tune.disk import cure
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.memory import is_out_of_memory, out_of_memory
@@ -22,8 +32,45 @@ from kpsvd_tune.report.layout import make_console, print_line, shortened
 
 __all__ = ["app", "main", "run"]
 
+app = typer.Typer(
+    name="kpsvd-tune",
+    help="Fine-tune language models with KPSVD: Kronecker-product SVD adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _name, _command in (
+    ("train", train),
+    ("init-only", init_only),
+    ("merge", merge),
+    ("eval", evaluate),
+    ("generate", generate),
+    ("compare", compare),
+    ("report", report),
+    ("validate", validate),
+):
+    app.command(_name)(_command)
+app.add_typer(recipes_app, name="recipes")
+
 # The commands with KEY=VALUE for a recipe.
 _TAKE_KEYS = ("train", "compare", "init-only", "validate")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"kpsvd-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 def run(arguments: list[str]) -> int:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from kpsvd_tune import __version__, cli
+from kpsvd_tune import __version__
+from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 
 # New knobs go into the recipe; an option that joins here is a decision.
@@ -119,7 +120,7 @@ def test_the_options_are_those_decided_on() -> None:
 )
 def test_light_commands_import_no_torch(arguments: list[str]) -> None:
     code = (
-        "import sys; from kpsvd_tune import cli; code = cli.run(sys.argv[1:]); "
+        "import sys; from kpsvd_tune.commands import main as cli; code = cli.run(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
@@ -253,7 +254,7 @@ def test_exit_codes(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("kpsvd_tune.cli.reading.load_recipe", fail)
+    monkeypatch.setattr("kpsvd_tune.commands.validate.load_recipe", fail)
     assert cli.run(["validate", "smollm2_gsm8k"]) == code
     captured = capsys.readouterr()
     assert message in captured.err
@@ -309,7 +310,7 @@ def test_ctrl_c_while_the_program_is_loaded():
     code = (
         "import builtins, sys; real = builtins.__import__\n"
         "def stopped(name, *rest):\n"
-        "    if name == 'kpsvd_tune.cli': raise KeyboardInterrupt\n"
+        "    if name == 'kpsvd_tune.commands.main': raise KeyboardInterrupt\n"
         "    return real(name, *rest)\n"
         "builtins.__import__ = stopped\n"
         "from kpsvd_tune.__main__ import main\n"

@@ -1,15 +1,14 @@
-"""Commands that use what was trained: merge, eval and generate."""
+"""The command `eval`: score a run or a model, or stored completions again."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kpsvd_tune.cli.shared import (
+from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
@@ -18,7 +17,6 @@ from kpsvd_tune.cli.shared import (
     Offline,
     Processes,
     SandboxOption,
-    app,
     emit,
     launch_processes,
     prepare_libraries,
@@ -40,46 +38,6 @@ from kpsvd_tune.report.score import as_mapping
 _OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
 
 
-@app.command()
-def merge(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
-    ] = None,
-    base: BaseOption = None,
-    allow_other_base: AllowOtherBase = False,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest logit difference that passes.")
-    ] = None,
-    offline: Offline = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Bake an adapter into plain weights and prove that they are the same model."""
-    prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
-
-    with view.Events() as events:
-        report = pipeline.merge(
-            source,
-            output,
-            events,
-            dtype=dtype,
-            base=base,
-            tolerance=tolerance,
-            allow_other_base=allow_other_base,
-            offline=offline,
-        )
-        emit(report, as_json, view.show_merge)
-        events.note(f"written: {output}")
-    if not report.passed:
-        raise typer.Exit(1)
-
-
-@app.command("eval")
 def evaluate(
     source: Annotated[
         str | None, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
@@ -216,46 +174,3 @@ def _rescore(file: Path, task: str | None, as_json: bool, may: Mapping[str, Any]
         for note in missing_scorers(task):
             events.note(note)
     emit({"scores": as_mapping(scores)}, as_json, lambda r: view.show_scores({"task": task, **r}))
-
-
-@app.command()
-def generate(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
-    ],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt without a template.")] = False,
-    base_only: Annotated[
-        bool, typer.Option("--base-only", help="Answer without the adapter, to compare.")
-    ] = False,
-    base: BaseOption = None,
-    allow_other_base: AllowOtherBase = False,
-    offline: Offline = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show what a model says to a prompt."""
-    prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
-
-    with view.Events() as events:
-        text = pipeline.generate(
-            source,
-            prompt,
-            events,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            raw=raw,
-            base_only=base_only,
-            base=base,
-            allow_other_base=allow_other_base,
-            offline=offline,
-        )
-    if as_json:
-        typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-    else:
-        typer.echo(text.strip())

@@ -1,4 +1,4 @@
-"""The command that sets methods side by side: compare."""
+"""The command `compare`: every method at equal budgets on the same rows, and a verdict."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kpsvd_tune.cli.shared import (
+from kpsvd_tune.commands.options import (
     Debug,
     DryRun,
     Json,
     Offline,
     Overrides,
     RecipeArgument,
-    app,
     emit,
     prepare_libraries,
 )
@@ -26,7 +25,6 @@ from kpsvd_tune.report.trials import TrialTable, show_comparison, show_grid
 DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
 
 
-@app.command()
 def compare(
     recipe: RecipeArgument,
     overrides: Overrides = None,

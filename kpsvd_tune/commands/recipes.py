@@ -1,4 +1,4 @@
-"""Commands that only read files and import no torch: validate, report and recipes."""
+"""The commands `recipes list`, `show` and `copy`: the recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -9,51 +9,14 @@ from typing import Annotated
 
 import typer
 
-from kpsvd_tune.cli.shared import Debug, Json, Overrides, RecipeArgument, app, emit
+from kpsvd_tune.commands.options import Json
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import exists, expand, kind_of
-from kpsvd_tune.recipe import load_recipe, recipe_to_yaml, shipped_recipes
-from kpsvd_tune.recipe.paths import SECTIONS
+from kpsvd_tune.folders import exists
+from kpsvd_tune.recipe import shipped_recipes
 from kpsvd_tune.report import console as view
-from kpsvd_tune.report.layout import make_console, output, print_pair
-from kpsvd_tune.report.reading import read_comparison, read_run
-from kpsvd_tune.report.trials import show_comparison
+from kpsvd_tune.report.layout import output, print_pair
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
-app.add_typer(recipes_app, name="recipes")
-
-
-@app.command()
-def validate(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a recipe and print it as resolved, with every default."""
-    resolved = load_recipe(recipe, overrides or (), look_up=SECTIONS)
-    if as_json:
-        typer.echo(resolved.model_dump_json())
-    else:
-        typer.echo(recipe_to_yaml(resolved), nl=False)
-        make_console(stderr=True, soft_wrap=True).print(f"{recipe}: valid", style="green")
-
-
-@app.command()
-def report(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a run or of a comparison.")
-    ],
-    layers: Annotated[bool, typer.Option("--layers", help="The rank of every layer too.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Show the results of a run again, and its ranks; or the verdict of a comparison."""
-    folder = expand(run)
-    if kind_of(folder) == "comparison":
-        emit(read_comparison(folder), as_json, show_comparison)
-    else:
-        emit(read_run(folder), as_json, lambda found: view.show_run(found, layers=layers))
 
 
 @recipes_app.command("list")

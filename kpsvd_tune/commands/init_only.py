@@ -1,4 +1,4 @@
-"""Commands that follow a recipe: train and init-only."""
+"""The command `init-only`: the ranks of a recipe, without data and without training."""
 
 from __future__ import annotations
 
@@ -8,84 +8,21 @@ from typing import Annotated
 
 import typer
 
-from kpsvd_tune.cli.shared import (
-    AllowOtherBase,
+from kpsvd_tune.commands.options import (
     Debug,
-    DryRun,
-    Gpus,
     Json,
     Offline,
     Overrides,
-    Processes,
     RecipeArgument,
-    SandboxOption,
-    app,
     check_devices,
     emit,
-    launch_processes,
     prepare_libraries,
 )
-from kpsvd_tune.errors import InputError, WorseThanBaseError
+from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
 
 
-@app.command()
-def train(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    gpus: Gpus = None,
-    processes: Processes = None,
-    accelerate_config: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Accelerate's configuration, for DeepSpeed."),
-    ] = None,
-    resume: Annotated[
-        str, typer.Option(help="auto continues the run, never starts it anew, or a checkpoint.")
-    ] = "auto",
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY", help="Continue although this recipe key has changed."),
-    ] = None,
-    allow_other_base: AllowOtherBase = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run generated code when scoring MBPP.")
-    ] = False,
-    sandbox: SandboxOption = "bwrap",
-    dry_run: DryRun = False,
-    offline: Offline = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Decompose, train, score and save the adapter of a recipe."""
-    resolved = load_recipe(
-        recipe, overrides or (), look_up=("model", "dataset", "adapter", "evaluation")
-    )
-    launch_processes(gpus, processes, accelerate_config)
-    prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
-
-    with view.Events() as events:
-        if dry_run:
-            emit(pipeline.plan(resolved, events, offline=offline), as_json, view.show_plan)
-            return
-        result = pipeline.train(
-            resolved,
-            events,
-            offline=offline,
-            resume=resume,
-            allow_change=tuple(allow_change or ()),
-            allow_other_base=allow_other_base,
-            allow_code_execution=allow_code_execution,
-            sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
-        )
-        # First the results, which are whole and saved, then what is wrong with them.
-        emit(result, as_json, view.show_results)
-        if message := pipeline.worse_message(result, resolved):
-            raise WorseThanBaseError(message)
-
-
-@app.command("init-only")
 def init_only(
     recipe: RecipeArgument,
     overrides: Overrides = None,

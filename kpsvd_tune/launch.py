@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from kpsvd_tune.errors import UNSAVED_EXIT_CODE, InputError
-from kpsvd_tune.memory import host_memory
+from kpsvd_tune.storage.memory import host_memory
 
 # After one rank failed the others get this long to end by themselves, then they are killed:
 # a rank that waits for the dead one would wait for ever.

@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kpsvd_tune import merge as merging
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
-from kpsvd_tune.merged_files import for_both_versions, tokenizer_for_both_versions
+from kpsvd_tune.merge import merging
+from kpsvd_tune.merge.files import for_both_versions, tokenizer_for_both_versions
 
 
 def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:

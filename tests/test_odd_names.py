@@ -11,9 +11,9 @@ import pytest
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import cache_folder
 from kpsvd_tune.report.console import Events, show_sweep
 from kpsvd_tune.report.layout import make_console, shortened
+from kpsvd_tune.storage.paths import cache_folder
 
 PACKAGE = Path(cli.__file__).parents[1]
 ODD = "a[red]b[/]:smile:[x-z]+.yaml"

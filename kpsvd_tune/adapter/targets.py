@@ -24,7 +24,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.patterns import SlowPatternError, time_limit
+from kpsvd_tune.storage.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
 FORWARDS = (nn.Linear.forward, Conv1D.forward)

@@ -28,11 +28,11 @@ from kpsvd_tune.evaluation.scoring import (
     rescore,
     stored_task,
 )
-from kpsvd_tune.folders import expand, kind_of, siblings
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.score import as_mapping
+from kpsvd_tune.storage.paths import expand, kind_of, siblings
 
 # Keys of an evaluation that belong to its rows.
 _OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}

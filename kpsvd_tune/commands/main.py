@@ -24,11 +24,11 @@ from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
-from kpsvd_tune.disk import cure
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
-from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe.faults import key_like
 from kpsvd_tune.report.layout import make_console, print_line, shortened
+from kpsvd_tune.storage.disk import cure
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 
 __all__ = ["app", "main", "run"]
 

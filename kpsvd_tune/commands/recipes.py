@@ -11,10 +11,10 @@ import typer
 
 from kpsvd_tune.commands.options import Json
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import exists
 from kpsvd_tune.recipe import shipped_recipes
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.layout import output, print_pair
+from kpsvd_tune.storage.paths import exists
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from kpsvd_tune.commands.options import Debug, Json, emit
-from kpsvd_tune.folders import expand, kind_of
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.reading import read_comparison, read_run
 from kpsvd_tune.report.trials import show_comparison
+from kpsvd_tune.storage.paths import expand, kind_of
 
 
 def report(

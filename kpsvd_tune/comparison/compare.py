@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
-from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
-from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
 from kpsvd_tune.comparison.setups import Setups
@@ -40,6 +38,9 @@ from kpsvd_tune.pipeline.stages import Events, find_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.optim import num_warmup_steps
 

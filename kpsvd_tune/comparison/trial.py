@@ -19,23 +19,24 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, to_json
-from kpsvd_tune.checkpoint.identity import changes
-from kpsvd_tune.checkpoint.run import RunRecord
 from kpsvd_tune.comparison.baselines import Baseline
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
-from kpsvd_tune.json_files import parse_json, read_json
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
 from kpsvd_tune.pipeline.stages import SilentEvents, adapt, device
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import AdapterRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunRecord
+from kpsvd_tune.runs.identity import changes
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.durable import to_json
+from kpsvd_tune.storage.json_files import parse_json, read_json
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
 from kpsvd_tune.training.validation import validation_loss

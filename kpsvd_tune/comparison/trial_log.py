@@ -12,12 +12,11 @@ from pydantic import ConfigDict
 # pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
 from typing_extensions import TypedDict
 
-from kpsvd_tune.checkpoint import replace_file, to_json
-from kpsvd_tune.checkpoint.durable import append_file, sync_file, truncate_file
-from kpsvd_tune.checkpoint.identity import changes, describe
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.json_files import parse_json, read_json
 from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.runs.identity import changes, describe
+from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, to_json, truncate_file
+from kpsvd_tune.storage.json_files import parse_json, read_json
 
 RESULTS = "results.jsonl"
 COMPARISON = "compare.json"

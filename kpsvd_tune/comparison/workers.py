@@ -22,17 +22,17 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
-from kpsvd_tune.checkpoint import replace_file, to_json
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
 from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
-from kpsvd_tune.json_files import read_json
-from kpsvd_tune.memory import host_memory
 from kpsvd_tune.pipeline.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
+from kpsvd_tune.storage.durable import replace_file, to_json
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.memory import host_memory
 from kpsvd_tune.training.signals import StopSignals
 
 Stepped = Callable[[Trial, int, int, float], None]

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.folders import cache_folder
-from kpsvd_tune.json_files import check_types, parse_json, read_bytes
 from kpsvd_tune.linalg import KPSVD, KroneckerShape, ShapeChoice
+from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
+from kpsvd_tune.storage.paths import cache_folder
 
 # Part of every key: raise it whenever linalg.kpsvd gives other numbers, or linalg.auto_shape
 # another shape, for the same input.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpsvd_tune.json_files import parse_json
+from kpsvd_tune.storage.json_files import parse_json
 
 # A file this young may still be written to within the resolution of its time stamp.
 SETTLED_SECONDS = 2.0

@@ -15,8 +15,8 @@ import torch
 from kpsvd_tune.decompose.spectra import SpectraWorker
 from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.memory import host_memory
 from kpsvd_tune.models import ModelSource, WeightReader
+from kpsvd_tune.storage.memory import host_memory
 
 # A worker that was asked to stop gets this long before it is killed.
 GRACE_SECONDS = 5.0

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.json_files import check_regular, parse_json
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.json_files import check_regular, parse_json
 
 RowId = int | str
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
     append_completion,
@@ -41,9 +40,10 @@ from kpsvd_tune.evaluation.prompts import (
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
-from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"

@@ -23,7 +23,7 @@ from kpsvd_tune.data import Encoder
 from kpsvd_tune.errors import InputError, KpsvdTuneError
 from kpsvd_tune.evaluation.completions import Completion, RowId
 from kpsvd_tune.evaluation.decode import Answer, Ending, LanguageModel, decode_batch, decode_text
-from kpsvd_tune.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 
 _NO_LIMIT = 2**31  # a prompt is never cut: one that does not fit is refused by name
 

@@ -23,8 +23,8 @@ from kpsvd_tune.evaluation.numeric_answer import (
 )
 from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, program_with_tests
 from kpsvd_tune.evaluation.sandbox import Limits, Sandbox, check_sandbox, run_programs
-from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.report.results import Score
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 TASKS = ("gsm8k", "math", "mbpp", "exact_match")
 _USUAL_K = (1, 5, 10, 25, 50, 100)

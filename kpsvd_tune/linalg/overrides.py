@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kpsvd_tune.patterns import time_limit
+from kpsvd_tune.storage.patterns import time_limit
 
 OVERRIDE_KEYS = ("method", "energy", "min", "max")
 Override = int | Mapping[str, Any]

@@ -17,8 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
-from kpsvd_tune.memory import is_out_of_memory
 from kpsvd_tune.models.source import ModelSource
+from kpsvd_tune.storage.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,9 +14,9 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.folders import exists, expand, kind_of, named, siblings
-from kpsvd_tune.json_files import parse_json, read_bytes
 from kpsvd_tune.recipe.paths import model_problem
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
+from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 
 # What transformers reads of a hub repository, and its card, which states the licence; the rest
 # (other frameworks, other formats) is not fetched. Pickled weights are fetched only where a

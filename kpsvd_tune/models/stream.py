@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.json_files import check_regular, parse_json
 from kpsvd_tune.models.loading import load_model, load_skeleton, refuse_more_layers
 from kpsvd_tune.models.source import ModelSource
+from kpsvd_tune.storage.json_files import check_regular, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kpsvd_tune.checkpoint import MANIFEST, check_sealed, manifest
 from kpsvd_tune.errors import AdapterError, CheckpointError
-from kpsvd_tune.json_files import check_regular, check_types, parse_json, read_bytes
-from kpsvd_tune.patterns import check_patterns
+from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
+from kpsvd_tune.storage.json_files import check_regular, check_types, parse_json, read_bytes
+from kpsvd_tune.storage.patterns import check_patterns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # No matrix of any model is larger; the product of two such sizes is still a number of torch.

@@ -12,16 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
-from kpsvd_tune.checkpoint.durable import check_writable
-from kpsvd_tune.checkpoint.ownership import refuse_inside_run
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
-from kpsvd_tune.folders import expand, kind_of
-from kpsvd_tune.json_files import read_json
-from kpsvd_tune.memory import is_out_of_memory
-from kpsvd_tune.merge import DTYPES, check_output
-from kpsvd_tune.merge import merge as merge_adapter
+from kpsvd_tune.merge.merging import DTYPES, check_output
+from kpsvd_tune.merge.merging import merge as merge_adapter
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
@@ -42,6 +36,12 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report.card import Base
 from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.runs.ownership import refuse_inside_run
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.durable import check_writable
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.memory import is_out_of_memory
+from kpsvd_tune.storage.paths import expand, kind_of
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"

@@ -11,19 +11,9 @@ from pathlib import Path
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kpsvd_tune.checkpoint import (
-    MANIFEST,
-    RunDirectory,
-    Start,
-    check_sealed,
-    manifest,
-    replace_file,
-)
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.probes import choose_energy, with_energy
 from kpsvd_tune.pipeline.stages import Events
@@ -32,6 +22,11 @@ from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.result import Probe
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.runs import RunDirectory, Start
+from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import on_main_process
 
 # What the manifest calls the folder.

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
-from kpsvd_tune.checkpoint import RunDirectory
-from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import prepare, source_names
 from kpsvd_tune.data.rows.limits import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import (
     AdapterError,
     CheckpointError,
@@ -25,6 +22,9 @@ from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.files import write_rank_report
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.training.length import run_length
 
 KEPT = "finished matrices are kept"

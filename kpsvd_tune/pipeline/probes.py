@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory, replace_file, to_json
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
 from kpsvd_tune.errors import DataError, NonFiniteError
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
 from kpsvd_tune.pipeline.start import starting_factors
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.result import Probe
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.storage.durable import replace_file, to_json
+from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import Training, on_main_process
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)

@@ -18,8 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.checkpoint import RunDirectory
-from kpsvd_tune.checkpoint.ownership import is_run, refuse_inside_run
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.limits import model_limits
 from kpsvd_tune.data.rows.preflight import check_known_tokens, pad_token_id
@@ -27,7 +25,6 @@ from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
@@ -55,6 +52,9 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.ending import ending
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.score import as_mapping
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import (
     Training,
     end_processes,

@@ -13,9 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
-from kpsvd_tune.checkpoint import MANIFEST, durable
 from kpsvd_tune.data import source_names
-from kpsvd_tune.disk import explained, follow_umask
 from kpsvd_tune.models import describe_base
 from kpsvd_tune.pipeline.adapter_file import seal
 from kpsvd_tune.recipe import Recipe
@@ -24,6 +22,9 @@ from kpsvd_tune.report.ending import worse_line
 from kpsvd_tune.report.figures import result_figures
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.score import score_table
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.commit import MANIFEST
+from kpsvd_tune.storage.disk import explained, follow_umask
 
 _EVALUATION = "## Evaluation"
 

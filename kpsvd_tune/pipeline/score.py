@@ -13,9 +13,6 @@ import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.checkpoint import RunDirectory, durable
-from kpsvd_tune.checkpoint.durable import check_replaceable, check_writable
-from kpsvd_tune.checkpoint.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 from kpsvd_tune.evaluation.evaluate import (
     COMPLETIONS_FILE,
@@ -30,8 +27,6 @@ from kpsvd_tune.evaluation.generate import GenerationProgress
 from kpsvd_tune.evaluation.processes import num_processes, on_first_process
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
-from kpsvd_tune.folders import expand
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import load_model, load_tokenizer
 from kpsvd_tune.pipeline.apply import find, load_adapter, resolve_base
@@ -41,8 +36,14 @@ from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.score import as_mapping, score_label, score_text
-from kpsvd_tune.report.units import time_left
+from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.durable import check_replaceable, check_writable
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.paths import expand
 from kpsvd_tune.training import end_processes
+from kpsvd_tune.units import time_left
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:

@@ -16,7 +16,7 @@ from kpsvd_tune.decompose import Progress
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import PreflightReport, RankReport, StepMetrics
-from kpsvd_tune.report.units import time_left
+from kpsvd_tune.units import time_left
 
 
 class Events(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from kpsvd_tune.folders import exists, siblings
+from kpsvd_tune.storage.paths import exists, siblings
 
 CHAT_TEMPLATES = (
     "chatml",

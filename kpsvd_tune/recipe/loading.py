@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.folders import Kind, expand, kind_of, named
 from kpsvd_tune.recipe.checking import MAX_FAULTS, check, origin_of, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.overrides import apply_override
@@ -19,6 +18,7 @@ from kpsvd_tune.recipe.paths import path_faults
 from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
+from kpsvd_tune.storage.paths import Kind, expand, kind_of, named
 
 _PACKAGE = FilePath(__file__).parents[1]
 # Endings of files that go into a recipe and are none.

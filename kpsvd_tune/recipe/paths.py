@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path as FilePath
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import Kind, exists, expand, kind_of, named, siblings
 from kpsvd_tune.recipe.chat_template import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
+from kpsvd_tune.storage.paths import Kind, exists, expand, kind_of, named, siblings
 
 # The sections that `validate` looks at; a command passes those that it uses.
 SECTIONS = ("model", "dataset", "adapter", "evaluation", "compare")

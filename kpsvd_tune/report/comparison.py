@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.json_files import check_types
 from kpsvd_tune.report.result import Result
+from kpsvd_tune.storage.json_files import check_types
 
 
 @dataclass(frozen=True)

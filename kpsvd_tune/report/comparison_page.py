@@ -19,7 +19,7 @@ from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
 from kpsvd_tune.report.page import script_json
 from kpsvd_tune.report.plotly_script import plotly_script
 from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
-from kpsvd_tune.report.units import duration, size
+from kpsvd_tune.units import duration, size
 
 # Hues of Okabe and Ito, which colour-blind readers tell apart, as light or dark as each background
 # asks for.

@@ -40,7 +40,7 @@ from kpsvd_tune.report.table import (
     rank_rows,
     rank_summary,
 )
-from kpsvd_tune.report.units import time_left
+from kpsvd_tune.units import time_left
 
 # A log gets a line of progress at every tenth of the work, but not sooner than this after the last,
 # and one at this interval where a tenth takes long.

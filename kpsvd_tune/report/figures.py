@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kpsvd_tune.report.units import duration, size
+from kpsvd_tune.units import duration, size
 
 _NAMES = {
     "validation_loss": "validation loss",

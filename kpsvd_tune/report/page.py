@@ -17,7 +17,7 @@ from typing import Any
 from kpsvd_tune.report.plotly_script import plotly_script
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.report.table import shorten
-from kpsvd_tune.report.units import duration
+from kpsvd_tune.units import duration
 
 # Characters of a kind of module that fit beside the heat map.
 KIND_WIDTH = 40

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import kind_of, named, siblings
-from kpsvd_tune.json_files import read_json
 from kpsvd_tune.report.comparison import Comparison
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.paths import kind_of, named, siblings
 
 # Runs that a message names of a folder that holds several.
 _SHOWN = 8

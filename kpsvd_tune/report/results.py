@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.json_files import check_types
 from kpsvd_tune.report.result import Probe, Result, SourceCount
+from kpsvd_tune.storage.json_files import check_types
 
 
 @dataclass(frozen=True)

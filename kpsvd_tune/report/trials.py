@@ -23,7 +23,7 @@ from kpsvd_tune.report.layout import (
     print_pair,
     print_table,
 )
-from kpsvd_tune.report.units import duration, time_left
+from kpsvd_tune.units import duration, time_left
 
 PLAIN_SECONDS = 30.0
 # Holds the whole table.

@@ -18,13 +18,12 @@ from typing import Any
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from kpsvd_tune.checkpoint import RunDirectory, load_random_state, random_state
 from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
-from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
-from kpsvd_tune.report.units import duration
+from kpsvd_tune.runs import RunDirectory, load_random_state, random_state
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.halving import (
     MicroStepOutOfMemory,
     give_memory_back,
@@ -43,6 +42,7 @@ from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.stream import stream_steps
 from kpsvd_tune.training.tracking import Tracking
 from kpsvd_tune.training.validation import validation_loss
+from kpsvd_tune.units import duration
 
 # Steps whose mean time tells how long the running one takes.
 _RECENT_STEPS = 10

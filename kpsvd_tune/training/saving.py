@@ -13,15 +13,15 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
-from kpsvd_tune.checkpoint import (
+from kpsvd_tune.errors import CheckpointError, NonFiniteError
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.runs import (
     RunDirectory,
     TrainingState,
     checkpoint_name,
     load_random_state,
     random_state,
 )
-from kpsvd_tune.errors import CheckpointError, NonFiniteError
-from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.nonfinite import retry_or_refuse
 from kpsvd_tune.training.optim import knows_state
 from kpsvd_tune.training.processes import on_main_process

@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from kpsvd_tune.checkpoint import load_optimizer_state, optimizer_state
 from kpsvd_tune.errors import AdapterError, CheckpointError
-from kpsvd_tune.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.runs import load_optimizer_state, optimizer_state
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.halving import MicroStepOutOfMemory
 from kpsvd_tune.training.idle import warn_of_idle_layers
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss

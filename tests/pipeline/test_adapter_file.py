@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import patterns
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.pipeline.adapter_file import check_adapter, read_adapter_config
+from kpsvd_tune.storage import patterns
 
 RIGHT: dict[str, Any] = {
     "peft_type": "KPSVD",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load
 
-from kpsvd_tune.checkpoint import read_committed
+from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.training.optim import SHARDABLE
 
 SCRIPT = Path(__file__).with_name("two_processes.py")

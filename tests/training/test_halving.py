@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from kpsvd_tune.checkpoint import read_committed
 from kpsvd_tune.errors import RecipeError, ResourceError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.training import halving
 from kpsvd_tune.training.loss import SummedTokenLoss
 

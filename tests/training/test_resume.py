@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kpsvd_tune.checkpoint import read_committed
 from kpsvd_tune.errors import CheckpointError, StoppedBySignal
 from kpsvd_tune.recipe.optimizer import OPTIMIZERS
+from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.training.optim import make_scheduler
 from kpsvd_tune.training.step import Stepper
 
@@ -265,7 +265,7 @@ def test_a_kill_while_the_pending_checkpoint_is_replaced_loses_nothing(
 
     with monkeypatch.context() as patch:
         name = "rename" if end == "before" else "remove_folder"
-        patch.setattr(f"kpsvd_tune.checkpoint.durable.{name}", kill)
+        patch.setattr(f"kpsvd_tune.storage.durable.{name}", kill)
         with pytest.raises(Killed):
             list(start_training("parts", resume="auto", **changes).steps())
     left = {"step-000006", "step-000006-pending"} if end == "after" else {"step-000006-pending"}

@@ -16,7 +16,7 @@ import pytest
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from safetensors.torch import load
 
-from kpsvd_tune.checkpoint import read_committed
+from kpsvd_tune.storage.commit import read_committed
 
 RANK = Path(__file__).with_name("zero_processes.py")
 RUNS = Path(__file__).with_name("two_processes.py")

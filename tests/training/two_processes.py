@@ -19,10 +19,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.training import Training, end_processes, make_accelerator, on_main_process
 from kpsvd_tune.training.optim import SHARDABLE
 

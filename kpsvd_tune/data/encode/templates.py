@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.chat_program import variables_of
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.folders import expand
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
+from kpsvd_tune.storage.paths import expand
 
 Template = str | dict[str, str]
 

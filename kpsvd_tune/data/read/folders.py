@@ -14,7 +14,7 @@ import yaml
 
 from kpsvd_tune.data.read.files import SUFFIXES, kind_of
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.folders import exists, expand
+from kpsvd_tune.storage.paths import exists, expand
 
 # What tools write beside the rows, under names of their own.
 _METADATA = frozenset(

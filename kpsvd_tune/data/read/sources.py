@@ -30,7 +30,7 @@ from kpsvd_tune.data.read.folders import (
 )
 from kpsvd_tune.data.read.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.folders import expand
+from kpsvd_tune.storage.paths import expand
 
 # A hub that says nothing for so long is taken for one that cannot be reached.
 _HUB_SECONDS = 10.0

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, store_files
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.folders import cache_folder
-from kpsvd_tune.json_files import parse_json, read_bytes
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
+from kpsvd_tune.storage.paths import cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
 FORMAT_VERSION = 7

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.encode.tokenized import IGNORED, TokenizedRow
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.json_files import check_regular, parse_json, read_bytes
+from kpsvd_tune.storage.json_files import check_regular, parse_json, read_bytes
 
 FACTS = "facts.json"
 _TYPES = {

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from kpsvd_tune.checkpoint import RunDirectory, TrainingState, durable
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.runs import RunDirectory, TrainingState
+from kpsvd_tune.storage import durable
 
 SAVE_EVERY = 2
 IDENTITY = {"recipe": {"train": {"seed": 0}}}

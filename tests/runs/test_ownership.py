@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune.checkpoint import RunDirectory
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.runs import RunDirectory
 
 
 @pytest.fixture

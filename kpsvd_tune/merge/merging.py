@@ -30,13 +30,13 @@ from transformers import (
 )
 
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
-from kpsvd_tune.disk import follow_umask
 from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
-from kpsvd_tune.merged_files import keep_base_files
+from kpsvd_tune.merge.files import keep_base_files
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
-from kpsvd_tune.report.units import size
+from kpsvd_tune.storage.disk import follow_umask
+from kpsvd_tune.units import size
 
 UNKNOWN_BASE = Base("a base model", is_on_hub=False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.json_files import read_json
+from kpsvd_tune.storage.json_files import read_json
 
 _COPIED = (
     "tokenizer.json",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune.checkpoint.identity import run_id
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.runs.identity import run_id
 
 FACTORS = "init/factors.safetensors"
 

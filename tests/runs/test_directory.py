@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from kpsvd_tune.checkpoint import RunDirectory, TrainingState
 from kpsvd_tune.errors import CheckpointError, ResourceError
+from kpsvd_tune.runs import RunDirectory, TrainingState
 
 RECIPE: dict[str, Any] = {
     "train": {"learning_rate": 1e-3, "save_every": 50, "seed": 0},

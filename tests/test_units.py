@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kpsvd_tune.report.units import duration, size, time_left
+from kpsvd_tune.units import duration, size, time_left
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from kpsvd_tune.checkpoint import durable
+from kpsvd_tune.storage import durable
 
 _NAME = re.compile(r"step-(\d{6,})(-pending)?")
 

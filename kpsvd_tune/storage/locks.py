@@ -9,9 +9,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from kpsvd_tune.checkpoint import durable
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.disk import explained
 
 
 @contextlib.contextmanager

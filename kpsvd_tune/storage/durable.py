@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.disk import explained
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.folders import kind_of, named
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.paths import kind_of, named
 
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28

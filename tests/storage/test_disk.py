@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune import disk
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import DataError, ResourceError
+from kpsvd_tune.storage import disk
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_run_that_cannot_be_written_is_told_of_before_the_scoring(
     run, output = tmp_path / "run", tmp_path / "scores"
     assert cli.run(["train", str(recipe)]) == 0
     capsys.readouterr()
-    temporary, opened = "kpsvd_tune.checkpoint.durable.tempfile.TemporaryFile", Path.open
+    temporary, opened = "kpsvd_tune.storage.durable.tempfile.TemporaryFile", Path.open
     import tempfile
 
     original = tempfile.TemporaryFile

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from kpsvd_tune.checkpoint import (
+from kpsvd_tune.errors import CheckpointError, NonFiniteError
+from kpsvd_tune.runs import (
     TrainingState,
     load_optimizer_state,
     load_random_state,
     optimizer_state,
     random_state,
 )
-from kpsvd_tune.checkpoint.state import from_files, pack, to_files, unpack
-from kpsvd_tune.errors import CheckpointError, NonFiniteError
+from kpsvd_tune.runs.state import from_files, pack, to_files, unpack
 
 
 def assert_same(left: Any, right: Any) -> None:

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from kpsvd_tune import patterns
 from kpsvd_tune.linalg.overrides import overrides_by_layer
-from kpsvd_tune.patterns import SlowPatternError, check_patterns, time_limit
+from kpsvd_tune.storage import patterns
+from kpsvd_tune.storage.patterns import SlowPatternError, check_patterns, time_limit
 
 SLOW = r"(a+)+b"
 NAME = "a" * 60

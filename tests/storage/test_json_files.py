@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.json_files import MAX_DEPTH, check_types, parse_json, read_json
+from kpsvd_tune.storage.json_files import MAX_DEPTH, check_types, parse_json, read_json
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import KpsvdTuneError, ResourceError
-from kpsvd_tune.report.units import size
+from kpsvd_tune.units import size
 
 # What libraries say that have no type for it: torch on CPUs, on Apple's devices and inside CUDA's
 # libraries, C++ code, and the system where a file is to be mapped.

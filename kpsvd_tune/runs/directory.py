@@ -15,20 +15,15 @@ from pydantic import ConfigDict
 # pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
 from typing_extensions import TypedDict
 
-from kpsvd_tune.checkpoint import durable
-from kpsvd_tune.checkpoint.commit import commit, read_committed, run_of
-from kpsvd_tune.checkpoint.identity import Change, changes, refusal, run_id
-from kpsvd_tune.checkpoint.listing import (
-    abandon_newer,
-    checkpoint_name,
-    clean,
-    list_saved,
-)
-from kpsvd_tune.checkpoint.lock import lock_folder
-from kpsvd_tune.checkpoint.ownership import is_run, refuse_foreign
-from kpsvd_tune.checkpoint.state import TrainingState, from_files, to_files
 from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.json_files import read_json
+from kpsvd_tune.runs.identity import Change, changes, refusal, run_id
+from kpsvd_tune.runs.listing import abandon_newer, checkpoint_name, clean, list_saved
+from kpsvd_tune.runs.ownership import is_run, refuse_foreign
+from kpsvd_tune.runs.state import TrainingState, from_files, to_files
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.commit import commit, read_committed, run_of
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.locks import lock_folder
 
 _log = logging.getLogger(__name__)
 # What a run owns in its folder.

@@ -16,9 +16,9 @@ from typing import Any
 # pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
 from typing_extensions import TypedDict
 
-from kpsvd_tune.checkpoint import durable
 from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.json_files import check_types, parse_json, read_bytes
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from kpsvd_tune import memory
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import ModelError, ResourceError
+from kpsvd_tune.storage import memory
 
 GIB = 1 << 30
 CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.50 GiB"

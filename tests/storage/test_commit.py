@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune.checkpoint import MANIFEST, commit, durable, read_committed
 from kpsvd_tune.errors import CheckpointError, ResourceError
+from kpsvd_tune.storage import durable
+from kpsvd_tune.storage.commit import MANIFEST, commit, read_committed
 
 FILES = {"a.bin": b"alpha" * 20, "b.json": b'{"b": 1}', "empty": b""}
 OPERATIONS = (

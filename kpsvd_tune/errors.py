@@ -23,8 +23,9 @@ that escapes is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "UNSAVED_EXIT_CODE",
@@ -51,6 +52,25 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
     """The first few names and how many more there are, for messages about many."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def closest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The candidate that is spelt most like a word, whatever the case; None where none is near.
+
+    Args:
+        word: What was got.
+        candidates: What was expected.
+        cutoff: How alike they must be: 0 is nothing in common, 1 the same.
+    """
+    lowered = {each.lower(): each for each in reversed(list(candidates))}
+    found = difflib.get_close_matches(word.lower(), lowered, 1, cutoff)
+    return lowered[found[0]] if found else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean lora?", or nothing."""
+    found = closest(word, candidates)
+    return f"; did you mean {found}?" if found else ""
 
 
 class KpsvdTuneError(Exception):

@@ -71,7 +71,7 @@ def test_the_second_run_begins_where_the_first_ended(
     monkeypatch.setattr("kpsvd_tune.pipeline.run.initialise", None)
     second = tmp_path / "second"
     options = [f"adapter.from={first / 'adapter'}", f"output_dir={second}"]
-    assert cli.run(["train", str(recipe), *options, "adapter.rate_ratio=4"]) == 0
+    assert cli.run(["train", str(recipe), *options, "adapter.rate=relative"]) == 0
     before, after = results(first), results(second)
     assert after["validation_loss_before"] == before["validation_loss"]
     assert after["validation_loss"] < after["validation_loss_before"]

@@ -64,3 +64,21 @@ def test_a_signal_gives_the_exit_code_that_shells_use(signum: int, exit_code: in
 def test_a_stopped_run_survives_pickling():
     error = pickle.loads(pickle.dumps(errors.StoppedBySignal(signal.SIGTERM)))
     assert (error.signum, error.exit_code) == (15, 143)
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [
+        ("loar", "; did you mean lora?"),
+        ("LORA", "; did you mean lora?"),
+        ("pisa", "; did you mean PiSSA?"),
+        ("adapter", ""),
+    ],
+)
+def test_the_nearest_name_is_suggested_whatever_its_case(word: str, advice: str):
+    assert errors.did_you_mean(word, ["lora", "PiSSA", "lokr"]) == advice
+
+
+def test_how_near_a_name_must_be_can_be_said():
+    assert errors.closest("test", ["train", "text"]) == "text"
+    assert errors.closest("test", ["train", "text"], 0.8) is None

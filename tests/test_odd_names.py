@@ -115,7 +115,6 @@ def test_a_message_that_lists_what_a_file_holds_is_shortened(
         "train.gradient_accumulation=5000000",
         "train.num_workers=1000000",
         "adapter.rank.window=5000000",
-        "adapter.gradient_batches=5000000",
         "evaluation=[{task: gsm8k, batch_size: 5000000}]",
         "evaluation=[{task: gsm8k, samples: 5000000, temperature: 1}]",
         "evaluation=[{task: gsm8k, max_new_tokens: 500000000}]",

@@ -479,11 +479,10 @@ def test_two_processes_answer_as_one(
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("init", ["gradient", "random"])
 def test_another_start_trains_saves_and_merges(
-    init: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = [f"adapter.init={init}", "adapter.rate=relative", "adapter.rate_ratio=2"]
+    changes = ["adapter.init=random", "adapter.rate=relative"]
     assert cli.run(["train", str(recipe), *changes, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["validation_loss"] < results["validation_loss_before"]

@@ -44,7 +44,7 @@ class KpsvdConfig(PeftConfig):
         target_modules: ``all-linear``, a list of module names or suffixes, or a regular
             expression, with PEFT's meaning. Linear and Conv1D layers only.
         exclude_modules: Names or a regular expression of modules to leave alone.
-        factor_shape: balanced, thin, pissa, auto, or ``{"n": n, "p": p}``.
+        factor_shape: balanced, thin, pissa, or ``{"n": n, "p": p}``.
         rank: A Kronecker rank for every layer, or a mapping with some of the fields of
             :class:`kpsvd_tune.linalg.RankRule`.
         rank_pattern: Patterns of module names to a rank or a mapping, for single layers.

@@ -39,7 +39,6 @@ from kpsvd_tune.linalg import (
     KPSVD,
     KroneckerShape,
     LayerSpectrum,
-    auto_shape,
     choose_ranks,
     choose_shape,
     kpsvd,
@@ -255,8 +254,8 @@ def _decompose(
     for name in names:
         weight = base_weight(modules[name], name)
         try:
-            shape = _shape(weight, config)
-            terms = kpsvd(weight, shape, rule.window, seed=config.seed)
+            choice = choose_shape(weight.shape[0], weight.shape[1], config.factor_shape)
+            terms = kpsvd(weight, choice.shape, rule.window, seed=config.seed)
         except ValueError as error:
             raise AdapterError(f"{name}: {error}") from error
         decompositions[name] = terms
@@ -306,13 +305,6 @@ def _with_effect(overrides: Mapping[str, Any], names: Iterable[str] | None) -> d
         for pattern, value in overrides.items()
         if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names or ())
     }
-
-
-def _shape(weight: Tensor, config: KpsvdConfig) -> KroneckerShape:
-    if config.factor_shape == "auto":
-        return auto_shape(weight, seed=config.seed).shape
-    out_features, in_features = weight.shape
-    return choose_shape(out_features, in_features, config.factor_shape).shape
 
 
 def base_weight(module: nn.Module | KpsvdLayer, name: str = "a layer") -> Tensor:

@@ -1,4 +1,4 @@
-"""Learning rates of the two factors: a ratio between them, and a rate relative to the weight."""
+"""The learning rate of each factor: the same for all, or relative to the weight it changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 def rate_factors(
     model: nn.Module,
     *,
-    ratio: float = 1.0,
     is_relative: bool = False,
     adapter_name: str = "default",
 ) -> dict[str, float]:
@@ -26,7 +25,6 @@ def rate_factors(
 
     Args:
         model: A model with KPSVD layers, wrapped by PEFT.
-        ratio: Rate of the right factors over that of the left ones; their geometric mean stays.
         is_relative: Whether to scale as above.
         adapter_name: The adapter.
 
@@ -42,8 +40,8 @@ def rate_factors(
             norm = float(base_weight(layer).float().norm())
             left = norm / math.sqrt(shape.m * shape.n * float(right0.square().sum()))
             right = norm / math.sqrt(shape.p * shape.q * float(left0.square().sum()))
-        factors[id(layer.kpsvd_left[adapter_name])] = left / math.sqrt(ratio)
-        factors[id(layer.kpsvd_right[adapter_name])] = right * math.sqrt(ratio)
+        factors[id(layer.kpsvd_left[adapter_name])] = left
+        factors[id(layer.kpsvd_right[adapter_name])] = right
     return {
         name: factors[id(parameter)]
         for name, parameter in model.named_parameters()

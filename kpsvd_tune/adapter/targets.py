@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.errors import AdapterError, closest, did_you_mean
 from kpsvd_tune.storage.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
@@ -390,10 +389,8 @@ def _matches_nothing(key: str, entry: str, names: Iterable[str]) -> str:
     parts = len(entry.split("."))
     known = {".".join(name.split(".")[-parts:]) for name in names}
     kinds = sorted(kind for kind in known if not kind.rpartition(".")[2].isdigit())
-    close = difflib.get_close_matches(entry, kinds, n=1)
-    if close:
-        return f"{key}: {entry!r} matches no module; did you mean {close[0]}?"
-    return f"{key}: {entry!r} matches no module; the model's are called {', '.join(kinds)}"
+    advice = did_you_mean(entry, kinds) or f"; the model's are called {', '.join(kinds)}"
+    return f"{key}: {entry!r} matches no module{advice}"
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -404,10 +401,7 @@ def _hint(model: nn.Module, wanted: Sequence[str]) -> str:
     kinds = sorted(
         {name.rpartition(".")[2] for name, kind in _modules(model) if isinstance(kind, LINEAR)}
     )
-    close = [
-        near
-        for entry in wanted
-        for near in difflib.get_close_matches(entry.rpartition(".")[2], kinds, n=1)
-    ]
-    hint = f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+    near = (closest(entry.rpartition(".")[2], kinds) for entry in wanted)
+    close = dict.fromkeys(each for each in near if each)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
     return f"the linear layers of this model are called {', '.join(kinds) or 'nothing'}{hint}"

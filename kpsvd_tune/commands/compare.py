@@ -33,7 +33,7 @@ def compare(
         typer.Option(
             metavar="A,B,C",
             help="kpsvd, kpsvd-thin, lora, lora+, rslora, pissa, "
-            "lokr; with settings as kpsvd:init=gradient or lora:alpha=1r.",
+            "lokr; with settings as kpsvd:init=random or lora:alpha=1r.",
         ),
     ] = DEFAULT_METHODS,
     budgets: Annotated[

@@ -31,7 +31,7 @@ from kpsvd_tune.evaluation.scoring import (
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
-from kpsvd_tune.report.score import as_mapping
+from kpsvd_tune.report.run import as_mapping
 from kpsvd_tune.storage.paths import expand, kind_of, siblings
 
 # Keys of an evaluation that belong to its rows.

@@ -23,9 +23,8 @@ from kpsvd_tune.comparison.trial_log import (
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.comparison.workers import run_base, run_setups
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
-from kpsvd_tune.data.rows.preflight import pad_token_id
-from kpsvd_tune.data.rows.stored_rows import num_shared
+from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
+from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.models import (
     WeightReader,

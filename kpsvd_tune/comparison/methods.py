@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import InputError, did_you_mean
 
 Kind = Literal["kpsvd", "lora", "pissa", "lokr"]
 
@@ -64,7 +63,7 @@ def read_methods(text: str) -> list[Method]:
 
     Args:
         text: Names with commas between them; a name may carry settings, as in
-            ``kpsvd:init=gradient:factor_shape=8x8`` or ``lora:alpha=1r``. Commas inside brackets
+            ``kpsvd:init=random:factor_shape=8x8`` or ``lora:alpha=1r``. Commas inside brackets
             belong to a value.
 
     Returns:
@@ -87,9 +86,9 @@ def read_methods(text: str) -> list[Method]:
 def _read(text: str) -> Method:
     name, *pairs = text.split(":")
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        advice = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"--methods: unknown {name!r}; {advice}expected {', '.join(NAMES)}")
+        raise InputError(
+            f"--methods: unknown {name!r}; expected {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
+        )
     kind, defaults = NAMES[name]
     settings = dict(defaults)
     for pair in pairs:

@@ -23,11 +23,11 @@ from kpsvd_tune.comparison.baselines import Baseline
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.decompose.start import adapt, starting_factors
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
-from kpsvd_tune.pipeline.stages import SilentEvents, adapt, device
-from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.pipeline.stages import device
 from kpsvd_tune.recipe import AdapterRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
@@ -211,9 +211,7 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
         baseline: Any = get_peft_model(base, setup.baseline.config)
         return baseline, str(setup.baseline.rank), time.monotonic() - began
     began = time.monotonic()
-    decomposition = starting_factors(
-        recipe, source, material.train, material.pad_token_id, device(), SilentEvents()
-    )
+    decomposition = starting_factors(recipe, source, device())
     took = time.monotonic() - began
     model = adapt(recipe, source, decomposition.layers, decomposition.factors, None)
     ranks = [layer.rank for layer in decomposition.report.layers]
@@ -227,7 +225,7 @@ def _rate_factors(
     model: PeftModel, baseline: Baseline | None, adapter: AdapterRecipe
 ) -> dict[str, float]:
     if baseline is None:
-        return rate_factors(model, ratio=adapter.rate_ratio, is_relative=adapter.rate == "relative")
+        return rate_factors(model, is_relative=adapter.rate == "relative")
     return {
         name: factor
         for name, parameter in model.named_parameters()

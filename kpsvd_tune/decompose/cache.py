@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.linalg import KPSVD, KroneckerShape, ShapeChoice
+from kpsvd_tune.linalg import KPSVD, KroneckerShape
 from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
 from kpsvd_tune.storage.paths import cache_folder
 
-# Part of every key: raise it whenever linalg.kpsvd gives other numbers, or linalg.auto_shape
-# another shape, for the same input.
+# Part of every key: raise it whenever linalg.kpsvd gives other numbers for the same input.
 ALGORITHM_VERSION = 2
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -58,17 +56,6 @@ def entry_key(weight: str, shape: KroneckerShape, tolerance: float, seed: int) -
         seed: Its seed.
     """
     parts = [ALGORITHM_VERSION, weight, shape.as_tuple(), float(tolerance).hex(), seed]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def shape_key(weight: str, seed: int) -> str:
-    """Name what factor shape auto chose for a weight.
-
-    Args:
-        weight: From :func:`~kpsvd_tune.decompose.hashes.weight_hash`.
-        seed: The seed of the decompositions that were compared.
-    """
-    parts = [ALGORITHM_VERSION, "auto", weight, seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -120,26 +107,6 @@ class SpectraCache:
         """
         self._commit(self._file(key), _encode(key, entry))
 
-    def read_shape(self, key: str) -> ShapeChoice | None:
-        """Return a shape noted for factor shape auto; None when absent or damaged."""
-        try:
-            shape, note, digest = parse_json(read_bytes(self._shape_file(key)), list[Any])
-        except (OSError, ValueError):
-            return None
-        # What matches the hash was written below, so its types are right.
-        is_ours = digest == _shape_hash(key, shape, note)
-        return ShapeChoice(KroneckerShape(*shape), note) if is_ours else None
-
-    def write_shape(self, key: str, choice: ShapeChoice) -> None:
-        """Note a shape. The caller holds :meth:`lock`.
-
-        Raises:
-            ResourceError: The disk is full or the folder cannot be written.
-        """
-        shape, note = choice.shape.as_tuple(), choice.note
-        content = json.dumps([shape, note, _shape_hash(key, shape, note)])
-        self._commit(self._shape_file(key), content.encode())
-
     @contextmanager
     def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
         """Hold the lock of an entry.
@@ -169,9 +136,6 @@ class SpectraCache:
 
     def _file(self, key: str) -> Path:
         return self.folder / "spectra" / key[:2] / f"{key}.safetensors"
-
-    def _shape_file(self, key: str) -> Path:
-        return self.folder / "shapes" / key[:2] / f"{key}.json"
 
     def _commit(self, file: Path, content: bytes) -> None:
         try:
@@ -253,10 +217,6 @@ def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
         return CachedTerms(terms, float.fromhex(facts["seconds"]))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _shape_hash(key: str, shape: object, note: object) -> str:
-    return hashlib.sha256(json.dumps([key, shape, note]).encode()).hexdigest()
 
 
 def _content_hash(facts: dict[str, str], tensors: dict[str, Tensor]) -> str:

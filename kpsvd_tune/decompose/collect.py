@@ -13,7 +13,7 @@ from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.progress import Progress, ProgressMeter
 from kpsvd_tune.decompose.ranks import check_rank, rank_report
 from kpsvd_tune.decompose.spectra import SpectraWorker
-from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
+from kpsvd_tune.decompose.tasks import Finished, Settings, Task
 from kpsvd_tune.decompose.workers import run_processes
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import choose_shape
@@ -128,8 +128,6 @@ def collect_spectra(
     check_rule: bool = False,
     cache_dir: Path | None = None,
     processes: int = 1,
-    process_index: int = 0,
-    num_processes: int = 1,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
 ) -> Spectra:
@@ -146,10 +144,6 @@ def collect_spectra(
             tries several leaves that to :meth:`Spectra.report`.
         cache_dir: The cache folder; by default ``$XDG_CACHE_HOME/kpsvd-tune``.
         processes: Worker processes to start for this call.
-        process_index: This process's number where every rank of a launched run calls this
-            function; each then begins with its own share, helps with the rest, and returns the
-            same.
-        num_processes: How many such ranks there are.
         device: Where to decompose: cpu, cuda, cuda:1.
         progress: Called after each matrix.
 
@@ -185,11 +179,6 @@ def collect_spectra(
         # Starting workers takes seconds: only for what the cache does not have.
         left = worker.look_up(tasks, note)
         run_processes(source, left, settings, processes, note)
-    elif num_processes > 1:
-        own = shares(tasks, num_processes)[process_index]
-        # Our share first; then the others' from their ends, where they have not been yet.
-        mine = {task.name for task in own}
-        worker.run(own + [task for task in reversed(tasks) if task.name not in mine], note)
     else:
         worker.run(tasks, note)
     reader.close()
@@ -213,12 +202,9 @@ def _tasks(reader: WeightReader, adapter: AdapterRecipe) -> list[Task]:
     rule = given if isinstance(given, str) else {"n": given["n"], "p": given["p"]}
     tasks: list[Task] = []
     for name in reader.names:
-        size, shape, note = reader.size(name), None, None
-        if rule != "auto":
-            try:
-                choice = choose_shape(*size, rule)
-            except ValueError as error:
-                raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
-            shape, note = choice.shape, choice.note
-        tasks.append(Task(name, size, shape, adapter.rank.window, note))
+        try:
+            choice = choose_shape(*reader.size(name), rule)
+        except ValueError as error:
+            raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
+        tasks.append(Task(name, choice.shape, adapter.rank.window, choice.note))
     return tasks

@@ -63,8 +63,6 @@ def decompose(
     seed: int = 0,
     cache_dir: Path | None = None,
     processes: int = 1,
-    process_index: int = 0,
-    num_processes: int = 1,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
 ) -> Decomposition:
@@ -88,8 +86,6 @@ def decompose(
         check_rule=True,
         cache_dir=cache_dir,
         processes=processes,
-        process_index=process_index,
-        num_processes=num_processes,
         device=device,
         progress=progress,
     )

@@ -82,10 +82,9 @@ def check_rank(tasks: Sequence[Task], rank: RankRecipe) -> None:
     Raises:
         AdapterError: A budget below the minima, or an override that matches nothing.
     """
-    shapes = [task.shape for task in tasks if task.shape is not None]
-    known = shapes if len(shapes) == len(tasks) else None
+    names, shapes = [task.name for task in tasks], [task.shape for task in tasks]
     try:
-        check_rule([x.name for x in tasks], known, _rule(_with_number(rank)), _overrides(rank))
+        check_rule(names, shapes, _rule(_with_number(rank)), _overrides(rank))
     except ValueError as error:
         raise AdapterError(f"adapter.rank: {error}") from error
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import transformers
 from torch import Tensor
 
-from kpsvd_tune.decompose.cache import CachedTerms, SpectraCache, entry_key, shape_key
+from kpsvd_tune.decompose.cache import CachedTerms, SpectraCache, entry_key
 from kpsvd_tune.decompose.hashes import weight_hash
 from kpsvd_tune.decompose.tasks import Finished, Settings, Task
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.linalg import KroneckerShape, ShapeChoice, auto_shape, kpsvd
+from kpsvd_tune.linalg import kpsvd
 from kpsvd_tune.models import WeightReader
 
 
@@ -78,70 +78,32 @@ class SpectraWorker:
         digest = self.cache.hashes.get(*self._place(task.name))
         if digest is None:
             return None
-        choice = self._given_shape(task) or self._noted_shape(task, digest)
-        if choice is None:
-            return None
-        key = self._key(digest, choice)
-        entry = self.cache.read(key, choice.shape, task.num_terms)
-        return None if entry is None else _finished(task, key, choice, entry, is_new=False)
+        key = self._key(digest, task)
+        entry = self.cache.read(key, task.shape, task.num_terms)
+        return None if entry is None else _finished(task, key, entry, is_new=False)
 
     def _finish(self, task: Task, *, wait: bool) -> Finished | None:
         """Find or compute one matrix; None when another process computes it and we do not wait."""
         digest, weight = self._identify(task.name)
-        choice = self._given_shape(task)
-        if choice is None:
-            choice, weight = self._auto_shape(task, digest, weight, wait=wait)
-            if choice is None:
-                return None
-        key = self._key(digest, choice)
-        entry = self.cache.read(key, choice.shape, task.num_terms)
+        key = self._key(digest, task)
+        entry = self.cache.read(key, task.shape, task.num_terms)
         if entry is not None:
-            return _finished(task, key, choice, entry, is_new=False)
+            return _finished(task, key, entry, is_new=False)
         with self.cache.lock(key, wait=wait) as held:
             if not held:
                 return None
             # Another process may have finished it between our look and the lock.
-            entry = self.cache.read(key, choice.shape, task.num_terms)
+            entry = self.cache.read(key, task.shape, task.num_terms)
             if entry is not None:
-                return _finished(task, key, choice, entry, is_new=False)
+                return _finished(task, key, entry, is_new=False)
             weight = self._reader.load(task.name) if weight is None else weight
-            entry = self._compute(task, choice.shape, weight)
+            entry = self._compute(task, weight)
             self.cache.write(key, entry)
         is_repaired = key in self.cache.damaged
-        return _finished(task, key, choice, entry, is_new=True, is_repaired=is_repaired)
+        return _finished(task, key, entry, is_new=True, is_repaired=is_repaired)
 
-    def _given_shape(self, task: Task) -> ShapeChoice | None:
-        return None if task.shape is None else ShapeChoice(task.shape, task.note)
-
-    def _auto_shape(
-        self, task: Task, digest: str, weight: Tensor | None, *, wait: bool
-    ) -> tuple[ShapeChoice | None, Tensor | None]:
-        """Find or choose the shape of factor shape auto; also the weight if it was read."""
-        choice = self._noted_shape(task, digest)
-        if choice is not None:
-            return choice, weight
-        key = shape_key(digest, self._settings.seed)
-        with self.cache.lock(key, wait=wait) as held:
-            if not held:
-                return None, weight
-            choice = self._noted_shape(task, digest)
-            if choice is not None:
-                return choice, weight
-            weight = self._reader.load(task.name) if weight is None else weight
-            with _named(task.name):
-                choice = auto_shape(weight.to(self._settings.device), seed=self._settings.seed)
-            self.cache.write_shape(key, choice)
-        return choice, weight
-
-    def _key(self, digest: str, choice: ShapeChoice) -> str:
-        return entry_key(digest, choice.shape, self._settings.tolerance, self._settings.seed)
-
-    def _noted_shape(self, task: Task, digest: str) -> ShapeChoice | None:
-        choice = self.cache.read_shape(shape_key(digest, self._settings.seed))
-        if choice is None:
-            return None
-        size = (choice.shape.out_features, choice.shape.in_features)
-        return choice if size == task.size else None
+    def _key(self, digest: str, task: Task) -> str:
+        return entry_key(digest, task.shape, self._settings.tolerance, self._settings.seed)
 
     def _place(self, name: str) -> tuple[Sequence[Path], str]:
         """The files a weight comes from and its place in them."""
@@ -164,13 +126,13 @@ class SpectraWorker:
         self.cache.hashes.put(files, label, digest)
         return digest, weight
 
-    def _compute(self, task: Task, shape: KroneckerShape, weight: Tensor) -> CachedTerms:
+    def _compute(self, task: Task, weight: Tensor) -> CachedTerms:
         started = time.perf_counter()
         settings = self._settings
         with _named(task.name):
             terms = kpsvd(
                 weight.to(settings.device),
-                shape,
+                task.shape,
                 task.num_terms,
                 tolerance=settings.tolerance,
                 seed=settings.seed,
@@ -193,7 +155,6 @@ def _named(name: str) -> Iterator[None]:
 def _finished(
     task: Task,
     key: str,
-    choice: ShapeChoice,
     entry: CachedTerms,
     *,
     is_new: bool,
@@ -202,8 +163,8 @@ def _finished(
     return Finished(
         name=task.name,
         key=key,
-        shape=choice.shape,
-        note=choice.note,
+        shape=task.shape,
+        note=task.note,
         values=tuple(entry.terms.values.tolist()),
         squared_norm=float(entry.terms.squared_norm),
         seconds=entry.seconds,

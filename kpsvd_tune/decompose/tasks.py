@@ -12,8 +12,6 @@ from kpsvd_tune.linalg import KroneckerShape
 # left: up to this smaller side R(W) is decomposed whole, above it by an iteration.
 DIRECT_SIZE = 768
 ITERATION_PASSES = 500
-# Trying the candidates of factor shape auto costs about as much as this many iterations.
-AUTO_SHAPES = 8
 
 
 @dataclass(frozen=True)
@@ -22,24 +20,20 @@ class Task:
 
     Attributes:
         name: The module.
-        size: (out, in).
-        shape: The Kronecker shape; None lets the weight decide (factor shape auto).
+        shape: The Kronecker shape.
         num_terms: Leading terms wanted; a matrix that has fewer gives all it has.
         note: What the shape had to fall back on, or None.
     """
 
     name: str
-    size: tuple[int, int]
-    shape: KroneckerShape | None
+    shape: KroneckerShape
     num_terms: int
     note: str | None = None
 
     @property
     def cost(self) -> float:
         """Estimated work, in multiply-adds up to a constant."""
-        entries = float(self.size[0] * self.size[1])
-        if self.shape is None:
-            return entries * ITERATION_PASSES * (1 + AUTO_SHAPES)
+        entries = float(self.shape.out_features * self.shape.in_features)
         side = self.shape.max_rank
         return entries * (side if side <= DIRECT_SIZE else ITERATION_PASSES)
 

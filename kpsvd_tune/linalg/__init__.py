@@ -3,7 +3,6 @@
 from kpsvd_tune.linalg.kpsvd import KPSVD, kpsvd
 from kpsvd_tune.linalg.kronecker import (
     KroneckerShape,
-    kron_apply,
     kron_sum,
     rearrange,
     unrearrange,
@@ -15,7 +14,7 @@ from kpsvd_tune.linalg.rank import (
     check_rule,
     choose_ranks,
 )
-from kpsvd_tune.linalg.shape import ShapeChoice, auto_shape, choose_shape
+from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape
 
 __all__ = [
     "KPSVD",
@@ -24,12 +23,10 @@ __all__ = [
     "RankChoice",
     "RankRule",
     "ShapeChoice",
-    "auto_shape",
     "check_rule",
     "choose_ranks",
     "choose_shape",
     "kpsvd",
-    "kron_apply",
     "kron_sum",
     "rearrange",
     "unrearrange",

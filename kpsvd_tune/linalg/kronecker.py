@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -52,15 +51,6 @@ class KroneckerShape:
     def max_rank(self) -> int:
         """The largest possible Kronecker rank, min(m*n, p*q)."""
         return min(self.m * self.n, self.p * self.q)
-
-    @property
-    def lora_width(self) -> int:
-        """Inner width of the exact LoRA form of one term, min(m, n) * min(p, q).
-
-        A term has matrix rank at most rank(A) * rank(B); for the usual shapes this is n*p, from
-        A kron B = (A kron I_p)(I_n kron B).
-        """
-        return min(self.m, self.n) * min(self.p, self.q)
 
 
 def rearrange(weight: Tensor, shape: KroneckerShape) -> Tensor:
@@ -129,38 +119,6 @@ def kron_sum(left: Tensor, right: Tensor) -> Tensor:
     """
     shape = _shape_of(left, right)
     return unrearrange(left.flatten(1).T @ right.flatten(1), shape)
-
-
-def kron_apply(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return x @ (sum_k left[k] kron right[k])^T without building the sum.
-
-    With X = x viewed as (.., n, q): Y = sum_k A_k X B_k^T, viewed as (.., m*p). The terms stack
-    into two matrix products.
-
-    Args:
-        x: (.., n*q), floating.
-        left: A, (r, m, n), same dtype.
-        right: B, (r, p, q), same dtype.
-
-    Returns:
-        (.., m*p), same dtype; zeros when r is 0.
-
-    Raises:
-        ValueError: The factors do not fit each other or the last size of x.
-    """
-    m, n, p, q = _shape_of(left, right).as_tuple()
-    if x.shape[-1] != n * q:
-        raise ValueError(f"the last size of x is {x.shape[-1]}, expected n*q = {n}*{q} = {n * q}")
-    r = left.shape[0]
-    batch = x.shape[:-1]
-    # Counted, not inferred by reshape(-1), which cannot when there are no terms.
-    tokens = batch.numel()
-    # (tokens, n, q) (q, r*p) -> (tokens, n, r, p): the right factors of all terms in one product.
-    inner = x.reshape(tokens * n, q) @ right.reshape(r * p, q).T
-    inner = inner.reshape(tokens, n, r, p).transpose(1, 2).reshape(tokens, r * n, p)
-    # (m, r*n) (tokens, r*n, p) -> (tokens, m, p): the left factors, summed over the terms.
-    outer = torch.matmul(left.transpose(0, 1).reshape(m, r * n), inner)
-    return outer.reshape(*batch, m * p)
 
 
 def _shape_of(left: Tensor, right: Tensor) -> KroneckerShape:

@@ -183,7 +183,7 @@ def choose_ranks(
 
 def check_rule(
     names: Sequence[str],
-    shapes: Sequence[KroneckerShape] | None,
+    shapes: Sequence[KroneckerShape],
     rule: RankRule,
     overrides: Mapping[str, int | Mapping[str, Any]],
 ) -> None:
@@ -191,8 +191,7 @@ def check_rule(
 
     Args:
         names: The layers, in model order.
-        shapes: Their Kronecker shapes; None where the weights decide, and then no budget is
-            checked.
+        shapes: Their Kronecker shapes.
         rule: The rule.
         overrides: As for :func:`choose_ranks`.
 
@@ -205,7 +204,7 @@ def check_rule(
         override if isinstance(override, int) else _replace(rule, override, name).min
         for name, override in zip(names, own, strict=True)
     ]
-    if rule.budget is None or shapes is None:
+    if rule.budget is None:
         return
     needed = sum(
         min(least, shape.max_rank) * shape.num_parameters

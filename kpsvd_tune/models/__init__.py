@@ -3,7 +3,7 @@
 from kpsvd_tune.models.loading import load_model, load_skeleton, load_tokenizer
 from kpsvd_tune.models.naming import describe_base
 from kpsvd_tune.models.source import ModelSource, base_fingerprint, resolve_model
-from kpsvd_tune.models.stream import TensorLocation, WeightReader, stream_weights
+from kpsvd_tune.models.stream import TensorLocation, WeightReader
 
 __all__ = [
     "ModelSource",
@@ -15,5 +15,4 @@ __all__ = [
     "load_skeleton",
     "load_tokenizer",
     "resolve_model",
-    "stream_weights",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,24 +111,6 @@ class WeightReader:
     def close(self) -> None:
         """Let go of the loaded model, if one was needed."""
         self._loaded = None
-
-
-def stream_weights(source: ModelSource, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights one by one; at most one read from files is held by this function.
-
-    Args:
-        source: The base model.
-        names: Full module names.
-
-    Yields:
-        (module name, weight (out, in) in its stored dtype).
-
-    Raises:
-        ModelError: As for :class:`WeightReader`.
-    """
-    reader = WeightReader(source, list(names))
-    for name in reader.names:
-        yield name, reader.load(name)
 
 
 def read_tensor(location: TensorLocation) -> Tensor:

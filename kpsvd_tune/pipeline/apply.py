@@ -24,18 +24,18 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.pipeline.adapter_file import (
-    WEIGHTS,
-    check_adapter,
-    check_seal,
-    read_adapter_config,
-)
 from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
 from kpsvd_tune.pipeline.stages import Events, device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report.card import Base
 from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.runs.adapter_folder import (
+    WEIGHTS,
+    check_adapter,
+    check_seal,
+    read_adapter_config,
+)
 from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import check_writable

@@ -15,13 +15,14 @@ from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.base import RECORD, record_base
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
+from kpsvd_tune.decompose.start import base_name
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.linalg import KroneckerShape
 from kpsvd_tune.models import ModelSource, load_model
 from kpsvd_tune.pipeline.apply import COMPARED, find, load_adapter
-from kpsvd_tune.pipeline.stages import Events, base_name
+from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.storage.disk import explained
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.ending import losses, worse_line
+from kpsvd_tune.report.run import losses, worse_line
 
 _USUAL_NORM = 1.0
 

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.decompose.start import starting_factors
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.pipeline.probes import choose_energy, with_energy
-from kpsvd_tune.pipeline.stages import Events
-from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.pipeline.stages import Events, report_decomposition
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
-from kpsvd_tune.report.result import Probe
-from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.rank_page import write_rank_report
+from kpsvd_tune.report.results import Probe, RankReport
 from kpsvd_tune.runs import RunDirectory, Start
 from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
 from kpsvd_tune.storage.disk import explained
@@ -99,12 +98,11 @@ def initialise(
         decomposition = starting_factors(
             recipe,
             source,
-            train_rows,
-            pad_token_id,
             accelerator.device,
-            events,
+            report_decomposition(events),
             seed=recipe.train.seed,
         )
+        events.end_progress()
         for note in decomposition.notes:
             events.note(note)
         with explained(f"write {run.init}"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.data import prepare, source_names
-from kpsvd_tune.data.rows.limits import model_limits
+from kpsvd_tune.data.rows.preflight import model_limits
 from kpsvd_tune.decompose import collect_spectra, decompose
 from kpsvd_tune.errors import (
     AdapterError,
@@ -20,7 +20,7 @@ from kpsvd_tune.models import load_skeleton, load_tokenizer
 from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, watched
 from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
@@ -93,11 +93,6 @@ def init_only(
             default = decomposition.report.rule["energy"]
             events.note(
                 f"adapter.rank.energy: auto is chosen by `train`; here {default:g} stands in"
-            )
-        if recipe.adapter.init == "gradient":
-            events.note(
-                "adapter.init: gradient lets `train` choose the ranks by the gradient's spectra; "
-                "the ranks here are those of the weights"
             )
         with explained(f"write {run.init}"):
             missing_page = write_rank_report(decomposition.report, run.init)

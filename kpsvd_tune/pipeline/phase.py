@@ -107,7 +107,7 @@ def data_cures(recipe: Recipe) -> list[str]:
 def decomposition_cures(recipe: Recipe) -> list[str]:
     """What helps to decompose, and to train meanwhile where the recipe asks for that."""
     adapter = recipe.adapter
-    trains = adapter.init == "gradient" or adapter.rank.energy == "auto"
+    trains = adapter.rank.energy == "auto"
     return [
         *(training_cures(recipe) if trains else ()),
         f"a lower adapter.rank.window (now {adapter.rank.window}): fewer terms are computed",

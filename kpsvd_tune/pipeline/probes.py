@@ -15,12 +15,12 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.decompose.start import adapt, starting_factors
 from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.models import ModelSource
-from kpsvd_tune.pipeline.stages import Events, SilentEvents, adapt
-from kpsvd_tune.pipeline.start import starting_factors
+from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
-from kpsvd_tune.report.result import Probe
+from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.storage.json_files import read_json
@@ -159,33 +159,15 @@ def _different(recipe: Recipe, source: ModelSource, accelerator: Accelerator) ->
     def find() -> list[float]:
         found: dict[tuple[int, ...], float] = {}
         for energy in CANDIDATES:
-            report = _start(with_energy(recipe, energy), source, (), 0, accelerator).report
+            report = _start(with_energy(recipe, energy), source, accelerator).report
             found.setdefault(tuple(layer.rank for layer in report.layers), energy)
         return list(found.values())
 
     return on_main_process(accelerator, find)
 
 
-def _start(
-    recipe: Recipe,
-    source: ModelSource,
-    rows: Sequence[TokenizedRow],
-    pad_token_id: int,
-    accelerator: Accelerator,
-) -> Decomposition:
-    if not rows:
-        # Ranks alone: those of the weights, which cost nothing once their spectra are known.
-        adapter = recipe.adapter.model_copy(update={"init": "weight"})
-        recipe = recipe.model_copy(update={"adapter": adapter})
-    return starting_factors(
-        recipe,
-        source,
-        rows,
-        pad_token_id,
-        accelerator.device,
-        SilentEvents(),
-        seed=recipe.train.seed,
-    )
+def _start(recipe: Recipe, source: ModelSource, accelerator: Accelerator) -> Decomposition:
+    return starting_factors(recipe, source, accelerator.device, seed=recipe.train.seed)
 
 
 def _probe(
@@ -222,7 +204,7 @@ def _probe(
     }
     train = tried.train.model_copy(update=update)
     # The cache makes this cheap, and every process needs the factors.
-    start = _start(tried, source, train_rows, pad_token_id, accelerator)
+    start = _start(tried, source, accelerator)
     model = adapt(tried, source, start.layers, start.factors, None)
     own = RunDirectory(folder)
     begun = on_main_process(
@@ -242,11 +224,7 @@ def _probe(
         own,
         pad_token_id=pad_token_id,
         checkpoint=begun.checkpoint,
-        rate_factors=rate_factors(
-            model,
-            ratio=tried.adapter.rate_ratio,
-            is_relative=tried.adapter.rate == "relative",
-        ),
+        rate_factors=rate_factors(model, is_relative=tried.adapter.rate == "relative"),
     )
     try:
         for _ in training.steps():

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.rows.limits import model_limits
-from kpsvd_tune.data.rows.preflight import check_known_tokens, pad_token_id
+from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose import layers_of
+from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
@@ -47,11 +47,10 @@ from kpsvd_tune.pipeline.phase import (
 )
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
-from kpsvd_tune.pipeline.stages import Events, adapt, find_model
+from kpsvd_tune.pipeline.stages import Events, find_model
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
-from kpsvd_tune.report.ending import ending
 from kpsvd_tune.report.results import RankReport, Score
-from kpsvd_tune.report.score import as_mapping
+from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.storage.json_files import read_json
@@ -254,11 +253,7 @@ def train(
             pad_token_id=pad_id,
             checkpoint=start.checkpoint,
             settings=recipe.model_dump(mode="json"),
-            rate_factors=rate_factors(
-                model,
-                ratio=recipe.adapter.rate_ratio,
-                is_relative=recipe.adapter.rate == "relative",
-            ),
+            rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
         )
         if start.checkpoint is not None:
             events.note(f"continuing from {start.checkpoint}")

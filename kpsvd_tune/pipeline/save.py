@@ -15,13 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune import __version__
 from kpsvd_tune.data import source_names
 from kpsvd_tune.models import describe_base
-from kpsvd_tune.pipeline.adapter_file import seal
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
-from kpsvd_tune.report.ending import worse_line
-from kpsvd_tune.report.figures import result_figures
 from kpsvd_tune.report.results import RankReport
-from kpsvd_tune.report.score import score_table
+from kpsvd_tune.report.run import result_figures, score_table, worse_line
+from kpsvd_tune.runs.adapter_folder import seal
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import MANIFEST
 from kpsvd_tune.storage.disk import explained, follow_umask

@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 
 from kpsvd_tune.recipe.faults import message_of, near_key
 from kpsvd_tune.recipe.reading import Document, Fault, Path
+from kpsvd_tune.recipe.removed import take_removed
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
 
@@ -24,13 +25,14 @@ def check(document: Document, *, of_run: bool = False) -> Recipe | None:
 
     Args:
         document: A document whose value is a mapping; its value is changed and its faults grow.
-        of_run: Let keys without an effect stand.
+        of_run: Let keys without an effect stand, and those of earlier versions.
 
     Returns:
         The recipe, which counts only if the document has no fault, or None.
     """
     if not of_run and (fault := _two_lengths(document)):
         document.faults.append(fault)
+    take_removed(document, of_run=of_run)
     spelling: dict[Path, str] = {}
     while True:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 from typing_extensions import is_typeddict
 
+from kpsvd_tune.errors import closest, did_you_mean
 from kpsvd_tune.recipe.reading import Path
 from kpsvd_tune.recipe.schema import Recipe
 from kpsvd_tune.recipe.values import show
@@ -163,9 +163,7 @@ def message_of(error: ErrorDetails, path: Path) -> str:
         return str(context["error"])
     if kind == "literal_error":
         options = re.findall(r"'([^']*)'", context["expected"])
-        near = _close(str(error["input"]), options, 0.6)
-        advice = f"; did you mean {near[0]}?" if near else ""
-        return f"got {got}; expected {_one_of(options)}{advice}"
+        return f"got {got}; expected {_one_of(options)}{did_you_mean(str(error['input']), options)}"
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
         return f"got {got}; expected {words} {context[bound]:g}"
@@ -194,7 +192,8 @@ def _level(path: Path) -> Level:
 
 
 def _close(key: str, keys: Iterable[str], cutoff: float = 0.8) -> list[str]:
-    return difflib.get_close_matches(key, list(keys), 1, cutoff)
+    found = closest(key, keys, cutoff)
+    return [found] if found else []
 
 
 def _one_of(options: list[str]) -> str:

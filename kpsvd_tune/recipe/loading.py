@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as FilePath
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import RecipeError, did_you_mean
 from kpsvd_tune.recipe.checking import MAX_FAULTS, check, origin_of, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.overrides import apply_override
@@ -178,11 +177,9 @@ def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
         if not os.path.isfile(file):
             raise RecipeError(f"{_shown(file)}: {_not_a_recipe(file, kind)}")
     else:
-        near = difflib.get_close_matches(file.stem, shipped, 1)
-        advice = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(
-            f"{_shown(file)}: not found; expected a recipe file; {advice}"
-            f"shipped recipes: {', '.join(shipped)}"
+            f"{_shown(file)}: not found; expected a recipe file, or one of the shipped recipes "
+            f"{', '.join(shipped)}{did_you_mean(file.stem, shipped)}"
         )
     if use := next((use for end, use in _NO_RECIPES.items() if end in file.suffixes), None):
         raise RecipeError(

@@ -6,12 +6,12 @@ arguments are checked when the run starts, before any long work.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from kpsvd_tune.errors import did_you_mean
 from kpsvd_tune.recipe.values import Text, read_number, show
 
 # adamw, adafactor (of transformers) and sgd, then classes of torch.optim by their names in lower
@@ -36,11 +36,9 @@ _TORCH_CLASS = re.compile(r"torch\.optim\.[A-Za-z_]\w*", re.ASCII)
 def _check_optimizer(name: str) -> str:
     if name in OPTIMIZERS or _TORCH_CLASS.fullmatch(name):
         return name
-    near = difflib.get_close_matches(name.rpartition(".")[2].lower(), OPTIMIZERS, 1, 0.6)
-    advice = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"got {show(name)}; expected {', '.join(OPTIMIZERS)} or a class of torch such as "
-        f"torch.optim.RMSprop{advice}"
+        f"torch.optim.RMSprop{did_you_mean(name.rpartition('.')[2], OPTIMIZERS)}"
     )
 
 

@@ -6,7 +6,6 @@ The readers run before pydantic's strict types. They exist because YAML 1.1 has 
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -26,6 +25,8 @@ from pydantic import (
     Tag,
 )
 from pydantic_core import PydanticCustomError
+
+from kpsvd_tune.errors import closest
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BUDGET = re.compile(r"(\d+\.?\d*|\.\d+)([eE]\+?\d{1,2})?\s*([kKmMgG]?)", re.ASCII)
@@ -82,7 +83,7 @@ def _compile(pattern: str) -> str:
 
 def _check_target(value: str) -> str:
     # "all_linear" is a valid regular expression that matches nothing: surely a slip.
-    if value != "all-linear" and difflib.get_close_matches(value, ["all-linear"], 1, 0.75):
+    if value != "all-linear" and closest(value, ["all-linear"], 0.75):
         raise ValueError(f"got {show(value)}; did you mean all-linear?")
     return value
 
@@ -162,8 +163,7 @@ def read_factor_shape(value: object) -> object:
     """Refuse what is neither a name nor a mapping, naming both forms."""
     if not isinstance(value, str | Mapping):
         raise ValueError(
-            f"got {show(value)}; expected balanced, thin, pissa, auto or a mapping such as "
-            "{n: 8, p: 2}"
+            f"got {show(value)}; expected balanced, thin, pissa or a mapping such as {{n: 8, p: 2}}"
         )
     return value
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.result import Result
-from kpsvd_tune.storage.json_files import check_types
+from kpsvd_tune.report.results import Result
+from kpsvd_tune.storage.json_files import check_types, read_json
 
 
 @dataclass(frozen=True)
@@ -220,3 +222,19 @@ class Comparison(Result):
     claims: tuple[Claim, ...]
     notes: tuple[str, ...]
     currency: str
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Return the verdict that a comparison wrote.
+
+    Raises:
+        InputError: There is no verdict yet, or the file is not what a comparison writes.
+    """
+    file = folder / "comparison.json"
+    if not os.path.isfile(file):
+        raise InputError(
+            f"{folder} is the folder of a comparison without a verdict yet: run the command "
+            "`kpsvd-tune compare` again, or with --plan done to judge the trials that are there"
+        )
+    cure = "write it again with `kpsvd-tune compare` and --plan done"
+    return read_json(file, Comparison, error=InputError, cure=cure)

@@ -16,8 +16,8 @@ from importlib.resources import files
 from typing import Any
 
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
-from kpsvd_tune.report.page import script_json
 from kpsvd_tune.report.plotly_script import plotly_script
+from kpsvd_tune.report.rank_page import script_json
 from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
 from kpsvd_tune.units import duration, size
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.recipe.removed import had_no_effect
 
 # Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
 # because a run's folder may be moved; `evaluation` comes after training and scores what it finds,
@@ -33,7 +34,6 @@ FIXED = (
     "adapter.exclude_modules",
     "adapter.factor_shape",
     "adapter.init",
-    "adapter.gradient_batches",
     "adapter.rank",
     "adapter.modules_to_save",
 )
@@ -46,9 +46,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]
 
     Keys of the recipe are given as the user writes them, without a leading `recipe.`. A key that
     the recipe did not have yet when the run began counts as its default, which keeps to what was
-    done before there was the key.
+    done before there was the key; one that it no longer has is left out at its old default.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before = {key: value for key, value in _flat(old) if not had_no_effect(key, value)}
+    after = dict(_flat(new))
     before |= {key: value for key, value in _defaults().items() if key in after.keys() - before}
     keys = [*before, *(key for key in after if key not in before)]
     return {

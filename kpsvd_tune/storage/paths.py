@@ -6,13 +6,12 @@ is, and what to do with it. Nothing here raises: a path that cannot be looked at
 
 from __future__ import annotations
 
-import difflib
 import os
 import stat
 from pathlib import Path
 from typing import Literal
 
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import InputError, closest
 
 Kind = Literal[
     "recipe", "run", "comparison", "adapter", "merged", "model", "rows", "folder", "file", "special"
@@ -102,9 +101,8 @@ def siblings(path: str | os.PathLike[str]) -> str:
         return f"{looked}; there is no folder {place.parent} either"
     # Suffixes are alike anyway: train.jsonl is not meant by test.jsonl.
     stems = {Path(name).stem: name for name in names}
-    near = difflib.get_close_matches(place.stem, stems, 1, 0.7)
-    if near:
-        return f"{looked}; did you mean {place.with_name(stems[near[0]])}?"
+    if near := closest(place.stem, stems):
+        return f"{looked}; did you mean {place.with_name(stems[near])}?"
     return looked
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import warnings
@@ -16,7 +15,7 @@ from transformers import Adafactor, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import RecipeError, closest, did_you_mean
 from kpsvd_tune.recipe import TrainRecipe
 
 # Whose update of an entry needs nothing but that entry's own history, so that they can work on
@@ -122,8 +121,8 @@ def optimizer_class(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
             f"{', '.join(usable)}"
         )
     if name not in known:
-        near = difflib.get_close_matches(name, usable, 1, 0.4)
-        advice = f"; did you mean torch.optim.{near[0]}?" if near else ""
+        near = closest(name, usable)
+        advice = f"; did you mean torch.optim.{near}?" if near else ""
         raise RecipeError(
             f"train.optimizer: torch.optim of torch {torch.__version__} has no optimiser {name}; "
             f"expected one of {', '.join(usable)}{advice}"
@@ -233,10 +232,9 @@ def _check_arguments(key: str, function: Any, name: str, given: dict[str, Any]) 
     unknown = [argument for argument in given if argument not in accepted]
     if unknown:
         free = sorted(accepted - _OWN_KEYS.keys())
-        near = difflib.get_close_matches(unknown[0], free, 1, 0.6)
-        advice = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(
-            f"{key}.{unknown[0]}: {name} takes {', '.join(free) or 'no arguments'}{advice}"
+            f"{key}.{unknown[0]}: {name} takes {', '.join(free) or 'no arguments'}"
+            f"{did_you_mean(unknown[0], free)}"
         )
     return accepted
 

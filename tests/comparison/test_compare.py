@@ -108,8 +108,8 @@ def test_every_kind_of_method_trains_through_the_same_loop(
     results.write_bytes(b"".join(lines[:3]) + b'{"half')
     assert cli.run(command) == 0
     assert {row.method: row for row in rows_of(tmp_path / "comparison")} == rows
-    assert cli.run([*command, "adapter.rate_ratio=2"]) == 1
-    assert "kpsvd: adapter.rate_ratio: 1.0 in the run, 2.0 now" in capsys.readouterr().err
+    assert cli.run([*command, "adapter.rate=relative"]) == 1
+    assert "kpsvd: adapter.rate: 'factors' in the run, 'relative' now" in capsys.readouterr().err
     # Trials of a version with another warm-up are judged, and get no new ones beside them.
     known = json.loads((tmp_path / "comparison" / "compare.json").read_text())
     del known["schedule"]

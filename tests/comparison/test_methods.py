@@ -18,9 +18,9 @@ def test_names_are_read_in_order() -> None:
 
 
 def test_settings_of_kpsvd_become_overrides_of_the_recipe() -> None:
-    (method,) = read_methods("kpsvd:init=gradient:factor_shape=8x8:rank.max=3")
+    (method,) = read_methods("kpsvd:init=random:factor_shape=8x8:rank.max=3")
     assert method.overrides == [
-        "adapter.init=gradient",
+        "adapter.init=random",
         "adapter.factor_shape={n: 8, p: 8}",
         "adapter.rank.max=3",
     ]
@@ -40,7 +40,7 @@ def test_settings_of_baselines_replace_the_defaults() -> None:
     ("text", "message"),
     [
         ("", "--methods is empty; expected some of kpsvd, kpsvd-thin, lora"),
-        ("loar", "--methods: unknown 'loar'; did you mean lora? expected kpsvd"),
+        ("loar", "kpsvd-thin, lora, lora+, rslora, pissa, lokr; did you mean lora?"),
         ("lora,lora", "--methods: lora is given twice"),
         ("lora:alpha", "got 'alpha'; expected KEY=VALUE after each colon"),
         ("lora:dropout=1", "lora has no setting 'dropout'; expected alpha, ratio, rslora"),

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from kpsvd_tune.decompose import Decomposition, Progress, collect_spectra, decompose, spectra
 from kpsvd_tune.decompose.tasks import Task, shares
 from kpsvd_tune.errors import AdapterError, ModelError
-from kpsvd_tune.linalg import KroneckerShape, auto_shape, kpsvd, unrearrange
+from kpsvd_tune.linalg import KroneckerShape, kpsvd, unrearrange
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
 from kpsvd_tune.recipe.adapter import AdapterRecipe
-from kpsvd_tune.report.files import write_rank_report
+from kpsvd_tune.report.console import rank_summary
+from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
-from kpsvd_tune.report.table import rank_summary
 
 
 def recipe(**rank: object) -> AdapterRecipe:
@@ -238,19 +238,6 @@ def test_progress_counts_every_matrix(source: ModelSource) -> None:
     assert {progress.seconds_left for progress in seen} == {None}
 
 
-def test_ranks_of_a_launched_run_agree_and_share_the_work(
-    source: ModelSource, computed: list[int]
-) -> None:
-    with pytest.raises(Stopped):
-        decompose(source, recipe(), process_index=0, num_processes=2, progress=stop_after(7))
-    first = len(computed)
-    one = decompose(source, recipe(), process_index=1, num_processes=2)
-    assert (first, len(computed)) == (7, 14)
-    zero = decompose(source, recipe(), process_index=0, num_processes=2)
-    assert len(computed) == 14
-    assert_same(zero, one)
-
-
 def test_factors_survive_the_file(source: ModelSource, tmp_path: Path) -> None:
     found = decompose(source, recipe())
     found.save_factors(tmp_path / "init" / "factors.safetensors")
@@ -343,7 +330,7 @@ def test_rules_that_cannot_be_met_are_refused(
 def test_shares_cost_about_the_same_and_hold_every_task_once() -> None:
     sizes = [(64, 64), (172, 64), (64, 172)] * 7 + [(512, 256)]
     tasks = [
-        Task(str(index), (out, inner), KroneckerShape(out // 4, 4, 4, inner // 4), 4)
+        Task(str(index), KroneckerShape(out // 4, 4, 4, inner // 4), 4)
         for index, (out, inner) in enumerate(sizes)
     ]
     dealt = shares(tasks, 3)
@@ -354,29 +341,10 @@ def test_shares_cost_about_the_same_and_hold_every_task_once() -> None:
     assert shares(tasks, 1) == [tasks]
 
 
-def test_auto_shapes_are_those_of_linalg_and_are_remembered(
-    source: ModelSource, computed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter = recipe(factor_shape="auto")
-    first = decompose(source, adapter)
-    assert len(computed) == 14
-    model = load_model(source, "float32")
-    for layer in first.report.layers:
-        expected = auto_shape(architectures.weight_of(model, layer.name))
-        assert layer.factor_shape == expected.shape.as_tuple()
-    monkeypatch.setattr(spectra, "auto_shape", None)
-    assert_same(decompose(source, adapter), first)
-    assert len(computed) == 14
-
-
 @pytest.mark.parametrize(
     ("rank", "message"),
     [
         ({"overrides": {"c_attn": 2}}, "rank override 'c_attn' matches none of the 14 layers"),
-        (
-            {"overrides": {"c_attn": 2}, "factor_shape": "auto"},
-            "rank override 'c_attn' matches none of the 14 layers",
-        ),
         ({"budget": 10, "min": 1}, r"a budget of 10 parameters is below the [\d,]+ that the mini"),
         ({"budget": 10, "overrides": {"q_proj": 2}}, "a budget of 10 parameters is below the"),
     ],

@@ -146,7 +146,7 @@ def test_a_fault_in_a_worker_is_raised_by_the_caller(
     receiver, sender = multiprocessing.Pipe(duplex=False)
     workers._work(
         resolve_model(str(tmp_path / "model")),
-        [Task(name, (24, 16), KroneckerShape(6, 4, 4, 4), 2)],
+        [Task(name, KroneckerShape(6, 4, 4, 4), 2)],
         Settings(tmp_path / "cache", 5e-3, 0),
         torch.get_num_threads(),
         sender,

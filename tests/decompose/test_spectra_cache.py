@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from kpsvd_tune.decompose.cache import CachedTerms, SpectraCache, default_cache_dir, entry_key
 from kpsvd_tune.decompose.hashes import HashIndex, weight_hash
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.linalg import KroneckerShape, ShapeChoice, kpsvd
+from kpsvd_tune.linalg import KroneckerShape, kpsvd
 
 SHAPE = KroneckerShape(4, 3, 2, 5)
 
@@ -246,20 +245,3 @@ def test_a_line_of_the_index_that_is_no_pair_is_passed_over(
     with place.open("a") as stream:
         stream.write("\n" + line)
     assert HashIndex(tmp_path / "index").get([weights_file], "a 0 4") == "a" * 64
-
-
-def test_a_noted_shape_comes_back_and_a_changed_one_does_not(cache: SpectraCache) -> None:
-    choice = ShapeChoice(SHAPE, "a note")
-    cache.write_shape(KEY, choice)
-    assert cache.read_shape(KEY) == choice
-    (file,) = (cache.folder / "shapes").rglob("*.json")
-    shape, note, digest = json.loads(file.read_text())
-    for content in (
-        [[2, 3, 4, 5], note, digest],
-        [["4", 3, 2, 5], note, digest],
-        [shape, 7, digest],
-        [shape, note],
-        5,
-    ):
-        file.write_text(json.dumps(content))
-        assert cache.read_shape(KEY) is None, content

@@ -395,7 +395,6 @@ def test_a_rule_is_checked_by_names_and_shapes_alone():
     rule = RankRule(min=3, budget=3 * 10 + 3 * 8)
     check_rule(names, shapes, rule, {})
     check_rule(names, shapes, RankRule(min=3), {})
-    check_rule(names, None, RankRule(min=3, budget=1), {})
     # No layer needs more terms than it has.
     check_rule(names, shapes, RankRule(min=9, budget=4 * 10 + 4 * 8), {})
     check_rule(names, shapes, RankRule(min=3, budget=24), {"q": 0})
@@ -404,6 +403,6 @@ def test_a_rule_is_checked_by_names_and_shapes_alone():
     with pytest.raises(ValueError, match="a budget of 24 parameters is below the 34 that the min"):
         check_rule(names, shapes, RankRule(min=3, budget=24), {"q": {"min": 1}})
     with pytest.raises(ValueError, match="rank override 'k' matches none of the 2 layers"):
-        check_rule(names, None, RankRule(), {"k": 1})
+        check_rule(names, shapes, RankRule(), {"k": 1})
     with pytest.raises(ValueError, match="rank override for a.q: expected 0 <= min <= max"):
-        check_rule(names, None, RankRule(), {"q": {"min": 99}})
+        check_rule(names, shapes, RankRule(), {"q": {"min": 99}})

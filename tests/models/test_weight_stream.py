@@ -21,13 +21,18 @@ from kpsvd_tune.models import (
     WeightReader,
     load_skeleton,
     resolve_model,
-    stream_weights,
 )
 from kpsvd_tune.models import stream as stream_module
 
 
 def targets(source: ModelSource) -> list[str]:
     return target_names(load_skeleton(source), "all-linear")
+
+
+def _read_all(source: ModelSource) -> None:
+    reader = WeightReader(source, targets(source))
+    for name in reader.names:
+        reader.load(name)
 
 
 def refuse_to_load(*args: object) -> None:
@@ -45,10 +50,9 @@ def test_weights_are_streamed_bit_for_bit_without_loading_the_model(
     monkeypatch.setattr(stream_module, "load_model", refuse_to_load)
     names = targets(source)
     assert len(names) >= 8
-    streamed = dict(stream_weights(source, names))
-    assert list(streamed) == names
-    for name, weight in streamed.items():
-        assert torch.equal(weight, architectures.weight_of(loaded, name)), name
+    reader = WeightReader(source, names)
+    for name in names:
+        assert torch.equal(reader.load(name), architectures.weight_of(loaded, name)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -56,9 +60,8 @@ def test_a_weight_keeps_its_stored_dtype(tmp_path: Path, dtype: torch.dtype) -> 
     model = architectures.make("llama")
     nn.Module.to(model, dtype)
     model.save_pretrained(tmp_path)
-    name, weight = next(
-        stream_weights(resolve_model(str(tmp_path)), ["model.layers.1.mlp.up_proj"])
-    )
+    name = "model.layers.1.mlp.up_proj"
+    weight = WeightReader(resolve_model(str(tmp_path)), [name]).load(name)
     assert weight.dtype == dtype
     assert torch.equal(weight, architectures.weight_of(model, name))
 
@@ -113,7 +116,8 @@ def test_pickled_weights_come_from_the_loaded_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     source = resolve_model(str(tmp_path))
-    name, weight = next(stream_weights(source, ["model.layers.0.mlp.down_proj"]))
+    name = "model.layers.0.mlp.down_proj"
+    weight = WeightReader(source, [name]).load(name)
     assert torch.equal(weight, architectures.weight_of(model, name))
 
 
@@ -130,7 +134,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size // 2)
     with pytest.raises(ModelError, match=r"ends inside the tensor .* at least .*; fetch it"):
-        dict(stream_weights(source, targets(source)))
+        _read_all(source)
 
 
 def test_garbage_instead_of_a_header_is_named(tmp_path: Path) -> None:

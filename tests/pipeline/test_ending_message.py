@@ -6,7 +6,7 @@ from typing import Any
 
 from kpsvd_tune.pipeline.ending import worse_message
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.ending import ending
+from kpsvd_tune.report.run import ending
 
 
 def recipe(**train: Any) -> Recipe:

@@ -12,7 +12,7 @@ import pytest
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.pipeline import probes
 from kpsvd_tune.pipeline.probes import CANDIDATES, best_first, round_lengths
-from kpsvd_tune.report.result import Probe
+from kpsvd_tune.report.results import Probe
 
 
 def probe(energy: float, parameters: int, loss: float) -> Probe:
@@ -127,14 +127,14 @@ def test_init_only_says_that_a_default_stands_in(
 def test_probes_leave_neither_models_nor_traces_in_trackers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from kpsvd_tune.decompose import start
     from kpsvd_tune.pipeline import run as module
-    from kpsvd_tune.pipeline import stages
     from kpsvd_tune.training import tracking
 
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
     started: list[str] = []
-    adapt = stages.adapt
+    adapt = start.adapt
 
     def watch(*arguments: Any) -> Any:
         alive.append(sum(model() is not None for model in models))

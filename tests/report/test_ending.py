@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune.report.ending import ending, worse_line
+from kpsvd_tune.report.run import ending, worse_line
 
 
 def results(before: float | None, after: float | None, **more: Any) -> dict[str, Any]:

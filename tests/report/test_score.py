@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kpsvd_tune.report.results import Score
-from kpsvd_tune.report.score import (
+from kpsvd_tune.report.run import (
     as_mapping,
     score_label,
     score_lines,

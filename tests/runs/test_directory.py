@@ -15,6 +15,7 @@ import torch
 
 from kpsvd_tune.errors import CheckpointError, ResourceError
 from kpsvd_tune.runs import RunDirectory, TrainingState
+from kpsvd_tune.runs.identity import changes
 
 RECIPE: dict[str, Any] = {
     "train": {"learning_rate": 1e-3, "save_every": 50, "seed": 0},
@@ -236,6 +237,24 @@ def test_a_finished_run_is_recognised(run):
 def test_a_run_killed_between_results_and_the_mark_is_not_finished(run):
     run.results_file.write_text("{}")
     assert not run.begin("recipe: 1", identity(), {}).is_finished
+
+
+def test_keys_that_are_gone_count_only_where_they_had_an_effect(tmp_path):
+    earlier = {"gradient_batches": 4, "rate_ratio": 1.0, "init": "weight"}
+    run = RunDirectory(tmp_path / "run")
+    run.begin("recipe: 1", identity(adapter__gradient_batches=4, adapter__rate_ratio=1.0), {})
+    run.save(state(2), keep=2)
+    assert run.begin("recipe: 1", identity(), {}).is_same
+    assert (
+        changes({"recipe": {"adapter": earlier}}, {"recipe": {"adapter": {"init": "weight"}}}) == {}
+    )
+    # As the folder of a comparison has the adapter section of each method.
+    assert changes(earlier, {"init": "weight"}) == {}
+    found = changes(
+        {"recipe": {"adapter": {**earlier, "rate_ratio": 2.0}}},
+        {"recipe": {"adapter": {"init": "weight"}}},
+    )
+    assert found == {"adapter.rate_ratio": (2.0, "(not set)")}
 
 
 def test_resume_never_sets_the_earlier_run_aside(run):

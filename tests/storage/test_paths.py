@@ -13,8 +13,7 @@ from trial_rows import row
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.comparison import Comparison
-from kpsvd_tune.report.reading import read_comparison
+from kpsvd_tune.report.comparison import Comparison, read_comparison
 from kpsvd_tune.runs.identity import changes
 from kpsvd_tune.storage.durable import check_writable
 from kpsvd_tune.storage.paths import expand, kind_of

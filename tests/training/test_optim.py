@@ -218,16 +218,15 @@ def test_an_optimiser_of_whole_tensors_is_refused_where_weights_are_shared_out()
         check_optimizer(settings, num_processes=2)
 
 
-def test_the_ratio_of_rates_joins_with_any_optimiser(tiny_model):
-    """adapter.rate_ratio, LoRA+'s idea, is a rate for each group and so asks nothing of a class."""
+def test_rates_of_single_parameters_join_with_any_optimiser(tiny_model):
+    """A rate for each group, as `rate: relative` and LoRA+ have it, asks nothing of a class."""
     from peft import get_peft_model
 
     from kpsvd_tune.adapter import KpsvdConfig
-    from kpsvd_tune.adapter.rates import rate_factors
 
     model = get_peft_model(tiny_model, KpsvdConfig(target_modules=["q_proj"], rank=2))
-    factors = rate_factors(model, ratio=16.0)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    factors = {name: 4.0 if "kpsvd_right" in name else 0.25 for name in names}
     settings = recipe(optimizer="nadam", learning_rate=0.01)
     optimizer = make_optimizer(settings, list(names.values()), [factors[name] for name in names])
     schedule = make_scheduler(settings, optimizer, 10)

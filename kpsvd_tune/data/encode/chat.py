@@ -9,7 +9,7 @@ messages, so a template that drops, rewrites or reorders text is refused rather 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.chat_program import (
     ChatProgram,
+    TemplateError,
+    TemplateMismatch,
     compile_template,
     variables_of,
     with_reasoning_names,
@@ -25,7 +27,6 @@ from kpsvd_tune.data.encode.chat_program import (
 from kpsvd_tune.data.encode.format import Chat
 from kpsvd_tune.data.encode.messages import REASONING_KEYS
 from kpsvd_tune.data.encode.templates import Template, shipped_name
-from kpsvd_tune.data.encode.tokenized import Segment
 from kpsvd_tune.data.encode.tools import render_calls
 from kpsvd_tune.data.encode.written import WrittenCheck
 from kpsvd_tune.errors import DataError
@@ -42,12 +43,12 @@ _OTHER_TEMPLATE = (
 )
 
 
-class TemplateError(DataError):
-    """The chat template, not the row, keeps a chat from being trained."""
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of text that is learnt or not."""
 
-
-class TemplateMismatch(TemplateError):
-    """A template that was tried in another's place writes something else."""
+    text: str
+    is_trained: bool
 
 
 class ChatRenderer:

@@ -29,6 +29,8 @@ import jinja2.utils
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from kpsvd_tune.errors import DataError
+
 # Seconds that one rendering may take; a chat of thousands of turns takes a fraction of one.
 MAX_SECONDS = 20.0
 _MAX_BITS = 4096
@@ -38,6 +40,14 @@ _WIDTH = re.compile(r"\d{6,}|%[^a-zA-Z]*\*")
 _TOO_WIDE = "it formats with a width of 100,000 or more, or with one that is not written there"
 _PADDING = ("center", "ljust", "rjust", "zfill", "expandtabs")
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class TemplateError(DataError):
+    """The chat template, not the row, keeps a chat from being trained."""
+
+
+class TemplateMismatch(TemplateError):
+    """A template that was tried in another's place writes something else."""
 
 
 class ChatProgram:

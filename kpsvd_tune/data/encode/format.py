@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.data.encode.messages import REASONING_KEYS, read_message, read_part
-from kpsvd_tune.data.encode.preference import check_preference
 from kpsvd_tune.data.encode.tools import read_tools
 from kpsvd_tune.data.read.columns import (
     absent_column,
+    check_preference,
     column,
     from_struct_of_lists,
     is_blank,

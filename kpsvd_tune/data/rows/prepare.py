@@ -11,28 +11,29 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.encoder import Encoder
 from kpsvd_tune.data.encode.format import Chat, Pair, RowFormat
-from kpsvd_tune.data.encode.template_choice import with_chat_template
-from kpsvd_tune.data.encode.templates import Template
+from kpsvd_tune.data.encode.templates import Template, with_chat_template
 from kpsvd_tune.data.read.files import Row
-from kpsvd_tune.data.read.sources import load_rows, open_sources
-from kpsvd_tune.data.rows.cache import TokenCache, store_key, tokenizer_fingerprint
-from kpsvd_tune.data.rows.halves import divide, source_rows
-from kpsvd_tune.data.rows.limits import ModelLimits
-from kpsvd_tune.data.rows.preflight import check_known_tokens, check_lengths, tokenizer_warnings
-from kpsvd_tune.data.rows.selection import Selection
-from kpsvd_tune.data.rows.source_settings import (
+from kpsvd_tune.data.read.sources import (
     SourceSettings,
     check_ignored,
-    mix,
+    load_rows,
+    open_sources,
     training_sources,
     validation_source,
 )
-from kpsvd_tune.data.rows.stored_rows import StoredRows, rows_sha256
+from kpsvd_tune.data.rows.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.rows.preflight import (
+    ModelLimits,
+    check_known_tokens,
+    check_lengths,
+    tokenizer_warnings,
+)
+from kpsvd_tune.data.rows.split import Selection, divide, mix, source_rows
+from kpsvd_tune.data.rows.store import StoredRows, rows_sha256
 from kpsvd_tune.data.rows.tokenise import TokenizedSource, find_form, template_of, tokenise
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
-from kpsvd_tune.report.result import SourceCount
-from kpsvd_tune.report.results import PreflightReport
+from kpsvd_tune.report.results import PreflightReport, SourceCount
 
 # Called with rows tokenised so far and in all; 0 in all: not known, as for a file read once.
 Progress = Callable[[int, int], None]

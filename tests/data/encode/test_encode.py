@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, TokenizedRow
 from kpsvd_tune.data.encode.format import Chat, Pair
-from kpsvd_tune.data.encode.text_template import TextTemplate
+from kpsvd_tune.data.encode.templates import TextTemplate
 from kpsvd_tune.errors import DataError
 
 TEMPLATE = "Question: {prompt}\nAnswer: {completion}"

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from kpsvd_tune.data.encode.chat import ChatRenderer, TemplateError
+from kpsvd_tune.data.encode.chat import ChatRenderer
+from kpsvd_tune.data.encode.chat_program import TemplateError
 from kpsvd_tune.data.encode.encoder import Encoder, Learn
 from kpsvd_tune.data.encode.format import Chat
 from kpsvd_tune.data.encode.templates import (
@@ -316,11 +317,11 @@ def test_names_files_and_arguments_of_the_recipe(
         ({"chat_template": "llama3"}, "writes the special token '<|start_header_id|>', which"),
         (
             {"template_arguments": {"enable_thinkin": True}},
-            r"does not read 'enable_thinkin'.* It reads no arguments",
+            r"does not read 'enable_thinkin'.* it reads no arguments",
         ),
         (
             {"chat_template": "zephyr", "template_arguments": {"a": True}},
-            "does not read 'a', so it would change nothing; It reads no arguments: remove them",
+            "does not read 'a', so it would change nothing; it reads no arguments: remove them",
         ),
     ],
 )
@@ -337,7 +338,8 @@ def test_an_argument_is_suggested_from_those_that_are_read(
     recipe = DatasetRecipe(
         path="x", chat_template="qwen3", template_arguments={"enable_thinkin": True}
     )
-    with pytest.raises(DataError, match=r"did you mean enable_thinking\? It reads enable_thinking"):
+    advice = r"it reads enable_thinking.*; did you mean enable_thinking\?"
+    with pytest.raises(DataError, match=advice):
         use_recipe_template(tokenizer_for(tokenizer, "qwen3"), recipe)
 
 

@@ -14,7 +14,7 @@ from kpsvd_tune.data import PreparedData, prepare
 from kpsvd_tune.data.read.sources import load_rows
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
-from kpsvd_tune.report.table import preflight_lines
+from kpsvd_tune.report.console import preflight_lines
 
 
 def write(path: Path, *names: str) -> Path:

@@ -168,7 +168,7 @@ def test_stores_used_longest_ago_go_when_the_bound_is_passed(tmp_path: Path) -> 
     # Made by a process that has ended: those of a running one stay.
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from data.test_cache import TokenCache, make_store\n"
+        "from data.rows.test_cache import TokenCache, make_store\n"
         "for key in 'abc': make_store(TokenCache(Path(sys.argv[2])), key)\n"
     )
     tests = Path(__file__).parents[2]

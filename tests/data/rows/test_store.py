@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpsvd_tune.data import IGNORED, StoredRows, TokenizedRow
-from kpsvd_tune.data.rows.store import FACTS, Mark, StoreWriter, TokenStore
-from kpsvd_tune.data.rows.stored_rows import rows_sha256
+from kpsvd_tune.data.rows.store import FACTS, Mark, StoreWriter, TokenStore, rows_sha256
 from kpsvd_tune.errors import DataError
 
 ROWS = [

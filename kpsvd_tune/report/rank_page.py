@@ -1,22 +1,27 @@
-"""The rank report as one HTML page that opens from disk and asks the network for nothing.
+"""The rank report as JSON, CSV and one HTML page that opens from disk without a network.
 
-The page is `page.html` beside this module with the report filled in and plotly.js in it; what the
-reader clicks on is answered by the script there.
+The page is `rank_page.html` beside this module with the report filled in and plotly.js in it; the
+script there answers what the reader clicks on.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.plotly_script import plotly_script
 from kpsvd_tune.report.results import LayerReport, RankReport
-from kpsvd_tune.report.table import shorten
 from kpsvd_tune.units import duration
 
 # Characters of a kind of module that fit beside the heat map.
@@ -42,6 +47,37 @@ COLUMNS = {
     "time": True,
     "note": False,
 }
+
+
+def write_rank_report(report: RankReport, folder: Path) -> str | None:
+    """Write rank_report.json, rank_report.csv and rank_report.html, each replaced as a whole.
+
+    Args:
+        report: The ranks of all layers.
+        folder: Made if it does not exist.
+
+    Returns:
+        Why there is no page, where plotly is not installed; None otherwise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = report.to_dict()
+    _replace(folder / "rank_report.json", json.dumps(content, indent=1) + "\n")
+    text = io.StringIO()
+    columns = [each.name for each in fields(LayerReport) if each.name != "singular_values"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for layer in content["layers"]:
+        shape = "x".join(str(size) for size in layer["factor_shape"])
+        writer.writerow({**layer, "factor_shape": shape})
+    _replace(folder / "rank_report.csv", text.getvalue())
+    page = folder / "rank_report.html"
+    try:
+        _replace(page, rank_page(report))
+    except InputError as error:
+        # A page of earlier ranks beside the new tables would tell something else than they do.
+        page.unlink(missing_ok=True)
+        return f"{page.name} was not written: {error}"
+    return None
 
 
 def rank_page(report: RankReport) -> str:
@@ -74,7 +110,7 @@ def rank_page(report: RankReport) -> str:
         "plotly": plotly_script("the HTML rank report"),
         "data": script_json(_data(report, unused)),
     }
-    template = files("kpsvd_tune.report").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("kpsvd_tune.report").joinpath("rank_page.html").read_text(encoding="utf-8")
     # One pass: a module's name that looks like a placeholder is filled in, never replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
@@ -115,7 +151,7 @@ def _data(report: RankReport, unused: set[str]) -> dict[str, Any]:
         cells[rows[kind]][columns[number]] = index
     return {
         "columns": [NO_LAYER if number is None else str(number) for number in columns],
-        "rows": [_plot_text(shorten(kind, KIND_WIDTH)) for kind in rows],
+        "rows": [_plot_text(_shorten(kind, KIND_WIDTH)) for kind in rows],
         "cells": cells,
         # Proposals that the rule asks for are marked in the spectrum.
         "uses": {name: f"by {name}" not in unused for name in ("energy", "elbow")},
@@ -273,3 +309,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _shorten(name: str, width: int) -> str:
+    """Cut the start of a module's name: its end says which layer it is."""
+    return name if len(name) <= width else "…" + name[1 - width :]

@@ -1,18 +1,162 @@
-"""Scores as mappings and in words: shares as percentages, losses as they are."""
+"""What a run found, read back and put into words: how it ended, its figures and its scores.
+
+Most of it is the content of results.json. Shares are written as percentages, losses as they are.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kpsvd_tune.report.results import Score
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.results import RankReport, Score
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.paths import kind_of, named, siblings
+from kpsvd_tune.units import duration, size
 
 # Scorers whose value is no share of right answers: their n counts tokens.
 LOSSES = frozenset({"loss", "perplexity", "loss_change", "base_loss"})
 # 97.5 % quantile of the normal distribution.
 _Z = 1.959963984540054
+# Rounding alone moves a loss by less; any real change moves it by more.
+_ROUNDING = 1e-6
+# Runs that a message names of a folder that holds several.
+_SHOWN = 8
+_NAMES = {
+    "validation_loss": "validation loss",
+    "validation_loss_before": "the same before training",
+    "best_step": "lowest at step",
+    "train_loss": "training loss, last steps",
+    "steps": "steps",
+    "trainable_parameters": "trainable parameters",
+    "wall_seconds": "time",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Return the rank report and the results of a run, each None where it does not exist yet.
+
+    Raises:
+        InputError: The folder is not a run, or a file in it is not what a run writes.
+    """
+    ranks, results = run / "init" / "rank_report.json", run / "results.json"
+    if not (os.path.isfile(ranks) or os.path.isfile(results)):
+        kind = kind_of(run)
+        found = f"; it is {named(kind)}" if kind else "; nothing lies there"
+        if within := _runs_in(run):
+            found += f" with {', '.join(within)} in it: name one of them"
+        raise InputError(
+            f"{run} holds neither init/rank_report.json nor results.json{found}; expected the "
+            "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"
+            f"{'' if kind else siblings(run)}"
+        )
+    cure = "was it edited or cut? Write it again with `kpsvd-tune init-only`"
+    return {
+        "ranks": RankReport.from_dict(read_json(ranks, error=InputError, cure=cure)).to_dict()
+        if os.path.isfile(ranks)
+        else None,
+        "results": read_json(results, error=InputError) if os.path.isfile(results) else None,
+    }
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Runs and comparisons that lie directly in a folder, the first few of them."""
+    if not os.path.isdir(folder):
+        return []
+    found = [each for each in sorted(folder.iterdir()) if kind_of(each) in ("run", "comparison")]
+    names = [str(each) for each in found[:_SHOWN]]
+    return names + ["..."] * (len(found) > _SHOWN)
+
+
+def ending(results: Mapping[str, Any], *, from_adapter: bool) -> dict[str, Any]:
+    """What results.json says of the end beside the figures of the training.
+
+    Args:
+        results: Figures of the training, as `TrainResult` gives them.
+        from_adapter: Whether it began with `adapter.from`, so that its first validation is that
+            adapter's and the base model's own loss was not measured.
+
+    Returns:
+        `base_validation_loss` and `worse_than_base` where it began with the base model, and
+        `worse_than_start`; nothing without held-out rows.
+    """
+    start, loss = losses(results)
+    if start is None or loss is None:
+        return {}
+    is_worse = loss > start + _ROUNDING * abs(start)
+    if from_adapter:
+        return {"worse_than_start": is_worse}
+    return {
+        "base_validation_loss": start,
+        "worse_than_base": is_worse,
+        "worse_than_start": is_worse,
+    }
+
+
+def worse_line(results: Mapping[str, Any]) -> str | None:
+    """One sentence where the adapter is worse than what it began with; None where it is not.
+
+    Results of earlier versions, which do not say it, are judged by their losses.
+    """
+    start, loss = losses(results)
+    if start is None or loss is None:
+        return None
+    is_from_base = "worse_than_start" not in results or "base_validation_loss" in results
+    if not results.get("worse_than_start", loss > start + _ROUNDING * abs(start)):
+        return None
+    began = "the base model" if is_from_base else "the adapter it began with (adapter.from)"
+    step = results.get("adapter_step", results.get("steps"))
+    return (
+        f"the adapter is worse than {began} on the held-out rows: validation loss {loss:.4f} at "
+        f"step {step}, {start:.4f} before the first step"
+    )
+
+
+def losses(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Validation loss before the first step, and of the adapter that was kept."""
+    loss = results.get("adapter_validation_loss", results.get("validation_loss"))
+    return results.get("validation_loss_before"), loss
+
+
+def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of results.json, those that a reader looks for first in front.
+
+    A loss that repeats one above it is left out, and so is what a run was not: worse.
+    """
+    order = [key for key in _NAMES if key in results]
+    shown: dict[str, Any] = {}
+    for key in (*order, *results):
+        value = results[key]
+        is_repeated = key.endswith("_validation_loss") and value in shown.values()
+        is_known = key == "adapter_step" and value == results.get("steps")
+        if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):
+            shown[key] = value
+    return figures(shown)
+
+
+def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values to show, in the order given, without mappings and nulls."""
+    return [
+        (_NAMES.get(key, key.removesuffix("_bytes").replace("_", " ")), _figure(key, value))
+        for key, value in values.items()
+        if value is not None and not isinstance(value, Mapping)
+    ]
+
+
+def _figure(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        if key.endswith("_bytes"):
+            return size(value)
+        if key.endswith("_seconds"):
+            return duration(value)
+        return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class ScoreLine(NamedTuple):

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.files import write_rank_report
-from kpsvd_tune.report.page import COLUMNS, heat_map_place, rank_page
+from kpsvd_tune.report.rank_page import COLUMNS, heat_map_place, rank_page, write_rank_report
 from kpsvd_tune.report.results import LayerReport, RankReport
 
 EVIL = "model.layers.1.</script><img src=x onerror=alert(1)>{{data}}&amp;"

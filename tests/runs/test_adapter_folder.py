@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.pipeline.adapter_file import check_adapter, read_adapter_config
+from kpsvd_tune.runs.adapter_folder import check_adapter, read_adapter_config
 from kpsvd_tune.storage import patterns
 
 RIGHT: dict[str, Any] = {

@@ -1,9 +1,4 @@
-"""Which rows go into which step: a pure function of seed and position, so nothing is to be saved.
-
-A sampler that keeps a position has to be saved and restored, and a resumed run goes wrong when
-either is off by one. Here the order of an epoch is f(seed, epoch) and a step's rows are
-f(step): resuming is asking for the next step.
-"""
+"""Which rows go into which step, and how they become tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +8,77 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from kpsvd_tune.data.rows.grouping import group_by_length
+import torch
+from torch import Tensor
+
+from kpsvd_tune.data.encode.encoder import IGNORED, TokenizedRow
+from kpsvd_tune.data.rows.store import StoredRows
+
+
+def collate(
+    rows: Sequence[TokenizedRow], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, Tensor]:
+    """Right-pad rows to a common length.
+
+    Padding is known by its position and never by its id: a tokenizer whose pad token is its end
+    token still trains every end token.
+
+    Args:
+        rows: At least one row.
+        pad_token_id: Id to fill `input_ids` with.
+        pad_to_multiple_of: Round the common length up to a multiple of this.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each (rows, length) int64; `labels` is -100
+        where nothing is learnt.
+
+    Raises:
+        ValueError: No rows.
+    """
+    if not rows:
+        raise ValueError("collate got no rows; expected at least one")
+    length = max(len(row.input_ids) for row in rows)
+    if pad_to_multiple_of:
+        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+    batch = {
+        "input_ids": torch.full((len(rows), length), pad_token_id, dtype=torch.int64),
+        "attention_mask": torch.zeros((len(rows), length), dtype=torch.int64),
+        "labels": torch.full((len(rows), length), IGNORED, dtype=torch.int64),
+    }
+    for index, row in enumerate(rows):
+        end = len(row.input_ids)
+        batch["input_ids"][index, :end] = torch.tensor(row.input_ids)
+        batch["attention_mask"][index, :end] = 1
+        batch["labels"][index, :end] = torch.tensor(row.labels)
+    return batch
+
+
+def pack(rows: Sequence[TokenizedRow]) -> dict[str, Tensor]:
+    """Lay rows end to end in one sequence, without padding.
+
+    Positions start anew with each row, which is how models of transformers know the rows apart. No
+    row's first token is learnt: nothing in its own row predicts it.
+
+    Args:
+        rows: At least one row.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, each (1, all tokens) int64; `labels` is -100
+        where nothing is learnt.
+
+    Raises:
+        ValueError: No rows.
+    """
+    if not rows:
+        raise ValueError("pack got no rows; expected at least one")
+    ids = [token for row in rows for token in row.input_ids]
+    positions = [position for row in rows for position in range(len(row.input_ids))]
+    labels = [label for row in rows for label in (IGNORED, *row.labels[1:])]
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "labels": torch.tensor([labels]),
+    }
 
 
 class StatelessSampler:
@@ -143,3 +208,48 @@ def permutation(num_rows: int, key: str) -> array[int]:
     order = array("q", range(num_rows))  # a fifth of a list's memory
     random.Random(key).shuffle(order)
     return order
+
+
+# Batches whose rows are sorted together. More would spare little and make batches more alike.
+_BATCHES_A_WINDOW = 50
+# An epoch has at least so many windows, or small data would be sorted as a whole.
+_WINDOWS = 4
+
+
+def row_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
+    """Tokens of each row, without reading rows that lie on disk."""
+    if isinstance(rows, StoredRows):
+        lengths: list[int] = rows.lengths.tolist()
+        return lengths
+    return [len(row.input_ids) for row in rows]
+
+
+def group_by_length(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, num_head: int, key: str
+) -> list[int]:
+    """Rearrange one epoch's shuffled rows so that each whole batch has rows of similar length.
+
+    The shuffled rows are cut into windows of up to 50 batches, each window is sorted by length
+    and cut into batches, and the batches of all windows are shuffled. Rows that share a batch
+    with a neighbouring epoch, at either end, stay as they are.
+
+    Args:
+        order: The epoch's rows, shuffled.
+        lengths: Tokens of every row, by row number.
+        batch_size: Rows of a batch.
+        num_head: Rows at the start that complete the last batch of the epoch before.
+        key: Decides the order of batches; the same on every machine and version.
+
+    Returns:
+        The same rows in another order.
+    """
+    head, rest = list(order[:num_head]), order[num_head:]
+    num_batches = len(rest) // batch_size
+    window = batch_size * max(1, min(_BATCHES_A_WINDOW, num_batches // _WINDOWS))
+    end = num_batches * batch_size
+    batches = []
+    for start in range(0, end, window):
+        part = sorted(rest[start : min(start + window, end)], key=lengths.__getitem__)
+        batches += [part[first : first + batch_size] for first in range(0, len(part), batch_size)]
+    random.Random(key).shuffle(batches)
+    return head + [row for batch in batches for row in batch] + list(rest[end:])

@@ -1,0 +1,97 @@
+"""Keys and values of earlier versions: what a recipe that still has them is to use instead.
+
+Where such a key holds its old default nothing was asked for, and it is left out: every recipe that
+a run wrote down names all keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from kpsvd_tune.recipe.reading import Document, Fault, Path
+from kpsvd_tune.recipe.values import show
+
+
+class _Removed(NamedTuple):
+    """A key that is gone, or a value that a key had.
+
+    Attributes:
+        value: The old default, which changes nothing; of a key that stays, the value that is gone.
+        advice: Why it is gone and what to use instead.
+    """
+
+    value: Any
+    advice: str
+
+
+_KEYS: dict[Path, _Removed] = {
+    ("adapter", "gradient_batches"): _Removed(
+        4, "it belonged to adapter.init: gradient, which is gone; leave it out"
+    ),
+    ("adapter", "rate_ratio"): _Removed(
+        1.0,
+        "a ratio of 4 raised the validation loss (0.8154 against 0.8041); leave it out and choose "
+        "train.learning_rate, or adapter.rate: relative",
+    ),
+}
+_VALUES: dict[Path, _Removed] = {
+    ("adapter", "init"): _Removed(
+        "gradient",
+        "it trained to a higher validation loss (0.8486 against 0.8041); use weight, or random to "
+        "compare with",
+    ),
+    ("adapter", "factor_shape"): _Removed(
+        "auto", "no gain of it was ever measured; use balanced, thin, pissa or {n, p}"
+    ),
+}
+_FINISH = "; a run that began with it is finished by the version that began it"
+
+
+def take_removed(document: Document, *, of_run: bool = False) -> None:
+    """Take what earlier versions had out of a recipe, with a fault where it had an effect.
+
+    Args:
+        document: A document whose value is a mapping; its value is changed and its faults grow.
+        of_run: The file is what a run wrote down, read to know the run and not to train: its
+            adapter is as it is, so nothing of this is a fault.
+    """
+    for path, removed in _KEYS.items():
+        section = _section(document, path)
+        if path[-1] not in section:
+            continue
+        value = section.pop(path[-1])
+        if not of_run and value != removed.value:
+            _refuse(document, path, f"this key was removed (got {show(value)})", removed)
+    for path, removed in _VALUES.items():
+        section = _section(document, path)
+        if section.get(path[-1]) == removed.value:
+            del section[path[-1]]
+            if not of_run:
+                _refuse(document, path, f"{removed.value} was removed", removed)
+
+
+def had_no_effect(key: str, value: object) -> bool:
+    """Whether a setting that a run began with is a removed key at its old default.
+
+    Args:
+        key: Dotted, as in the recipe (``recipe.adapter.rate_ratio``) or in its adapter section.
+        value: What it was.
+    """
+    return any(
+        f".{'.'.join(map(str, path))}".endswith(f".{key.removeprefix('recipe.')}")
+        and value == removed.value
+        for path, removed in _KEYS.items()
+    )
+
+
+def _section(document: Document, path: Path) -> dict[Any, Any]:
+    section: Any = document.value
+    for step in path[:-1]:
+        section = section.get(step) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
+def _refuse(document: Document, path: Path, said: str, removed: _Removed) -> None:
+    origins = [document.origins.get(path[:length]) for length in range(len(path), -1, -1)]
+    origin = next((found for found in origins if found is not None), None)
+    document.faults.append(Fault(origin, path, f"{said}: {removed.advice}{_FINISH}"))

@@ -11,6 +11,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DtypeOption,
     Json,
     Offline,
     emit,
@@ -24,9 +25,7 @@ def merge(
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
-    ] = None,
+    dtype: DtypeOption = None,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
     tolerance: Annotated[

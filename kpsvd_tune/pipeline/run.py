@@ -27,9 +27,8 @@ from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
-from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
+from kpsvd_tune.pipeline.apply import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.pipeline.continuing import (
-    adapter_hash,
     find_adapter,
     holds_adapter,
     load_adapted,
@@ -52,6 +51,7 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import (
@@ -169,6 +169,8 @@ def train(
             ),
         )
         if start.is_finished:
+            if holds_adapter(run.adapter):
+                check_own(run.adapter, read_json(run.run_file).get(ADAPTER_KEY))
             missing = (
                 ""
                 if holds_adapter(run.adapter)
@@ -349,6 +351,7 @@ def _finish(
         if key in _ADDED_BY_EVAL and isinstance(value, dict):
             results = {**results, key: {**value, **results.get(key, {})}}
     save_adapter(model, weights, tokenizer, run.adapter, recipe, report, results)
+    run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
     run.finish(results)
 
 

@@ -18,7 +18,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, store_files
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, json_sha256, store_files
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import cache_folder
@@ -41,9 +41,6 @@ class TokenCache:
     Args:
         folder: Another folder than the usual one.
         max_bytes: Size above which stores used longest ago are removed.
-
-    Attributes:
-        folder: Where the stores lie.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -58,13 +55,8 @@ class TokenCache:
     ) -> tuple[TokenStore, bool]:
         """Open the store of a key, or make it.
 
-        Args:
-            key: From :func:`store_key`.
-            make: Adds all rows and returns the facts to keep; what it raises is passed on, and
-                no store is left.
-
-        Returns:
-            The store, and whether it was there before.
+        `make` adds all rows and returns the facts to keep; what it raises is passed on, and no
+        store is left. Returns the store, and whether it was there before.
 
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
@@ -106,7 +98,7 @@ class TokenCache:
         """The JSON value noted under a key; None where it is absent or damaged."""
         try:
             content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
-            return content["value"] if content["sha256"] == _hash(content["value"]) else None
+            return content["value"] if content["sha256"] == json_sha256(content["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -116,7 +108,7 @@ class TokenCache:
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"value": value, "sha256": _hash(value)})
+            text = json.dumps({"value": value, "sha256": json_sha256(value)})
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(file)
         except OSError:
@@ -124,32 +116,21 @@ class TokenCache:
 
     def prune(self) -> None:
         """Remove what was used longest ago, until the rest is no larger than the bound."""
-        self._remove_unfinished()
+        for unfinished in self.folder.glob("*.tmp"):  # what killed runs left
+            _remove_if_free(unfinished, self._lock_file(unfinished.name))
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
         for facts in stores:
             total += sum(map(_size, store_files(facts.parent)))
-            if total > self._max_bytes and _is_free(facts):
-                shutil.rmtree(facts.parent, ignore_errors=True)
+            if total > self._max_bytes:
+                _remove_if_free(facts.parent, facts)
         notes = sorted((self.folder / "notes").glob("*.json"), key=_last_use, reverse=True)
         for note in notes[1000:]:
             note.unlink(missing_ok=True)
 
-    def _remove_unfinished(self) -> None:
-        """Remove what killed runs left; where nobody holds the lock, nobody writes there."""
-        for folder in self.folder.glob("*.tmp"):
-            descriptor = self._open_lock(folder.name)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            except OSError:
-                continue  # being written, or no locks here to tell
-            finally:
-                os.close(descriptor)
-
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        descriptor = self._open_lock(key)
+        descriptor = os.open(self._lock_file(key), os.O_RDWR)
         # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
         try:
             _flock(descriptor, fcntl.LOCK_EX)
@@ -157,10 +138,11 @@ class TokenCache:
         finally:
             os.close(descriptor)
 
-    def _open_lock(self, key: str) -> int:
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def _lock_file(self, key: str) -> Path:
+        file = self.folder / "locks" / f"{key[:2]}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o644)
+        return file
 
 
 def _allow_many_files() -> None:
@@ -173,13 +155,9 @@ def _allow_many_files() -> None:
 
 
 def store_key(*parts: Any) -> str:
-    """Name a store by everything its tokens depend on.
-
-    Args:
-        parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
-    """
+    """Name a store by everything its tokens depend on: JSON values, in order."""
     libraries = [tokenizers.__version__, transformers.__version__]
-    return _hash([FORMAT_VERSION, libraries, *parts])
+    return json_sha256([FORMAT_VERSION, libraries, *parts])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -200,10 +178,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _hold(store: TokenStore) -> None:
     """Mark a store as used now, and keep it from being pruned while this process lives."""
     facts = store.folder / FACTS
@@ -218,18 +192,19 @@ def _hold(store: TokenStore) -> None:
 _held: dict[int, int] = {}
 
 
-def _is_free(facts: Path) -> bool:
+def _remove_if_free(folder: Path, lock: Path) -> None:
+    """Remove a folder that no process reads or writes: nobody holds its lock."""
     try:
-        descriptor = os.open(facts, os.O_RDONLY)
+        descriptor = os.open(lock, os.O_RDONLY)
     except OSError:
-        return False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
     except OSError:
-        return False
+        pass  # in use, or no locks here to tell
     finally:
         os.close(descriptor)
-    return True
 
 
 def _flock(descriptor: int, kind: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import prepare
-from kpsvd_tune.data.encode.chat import TemplateError
+from kpsvd_tune.data.encode.chat_program import TemplateError
 from kpsvd_tune.data.encode.templates import shipped_name, shipped_template
 from kpsvd_tune.data.rows.prepare import PreparedData
 from kpsvd_tune.errors import DataError

@@ -132,7 +132,6 @@ def evaluate(
             dtype=dtype,
             base=base,
             allow_other_base=allow_other_base,
-            offline=offline,
             **may,
         )
         emit(result, as_json, view.show_scores)

@@ -51,7 +51,6 @@ def generate(
             base_only=base_only,
             base=base,
             allow_other_base=allow_other_base,
-            offline=offline,
         )
     if as_json:
         typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
@@ -71,7 +70,6 @@ def _answer(
     base_only: bool = False,
     base: str | None = None,
     allow_other_base: bool = False,
-    offline: bool = False,
 ) -> str:
     """Let a run, an adapter or a model answer a prompt.
 
@@ -89,7 +87,6 @@ def _answer(
         base_only: Leave the adapter out.
         base: Another place of the same base model.
         allow_other_base: Take a base that is not the adapter's; a note says so.
-        offline: Make no network call.
     """
     from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
     from kpsvd_tune.models import load_model, load_tokenizer
@@ -99,7 +96,7 @@ def _answer(
     from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 
     found = find(source)
-    model_source = resolve_base(found, source, base, offline)
+    model_source = resolve_base(found, source, base)
     phase = Phase()
     with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")

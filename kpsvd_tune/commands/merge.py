@@ -58,7 +58,6 @@ def merge(
             base=base,
             tolerance=tolerance,
             allow_other_base=allow_other_base,
-            offline=offline,
         )
         emit(report, as_json, view.show_merge)
         events.note(f"written: {output}")
@@ -75,7 +74,6 @@ def _merge(
     base: str | None = None,
     tolerance: float | None = None,
     allow_other_base: bool = False,
-    offline: bool = False,
 ) -> MergeReport:
     """Merge the adapter of a run into plain weights and prove the result.
 
@@ -87,7 +85,6 @@ def _merge(
         base: Another place of the same base model.
         tolerance: Largest logit difference that passes; by default the dtype's.
         allow_other_base: Merge onto a base that is not the adapter's; the report says so.
-        offline: Make no network call.
 
     Raises:
         InputError: The source is no adapter, or the output would overwrite something.
@@ -116,7 +113,7 @@ def _merge(
     stored = dtype or (found.recipe.model.dtype if found.recipe else "float32")
     if stored not in DTYPES:
         raise InputError(f"--dtype {stored}: expected one of {', '.join(DTYPES)}")
-    model_source = resolve_base(found, source, base, offline)
+    model_source = resolve_base(found, source, base)
     inputs = [found.adapter, Path(source)]
     if model_source.kind == "folder":
         inputs.append(model_source.folder)

@@ -64,12 +64,11 @@ def train(
 
     with view.Events() as events:
         if dry_run:
-            emit(plan(resolved, events, offline=offline), as_json, view.show_plan)
+            emit(plan(resolved, events), as_json, view.show_plan)
             return
         result = run_recipe(
             resolved,
             events,
-            offline=offline,
             resume=resume,
             allow_change=tuple(allow_change or ()),
             allow_other_base=allow_other_base,

@@ -96,14 +96,13 @@ def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
 
-def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> ModelSource:
+def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
     """Find the base model of an adapter, where it is now; or a model itself.
 
     Args:
         found: What the command was given.
         source: As it was typed.
         base: Another place of the base; None: as the adapter or the recipe says.
-        offline: Make no network call.
 
     Raises:
         InputError: No base is named, or one for a model that needs none.
@@ -114,7 +113,7 @@ def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> 
     if not (base or found.base):
         raise InputError(f"{source} names no base model: give it with --base")
     try:
-        return resolve_model(base or found.base, None if base else found.revision, offline)
+        return resolve_model(base or found.base, None if base else found.revision)
     except ModelError as error:
         if base:
             raise ModelError(f"--base: {error}") from error

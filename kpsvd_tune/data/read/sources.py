@@ -30,6 +30,7 @@ from kpsvd_tune.data.read.folders import (
     list_pattern,
 )
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.storage.paths import expand
 
@@ -73,7 +74,6 @@ def load_rows(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    offline: bool = False,
 ) -> LoadedRows:
     """Read one or several sources into memory, one after the other.
 
@@ -81,7 +81,6 @@ def load_rows(
         path: Local file, folder, pattern or hub id; or several of these.
         name: Configuration of a hub dataset, or several to read one after the other.
         split: Split of a hub dataset, in the notation of `datasets`.
-        offline: Use only what the local hub cache holds.
 
     Raises:
         DataError: A source is missing or faulty; the message names source and line.
@@ -92,7 +91,7 @@ def load_rows(
     rows: list[Row] = []
     notes: list[str] = []
     for one in paths:
-        for source in open_sources(one, name=name, split=split, offline=offline):
+        for source in open_sources(one, name=name, split=split):
             rows += readable(source.read())
             notes += source.notes
     return LoadedRows(tuple(rows), tuple(notes))
@@ -103,7 +102,6 @@ def open_sources(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    offline: bool = False,
     streaming: bool = False,
     is_held_out: bool = False,
 ) -> list[RowSource]:
@@ -126,7 +124,7 @@ def open_sources(
         return [each for one in listings for each in _listed(one, split, is_held_out)]
     local = _open_local(path, split, is_held_out)
     if local is None:
-        return [_hub(path, one, split, offline, streaming) for one in names]
+        return [_hub(path, one, split, streaming) for one in names]
     if name is not None:
         note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
         local[0] = replace(local[0], notes=(*local[0].notes, note))
@@ -320,7 +318,7 @@ def _not_asked(offline: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
+def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
     from datasets import (
         DownloadConfig,
@@ -334,6 +332,7 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
+    offline = is_offline()
     where = "the local cache (offline)" if offline else "the hub"
     notes: tuple[str, ...] = ()
     if not offline and not _reaches_hub(source):

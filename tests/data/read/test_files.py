@@ -155,6 +155,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("name or service not known")
 
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
     monkeypatch.setattr("datasets.load_dataset", load)
@@ -184,6 +185,7 @@ def test_a_hub_that_has_no_such_data_set_is_believed(monkeypatch: pytest.MonkeyP
         assert not constants.HF_HUB_OFFLINE
         raise ValueError("doesn't exist on the Hub")
 
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
     monkeypatch.setattr("datasets.load_dataset", load)
@@ -243,7 +245,7 @@ def test_what_counts_as_a_local_file(tmp_path: Path) -> None:
 
 def test_hub_dataset_that_cannot_be_had_says_so() -> None:
     with pytest.raises(DataError, match=r"'nobody/nothing'.* the local cache \(offline\): ") as got:
-        load_rows("nobody/nothing", name="main", offline=True)
+        load_rows("nobody/nothing", name="main")
     assert "give a local file (.jsonl, .json, .csv, .parquet)" in str(got.value)
 
 
@@ -285,7 +287,7 @@ def test_a_dataset_can_be_streamed(
     monkeypatch.setattr("kpsvd_tune.data.read.sources._reaches_hub", lambda source: True)
 
     def open_hub(split: str) -> RowSource:
-        return _hub(str(folder), None, split, False, True)
+        return _hub(str(folder), None, split, True)
 
     source = open_hub(split)
     values = [row.values["prompt"] for row in source.read()]

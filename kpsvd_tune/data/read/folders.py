@@ -1,4 +1,4 @@
-"""Which files of a folder or a pattern are read: by extension, by split, and never by chance."""
+"""Which files of a folder or a pattern are read: by extension and by split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kpsvd_tune.data.read.files import SUFFIXES, kind_of
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.paths import exists, expand
 
-# What tools write beside the rows, under names of their own.
+# Files that tools write beside the rows.
 _METADATA = frozenset(
     {
         "config.json",
@@ -31,7 +31,7 @@ _METADATA = frozenset(
         "state.json",
     }
 )
-# The words that the datasets library takes for splits, and a few that people write.
+# The words that the datasets library reads as splits, and a few more that people write.
 _SPLITS = {
     word: split
     for split, words in {

@@ -133,7 +133,7 @@ class Tokeniser:
         ignored: set[str] = set()
         rows = _without_columns(source.read(), settings.ignore_columns, ignored)
         faults = Faults() if settings.drops_faulty else None
-        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
+        head = list(islice(rows, _ROWS))  # the first of them that shows a form decides it
         form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
         encoder = Encoder(
@@ -193,7 +193,7 @@ def find_form(
 
 
 def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
-    """Notes where rows have a prompt or a system prompt and the template no place for it."""
+    """Notes on prompts and system prompts of rows that the template has no placeholder for."""
     if form.is_chat or form.name == "text" or template == "chat":
         return []
     text = TextTemplate(template)
@@ -276,7 +276,7 @@ def _encode(
     """
     layouts: list[Layout] = []
     numbers: list[int] = []
-    found: list[TokenizedRow | None] = []  # None: the next of the rows that are laid out
+    found: list[TokenizedRow | None] = []  # None: take the next row of the encoder
     for row in rows:
         parts: list[Layout] = []
         mark = Mark.EMPTY
@@ -381,7 +381,7 @@ def faulty_rows_note(
 
 
 def _reason(text: str) -> str:
-    """The kind of a fault: its message without what differs from row to row."""
+    """The kind of a fault: its message without the parts that differ from row to row."""
     text = re.sub(r"\s*\([^()]*\)", "", text)
     text = re.split(r"[;:] ", text, maxsplit=1)[0]
     return re.sub(r"\d+", "N", text)[:100]

@@ -360,11 +360,7 @@ class _Finder:
 
 
 class _MarkedTurns(_Finder):
-    """Finds the answers of a chat whose template marks them, one stretch for each turn.
-
-    Raises:
-        TemplateError: There are not as many stretches as turns.
-    """
+    """Finds the answers of a chat whose template marks them, one stretch for each turn."""
 
     def __init__(
         self,
@@ -461,11 +457,7 @@ def _is_rendered_whole(number: int, count: int) -> bool:
 
 
 def _place_of(content: str, turn: str) -> tuple[int, int]:
-    """Where an assistant's text stands in its turn; reasoning written into it may be set apart.
-
-    Raises:
-        TemplateError: It is not there.
-    """
+    """Where an assistant's text stands in its turn; reasoning written into it may be set apart."""
     text = content.strip()
     if (start := turn.find(text)) >= 0:
         return start, start + len(text)

@@ -89,19 +89,12 @@ class TokenizedRow:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A row as text.
-
-    Attributes:
-        segments: Its stretches, learnt or not.
-        prefix: Ids that stand before them.
-        holds_special_tokens: Whether the row's own text holds the text of a special token.
-        is_chat: Whether a chat template wrote it, which may have an end token of its own.
-    """
+    """A row as text, learnt or not."""
 
     segments: Sequence[Segment]
-    prefix: Sequence[int]
-    holds_special_tokens: bool
-    is_chat: bool
+    prefix: Sequence[int]  # ids that stand before them
+    holds_special_tokens: bool  # whether the row's own text holds the text of a special token
+    is_chat: bool  # whether a chat template wrote it, which may have an end token of its own
 
 
 class Encoder:

@@ -135,11 +135,7 @@ def read_part(row: Row, name: str, part: Any, key: str) -> str:
 
 
 def _called(row: Row, name: str, content: str) -> list[dict[str, Any]]:
-    """The calls in the text of a turn from `function_call`: an object of name and arguments.
-
-    Raises:
-        DataError: It is no call, or no list of calls.
-    """
+    """The calls in the text of a turn from `function_call`: an object of name and arguments."""
     try:
         value = parse_json(content)
     except ValueError:

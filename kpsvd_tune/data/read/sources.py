@@ -29,6 +29,7 @@ from kpsvd_tune.data.read.folders import (
     list_pattern,
 )
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.storage.paths import expand
 
@@ -69,7 +70,6 @@ def load_rows(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    offline: bool = False,
 ) -> LoadedRows:
     """Read one or several sources into memory, one after the other.
 
@@ -77,7 +77,6 @@ def load_rows(
         path: Local file, folder, pattern or hub id; or several of these.
         name: Configuration of a hub dataset, or several to read one after the other.
         split: Split of a hub dataset, in the notation of `datasets`.
-        offline: Use only what the local hub cache holds.
 
     Raises:
         DataError: A source is missing or faulty; the message names source and line.
@@ -88,7 +87,7 @@ def load_rows(
     rows: list[Row] = []
     notes: list[str] = []
     for one in paths:
-        for source in open_sources(one, name=name, split=split, offline=offline):
+        for source in open_sources(one, name=name, split=split):
             rows += readable(source.read())
             notes += source.notes
     return LoadedRows(tuple(rows), tuple(notes))
@@ -99,7 +98,6 @@ def open_sources(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    offline: bool = False,
     streaming: bool = False,
     is_held_out: bool = False,
 ) -> list[RowSource]:
@@ -122,7 +120,7 @@ def open_sources(
         return [each for one in listings for each in _listed(one, split, is_held_out)]
     local = _open_local(path, split, is_held_out)
     if local is None:
-        return [_hub(path, one, split, offline, streaming) for one in names]
+        return [_hub(path, one, split, streaming) for one in names]
     if name is not None:
         note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
         local[0] = replace(local[0], notes=(*local[0].notes, note))
@@ -288,7 +286,7 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
     yield from chain([first], rows)
 
 
-def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
+def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
     from datasets import (
         DownloadConfig,
@@ -302,7 +300,7 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
-    config = DownloadConfig(local_files_only=True) if offline else None
+    config = DownloadConfig(local_files_only=True) if is_offline() else None
 
     def explained(function: Callable[[], Any]) -> Any:
         try:
@@ -310,7 +308,7 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         # The library raises many kinds (its own, OSError, ValueError, those of the hub client):
         # all of them mean that this dataset cannot be had as the recipe names it.
         except Exception as error:
-            where = "the local cache (offline)" if offline else "the hub"
+            where = "the local cache (offline)" if is_offline() else "the hub"
             raise DataError(
                 f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: "
                 f"not found as a local file and not loadable from {where}: {_reason(error)}. "

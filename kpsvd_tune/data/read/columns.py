@@ -10,7 +10,7 @@ from typing import Any
 from kpsvd_tune.data.read.files import Row, parse_json
 from kpsvd_tune.errors import DataError, closest
 
-# Names that real data sets use for a role, most telling first.
+# Names that real data sets use for a role, the clearest first.
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt": (
         "prompt", "question", "instruction", "problem", "query", "input", "request", "user",
@@ -29,7 +29,7 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-# What belongs before the answer besides the question, by plain names.
+# Columns that belong before the answer besides the question, by plain names.
 CONTEXT_NAMES = {
     *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
     *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
@@ -123,7 +123,7 @@ def text_of(row: Row, name: str) -> str:
     """
     value = column(row, name)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        value = "\n".join(value)  # as MBPP holds the tests of a task
+        value = "\n".join(value)  # a list of texts holds lines, such as the tests of a task
     if isinstance(value, str):
         check_characters(row, name, value)
         return value

@@ -232,15 +232,8 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
             )
             yield number, fault
             continue
-        if not isinstance(values, dict):
-            cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
-            fault = DataError(
-                f"{path}, line {number}: expected a JSON object (columns by name), found "
-                f"{_kind(values)}{cure}"
-            )
-            yield number, fault
-            continue
-        yield number, values
+        cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
+        yield number, _object(values, f"{path}, line {number}", cure)
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
@@ -265,14 +258,16 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
     for number, values in enumerate(content, start=1):
-        if not isinstance(values, dict):
-            fault = DataError(
-                f"{path}, row {number}: expected a JSON object (columns by name), found "
-                f"{_kind(values)}"
-            )
-            yield number, fault
-            continue
-        yield number, values
+        yield number, _object(values, f"{path}, row {number}")
+
+
+def _object(values: Any, place: str, cure: str = "") -> dict[str, Any] | DataError:
+    """The values, or the error that they are no JSON object."""
+    if isinstance(values, dict):
+        return values
+    return DataError(
+        f"{place}: expected a JSON object (columns by name), found {_kind(values)}{cure}"
+    )
 
 
 def _read_csv(path: Path) -> Iterator[Numbered]:
@@ -302,8 +297,8 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                     f'({_names(header)}): put double quotes (") around a text with a comma in it'
                 )
                 yield number, fault
-                continue
-            yield number, dict(zip(header, fields, strict=True))
+            else:
+                yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(
             f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "

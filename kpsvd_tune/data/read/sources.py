@@ -388,23 +388,14 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """One split, or a stretch of its rows.
-
-    Attributes:
-        name: The split.
-        start: First row, or per cent of the rows; negative counts from the end; None: the first.
-        stop: One past the last.
-        is_percent: Whether the two are per cent.
-        drops_remainder: Whether one per cent is a whole number of rows, and the rest left out.
-        split: The recipe's whole `split`, for messages.
-    """
+    """One split, or a stretch of its rows; negative numbers count from the end."""
 
     name: str
     start: int | None = None
-    stop: int | None = None
-    is_percent: bool = False
-    drops_remainder: bool = False
-    split: str = ""
+    stop: int | None = None  # one past the last
+    is_percent: bool = False  # whether the two are per cent of the rows
+    drops_remainder: bool = False  # whether one per cent is a whole number of rows
+    split: str = ""  # the recipe's whole `split`, for messages
 
     @property
     def is_whole(self) -> bool:
@@ -481,20 +472,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """How one source is read: the recipe's keys, those of the dataset section filled in.
-
-    Attributes:
-        path: File or hub id.
-        name: Configuration on the hub, or several.
-        split: Split.
-        format: Form of the rows, or auto.
-        columns: Column of each role.
-        ignore_columns: Columns that are read as if they were not there.
-        template: Text template, or chat.
-        weight: Times each row is seen in an epoch.
-        names_template: Whether the recipe writes a template rather than leaving the default.
-        drops_faulty: Whether rows that cannot be read are left out rather than refused.
-    """
+    """How one source is read: the recipe's keys, those of the dataset section filled in."""
 
     path: str
     name: str | Sequence[str] | None
@@ -504,8 +482,8 @@ class SourceSettings:
     ignore_columns: Sequence[str]
     template: str
     weight: float = 1.0
-    names_template: bool = False
-    drops_faulty: bool = False
+    names_template: bool = False  # whether the recipe writes a template
+    drops_faulty: bool = False  # whether faulty rows are left out rather than refused
 
 
 def training_sources(dataset: DatasetRecipe) -> list[SourceSettings]:

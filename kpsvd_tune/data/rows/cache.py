@@ -30,8 +30,8 @@ from kpsvd_tune.storage.locks import hold, is_shared, share
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 6
-# Beyond this the stores used longest ago go; those of running commands stay.
+FORMAT_VERSION = 7
+# Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536
 
@@ -39,18 +39,18 @@ _OPEN_FILES = 65_536
 class TokenCache:
     """Stores of tokenised rows under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
 
-    A store is written beside its place, synced and renamed, so a killed run leaves none
-    half-written; a lock held meanwhile keeps two runs from making the same one.
+    A store is written under another name and renamed when it is whole, so that a killed run leaves
+    none half-written; a lock held meanwhile keeps two runs from making the same one.
 
     Args:
         folder: Another folder than the usual one.
-        max_bytes: Size above which stores used longest ago are removed.
+        max_bytes: Size above which the least recently used stores are removed.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         self.folder = folder or cache_folder() / "tokens"
         self._max_bytes = max_bytes
-        # Looking at all stores takes as long as there are many: not after every small one.
+        # Looking at all stores takes time, so it is not done after every small one.
         self._made_bytes = max_bytes
         _allow_many_files()
 
@@ -103,7 +103,7 @@ class TokenCache:
             replace_file(file, text.encode())
 
     def prune(self) -> None:
-        """Remove what was used longest ago, until the rest is no larger than the bound."""
+        """Remove the least recently used stores, until the rest is no larger than the bound."""
         remove_leftovers(self.folder)
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
@@ -147,7 +147,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     settings = {
         name: value
         for name, value in tokenizer.init_kwargs.items()
-        # Where it was found says nothing about what it does.
+        # The place of the files changes nothing about what the tokenizer does.
         if name not in ("name_or_path", "vocab_file", "tokenizer_file", "cache_dir")
         and not name.startswith("_")
     }

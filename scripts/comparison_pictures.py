@@ -1,6 +1,6 @@
 """Take the figures of a comparison's page as PNG files, for documents.
 
-    python scripts/comparison_pictures.py runs/study/comparison.html docs/study
+    python scripts/comparison_pictures.py runs/study/comparison.html docs/pictures
 
 Writes curves.png, front.png, rates.png and norms.png. Needs Chromium and the package playwright;
 the page is drawn by the browser, so the pictures show what a reader of the page sees.

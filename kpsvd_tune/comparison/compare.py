@@ -23,21 +23,22 @@ from kpsvd_tune.comparison.trial_log import (
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.comparison.workers import run_base, run_setups
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
-from kpsvd_tune.data.rows.preflight import pad_token_id
-from kpsvd_tune.data.rows.stored_rows import num_shared
+from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
+from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
     WeightReader,
     base_fingerprint,
     load_skeleton,
     load_tokenizer,
+    resolve_model,
 )
-from kpsvd_tune.pipeline.phase import Phase, data_cures, watched
-from kpsvd_tune.pipeline.stages import Events, find_model
+from kpsvd_tune.phase import Phase, data_cures, watched
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file, to_json
@@ -99,7 +100,7 @@ def compare(
     phase = Phase()
     phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
     with watched(phase), run.lock():
-        source = find_model(recipe, offline)
+        source = resolve_model(recipe.model.path, recipe.model.revision, offline)
         tokenizer = load_tokenizer(source)
         events.stage(f"reading {source_names(recipe.dataset)}")
         skeleton = load_skeleton(source)
@@ -196,14 +197,8 @@ def _conclude(
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"
-    try:
-        replace_file(page, comparison_page(verdict, chosen).encode())
-    except InputError as error:
-        # A page of earlier trials beside the new figures would tell something else.
-        page.unlink(missing_ok=True)
-        events.note(f"{page.name} was not written: {error}")
-    else:
-        events.note(f"written: {page}, comparison.json and {RESULTS}")
+    fault = write_page(page, lambda: comparison_page(verdict, chosen))
+    events.note(fault or f"written: {page}, comparison.json and {RESULTS}")
     return verdict
 
 

@@ -1,13 +1,10 @@
 """From rows to batches: read, find the form, encode, store, select, mix, check, sample, pad."""
 
-from kpsvd_tune.data.encode.encoder import Encoder
-from kpsvd_tune.data.encode.tokenized import IGNORED, TokenizedRow
-from kpsvd_tune.data.rows.batch import collate, pack
-from kpsvd_tune.data.rows.grouping import row_lengths
+from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, TokenizedRow
+from kpsvd_tune.data.read.sources import source_names
+from kpsvd_tune.data.rows.batches import StatelessSampler, collate, pack, row_lengths
 from kpsvd_tune.data.rows.prepare import PreparedData, prepare, read_examples
-from kpsvd_tune.data.rows.sampler import StatelessSampler
-from kpsvd_tune.data.rows.source_settings import source_names
-from kpsvd_tune.data.rows.stored_rows import StoredRows
+from kpsvd_tune.data.rows.store import StoredRows
 
 __all__ = [
     "IGNORED",

@@ -15,10 +15,12 @@ from kpsvd_tune.decompose.ranks import rank_report, rank_rule
 from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, work
 from kpsvd_tune.decompose.workers import run_processes
 from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import LayerPlan, check_rule
 from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.units import time_left
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,18 @@ class Progress:
 
 
 Show = Callable[[Progress], None]
+
+
+def report_decomposition(events: Events) -> Show:
+    """A progress callback for the decomposition."""
+
+    def advance(progress: Progress) -> None:
+        detail = f"energy so far {100 * progress.energy:.1f} %"
+        if left := time_left(progress.seconds_left):
+            detail += f", {left}"
+        events.advance("decomposing", progress.done, progress.total, detail)
+
+    return advance
 
 
 @dataclass(frozen=True)

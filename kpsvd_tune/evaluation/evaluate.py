@@ -30,7 +30,6 @@ from kpsvd_tune.evaluation.generate import (
     generate_completions,
 )
 from kpsvd_tune.evaluation.loss_task import check_loss, score_loss
-from kpsvd_tune.evaluation.processes import num_processes, on_first_process, rank, wait_for_all
 from kpsvd_tune.evaluation.prompts import (
     build_prompts,
     num_shots,
@@ -40,6 +39,7 @@ from kpsvd_tune.evaluation.prompts import (
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
+from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.disk import explained
@@ -129,7 +129,7 @@ def evaluate(
         with explained(f"write into {output_folder}", "an --output"):
             _open_folder(output_folder, settings, prompts, set_aside)
 
-    on_first_process(make_ready)
+    on_main_process(make_ready)
     done = {each.key for each in read_completions(file)} if file.exists() else set()
     wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
     if watch.note is not None and (found := len(wanted & done)):
@@ -142,7 +142,7 @@ def evaluate(
         append_completion(file, completion)
     wait_for_all()
     completions = [each for each in read_completions(file) if each.key in wanted]
-    return on_first_process(
+    return on_main_process(
         lambda: score_completions(
             recipe.task,
             completions,

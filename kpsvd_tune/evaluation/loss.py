@@ -109,8 +109,8 @@ def completion_loss(
         if limit is not None and number >= limit:
             break
         parts = [] if example is None else encoder.parts(example)
-        encoded = (encoder.encode(part, number).row for part in parts)
-        rows += [row for row in encoded if row is not None]
+        encoded = (encoder.encode(part, number) for part in parts)
+        rows += [row for row in encoded if row.num_supervised]
     if not rows:
         raise DataError(
             f"{path} holds no completion to compute a loss on. Expected at least one row whose "
@@ -212,7 +212,7 @@ def _windows(
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     rows = []
     for number, start in enumerate(range(0, len(ids), window)):
-        part = tuple(ids[start : start + window])
+        part = ids[start : start + window]
         if len(part) > 1:
             rows.append(TokenizedRow(part, (IGNORED, *part[1:]), number))
     if not rows:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.data.encode.format import Pair
-from kpsvd_tune.data.encode.text_template import TextTemplate
+from kpsvd_tune.data.encode.templates import TextTemplate
 from kpsvd_tune.data.read.sources import is_local_file
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.generate import Prompt

@@ -33,6 +33,7 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.merge.files import keep_base_files
+from kpsvd_tune.models.loading import same_tokenizer
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.storage.disk import follow_umask
@@ -140,7 +141,7 @@ def merge(
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        keep_base_files(partial, base_folder, dtype, _has_own_tokens(tokenizer, base_folder))
+        keep_base_files(partial, base_folder, dtype, _has_own_tokenizer(tokenizer, base_folder))
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
@@ -192,12 +193,12 @@ def _remove_leftovers(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _has_own_tokens(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
-    """Whether a tokenizer has tokens that the base's lacks, which came with the adapter."""
+def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
+    """Whether a tokenizer is another than the base's, which came with the adapter."""
     if base_folder is None or not (base_folder / "tokenizer_config.json").is_file():
         return False
     own: Any = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
-    return bool(tokenizer.get_vocab().keys() - own.get_vocab().keys())
+    return not same_tokenizer(tokenizer, own)
 
 
 @torch.no_grad()

@@ -257,6 +257,15 @@ def _indexed(path: str, index: Path) -> tuple[Path, ...]:
                 "model's folder; nothing outside it is read: fetch the model again from a place "
                 "that you trust"
             )
+    if names[0].endswith(".safetensors") and (
+        odd := [name for name in names if not name.endswith(".safetensors")]
+    ):
+        # transformers reads all as it reads the first: torch.load takes both, safetensors does not.
+        raise ModelError(
+            f"model.path {path!r}: {index} lists {names[0]} and, of another format, {odd[0]}; "
+            "transformers cannot load the two together: fetch the model again, or write all shards "
+            "as .safetensors"
+        )
     files = tuple(index.parent / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing:

@@ -14,6 +14,7 @@ import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_p
 from kpsvd_tune.adapter.base import other_base_allowed
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
+from kpsvd_tune.events import Events
 from kpsvd_tune.merge.merging import DTYPES, check_output
 from kpsvd_tune.merge.merging import merge as merge_adapter
 from kpsvd_tune.models import (
@@ -24,8 +25,8 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.pipeline.phase import Phase, loading_cures, merging_cures, watched
-from kpsvd_tune.pipeline.stages import Events, device
+from kpsvd_tune.phase import Phase, loading_cures, merging_cures, watched
+from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report.card import Base

@@ -18,10 +18,10 @@ from kpsvd_tune.adapter.targets import untouched
 from kpsvd_tune.decompose import layer_report
 from kpsvd_tune.decompose.start import base_name
 from kpsvd_tune.errors import AdapterError, RecipeError
+from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan
 from kpsvd_tune.models import ModelSource, load_model
 from kpsvd_tune.pipeline.apply import COMPARED, find, load_adapter
-from kpsvd_tune.pipeline.stages import Events
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
@@ -107,7 +107,7 @@ def load_adapted(
             layer.kpsvd_base["default"] = torch.zeros(RECORD, dtype=torch.int32)
         if others and config.layers is not None:
             config.layers[name]["fingerprint"] = None
-    record_base(model, layers, "default")
+    record_base(model, layers, "default", config)
     config.base_files = dict(base_files)
     config.base_model_name_or_path = base_name(recipe.model.path)
     return model

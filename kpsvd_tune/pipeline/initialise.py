@@ -10,13 +10,13 @@ from dataclasses import replace
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.decompose import Decomposition, decompose
+from kpsvd_tune.decompose import Decomposition, decompose, report_decomposition
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
-from kpsvd_tune.pipeline.stages import Events, report_decomposition
+from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory, Start
-from kpsvd_tune.training import on_main_process
 from kpsvd_tune.training.energy_probes import EnergyProbes, with_energy
 
 
@@ -62,9 +62,7 @@ def initialise(
     if is_auto:
         if not is_ours:
             # Probes of other settings say nothing about these.
-            on_main_process(
-                accelerator, lambda: shutil.rmtree(run.path / "probes", ignore_errors=True)
-            )
+            on_main_process(lambda: shutil.rmtree(run.path / "probes", ignore_errors=True))
         energy, probes = EnergyProbes(
             recipe,
             source,
@@ -100,7 +98,7 @@ def initialise(
         run.update(init_seconds=time.monotonic() - began)
         made.append(found)
 
-    on_main_process(accelerator, compute)
+    on_main_process(compute)
     # The other processes read the bits that the main one wrote, as a resume does.
     found = made[0] if made else Decomposition.load(run.init, is_of_weight=is_of_weight)
     events.ranks(found.report)

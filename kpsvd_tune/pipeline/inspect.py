@@ -8,17 +8,17 @@ from typing import Any
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.data import prepare, source_names
-from kpsvd_tune.data.rows.limits import model_limits
-from kpsvd_tune.decompose import collect_spectra, decompose
+from kpsvd_tune.data.rows.preflight import model_limits
+from kpsvd_tune.decompose import collect_spectra, decompose, report_decomposition
 from kpsvd_tune.errors import (
     AdapterError,
     CheckpointError,
     RecipeError,
 )
+from kpsvd_tune.events import Events
 from kpsvd_tune.launch import check_gpus
-from kpsvd_tune.models import load_skeleton, load_tokenizer
-from kpsvd_tune.pipeline.phase import Phase, decomposition_cures, watched
-from kpsvd_tune.pipeline.stages import Events, find_model, report_decomposition
+from kpsvd_tune.models import load_skeleton, load_tokenizer, resolve_model
+from kpsvd_tune.phase import Phase, decomposition_cures, watched
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
@@ -63,7 +63,7 @@ def init_only(
             "adapter.from: that adapter's ranks stay as they are, and nothing is decomposed; set "
             "it to null to see the ranks of this recipe"
         )
-    source = find_model(recipe, offline)
+    source = resolve_model(recipe.model.path, recipe.model.revision, offline)
     processes, device = _workers(processes, gpus)
     run = RunDirectory(recipe.output_dir)
     if is_run(run.path):
@@ -141,7 +141,7 @@ def sweep_ranks(
     phase.enter("decomposing the base model", decomposition_cures(widest), KEPT)
     with watched(phase):
         spectra = collect_spectra(
-            find_model(widest, offline),
+            resolve_model(widest.model.path, widest.model.revision, offline),
             widest.adapter,
             seed=widest.train.seed,
             processes=processes,
@@ -196,7 +196,7 @@ def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, 
     """
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
-    source = find_model(recipe, offline)
+    source = resolve_model(recipe.model.path, recipe.model.revision, offline)
     events.stage(f"reading {source_names(recipe.dataset)}")
     skeleton = load_skeleton(source)
     data = prepare(

@@ -19,14 +19,29 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
-from kpsvd_tune.data.rows.limits import model_limits
-from kpsvd_tune.data.rows.preflight import check_known_tokens, pad_token_id
+from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
-from kpsvd_tune.models import ModelSource, base_fingerprint, load_skeleton, load_tokenizer
+from kpsvd_tune.models import (
+    ModelSource,
+    base_fingerprint,
+    load_skeleton,
+    load_tokenizer,
+    resolve_model,
+)
+from kpsvd_tune.phase import (
+    Phase,
+    answering_cures,
+    data_cures,
+    decomposition_cures,
+    loading_cures,
+    training_cures,
+    watched,
+)
 from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
 from kpsvd_tune.pipeline.continuing import (
     adapter_hash,
@@ -36,18 +51,9 @@ from kpsvd_tune.pipeline.continuing import (
     write_ranks,
 )
 from kpsvd_tune.pipeline.initialise import initialise
-from kpsvd_tune.pipeline.phase import (
-    Phase,
-    answering_cures,
-    data_cures,
-    decomposition_cures,
-    loading_cures,
-    training_cures,
-    watched,
-)
 from kpsvd_tune.pipeline.save import save_adapter
 from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
-from kpsvd_tune.pipeline.stages import Events, find_model
+from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
@@ -56,10 +62,7 @@ from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import (
     Training,
-    end_processes,
     make_accelerator,
-    name_lost_process,
-    on_main_process,
 )
 from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.zero_config import zero_stage
@@ -131,27 +134,27 @@ def train(
                 "evaluation: answers are not generated from sharded weights (DeepSpeed's ZeRO 3); "
                 "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
             )
-        on_main_process(accelerator, lambda: _claim(run, resume, stack))
+        on_main_process(lambda: _claim(run, resume, stack))
         phase.enter("finding the base model")
-        source = on_main_process(accelerator, lambda: find_model(recipe, offline))
+        source = on_main_process(
+            lambda: resolve_model(recipe.model.path, recipe.model.revision, offline)
+        )
         tokenizer = load_tokenizer(source)
         phase.enter("reading and tokenising the data", data_cures(recipe))
         train_rows, validation_rows, data_sha256, template = on_main_process(
-            accelerator,
             lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
         )
         # Only the first process has read the rows, which decide on it where the recipe does not.
-        tokenizer.chat_template = on_main_process(accelerator, lambda: tokenizer.chat_template)
+        tokenizer.chat_template = on_main_process(lambda: tokenizer.chat_template)
         length = run_length(
             recipe.train, len(train_rows), len(validation_rows), accelerator.num_processes
         )
         # A run that is under way goes on, whatever is thought of its settings by now.
         if length.faults and (resume == "never" or not run.holds_checkpoint()):
             raise RecipeError("\n".join(length.faults))
-        base_files = on_main_process(accelerator, lambda: base_fingerprint(source))
+        base_files = on_main_process(lambda: base_fingerprint(source))
         origin = {} if adapter_folder is None else {"adapter": adapter_hash(adapter_folder)}
         start = on_main_process(
-            accelerator,
             lambda: run.begin(
                 recipe_to_yaml(recipe),
                 {
@@ -214,9 +217,7 @@ def train(
                 events,
                 others if allow_other_base else None,
             )
-            report = on_main_process(
-                accelerator, lambda: write_ranks(model, recipe, run.init, events)
-            )
+            report = on_main_process(lambda: write_ranks(model, recipe, run.init, events))
         scorer = Scorer(
             tokenizer,
             trained_as(dataset, template),
@@ -279,9 +280,7 @@ def train(
         if tasks:
             results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
             results["score_conditions"] = scorer.conditions(tasks)
-        on_main_process(
-            accelerator, lambda: _finish(run, model, weights, tokenizer, recipe, report, results)
-        )
+        on_main_process(lambda: _finish(run, model, weights, tokenizer, recipe, report, results))
         events.note(f"adapter: {run.adapter}, results: {run.results_file}")
     return results
 

@@ -40,6 +40,8 @@ class AdapterFile(BaseModel):
     modules_to_save: list[str] | None = None
     layers: dict[str, _Layer] | None = None
     base_files: dict[str, str] | None = None
+    base_config: dict[str, Any] | None = None
+    base_tensors: dict[str, float] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     path: str = "auto"
     seed: int = 0

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
@@ -20,14 +19,15 @@ from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Spectra, collect_spectra, start_from
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import DataError, NonFiniteError
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
+from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training.loop import Training
-from kpsvd_tune.training.processes import on_main_process
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
 # A candidate with fewer parameters wins where it keeps this share of the best fall of the loss:
@@ -36,16 +36,6 @@ KEPT_FALL = 0.98
 # All probes together take at most this share of the run's steps, but no round fewer than this many.
 STEP_SHARE = 0.25
 FEWEST_STEPS = 5
-
-
-class _Events(Protocol):
-    """Who is told how far the choice is."""
-
-    def stage(self, text: str) -> None:
-        """Say what begins now."""
-
-    def note(self, text: str) -> None:
-        """Say something in passing."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ class EnergyProbes:
     accelerator: Accelerator
     run: RunDirectory
 
-    def choose(self, events: _Events) -> tuple[float, tuple[Probe, ...]]:
+    def choose(self, events: Events) -> tuple[float, tuple[Probe, ...]]:
         """Train candidates of the energy threshold for a few steps and choose one.
 
         Probes that are done are kept, so that a stopped choice goes on.
@@ -131,7 +121,7 @@ class EnergyProbes:
         file = folder.with_name(f"{folder.name}.json")
         cure = "remove it, and the probe is run again"
         known: Probe | None = on_main_process(
-            self.accelerator, lambda: read_json(file, Probe, cure=cure) if file.exists() else None
+            lambda: read_json(file, Probe, cure=cure) if file.exists() else None
         )
         if known is not None:
             return known
@@ -158,7 +148,7 @@ class EnergyProbes:
             replace_file(file, to_json(probe.to_dict()))
             shutil.rmtree(folder, ignore_errors=True)
 
-        on_main_process(self.accelerator, keep)
+        on_main_process(keep)
         return probe
 
     def _spectra(self) -> Spectra:
@@ -170,7 +160,7 @@ class EnergyProbes:
             device = str(self.accelerator.device)
             found.append(collect_spectra(self.source, adapter, seed=seed, device=device))
 
-        on_main_process(self.accelerator, collect)
+        on_main_process(collect)
         if not found:
             collect()
         return found[0]
@@ -199,7 +189,6 @@ class EnergyProbes:
         model = adapt(tried, self.source, start, None)
         own = RunDirectory(folder)
         begun = on_main_process(
-            self.accelerator,
             lambda: own.begin(
                 recipe_to_yaml(tried),
                 {"recipe": tried.model_dump(mode="json"), "steps": length},

@@ -1,4 +1,4 @@
-"""Print the tables of docs/performance.md from the figures in docs/performance/, or put them in.
+"""Print the tables of docs/performance.md from the figures in results/performance/, or put them in.
 
 python scripts/benchmarks/tables.py            print
 python scripts/benchmarks/tables.py --write    replace what stands between the page's markers
@@ -15,6 +15,7 @@ from typing import Any
 from paths import summary
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+FIGURES = Path(__file__).parent / "results" / "performance"
 # What PEFT does to the dtype of its factors, beside every figure that depends on it.
 FACTORS = {
     "none": "-",
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put them into docs/performance.md")
     args = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8") if args.write else ""
-    for path in sorted((PAGE.parent / "performance").glob("*.json")):
+    for path in sorted(FIGURES.glob("*.json")):
         if not args.write:
             print(f"### {path.stem}\n\n{table(path)}\n")
             continue

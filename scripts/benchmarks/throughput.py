@@ -1,7 +1,8 @@
 """Measure supervised tokens a second with padded, grouped and packed batches.
 
     python scripts/benchmarks/throughput.py --data train.jsonl \
-        --columns prompt=question completion=answer --json docs/throughput/gsm8k.json
+        --columns prompt=question completion=answer \
+        --json scripts/benchmarks/results/throughput/gsm8k.json
 
 Trains SmolLM2-135M (``scripts/setup`` installs it) with a KPSVD adapter (balanced, rank 4, unless
 --adapter says otherwise) through the training loop's own sampler, batches, loss and step. Without

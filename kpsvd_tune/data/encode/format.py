@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.data.encode.messages import REASONING_KEYS, read_message, read_part
-from kpsvd_tune.data.encode.preference import check_preference
 from kpsvd_tune.data.encode.tools import read_tools
 from kpsvd_tune.data.read.columns import (
+    check_preference,
     column,
     describe_columns,
     from_struct_of_lists,

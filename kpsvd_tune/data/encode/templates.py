@@ -8,16 +8,18 @@ serves it later all render alike without being told of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.encode.chat_program import variables_of
+from kpsvd_tune.data.encode.chat_program import TemplateError, variables_of
+from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, did_you_mean
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
@@ -207,3 +209,110 @@ def _literal(value: Any) -> str:
         return f"[{', '.join(map(_literal, value))}]"
     # The escapes of JSON are jinja's too; other characters stand for themselves.
     return json.dumps(value, ensure_ascii=False)
+
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_KNOWN = ("prompt", "completion", "system")
+
+
+class TextTemplate:
+    r"""A template such as "Question: {prompt}\nAnswer: {completion}".
+
+    Only the three placeholders are replaced, each once and in one pass: braces in a template
+    ("\boxed{}") or in a row stay as they are. Text behind {completion} is learnt with it.
+
+    Args:
+        template: Text with {completion} once, and {prompt} and {system} before it or not at all.
+
+    Raises:
+        DataError: An unknown placeholder, or one missing, repeated or behind {completion}.
+    """
+
+    def __init__(self, template: str) -> None:
+        names = _PLACEHOLDER.findall(template)
+        fault = None
+        if unknown := [name for name in names if name not in _KNOWN]:
+            fault = (
+                f"has the placeholder {{{unknown[0]}}}; to use a column of that name write "
+                f"{{prompt}} and dataset.columns={{prompt: {unknown[0]}}}"
+            )
+        elif names.count("completion") != 1:
+            fault = f"has {{completion}} {names.count('completion')} times; expected once"
+        elif names[-1] != "completion":
+            fault = f"has {{{names[-1]}}} behind {{completion}}; expected it before"
+        if fault:
+            raise DataError(
+                f"dataset.template {fault}; expected text such as "
+                r'"Question: {prompt}\nAnswer: {completion}", or chat'
+            )
+        self.has_prompt = "prompt" in names
+        self.has_system = "system" in names
+        self._head, _, self._tail = template.partition("{completion}")
+
+    def render(self, pair: Pair) -> tuple[str, str]:
+        """Prompt text and completion text; spaces at the end of the first move to the second."""
+        values = {"prompt": pair.prompt, "system": pair.system or ""}
+        text = _PLACEHOLDER.sub(lambda match: values[match[1]], self._head)
+        prompt = text.rstrip(" ")
+        return prompt, text[len(prompt) :] + pair.completion + self._tail
+
+
+T = TypeVar("T")
+
+
+def with_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: DatasetRecipe,
+    work: Callable[[Template | None], T],
+    *,
+    keeps_template: bool = False,
+) -> tuple[T, list[str]]:
+    """Do something with the tokenizer's chat template, or with one of ours where that fails.
+
+    Args:
+        tokenizer: Gets the template that is used in the end.
+        dataset: The recipe's section.
+        work: Called with None, or with the tokenizer's own template, which the one that it has
+            now must be compared with.
+        keeps_template: Look for no other template.
+
+    Returns:
+        What `work` returned, and what a user should know.
+
+    Raises:
+        TemplateError: Neither can be trained; the message is that of the tokenizer's own.
+        DataError: The template that the recipe names does not exist, or fits not.
+    """
+    use_recipe_template(tokenizer, dataset)
+    own: Template | None = tokenizer.chat_template
+    try:
+        return work(None), []
+    except TemplateError as error:
+        name = None if dataset.chat_template or keeps_template else family_of(own)
+        if name is None or own is None or missing_tokens(name, tokenizer):
+            raise
+        refusal = error
+    reasons: list[str] = []
+    for variant in FAMILIES[name].variants:
+        template = shipped_template(name)
+        known = reads(template, tokenizer)
+        asked = {key: value for key, value in dataset.template_arguments.items() if key in known}
+        tokenizer.chat_template = with_arguments(template, {**asked, **variant})
+        try:
+            done = work(own)
+        except DataError as error:
+            reasons.append(str(error))
+            continue
+        except BaseException:
+            tokenizer.chat_template = own
+            raise
+        return done, [
+            f"the tokenizer's own chat template cannot be trained on these rows ({refusal}); the "
+            f"template {name} that comes with kpsvd-tune is used instead, which asks as the own "
+            "one does in every row that both take. Evaluation and the saved adapter use it too"
+        ]
+    tokenizer.chat_template = own
+    raise TemplateError(
+        f"{refusal}. The template {name} that comes with kpsvd-tune was tried in its place and "
+        f"does not do: {reasons[0]}"
+    ) from refusal

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from kpsvd_tune.data.encode.format import RowFormat, several_messages
-from kpsvd_tune.data.encode.preference import check_preference
 from kpsvd_tune.data.encode.tools import TOOL_COLUMNS
 from kpsvd_tune.data.read.columns import (
     CONTEXT_NAMES,
     SYSTEM_NAMES,
+    check_preference,
     column,
     is_empty,
     message_kind,

@@ -1,8 +1,8 @@
 """Check that a rendered chat holds all that its messages say, or that the rest is told of.
 
-A chat template takes what it knows of a message and leaves out the rest without a word: calls of
-tools, reasoning, whole roles. What is not found in the text as it stands is put to the proof:
-the chat is rendered again with a mark in its place, and the mark has to show up.
+A chat template writes the keys of a message that it knows and drops the others silently: calls of
+tools, reasoning, whole roles. A part that is not found in the text is tested: the chat is rendered
+again with a mark in its place, and the mark has to show up.
 """
 
 from __future__ import annotations
@@ -37,12 +37,7 @@ _OTHER_TEMPLATE = (
 
 
 class WrittenCheck:
-    """The check for one chat template.
-
-    Args:
-        render: Renders messages and tools.
-        notes: Gets what a user should know.
-    """
+    """The check for one chat template; `notes` gets what a user should know."""
 
     def __init__(self, render: Render, notes: dict[str, None]) -> None:
         self._marked = render
@@ -52,7 +47,7 @@ class WrittenCheck:
     def check(
         self, messages: Sequence[Message], tools: Any, turns: Mapping[int, str], text: str
     ) -> None:
-        """Compare a rendering with what was to be rendered.
+        """Compare the whole rendering of a chat with its messages and tools.
 
         Args:
             messages: The chat.
@@ -199,8 +194,8 @@ class WrittenCheck:
     def _changes(self, doubt: _Doubt, mark: str, messages: Sequence[Message], tools: Any) -> bool:
         """Whether the rendering is another with a mark in place of the part.
 
-        A text is put to the proof at both of its ends, as templates may cut it. Of an assistant's,
-        which is not learnt, reasoning at its beginning may be left out.
+        A text is tested at both of its ends, as templates may cut it. An assistant's, which is not
+        learnt here, is tested at its end only: reasoning at its beginning may be left out.
         """
         message = messages[doubt.place]
         changes = [doubt.replaced(message, mark)]
@@ -321,12 +316,7 @@ class _Doubt:
 
 
 class _Said:
-    """All that a chat says, to tell a part that is written from an equal one that is not.
-
-    Args:
-        messages: The chat.
-        tools: What its assistant may call.
-    """
+    """All that a chat says, to tell a part that is written from an equal one that is not."""
 
     def __init__(self, messages: Sequence[Message], tools: Any) -> None:
         self._messages = messages

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from kpsvd_tune.data.read.arrow import without_filled_nulls
 from kpsvd_tune.data.read.files import (
     SUFFIXES,
     Row,
@@ -18,6 +18,7 @@ from kpsvd_tune.data.read.files import (
     read_file,
     readable,
     row_unit,
+    without_filled_nulls,
 )
 from kpsvd_tune.data.read.folders import (
     HELD_OUT,
@@ -27,8 +28,8 @@ from kpsvd_tune.data.read.folders import (
     list_folder,
     list_pattern,
 )
-from kpsvd_tune.data.read.slices import Part, parse_split
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.storage.paths import expand
 
 
@@ -357,3 +358,183 @@ def _explained(
             f"found as a local file and not loadable from {where}: {reason}. Check the spelling, "
             f"or give a local file ({', '.join(SUFFIXES)})"
         ) from error
+
+
+_SIDE = r"(?P<{0}>-?\d[\d_]*)(?P<{0}_pct>%)?"
+_PART = re.compile(
+    r"(?P<name>[^\[\]+()\s]+)"
+    rf"(\[\s*({_SIDE.format('start')})?\s*:\s*({_SIDE.format('stop')})?\s*\])?"
+    r"(\((?P<rounding>closest|pct1_dropremainder)\))?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split, or a stretch of its rows.
+
+    Attributes:
+        name: The split.
+        start: First row, or per cent of the rows; negative counts from the end; None: the first.
+        stop: One past the last.
+        is_percent: Whether the two are per cent.
+        drops_remainder: Whether one per cent is a whole number of rows, and the rest left out.
+    """
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+    is_percent: bool = False
+    drops_remainder: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole split."""
+        return self.start is None and self.stop is None
+
+    def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
+        """First row and one past the last, counted from 0; None: up to the end.
+
+        Per cent are rounded to the nearest row, as the datasets library does.
+
+        Args:
+            count: Gives the number of rows; called where it is needed.
+        """
+        sides = (self.start, self.stop)
+        if not self.is_percent and all(side is None or side >= 0 for side in sides):
+            return self.start or 0, self.stop
+        number = count()
+        start, stop = (None if side is None else self._row(side, number) for side in sides)
+        first, last, _ = slice(start, stop).indices(number)
+        return first, last
+
+    def _row(self, side: int, number: int) -> int:
+        if not self.is_percent:
+            return side
+        if self.drops_remainder:
+            return side * (number // 100)
+        return round(side * number / 100)
+
+
+def parse_split(split: str) -> tuple[Part, ...]:
+    """Read the recipe's `split`.
+
+    Raises:
+        DataError: It is no name with an optional stretch, nor a sum of these.
+    """
+    parts = []
+    for text in split.split("+"):
+        match = _PART.fullmatch(text.strip())
+        if match is None:
+            raise DataError(f"dataset.split is {split!r}; {_EXPECTED}")
+        sides = [match["start"], match["stop"]]
+        percent = {bool(match[f"{s}_pct"]) for s in ("start", "stop") if match[s] is not None}
+        if len(percent) == 2:
+            raise DataError(
+                f"dataset.split is {split!r}, which mixes rows and per cent in one stretch; "
+                "expected two numbers of rows, or both with %"
+            )
+        start, stop = (None if side is None else int(side) for side in sides)
+        is_percent = percent == {True}
+        if is_percent and any(side is not None and abs(side) > 100 for side in (start, stop)):
+            raise DataError(f"dataset.split is {split!r}; expected from -100% to 100%")
+        rounding = match["rounding"]
+        if rounding and not is_percent:
+            raise DataError(
+                f"dataset.split is {split!r}: ({rounding}) says how per cent are rounded, and "
+                "there are none; remove it"
+            )
+        parts.append(Part(match["name"], start, stop, is_percent, rounding == "pct1_dropremainder"))
+    return tuple(parts)
+
+
+_EXPECTED = (
+    "expected a name such as train, a stretch of its rows such as train[:100], train[-100:] or "
+    "train[10%:20%], or several joined by +"
+)
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """How one source is read: the recipe's keys, those of the dataset section filled in.
+
+    Attributes:
+        path: File or hub id.
+        name: Configuration on the hub, or several.
+        split: Split.
+        format: Form of the rows, or auto.
+        columns: Column of each role.
+        ignore_columns: Columns that are read as if they were not there.
+        template: Text template, or chat.
+        weight: Times each row is seen in an epoch.
+        names_template: Whether the recipe writes a template rather than leaving the default.
+        drops_faulty: Whether rows that cannot be read are left out rather than refused.
+    """
+
+    path: str
+    name: str | Sequence[str] | None
+    split: str
+    format: str
+    columns: Mapping[str, str]
+    ignore_columns: Sequence[str]
+    template: str
+    weight: float = 1.0
+    names_template: bool = False
+    drops_faulty: bool = False
+
+
+def training_sources(dataset: DatasetRecipe) -> list[SourceSettings]:
+    """The sources of `dataset.path`, in their order."""
+    paths = dataset.path if isinstance(dataset.path, list) else [dataset.path]
+    return [
+        _settings(dataset, each if isinstance(each, SourceRecipe) else SourceRecipe(path=each))
+        for each in paths
+    ]
+
+
+def validation_source(dataset: DatasetRecipe, path: str) -> SourceSettings:
+    """A validation file; it belongs to no configuration or split of the training data."""
+    own = SourceRecipe(path=path, split="train")
+    return _settings(dataset.model_copy(update={"name": None}), own)
+
+
+def source_names(dataset: DatasetRecipe) -> str:
+    """The sources as a message lists them."""
+    return ", ".join(source.path for source in training_sources(dataset))
+
+
+def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) -> None:
+    """Refuse a column to leave out that no row has, which is a slip of the pen.
+
+    Args:
+        found: Columns to leave out that rows of any source have.
+        settings: The sources.
+
+    Raises:
+        DataError: No row has such a column.
+    """
+    wanted = {name: None for each in settings for name in each.ignore_columns}
+    if missing := [name for name in wanted if name not in found]:
+        labels = ", ".join(each.path for each in settings)
+        raise DataError(
+            f"dataset.ignore_columns names {missing[0]!r}, and no row of {labels} has such a "
+            "column; expected names of columns that are there: correct or remove it"
+        )
+
+
+def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
+    columns = dataset.columns if source.columns is None else source.columns
+    return SourceSettings(
+        path=source.path,
+        name=dataset.name if source.name is None else source.name,
+        split=source.split or dataset.split,
+        format=source.format or dataset.format,
+        columns=cast(Mapping[str, str], columns),
+        ignore_columns=(
+            dataset.ignore_columns if source.ignore_columns is None else source.ignore_columns
+        ),
+        template=source.template or dataset.template,
+        weight=source.weight,
+        names_template=source.template is not None or "template" in dataset.model_fields_set,
+        drops_faulty=dataset.on_bad_row == "drop",
+    )

@@ -18,7 +18,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, store_files
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, json_sha256, store_files
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import cache_folder
@@ -41,9 +41,6 @@ class TokenCache:
     Args:
         folder: Another folder than the usual one.
         max_bytes: Size above which stores used longest ago are removed.
-
-    Attributes:
-        folder: Where the stores lie.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -58,13 +55,8 @@ class TokenCache:
     ) -> tuple[TokenStore, bool]:
         """Open the store of a key, or make it.
 
-        Args:
-            key: From :func:`store_key`.
-            make: Adds all rows and returns the facts to keep; what it raises is passed on, and
-                no store is left.
-
-        Returns:
-            The store, and whether it was there before.
+        `make` adds all rows and returns the facts to keep; what it raises is passed on, and no
+        store is left. Returns the store, and whether it was there before.
 
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
@@ -106,7 +98,7 @@ class TokenCache:
         """The JSON value noted under a key; None where it is absent or damaged."""
         try:
             content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
-            return content["value"] if content["sha256"] == _hash(content["value"]) else None
+            return content["value"] if content["sha256"] == json_sha256(content["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -116,7 +108,7 @@ class TokenCache:
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"value": value, "sha256": _hash(value)})
+            text = json.dumps({"value": value, "sha256": json_sha256(value)})
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(file)
         except OSError:
@@ -173,13 +165,9 @@ def _allow_many_files() -> None:
 
 
 def store_key(*parts: Any) -> str:
-    """Name a store by everything its tokens depend on.
-
-    Args:
-        parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
-    """
+    """Name a store by everything its tokens depend on: JSON values, in order."""
     libraries = [tokenizers.__version__, transformers.__version__]
-    return _hash([FORMAT_VERSION, libraries, *parts])
+    return json_sha256([FORMAT_VERSION, libraries, *parts])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -198,10 +186,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [type(tokenizer).__name__, rules, special, added, tokenizer.chat_template]
     text = json.dumps([*parts, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _hold(store: TokenStore) -> None:

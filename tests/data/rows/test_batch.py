@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kpsvd_tune.data.encode.encoder import TokenizedRow
-from kpsvd_tune.data.rows.batch import collate, pack
+from kpsvd_tune.data.rows.batches import collate, pack
 
 ROWS = [
     TokenizedRow((5, 6, 2), (-100, 6, 2), 1),

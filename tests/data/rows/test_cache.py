@@ -17,9 +17,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare
-from kpsvd_tune.data.encode.encoder import Encoder
+from kpsvd_tune.data.encode.encoder import Encoder, Mark, TokenizedRow
 from kpsvd_tune.data.rows.cache import TokenCache, tokenizer_fingerprint
-from kpsvd_tune.data.rows.store import FACTS, Mark, StoreWriter
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter
 from kpsvd_tune.errors import DataError, ResourceError
 from kpsvd_tune.recipe import DatasetRecipe
 
@@ -157,7 +157,7 @@ def test_a_fault_leaves_no_store(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 def make_store(cache: TokenCache, key: str) -> None:
     def make(writer: Any) -> dict[str, Any]:
         for number in range(1000):
-            writer.add(number, None, Mark.EMPTY)
+            writer.add(TokenizedRow((), (), number, Mark.EMPTY))
         return {}
 
     cache.find_or_make(key, make)
@@ -168,7 +168,7 @@ def test_stores_used_longest_ago_go_when_the_bound_is_passed(tmp_path: Path) -> 
     # Made by a process that has ended: those of a running one stay.
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from data.test_cache import TokenCache, make_store\n"
+        "from data.rows.test_cache import TokenCache, make_store\n"
         "for key in 'abc': make_store(TokenCache(Path(sys.argv[2])), key)\n"
     )
     tests = Path(__file__).parents[2]

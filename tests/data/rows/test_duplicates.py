@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare
 from kpsvd_tune.data.rows.split import split_rows
-from kpsvd_tune.data.rows.stored_rows import num_shared
+from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 

@@ -10,9 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import prepare
-from kpsvd_tune.data.encode.chat import TemplateError
+from kpsvd_tune.data.encode.chat_program import TemplateError
 from kpsvd_tune.data.read.files import Row
-from kpsvd_tune.data.rows.faults import Faults, faulty_rows_note
+from kpsvd_tune.data.rows.tokenise import Faults, faulty_rows_note
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 

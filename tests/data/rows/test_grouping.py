@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpsvd_tune.data.rows.grouping import group_by_length
-from kpsvd_tune.data.rows.sampler import StatelessSampler, permutation
+from kpsvd_tune.data.rows.batches import StatelessSampler, group_by_length, permutation
 
 SMALL = st.integers(1, 5)
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=60)

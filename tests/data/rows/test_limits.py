@@ -18,7 +18,7 @@ from transformers import (
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.data import prepare
-from kpsvd_tune.data.rows.limits import ModelLimits, model_limits
+from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 

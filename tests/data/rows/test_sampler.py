@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpsvd_tune.data.rows import split
-from kpsvd_tune.data.rows.sampler import StatelessSampler
+from kpsvd_tune.data.rows.batches import StatelessSampler
 from kpsvd_tune.errors import DataError
 
 SMALL = st.integers(1, 5)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.cache import TokenCache
-from kpsvd_tune.data.rows.source_settings import mix
+from kpsvd_tune.data.rows.split import mix
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.report.console import preflight_lines
 

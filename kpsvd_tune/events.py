@@ -1,0 +1,57 @@
+"""What a command says while it works: stages, notes and progress."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kpsvd_tune.report.results import PreflightReport, RankReport, StepMetrics
+
+
+class Events(Protocol):
+    """What a command tells whoever started it."""
+
+    def stage(self, text: str) -> None:
+        """Say what begins now."""
+
+    def note(self, text: str) -> None:
+        """Say something in passing."""
+
+    def preflight(self, report: PreflightReport) -> None:
+        """Show what will be trained on."""
+
+    def ranks(self, report: RankReport) -> None:
+        """Show the totals of the chosen ranks."""
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        """Report one training step."""
+
+    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """Report progress of a phase."""
+
+    def end_progress(self) -> None:
+        """Close the bar that is open, if any."""
+
+
+class SilentEvents:
+    """Events that nobody watches."""
+
+    def stage(self, text: str) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def preflight(self, report: PreflightReport) -> None:
+        """Do nothing."""
+
+    def ranks(self, report: RankReport) -> None:
+        """Do nothing."""
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        """Do nothing."""
+
+    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """Do nothing."""
+
+    def end_progress(self) -> None:
+        """Do nothing."""

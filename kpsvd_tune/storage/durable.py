@@ -65,6 +65,7 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         ResourceError: The disk refused; what was called `path` stays.
     """
     with explained(f"write {path}"):
+        path = Path(os.path.realpath(path))  # where a link leads to
         make_folder(path.parent)
         with _aside(path, True) as (temporary, _):
             yield temporary

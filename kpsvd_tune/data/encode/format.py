@@ -11,9 +11,9 @@ from typing import Any
 from kpsvd_tune.data.encode.messages import REASONING_KEYS, read_message, read_part
 from kpsvd_tune.data.encode.tools import read_tools
 from kpsvd_tune.data.read.columns import (
+    absent_column,
     check_preference,
     column,
-    describe_columns,
     from_struct_of_lists,
     is_blank,
     is_empty,
@@ -458,7 +458,7 @@ def _as_list(row: Row, name: str, may_be_single: bool) -> list[Any]:
             "role and a text for each message: mend the row"
         ) from error
     if value is None and name not in row.values:
-        raise DataError(f"{row.where}: has no column {name!r}; found {describe_columns(row)}")
+        raise absent_column(row, name)
     if value is None:
         return []
     if may_be_single and isinstance(value, Mapping):

@@ -292,6 +292,8 @@ def with_chat_template(
         name = None if dataset.chat_template or keeps_template else family_of(own)
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
+        if isinstance(own, str) and shipped_name(own):
+            raise  # it is one of ours, which has just been tried
         refusal = error
     reasons: list[str] = []
     for variant in FAMILIES[name].variants:

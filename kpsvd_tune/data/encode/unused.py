@@ -177,7 +177,7 @@ class UnusedColumns:
         if used:
             return several_messages(row, [*used[:1], name], _SETTING)
         return DataError(
-            f"{row.where}: the column {name!r} holds messages, and earlier rows have the form "
+            f"{row.where}: the column {name!r} holds messages, and other rows have the form "
             f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
             f"each form, or leave it out with dataset.ignore_columns: [{name}]"
         )

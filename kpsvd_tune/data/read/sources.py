@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ from kpsvd_tune.errors import DataError
 from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.storage.paths import expand
+
+# A hub that says nothing for so long is taken for one that cannot be reached.
+_HUB_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,34 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
     yield from chain([first], rows)
 
 
+def _reaches_hub(source: str) -> bool:
+    """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # that it has no such data set is an answer
+    # The HTTP client raises many kinds, and all of them mean that nothing came back.
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _not_asked(offline: bool) -> Iterator[None]:
+    """Keep the libraries from asking the hub: they look at this constant at every call."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
     from datasets import (
@@ -300,7 +332,14 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
-    config = DownloadConfig(local_files_only=True) if is_offline() else None
+    offline = is_offline()
+    where = "the local cache (offline)" if offline else "the hub"
+    notes: tuple[str, ...] = ()
+    if not offline and not _reaches_hub(source):
+        offline = True
+        where = "the local cache, and the hub cannot be reached"
+        notes = (f"the hub cannot be reached: {source} is read from the local cache",)
+    config = DownloadConfig(local_files_only=True) if offline else None
 
     def explained(function: Callable[[], Any]) -> Any:
         try:
@@ -308,7 +347,6 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
         # The library raises many kinds (its own, OSError, ValueError, those of the hub client):
         # all of them mean that this dataset cannot be had as the recipe names it.
         except Exception as error:
-            where = "the local cache (offline)" if is_offline() else "the hub"
             raise DataError(
                 f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: "
                 f"not found as a local file and not loadable from {where}: {_reason(error)}. "
@@ -324,7 +362,8 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
         return builder.as_streaming_dataset(split=parts[0].name), f"{builder.cache_dir} {split}"
 
     label = f"{source} ({split})"
-    table, fingerprint = explained(open_table)
+    with _not_asked(offline):
+        table, fingerprint = explained(open_table)
 
     def rows() -> Iterator[Row]:
         records = iter(table)
@@ -335,7 +374,7 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
     def read() -> Iterator[Row]:
         return _sliced(rows, parts[0], source) if streaming else rows()
 
-    return RowSource(label, "row", read, lambda: f"hub {fingerprint}")
+    return RowSource(label, "row", read, lambda: f"hub {fingerprint}", notes=notes)
 
 
 _SIDE = r"(?P<{0}>-?\d[\d_]*)(?P<{0}_pct>%)?"

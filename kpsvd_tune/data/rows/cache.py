@@ -24,7 +24,7 @@ from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536

@@ -28,7 +28,7 @@ from kpsvd_tune.recipe import DatasetRecipe
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
-# Where faulty rows are left out: how many at the head of a source may have no known form.
+# Rows at the head of a source that are asked for a form, where faulty rows are left out.
 _MOST_REFUSED = 100
 _SHOWN_FAULTS = 3
 _LONGEST_FAULT = 240
@@ -218,19 +218,51 @@ def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -
 def _find_form(
     head: Sequence[Row], settings: SourceSettings, label: str
 ) -> tuple[RowFormat, list[str]]:
-    """The form of the rows; where faulty rows are left out, of the first that have one."""
+    """The form of the rows; where faulty rows are left out, that which most of them have."""
     if not head:
         raise DataError(f"{label}: holds no rows; expected at least one")
     unreadable = [row.fault for row in head if row.fault is not None]
     if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
         raise unreadable[0]
+    if not settings.drops_faulty:
+        return find_form(head, settings.format, settings.columns, settings.template)
     refused: list[DataError] = []
-    for start in range(min(len(head), _MOST_REFUSED if settings.drops_faulty else 1)):
+    forms: list[tuple[int, RowFormat, list[str]]] = []
+    known: set[int] = set()
+    for start in range(min(len(head), _MOST_REFUSED)):
+        if start in known:
+            continue
         try:
-            return find_form(head[start:], settings.format, settings.columns, settings.template)
+            form, notes = find_form(
+                head[start:], settings.format, settings.columns, settings.template
+            )
         except DataError as error:
             refused.append(error)
-    raise refused[0]
+            continue
+        if all(form != other for _, other, _ in forms):
+            understood = {place for place, row in enumerate(head) if _is_understood(row, form)}
+            forms.append((len(understood), form, notes))
+            known |= understood
+    if not forms:
+        raise refused[0]
+    number, form, notes = max(forms, key=lambda each: each[0])  # the first of several
+    if len(forms) > 1:
+        others = ", ".join(f"{each.name} ({count})" for count, each, _ in forms if each != form)
+        notes = [
+            f"{label}: {number} of the first {len(head)} rows have the form {form.name}, which is "
+            f"taken for all, as dataset.on_bad_row says; other forms: {others}",
+            *notes,
+        ]
+    return form, notes
+
+
+def _is_understood(row: Row, form: RowFormat) -> bool:
+    """Whether a row can be read in a form and gives something to learn."""
+    try:
+        UnusedColumns(form).check(row)
+        return row.fault is None and form.example(row) is not None
+    except DataError:
+        return False
 
 
 def _encode(

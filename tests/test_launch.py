@@ -280,7 +280,7 @@ import os, pathlib, sys
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training import make_accelerator
-from kpsvd_tune.training.processes import end_processes, gather_numbers
+from kpsvd_tune.processes import end_processes, gather_numbers
 
 accelerator = make_accelerator(TrainRecipe(precision="no"), init_method=init_method())
 both = gather_numbers(accelerator, [accelerator.process_index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Iterator, Mapping
@@ -14,17 +15,22 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from kpsvd_tune.adapter.base_config import differences, hash_of, values_of
 from kpsvd_tune.adapter.sketch import (
     NUM_PROJECTIONS,
     SIZE,
+    Rest,
     distance,
+    is_of_few_bits,
     sketch_module,
     sketch_rest,
     unpacked,
     without_peft,
 )
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.errors import AdapterError, some_of
 from kpsvd_tune.linalg import rearrange
+
+_log = logging.getLogger(__name__)
 
 # How far <W, A0_1 kron B0_1> of the right base may be from the stored number, relative to it.
 # Rounding W to 16 bits moves the product by about 2^-9 ||W|| / (sqrt(out in) sigma_1) of its
@@ -39,6 +45,11 @@ TOLERANCE_QUANTISED = 1e-1
 _MODELS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _OTHERS: ContextVar[list[str] | None] = ContextVar("other bases that are accepted", default=None)
 RECORD = (2, SIZE)
+# The first number of a record's row is the kind of its sketch. Above that byte the first row says
+# whether the factors were found to be the weight's own terms, the second has the configuration.
+_BITS = 8
+# A model has a few hundred tensors; beyond this no number of each is kept.
+_MOST_NUMBERS = 4096
 
 
 @dataclass(frozen=True)
@@ -117,27 +128,41 @@ def base_sizes(base_layer: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def record_base(model: nn.Module, layers: Mapping[str, Any], adapter_name: str) -> None:
+def record_base(
+    model: nn.Module, layers: Mapping[str, Any], adapter_name: str, config: Any
+) -> None:
     """Store what the base is known by in an adapter that was made on it.
 
     Args:
         model: The model, wrapped by PEFT or not.
         layers: The adapted layers by their names in the base.
         adapter_name: The adapter.
+        config: Its configuration, which gets what a message can name.
     """
     if not layers:
         return
+    base = without_peft(model)
     place: Place = next(iter(layers.values())).kpsvd_place[adapter_name]
-    rest = sketch_rest(without_peft(model), list(layers), place.saved_whole, place.task)
-    of_rest = torch.zeros(SIZE, dtype=torch.int32) if rest is None else rest.packed()
+    rest = sketch_rest(base, list(layers), place.saved_whole, place.task)
+    of_rest = torch.zeros(SIZE, dtype=torch.int32) if rest is None else rest.sketch.packed()
+    config.base_config = values_of(base)
+    of_rest[0] |= hash_of(config.base_config) << _BITS
+    config.base_tensors = None
+    if rest is not None and len(rest.numbers) <= _MOST_NUMBERS:
+        config.base_tensors = {
+            name: float(f"{number:.8g}") for name, (number, _) in rest.numbers.items()
+        }
     for layer in layers.values():
         own = sketch_module(layer.get_base_layer())
         if own is None:
             continue
-        record = torch.stack([own.packed(), of_rest])
+        of_own = own.packed()
+        of_own[0] |= (_wrong_term(layer, adapter_name, is_of_few_bits(own)) == "") << _BITS
+        record = torch.stack([of_own, of_rest])
         held = layer.kpsvd_base[adapter_name]
         layer.kpsvd_base[adapter_name] = record.to(held.device)
-        layer.kpsvd_seen[adapter_name] = _key(record)
+        factors = layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name]
+        note_seen(layer, adapter_name, record, factors)
 
 
 def check_loaded(layer: Any) -> None:
@@ -155,23 +180,39 @@ def check_loaded(layer: Any) -> None:
         if left0.device.type == "meta":
             continue
         if record is not None and record.any():
-            if not _is_new(layer, name):
+            seen = layer.kpsvd_seen.get(name, ())
+            key = _key(record, (left0, layer.kpsvd_right0[name]))
+            if seen == key or layer.merged:
                 continue
-            layer.kpsvd_unchecked.pop(name, None)
-            check_record(layer, name, record)
+            if seen[: record.numel()] == key[: record.numel()]:
+                # The base is known; other factors came with the same record.
+                if int(record[0, 0]) >> _BITS:
+                    few = is_of_few_bits(unpacked(record[0])) or layer.quantization_backend
+                    check_terms(layer, name, bool(few))
+                layer.kpsvd_seen[name] = key
+                continue
+            check_record(layer, name, record, unchecked=layer.kpsvd_unchecked.pop(name, None))
             place = layer.kpsvd_place[name]
             model = _MODELS.get(place.model)
             layers = {} if model is None else _adapted(model, name)
             # Once for all layers that were loaded together; a copy of a model is not the model.
             if layers.get(place.name) is layer and not _is_rest_seen(layers, name, record):
-                check_rest(model, layers, name, record)
-            layer.kpsvd_seen[name] = _key(record)
+                configs = getattr(model, "peft_config", {})
+                check_rest(model, layers, name, record, configs.get(name))
+            layer.kpsvd_seen[name] = key
         elif left0.any() and name in layer.kpsvd_unchecked:
             check_base(layer, name, layer.kpsvd_unchecked.pop(name))
 
 
 @torch.no_grad()
-def check_record(layer: Any, adapter_name: str, record: Tensor, given: str = "") -> None:
+def check_record(
+    layer: Any,
+    adapter_name: str,
+    record: Tensor,
+    given: str = "",
+    factors: tuple[Tensor, Tensor] | None = None,
+    unchecked: Unchecked | None = None,
+) -> None:
     """Compare the weight beneath an adapter with the one that the adapter was made for.
 
     Args:
@@ -179,17 +220,25 @@ def check_record(layer: Any, adapter_name: str, record: Tensor, given: str = "")
         adapter_name: The adapter.
         record: (2, SIZE) int32, as it was stored.
         given: The name of the model at hand.
+        factors: A0 and B0, where the layer has not got them yet.
+        unchecked: What the adapter's configuration says of the layer.
 
     Raises:
-        AdapterError: The weights are others, and :func:`other_base_allowed` is not at work.
+        AdapterError: The weights are others, and :func:`other_base_allowed` is not at work; or
+            they are the same, and the frozen factors are not theirs.
     """
     found = sketch_module(layer.get_base_layer())
     if found is None:
         return
     place: Place = layer.kpsvd_place[adapter_name]
-    far, tolerance = distance(unpacked(record[0]), found)
+    stored = unpacked(record[0])
+    far, tolerance = distance(stored, found)
     if not far <= tolerance:
         refuse(_other(place.name, far, tolerance, place.made_for, given))
+        return
+    is_newer = int(record[1, 0]) >> _BITS
+    if int(record[0, 0]) >> _BITS or (not is_newer and unchecked and unchecked.fingerprint):
+        check_terms(layer, adapter_name, is_of_few_bits(stored) or is_of_few_bits(found), factors)
 
 
 @torch.no_grad()
@@ -198,29 +247,90 @@ def check_rest(
     layers: Mapping[str, Any],
     adapter_name: str,
     record: Tensor,
+    config: Any = None,
     given: str = "",
 ) -> None:
-    """Compare all that no adapter lies on: embeddings, norms, biases, layers left alone.
+    """Compare all that no adapter lies on, and the configuration.
 
     Args:
         model: The model.
         layers: The adapted layers by their names in the base.
         adapter_name: The adapter.
         record: As stored in any of the layers.
+        config: The adapter's configuration.
         given: The name of the model at hand.
 
     Raises:
-        AdapterError: The weights are others, and :func:`other_base_allowed` is not at work.
+        AdapterError: Embeddings, norms, biases, layers left alone, buffers or values of the
+            configuration are others, and :func:`other_base_allowed` is not at work.
     """
-    if model is None or not layers or not record[1].any():
+    if model is None or not layers:
         return
+    base = without_peft(model)
     place: Place = next(iter(layers.values())).kpsvd_place[adapter_name]
-    found = sketch_rest(without_peft(model), list(layers), place.saved_whole, place.task)
-    if found is None:
-        return
-    far, tolerance = distance(unpacked(record[1]), found)
-    if not far <= tolerance:
-        refuse(_other("the weights without adapters", far, tolerance, place.made_for, given))
+    told, stored = int(record[1, 0]) >> _BITS, unpacked(record[1])
+    found = None
+    if stored.kind:
+        # Records of older versions hold nothing of the configuration and of buffers.
+        found = sketch_rest(base, list(layers), place.saved_whole, place.task, bool(told))
+    if found is not None:
+        far, tolerance = distance(stored, found.sketch)
+        if not far <= tolerance:
+            message = _other("the weights without adapters", far, tolerance, place.made_for, given)
+            numbers = getattr(config, "base_tensors", None) or {}
+            refuse(message + _named(numbers, found, max(tolerance, 1e-5)))
+    if told:
+        _check_config(values_of(base), config, told, place.made_for)
+    else:
+        say_uncompared()
+
+
+def say_uncompared() -> None:
+    """Tell what an adapter of an older version cannot be asked."""
+    _log.warning(
+        "this adapter is of an older version, which stored nothing of its base's configuration: "
+        "whether config.json is the same (rms_norm_eps, rope_parameters and the like) was not "
+        "compared"
+    )
+
+
+def _check_config(found: Mapping[str, Any], config: Any, told: int, made_for: str) -> None:
+    """Compare configurations by value where the adapter's own is at hand, else by a hash."""
+    stored = getattr(config, "base_config", None) or {}
+    if hash_of(stored) == told:
+        changed = some_of(differences(stored, found), 5)
+    elif hash_of(found) != told:
+        changed = "by a hash; loaded with its own adapter_config.json it says which values"
+    else:
+        changed = ""
+    if changed:
+        refuse(
+            "this adapter was trained on another base model: the configuration of the model given "
+            f"differs ({changed}). The adapter names {made_for!r} as its base."
+        )
+
+
+def _named(stored: Mapping[str, float], found: Rest, least: float) -> str:
+    """The tensors that differ, the furthest first, and what new random ones are due to."""
+    far = {
+        name: abs(stored[name] - number) / (norm or 1.0)
+        for name, (number, norm) in found.numbers.items()
+        if name in stored
+    }
+    # What is not finite is far away.
+    names = sorted((name for name in far if not far[name] <= least), key=lambda name: -far[name])
+    lost = sorted(found.numbers.keys() ^ stored.keys()) if stored else []
+    if not names and not lost:
+        return ""
+    text = f" It is in {some_of(names)}." if names else ""
+    text += f" One of the two has no {some_of(lost)}." if lost else ""
+    if 0 < len(names) < len(far):
+        text += (
+            " Modules that a checkpoint lacks are filled with new random numbers at each load, of "
+            "which transformers warns: if these are such, save the base once with save_pretrained "
+            "and load that folder from then on, or name them in modules_to_save and train anew."
+        )
+    return text
 
 
 def _other(name: str, far: float, tolerance: float, made_for: str, given: str) -> str:
@@ -242,21 +352,24 @@ def _adapted(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     }
 
 
-def _is_new(layer: Any, name: str) -> bool:
-    """Whether a layer's record is another than the one compared last."""
-    return name not in layer.kpsvd_seen or layer.kpsvd_seen[name] != _key(layer.kpsvd_base[name])
-
-
 def _is_rest_seen(layers: Mapping[str, Any], name: str, record: Tensor) -> bool:
-    ends = _key(record)[SIZE:]
+    """Whether one of the layers was loaded with the same second row, and compared."""
+    ends = tuple(record[1].tolist())
     return any(
-        layer.kpsvd_seen.get(name, ())[SIZE:] == ends and not _is_new(layer, name)
+        layer.kpsvd_seen.get(name, ())[SIZE : 2 * SIZE] == ends
+        and tuple(layer.kpsvd_base[name][1].tolist()) == ends
         for layer in layers.values()
     )
 
 
-def _key(record: Tensor) -> tuple[int, ...]:
-    return tuple(record.flatten().tolist())
+def note_seen(layer: Any, name: str, record: Tensor, factors: tuple[Tensor, Tensor]) -> None:
+    """Remember that a record and frozen factors were compared with the base."""
+    layer.kpsvd_seen[name] = _key(record, factors)
+
+
+def _key(record: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[float, ...]:
+    sums = torch.cat([factor.flatten(1).sum(1) for factor in factors])
+    return (*record.flatten().tolist(), *sums.tolist())
 
 
 @torch.no_grad()
@@ -288,20 +401,14 @@ def check_base(
             f"compared. The adapter names {expected.made_for!r} as its base."
         )
         return
-    held: Tensor = layer.weight
-    if held.device.type == "meta" or hasattr(held, "full_tensor"):
+    projections = _projections(layer, adapter_name, factors)
+    if projections is None:
         return
-    weight: Tensor = layer.get_base_weight().float()
-    if isinstance(layer.get_base_layer(), Conv1D):
-        weight = weight.T
-    left0, right0 = factors or (layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name])
-    rearranged = rearrange(weight, layer.kpsvd_shape[adapter_name])
-    a, b = (factor[0].flatten().to(rearranged) for factor in (left0, right0))
-    found = float(a @ (rearranged @ b))
+    found = float(projections[0][0])
     if layer.quantization_backend is not None:
         tolerance = TOLERANCE_QUANTISED
     else:
-        tolerance = TOLERANCE.get(held.dtype, TOLERANCE_16_BIT)
+        tolerance = TOLERANCE.get(layer.weight.dtype, TOLERANCE_16_BIT)
     if not abs(found - expected.fingerprint) <= tolerance * abs(expected.fingerprint):
         model = f", the model given is {given!r}" if given else ""
         refuse(
@@ -309,3 +416,75 @@ def check_base(
             f"{found:.6g} on its first term, expected {expected.fingerprint:.6g} (within "
             f"{tolerance:g} of it). The adapter names {expected.made_for!r} as its base{model}."
         )
+    else:
+        check_terms(layer, adapter_name, layer.quantization_backend is not None, factors)
+
+
+def check_terms(
+    layer: Any,
+    adapter_name: str,
+    is_quantised: bool,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Refuse frozen factors that are not the terms of the weight beneath, in their order.
+
+    Args:
+        layer: The adapted layer, on its own base.
+        adapter_name: The adapter.
+        is_quantised: Whether the weight, here or when the adapter was made, is of few bits.
+        factors: A0 and B0, where the layer has not got them yet.
+
+    Raises:
+        AdapterError: Factors of layers or of terms were exchanged.
+    """
+    wrong = _wrong_term(layer, adapter_name, is_quantised, factors)
+    if wrong:
+        raise AdapterError(
+            f"{layer.kpsvd_place[adapter_name].name}: {wrong}; the frozen factors were exchanged "
+            "with those of another layer or term, or damaged; expected the adapter's file as it "
+            "was saved"
+        )
+
+
+def _wrong_term(
+    layer: Any,
+    adapter_name: str,
+    is_quantised: bool,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> str:
+    """What the first term that is not the weight's own projects to; "" where there is none.
+
+    <W, A0_k kron B0_k> is sigma_k^2, as is ||A0_k||^2 ||B0_k||^2, and sigma_k falls with k.
+    """
+    projections = _projections(layer, adapter_name, factors)
+    if projections is None:
+        return ""
+    found, expected = (each / projections[1].sqrt() for each in projections)
+    tolerance = TOLERANCE_QUANTISED if is_quantised else TOLERANCE_16_BIT
+    slack = tolerance * expected.max()
+    rises = torch.cat([expected.new_zeros(1), expected.diff()])
+    # Written so that what is not a number is wrong.
+    right = ((found - expected).abs() <= slack) & (rises <= slack)
+    if right.all():
+        return ""
+    k = int((~right).nonzero()[0])
+    return (
+        f"the weight projects to {float(found[k]):.6g} on term {k + 1}, expected "
+        f"{float(expected[k]):.6g}, and no more on a later term than on an earlier"
+    )
+
+
+def _projections(
+    layer: Any, adapter_name: str, factors: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | None:
+    """<W, A0_k kron B0_k> and ||A0_k||^2 ||B0_k||^2 of all terms; None: no weight is here."""
+    held: Tensor = layer.weight
+    if held.device.type == "meta" or hasattr(held, "full_tensor"):
+        return None
+    weight: Tensor = layer.get_base_weight().float()
+    if isinstance(layer.get_base_layer(), Conv1D):
+        weight = weight.T
+    left0, right0 = factors or (layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name])
+    rearranged = rearrange(weight, layer.kpsvd_shape[adapter_name])
+    a, b = (factor.flatten(1).to(rearranged) for factor in (left0, right0))
+    return ((a @ rearranged) * b).sum(1), a.square().sum(1) * b.square().sum(1)

@@ -59,6 +59,10 @@ class KpsvdConfig(PeftConfig):
         layers: Per adapted module its ``shape`` (m, n, p, q), ``rank`` and ``fingerprint``
             <W, A0_1 kron B0_1>. Filled when the adapter is made; with it nothing is decomposed.
         base_files: sha256 of the base model's weight files, where they are known.
+        base_config: What of the base's configuration decides its outputs. Filled when the adapter
+            is made; None in adapters of older versions.
+        base_tensors: A random projection of each tensor without adapters, by which messages name
+            the one that differs. Filled as well.
 
     Raises:
         AdapterError: A value is out of range or of the wrong kind.
@@ -77,6 +81,8 @@ class KpsvdConfig(PeftConfig):
     seed: int = field(default=0)
     layers: dict[str, dict[str, Any]] | None = field(default=None)
     base_files: dict[str, str] | None = field(default=None)
+    base_config: dict[str, Any] | None = field(default=None)
+    base_tensors: dict[str, float] | None = field(default=None)
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""

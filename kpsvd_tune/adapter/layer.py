@@ -71,7 +71,7 @@ class KpsvdLayer(BaseTunerLayer):
         # What the base was known by when the adapter was made, zeros where nobody said, and what
         # of it has been compared with this base.
         self.kpsvd_base = BufferDict(persistent=True)
-        self.kpsvd_seen: dict[str, tuple[int, ...]] = {}
+        self.kpsvd_seen: dict[str, tuple[float, ...]] = {}
         self.kpsvd_place: dict[str, Place] = {}
         self._ready: ReadyUpdate | None = None
 
@@ -120,9 +120,12 @@ class KpsvdLayer(BaseTunerLayer):
             )
         self.kpsvd_left[adapter_name] = nn.Parameter(left)
         self.kpsvd_right[adapter_name] = nn.Parameter(right)
-        self.kpsvd_left0[adapter_name] = left0.detach().float().clone()
-        self.kpsvd_right0[adapter_name] = right0.detach().float().clone()
-        self.kpsvd_base[adapter_name] = torch.zeros(RECORD, dtype=torch.int32)
+        # What a file fills is nowhere until then, where PEFT wants to spare the memory.
+        is_nowhere = factors is None and self.kpsvd_left[adapter_name].is_meta
+        place = torch.device("meta") if is_nowhere else left0.device
+        self.kpsvd_left0[adapter_name] = left0.detach().float().clone().to(place)
+        self.kpsvd_right0[adapter_name] = right0.detach().float().clone().to(place)
+        self.kpsvd_base[adapter_name] = torch.zeros(RECORD, dtype=torch.int32, device=place)
         self.kpsvd_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

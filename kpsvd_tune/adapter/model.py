@@ -28,8 +28,10 @@ from kpsvd_tune.adapter.base import (
     check_base,
     check_record,
     check_rest,
+    note_seen,
     record_base,
     remember,
+    say_uncompared,
 )
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
@@ -95,7 +97,8 @@ class KpsvdModel(BaseTuner):
                 }
             _check_all_found(model, config, adapter_name)
             if self._factors:
-                record_base(model, dict(kpsvd_layers(model, adapter_name)), adapter_name)
+                made = dict(kpsvd_layers(model, adapter_name))
+                record_base(model, made, adapter_name, config)
         finally:
             self._factors, self._stated = {}, {}
             config.rank_pattern = overrides
@@ -184,9 +187,10 @@ class KpsvdModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        remapped = _without_the_bases(model, remapped)
         _check_names(model, adapter_name, remapped)
         _check_values(state_dict)
-        _check_loaded(model, adapter_name, state_dict)
+        _check_loaded(model, config, adapter_name, state_dict)
         return remapped
 
 
@@ -216,7 +220,9 @@ def load_factors(
             held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
-    record_base(model, dict(kpsvd_layers(model, adapter_name)), adapter_name)
+    configs: Any = model.peft_config
+    layers = dict(kpsvd_layers(model, adapter_name))
+    record_base(model, layers, adapter_name, configs[adapter_name])
 
 
 def kpsvd_layers(
@@ -354,6 +360,23 @@ def _check_all_found(model: nn.Module, config: KpsvdConfig, adapter_name: str) -
         )
 
 
+def _without_the_bases(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out tensors that are the base's own, bit for bit in the narrower dtype.
+
+    PEFT saves embeddings beside the adapter where it is told to, and where they were resized.
+    """
+    own: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def is_the_bases(name: str, value: Tensor) -> bool:
+        held = own.get(name, own.get(name.removeprefix("base_model.model.")))
+        if held is None or "kpsvd_" in name or held.is_meta or held.shape != value.shape:
+            return False
+        given = value.to(held.device)
+        return torch.equal(given.to(held.dtype), held) or torch.equal(given, held.to(given.dtype))
+
+    return {name: value for name, value in state_dict.items() if not is_the_bases(name, value)}
+
+
 def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps.
 
@@ -383,7 +406,10 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
         raise AdapterError(
             f"the adapter's weights hold {some_of(extra)}, which the configuration does not tell "
             "of and which would replace what the base model has; expected the tensors of its "
-            "layers alone: was the file changed, or is it of another adapter_config.json?"
+            "layers alone: was the file changed, or is it of another adapter_config.json? PEFT "
+            "adds embeddings where it saves with save_embedding_layers=True, or after they were "
+            "resized: these are not the base's. Save with save_embedding_layers=False, or name "
+            "what is trained of them in modules_to_save or trainable_token_indices"
         )
     if missing := told(own - given):
         raise AdapterError(
@@ -421,7 +447,9 @@ def _expect_records(model: nn.Module, adapter_name: str, state_dict: Mapping[str
         del held[adapter_name]
 
 
-def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def _check_loaded(
+    model: nn.Module, config: KpsvdConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
     """Compare the base with what was stored of it when the adapter was made."""
     plain = {
         plain_name(key).removeprefix("base_model.model."): value
@@ -433,12 +461,13 @@ def _check_loaded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, 
     for name, layer in layers.items():
         unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
         record = plain.get(f"{name}.kpsvd_base")
+        factors = plain[f"{name}.kpsvd_left0"], plain[f"{name}.kpsvd_right0"]
         if record is not None and record.any():
-            check_record(layer, adapter_name, record, given)
-            layer.kpsvd_seen[adapter_name] = tuple(record.flatten().tolist())
-            continue
-        left0, right0 = (plain[f"{name}.{part}"] for part in ("kpsvd_left0", "kpsvd_right0"))
-        if unchecked is not None:
-            check_base(layer, adapter_name, unchecked, (left0, right0), given)
+            check_record(layer, adapter_name, record, given, factors, unchecked)
+            note_seen(layer, adapter_name, record, factors)
+        elif unchecked is not None:
+            check_base(layer, adapter_name, unchecked, factors, given)
     if record is not None:
-        check_rest(model, layers, adapter_name, record, given)
+        check_rest(model, layers, adapter_name, record, config, given)
+    else:
+        say_uncompared()

@@ -76,7 +76,8 @@ def unpacked(stored: Tensor) -> Sketch:
     """Read what :meth:`Sketch.packed` gave."""
     stored = stored.detach().cpu()
     values = stored[1:].contiguous().view(torch.float32).double()
-    return Sketch(int(stored[0]), values.reshape(len(FORMS), NUM_PROJECTIONS))
+    # Above the lowest byte lies what is no part of the sketch.
+    return Sketch(int(stored[0]) & 0xFF, values.reshape(len(FORMS), NUM_PROJECTIONS))
 
 
 @torch.no_grad()
@@ -128,9 +129,26 @@ def sketch_module(module: nn.Module) -> Sketch | None:
     return None
 
 
+@dataclass(frozen=True)
+class Rest:
+    """All weights of a base that no adapter lies on.
+
+    Attributes:
+        sketch: The sum of their sketches, each with random signs of its name.
+        numbers: Of each tensor by name the sum of its first projection and its norm, and the norm.
+    """
+
+    sketch: Sketch
+    numbers: dict[str, tuple[float, float]]
+
+
 def sketch_rest(
-    model: nn.Module, adapted: Sequence[str], saved_whole: Sequence[str], task: str | None
-) -> Sketch | None:
+    model: nn.Module,
+    adapted: Sequence[str],
+    saved_whole: Sequence[str],
+    task: str | None,
+    with_buffers: bool = True,
+) -> Rest | None:
     """Project all weights of a base but those of adapted layers and of modules saved whole.
 
     Args:
@@ -138,19 +156,20 @@ def sketch_rest(
         adapted: Names of the layers whose weights are left out.
         saved_whole: ``modules_to_save``.
         task: PEFT's task type, some of which save a head whole.
+        with_buffers: Whether floating buffers that are saved with the model count as weights.
 
     Returns:
-        The sum of the sketches, each with random signs of its name; None where weights are shared
-        out or not here.
+        None where weights are shared out or not here.
     """
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
     left_out = {f"{name}.weight" for name in adapted}
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
     square, kinds = 0.0, set()
+    numbers: dict[str, tuple[float, float]] = {}
     for path, module in _base_modules(model):
         if any(_is_under(path, end) for end in ends):
             continue
-        for name, weight, is_quantised in _weights(module):
+        for name, weight, is_quantised in _weights(module, with_buffers):
             full = f"{path}.{name}" if path else name
             if full in left_out:
                 continue
@@ -160,10 +179,12 @@ def sketch_rest(
             values += one.values * _signs(full, 1)
             square += one.norm**2
             kinds.add(one.kind)
+            # The projection alone is zero for some constant tensors, the norm blind to signs.
+            numbers[full] = float(one.values[0, 0]) + one.norm, one.norm
     if not kinds:
         return None
     kind = kinds.pop() if len(kinds) == 1 else _MIXED_OTHER if _OTHER in kinds else _MIXED
-    return Sketch(kind, values, math.sqrt(square))
+    return Rest(Sketch(kind, values, math.sqrt(square)), numbers)
 
 
 def distance(stored: Sketch, found: Sketch) -> tuple[float, float]:
@@ -197,6 +218,11 @@ def distance(stored: Sketch, found: Sketch) -> tuple[float, float]:
     return min(far), TOLERANCE
 
 
+def is_of_few_bits(stored: Sketch) -> bool:
+    """Whether a sketch is of a quantised weight."""
+    return stored.kind in (_OTHER, _MIXED_OTHER)
+
+
 def without_peft(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrappers."""
     tuner = getattr(model, "base_model", None)
@@ -222,7 +248,9 @@ def _base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mo
         yield from _base_modules(child, inner)
 
 
-def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor | None, bool]]:
+def _weights(
+    module: nn.Module, with_buffers: bool = False
+) -> Iterator[tuple[str, Tensor | None, bool]]:
     """A module's own floating weights as (name, weight, whether it is dequantised).
 
     Offloaded ones are fetched; None stands for one that is shared out or nowhere.
@@ -234,7 +262,15 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor | None, bool]]:
                 yield "weight", backend.get_base_weight(module), True
             except (ValueError, TypeError, NotImplementedError):
                 yield "weight", None, True
-        for name, parameter in module.named_parameters(recurse=False):
+        own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+        if with_buffers and backend is None:
+            # Statistics of batch norm and the like; the scales of a quantised weight are in it.
+            own |= {
+                name: buffer
+                for name, buffer in module.named_buffers(recurse=False)
+                if name not in module._non_persistent_buffers_set
+            }
+        for name, parameter in own.items():
             if not parameter.is_floating_point() or (backend is not None and name == "weight"):
                 continue
             is_gone = parameter.is_meta or not parameter.numel()

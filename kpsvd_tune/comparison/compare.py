@@ -26,17 +26,19 @@ from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
     WeightReader,
     base_fingerprint,
     load_skeleton,
     load_tokenizer,
+    resolve_model,
 )
-from kpsvd_tune.pipeline.phase import Phase, data_cures, watched
-from kpsvd_tune.pipeline.stages import Events, find_model
+from kpsvd_tune.phase import Phase, data_cures, watched
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
+from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file, to_json
@@ -66,7 +68,6 @@ def compare(
     watcher: Watcher,
     *,
     jobs: int = 1,
-    offline: bool = False,
 ) -> Comparison:
     """Run every trial that is not done yet, and draw the verdict.
 
@@ -78,7 +79,6 @@ def compare(
         events: Told of stages and progress.
         watcher: Told of trials.
         jobs: Trials at a time; on GPUs each takes its own.
-        offline: Make no network call.
 
     Returns:
         The verdict, also written to comparison.json and comparison.html in the recipe's
@@ -98,14 +98,12 @@ def compare(
     phase = Phase()
     phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
     with watched(phase), run.lock():
-        source = find_model(recipe, offline)
+        source = resolve_model(recipe.model.path, recipe.model.revision)
         tokenizer = load_tokenizer(source)
         events.stage(f"reading {source_names(recipe.dataset)}")
         skeleton = load_skeleton(source)
         limits = model_limits(skeleton)
-        data = prepare(
-            recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline, limits=limits
-        )
+        data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, limits=limits)
         events.note(data.cache_note)
         events.preflight(data.report)
         if not data.validation:
@@ -118,7 +116,7 @@ def compare(
             raise RecipeError("\n".join(length.faults))
         for note in length.notes:
             events.note(note)
-        test, test_sha256 = _test_rows(recipe, tokenizer, offline, limits)
+        test, test_sha256 = _test_rows(recipe, tokenizer, limits)
         if known := num_shared(test, data.train):
             events.note(
                 f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "
@@ -195,14 +193,8 @@ def _conclude(
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"
-    try:
-        replace_file(page, comparison_page(verdict, chosen).encode())
-    except InputError as error:
-        # A page of earlier trials beside the new figures would tell something else.
-        page.unlink(missing_ok=True)
-        events.note(f"{page.name} was not written: {error}")
-    else:
-        events.note(f"written: {page}, comparison.json and {RESULTS}")
+    fault = write_page(page, lambda: comparison_page(verdict, chosen))
+    events.note(fault or f"written: {page}, comparison.json and {RESULTS}")
     return verdict
 
 
@@ -222,7 +214,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _test_rows(
-    recipe: Recipe, tokenizer: Any, offline: bool, limits: ModelLimits
+    recipe: Recipe, tokenizer: Any, limits: ModelLimits
 ) -> tuple[Sequence[TokenizedRow], str | None]:
     """Rows that no choice looks at, and their hash."""
     if recipe.compare.test is None:
@@ -231,7 +223,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits, keeps_template=True)
+    found = prepare(dataset, tokenizer, seed=0, limits=limits, keeps_template=True)
     return found.train, found.sha256
 
 

@@ -27,7 +27,7 @@ from kpsvd_tune.decompose.start import adapt, starting_factors
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
-from kpsvd_tune.pipeline.stages import device
+from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import AdapterRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics

@@ -25,15 +25,15 @@ from transformers.utils.logging import disable_progress_bar
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
 from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
-from kpsvd_tune.pipeline.phase import Phase, memory_explained, training_cures
-from kpsvd_tune.pipeline.stages import Events
+from kpsvd_tune.events import Events
+from kpsvd_tune.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
+from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import host_memory
-from kpsvd_tune.training.signals import StopSignals
 
 Stepped = Callable[[Trial, int, int, float], None]
 # A trial that was asked to stop saves first; then it is killed.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kpsvd_tune.decompose.tasks import Finished, Task
+from kpsvd_tune.events import Events
+from kpsvd_tune.units import time_left
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,15 @@ class ProgressMeter:
                 energy=sum(self._energies) / len(self._energies),
             )
         )
+
+
+def report_decomposition(events: Events) -> Callable[[Progress], None]:
+    """A progress callback for the decomposition."""
+
+    def advance(progress: Progress) -> None:
+        detail = f"energy so far {100 * progress.energy:.1f} %"
+        if left := time_left(progress.seconds_left):
+            detail += f", {left}"
+        events.advance("decomposing", progress.done, progress.total, detail)
+
+    return advance

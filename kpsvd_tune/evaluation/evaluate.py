@@ -30,7 +30,6 @@ from kpsvd_tune.evaluation.generate import (
     generate_completions,
 )
 from kpsvd_tune.evaluation.loss_task import check_loss, score_loss
-from kpsvd_tune.evaluation.processes import num_processes, on_first_process, rank, wait_for_all
 from kpsvd_tune.evaluation.prompts import (
     build_prompts,
     num_shots,
@@ -40,6 +39,7 @@ from kpsvd_tune.evaluation.prompts import (
 from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
+from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.disk import explained
@@ -75,7 +75,6 @@ def evaluate(
     template: str | None = None,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
-    offline: bool = False,
     set_aside: bool = False,
     watch: Watch | None = None,
 ) -> list[Score]:
@@ -92,7 +91,6 @@ def evaluate(
         template: the training template, used where the recipe's section has none.
         allow_code_execution: must be true for a task that runs generated programs.
         sandbox: "bwrap", or "none" to run them without protection.
-        offline: use only what the local hub cache holds.
         set_aside: move completions of another model or with other settings out of the way,
             instead of refusing to go on.
         watch: who is told of progress.
@@ -109,9 +107,9 @@ def evaluate(
     watch = watch or Watch()
     template = recipe.template or template or default_template(recipe.task)
     if recipe.task in LOSS_TASKS:
-        return score_loss(model, tokenizer, recipe, template, offline, watch.running)
-    questions = read_questions(recipe, offline=offline)
-    shots = read_shots(recipe, offline=offline)
+        return score_loss(model, tokenizer, recipe, template, watch.running)
+    questions = read_questions(recipe)
+    shots = read_shots(recipe)
     prompts, end_token_ids = build_prompts(questions, tokenizer, template, recipe, shots)
     options = GenerationOptions(
         max_new_tokens=recipe.max_new_tokens,
@@ -129,7 +127,7 @@ def evaluate(
         with explained(f"write into {output_folder}", "an --output"):
             _open_folder(output_folder, settings, prompts, set_aside)
 
-    on_first_process(make_ready)
+    on_main_process(make_ready)
     done = {each.key for each in read_completions(file)} if file.exists() else set()
     wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
     if watch.note is not None and (found := len(wanted & done)):
@@ -142,7 +140,7 @@ def evaluate(
         append_completion(file, completion)
     wait_for_all()
     completions = [each for each in read_completions(file) if each.key in wanted]
-    return on_first_process(
+    return on_main_process(
         lambda: score_completions(
             recipe.task,
             completions,
@@ -153,7 +151,7 @@ def evaluate(
     )
 
 
-def check_task(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
+def check_task(recipe: EvaluationRecipe) -> None:
     """Find now what would stop the task later: rows that cannot be read, a missing file.
 
     Raises:
@@ -161,10 +159,10 @@ def check_task(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
         DataError: the data cannot be read or do not fit the task.
     """
     if recipe.task in LOSS_TASKS:
-        check_loss(recipe, offline=offline)
+        check_loss(recipe)
     else:
-        read_questions(recipe, offline=offline)
-        read_shots(recipe, offline=offline)
+        read_questions(recipe)
+        read_shots(recipe)
 
 
 def rows_source(recipe: EvaluationRecipe) -> str:

@@ -27,11 +27,14 @@ _COPIED = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
 )
 
 
 def keep_base_files(
-    folder: Path, base: Path | None, dtype: str, has_own_tokens: bool = False
+    folder: Path, base: Path | None, dtype: str, has_own_tokenizer: bool = False
 ) -> None:
     """Give a merged model the base's own files where the merge changed nothing in them.
 
@@ -39,7 +42,7 @@ def keep_base_files(
         folder: Of the merged model, as transformers saved it; its chat template stays.
         base: Folder of the base model; None where it is a single file such as GGUF.
         dtype: Of the stored weights.
-        has_own_tokens: Whether the tokenizer that was written has tokens which the base's lacks.
+        has_own_tokenizer: Whether the tokenizer that was written is another than the base's.
     """
     written = read_json(folder / "config.json")
     config = written
@@ -50,7 +53,7 @@ def keep_base_files(
         config = own if same else written
         for name in _COPIED:
             is_of_tokenizer = "processor" not in name
-            if (base / name).is_file() and not (has_own_tokens and is_of_tokenizer):
+            if (base / name).is_file() and not (has_own_tokenizer and is_of_tokenizer):
                 shutil.copyfile(base / name, folder / name)
     content = for_both_versions(config, dtype)
     _write(folder / "config.json", content)

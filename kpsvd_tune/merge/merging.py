@@ -33,6 +33,7 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.merge.files import keep_base_files
+from kpsvd_tune.models.loading import same_tokenizer
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.storage.disk import follow_umask
@@ -59,7 +60,14 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
     Raises:
         InputError: The folder is not empty, or lies in, around or on one of the inputs.
     """
-    resolved = output.resolve()
+    resolved = Path(os.path.realpath(output))
+    if resolved.is_symlink():
+        raise InputError(f"--output {output} is a link that leads nowhere: name another folder")
+    if resolved == Path.cwd() or os.path.ismount(resolved):
+        raise InputError(
+            f"--output {output} is the folder that the command runs in, or one where a disk is "
+            f"mounted, and cannot be replaced as a whole: name a new folder, as {resolved}/merged"
+        )
     for path in (path.resolve() for path in inputs):
         if resolved == path or resolved in path.parents or path in resolved.parents:
             raise InputError(
@@ -140,7 +148,7 @@ def merge(
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        keep_base_files(partial, base_folder, dtype, _has_own_tokens(tokenizer, base_folder))
+        keep_base_files(partial, base_folder, dtype, _has_own_tokenizer(tokenizer, base_folder))
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
@@ -192,12 +200,12 @@ def _remove_leftovers(output: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _has_own_tokens(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
-    """Whether a tokenizer has tokens that the base's lacks, which came with the adapter."""
+def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
+    """Whether a tokenizer is another than the base's, which came with the adapter."""
     if base_folder is None or not (base_folder / "tokenizer_config.json").is_file():
         return False
     own: Any = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
-    return bool(tokenizer.get_vocab().keys() - own.get_vocab().keys())
+    return not same_tokenizer(tokenizer, own)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import json
 import logging
 import re
 from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
@@ -156,11 +157,11 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
     Args:
         source: The model.
         adapter: Folder of an adapter trained on it, whose chat template is taken where it has one:
-            the training may have used another than the model's. So are tokens that were added to
-            its tokenizer.
+            the training may have used another than the model's. So is its tokenizer where that
+            splits texts otherwise.
 
     Raises:
-        ModelError: The source holds no tokenizer, or its tokenizer and the adapter's differ.
+        ModelError: The source holds no tokenizer, or the adapter's cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -180,25 +181,47 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
             f"model {source.path!r}: its tokenizer cannot be loaded: {_said(error)}; expected the "
             "tokenizer files that belong to the model: fetch them again"
         ) from error
-    saved = adapter and adapter / "chat_template.jinja"
-    # Beside several templates lies a folder of the others; those are the model's own.
-    if saved and saved.is_file() and not (saved.parent / "additional_chat_templates").exists():
-        tokenizer.chat_template = saved.read_text(encoding="utf-8")
-    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        _add_tokens(tokenizer, adapter)
+    if adapter is not None:
+        tokenizer = _of_adapter(adapter, tokenizer)
     return tokenizer
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
-    """Give a base's tokenizer the tokens that were added for an adapter, as trainers of PEFT do.
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers split every text into the same tokens; chat templates may differ."""
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.special_tokens_map == other.special_tokens_map
+        and _rules(one) == _rules(other)
+    )
+
+
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
+    # The state of the last call.
+    return {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+
+
+def _of_adapter(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that an adapter was trained with: its own where it has one that differs.
+
+    Args:
+        adapter: The adapter's folder.
+        tokenizer: The base's.
 
     Raises:
-        ModelError: The adapter's tokenizer cannot be read, or has these tokens in other places.
+        ModelError: The adapter's tokenizer cannot be read.
     """
     from transformers import AutoTokenizer
 
+    template = adapter / "chat_template.jinja"
+    # Beside several templates lies a folder of the others; those are the model's own.
+    if template.is_file() and not (adapter / "additional_chat_templates").exists():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if not (adapter / "tokenizer_config.json").is_file():
+        return tokenizer
     try:
-        saved: Any = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+        own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
     except Exception as error:
         if _is_not_of_the_files(error):
             raise
@@ -206,23 +229,22 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: Path) -> None:
             f"{adapter}: the tokenizer beside the adapter cannot be loaded: {_said(error)}; "
             "expected the files as they were saved, or none: then the base's are taken"
         ) from error
-    known = tokenizer.get_vocab()
-    added = {
-        number: token
-        for number, token in sorted(saved.added_tokens_decoder.items())
-        if token.content not in known
-    }
-    if not added:
-        return
-    tokenizer.add_tokens(list(added.values()))
-    found = tokenizer.get_vocab()
-    for number, token in added.items():
-        if found[token.content] != number:
-            raise ModelError(
-                f"{adapter}: its tokenizer has the token {token.content!r} at {number}, with the "
-                f"base's tokenizer it would be {found[token.content]}; expected the tokenizer of "
-                "the base, with tokens added to it"
-            )
+    if isinstance(own.chat_template, str):
+        # transformers 4 may have written it into tokenizer_config.json.
+        tokenizer.chat_template = own.chat_template
+    if same_tokenizer(own, tokenizer):
+        return tokenizer
+    own.chat_template = own.chat_template or tokenizer.chat_template
+    known, found = tokenizer.get_vocab(), own.get_vocab()
+    moved = sorted(token for token in known if found.get(token) != known[token])
+    if moved:
+        _log.warning(
+            "%s has a tokenizer of its own, in which %s of the base's vocabulary are other tokens "
+            "or none; the adapter's tokenizer is taken",
+            adapter,
+            some_of([repr(token) for token in moved]),
+        )
+    return own
 
 
 def _config(source: ModelSource) -> PretrainedConfig:

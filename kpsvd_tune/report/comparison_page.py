@@ -1,23 +1,16 @@
-"""A comparison as one HTML page that opens from disk and asks the network for nothing.
-
-The page is `comparison_page.html` beside this module with the figures filled in and plotly.js in
-it.
-"""
+"""A comparison as an HTML page, `templates/comparison.html.j2` filled in."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
-from kpsvd_tune.report.plotly_script import plotly_script
-from kpsvd_tune.report.rank_page import script_json
+from kpsvd_tune.report.pages import render
 from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
 from kpsvd_tune.units import duration, size
 
@@ -83,41 +76,28 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         name: Style(place, DASHES[place // len(PALETTES["light"]) % len(DASHES)])
         for place, name in enumerate(methods)
     }
-    parts = {
-        "model": escape(verdict.model),
-        "at": f"at {budget:,} parameters",
-        "subtitle": escape(
+    return render(
+        "comparison",
+        "the page of a comparison",
+        {"figures": _figures(verdict, rows, budget, styles), "palettes": PALETTES},
+        model=verdict.model,
+        at=f"at {budget:,} parameters",
+        subtitle=(
             f"{verdict.steps} steps a trial, {len(rows)} trials; the reference is "
-            f"{verdict.reference}; bands span the seeds, bars are one standard "
-            "deviation, intervals are 95 %."
+            f"{verdict.reference}; bands span the seeds, bars are one standard deviation, "
+            "intervals are 95 %."
         ),
-        "claims": "".join(
-            f'<li class="{claim.verdict.replace(" ", "-")}"><b>{claim.verdict}</b>'
-            f"{escape(claim.text)}<small>{escape(claim.figure)}</small></li>"
-            for claim in verdict.claims
+        advice=verdict.recommendation,
+        claims=verdict.claims,
+        tables=(
+            ("quality", "Quality of every method at its best learning rate", _quality(verdict)),
+            ("cost", "Speed and cost of the same", _cost(verdict)),
         ),
-        "advice": escape(verdict.recommendation.text),
-        "undecided": _undecided(verdict.recommendation.undecided),
-        "quality_columns": _header(QUALITY_COLUMNS),
-        "quality_rows": "".join(_row(s.method, _quality(s)) for s in verdict.summaries),
-        "cost_columns": _header(COST_COLUMNS),
-        "cost_rows": "".join(_row(s.method, _cost(s, verdict.currency)) for s in verdict.summaries),
-        "num_differences": str(len(verdict.differences)),
-        "differences": "".join(
-            f"<tr><th>{escape(each.method)}</th><td>{each.budget:,}</td>"
-            f"<td>{escape(each.other)}</td><td>{each.other_budget:,}</td>"
-            f"<td>{each.loss.mean:+.4f}{interval(each.loss)}</td></tr>"
-            for each in verdict.differences
-        ),
-        "notes": "".join(f"<li>{escape(note)}</li>" for note in verdict.notes) or "<li>none</li>",
-        "plotly": plotly_script("the page of a comparison"),
-        "data": script_json(
-            {"figures": _figures(verdict, rows, budget, styles), "palettes": PALETTES}
-        ),
-    }
-    template = files("kpsvd_tune.report").joinpath("comparison_page.html")
-    text = template.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
+        differences=[
+            (each, f"{each.loss.mean:+.4f}{interval(each.loss)}") for each in verdict.differences
+        ],
+        notes=verdict.notes,
+    )
 
 
 def _figures(
@@ -277,50 +257,44 @@ def _moving_median(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _undecided(found: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(each)}</li>" for each in found)
-    return f"<p>Not decided:</p><ul>{items}</ul>" if found else ""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
-def _header(columns: Sequence[str]) -> str:
-    return "".join(f'<th scope="col">{title}</th>' for title in columns)
+def _quality(verdict: Comparison) -> Table:
+    """Titles, and the cells of every method."""
+    return QUALITY_COLUMNS, [
+        (
+            s.method,
+            f"{s.budget:,}",
+            f"{s.trainable_parameters:,}",
+            f"{s.stored_parameters:,}",
+            s.rank,
+            f"{s.learning_rate:g}{' (edge)' if s.is_edge else ''}",
+            str(s.num_trials),
+            plus_minus(s.validation_loss),
+            plus_minus(s.test_loss),
+            "–" if s.forgetting is None else f"{s.forgetting.mean:+.4f}",
+        )
+        for s in verdict.summaries
+    ]
 
 
-def _row(method: str, cells: Sequence[str]) -> str:
-    return (
-        f"<tr><th scope='row'>{escape(method)}</th>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-    )
-
-
-def _quality(summary: MethodSummary) -> tuple[str, ...]:
-    return (
-        f"{summary.budget:,}",
-        f"{summary.trainable_parameters:,}",
-        f"{summary.stored_parameters:,}",
-        summary.rank,
-        f"{summary.learning_rate:g}{' (edge)' if summary.is_edge else ''}",
-        str(summary.num_trials),
-        plus_minus(summary.validation_loss),
-        plus_minus(summary.test_loss),
-        "–" if summary.forgetting is None else f"{summary.forgetting.mean:+.4f}",
-    )
-
-
-def _cost(summary: MethodSummary, currency: str) -> tuple[str, ...]:
-    seconds = summary.seconds_to_reference
-    return (
-        f"{summary.budget:,}",
-        steps_reached(summary.steps_to_reference, summary.validation_loss.n),
-        "–" if seconds is None else duration(seconds),
-        f"{summary.seconds_per_step:.2f} s",
-        duration(summary.init_seconds),
-        size(summary.peak_memory_bytes),
-        "–" if summary.cost is None else f"{_money(summary.cost)} {currency}",
-        f"{summary.gradient_variation.mean:.3f}",
-        f"{summary.clipped_share:.0%}",
-    )
+def _cost(verdict: Comparison) -> Table:
+    return COST_COLUMNS, [
+        (
+            s.method,
+            f"{s.budget:,}",
+            steps_reached(s.steps_to_reference, s.validation_loss.n),
+            "–" if s.seconds_to_reference is None else duration(s.seconds_to_reference),
+            f"{s.seconds_per_step:.2f} s",
+            duration(s.init_seconds),
+            size(s.peak_memory_bytes),
+            "–" if s.cost is None else f"{_money(s.cost)} {verdict.currency}",
+            f"{s.gradient_variation.mean:.3f}",
+            f"{s.clipped_share:.0%}",
+        )
+        for s in verdict.summaries
+    ]
 
 
 def _money(amount: float) -> str:

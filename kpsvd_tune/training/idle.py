@@ -46,7 +46,7 @@ def allow_unused_parameters(
     if accelerator.ddp_handler is None or not rows:
         return
     ids = rows[0].input_ids[:_PROBE_TOKENS]
-    row = TokenizedRow(ids, (IGNORED, *ids[1:]), rows[0].row)
+    row = TokenizedRow(ids, [IGNORED, *ids[1:]], rows[0].row)
     model.to(accelerator.device)
     was_training = model.training
     model.eval()  # draws no random numbers

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
+from kpsvd_tune.processes import gather_numbers, is_lost_process, peak_memory_bytes
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs import RunDirectory, load_random_state, random_state
+from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.halving import (
     MicroStepOutOfMemory,
@@ -34,10 +36,8 @@ from kpsvd_tune.training.idle import allow_unused_parameters
 from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
 from kpsvd_tune.training.nonfinite import skip_or_refuse
 from kpsvd_tune.training.packing import prove_packing
-from kpsvd_tune.training.processes import gather_numbers, is_lost_process, peak_memory_bytes
 from kpsvd_tune.training.row_attention import attend_by_rows
 from kpsvd_tune.training.saving import Saving
-from kpsvd_tune.training.signals import StopSignals
 from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.stream import stream_steps
 from kpsvd_tune.training.tracking import Tracking

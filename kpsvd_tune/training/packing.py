@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from peft import PeftModel
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kpsvd_tune.data import IGNORED, TokenizedRow
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.processes import gather_numbers
 from kpsvd_tune.training.sharding import free
 
 # Rows that are tried; the model's code treats the fifth like the fourth.
@@ -110,14 +110,16 @@ def _distance(losses: Tensor, others: Tensor) -> float:
 
 
 def _all_learnt(row: TokenizedRow) -> TokenizedRow:
-    return replace(row, labels=(IGNORED, *row.input_ids[1:]))
+    labels = row.input_ids.copy()
+    labels[0] = IGNORED
+    return TokenizedRow(row.input_ids, labels, row.row)
 
 
 def _changed(row: TokenizedRow, rows: Sequence[TokenizedRow]) -> TokenizedRow:
     """The row with every token another one, of those that the rows hold."""
-    known = [token for each in rows for token in each.input_ids]
-    low, high = min(known), max(known)
-    return replace(row, input_ids=tuple(low if id == high else high for id in row.input_ids))
+    known = np.concatenate([each.input_ids for each in rows])
+    low, high = known.min(), known.max()
+    return TokenizedRow(np.where(row.input_ids == high, low, high), row.labels, row.row)
 
 
 def _takes_positions(model: Any) -> bool:

@@ -14,6 +14,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
+from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs import (
     RunDirectory,
@@ -24,7 +25,6 @@ from kpsvd_tune.runs import (
 )
 from kpsvd_tune.training.nonfinite import retry_or_refuse
 from kpsvd_tune.training.optim import knows_state
-from kpsvd_tune.training.processes import on_main_process
 from kpsvd_tune.training.progress import Progress
 from kpsvd_tune.training.step import Stepper
 
@@ -83,7 +83,7 @@ class Saving:
             keep, best = self._recipe.keep_checkpoints, progress.best_step
             self._run.save(state, keep, best, is_pending=is_pending)
 
-        on_main_process(self._accelerator, commit)
+        on_main_process(commit)
         self._newest, self.saved_step = name, progress.step
 
     def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
@@ -100,7 +100,7 @@ class Saving:
             NonFiniteError: The recipe wants no retry, or all of them are used up.
         """
         num_retries, rate_factor = retry_or_refuse(error, progress, self._recipe)
-        checkpoint = on_main_process(self._accelerator, self._run.rewind)
+        checkpoint = on_main_process(self._run.rewind)
         if self._accelerator.is_main_process:
             _log.warning(
                 "%s. Going back to %s with %g times the learning rate (retry %d of %d)",

@@ -14,6 +14,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs import load_optimizer_state, optimizer_state
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
@@ -22,7 +23,6 @@ from kpsvd_tune.training.idle import warn_of_idle_layers
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
 from kpsvd_tune.training.nonfinite import find_fault
 from kpsvd_tune.training.optim import make_optimizer, make_scheduler
-from kpsvd_tune.training.processes import gather_numbers
 from kpsvd_tune.training.sharding import (
     check_shardable,
     copy_into,

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.signals import ignore_signals, signals_held
 from kpsvd_tune.training.loss import MicroBatch
-from kpsvd_tune.training.signals import ignore_signals, signals_held
 
 
 def stream_steps(

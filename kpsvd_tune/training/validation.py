@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
-from kpsvd_tune.training.processes import gather_numbers
 from kpsvd_tune.training.sharding import free, is_sharded
 
 

@@ -16,8 +16,10 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
     save_as_lora,
+    set_peft_model_state_dict,
 )
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -47,6 +49,16 @@ def test_low_memory_loading_of_two_adapters_leaves_nothing_on_meta(
     plain = model_factory()
     inject_adapter_in_model(config(), plain, low_cpu_mem_usage=True)
     assert {p.device.type for n, p in plain.named_parameters() if "kpsvd" in n} == {"meta"}
+    # Nothing is taken for what a file fills, and what is filled is where the base is.
+    plain = model_factory()
+    saved: Any = KpsvdConfig.from_pretrained(str(tmp_path))
+    inject_adapter_in_model(saved, plain, low_cpu_mem_usage=True)
+    held = {n: t for n, t in [*plain.named_parameters(), *plain.named_buffers()] if "kpsvd" in n}
+    assert {t.device.type for t in held.values()} == {"meta"}
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    set_peft_model_state_dict(plain, weights, low_cpu_mem_usage=True)
+    assert {t.device.type for t in [*plain.parameters(), *plain.buffers()]} == {"cpu"}
+    assert torch.equal(logits(plain), logits(model))
 
 
 def test_transformers_own_adapter_methods(model_factory: Make, tmp_path: Path) -> None:

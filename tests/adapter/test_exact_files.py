@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.pipeline.apply import load_adapter
+from kpsvd_tune.runs.find import load_adapter
 
 FILE = "adapter_model.safetensors"
 NORM = "base_model.model.model.norm.weight"
@@ -152,3 +152,23 @@ def test_numbers_that_no_training_saved_are_refused(
     for road in roads(folder, model_factory):
         with pytest.raises(AdapterError, match=f"layers.0.self_attn.q_proj.kpsvd_.*{message}"):
             road()
+
+
+def test_embeddings_that_peft_saved_with_the_adapter(
+    tiny_model: Any, model_factory: Any, tmp_path: Path
+) -> None:
+    """Equal ones change nothing; others would replace the base's."""
+    settings = KpsvdConfig(target_modules=["q_proj"], rank=2, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model, settings)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    name = "base_model.model.model.embed_tokens.weight"
+    assert name in load_file(tmp_path / FILE)
+    for road in roads(tmp_path, model_factory):
+        road()
+    for road in roads(tmp_path, lambda: model_factory().to(torch.bfloat16)):
+        road()
+    model_factory().load_adapter(str(tmp_path))
+    change(tmp_path, lambda weights: weights.update({name: weights[name] + 1}))
+    refused(tmp_path, model_factory, "Save with save_embedding_layers=False, or name what is")
+    with pytest.raises(AdapterError, match=r"It is in model\.embed_tokens\.weight"):
+        model_factory().load_adapter(str(tmp_path))

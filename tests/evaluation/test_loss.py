@@ -36,9 +36,8 @@ def test_completion_loss_is_the_mean_over_completion_tokens(
     losses: list[float] = []
     for line in rows_file.read_text().splitlines()[:4]:
         row = json.loads(line)
-        encoded = encoder.encode(Pair(row["question"], row["answer"]), 0).row
-        assert encoded is not None
-        each = token_losses(tiny_model, list(encoded.input_ids))
+        encoded = encoder.encode(Pair(row["question"], row["answer"]), 0)
+        each = token_losses(tiny_model, encoded.input_ids.tolist())
         losses += each[-encoded.num_supervised :]
     loss = completion_loss(
         tiny_model,

@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, conversion_mapping
@@ -19,6 +20,7 @@ from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models import (
     ModelSource,
     WeightReader,
+    load_model,
     load_skeleton,
     resolve_model,
 )
@@ -119,6 +121,44 @@ def test_pickled_weights_come_from_the_loaded_model(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.down_proj"
     weight = WeightReader(source, [name]).load(name)
     assert torch.equal(weight, architectures.weight_of(model, name))
+
+
+def mixed(folder: Path, bin_first: bool) -> Any:
+    """A checkpoint of two shards, one pickled and one of safetensors, as an index lists them."""
+    model = architectures.save("llama", folder)
+    (folder / "model.safetensors").unlink()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    halves = [dict(list(state.items())[k::2]) for k in (0, 1)]
+    names = ["a.bin", "b.safetensors"] if bin_first else ["b.bin", "a.safetensors"]
+    torch.save(halves[0], folder / names[0])
+    save_file(halves[1], folder / names[1], {"format": "pt"})
+    places = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return model
+
+
+def test_shards_of_two_formats_load_where_transformers_loads_them(tmp_path: Path) -> None:
+    model = mixed(tmp_path, bin_first=True)
+    source = resolve_model(str(tmp_path))
+    names = ["model.layers.0.mlp.down_proj", "lm_head"]
+    reader = WeightReader(source, names)
+    for name in names:
+        assert torch.equal(reader.load(name), architectures.weight_of(model, name))
+    loaded = load_model(source, "float32").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_shards_of_two_formats_are_refused_where_transformers_cannot_load_them(
+    tmp_path: Path,
+) -> None:
+    mixed(tmp_path, bin_first=False)
+    with pytest.raises(SafetensorError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"lists a\.safetensors and, of another format, b\.bin; tr"
+    ):
+        resolve_model(str(tmp_path))
 
 
 def test_sizes_are_known_without_reading(tmp_path: Path) -> None:

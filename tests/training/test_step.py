@@ -14,8 +14,8 @@ from torch import nn
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training.accelerator import make_accelerator
 from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.processes import make_accelerator
 from kpsvd_tune.training.sharding import check_shardable
 
 
@@ -25,10 +25,10 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def row_loss(model: nn.Module, row: TokenizedRow) -> tuple[torch.Tensor, int]:
     """Summed loss and supervised tokens of one row without padding: slow and obvious."""
-    logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+    logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0]
     total, count = torch.zeros(()), 0
     for position in range(len(row.input_ids) - 1):
-        label = row.labels[position + 1]
+        label = int(row.labels[position + 1])
         if label != -100:
             total = total - F.log_softmax(logits[position].float(), dim=-1)[label]
             count += 1
@@ -226,6 +226,6 @@ def test_one_process_shares_nothing_out(start_training):
 
 
 def test_a_missing_tracker_is_refused_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr("kpsvd_tune.training.processes.get_available_trackers", list)
+    monkeypatch.setattr("kpsvd_tune.training.accelerator.get_available_trackers", list)
     with pytest.raises(RecipeError, match="pip install tensorboard"):
         make_accelerator(TrainRecipe(), ["tensorboard"])

@@ -17,8 +17,8 @@ def mean_loss(model, rows):
     total, count = 0.0, 0
     for row in rows:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
-        labels = torch.tensor(row.labels[1:])
+            logits = model(input_ids=torch.tensor([row.input_ids.tolist()])).logits[0, :-1]
+        labels = torch.tensor(row.labels[1:].tolist())
         total += F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100).item()
         count += int((labels != -100).sum())
     return total / count

@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
+from kpsvd_tune.processes import end_processes, on_main_process
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.training import Training, end_processes, make_accelerator, on_main_process
+from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.optim import SHARDABLE
 
 
@@ -91,7 +92,7 @@ def train(
     accelerator = make_accelerator(recipe)
     run = RunDirectory(folder / name.partition("+")[0])
     identity = {"num_processes": accelerator.num_processes}
-    start = on_main_process(accelerator, lambda: run.begin("recipe", identity, {}))
+    start = on_main_process(lambda: run.begin("recipe", identity, {}))
     model = make_model(dropout, has_idle_layer)
     rows = make_rows(16)
     training = Training(
@@ -161,7 +162,7 @@ def fail_on_main(folder: Path) -> None:
         raise RunError("the disk is full")
 
     try:
-        on_main_process(accelerator, fail)
+        on_main_process(fail)
     except RunError as error:
         (folder / f"main-{accelerator.process_index}.json").write_text(json.dumps(str(error)))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kpsvd_tune.training import end_processes
+from kpsvd_tune.processes import end_processes
 
 CLIPPED: dict[str, Any] = {"max_grad_norm": 0.1, "weight_decay": 0.1, "two_rates": True}
 RUNS = runpy.run_path(str(Path(__file__).with_name("two_processes.py")))

@@ -34,7 +34,7 @@ from kpsvd_tune.errors import DataError
 Messages = Sequence[Mapping[str, Any]]
 # Chats with more answers than this are not rendered anew up to each of them, see `_near`.
 _RENDERED_EACH = 24
-# Messages at most around a turn that stand for all before it.
+# At most so many messages around a turn are rendered in place of all before it.
 _NEAR = 12
 _THINK_END = "</think>"
 _OTHER_TEMPLATE = (
@@ -52,15 +52,13 @@ class Segment:
 
 
 class ChatRenderer:
-    """The chat template of one tokenizer.
+    """The chat template of one tokenizer, whose special tokens are given as texts.
+
+    Another template may be given to compare it with, which must ask as this one does wherever it
+    asks at all.
 
     Attributes:
         notes: What a user should know about the template, collected while rendering.
-
-    Args:
-        tokenizer: Tokenizer with a chat template.
-        special_tokens: Texts of its special tokens.
-        compared_with: Another template, which must ask as this one does wherever it asks at all.
 
     Raises:
         DataError: The tokenizer has no chat template.
@@ -81,13 +79,13 @@ class ChatRenderer:
         self._template: Template = tokenizer.chat_template
         self._compared_with = compared_with
         texts = self._template.values() if isinstance(self._template, dict) else [self._template]
-        # Ours mark what they ask for, or something is wrong; a user's markers are a user's choice.
+        # Templates of this package must mark exactly the answer; other authors may choose.
         self.is_strict = any(map(shipped_name, texts))
         self._special_tokens = tuple(special_tokens)
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
         self.notes: dict[str, None] = {}  # a set that keeps its order
-        self._written = WrittenCheck(self.marked, self.notes)
+        self._written = WrittenCheck(self.render, self.notes)
 
     def prompt(self, messages: Messages, tools: Any = None) -> str:
         """The text that a model continues with its answer: messages and generation prompt.
@@ -95,12 +93,12 @@ class ChatRenderer:
         Raises:
             TemplateError: The template refuses the messages.
         """
-        asked = self._run(messages, tools, add_generation_prompt=True)[0]
+        asked = self.render(messages, tools, add_generation_prompt=True)[0]
         if self._compared_with is not None:
             try:
-                other = self._run(messages, tools, True, self._compared_with)[0]
+                other = self.render(messages, tools, True, self._compared_with)[0]
             except TemplateError:
-                return asked  # what it refuses it cannot ask otherwise
+                return asked  # it refuses these messages, so it cannot ask in another way
             if other != asked:
                 raise TemplateMismatch(
                     f"it asks with {_from_fork(other, asked)} where the tokenizer's own asks with "
@@ -119,7 +117,7 @@ class ChatRenderer:
         """
         answers = chat.learnt[-1:] if only_last else chat.learnt
         messages = chat.messages[: answers[-1] + 1]
-        text, marked = self.marked(messages, chat.tools)
+        text, marked = self.render(messages, chat.tools)
         if self._program(chat.tools).has_markers:
             finder: _Finder = _MarkedTurns(self, messages, chat.tools, text, marked)
         else:
@@ -134,13 +132,13 @@ class ChatRenderer:
             position = end
         last = segments[-1]
         if self.ends_turn(last.text) and not self.ends_answer(last.text, messages[-1]):
-            # The text ends with the name of a special token, which is no end of the turn.
+            # The answer itself ends with the text of a special token, which does not end the turn.
             segments[-1] = replace(last, text=last.text + self._special_token_names["eos_token"])
         return [segment for segment in segments if segment.text]
 
     @cached_property
     def arguments(self) -> str:
-        """What the template may be told to do otherwise, as a cure in messages."""
+        """Advice about the template's arguments for reasoning; empty where it has none."""
         texts = self._template.values() if isinstance(self._template, dict) else [self._template]
         found = set().union(*map(variables_of, texts))
         known = sorted(name for name in found if "think" in name or "reasoning" in name)
@@ -211,8 +209,8 @@ class ChatRenderer:
         if self._compared_with is None:
             return
         try:
-            asked = self._run(messages[:-1], tools, True, self._compared_with)[0]
-            written = self._run(messages, tools, False, self._compared_with)[0]
+            asked = self.render(messages[:-1], tools, True, self._compared_with)[0]
+            written = self.render(messages, tools, False, self._compared_with)[0]
         except TemplateError:
             return
         if written.startswith(asked) and not written.startswith(turn, len(asked)):
@@ -220,22 +218,6 @@ class ChatRenderer:
                 f"it writes {head(turn)} where the tokenizer's own writes "
                 f"{head(written[len(asked) :])}"
             )
-
-    def rendered(self, messages: Messages, tools: Any) -> str:
-        """The text of messages without a generation prompt.
-
-        Raises:
-            TemplateError: The template refuses the messages.
-        """
-        return self._run(messages, tools)[0]
-
-    def marked(self, messages: Messages, tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The text of messages, and the stretches that the template marks.
-
-        Raises:
-            TemplateError: The template refuses the messages.
-        """
-        return self._run(messages, tools)
 
     def _program(self, tools: Any, template: Template | None = None) -> ChatProgram:
         template = template or self._template
@@ -250,13 +232,18 @@ class ChatRenderer:
             template = template[name]
         return compile_template(template)
 
-    def _run(
+    def render(
         self,
         messages: Messages,
         tools: Any,
         add_generation_prompt: bool = False,
         template: Template | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of messages, and the stretches of it that the template marks.
+
+        Raises:
+            TemplateError: The template refuses the messages.
+        """
         try:
             program = self._program(tools, template)
             found = render_calls(
@@ -289,14 +276,7 @@ class ChatRenderer:
 
 
 class _Finder:
-    """Finds the answers of one rendered chat.
-
-    Args:
-        renderer: Renders parts of it.
-        messages: The chat, up to an answer.
-        tools: Its tools.
-        text: What it was rendered to.
-    """
+    """Finds the answers of one chat, which ends with an answer, in the text it was rendered to."""
 
     def __init__(self, renderer: ChatRenderer, messages: Messages, tools: Any, text: str) -> None:
         self._renderer = renderer
@@ -305,13 +285,10 @@ class _Finder:
         self._text = text
 
     def spans(self, answers: Sequence[int]) -> list[tuple[int, int]]:
-        """Start and end of each of the answers, in the rendered text.
-
-        Args:
-            answers: Their places among the messages, ascending.
+        """Start and end in the text of each answer, by their ascending places among the messages.
 
         Raises:
-            TemplateError: The template does not tell one, or rewrites it.
+            TemplateError: An answer cannot be told from the rest, or later turns rewrite it.
         """
         spans: list[tuple[int, int]] = []
         for number, index in enumerate(answers):
@@ -332,7 +309,7 @@ class _Finder:
         before = self._renderer.prompt(self._messages[:index], self._tools)
         is_last = index == len(self._messages) - 1
         whole = self._messages[: index + 1]
-        after = self._text if is_last else self._renderer.rendered(whole, self._tools)
+        after = self._text if is_last else self._renderer.render(whole, self._tools)[0]
         if not after.startswith(before):
             raise _asks_otherwise(before, after, self._renderer.arguments)
         turn = self._renderer.turn(after[len(before) :], self._messages[index])
@@ -346,12 +323,8 @@ class _Finder:
 
         Rendering everything before each answer takes time with the square of their number. What
         stands between two answers, and the second one, are taken from a short chat around them,
-        and must stand in the long one at this very place: else None, and all is rendered.
-
-        Args:
-            previous: The answer before it.
-            index: The answer.
-            position: Where the answer before it ends in the text.
+        and must stand in the long one at this very place: else None, and all is rendered. The
+        previous answer ends at `position`.
         """
         near = self._around(previous, index)
         if near is None:
@@ -359,9 +332,9 @@ class _Finder:
         past, asked = near[: len(near) - (index - previous)], near[:-1]
         renderer = self._renderer
         try:
-            shorter = renderer.turn(renderer.rendered(past, self._tools), past[-1])
+            shorter = renderer.turn(renderer.render(past, self._tools)[0], past[-1])
             before = renderer.prompt(asked, self._tools)
-            after = renderer.rendered(near, self._tools)
+            after, _ = renderer.render(near, self._tools)
         except TemplateError:
             return None
         if not (before.startswith(shorter) and after.startswith(before)):
@@ -387,18 +360,7 @@ class _Finder:
 
 
 class _MarkedTurns(_Finder):
-    """Finds the answers of a chat whose template marks them.
-
-    Args:
-        renderer: Renders parts of it.
-        messages: The chat, up to an answer.
-        tools: Its tools.
-        text: What it was rendered to.
-        marked: Start and end of each marked stretch.
-
-    Raises:
-        TemplateError: There are not as many stretches as turns.
-    """
+    """Finds the answers of a chat whose template marks them, one stretch for each turn."""
 
     def __init__(
         self,
@@ -425,11 +387,9 @@ class _MarkedTurns(_Finder):
         start, end = self._cut(text, self._marked[index], message, len(before), is_asked)
         if text[:start] != before and renderer.is_strict:
             is_last = index == len(self._messages) - 1
-            raise (
-                _asks_otherwise(before, text, renderer.arguments)
-                if is_last
-                else _rewrites(renderer.arguments)
-            )
+            if is_last:
+                raise _asks_otherwise(before, text, renderer.arguments)
+            raise _rewrites(renderer.arguments)
         if text[:start] != before:
             renderer.notes[
                 "the chat template's generation prompt is not the text before the tokens it "
@@ -437,8 +397,8 @@ class _MarkedTurns(_Finder):
                 f"{tail(text[:start])}"
             ] = None
         if index < len(self._messages) - 1:
-            # Learnt is what stands in the long chat, written is what the turn was when it came.
-            alone, marked = renderer.marked(self._messages[: index + 1], self._tools)
+            # The turn is learnt as the long chat has it: it must be the same where it is last.
+            alone, marked = renderer.render(self._messages[: index + 1], self._tools)
             is_asked = alone.startswith(before)
             place = self._cut(alone, marked[-1], message, len(before), is_asked)
             if place != (start, end) or alone[:end] != text[:end]:
@@ -497,11 +457,7 @@ def _is_rendered_whole(number: int, count: int) -> bool:
 
 
 def _place_of(content: str, turn: str) -> tuple[int, int]:
-    """Where an assistant's text stands in its turn; reasoning written into it may be set apart.
-
-    Raises:
-        TemplateError: It is not there.
-    """
+    """Where an assistant's text stands in its turn; reasoning written into it may be set apart."""
     text = content.strip()
     if (start := turn.find(text)) >= 0:
         return start, start + len(text)
@@ -523,7 +479,7 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
 
 
 def _only_mentions_thinking(reasoning: str, answer: str) -> bool:
-    """Whether a text that opens no reasoning tells of the markers, in the middle of a line."""
+    """Whether a text only mentions the markers of reasoning, in the middle of a line."""
     if not reasoning or reasoning.startswith("<think>"):
         return False
     is_inline = not (reasoning.endswith("\n") or answer.startswith("\n"))

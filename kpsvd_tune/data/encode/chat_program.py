@@ -1,4 +1,4 @@
-"""Run chat templates: programs of strangers, in a sandbox with bounds on time and size.
+"""Run chat templates, which are untrusted programs, in a sandbox with bounds on time and size.
 
 The environment is the one that `transformers` documents for chat templates: blocks trimmed, loop
 controls, `tojson` without HTML escapes, `raise_exception`, `strftime_now`, and the tag
@@ -43,18 +43,15 @@ _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class TemplateError(DataError):
-    """The chat template, not the row, keeps a chat from being trained."""
+    """A chat cannot be trained because of its chat template, not because of its row."""
 
 
 class TemplateMismatch(TemplateError):
-    """A template that was tried in another's place writes something else."""
+    """A shipped template that was tried in place of the tokenizer's own writes other text."""
 
 
 class ChatProgram:
     """One compiled chat template.
-
-    Args:
-        template: Its text.
 
     Attributes:
         has_markers: Whether it marks what the assistant writes with `{% generation %}`.
@@ -75,13 +72,7 @@ class ChatProgram:
         return self._environment.reads_date
 
     def render(self, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Run the template.
-
-        Args:
-            **variables: What it may read: messages, tools, add_generation_prompt, and so on.
-
-        Returns:
-            The text, and start and end of each stretch that it marks.
+        """Run the template; gives the text, and start and end of each stretch that it marks.
 
         Raises:
             jinja2.TemplateError: The template refuses, or goes beyond a bound.
@@ -101,11 +92,7 @@ class ChatProgram:
 
 @lru_cache(maxsize=64)
 def compile_template(template: str) -> ChatProgram:
-    """The program of a template, compiled once.
-
-    Raises:
-        jinja2.TemplateError: It does not compile.
-    """
+    """The program of a template, compiled once."""
     return ChatProgram(template)
 
 
@@ -261,10 +248,7 @@ def _bounded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 def _time_limit(seconds: float) -> Iterator[None]:
     """Interrupt what takes longer, in the main thread, where signals are delivered.
 
-    A timer that somebody else has set goes on afterwards.
-
-    Raises:
-        TimeoutError: It took longer.
+    A timer that somebody else has set goes on afterwards. What takes longer gets a TimeoutError.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -12,8 +12,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntFlag
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kpsvd_tune.data.encode.chat import ChatRenderer, Segment
@@ -21,10 +24,77 @@ from kpsvd_tune.data.encode.format import Chat, Pair, is_answer
 from kpsvd_tune.data.encode.templates import Template, TextTemplate
 from kpsvd_tune.errors import DataError
 
-__all__ = ["IGNORED", "EncodedRow", "Encoder", "Layout", "TokenizedRow"]
+IGNORED = -100  # the label that torch's cross entropy skips
 _PLAIN = TextTemplate("{completion}")
 # Which assistant turns of a chat are learnt: all in one row, the last one, or each in its own row.
 Learn = Literal["all", "last", "each"]
+
+
+class Mark(IntFlag):
+    """What is out of the ordinary with a row; stores keep these bits."""
+
+    EMPTY = 1  # nothing to learn in it
+    FULL_PROMPT = 2  # nothing to learn within the maximal length
+    CUT = 4  # longer than the maximal length
+    SPECIAL = 8  # its text holds the text of a special token
+    INEXACT = 16  # the tokenizer does not give its text back
+    FAULTY = 32  # cannot be read or laid out, and is left out
+
+
+NO_MARK = Mark(0)
+UNUSABLE = Mark.EMPTY | Mark.FULL_PROMPT | Mark.FAULTY
+
+
+class TokenizedRow:
+    """One row as the model sees it: arrays, or slices of the arrays of a store.
+
+    Attributes:
+        input_ids: (tokens,) int32 token ids; none where the row cannot be used.
+        labels: (tokens,) int32, the same ids where a token is learnt, `IGNORED` elsewhere; never
+            at the first position, which nothing predicts.
+        row: Number of the row in its source.
+        marks: What is out of the ordinary with it.
+    """
+
+    __slots__ = ("input_ids", "labels", "marks", "row")
+
+    def __init__(
+        self, input_ids: ArrayLike, labels: ArrayLike, row: int, marks: Mark = NO_MARK
+    ) -> None:
+        self.input_ids: NDArray[np.int32] = np.asarray(input_ids, dtype=np.int32)
+        self.labels: NDArray[np.int32] = np.asarray(labels, dtype=np.int32)
+        self.row = row
+        self.marks = marks
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TokenizedRow)
+            and (self.row, self.marks) == (other.row, other.marks)
+            and np.array_equal(self.input_ids, other.input_ids)
+            and np.array_equal(self.labels, other.labels)
+        )
+
+    def __repr__(self) -> str:
+        ids, labels = self.input_ids.tolist(), self.labels.tolist()
+        return f"TokenizedRow({ids}, {labels}, {self.row}, {self.marks!r})"
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that the loss counts."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A row as text, learnt or not."""
+
+    segments: Sequence[Segment]
+    prefix: Sequence[int]  # ids that stand before them
+    holds_special_tokens: bool  # whether the row's own text holds the text of a special token
+    is_chat: bool  # whether a chat template wrote it, which may have an end token of its own
 
 
 class Encoder:
@@ -80,7 +150,7 @@ class Encoder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about tokenizer and template, as met so far."""
+        """What a user should know about tokenizer and template, as far as rows have shown it."""
         of_chat = self._chat.notes if self._chat else {}
         return (*self._notes, *of_chat)
 
@@ -120,7 +190,7 @@ class Encoder:
             for turn in example.learnt
         ]
 
-    def encode(self, example: Pair | Chat, row: int) -> EncodedRow:
+    def encode(self, example: Pair | Chat, row: int) -> TokenizedRow:
         """Encode one example; its ids are cut at the maximal length.
 
         Args:
@@ -138,17 +208,21 @@ class Encoder:
         Raises:
             DataError: The chat template does not give the messages back.
         """
-        segments, prefix, texts = self._segments(example)
-        return Layout(
-            tuple(segments),
-            tuple(prefix),
-            any(self._special_pattern.search(text) for text in texts),
-            is_chat=isinstance(example, Chat) or self._text_template(example) is None,
-        )
+        if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
+            _refuse_chat_parts(example)
+            texts = zip(template.render(example), (False, True), strict=True)
+            segments = [Segment(text, is_trained) for text, is_trained in texts if text]
+            own = [example.prompt, example.completion, example.system or ""]
+            return Layout(segments, self._prefix(segments), self._holds_special(own), False)
+        chat = example.as_chat() if isinstance(example, Pair) else example
+        self._take_notes(chat)
+        # The template writes its own special tokens, so the tokenizer adds none.
+        segments = self._renderer().segments(chat, only_last=self._learn != "all")
+        return Layout(segments, (), self._holds_special(_texts_of(chat)), True)
 
     def encode_laid_out(
         self, layouts: Sequence[Layout], numbers: Sequence[int]
-    ) -> list[EncodedRow]:
+    ) -> list[TokenizedRow]:
         """Tokenise many rows in one call, which a fast tokenizer shares out over its threads.
 
         Args:
@@ -156,7 +230,8 @@ class Encoder:
             numbers: Number of each row, to keep in the result.
 
         Returns:
-            The rows, equal to what `encode` gives one by one.
+            The rows, equal to what `encode` gives one by one. One in which nothing is left to
+            learn has no tokens, and the mark `FULL_PROMPT`.
         """
         pieces = list(self._segment_tokenizer.rows([layout.segments for layout in layouts]))
         learnt = [
@@ -172,13 +247,13 @@ class Encoder:
             place for (place, _, _), fits in zip(learnt, gives_back, strict=True) if not fits
         }
         return [
-            self._assemble(*each, place not in inexact)
+            self._assemble(*each, is_exact=place not in inexact)
             for place, each in enumerate(zip(layouts, pieces, numbers, strict=True))
         ]
 
     def _assemble(
-        self, layout: Layout, pieces: Sequence[list[int]], row: int, is_exact: bool
-    ) -> EncodedRow:
+        self, layout: Layout, pieces: Sequence[list[int]], number: int, *, is_exact: bool
+    ) -> TokenizedRow:
         ids: list[int] = list(layout.prefix)
         labels: list[int] = [IGNORED] * len(ids)
         for segment, piece in zip(layout.segments, pieces, strict=True):
@@ -190,19 +265,22 @@ class Encoder:
                 f"rows begin with {self._bos!r} twice, which no model has seen in "
                 "pretraining: take it out of the chat template, or out of the rows"
             ] = None
-        # Of a text that its tokenizer drops altogether, no id is left.
+        # A text that its tokenizer drops as a whole leaves no id.
         last = ids[-1] if ids else None
         if not (last in self._all_special_ids if layout.is_chat else last == eos):
             ids.append(eos)
             labels.append(eos)
         labels[0] = IGNORED
-        kept = TokenizedRow(tuple(ids[: self._max_length]), tuple(labels[: self._max_length]), row)
-        return EncodedRow(
-            row=kept if kept.num_supervised else None,
-            is_truncated=len(ids) > self._max_length,
-            is_exact=is_exact,
-            holds_special_tokens=layout.holds_special_tokens,
+        end = self._max_length
+        has_learnt = any(label != IGNORED for label in itertools.islice(labels, end))
+        marks = Mark(
+            Mark.SPECIAL * layout.holds_special_tokens
+            | Mark.INEXACT * (not is_exact)
+            | Mark.CUT * (len(ids) > end)
+            | Mark.FULL_PROMPT * (not has_learnt)
         )
+        kept = end if has_learnt else 0
+        return TokenizedRow(ids[:kept], labels[:kept], number, marks)
 
     def encode_prompt(
         self,
@@ -217,49 +295,35 @@ class Encoder:
             system: System prompt, where the rows have one.
             tools: What the assistant may call, beside messages.
         """
-        if isinstance(prompt, str):
-            segments, prefix, _ = self._segments(Pair(prompt, "", system), is_prompt=True)
+        prefix: Sequence[int] = ()
+        if not isinstance(prompt, str):
+            segments = self._chat_prompt(tuple(prompt), tools)
+        elif (template := self._text_template(pair := Pair(prompt, "", system))) is None:
+            segments = self._chat_prompt(pair.as_chat().messages[:-1])
         else:
-            segments, prefix = self._chat_prompt(tuple(prompt), tools), []
+            text, _ = template.render(pair)
+            segments = [Segment(text, False)] if text else []
+            prefix = self._prefix(segments)
         (pieces,) = self._segment_tokenizer.rows([segments])
         return [*prefix, *itertools.chain.from_iterable(pieces)]
 
     def pieces(self, row: TokenizedRow) -> tuple[tuple[str, bool], ...]:
         """The row as decoded from its ids: stretches of text, each learnt or not."""
-        marked = zip(row.input_ids, row.labels, strict=True)
-        groups = itertools.groupby(marked, key=lambda pair: pair[1] != IGNORED)
+        marked = zip(row.input_ids.tolist(), (row.labels != IGNORED).tolist(), strict=True)
+        groups = itertools.groupby(marked, key=lambda pair: pair[1])
         return tuple(
             (self.decode([token for token, _ in group]), is_trained) for is_trained, group in groups
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of the ids with special tokens written out and no spaces tidied away."""
         return self._segment_tokenizer.decode(ids)
 
-    def _segments(
-        self, example: Pair | Chat, is_prompt: bool = False
-    ) -> tuple[list[Segment], list[int], list[str]]:
-        """Segments, the ids before them, and the texts of the row itself."""
-        if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
-            _refuse_chat_parts(example)
-            prompt, completion = template.render(example)
-            segments = [Segment(prompt, False)]
-            if not is_prompt:
-                segments.append(Segment(completion, True))
-            texts = [example.prompt, example.completion, example.system or ""]
-            segments = [segment for segment in segments if segment.text]
-            return segments, self._prefix(segments), texts
-        if isinstance(example, Pair):
-            if is_prompt:
-                return self._chat_prompt(example.as_chat().messages[:-1]), [], []
-            example = example.as_chat()
-        self._take_notes(example)
-        # The template writes its own special tokens, so the tokenizer adds none.
-        segments = self._renderer().segments(example, only_last=self._learn != "all")
-        return segments, [], _texts_of(example)
+    def _holds_special(self, texts: Sequence[str]) -> bool:
+        return any(self._special_pattern.search(text) for text in texts)
 
     def _take_notes(self, chat: Chat) -> None:
-        """Keep what a user should know about a row; of rows alike in that, the first."""
+        """Keep what a user should know about a row; of equal notes only the first."""
         for note in chat.notes:
             about = note.partition(" (first: ")[0]
             if about not in self._told:
@@ -295,7 +359,7 @@ class Encoder:
             )
         return self._chat
 
-    def _prefix(self, segments: list[Segment]) -> list[int]:
+    def _prefix(self, segments: Sequence[Segment]) -> list[int]:
         """The ids that the tokenizer puts first, unless the template wrote them already."""
         first = segments[0].text if segments else ""
         bos = self._bos
@@ -309,7 +373,7 @@ class Encoder:
 
 
 def _texts_of(chat: Chat) -> list[str]:
-    """All that the row itself gives to be written: texts, reasoning, calls, tools."""
+    """All texts that come from the row itself: messages, reasoning, calls, tools."""
     texts = [json.dumps(chat.tools, ensure_ascii=False, default=str)] if chat.tools else []
     for message in chat.messages:
         texts.append(str(message["content"]))
@@ -390,11 +454,13 @@ class SegmentTokenizer:
                 pieces.append(ids)
             yield pieces
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of the ids with special tokens written out and no spaces tidied away."""
         return str(
             self._tokenizer.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                [int(each) for each in ids],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
             )
         )
 
@@ -428,54 +494,3 @@ class SegmentTokenizer:
             if full[start : start + len(plain)] == plain:
                 return full[:start]
         return []
-
-
-IGNORED = -100  # the label that torch's cross entropy skips
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedRow:
-    """One row as the model sees it.
-
-    Attributes:
-        input_ids: Token ids.
-        labels: The same ids where a token is learnt, `IGNORED` elsewhere; never at the first
-            position, which nothing predicts.
-        row: Number of the row in its source.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    row: int
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens that the loss counts."""
-        return len(self.labels) - self.labels.count(IGNORED)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """A row, or None where nothing learnt is left in it, and what happened on the way."""
-
-    row: TokenizedRow | None
-    is_truncated: bool
-    is_exact: bool
-    holds_special_tokens: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A row as text.
-
-    Attributes:
-        segments: Its stretches, learnt or not.
-        prefix: Ids that stand before them.
-        holds_special_tokens: Whether the row's own text holds the text of a special token.
-        is_chat: Whether a chat template wrote it, which may have an end token of its own.
-    """
-
-    segments: tuple[Segment, ...]
-    prefix: tuple[int, ...]
-    holds_special_tokens: bool
-    is_chat: bool

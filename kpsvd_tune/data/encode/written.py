@@ -1,8 +1,8 @@
 """Check that a rendered chat holds all that its messages say, or that the rest is told of.
 
-A chat template takes what it knows of a message and leaves out the rest without a word: calls of
-tools, reasoning, whole roles. What is not found in the text as it stands is put to the proof:
-the chat is rendered again with a mark in its place, and the mark has to show up.
+A chat template writes the keys of a message that it knows and drops the others silently: calls of
+tools, reasoning, whole roles. A part that is not found in the text is tested: the chat is rendered
+again with a mark in its place, and the mark has to show up.
 """
 
 from __future__ import annotations
@@ -37,12 +37,7 @@ _OTHER_TEMPLATE = (
 
 
 class WrittenCheck:
-    """The check for one chat template.
-
-    Args:
-        render: Renders messages and tools.
-        notes: Gets what a user should know.
-    """
+    """The check for one chat template; `notes` gets what a user should know."""
 
     def __init__(self, render: Render, notes: dict[str, None]) -> None:
         self._marked = render
@@ -52,7 +47,7 @@ class WrittenCheck:
     def check(
         self, messages: Sequence[Message], tools: Any, turns: Mapping[int, str], text: str
     ) -> None:
-        """Compare a rendering with what was to be rendered.
+        """Compare the whole rendering of a chat with its messages and tools.
 
         Args:
             messages: The chat.
@@ -131,11 +126,7 @@ class WrittenCheck:
             return True  # it was looked at
 
     def _check_order_of_results(self, messages: Sequence[Message], tools: Any, text: str) -> None:
-        """Check that results of tools can be told apart where they stand in another order.
-
-        Raises:
-            DataError: Only `tool_call_id` tells them apart, and the template does not write it.
-        """
+        """Check that results of tools can be told apart where they stand in another order."""
         for swapped in _swapped_results(messages):
             bare = [
                 {k: v for k, v in message.items() if k not in ("tool_call_id", "name")}
@@ -180,11 +171,7 @@ class WrittenCheck:
                 raise DataError(doubt.message(is_last=doubt.place == last))
 
     def _refuse_unmarked(self, doubt: _Doubt) -> None:
-        """Tell of a part of a learnt turn that stands outside of what the template marks.
-
-        Raises:
-            DataError: Without it the turn would mean something else.
-        """
+        """Tell of a part of a learnt turn that stands outside of what the template marks."""
         if not doubt.is_reasoning:
             raise DataError(
                 f"the chat template writes {doubt.what} outside of its {{% generation %}} "
@@ -199,8 +186,8 @@ class WrittenCheck:
     def _changes(self, doubt: _Doubt, mark: str, messages: Sequence[Message], tools: Any) -> bool:
         """Whether the rendering is another with a mark in place of the part.
 
-        A text is put to the proof at both of its ends, as templates may cut it. Of an assistant's,
-        which is not learnt, reasoning at its beginning may be left out.
+        A text is tested at both of its ends, as templates may cut it. An assistant's, which is not
+        learnt here, is tested at its end only: reasoning at its beginning may be left out.
         """
         message = messages[doubt.place]
         changes = [doubt.replaced(message, mark)]
@@ -254,21 +241,13 @@ class WrittenCheck:
 
 @dataclass(frozen=True)
 class _Doubt:
-    """A part of a message that is not surely in the text.
+    """A part of a chat's message that is not surely in the text."""
 
-    Attributes:
-        place: The message's.
-        path: Keys and places that lead to the part.
-        role: The message's.
-        what: The part, as a message names it.
-        is_learnt: Whether the message is.
-    """
-
-    place: int
-    path: tuple[str | int, ...]
-    role: str
-    what: str
-    is_learnt: bool
+    place: int  # the message's
+    path: tuple[str | int, ...]  # keys and places that lead to the part
+    role: str  # the message's
+    what: str  # the part, as errors and notes name it
+    is_learnt: bool  # whether the message is
 
     @property
     def is_content(self) -> bool:
@@ -321,12 +300,7 @@ class _Doubt:
 
 
 class _Said:
-    """All that a chat says, to tell a part that is written from an equal one that is not.
-
-    Args:
-        messages: The chat.
-        tools: What its assistant may call.
-    """
+    """All that a chat says, to tell a part that is written from an equal one that is not."""
 
     def __init__(self, messages: Sequence[Message], tools: Any) -> None:
         self._messages = messages

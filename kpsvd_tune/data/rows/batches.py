@@ -8,6 +8,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,20 +38,19 @@ def collate(
     """
     if not rows:
         raise ValueError("collate got no rows; expected at least one")
-    length = max(len(row.input_ids) for row in rows)
+    length = max(map(len, rows))
     if pad_to_multiple_of:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-    batch = {
-        "input_ids": torch.full((len(rows), length), pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros((len(rows), length), dtype=torch.int64),
-        "labels": torch.full((len(rows), length), IGNORED, dtype=torch.int64),
-    }
+    shape = (len(rows), length)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):
-        end = len(row.input_ids)
-        batch["input_ids"][index, :end] = torch.tensor(row.input_ids)
-        batch["attention_mask"][index, :end] = 1
-        batch["labels"][index, :end] = torch.tensor(row.labels)
-    return batch
+        input_ids[index, : len(row)] = row.input_ids
+        attention_mask[index, : len(row)] = 1
+        labels[index, : len(row)] = row.labels
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
 def pack(rows: Sequence[TokenizedRow]) -> dict[str, Tensor]:
@@ -71,13 +71,16 @@ def pack(rows: Sequence[TokenizedRow]) -> dict[str, Tensor]:
     """
     if not rows:
         raise ValueError("pack got no rows; expected at least one")
-    ids = [token for row in rows for token in row.input_ids]
-    positions = [position for row in rows for position in range(len(row.input_ids))]
-    labels = [label for row in rows for label in (IGNORED, *row.labels[1:])]
+    labels = np.concatenate([row.labels for row in rows])
+    labels[np.cumsum([0, *map(len, rows[:-1])])] = IGNORED
+    batch = {
+        "input_ids": np.concatenate([row.input_ids for row in rows]),
+        "position_ids": np.concatenate([np.arange(len(row)) for row in rows]),
+        "labels": labels,
+    }
     return {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "labels": torch.tensor([labels]),
+        name: torch.from_numpy(values.astype(np.int64)[np.newaxis])
+        for name, values in batch.items()
     }
 
 
@@ -221,7 +224,7 @@ def row_lengths(rows: Sequence[TokenizedRow]) -> list[int]:
     if isinstance(rows, StoredRows):
         lengths: list[int] = rows.lengths.tolist()
         return lengths
-    return [len(row.input_ids) for row in rows]
+    return [len(row) for row in rows]
 
 
 def group_by_length(
@@ -239,9 +242,6 @@ def group_by_length(
         batch_size: Rows of a batch.
         num_head: Rows at the start that complete the last batch of the epoch before.
         key: Decides the order of batches; the same on every machine and version.
-
-    Returns:
-        The same rows in another order.
     """
     head, rest = list(order[:num_head]), order[num_head:]
     num_batches = len(rest) // batch_size

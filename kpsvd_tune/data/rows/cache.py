@@ -18,14 +18,14 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, store_files
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, json_sha256, store_files
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 6
-# Beyond this the stores used longest ago go; those of running commands stay.
+FORMAT_VERSION = 7
+# Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -35,21 +35,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 class TokenCache:
     """Stores of tokenised rows under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
 
-    A store is written beside its place, synced and renamed, so a killed run leaves none
-    half-written; a lock held meanwhile keeps two runs from making the same one.
+    A store is written under another name and renamed when it is whole, so that a killed run leaves
+    none half-written; a lock held meanwhile keeps two runs from making the same one.
 
     Args:
         folder: Another folder than the usual one.
-        max_bytes: Size above which stores used longest ago are removed.
-
-    Attributes:
-        folder: Where the stores lie.
+        max_bytes: Size above which the least recently used stores are removed.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         self.folder = folder or cache_folder() / "tokens"
         self._max_bytes = max_bytes
-        # Looking at all stores takes as long as there are many: not after every small one.
+        # Looking at all stores takes time, so it is not done after every small one.
         self._made_bytes = max_bytes
         _allow_many_files()
 
@@ -58,13 +55,8 @@ class TokenCache:
     ) -> tuple[TokenStore, bool]:
         """Open the store of a key, or make it.
 
-        Args:
-            key: From :func:`store_key`.
-            make: Adds all rows and returns the facts to keep; what it raises is passed on, and
-                no store is left.
-
-        Returns:
-            The store, and whether it was there before.
+        `make` adds all rows and returns the facts to keep; what it raises is passed on, and no
+        store is left. Returns the store, and whether it was there before.
 
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
@@ -76,7 +68,7 @@ class TokenCache:
                     _hold(found)
                     return found, True
                 shutil.rmtree(folder, ignore_errors=True)  # damaged
-                temporary = self.folder / f"{key}.tmp"  # ours alone under the lock
+                temporary = self.folder / f"{key}.tmp"  # of this process alone: it holds the lock
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 writer = StoreWriter(temporary)
@@ -86,7 +78,7 @@ class TokenCache:
                     writer.abandon()
                     shutil.rmtree(temporary, ignore_errors=True)
                     raise
-                # Not synced: opening checks every digest, so what a power cut spoils is made again.
+                # Not synced: opening checks every digest, so a store lost in a power cut is remade.
                 temporary.rename(folder)
                 store = TokenStore(folder)
                 _hold(store)
@@ -106,7 +98,7 @@ class TokenCache:
         """The JSON value noted under a key; None where it is absent or damaged."""
         try:
             content = parse_json(read_bytes(self.folder / "notes" / f"{key}.json"))
-            return content["value"] if content["sha256"] == _hash(content["value"]) else None
+            return content["value"] if content["sha256"] == json_sha256(content["value"]) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -116,40 +108,29 @@ class TokenCache:
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"value": value, "sha256": _hash(value)})
+            text = json.dumps({"value": value, "sha256": json_sha256(value)})
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(file)
         except OSError:
             return
 
     def prune(self) -> None:
-        """Remove what was used longest ago, until the rest is no larger than the bound."""
-        self._remove_unfinished()
+        """Remove the least recently used stores, until the rest is no larger than the bound."""
+        for unfinished in self.folder.glob("*.tmp"):  # what killed runs left
+            _remove_if_free(unfinished, self._lock_file(unfinished.name))
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
         for facts in stores:
             total += sum(map(_size, store_files(facts.parent)))
-            if total > self._max_bytes and _is_free(facts):
-                shutil.rmtree(facts.parent, ignore_errors=True)
+            if total > self._max_bytes:
+                _remove_if_free(facts.parent, facts)
         notes = sorted((self.folder / "notes").glob("*.json"), key=_last_use, reverse=True)
         for note in notes[1000:]:
             note.unlink(missing_ok=True)
 
-    def _remove_unfinished(self) -> None:
-        """Remove what killed runs left; where nobody holds the lock, nobody writes there."""
-        for folder in self.folder.glob("*.tmp"):
-            descriptor = self._open_lock(folder.name)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            except OSError:
-                continue  # being written, or no locks here to tell
-            finally:
-                os.close(descriptor)
-
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        descriptor = self._open_lock(key)
+        descriptor = os.open(self._lock_file(key), os.O_RDWR)
         # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
         try:
             _flock(descriptor, fcntl.LOCK_EX)
@@ -157,10 +138,11 @@ class TokenCache:
         finally:
             os.close(descriptor)
 
-    def _open_lock(self, key: str) -> int:
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def _lock_file(self, key: str) -> Path:
+        file = self.folder / "locks" / f"{key[:2]}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o644)
+        return file
 
 
 def _allow_many_files() -> None:
@@ -173,13 +155,9 @@ def _allow_many_files() -> None:
 
 
 def store_key(*parts: Any) -> str:
-    """Name a store by everything its tokens depend on.
-
-    Args:
-        parts: JSON values: fingerprint of source and tokenizer, and the settings of the recipe.
-    """
+    """Name a store by everything its tokens depend on: JSON values, in order."""
     libraries = [tokenizers.__version__, transformers.__version__]
-    return _hash([FORMAT_VERSION, libraries, *parts])
+    return json_sha256([FORMAT_VERSION, libraries, *parts])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -190,7 +168,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     settings = {
         name: value
         for name, value in tokenizer.init_kwargs.items()
-        # Where it was found says nothing about what it does.
+        # The place of the files changes nothing about what the tokenizer does.
         if name not in ("name_or_path", "vocab_file", "tokenizer_file", "cache_dir")
         and not name.startswith("_")
     }
@@ -198,10 +176,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [type(tokenizer).__name__, rules, special, added, tokenizer.chat_template]
     text = json.dumps([*parts, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _hold(store: TokenStore) -> None:
@@ -218,18 +192,19 @@ def _hold(store: TokenStore) -> None:
 _held: dict[int, int] = {}
 
 
-def _is_free(facts: Path) -> bool:
+def _remove_if_free(folder: Path, lock: Path) -> None:
+    """Remove a folder that no process reads or writes: nobody holds its lock."""
     try:
-        descriptor = os.open(facts, os.O_RDONLY)
+        descriptor = os.open(lock, os.O_RDONLY)
     except OSError:
-        return False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
     except OSError:
-        return False
+        pass  # in use, or no locks here to tell
     finally:
         os.close(descriptor)
-    return True
 
 
 def _flock(descriptor: int, kind: int) -> None:

@@ -1,4 +1,4 @@
-"""The check before training: what will be learnt, and what would silently go wrong."""
+"""Checks before training: end tokens, token ids and lengths that would silently go wrong."""
 
 from __future__ import annotations
 
@@ -11,33 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.data.encode.encoder import IGNORED, TokenizedRow
+from kpsvd_tune.data.encode.encoder import IGNORED, UNUSABLE, Mark, TokenizedRow
 from kpsvd_tune.data.rows.store import StoredRows
 from kpsvd_tune.errors import DataError
 
 
-def check_supervision(
-    rows: Sequence[TokenizedRow], truncated: Sequence[bool], end_token_ids: Sequence[int]
-) -> None:
-    """Refuse rows that would train nothing, or a model that never stops.
+def check_end_tokens(rows: Sequence[TokenizedRow], end_token_ids: Sequence[int]) -> None:
+    """Refuse rows that would train a model that never stops.
 
-    Args:
-        rows: Rows to train on.
-        truncated: For each row whether it was cut, which takes its end token away rightly.
-        end_token_ids: Ids that end an answer.
+    A row that was cut has lost its end token, and one without tokens is not used: both pass.
 
     Raises:
-        DataError: No token is learnt, or a whole row's end token is not.
+        DataError: The last learnt token of a whole row is none of those that end an answer.
     """
-    if not any(row.num_supervised for row in rows):
-        raise DataError(
-            f"none of the tokens of the {len(rows)} training rows would be trained; expected at "
-            "least one: raise dataset.max_length if the prompts fill it, and check that the "
-            "completion column holds text"
-        )
-    for row, is_cut in zip(rows, truncated, strict=True):
-        last = next((label for label in reversed(row.labels) if label != IGNORED), None)
-        if not is_cut and last not in end_token_ids:
+    for row in rows:
+        if row.marks & (Mark.CUT | UNUSABLE):
+            continue
+        learnt = row.labels[row.labels != IGNORED]
+        last = int(learnt[-1]) if len(learnt) else None
+        if last not in end_token_ids:
             raise DataError(
                 f"row {row.row}: the end token is not trained (the last trained token is {last}, "
                 f"expected one of {', '.join(map(str, end_token_ids))}), so the model would never "
@@ -64,7 +56,7 @@ def check_known_tokens(
     if isinstance(rows, StoredRows) and rows.max_token_id < num_embeddings:
         return
     for place, row in enumerate(rows):
-        if (largest := max(row.input_ids)) >= num_embeddings:
+        if (largest := int(row.input_ids.max())) >= num_embeddings:
             raise DataError(
                 f"{where(place) if where else f'row {row.row}'}: token id {largest} has no "
                 f"embedding, the model has {num_embeddings}; tokens were added to the tokenizer "
@@ -81,14 +73,8 @@ def check_lengths(
 ) -> list[str]:
     """Refuse rows that have more tokens than the model has positions.
 
-    Args:
-        lengths: (rows,) tokens of each row.
-        limits: Of the model.
-        max_length: The recipe's.
-        where: Names a row by its place.
-
-    Returns:
-        What a user should know: rows beyond the length that a rotary model is meant for.
+    Gives what a user should know: rows beyond the length that a rotary model is meant for. `where`
+    names a row by its place in `lengths`.
 
     Raises:
         DataError: A row is longer and the model has no position for its end.
@@ -116,12 +102,7 @@ def check_lengths(
 
 
 def tokenizer_warnings(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[str]:
-    """What is unusual about a tokenizer, and what follows from it.
-
-    Args:
-        tokenizer: The base model's.
-        longest: Tokens of the longest row.
-    """
+    """What is unusual about a tokenizer, and what follows for rows of up to `longest` tokens."""
     warnings = []
     if tokenizer.pad_token_id is None:
         warnings.append(
@@ -152,9 +133,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Learnt or tabulated absolute positions: wpe, embed_positions, position_embeddings, pos_encoding.
 _TABLE = re.compile(r"wpe|embed_pos|pos\w*_emb|pos_enc")
-# The table of this one is made anew for longer rows.
+# Models that compute a larger table when a row is longer.
 _GROWING = ("xglm",)
-# Takes positions from a bias of fixed width that is no tensor of the model.
+# Models whose positions are a bias of fixed width, which is no tensor of the model.
 _FIXED = ("mpt",)
 
 
@@ -175,11 +156,7 @@ class ModelLimits:
 
 
 def model_limits(skeleton: Any) -> ModelLimits:
-    """Read the limits of a model, which may lie on the meta device.
-
-    Args:
-        skeleton: A causal language model of transformers.
-    """
+    """Read the limits of a causal language model, which may lie on the meta device."""
     config = skeleton.config.get_text_config()
     vocabulary = int(skeleton.get_input_embeddings().num_embeddings)
     named = next(

@@ -21,16 +21,16 @@ from kpsvd_tune.data.read.sources import (
     training_sources,
     validation_source,
 )
-from kpsvd_tune.data.rows.cache import TokenCache, store_key, tokenizer_fingerprint
+from kpsvd_tune.data.rows.cache import TokenCache, store_key
 from kpsvd_tune.data.rows.preflight import (
     ModelLimits,
     check_known_tokens,
     check_lengths,
     tokenizer_warnings,
 )
-from kpsvd_tune.data.rows.split import Selection, divide, mix, source_rows
+from kpsvd_tune.data.rows.split import Places, Selection, Split, divide, mix, source_rows
 from kpsvd_tune.data.rows.store import StoredRows, rows_sha256
-from kpsvd_tune.data.rows.tokenise import TokenizedSource, find_form, template_of, tokenise
+from kpsvd_tune.data.rows.tokenise import Tokeniser, TokenizedSource, find_form
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.report.results import PreflightReport, SourceCount
@@ -84,7 +84,6 @@ def read_examples(
     format: str = "auto",  # the recipe's key
     columns: Mapping[str, str] | None = None,
     template: str = "chat",
-    offline: bool = False,
 ) -> ReadRows:
     """Read rows into memory and find their form, for evaluation.
 
@@ -95,12 +94,11 @@ def read_examples(
         format: The form, or "auto" to detect it.
         columns: Column of each role, where its name differs.
         template: Only tells which roles are needed.
-        offline: Use only what the local hub cache holds.
 
     Raises:
         DataError: A source or a row cannot be read, or no form fits.
     """
-    loaded = load_rows(path, name=name, split=split, offline=offline)
+    loaded = load_rows(path, name=name, split=split)
     form, notes = find_form(loaded.rows, format, columns or {}, template, setting="columns")
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 
@@ -110,7 +108,6 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
-    offline: bool = False,
     progress: Progress | None = None,
     keeps_template: bool = False,
     limits: ModelLimits | None = None,
@@ -124,32 +121,28 @@ def prepare(
         dataset: The recipe's section.
         tokenizer: The base model's tokenizer. Its chat template becomes the one that is used.
         seed: Decides which rows are held out, and which a fractional weight takes.
-        offline: Use only what the local hub cache holds.
         progress: Called while rows are tokenised.
         keeps_template: Refuse rows that the tokenizer's chat template cannot train, rather than
             look for another, as for rows that are compared with those of a training.
-        limits: What the model takes; None: rows are not held against it.
+        limits: What the model takes; None: rows are not compared with it.
 
     Raises:
         DataError: Anything between the file and the labels is not as it must be.
         ResourceError: The cache cannot be written.
     """
     cache = TokenCache()
-    settings = training_sources(dataset)
-
-    def tokenise_all(own: Template | None) -> _Tokenised:
-        return _tokenise_all(dataset, settings, tokenizer, own, cache, offline, progress)
-
     (sources, held_out), choice = with_chat_template(
-        tokenizer, dataset, tokenise_all, keeps_template=keeps_template
+        tokenizer,
+        dataset,
+        lambda own: _tokenise_all(dataset, tokenizer, own, cache, progress),
+        keeps_template=keeps_template,
     )
-    halves = divide(sources, held_out, dataset, seed)
-    train = Selection(sources, halves.train, dataset)
-    validation = Selection(held_out, halves.validation, dataset)
+    split = divide(sources, held_out, dataset, seed)
+    train, validation = split.train, split.validation
     if not len(train.usable):
         raise DataError(
-            f"{sources[0].label}: nothing can be trained in any of the {len(halves.train)} "
-            f"training rows: {'; '.join((*halves.notes, *train.warnings()))}; expected at least "
+            f"{sources[0].label}: nothing can be trained in any of the {len(train.places)} "
+            f"training rows: {'; '.join((*split.notes, *train.warnings()))}; expected at least "
             "one row with a completion that fits into dataset.max_length"
         )
     parts = [
@@ -158,42 +151,15 @@ def prepare(
     ]
     rows = StoredRows([source.store for source in sources], np.concatenate(parts))
     others = StoredRows([source.store for source in held_out], validation.usable)
-    template = template_of(sources[0], settings[0])
+    template = sources[0].template
     encoder = Encoder(tokenizer, template, dataset.max_length, learn=dataset.learn)
-
-    def report() -> PreflightReport:
-        whole = train.whole
-        shown = StoredRows(rows.stores, whole[:1] if len(whole) else train.usable[:1])
-        notes = dict.fromkeys(note for source in sources for note in source.notes)
-        others_notes = dict.fromkeys(note for source in held_out for note in source.notes)
-        return PreflightReport(
-            num_rows=len(rows),
-            num_validation_rows=len(others),
-            num_tokens=int(rows.lengths.sum()),
-            num_supervised_tokens=int(rows.num_supervised.sum()),
-            num_truncated=train.num_cut,
-            num_dropped=len(halves.train) - len(train.usable),
-            max_tokens=int(rows.lengths.max()),
-            format=sources[0].form.name,
-            format_reason=sources[0].form.reason,
-            warnings=(
-                *choice,
-                *_turns(dataset, source_rows(sources)[train.usable]),
-                *tokenizer_warnings(tokenizer, int(rows.lengths.max())),
-                *halves.notes,
-                *train.warnings(),
-                *(f"validation: {note}" for note in validation.warnings()),
-                *notes,
-                *(f"validation: {note}" for note in others_notes if note not in notes),
-            ),
-            sample=encoder.pieces(shown[0]),
-            sources=_counts(sources, rows.stores, parts) if len(sources) > 1 else (),
-        )
-
-    known = _known(cache, sources, held_out, dataset, seed)
+    known = _note_key(sources, held_out, dataset, seed)
     found = cache.read_note(known)
     if found is None:
-        found = {"report": report().to_dict(), "sha256": rows_sha256(rows, others)}
+        turns = _turns(dataset, source_rows(sources)[train.usable])
+        about = [*choice, *turns, *tokenizer_warnings(tokenizer, int(rows.lengths.max()))]
+        report = _report(split, parts, rows, others, encoder, about)
+        found = {"report": report.to_dict(), "sha256": rows_sha256(rows, others)}
         cache.write_note(known, found)
     preflight = PreflightReport.from_dict(found["report"])
     if limits is not None:
@@ -209,20 +175,14 @@ def prepare(
     return PreparedData(rows, others, preflight, found["sha256"], encoder, template, note)
 
 
-_Tokenised = tuple[list[TokenizedSource], list[TokenizedSource]]
-
-
 def _tokenise_all(
     dataset: DatasetRecipe,
-    settings: Sequence[SourceSettings],
     tokenizer: PreTrainedTokenizerBase,
     own_template: Template | None,
     cache: TokenCache,
-    offline: bool,
     progress: Progress | None,
-) -> _Tokenised:
+) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
     """The sources to train on, and those to hold rows out of."""
-    tokenizer_key = tokenizer_fingerprint(tokenizer)
     done = 0
 
     def advance(number: int) -> None:
@@ -231,40 +191,65 @@ def _tokenise_all(
         if progress is not None:
             progress(done, 0)
 
+    tokeniser = Tokeniser(dataset, tokenizer, cache, advance, own_template)
+
     def tokenised(settings: SourceSettings, *, is_held_out: bool = False) -> list[TokenizedSource]:
         opened = open_sources(
             settings.path,
             name=settings.name,
             split=settings.split,
-            offline=offline,
             streaming=dataset.streaming,
             is_held_out=is_held_out,
         )
-        return [
-            tokenise(
-                each,
-                settings,
-                tokenizer,
-                dataset.max_length,
-                dataset.learn,
-                cache,
-                advance,
-                dataset.max_bad_rows,
-                own_template,
-                tokenizer_key,
-            )
-            for each in opened
-        ]
+        return [tokeniser.tokenise(each, settings) for each in opened]
 
+    settings = training_sources(dataset)
     sources = [source for each in settings for source in tokenised(each)]
     held_out = sources
     if isinstance(dataset.validation, str):
         held_out = tokenised(validation_source(dataset, dataset.validation), is_held_out=True)
-    ignored = {name for source in (*sources, *held_out) for name in source.ignored}
-    check_ignored(ignored, settings)
+    check_ignored({name for each in (*sources, *held_out) for name in each.ignored}, settings)
     if progress is not None and done:
         progress(done, done)
     return sources, held_out
+
+
+def _report(
+    split: Split,
+    parts: Sequence[Places],
+    rows: StoredRows,
+    others: StoredRows,
+    encoder: Encoder,
+    about: Sequence[str],
+) -> PreflightReport:
+    """What the preflight found; `about` are the warnings that come first."""
+    train, validation = split.train, split.validation
+    sources = train.sources
+    whole = train.whole
+    shown = StoredRows(rows.stores, whole[:1] if len(whole) else train.usable[:1])
+    notes = dict.fromkeys(note for source in sources for note in source.notes)
+    others_notes = dict.fromkeys(note for source in validation.sources for note in source.notes)
+    return PreflightReport(
+        num_rows=len(rows),
+        num_validation_rows=len(others),
+        num_tokens=int(rows.lengths.sum()),
+        num_supervised_tokens=int(rows.num_supervised.sum()),
+        num_truncated=train.num_cut,
+        num_dropped=len(train.places) - len(train.usable),
+        max_tokens=int(rows.lengths.max()),
+        format=sources[0].form.name,
+        format_reason=sources[0].form.reason,
+        warnings=(
+            *about,
+            *split.notes,
+            *train.warnings(),
+            *(f"validation: {note}" for note in validation.warnings()),
+            *notes,
+            *(f"validation: {note}" for note in others_notes if note not in notes),
+        ),
+        sample=encoder.pieces(shown[0]),
+        sources=_counts(sources, parts) if len(sources) > 1 else (),
+    )
 
 
 def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
@@ -280,23 +265,22 @@ def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
 def _check_limits(
     rows: StoredRows, selection: Selection, limits: ModelLimits, max_length: int
 ) -> list[str]:
-    """Hold rows against the model; gives what a user should know."""
+    """Compare rows with what the model takes; gives what a user should know."""
 
     def where(place: int) -> str:
-        return selection.where(int(rows.order[place]))
+        return selection.where(rows.order[place])
 
     check_known_tokens(rows, limits.vocabulary, where)
     return check_lengths(rows.lengths, limits, max_length, where)
 
 
-def _known(
-    cache: TokenCache,
+def _note_key(
     sources: Sequence[TokenizedSource],
     held_out: Sequence[TokenizedSource],
     dataset: DatasetRecipe,
     seed: int,
 ) -> str:
-    """Name report and hash by all that they say, the names of the sources included."""
+    """The key of report and hash: all that they depend on, the names of the sources included."""
     stores = [
         [source.store.folder.name, source.label, source.unit, source.weight, *source.notes]
         for source in (*sources, *held_out)
@@ -304,11 +288,7 @@ def _known(
     return store_key(stores, dataset.model_dump(mode="json"), seed)
 
 
-def _counts(
-    sources: Sequence[TokenizedSource],
-    stores: Sequence[object],
-    parts: Sequence[NDArray[np.int64]],
-) -> tuple[SourceCount, ...]:
+def _counts(sources: Sequence[TokenizedSource], parts: Sequence[Places]) -> tuple[SourceCount, ...]:
     counts = []
     start = 0
     for source, part in zip(sources, parts, strict=True):

@@ -1,4 +1,11 @@
-"""Which rows are held out: a pure function of their number and the seed."""
+"""Which rows are used, which of them are trained and which held out, with notes on the others.
+
+Two rows are the same where their ids and labels are, or where they are one row of one file (which
+may be listed twice with other templates, or give several rows). No row may be on both sides: one
+that is held out and trained under another number would silently make the validation loss too low.
+
+Places count through all sources, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +16,188 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from kpsvd_tune.data.encode.encoder import UNUSABLE, Mark
 from kpsvd_tune.data.rows.batches import permutation
-from kpsvd_tune.data.rows.store import UNUSABLE, Mark
 from kpsvd_tune.data.rows.tokenise import TokenizedSource
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
+
+Places = NDArray[np.int64]
+
+
+class Selection:
+    """The rows at some places of the sources, sorted into usable ones and others.
+
+    Args:
+        sources: The sources.
+        places: (rows,) ascending places.
+        dataset: Its max_length, min_length and too_long.
+    """
+
+    def __init__(
+        self, sources: Sequence[TokenizedSource], places: Places, dataset: DatasetRecipe
+    ) -> None:
+        self.sources = sources
+        self.places = places
+        self._dataset = dataset
+        self._marks = np.concatenate([source.store.marks for source in sources])[places]
+        lengths = np.concatenate([source.store.lengths for source in sources])[places]
+        is_whole = (self._marks & UNUSABLE) == 0
+        self._is_dropped_long = is_whole & self._has(Mark.CUT) & (dataset.too_long == "drop")
+        self._is_short = is_whole & (lengths < dataset.min_length)
+        self._is_usable = is_whole & ~self._is_short & ~self._is_dropped_long
+
+    @cached_property
+    def usable(self) -> Places:
+        """(rows,) places of the rows that are used."""
+        places: Places = self.places[self._is_usable]
+        return places
+
+    @property
+    def whole(self) -> Places:
+        """(rows,) places of the used rows that were not cut."""
+        places: Places = self.places[self._is_usable & ~self._has(Mark.CUT)]
+        return places
+
+    @property
+    def num_cut(self) -> int:
+        """Used rows that were cut."""
+        return int((self._is_usable & self._has(Mark.CUT)).sum())
+
+    def by_source(self) -> list[Places]:
+        """The places of the used rows of each source."""
+        ends = np.cumsum([len(source.store) for source in self.sources])
+        return np.split(self.usable, np.searchsorted(self.usable, ends[:-1]))
+
+    def warnings(self) -> list[str]:
+        """What a user should know about the rows: how many, where the first is, what to do."""
+        limit, shortest = self._dataset.max_length, self._dataset.min_length
+        kinds = (
+            (self._has(Mark.EMPTY), "dropped: empty, or without a completion"),
+            (
+                self._has(Mark.FULL_PROMPT),
+                f"dropped: the prompt alone fills dataset.max_length ({limit} tokens)",
+            ),
+            (
+                self._is_dropped_long,
+                f"dropped: longer than dataset.max_length ({limit} tokens), as dataset.too_long "
+                "says",
+            ),
+            (self._is_short, f"dropped: shorter than dataset.min_length ({shortest} tokens)"),
+            (
+                self._has(Mark.SPECIAL),
+                "with the text of a special token in them, which is read as that token: remove "
+                "it unless it is meant",
+            ),
+            (self._has(Mark.INEXACT), "whose text this tokenizer does not give back exactly"),
+        )
+        notes = [
+            f"{_rows(int(which.sum()))} {what} (first: {self.where(self.places[which.argmax()])})"
+            for which, what in kinds
+            if which.any()
+        ]
+        if self.num_cut:
+            notes.append(
+                f"{_rows(self.num_cut)} cut to dataset.max_length ({limit} tokens), which takes "
+                "the end token away: raise it to learn whole completions, or leave such rows out "
+                "with dataset.too_long: drop"
+            )
+        return notes
+
+    def where(self, place: int | np.int64) -> str:
+        """Source and number of the row at a place, as messages print them."""
+        for source in self.sources:
+            if place < len(source.store):
+                return source.where(int(place))
+            place -= len(source.store)
+        raise IndexError(place)
+
+    def _has(self, mark: Mark) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = (self._marks & mark) != 0
+        return found
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows to train on and those held out.
+
+    Attributes:
+        train: Rows to train on.
+        validation: Rows held out; their places are those of their own sources.
+        notes: What a user should know about rows that occur more than once.
+    """
+
+    train: Selection
+    validation: Selection
+    notes: tuple[str, ...]
+
+
+def divide(
+    sources: Sequence[TokenizedSource],
+    held_out: Sequence[TokenizedSource],
+    dataset: DatasetRecipe,
+    seed: int,
+) -> Split:
+    """Divide the rows, so that no held-out row is trained under another number.
+
+    Args:
+        sources: What is trained on.
+        held_out: Sources of their own that are validated on, if `dataset.validation` is a path;
+            else `sources` again.
+        dataset: Its validation and deduplicate.
+        seed: Decides which rows are held out.
+
+    Raises:
+        DataError: Every row to train on is held out too.
+    """
+    has_own = isinstance(dataset.validation, str)
+    everything = [*sources, *held_out] if has_own else list(sources)
+    whole = Selection(everything, np.arange(sum(len(each.store) for each in everything)), dataset)
+    num_rows = sum(len(source.store) for source in sources)
+    keys = _content_keys(everything)
+    groups = _row_groups(everything, keys)
+    pools = [np.arange(num_rows), np.arange(num_rows, len(keys))]
+    notes = []
+    if dataset.deduplicate:
+        for index, pool in enumerate(pools):
+            repeats = _is_repeat(keys, pool)
+            pools[index] = pool[~repeats]
+            if repeats.any():
+                one = _first_repeat(whole, keys, pool, repeats)
+                notes.append(_left_out_note(int(repeats.sum()), one, is_held=index == 1))
+    pool, held = pools
+    if isinstance(dataset.validation, str):
+        # A held-out row that cannot be used keeps no other row out of training.
+        train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
+        rest = np.setdiff1d(pool, train)
+    else:
+        _, rows = np.unique(source_rows(sources)[pool], return_inverse=True)
+        usable = np.isin(pool, whole.usable)
+        train, held = pool, pool[:0]
+        if usable.any():  # the caller refuses rows of which none can be learnt
+            kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool], usable)
+            train, held = pool[kept], pool[chosen]
+        rest = np.setdiff1d(pool, np.union1d(train, held))
+    leaks = np.intersect1d(rest, whole.usable)
+    trained = np.intersect1d(train, whole.usable)
+    if len(leaks):
+        twin = held[groups[held] == groups[leaks[0]]][0]
+        notes.append(_leak_note(len(leaks), f"{whole.where(leaks[0])} is {whole.where(twin)}"))
+    if len(leaks) and not len(trained):
+        raise DataError(
+            f"nothing is left to train on: {notes[-1]}; expected rows that are not held out: "
+            "leave the validation file out of dataset.path, give dataset.validation another file, "
+            "or hold out none (dataset.validation=0)"
+        )
+    repeats = _is_repeat(keys, trained)
+    if repeats.any():
+        one = _first_repeat(whole, keys, trained, repeats)
+        notes.append(_repeat_note(int(repeats.sum()), len(trained), one))
+    return Split(
+        Selection(sources, train, dataset),
+        Selection(held_out, held - num_rows if has_own else held, dataset),
+        tuple(notes),
+    )
 
 
 def split_rows(
@@ -22,8 +206,8 @@ def split_rows(
     seed: int,
     twins: NDArray[np.int64] | None = None,
     usable: NDArray[np.bool_] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places to train on and to validate on: disjoint, both ascending.
+) -> tuple[Places, Places]:
+    """Places to train on and to validate on: disjoint, both ascending; a function of the seed.
 
     Together they are all places, but for the twins of held-out rows: rows that must stay on one
     side are held out together, so that only the last set of twins can be cut by the number wanted.
@@ -58,98 +242,22 @@ def split_rows(
         num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1)
     else:
         num_held_out = 0
+    places = np.arange(len(groups))
     if num_held_out == 0:
-        return np.arange(len(groups)), np.arange(0)
+        return places, places[:0]
     order = np.asarray(permutation(num_places, f"validation {seed}"))
     order = order[candidates[order]]
-    places = np.arange(len(groups))
     if twins is None:
         twins = groups
     else:
         # By the first row of each set in this order, which changes nothing where all differ.
         _, starts = np.unique(groups, return_index=True)
-        of_rows = twins[starts][order]
-        _, first, inverse = np.unique(of_rows, return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(twins[starts][order], return_index=True, return_inverse=True)
         order = order[np.argsort(first[inverse], kind="stable")]
     is_held = np.zeros(num_places, dtype=bool)
     is_held[order[:num_held_out]] = True
     held, rest = places[is_held[groups]], places[~is_held[groups]]
     return rest[~np.isin(twins[rest], twins[held])], held
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Places of rows, ascending; of each half's own sources.
-
-    Attributes:
-        train: Rows to train on.
-        validation: Rows held out.
-        notes: What a user should know about rows that occur more than once.
-    """
-
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    notes: tuple[str, ...]
-
-
-def divide(
-    sources: Sequence[TokenizedSource],
-    held_out: Sequence[TokenizedSource],
-    dataset: DatasetRecipe,
-    seed: int,
-) -> Halves:
-    """Divide the rows, so that no held-out row is trained under another number.
-
-    Args:
-        sources: What is trained on.
-        held_out: Sources of their own that are validated on, if `dataset.validation` is a path;
-            else `sources` again.
-        dataset: Its validation and deduplicate.
-        seed: Decides which rows are held out.
-
-    Raises:
-        DataError: Every row to train on is held out too.
-    """
-    has_own = isinstance(dataset.validation, str)
-    everything = [*sources, *held_out] if has_own else list(sources)
-    whole = Selection(everything, np.arange(sum(len(each.store) for each in everything)), dataset)
-    num_rows = sum(len(source.store) for source in sources)
-    keys = content_keys(everything)
-    groups = row_groups(everything, keys)
-    pools = [np.arange(num_rows), np.arange(num_rows, len(keys))]
-    notes = []
-    if dataset.deduplicate:
-        for index, pool in enumerate(pools):
-            repeats = is_repeat(keys, pool)
-            pools[index] = pool[~repeats]
-            if repeats.any():
-                notes.append(_left_out_note(whole, keys, pool, repeats, is_held=index == 1))
-    pool, held = pools
-    if isinstance(dataset.validation, str):
-        # A row without tokens is held out by name only.
-        train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
-    else:
-        _, rows = np.unique(source_rows(sources)[pool], return_inverse=True)
-        usable = np.isin(pool, whole.usable)
-        train, held = pool, pool[:0]
-        if usable.any():  # the caller refuses rows of which none can be learnt
-            kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool], usable)
-            train, held = pool[kept], pool[chosen]
-    rest = np.setdiff1d(pool, np.union1d(train, held) if not has_own else train)
-    leaks = np.intersect1d(rest, whole.usable)
-    if len(leaks):
-        notes.append(_leak_note(whole, groups, leaks, held))
-    if len(leaks) and not np.isin(train, whole.usable).any():
-        raise DataError(
-            f"nothing is left to train on: {notes[-1]}; expected rows that are not held out: "
-            "leave the validation file out of dataset.path, give dataset.validation another file, "
-            "or hold out none (dataset.validation=0)"
-        )
-    trained = np.intersect1d(train, whole.usable)
-    repeats = is_repeat(keys, trained)
-    if repeats.any():
-        notes.append(_repeat_note(whole, keys, trained, repeats))
-    return Halves(train, held - num_rows if has_own else held, tuple(notes))
 
 
 def source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
@@ -162,244 +270,7 @@ def source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def _leak_note(
-    whole: Selection,
-    groups: NDArray[np.int64],
-    leaks: NDArray[np.int64],
-    held: NDArray[np.int64],
-) -> str:
-    twin = held[groups[held] == groups[leaks[0]]][0]
-    return (
-        f"LEFT OUT OF TRAINING: {_rows(len(leaks))} that {_is(len(leaks))} held out too, since "
-        "training on them would make the validation loss one of known rows (first: "
-        f"{whole.where(int(leaks[0]))} is {whole.where(int(twin))})"
-    )
-
-
-def _repeat_note(
-    whole: Selection,
-    keys: NDArray[np.int64],
-    places: NDArray[np.int64],
-    repeats: NDArray[np.bool_],
-) -> str:
-    return (
-        f"REPEATED ROWS: {int(repeats.sum())} of {_rows(len(places))} to train on repeat another "
-        f"({int((~repeats).sum())} distinct; first: {_pair(whole, keys, places, repeats)}): each "
-        "is trained as often as it occurs; dataset.deduplicate=true trains each once"
-    )
-
-
-def _left_out_note(
-    whole: Selection,
-    keys: NDArray[np.int64],
-    places: NDArray[np.int64],
-    repeats: NDArray[np.bool_],
-    is_held: bool,
-) -> str:
-    number = int(repeats.sum())
-    return (
-        f"{'validation: ' if is_held else ''}{_rows(number)} left out that "
-        f"{'repeats' if number == 1 else 'repeat'} another, as dataset.deduplicate says "
-        f"(first: {_pair(whole, keys, places, repeats)})"
-    )
-
-
-def _pair(
-    whole: Selection,
-    keys: NDArray[np.int64],
-    places: NDArray[np.int64],
-    repeats: NDArray[np.bool_],
-) -> str:
-    place = places[repeats.argmax()]
-    first = places[(keys[places] == keys[place]).argmax()]
-    return f"{whole.where(int(place))} is {whole.where(int(first))}"
-
-
-def _rows(number: int) -> str:
-    return f"{number} row{'s' if number != 1 else ''}"
-
-
-def _is(number: int) -> str:
-    return "are" if number != 1 else "is"
-
-
-def content_keys(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
-    """A number for each row: equal where ids and labels are equal.
-
-    Args:
-        sources: Their rows count through, one after the other.
-
-    Returns:
-        (rows,) the place of the first row with the same content. A row without tokens has no
-        equal.
-    """
-    hashes = np.concatenate([source.store.hashes for source in sources])
-    is_row = (np.concatenate([source.store.marks for source in sources]) & UNUSABLE) == 0
-    keys = np.arange(len(hashes))
-    (places,) = np.nonzero(is_row)
-    _, first, inverse = np.unique(hashes[places], return_index=True, return_inverse=True)
-    keys[places] = places[first][inverse]
-    return keys
-
-
-def row_groups(sources: Sequence[TokenizedSource], keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A number for each row: equal for rows that must stay on one side of a split.
-
-    Args:
-        sources: The sources.
-        keys: From :func:`content_keys`.
-
-    Returns:
-        (rows,) the smallest place of a row's group.
-    """
-    origins = _origins(sources)
-    if origins is None:
-        return keys
-    groups = keys
-    while True:
-        # Groups that share a row of a file become one; two or three rounds settle it.
-        lowest = np.full(len(groups), len(groups))
-        np.minimum.at(lowest, origins, groups)
-        merged = lowest[origins]
-        lowest = np.full(len(groups), len(groups))
-        np.minimum.at(lowest, keys, merged)
-        merged = lowest[keys]
-        if (merged == groups).all():
-            return groups
-        groups = merged
-
-
-def is_repeat(keys: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(places,) whether an earlier one of these places has the same key."""
-    _, first = np.unique(keys[places], return_index=True)
-    repeats = np.ones(len(places), dtype=bool)
-    repeats[first] = False
-    return repeats
-
-
-def _origins(sources: Sequence[TokenizedSource]) -> NDArray[np.int64] | None:
-    """For each row the first place of the same row of the same file; None: all differ."""
-    files: dict[str, list[int]] = {}
-    for index, source in enumerate(sources):
-        files.setdefault(source.content, []).append(index)
-    starts = np.cumsum([0, *(len(source.store) for source in sources)])
-    origins = np.arange(starts[-1])
-    differs = True
-    for indices in files.values():
-        numbers = np.concatenate([sources[index].store.numbers for index in indices])
-        if len(indices) == 1 and (np.diff(numbers) > 0).all():
-            continue
-        places = np.concatenate([origins[starts[i] : starts[i + 1]] for i in indices])
-        _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
-        origins[places] = places[first][inverse]
-        differs = differs and len(first) == len(places)
-    return None if differs else origins
-
-
-class Selection:
-    """The rows at some places of the sources, sorted into usable ones and others.
-
-    Args:
-        sources: The sources; places count through all of them, one after the other.
-        places: (rows,) ascending places.
-        dataset: Its max_length, min_length and too_long.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[TokenizedSource],
-        places: NDArray[np.int64],
-        dataset: DatasetRecipe,
-    ) -> None:
-        self._sources = sources
-        self._places = places
-        self._dataset = dataset
-        self._marks = np.concatenate([source.store.marks for source in sources])[places]
-        lengths = np.concatenate([source.store.lengths for source in sources])[places]
-        is_whole = (self._marks & UNUSABLE) == 0
-        self._is_dropped_long = (
-            is_whole & self._has(Mark.CUT)
-            if dataset.too_long == "drop"
-            else np.zeros(len(places), dtype=bool)
-        )
-        self._is_short = is_whole & (lengths < dataset.min_length)
-        self._is_usable = is_whole & ~self._is_short & ~self._is_dropped_long
-
-    @cached_property
-    def usable(self) -> NDArray[np.int64]:
-        """(rows,) places of the rows that are used."""
-        places: NDArray[np.int64] = self._places[self._is_usable]
-        return places
-
-    @property
-    def whole(self) -> NDArray[np.int64]:
-        """(rows,) places of the used rows that were not cut."""
-        places: NDArray[np.int64] = self._places[self._is_usable & ~self._has(Mark.CUT)]
-        return places
-
-    @property
-    def num_cut(self) -> int:
-        """Used rows that were cut."""
-        return int((self._is_usable & self._has(Mark.CUT)).sum())
-
-    def by_source(self) -> list[NDArray[np.int64]]:
-        """The places of the used rows of each source."""
-        ends = np.cumsum([len(source.store) for source in self._sources])
-        return np.split(self.usable, np.searchsorted(self.usable, ends[:-1]))
-
-    def warnings(self) -> list[str]:
-        """What a user should know about the rows: how many, where the first is, what to do."""
-        limit = self._dataset.max_length
-        kinds = (
-            (self._has(Mark.EMPTY), "dropped: empty, or without a completion"),
-            (
-                self._has(Mark.FULL_PROMPT),
-                f"dropped: the prompt alone fills dataset.max_length ({limit} tokens)",
-            ),
-            (
-                self._is_dropped_long,
-                f"dropped: longer than dataset.max_length ({limit} tokens), as dataset.too_long "
-                "says",
-            ),
-            (
-                self._is_short,
-                f"dropped: shorter than dataset.min_length ({self._dataset.min_length} tokens)",
-            ),
-            (
-                self._has(Mark.SPECIAL),
-                "with the text of a special token in them, which is read as that token: remove "
-                "it unless it is meant",
-            ),
-            (self._has(Mark.INEXACT), "whose text this tokenizer does not give back exactly"),
-        )
-        notes = [
-            f"{int(which.sum())} row{'s' if which.sum() > 1 else ''} {what} "
-            f"(first: {self.where(int(self._places[which.argmax()]))})"
-            for which, what in kinds
-            if which.any()
-        ]
-        if self.num_cut:
-            notes.append(
-                f"{self.num_cut} row{'s' if self.num_cut > 1 else ''} cut to dataset.max_length "
-                f"({limit} tokens), which takes the end token away: raise it to learn whole "
-                "completions, or leave such rows out with dataset.too_long: drop"
-            )
-        return notes
-
-    def _has(self, mark: Mark) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = (self._marks & mark) != 0
-        return found
-
-    def where(self, place: int) -> str:
-        """Source and number of the row at a place, as messages print them."""
-        for source in self._sources:
-            if place < len(source.store):
-                return source.where(place)
-            place -= len(source.store)
-        raise IndexError(place)
-
-
-def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]:
+def mix(places: Places, weight: float, key: str) -> Places:
     """Repeat or thin out the rows of a source by its weight.
 
     Each row occurs floor(weight) times; of the rest, round(fraction * rows) rows chosen at random
@@ -421,3 +292,93 @@ def mix(places: NDArray[np.int64], weight: float, key: str) -> NDArray[np.int64]
     times = np.full(len(places), whole)
     times[np.asarray(permutation(len(places), key))[:num_more]] += 1
     return np.repeat(places, times)
+
+
+def _content_keys(sources: Sequence[TokenizedSource]) -> Places:
+    """For each row the place of the first equal one; a row without tokens equals no other."""
+    hashes = np.concatenate([source.store.hashes for source in sources])
+    is_row = (np.concatenate([source.store.marks for source in sources]) & UNUSABLE) == 0
+    keys = np.arange(len(hashes))
+    (places,) = np.nonzero(is_row)
+    _, first, inverse = np.unique(hashes[places], return_index=True, return_inverse=True)
+    keys[places] = places[first][inverse]
+    return keys
+
+
+def _row_groups(sources: Sequence[TokenizedSource], keys: Places) -> Places:
+    """For each row the smallest place among those that must stay on one side of a split with it."""
+    origins = _origins(sources)
+    if origins is None:
+        return keys
+    groups = keys
+    while True:
+        # Groups that share a row of a file become one; two or three rounds settle it.
+        merged = groups
+        for shared in (origins, keys):
+            lowest = np.full(len(groups), len(groups))
+            np.minimum.at(lowest, shared, merged)
+            merged = lowest[shared]
+        if (merged == groups).all():
+            return groups
+        groups = merged
+
+
+def _origins(sources: Sequence[TokenizedSource]) -> Places | None:
+    """For each row the first place of the same row of the same file; None: all differ."""
+    files: dict[str, list[int]] = {}
+    for index, source in enumerate(sources):
+        files.setdefault(source.content, []).append(index)
+    starts = np.cumsum([0, *(len(source.store) for source in sources)])
+    origins = np.arange(starts[-1])
+    differs = True
+    for indices in files.values():
+        numbers = np.concatenate([sources[index].store.numbers for index in indices])
+        if len(indices) == 1 and (np.diff(numbers) > 0).all():
+            continue
+        places = np.concatenate([origins[starts[i] : starts[i + 1]] for i in indices])
+        _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+        origins[places] = places[first][inverse]
+        differs = differs and len(first) == len(places)
+    return None if differs else origins
+
+
+def _is_repeat(keys: Places, places: Places) -> NDArray[np.bool_]:
+    """(places,) whether an earlier one of these places has the same key."""
+    _, first = np.unique(keys[places], return_index=True)
+    repeats = np.ones(len(places), dtype=bool)
+    repeats[first] = False
+    return repeats
+
+
+def _first_repeat(
+    whole: Selection, keys: Places, places: Places, repeats: NDArray[np.bool_]
+) -> str:
+    place = places[repeats.argmax()]
+    return f"{whole.where(place)} is {whole.where(places[(keys[places] == keys[place]).argmax()])}"
+
+
+def _leak_note(number: int, first: str) -> str:
+    return (
+        f"LEFT OUT OF TRAINING: {_rows(number)} that {'are' if number > 1 else 'is'} held out too, "
+        f"since training on them would make the validation loss one of known rows (first: {first})"
+    )
+
+
+def _repeat_note(number: int, num_rows: int, first: str) -> str:
+    return (
+        f"REPEATED ROWS: {number} of {_rows(num_rows)} to train on repeat another "
+        f"({num_rows - number} distinct; first: {first}): each is trained as often as it occurs; "
+        "dataset.deduplicate=true trains each once"
+    )
+
+
+def _left_out_note(number: int, first: str, *, is_held: bool) -> str:
+    return (
+        f"{'validation: ' if is_held else ''}{_rows(number)} left out that "
+        f"{'repeats' if number == 1 else 'repeat'} another, as dataset.deduplicate says "
+        f"(first: {first})"
+    )
+
+
+def _rows(number: int) -> str:
+    return f"{number} row{'s' if number != 1 else ''}"

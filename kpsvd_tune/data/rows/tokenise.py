@@ -6,15 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, reduce
+from functools import cached_property
 from itertools import chain, islice
-from operator import or_
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.chat_program import TemplateError, TemplateMismatch
-from kpsvd_tune.data.encode.encoder import Encoder, Layout, Learn
+from kpsvd_tune.data.encode.encoder import Encoder, Layout, Mark, TokenizedRow
 from kpsvd_tune.data.encode.format import RowFormat, find_format
 from kpsvd_tune.data.encode.templates import Template, TextTemplate
 from kpsvd_tune.data.encode.unused import UnusedColumns
@@ -22,45 +21,126 @@ from kpsvd_tune.data.read.columns import column, is_empty
 from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import RowSource, SourceSettings
 from kpsvd_tune.data.rows.cache import TokenCache, store_key, tokenizer_fingerprint
-from kpsvd_tune.data.rows.preflight import check_supervision
-from kpsvd_tune.data.rows.store import Mark, StoreWriter, TokenStore
+from kpsvd_tune.data.rows.preflight import check_end_tokens
+from kpsvd_tune.data.rows.store import StoreWriter, TokenStore
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.recipe import DatasetRecipe
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
-# Rows of no form at the head of a source, where faulty rows are left out, before it is refused.
+# Rows at the head of a source that are asked for a form, where faulty rows are left out.
 _MOST_REFUSED = 100
+_SHOWN_FAULTS = 3
+_LONGEST_FAULT = 240
 
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """A source and its store.
+    """A source and the store of its rows."""
 
-    Attributes:
-        label: File or hub dataset, as messages name it.
-        unit: What its rows are numbered by.
-        weight: Times each row is seen in an epoch.
-        store: Its rows.
-        form: The form they were found to have.
-        notes: What a user should know about source, template and tokenizer.
-        was_cached: Whether nothing had to be tokenised.
-        content: Equal for sources that read the same file, whichever rows of it.
-        ignored: Columns that its rows have and the recipe leaves out.
-    """
-
-    label: str
-    unit: str
-    weight: float
+    label: str  # file or hub dataset, as messages name it
+    unit: str  # what its rows are numbered by
+    weight: float  # times each row is seen in an epoch
+    template: str  # what its rows were written with: "chat", or text
     store: TokenStore
     form: RowFormat
-    notes: tuple[str, ...]
-    was_cached: bool
-    content: str
-    ignored: frozenset[str]
+    notes: tuple[str, ...]  # what a user should know about source, template and tokenizer
+    was_cached: bool  # whether nothing had to be tokenised
+    content: str  # equal for sources that read the same file, whichever rows of it
+    ignored: frozenset[str]  # columns that its rows have and the recipe leaves out
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
         return f"{self.label}, {self.unit} {self.store.numbers[place]}"
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """Makes the stores of a recipe's sources, or finds them in the cache."""
+
+    dataset: DatasetRecipe
+    tokenizer: PreTrainedTokenizerBase
+    cache: TokenCache
+    advance: Callable[[int], None]  # called with the number of rows read just now
+    # The tokenizer's own chat template, where another is tried in its place and must ask alike.
+    own_template: Template | None = None
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def tokenise(self, source: RowSource, settings: SourceSettings) -> TokenizedSource:
+        """Give the store of a source.
+
+        Raises:
+            DataError: A row, its form or the template is not as it must be.
+            ResourceError: The cache cannot be written.
+        """
+        fingerprint = source.fingerprint()
+        key = store_key(
+            *(fingerprint, source.part, self._fingerprint, settings.format, dict(settings.columns)),
+            *(sorted(settings.ignore_columns), settings.template, settings.names_template),
+            *(self.dataset.max_length, self.dataset.learn, settings.drops_faulty),
+            self.own_template,
+        )
+        store, was_cached = self.cache.find_or_make(
+            key, lambda writer: self._make(source, settings, fingerprint, writer)
+        )
+        notes = [*source.notes, *store.facts["notes"]]
+        if settings.drops_faulty:
+            most = self.dataset.max_bad_rows
+            note = faulty_rows_note(store.facts["faults"], source.label, source.unit, most)
+            notes[len(source.notes) : len(source.notes)] = [note] if note else []
+        form = RowFormat(**store.facts["form"])
+        return TokenizedSource(
+            label=source.label,
+            unit=source.unit,
+            weight=settings.weight,
+            template=_template_for(form, settings)[0],
+            store=store,
+            form=form,
+            notes=tuple(notes),
+            was_cached=was_cached,
+            content=fingerprint,
+            ignored=frozenset(store.facts["ignored"]),
+        )
+
+    def _make(
+        self, source: RowSource, settings: SourceSettings, fingerprint: str, writer: StoreWriter
+    ) -> dict[str, Any]:
+        """Write all rows of a source, and give the facts to keep with them."""
+        ignored: set[str] = set()
+        rows = _without_columns(source.read(), settings.ignore_columns, ignored)
+        faults = Faults() if settings.drops_faulty else None
+        head = list(islice(rows, _ROWS))  # the first of them that shows a form decides it
+        form, notes = _find_form(head, settings, source.label)
+        template, more = _template_for(form, settings)
+        encoder = Encoder(
+            self.tokenizer,
+            template,
+            self.dataset.max_length,
+            learn=self.dataset.learn,
+            compared_with=self.own_template,
+        )
+        unused = UnusedColumns(form)
+        rows = chain(head, rows)
+        while chunk := list(islice(rows, _ROWS)):
+            for row in _encode(chunk, form, unused, encoder, faults):
+                writer.add(row)
+            # A later row may be the first with a system prompt.
+            notes = list(dict.fromkeys([*notes, *_without_place(chunk, form, template)]))
+            self.advance(len(chunk))
+        if source.fingerprint() != fingerprint:
+            raise DataError(
+                f"{source.label}: changed while it was read; expected a file that nothing writes "
+                "to: run again when it is whole"
+            )
+        facts = {
+            "form": asdict(form),
+            "notes": [*notes, *more, *unused.notes(), *encoder.notes],
+            "ignored": sorted(ignored),
+        }
+        return facts if faults is None else {**facts, "faults": faults.facts()}
 
 
 def find_form(
@@ -92,7 +172,7 @@ def find_form(
 
 
 def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
-    """Notes where rows have a prompt or a system prompt and the template no place for it."""
+    """Notes on prompts and system prompts of rows that the template has no placeholder for."""
     if form.is_chat or form.name == "text" or template == "chat":
         return []
     text = TextTemplate(template)
@@ -107,102 +187,8 @@ def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[
     ]
 
 
-def tokenise(
-    source: RowSource,
-    settings: SourceSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    learn: Learn,
-    cache: TokenCache,
-    advance: Callable[[int], None],
-    max_bad_rows: float = 0.0,
-    own_template: Template | None = None,
-    tokenizer_key: str | None = None,
-) -> TokenizedSource:
-    """Give the store of a source.
-
-    Args:
-        source: The rows.
-        settings: How they are read.
-        tokenizer: The base model's tokenizer.
-        max_length: Tokens a row is cut to.
-        learn: Assistant turns of a chat to learn.
-        cache: Where stores lie.
-        advance: Called with the number of rows read just now.
-        max_bad_rows: Largest share of the rows that may be left out as faulty.
-        own_template: The chat template in whose place another is tried, and which must ask alike.
-        tokenizer_key: The tokenizer's fingerprint, where it is known: reading it takes a while.
-
-    Raises:
-        DataError: A row, its form or the template is not as it must be.
-    """
-
-    def make(writer: StoreWriter) -> dict[str, Any]:
-        rows = _without_columns(source.read(), settings.ignore_columns, ignored)
-        faults = Faults() if settings.drops_faulty else None
-        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
-        form, notes = _find_form(head, settings, source.label)
-        template, more = _template_for(form, settings)
-        encoder = Encoder(tokenizer, template, max_length, learn=learn, compared_with=own_template)
-        unused = UnusedColumns(form)
-        for chunk in _chunks(chain(head, rows)):
-            _encode(chunk, form, unused, encoder, writer, faults)
-            # A later row may be the first with a system prompt.
-            notes = list(dict.fromkeys([*notes, *_without_place(chunk, form, template)]))
-            advance(len(chunk))
-        if source.fingerprint() != fingerprint:
-            raise DataError(
-                f"{source.label}: changed while it was read; expected a file that nothing writes "
-                "to: run again when it is whole"
-            )
-        facts = {
-            "form": asdict(form),
-            "notes": [*notes, *more, *unused.notes(), *encoder.notes],
-            "ignored": sorted(ignored),
-        }
-        return facts if faults is None else {**facts, "faults": faults.facts()}
-
-    ignored: set[str] = set()
-    fingerprint = source.fingerprint()
-    key = store_key(
-        fingerprint,
-        source.part,
-        tokenizer_key or tokenizer_fingerprint(tokenizer),
-        settings.format,
-        dict(settings.columns),
-        sorted(settings.ignore_columns),
-        settings.template,
-        settings.names_template,
-        max_length,
-        learn,
-        settings.drops_faulty,
-        own_template,
-    )
-    store, was_cached = cache.find_or_make(key, make)
-    left_out = None
-    if settings.drops_faulty:
-        facts = store.facts["faults"]
-        left_out = faulty_rows_note(facts, source.label, source.unit, max_bad_rows)
-    return TokenizedSource(
-        source.label,
-        source.unit,
-        settings.weight,
-        store,
-        RowFormat(**store.facts["form"]),
-        (*source.notes, *([left_out] if left_out else []), *store.facts["notes"]),
-        was_cached,
-        fingerprint,
-        frozenset(store.facts["ignored"]),
-    )
-
-
-def template_of(source: TokenizedSource, settings: SourceSettings) -> str:
-    """The template that the rows of a source were written with."""
-    return _template_for(source.form, settings)[0]
-
-
 def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[str]]:
-    """The template that fits the form, with what a user should know about another one named."""
+    """The template that fits the form; a note where the recipe names one that does not."""
     takes = {"chat": "the tokenizer's own template; set it to chat", "text": "none"}
     kind = "chat" if form.is_chat else form.name
     if kind not in takes or settings.template == "chat" == kind:
@@ -216,9 +202,7 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
 def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str]) -> Iterator[Row]:
     """The rows without some columns; `found` gets those that they have."""
     for row in rows:
-        if names:
-            row = replace(row, values=_without(row.values, names, found))
-        yield row
+        yield replace(row, values=_without(row.values, names, found)) if names else row
 
 
 def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
@@ -235,32 +219,54 @@ def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -
     return kept
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _ROWS)):
-        yield chunk
-
-
 def _find_form(
     head: Sequence[Row], settings: SourceSettings, label: str
 ) -> tuple[RowFormat, list[str]]:
-    """The form of the rows; where faulty rows are left out, of the first that have one.
-
-    Raises:
-        DataError: There are no rows, one cannot be read, or no form fits.
-    """
+    """The form of the rows; where faulty rows are left out, that which most of them have."""
     if not head:
         raise DataError(f"{label}: holds no rows; expected at least one")
     unreadable = [row.fault for row in head if row.fault is not None]
     if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
         raise unreadable[0]
+    if not settings.drops_faulty:
+        return find_form(head, settings.format, settings.columns, settings.template)
     refused: list[DataError] = []
-    for start in range(min(len(head), _MOST_REFUSED if settings.drops_faulty else 1)):
+    forms: list[tuple[int, RowFormat, list[str]]] = []
+    known: set[int] = set()
+    for start in range(min(len(head), _MOST_REFUSED)):
+        if start in known:
+            continue
         try:
-            return find_form(head[start:], settings.format, settings.columns, settings.template)
+            form, notes = find_form(
+                head[start:], settings.format, settings.columns, settings.template
+            )
         except DataError as error:
             refused.append(error)
-    raise refused[0]
+            continue
+        if all(form != other for _, other, _ in forms):
+            understood = {place for place, row in enumerate(head) if _is_understood(row, form)}
+            forms.append((len(understood), form, notes))
+            known |= understood
+    if not forms:
+        raise refused[0]
+    number, form, notes = max(forms, key=lambda each: each[0])  # the first of several
+    if len(forms) > 1:
+        others = ", ".join(f"{each.name} ({count})" for count, each, _ in forms if each != form)
+        notes = [
+            f"{label}: {number} of the first {len(head)} rows have the form {form.name}, which is "
+            f"taken for all, as dataset.on_bad_row says; other forms: {others}",
+            *notes,
+        ]
+    return form, notes
+
+
+def _is_understood(row: Row, form: RowFormat) -> bool:
+    """Whether a row can be read in a form and gives something to learn."""
+    try:
+        UnusedColumns(form).check(row)
+        return row.fault is None and form.example(row) is not None
+    except DataError:
+        return False
 
 
 def _encode(
@@ -268,54 +274,36 @@ def _encode(
     form: RowFormat,
     unused: UnusedColumns,
     encoder: Encoder,
-    writer: StoreWriter,
     faults: Faults | None,
-) -> None:
-    # One row of the source may be several to train on: one for each turn of a chat.
-    found: list[tuple[int, list[Layout]]] = []
-    faulty: set[int] = set()
-    for place, row in enumerate(rows):
+) -> Iterator[TokenizedRow]:
+    """The rows to train on; one row of the source gives several where each turn is one."""
+    layouts: list[Layout] = []
+    numbers: list[int] = []
+    found: list[TokenizedRow | None] = []  # None: take the next row of the encoder
+    for row in rows:
+        parts: list[Layout] = []
+        mark = Mark.EMPTY
         try:
-            layouts = _lay_out(row, form, unused, encoder)
+            parts = _lay_out(row, form, unused, encoder)
         except DataError as error:
             if faults is None or isinstance(error, TemplateMismatch):
                 raise
             faults.add(row, error)
-            faulty.add(place)
-            layouts = []
-        found.append((row.number, layouts))
+            mark = Mark.FAULTY
+        layouts += parts
+        numbers += [row.number] * len(parts)
+        found += [None] * len(parts) if parts else [TokenizedRow((), (), row.number, mark)]
     if faults is not None:
         faults.num_rows += len(rows)
-    encoded = iter(
-        encoder.encode_laid_out(
-            [layout for _, layouts in found for layout in layouts],
-            [number for number, layouts in found for _ in layouts],
-        )
-    )
-    taken = [(number, [next(encoded) for _ in layouts]) for number, layouts in found]
-    usable = [each for _, several in taken for each in several if each.row is not None]
-    if usable:
-        check_supervision(
-            [each.row for each in usable if each.row is not None],
-            [each.is_truncated for each in usable],
-            encoder.last_token_ids,
-        )
-    for place, (number, several) in enumerate(taken):
-        if not several:
-            writer.add(number, None, Mark.FAULTY if place in faulty else Mark.EMPTY)
-        for each in several:
-            marks = _marks(
-                each.holds_special_tokens, not each.is_exact, each.is_truncated, each.row is None
-            )
-            writer.add(number, each.row, marks)
+    encoded = encoder.encode_laid_out(layouts, numbers)
+    check_end_tokens(encoded, encoder.last_token_ids)
+    laid_out = iter(encoded)
+    for each in found:
+        yield next(laid_out) if each is None else each
 
 
 def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder) -> list[Layout]:
-    """The rows to train on that a row of the source gives; none where nothing is to be learnt.
-
-    Raises:
-        DataError: The row is not as it must be; the message begins with its place.
-    """
+    """The rows to train on that a row of the source gives; none where nothing is to be learnt."""
     if row.fault is not None:
         raise row.fault
     unused.check(row)
@@ -327,23 +315,8 @@ def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder)
         raise type(error)(f"{row.where}: {error}") from error
 
 
-@cache  # of 16 sets at most: joining flags takes longer than all else about them
-def _marks(special: bool, inexact: bool, cut: bool, full_prompt: bool) -> Mark:
-    flags = {
-        Mark.SPECIAL: special,
-        Mark.INEXACT: inexact,
-        Mark.CUT: cut,
-        Mark.FULL_PROMPT: full_prompt,
-    }
-    return reduce(or_, (mark for mark, is_set in flags.items() if is_set), Mark(0))
-
-
-_SHOWN = 3
-_LONGEST = 240
-
-
 class Faults:
-    """Collects the faults of one source.
+    """Counts the faulty rows of one source that are left out, by reason.
 
     Attributes:
         num_rows: Rows read so far, faulty ones among them.
@@ -361,7 +334,7 @@ class Faults:
         text = str(error).removeprefix(f"{row.where}: ")
         self._reasons[_reason(text)] += 1
         self._of_template += isinstance(error, TemplateError)
-        if len(self._first) < _SHOWN:
+        if len(self._first) < _SHOWN_FAULTS:
             self._first.append((row.number, text))
 
     def facts(self) -> dict[str, Any]:
@@ -378,17 +351,11 @@ class Faults:
 def faulty_rows_note(
     facts: Mapping[str, Any], label: str, unit: str, max_share: float
 ) -> str | None:
-    """Say which rows of a source were left out; None where none were.
-
-    Args:
-        facts: From :meth:`Faults.facts`.
-        label: The source.
-        unit: What its rows are numbered by.
-        max_share: The recipe's max_bad_rows.
+    """Say which rows of a source were left out, from `Faults.facts`; None where none were.
 
     Raises:
-        TemplateError: They are a larger share of the rows, by the chat template's fault alone:
-            another template may do.
+        TemplateError: They are a larger share of the rows than `max_share`, by the chat
+            template's fault alone: with another template they may be fine.
         DataError: They are a larger share of the rows.
     """
     rows, faulty = int(facts["rows"]), int(facts["faulty"])
@@ -413,11 +380,11 @@ def faulty_rows_note(
 
 
 def _reason(text: str) -> str:
-    """The kind of a fault: its message without what differs from row to row."""
+    """The kind of a fault: its message without the parts that differ from row to row."""
     text = re.sub(r"\s*\([^()]*\)", "", text)
     text = re.split(r"[;:] ", text, maxsplit=1)[0]
     return re.sub(r"\d+", "N", text)[:100]
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return text if len(text) <= _LONGEST_FAULT else text[: _LONGEST_FAULT - 3] + "..."

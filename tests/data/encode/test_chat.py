@@ -47,8 +47,7 @@ def loop(turn: str, ask: str = ASK) -> str:
 
 
 def trained(encoder: Encoder, chat: Chat | Pair) -> list[str]:
-    row = encoder.encode(chat, 1).row
-    assert row is not None
+    row = encoder.encode(chat, 1)
     return [text for text, is_trained in encoder.pieces(row) if is_trained]
 
 
@@ -67,8 +66,7 @@ def test_all_assistant_turns_are_trained_and_nothing_else(
 def test_every_turn_is_asked_for_as_in_training(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, "chat", 512)
     chat = talk("q1", "a1", "q2", "a2", system="s")
-    row = encoder.encode(chat, 1).row
-    assert row is not None
+    row = encoder.encode(chat, 1)
     for end, answer in ((2, "a1"), (4, "a2")):
         prompt = encoder.encode_prompt(chat.messages[:end])
         assert list(row.input_ids[: len(prompt)]) == prompt
@@ -225,8 +223,7 @@ def test_smollm2_with_its_default_system_prompt() -> None:
         package.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
     )
     encoder = Encoder(tokenizer, "chat", 512)
-    row = encoder.encode(Pair("2 + 3?", "The answer is 5."), 1).row
-    assert row is not None
+    row = encoder.encode(Pair("2 + 3?", "The answer is 5."), 1)
     (before, _), (answer, is_trained) = encoder.pieces(row)
     assert is_trained
     assert answer == "The answer is 5.<|im_end|>"

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import IGNORED, prepare
-from kpsvd_tune.data.encode.encoder import Encoder, Learn
+from kpsvd_tune.data.encode.encoder import Encoder, Learn, Mark
 from kpsvd_tune.data.encode.format import Chat
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
@@ -113,9 +113,8 @@ def messages_for(name: str) -> list[dict[str, str]]:
 
 def trained(encoder: Encoder, chat: Chat) -> list[str]:
     encoded = encoder.encode(chat, 1)
-    assert encoded.row is not None
-    assert encoded.is_exact
-    return [text for text, is_trained in encoder.pieces(encoded.row) if is_trained]
+    assert Mark.INEXACT not in encoded.marks
+    return [text for text, is_trained in encoder.pieces(encoded) if is_trained]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -137,11 +136,9 @@ def test_learning_the_last_turn_only_hides_no_text(
     changed = with_template(tokenizer, name)
     chat = Chat(tuple(messages_for(name)))
     rows = [Encoder(changed, "chat", 10_000, learn=learn).encode(chat, 1) for learn in LEARN]
-    texts = [changed.decode(list(each.row.input_ids)) for each in rows if each.row]
+    texts = [changed.decode(each.input_ids.tolist()) for each in rows]
     assert texts[0] == texts[1]
-    assert rows[0].row is not None
-    assert rows[1].row is not None
-    assert rows[0].row.num_supervised > rows[1].row.num_supervised
+    assert rows[0].num_supervised > rows[1].num_supervised
 
 
 def test_a_template_that_forgets_earlier_turns_can_learn_the_last(
@@ -167,10 +164,9 @@ def test_a_template_that_forgets_earlier_turns_can_learn_the_last(
         Encoder(changed, "chat", 500).encode(chat, 1)
     assert trained(Encoder(changed, "chat", 500, learn="last"), chat) == ["<think>y</think>d</s>"]
     # What is asked in generation is the text before the answer in training, earlier turns included.
-    row = Encoder(changed, "chat", 500, learn="last").encode(chat, 1).row
-    assert row is not None
+    row = Encoder(changed, "chat", 500, learn="last").encode(chat, 1)
     asked = Encoder(changed, "chat", 500).encode_prompt(chat.messages[:-1])
-    assert tuple(asked) == row.input_ids[: len(asked)]
+    assert asked == row.input_ids[: len(asked)].tolist()
     assert row.labels[len(asked) - 1] == IGNORED != row.labels[len(asked)]
 
 

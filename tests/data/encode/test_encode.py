@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, TokenizedRow
+from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, Mark, TokenizedRow
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.encode.templates import TextTemplate
 from kpsvd_tune.errors import DataError
@@ -23,8 +23,8 @@ def trained(encoder: Encoder, row: TokenizedRow) -> list[str]:
 
 
 def encode(encoder: Encoder, example: Pair | Chat) -> TokenizedRow:
-    row = encoder.encode(example, 1).row
-    assert row is not None
+    row = encoder.encode(example, 1)
+    assert row.num_supervised
     return row
 
 
@@ -73,10 +73,9 @@ def test_trained_tokens_decode_to_the_completion_and_the_end_token(
 ) -> None:
     encoder = Encoder(tokenizer, "{prompt}\n{completion}", 10_000)
     found = encoder.encode(Pair(prompt, completion), 1)
-    assert found.is_exact
-    assert found.row is not None
-    assert "".join(trained(encoder, found.row)) == completion + "</s>"
-    assert list(found.row.input_ids[: -found.row.num_supervised]) == encoder.encode_prompt(prompt)
+    assert Mark.INEXACT not in found.marks
+    assert "".join(trained(encoder, found)) == completion + "</s>"
+    assert list(found.input_ids[: -found.num_supervised]) == encoder.encode_prompt(prompt)
 
 
 def test_generation_prompt_is_the_start_of_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -102,13 +101,13 @@ def test_template_without_prompt_trains_all_but_the_first_token(
 ) -> None:
     row = encode(Encoder(tokenizer, "{completion}", 512), Pair("", "abc"))
     assert row.labels[0] == IGNORED
-    assert row.labels[1:] == row.input_ids[1:]
+    assert row.labels[1:].tolist() == row.input_ids[1:].tolist()
 
 
 def test_start_token_is_written_once(tokenizer: PreTrainedTokenizerFast) -> None:
     llama = with_start_token(tokenizer)
     row = encode(Encoder(llama, TEMPLATE, 512), Pair("a", "b"))
-    assert row.input_ids.count(llama.bos_token_id) == 1
+    assert row.input_ids.tolist().count(llama.bos_token_id) == 1
     assert row.input_ids[0] == llama.bos_token_id
     doubled = Encoder(llama, "<s>" + TEMPLATE, 512)
     assert encode(doubled, Pair("a", "b")) == row
@@ -123,7 +122,7 @@ def test_end_token_that_the_tokenizer_adds_does_not_stand_behind_the_prompt(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     row = encode(Encoder(with_start_token(tokenizer, end=True), TEMPLATE, 512), Pair("a", "b"))
-    assert row.input_ids.count(tokenizer.eos_token_id) == 1
+    assert row.input_ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
 def test_no_space_is_put_in_where_a_segment_starts() -> None:
@@ -137,14 +136,14 @@ def test_no_space_is_put_in_where_a_segment_starts() -> None:
 
 def test_text_that_the_tokenizer_loses_is_told() -> None:
     found = Encoder(word_tokenizer(), "{prompt}\n{completion}", 64).encode(Pair("a", "xyz"), 1)
-    assert not found.is_exact
+    assert Mark.INEXACT in found.marks
 
 
 def test_inexact_rows_are_told_apart_in_a_chunk() -> None:
     encoder = Encoder(word_tokenizer(), "{prompt}\n{completion}", 64)
     layouts = [encoder.lay_out(Pair("a", text)) for text in ("b", "x", "c", "bz")]
     found = encoder.encode_laid_out(layouts, [1, 2, 3, 4])
-    assert [each.is_exact for each in found] == [True, False, True, False]
+    assert [Mark.INEXACT in each.marks for each in found] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("name", ["decode", "_decode"])
@@ -158,8 +157,8 @@ def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(
     own: Any = copy.deepcopy(tokenizer)
     own.__class__ = type("Own", (PreTrainedTokenizerFast,), {name: shout})
     encoder = Encoder(own, TEMPLATE, 64)
-    assert encoder.encode(Pair("a", "B"), 1).is_exact
-    assert not encoder.encode(Pair("a", "b"), 1).is_exact
+    assert Mark.INEXACT not in encoder.encode(Pair("a", "B"), 1).marks
+    assert Mark.INEXACT in encoder.encode(Pair("a", "b"), 1).marks
 
 
 def test_long_rows_are_cut_and_rows_of_prompt_alone_left_out(
@@ -167,25 +166,22 @@ def test_long_rows_are_cut_and_rows_of_prompt_alone_left_out(
 ) -> None:
     encoder = Encoder(tokenizer, "{prompt}={completion}", 5)
     cut = encoder.encode(Pair("12", "3456"), 1)
-    assert cut.is_truncated
-    assert cut.row is not None
-    assert trained(encoder, cut.row) == ["34"]
+    assert cut.marks == Mark.CUT
+    assert trained(encoder, cut) == ["34"]
     gone = encoder.encode(Pair("12345", "6"), 1)
-    assert gone.is_truncated
-    assert gone.row is None
+    assert gone == TokenizedRow((), (), 1, Mark.CUT | Mark.FULL_PROMPT)
     whole = encoder.encode(Pair("1", "23"), 1)
-    assert not whole.is_truncated
-    assert whole.row is not None
-    assert trained(encoder, whole.row) == ["23</s>"]
+    assert whole.marks == Mark(0)
+    assert trained(encoder, whole) == ["23</s>"]
 
 
 def test_special_tokens_in_a_row_are_noticed(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, TEMPLATE, 512)
-    assert encoder.encode(Pair("a </s> b", "c"), 1).holds_special_tokens
-    assert not encoder.encode(Pair("a </p> b", "c"), 1).holds_special_tokens
+    assert encoder.encode(Pair("a </s> b", "c"), 1).marks == Mark.SPECIAL
+    assert encoder.encode(Pair("a </p> b", "c"), 1).marks == Mark(0)
     encoder = Encoder(tokenizer, "chat", 512)
-    assert encoder.encode(Pair("a", "b<pad>c"), 1).holds_special_tokens
-    assert not encoder.encode(Pair("a", "b"), 1).holds_special_tokens
+    assert encoder.encode(Pair("a", "b<pad>c"), 1).marks == Mark.SPECIAL
+    assert encoder.encode(Pair("a", "b"), 1).marks == Mark(0)
 
 
 def test_missing_end_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

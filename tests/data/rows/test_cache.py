@@ -17,9 +17,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare
-from kpsvd_tune.data.encode.encoder import Encoder
+from kpsvd_tune.data.encode.encoder import Encoder, Mark, TokenizedRow
 from kpsvd_tune.data.rows.cache import TokenCache, tokenizer_fingerprint
-from kpsvd_tune.data.rows.store import FACTS, Mark, StoreWriter
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter
 from kpsvd_tune.errors import DataError, ResourceError
 from kpsvd_tune.recipe import DatasetRecipe
 
@@ -157,7 +157,7 @@ def test_a_fault_leaves_no_store(tmp_path: Path, tokenizer: PreTrainedTokenizerF
 def make_store(cache: TokenCache, key: str) -> None:
     def make(writer: Any) -> dict[str, Any]:
         for number in range(1000):
-            writer.add(number, None, Mark.EMPTY)
+            writer.add(TokenizedRow((), (), number, Mark.EMPTY))
         return {}
 
     cache.find_or_make(key, make)

@@ -12,7 +12,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import IGNORED, PreparedData, TokenizedRow, prepare, read_examples
-from kpsvd_tune.data.rows.preflight import check_known_tokens, check_supervision, pad_token_id
+from kpsvd_tune.data.encode.encoder import Mark
+from kpsvd_tune.data.rows.preflight import check_end_tokens, check_known_tokens, pad_token_id
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import Columns, DatasetRecipe
 
@@ -303,19 +304,14 @@ def test_a_row_longer_than_the_tokenizer_says_is_warned_of(prepare_file: Prepare
     )
 
 
-def test_no_supervised_token_is_refused() -> None:
-    rows = [TokenizedRow((1, 2), (IGNORED, IGNORED), 1)]
-    with pytest.raises(DataError, match="none of the tokens of the 1 training rows would be train"):
-        check_supervision(rows, [True], [2])
-
-
 def test_masked_end_token_is_refused() -> None:
     whole = TokenizedRow((5, 6, 2), (IGNORED, 6, 2), 1)
     masked = TokenizedRow((5, 6, 2), (IGNORED, 6, IGNORED), 7)
-    check_supervision([whole], [False], [2])
-    check_supervision([whole, masked], [False, True], [2])  # a cut row has none, rightly
+    cut = TokenizedRow((5, 6, 2), (IGNORED, 6, IGNORED), 7, Mark.CUT)
+    check_end_tokens([whole], [2])
+    check_end_tokens([whole, cut], [2])  # a cut row has none, rightly
     with pytest.raises(DataError, match=r"row 7: the end token is not trained \(the last .* is 6"):
-        check_supervision([whole, masked], [False, False], [2])
+        check_end_tokens([whole, masked], [2])
 
 
 def test_token_without_an_embedding_is_refused() -> None:

@@ -15,22 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpsvd_tune.data import IGNORED, StoredRows, TokenizedRow
-from kpsvd_tune.data.rows.store import FACTS, Mark, StoreWriter, TokenStore, rows_sha256
+from kpsvd_tune.data.encode.encoder import Mark
+from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, rows_sha256
 from kpsvd_tune.errors import DataError
 
 ROWS = [
     TokenizedRow((5, 6, 7), (IGNORED, 6, 7), 1),
-    None,
+    TokenizedRow((), (), 101, Mark.EMPTY),
     TokenizedRow((70_000, 8), (IGNORED, IGNORED), 4),
     TokenizedRow((1, 2, 3, 4), (IGNORED, IGNORED, 3, 4), 9),
 ]
 
 
-def make(folder: Path, rows: list[TokenizedRow | None]) -> TokenStore:
+def make(folder: Path, rows: list[TokenizedRow]) -> TokenStore:
     folder.mkdir(parents=True)
     writer = StoreWriter(folder)
-    for number, row in enumerate(rows, start=100):
-        writer.add(row.row if row else number, row, Mark(0) if row else Mark.EMPTY)
+    for row in rows:
+        writer.add(row)
     writer.close({"a": "fact"})
     return TokenStore(folder)
 
@@ -42,7 +43,7 @@ def everything(store: TokenStore) -> StoredRows:
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     store = make(tmp_path / "s", ROWS)
     rows = everything(store)
-    assert list(rows) == [row for row in ROWS if row]
+    assert list(rows) == [ROWS[0], *ROWS[2:]]
     assert rows[-1] == ROWS[-1]
     assert list(rows[1:]) == [ROWS[2], ROWS[3]]
     assert rows.lengths.tolist() == [3, 2, 4]
@@ -78,7 +79,7 @@ def test_a_store_that_another_machine_does_not_see_says_so(tmp_path: Path) -> No
 
 
 def test_a_store_without_any_token(tmp_path: Path) -> None:
-    store = make(tmp_path / "s", [None, None])
+    store = make(tmp_path / "s", [ROWS[1], ROWS[1]])
     assert TokenStore.verified(tmp_path / "s") is not None
     assert (len(store), store.max_token_id, store.token_ids.tolist()) == (2, -1, [])
 
@@ -115,7 +116,7 @@ def test_facts_that_are_not_ours_are_noticed(tmp_path: Path, text: str | None) -
 def test_the_hash_is_that_of_ids_and_labels_in_order(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[tuple[int, bool]]]
 ) -> None:
-    made: list[TokenizedRow | None] = [
+    made = [
         TokenizedRow(
             tuple(token for token, _ in row),
             tuple(token if learnt else IGNORED for token, learnt in row),
@@ -127,17 +128,14 @@ def test_the_hash_is_that_of_ids_and_labels_in_order(
     # As it was before rows lay on disk: resumes compare it.
     digest = hashlib.sha256(len(made).to_bytes(8, "little"))
     for row in made:
-        assert row is not None
         digest.update(len(row.input_ids).to_bytes(8, "little"))
-        digest.update(array("q", row.input_ids + row.labels).tobytes())
+        digest.update(array("q", [*row.input_ids, *row.labels]).tobytes())
     assert rows_sha256(stored) == digest.hexdigest()
 
 
 def test_many_rows_pass_through_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kpsvd_tune.data.rows.store._BLOCK", 7)
-    rows: list[TokenizedRow | None] = [
-        TokenizedRow((n, n + 1), (IGNORED, n + 1), n) for n in range(50)
-    ]
+    rows = [TokenizedRow((n, n + 1), (IGNORED, n + 1), n) for n in range(50)]
     assert list(everything(make(tmp_path / "s", rows))) == rows
 
 
@@ -154,7 +152,7 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path)
     writer._files["marks"].close()
     writer._files["marks"] = Path("/dev/full").open("w+b")  # noqa: SIM115  # abandon() closes it
-    writer.add(1, None, Mark.EMPTY)
+    writer.add(ROWS[1])
     with pytest.raises(OSError, match="No space left") as raised:
         writer.close({})
     assert raised.value.errno == errno.ENOSPC

@@ -13,11 +13,11 @@ from functools import partial
 
 import pytest
 
-from kpsvd_tune import errors
+from kpsvd_tune import errors, signals
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
-from kpsvd_tune.training import signals, stream
+from kpsvd_tune.signals import StopSignals, ignore_signals
+from kpsvd_tune.training import stream
 from kpsvd_tune.training.loss import make_micro_batch
-from kpsvd_tune.training.signals import StopSignals, ignore_signals
 
 # Loads the one module by its path: the package around it would take seconds to import.
 PROGRAM = f"""

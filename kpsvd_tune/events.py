@@ -1,21 +1,14 @@
-"""Stages that several commands share."""
+"""What a command says while it works: stages, notes and progress."""
 
 from __future__ import annotations
 
-import os
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-
-from kpsvd_tune.decompose import Progress
-from kpsvd_tune.models import ModelSource, resolve_model
-from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.results import PreflightReport, RankReport, StepMetrics
-from kpsvd_tune.units import time_left
 
 
 class Events(Protocol):
-    """What the pipeline tells whoever started it."""
+    """What a command tells whoever started it."""
 
     def stage(self, text: str) -> None:
         """Say what begins now."""
@@ -62,27 +55,3 @@ class SilentEvents:
 
     def end_progress(self) -> None:
         """Do nothing."""
-
-
-def find_model(recipe: Recipe, offline: bool) -> ModelSource:
-    """Resolve `model.path`, fetching it where needed."""
-    return resolve_model(recipe.model.path, recipe.model.revision, offline)
-
-
-def report_decomposition(events: Events) -> Any:
-    """A progress callback for the decomposition."""
-
-    def advance(progress: Progress) -> None:
-        detail = f"energy so far {100 * progress.energy:.1f} %"
-        if left := time_left(progress.seconds_left):
-            detail += f", {left}"
-        events.advance("decomposing", progress.done, progress.total, detail)
-
-    return advance
-
-
-def device() -> torch.device:
-    """Where single-process commands compute: the first GPU, or the CPU."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true":
-        return torch.device("cuda")
-    return torch.device("cpu")

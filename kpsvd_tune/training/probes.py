@@ -17,14 +17,15 @@ from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
 from kpsvd_tune.decompose.start import adapt, starting_factors
 from kpsvd_tune.errors import DataError, NonFiniteError
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
-from kpsvd_tune.pipeline.stages import Events
+from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.training import Training, on_main_process
+from kpsvd_tune.training import Training
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
 # A candidate with fewer parameters wins where it keeps this share of the best fall of the loss:
@@ -163,7 +164,7 @@ def _different(recipe: Recipe, source: ModelSource, accelerator: Accelerator) ->
             found.setdefault(tuple(layer.rank for layer in report.layers), energy)
         return list(found.values())
 
-    return on_main_process(accelerator, find)
+    return on_main_process(find)
 
 
 def _start(recipe: Recipe, source: ModelSource, accelerator: Accelerator) -> Decomposition:
@@ -186,7 +187,7 @@ def _probe(
     file = folder.with_name(f"{folder.name}.json")
     cure = "remove it, and the probe is run again"
     known: Probe | None = on_main_process(
-        accelerator, lambda: read_json(file, Probe, cure=cure) if file.exists() else None
+        lambda: read_json(file, Probe, cure=cure) if file.exists() else None
     )
     if known is not None:
         return known
@@ -208,7 +209,6 @@ def _probe(
     model = adapt(tried, source, start.layers, start.factors, None)
     own = RunDirectory(folder)
     begun = on_main_process(
-        accelerator,
         lambda: own.begin(
             recipe_to_yaml(tried),
             {"recipe": tried.model_dump(mode="json"), "steps": length},
@@ -247,5 +247,5 @@ def _probe(
         replace_file(file, to_json(probe.to_dict()))
         shutil.rmtree(folder, ignore_errors=True)
 
-    on_main_process(accelerator, keep)
+    on_main_process(keep)
     return probe

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import Decomposition
+from kpsvd_tune.decompose.progress import report_decomposition
 from kpsvd_tune.decompose.start import starting_factors
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
-from kpsvd_tune.pipeline.probes import choose_energy, with_energy
-from kpsvd_tune.pipeline.stages import Events, report_decomposition
+from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import Probe, RankReport
@@ -26,7 +27,7 @@ from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.training import on_main_process
+from kpsvd_tune.training.probes import choose_energy, with_energy
 
 # What the manifest calls the folder.
 _KIND = "init"
@@ -75,9 +76,7 @@ def initialise(
     if is_auto:
         if not is_ours:
             # Probes of other settings say nothing about these.
-            on_main_process(
-                accelerator, lambda: shutil.rmtree(run.path / "probes", ignore_errors=True)
-            )
+            on_main_process(lambda: shutil.rmtree(run.path / "probes", ignore_errors=True))
         energy, probes = choose_energy(
             recipe,
             source,
@@ -118,7 +117,7 @@ def initialise(
             events.note(missing_page)
         run.update(init_seconds=time.monotonic() - began)
 
-    on_main_process(accelerator, compute)
+    on_main_process(compute)
     report = RankReport.from_dict(read_json(report_file))
     events.ranks(report)
     return recipe, report, Decomposition.load_factors(factors_file)

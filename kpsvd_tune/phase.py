@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from kpsvd_tune.errors import KpsvdTuneError, StoppedBySignal
 from kpsvd_tune.launch import tell_phase
 from kpsvd_tune.recipe import EvaluationRecipe, Recipe
+from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.signals import StopSignals
 
 
 class Phase:

@@ -1,0 +1,174 @@
+"""What the processes of one command do together; alone, each of these is trivial."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import PartialState  # type: ignore[import-untyped]
+
+from kpsvd_tune.errors import KpsvdTuneError, RunError
+from kpsvd_tune.launch import init_method
+
+T = TypeVar("T")
+
+# Longer than any work that one process does for all: a big base decomposed, a big corpus read.
+_PATIENCE = timedelta(days=30)
+# What gloo and NCCL say when the other end of a connection is gone; neither has a type for it.
+_LOST = ("connection closed", "connection reset", "broken pipe", "socket", "remote process exited")
+
+
+class _Patient:
+    """The group in which processes wait with that patience, and the world that it is a group of."""
+
+    world: Any = None
+    group: Any = None
+
+
+def is_distributed() -> bool:
+    """Whether this process works with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def num_processes() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def meet() -> None:
+    """Make the group in which the processes wait for each other without a time limit.
+
+    Called while all of them are there: making the group itself has the usual time limit.
+    """
+    if is_distributed() and _Patient.world is not dist.group.WORLD:
+        # gloo, whatever the devices: what is sent here are plain objects.
+        _Patient.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _Patient.world = dist.group.WORLD
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if is_distributed():
+        meet()
+        dist.barrier(group=_Patient.group)
+
+
+def device() -> torch.device:
+    """Where this process computes, which first meets the others where there are any."""
+    is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device("cuda" if torch.cuda.is_available() and not is_cpu else "cpu")
+    found = init_method()
+    others: dict[str, str] = {} if found is None else {"init_method": found}
+    place: torch.device = PartialState(cpu=is_cpu, **others).device
+    return place
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """The result of work that the main process does once while the others wait for it.
+
+    The others wait without a time limit, and notice at once when the main process dies.
+
+    Args:
+        work: Called once; its result must be picklable.
+
+    Raises:
+        KpsvdTuneError: What `work` raised, on every process alike, so that none waits for one that
+            has gone; other exceptions become a RunError on the others.
+    """
+    if not is_distributed():
+        return work()
+    meet()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except KpsvdTuneError as error:
+            outcome[1] = error
+        except Exception as error:
+            outcome[1] = RunError(f"the main process failed: {type(error).__name__}: {error}")
+            dist.broadcast_object_list(outcome, src=0, group=_Patient.group)
+            raise
+    dist.broadcast_object_list(outcome, src=0, group=_Patient.group)
+    if outcome[1] is not None:
+        outcome[1].is_everywhere = True
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def end_processes() -> None:
+    """Destroy the process group; does nothing where there is none.
+
+    Without it the threads of a process group outlive Python, and ending them by force may end the
+    program with SIGABRT after all its work is done.
+    """
+    _Patient.world = _Patient.group = None
+    if is_distributed():
+        # A gloo thread needs the interpreter to put its last piece of work away, and DDP, which may
+        # be the last to hold the group, waits for that thread without letting it (torch 2.13).
+        time.sleep(0.1)
+        PartialState().destroy_process_group()
+
+
+@contextlib.contextmanager
+def name_lost_process(phase: Callable[[], str]) -> Iterator[None]:
+    """Turn the failure of a collective whose partner died into a message with rank and phase.
+
+    Args:
+        phase: Asked for what this process was doing.
+
+    Raises:
+        RunError: The connection to another process broke.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"rank {dist.get_rank()} lost the connection to another rank, which has died, while "
+            f"{phase()} ({reason}). The last checkpoint is whole; the same command goes on from it"
+        ) from error
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    words = str(error).lower()
+    return is_distributed() and any(each in words for each in _LOST)
+
+
+def gather_numbers(accelerator: Accelerator, numbers: Sequence[float]) -> list[list[float]]:
+    """The numbers of every process, in the order of processes; one wait for the device."""
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    own = torch.tensor([numbers], dtype=dtype, device=accelerator.device)
+    rows: list[list[float]] = accelerator.gather(own).tolist()
+    return rows
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process held: of the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if find_spec("resource") is None:
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes where Linux counts kibibytes.
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,93 @@
+"""The Accelerator that the loop expects, checked against what the recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
+from accelerate.utils import (  # type: ignore[import-untyped]
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.processes import meet
+from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.training import zero_config
+from kpsvd_tune.training.halving import check_halving
+from kpsvd_tune.training.optim import check_optimizer
+
+
+def make_accelerator(
+    recipe: TrainRecipe,
+    tracking: Sequence[str] = (),
+    logging_dir: Path | None = None,
+    init_method: str | None = None,
+) -> Accelerator:
+    """Make the Accelerator that `Training` expects.
+
+    Args:
+        recipe: Its precision and its way of sharing work.
+        tracking: Names of trackers.
+        logging_dir: Where trackers that write files put them.
+        init_method: Where torch finds the other processes, if not by its environment.
+
+    Raises:
+        RecipeError: A tracker is not installed, or the device cannot do what the recipe asks, or
+            the optimiser or the schedule it names cannot work.
+    """
+    for name in tracking:
+        if name not in [str(tracker) for tracker in get_available_trackers()]:
+            raise RecipeError(
+                f"tracking: {name} is not installed; install it with `pip install {name}`, "
+                "or take it off the list"
+            )
+    handlers: list[Any] = [
+        # The frozen factors are buffers; they are equal everywhere and need no sending.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
+    if zero_config.is_requested():
+        zero_config.prepare()
+        if not torch.accelerator.is_available():
+            # Accelerate knows no backend for DeepSpeed on CPUs.
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    elif init_method is not None:
+        handlers.append(InitProcessGroupKwargs(init_method=init_method))
+    accelerator = _accelerator(
+        mixed_precision=recipe.precision,
+        log_with=list(tracking) or None,
+        project_dir=logging_dir,
+        # Given outright, as an environment variable would otherwise win: the loop accumulates.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1, sync_with_dataloader=False
+        ),
+        kwargs_handlers=handlers,
+    )
+    check_optimizer(recipe, accelerator.num_processes)
+    check_halving(recipe, accelerator.num_processes, zero_config.is_requested())
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise RecipeError(
+            "Accelerate's configuration asks for FSDP; expected plain processes (MULTI_GPU or "
+            "MULTI_CPU): take it out of the configuration, and set train.parallel: fsdp to share "
+            "out the weights"
+        )
+    zero_config.check_parallel(accelerator, recipe)
+    meet()
+    return accelerator
+
+
+def _accelerator(**settings: Any) -> Accelerator:
+    try:
+        return Accelerator(**settings)
+    except ValueError as error:
+        if not zero_config.is_requested():
+            raise
+        raise RecipeError(f"Accelerate refuses its own DeepSpeed settings: {error}") from error

@@ -73,7 +73,7 @@ def train(
             allow_change=tuple(allow_change or ()),
             allow_other_base=allow_other_base,
             allow_code_execution=allow_code_execution,
-            sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
+            sandbox=sandbox,
         )
         # First the results, which are whole and saved, then what is wrong with them.
         emit(result, as_json, view.show_results)

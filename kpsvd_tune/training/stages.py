@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
-from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
@@ -49,7 +48,8 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.runs.find import TEMPLATE_KEY, trained_as
+from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own
+from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import save_adapter
 from kpsvd_tune.storage.json_files import read_json
@@ -59,7 +59,6 @@ from kpsvd_tune.training import (
 )
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import (
-    adapter_hash,
     find_adapter,
     holds_adapter,
     load_adapted,
@@ -168,6 +167,8 @@ def train(
             ),
         )
         if start.is_finished:
+            if holds_adapter(run.adapter):
+                check_own(run.adapter, read_json(run.run_file).get(ADAPTER_KEY))
             missing = (
                 ""
                 if holds_adapter(run.adapter)
@@ -187,7 +188,7 @@ def train(
                 decomposition_cures(recipe),
                 "finished matrices are kept",
             )
-            recipe, report, factors = initialise(
+            recipe, decomposition = initialise(
                 recipe,
                 source,
                 train_rows,
@@ -200,8 +201,8 @@ def train(
                 events,
             )
             phase.enter("loading the base model", loading_cures(recipe.model.dtype))
-            layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
-            model = adapt(recipe, source, layers, factors, base_files)
+            report = decomposition.report
+            model = adapt(recipe, source, decomposition, base_files)
         else:
             phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
             events.stage(f"loading {adapter_folder} on {recipe.model.path}")
@@ -341,6 +342,7 @@ def _finish(
         if key in _ADDED_BY_EVAL and isinstance(value, dict):
             results = {**results, key: {**value, **results.get(key, {})}}
     save_adapter(model, weights, tokenizer, run.adapter, recipe, report, results)
+    run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
     run.finish(results)
 
 

@@ -12,6 +12,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DtypeOption,
     Gpus,
     Json,
     Offline,
@@ -23,6 +24,7 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.permission import permission_for
+from kpsvd_tune.evaluation.sandbox import Sandbox
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
     rescore,
@@ -77,9 +79,7 @@ def evaluate(
     ] = False,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
-    ] = None,
+    dtype: DtypeOption = None,
     stored: Annotated[
         Path | None,
         typer.Option("--rescore", metavar="FILE", help="Score stored completions again."),
@@ -98,8 +98,6 @@ def evaluate(
     if stored is not None:
         _rescore(stored, task, as_json, allow_code_execution, sandbox)
         return
-    # Refuses an unknown sandbox before anything is read.
-    permission_for((), allow_code_execution, sandbox)
     if source is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
     check_source(source)
@@ -158,7 +156,9 @@ def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> 
         raise RecipeError(f"{error}\nno run is in {source}{siblings(source)}") from error
 
 
-def _rescore(file: Path, task: str | None, as_json: bool, is_allowed: bool, sandbox: str) -> None:
+def _rescore(
+    file: Path, task: str | None, as_json: bool, is_allowed: bool, sandbox: Sandbox
+) -> None:
     task = task or stored_task(file)
     if task is None:
         raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")

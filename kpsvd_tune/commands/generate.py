@@ -92,7 +92,6 @@ def _answer(
     from kpsvd_tune.models import load_model, load_tokenizer
     from kpsvd_tune.phase import Phase, loading_cures, watched
     from kpsvd_tune.processes import device
-    from kpsvd_tune.runs.adapter_folder import check_seal
     from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 
     found = find(source)
@@ -100,8 +99,6 @@ def _answer(
     phase = Phase()
     with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
-        if found.adapter is not None:
-            check_seal(found.adapter)
         tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the base model", loading_cures(dtype))

@@ -13,6 +13,7 @@ from kpsvd_tune.storage.paths import kind_of
 if TYPE_CHECKING:
     from kpsvd_tune.models import ModelSource
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DtypeOption,
     Json,
     Offline,
     emit,
@@ -35,9 +37,7 @@ def merge(
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
-    ] = None,
+    dtype: DtypeOption = None,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
     tolerance: Annotated[
@@ -118,6 +118,7 @@ def _merge(
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
     check_output(output, inputs)
+    output = Path(os.path.realpath(output))  # what a link names is made, and the link stays
     refuse_inside_run(output, "--output")
     check_writable(output)
     phase = Phase()

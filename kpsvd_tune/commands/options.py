@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,8 +33,13 @@ Processes = Annotated[
     int | None,
     typer.Option("--processes", min=1, help="Share the work over that many CPU processes."),
 ]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; default: the recipe's."),
+]
 SandboxOption = Annotated[
-    str, typer.Option("--sandbox", help="bwrap; none runs code without protection.")
+    Literal["bwrap", "none"],
+    typer.Option("--sandbox", help="bwrap; none runs code without protection."),
 ]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")

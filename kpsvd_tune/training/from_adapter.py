@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,12 +56,6 @@ def find_adapter(recipe: Recipe) -> Path | None:
 def holds_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter's configuration and weights."""
     return (folder / "adapter_config.json").is_file() and (folder / _FILE).is_file()
-
-
-def adapter_hash(folder: Path) -> str:
-    """The sha256 of an adapter's weights, by which a resumed run knows the one it began with."""
-    with open(folder / _FILE, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_adapted(

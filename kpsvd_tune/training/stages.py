@@ -49,7 +49,8 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.runs.find import TEMPLATE_KEY, trained_as
+from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own
+from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import save_adapter
 from kpsvd_tune.storage.json_files import read_json
@@ -58,7 +59,6 @@ from kpsvd_tune.training import (
     make_accelerator,
 )
 from kpsvd_tune.training.from_adapter import (
-    adapter_hash,
     find_adapter,
     holds_adapter,
     load_adapted,
@@ -164,6 +164,8 @@ def train(
             ),
         )
         if start.is_finished:
+            if holds_adapter(run.adapter):
+                check_own(run.adapter, read_json(run.run_file).get(ADAPTER_KEY))
             missing = (
                 ""
                 if holds_adapter(run.adapter)
@@ -336,6 +338,7 @@ def _finish(
         if key in _ADDED_BY_EVAL and isinstance(value, dict):
             results = {**results, key: {**value, **results.get(key, {})}}
     save_adapter(model, weights, tokenizer, run.adapter, recipe, report, results)
+    run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
     run.finish(results)
 
 

@@ -124,7 +124,7 @@ def prepare(
         progress: Called while rows are tokenised.
         keeps_template: Refuse rows that the tokenizer's chat template cannot train, rather than
             look for another, as for rows that are compared with those of a training.
-        limits: What the model takes; None: rows are not held against it.
+        limits: What the model takes; None: rows are not compared with it.
 
     Raises:
         DataError: Anything between the file and the labels is not as it must be.
@@ -222,7 +222,7 @@ def _report(
     encoder: Encoder,
     about: Sequence[str],
 ) -> PreflightReport:
-    """What the preflight found; `about` is what is told before all else."""
+    """What the preflight found; `about` are the warnings that come first."""
     train, validation = split.train, split.validation
     sources = train.sources
     whole = train.whole
@@ -265,7 +265,7 @@ def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
 def _check_limits(
     rows: StoredRows, selection: Selection, limits: ModelLimits, max_length: int
 ) -> list[str]:
-    """Hold rows against the model; gives what a user should know."""
+    """Compare rows with what the model takes; gives what a user should know."""
 
     def where(place: int) -> str:
         return selection.where(rows.order[place])
@@ -280,7 +280,7 @@ def _note_key(
     dataset: DatasetRecipe,
     seed: int,
 ) -> str:
-    """Name report and hash by all that they say, the names of the sources included."""
+    """The key of report and hash: all that they depend on, the names of the sources included."""
     stores = [
         [source.store.folder.name, source.label, source.unit, source.weight, *source.notes]
         for source in (*sources, *held_out)

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
-from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
@@ -185,7 +184,7 @@ def train(
                 decomposition_cures(recipe),
                 "finished matrices are kept",
             )
-            recipe, report, factors = initialise(
+            recipe, decomposition = initialise(
                 recipe,
                 source,
                 train_rows,
@@ -198,8 +197,8 @@ def train(
                 events,
             )
             phase.enter("loading the base model", loading_cures(recipe.model.dtype))
-            layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
-            model = adapt(recipe, source, layers, factors, base_files)
+            report = decomposition.report
+            model = adapt(recipe, source, decomposition, base_files)
         else:
             phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
             events.stage(f"loading {adapter_folder} on {recipe.model.path}")

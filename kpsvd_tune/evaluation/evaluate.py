@@ -36,7 +36,7 @@ from kpsvd_tune.evaluation.prompts import (
     read_shots,
     stop_strings,
 )
-from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all

@@ -22,7 +22,7 @@ from kpsvd_tune.evaluation.evaluate import (
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
-from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer

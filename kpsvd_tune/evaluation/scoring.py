@@ -22,7 +22,7 @@ from kpsvd_tune.evaluation.numeric_answer import (
     strict_answer,
 )
 from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, program_with_tests
-from kpsvd_tune.evaluation.sandbox import Limits, Sandbox, check_sandbox, run_programs
+from kpsvd_tune.evaluation.sandbox.run import Limits, Sandbox, check_sandbox, run_programs
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 

@@ -24,7 +24,7 @@ from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
-from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.score import Scorer, check_tasks, labelled
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method

@@ -12,7 +12,7 @@ import pytest
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import scoring
 from kpsvd_tune.evaluation.completions import Completion
-from kpsvd_tune.evaluation.sandbox import Program, RunResult, Status
+from kpsvd_tune.evaluation.sandbox.run import Program, RunResult, Status
 from kpsvd_tune.evaluation.scoring import (
     check_code_execution,
     missing_scorers,

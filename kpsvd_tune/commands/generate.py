@@ -51,7 +51,6 @@ def generate(
             base_only=base_only,
             base=base,
             allow_other_base=allow_other_base,
-            offline=offline,
         )
     if as_json:
         typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
@@ -71,7 +70,6 @@ def _answer(
     base_only: bool = False,
     base: str | None = None,
     allow_other_base: bool = False,
-    offline: bool = False,
 ) -> str:
     """Let a run, an adapter or a model answer a prompt.
 
@@ -89,22 +87,18 @@ def _answer(
         base_only: Leave the adapter out.
         base: Another place of the same base model.
         allow_other_base: Take a base that is not the adapter's; a note says so.
-        offline: Make no network call.
     """
     from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
     from kpsvd_tune.models import load_model, load_tokenizer
     from kpsvd_tune.phase import Phase, loading_cures, watched
     from kpsvd_tune.processes import device
-    from kpsvd_tune.runs.adapter_folder import check_seal
     from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 
     found = find(source)
-    model_source = resolve_base(found, source, base, offline)
+    model_source = resolve_base(found, source, base)
     phase = Phase()
     with watched(phase, goes_on=False):
         events.stage(f"loading {model_source.path}")
-        if found.adapter is not None:
-            check_seal(found.adapter)
         tokenizer = load_tokenizer(model_source, found.adapter)
         dtype = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the base model", loading_cures(dtype))

@@ -51,14 +51,12 @@ def init_only(
         if sweep:
             variants = _sweep(recipe, overrides or (), sweep)
             emit(
-                _sweep_ranks(
-                    variants, events, offline=offline, processes=processes or 1, gpus=gpus
-                ),
+                _sweep_ranks(variants, events, processes=processes or 1, gpus=gpus),
                 as_json,
                 view.show_sweep,
             )
             return
-        report = _decompose(resolved, events, offline=offline, processes=processes or 1, gpus=gpus)
+        report = _decompose(resolved, events, processes=processes or 1, gpus=gpus)
         emit(report, as_json, view.show_ranks)
         init = Path(resolved.output_dir) / "init"
         page = init / "rank_report.html"
@@ -86,7 +84,6 @@ def _decompose(
     recipe: Recipe,
     events: Events,
     *,
-    offline: bool = False,
     processes: int = 1,
     gpus: int | None = None,
 ) -> RankReport:
@@ -97,7 +94,6 @@ def _decompose(
     Args:
         recipe: Its model and adapter sections; no dataset is needed.
         events: Told of progress.
-        offline: Make no network call.
         processes: Worker processes for the decomposition.
         gpus: One worker on each of that many GPUs instead; None computes on the CPU.
 
@@ -110,8 +106,7 @@ def _decompose(
         InputError: There are fewer GPUs.
         StoppedBySignal: SIGINT or SIGTERM; finished matrices are in the cache.
     """
-    from kpsvd_tune.decompose import decompose
-    from kpsvd_tune.decompose.progress import report_decomposition
+    from kpsvd_tune.decompose import decompose, report_decomposition
     from kpsvd_tune.models import resolve_model
     from kpsvd_tune.phase import Phase, decomposition_cures, watched
     from kpsvd_tune.report.rank_page import write_rank_report
@@ -124,7 +119,7 @@ def _decompose(
             "adapter.from: that adapter's ranks stay as they are, and nothing is decomposed; set "
             "it to null to see the ranks of this recipe"
         )
-    source = resolve_model(recipe.model.path, recipe.model.revision, offline)
+    source = resolve_model(recipe.model.path, recipe.model.revision)
     processes, device = _workers(processes, gpus)
     run = RunDirectory(recipe.output_dir)
     if is_run(run.path):
@@ -166,7 +161,6 @@ def _sweep_ranks(
     variants: Mapping[str, Recipe],
     events: Events,
     *,
-    offline: bool = False,
     processes: int = 1,
     gpus: int | None = None,
 ) -> dict[str, RankReport | dict[str, str]]:
@@ -175,7 +169,6 @@ def _sweep_ranks(
     Args:
         variants: A recipe for each value tried; they may differ in adapter.rank only.
         events: Told of progress.
-        offline: Make no network call.
         processes: Worker processes for the decomposition.
         gpus: One worker on each of that many GPUs instead; None computes on the CPU.
 
@@ -188,8 +181,7 @@ def _sweep_ranks(
         InputError: There are fewer GPUs.
         StoppedBySignal: SIGINT or SIGTERM; finished matrices are in the cache.
     """
-    from kpsvd_tune.decompose import collect_spectra
-    from kpsvd_tune.decompose.progress import report_decomposition
+    from kpsvd_tune.decompose import collect_spectra, report_decomposition
     from kpsvd_tune.models import resolve_model
     from kpsvd_tune.phase import Phase, decomposition_cures, watched
 
@@ -207,7 +199,7 @@ def _sweep_ranks(
     phase.enter("decomposing the base model", decomposition_cures(widest), KEPT)
     with watched(phase):
         spectra = collect_spectra(
-            resolve_model(widest.model.path, widest.model.revision, offline),
+            resolve_model(widest.model.path, widest.model.revision),
             widest.adapter,
             seed=widest.train.seed,
             processes=processes,

@@ -13,6 +13,7 @@ from kpsvd_tune.storage.paths import kind_of
 if TYPE_CHECKING:
     from kpsvd_tune.models import ModelSource
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DtypeOption,
     Json,
     Offline,
     emit,
@@ -35,9 +37,7 @@ def merge(
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
-    ] = None,
+    dtype: DtypeOption = None,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
     tolerance: Annotated[
@@ -58,7 +58,6 @@ def merge(
             base=base,
             tolerance=tolerance,
             allow_other_base=allow_other_base,
-            offline=offline,
         )
         emit(report, as_json, view.show_merge)
         events.note(f"written: {output}")
@@ -75,7 +74,6 @@ def _merge(
     base: str | None = None,
     tolerance: float | None = None,
     allow_other_base: bool = False,
-    offline: bool = False,
 ) -> MergeReport:
     """Merge the adapter of a run into plain weights and prove the result.
 
@@ -87,7 +85,6 @@ def _merge(
         base: Another place of the same base model.
         tolerance: Largest logit difference that passes; by default the dtype's.
         allow_other_base: Merge onto a base that is not the adapter's; the report says so.
-        offline: Make no network call.
 
     Raises:
         InputError: The source is no adapter, or the output would overwrite something.
@@ -116,11 +113,12 @@ def _merge(
     stored = dtype or (found.recipe.model.dtype if found.recipe else "float32")
     if stored not in DTYPES:
         raise InputError(f"--dtype {stored}: expected one of {', '.join(DTYPES)}")
-    model_source = resolve_base(found, source, base, offline)
+    model_source = resolve_base(found, source, base)
     inputs = [found.adapter, Path(source)]
     if model_source.kind == "folder":
         inputs.append(model_source.folder)
     check_output(output, inputs)
+    output = Path(os.path.realpath(output))  # what a link names is made, and the link stays
     refuse_inside_run(output, "--output")
     check_writable(output)
     phase = Phase()

@@ -64,17 +64,16 @@ def train(
 
     with view.Events() as events:
         if dry_run:
-            emit(plan(resolved, events, offline=offline), as_json, view.show_plan)
+            emit(plan(resolved, events), as_json, view.show_plan)
             return
         result = run_recipe(
             resolved,
             events,
-            offline=offline,
             resume=resume,
             allow_change=tuple(allow_change or ()),
             allow_other_base=allow_other_base,
             allow_code_execution=allow_code_execution,
-            sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
+            sandbox=sandbox,
         )
         # First the results, which are whole and saved, then what is wrong with them.
         emit(result, as_json, view.show_results)

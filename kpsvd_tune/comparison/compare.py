@@ -68,7 +68,6 @@ def compare(
     watcher: Watcher,
     *,
     jobs: int = 1,
-    offline: bool = False,
 ) -> Comparison:
     """Run every trial that is not done yet, and draw the verdict.
 
@@ -80,7 +79,6 @@ def compare(
         events: Told of stages and progress.
         watcher: Told of trials.
         jobs: Trials at a time; on GPUs each takes its own.
-        offline: Make no network call.
 
     Returns:
         The verdict, also written to comparison.json and comparison.html in the recipe's
@@ -100,14 +98,12 @@ def compare(
     phase = Phase()
     phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
     with watched(phase), run.lock():
-        source = resolve_model(recipe.model.path, recipe.model.revision, offline)
+        source = resolve_model(recipe.model.path, recipe.model.revision)
         tokenizer = load_tokenizer(source)
         events.stage(f"reading {source_names(recipe.dataset)}")
         skeleton = load_skeleton(source)
         limits = model_limits(skeleton)
-        data = prepare(
-            recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline, limits=limits
-        )
+        data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, limits=limits)
         events.note(data.cache_note)
         events.preflight(data.report)
         if not data.validation:
@@ -120,7 +116,7 @@ def compare(
             raise RecipeError("\n".join(length.faults))
         for note in length.notes:
             events.note(note)
-        test, test_sha256 = _test_rows(recipe, tokenizer, offline, limits)
+        test, test_sha256 = _test_rows(recipe, tokenizer, limits)
         if known := num_shared(test, data.train):
             events.note(
                 f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "
@@ -218,7 +214,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _test_rows(
-    recipe: Recipe, tokenizer: Any, offline: bool, limits: ModelLimits
+    recipe: Recipe, tokenizer: Any, limits: ModelLimits
 ) -> tuple[Sequence[TokenizedRow], str | None]:
     """Rows that no choice looks at, and their hash."""
     if recipe.compare.test is None:
@@ -227,7 +223,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits, keeps_template=True)
+    found = prepare(dataset, tokenizer, seed=0, limits=limits, keeps_template=True)
     return found.train, found.sha256
 
 

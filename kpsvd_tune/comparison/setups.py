@@ -11,8 +11,7 @@ from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.comparison.trial import Setup
 from kpsvd_tune.comparison.trial_log import SCHEDULE
-from kpsvd_tune.decompose import Spectra, collect_spectra
-from kpsvd_tune.decompose.progress import report_decomposition
+from kpsvd_tune.decompose import Spectra, collect_spectra, report_decomposition
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe import RankRecipe, Recipe

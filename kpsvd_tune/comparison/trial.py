@@ -23,7 +23,8 @@ from kpsvd_tune.comparison.baselines import Baseline
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.decompose.start import adapt, starting_factors
+from kpsvd_tune.decompose import decompose
+from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
@@ -211,9 +212,11 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
         baseline: Any = get_peft_model(base, setup.baseline.config)
         return baseline, str(setup.baseline.rank), time.monotonic() - began
     began = time.monotonic()
-    decomposition = starting_factors(recipe, source, device())
+    decomposition = decompose(
+        source, recipe.adapter, start_seed=recipe.train.seed, device=str(device())
+    )
     took = time.monotonic() - began
-    model = adapt(recipe, source, decomposition.layers, decomposition.factors, None)
+    model = adapt(recipe, source, decomposition, None)
     ranks = [layer.rank for layer in decomposition.report.layers]
     low, high = min(ranks), max(ranks)
     # What the cache spared is counted all the same.

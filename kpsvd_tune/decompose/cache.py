@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,19 +26,6 @@ from kpsvd_tune.storage.paths import cache_folder
 ALGORITHM_VERSION = 2
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-@dataclass(frozen=True)
-class CachedTerms:
-    """The leading terms of one matrix and what they cost.
-
-    Attributes:
-        terms: The decomposition.
-        seconds: Time it took when it was computed.
-    """
-
-    terms: KPSVD
-    seconds: float
 
 
 def default_cache_dir() -> Path:
@@ -78,8 +65,8 @@ class SpectraCache:
         self.hashes = HashIndex(self.folder / "hashes")
         self.damaged: set[str] = set()
 
-    def read(self, key: str, shape: KroneckerShape, num_terms: int) -> CachedTerms | None:
-        """Return an entry cut to ``num_terms``; None when absent, too short or damaged."""
+    def read(self, key: str, shape: KroneckerShape, num_terms: int) -> tuple[KPSVD, float] | None:
+        """Read leading terms and the seconds they took; None when absent, too few or damaged."""
         try:
             data = read_bytes(self._file(key))
         except OSError:
@@ -88,7 +75,7 @@ class SpectraCache:
         if entry is None:
             self.damaged.add(key)
             return None
-        terms = entry.terms
+        terms, seconds = entry
         if len(terms.values) < min(num_terms, shape.max_rank):
             return None
         cut = replace(
@@ -97,15 +84,15 @@ class SpectraCache:
             left=terms.left[:num_terms],
             right=terms.right[:num_terms],
         )
-        return CachedTerms(cut, entry.seconds)
+        return cut, seconds
 
-    def write(self, key: str, entry: CachedTerms) -> None:
-        """Commit an entry. The caller holds :meth:`lock`.
+    def write(self, key: str, terms: KPSVD, seconds: float) -> None:
+        """Commit terms and the seconds they took. The caller holds :meth:`lock`.
 
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
         """
-        self._commit(self._file(key), _encode(key, entry))
+        self._commit(self._file(key), _encode(key, terms, seconds))
 
     @contextmanager
     def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
@@ -183,14 +170,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _encode(key: str, entry: CachedTerms) -> bytes:
-    terms = entry.terms
+def _encode(key: str, terms: KPSVD, seconds: float) -> bytes:
     tensors = {"values": terms.values, "left": terms.left, "right": terms.right}
     # Hexadecimal floats come back bit for bit.
     facts = {
         "key": key,
         "squared_norm": float(terms.squared_norm).hex(),
-        "seconds": float(entry.seconds).hex(),
+        "seconds": float(seconds).hex(),
     }
     return save(
         {name: value.contiguous() for name, value in tensors.items()},
@@ -198,7 +184,7 @@ def _encode(key: str, entry: CachedTerms) -> bytes:
     )
 
 
-def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
+def _decode(data: bytes, key: str, shape: KroneckerShape) -> tuple[KPSVD, float] | None:
     """Read an entry; None for anything but what :func:`_encode` wrote under this key."""
     try:
         length = int.from_bytes(data[:8], "little")
@@ -214,7 +200,7 @@ def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
             shape=shape,
             squared_norm=float.fromhex(facts["squared_norm"]),
         )
-        return CachedTerms(terms, float.fromhex(facts["seconds"]))
+        return terms, float.fromhex(facts["seconds"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

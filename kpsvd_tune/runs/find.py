@@ -24,6 +24,8 @@ from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.runs.adapter_folder import (
     WEIGHTS,
     check_adapter,
+    check_own,
+    check_seal,
     read_adapter_config,
 )
 from kpsvd_tune.storage.json_files import read_json
@@ -32,6 +34,8 @@ from kpsvd_tune.storage.paths import expand
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
+# Where it keeps the hash of the adapter's weights that the run has saved.
+ADAPTER_KEY = "adapter_sha256"
 
 COMPARED = (
     "its weights agree as far as they were compared: by random projections of each adapted weight "
@@ -75,9 +79,11 @@ def find(source: str) -> Found:
                 f"{path / 'recipe.yaml'}` to its end first"
             )
         facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+        check_own(path / "adapter", facts.get(ADAPTER_KEY))
         dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
         return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
     if (path / "adapter_config.json").is_file():
+        check_seal(path)
         config = read_adapter_config(path)
         return Found(path, config.base_model_name_or_path or "", None, config.revision)
     return Found(None, source)
@@ -96,14 +102,13 @@ def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
 
-def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> ModelSource:
+def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
     """Find the base model of an adapter, where it is now; or a model itself.
 
     Args:
         found: What the command was given.
         source: As it was typed.
         base: Another place of the base; None: as the adapter or the recipe says.
-        offline: Make no network call.
 
     Raises:
         InputError: No base is named, or one for a model that needs none.
@@ -114,15 +119,18 @@ def resolve_base(found: Found, source: str, base: str | None, offline: bool) -> 
     if not (base or found.base):
         raise InputError(f"{source} names no base model: give it with --base")
     try:
-        return resolve_model(base or found.base, None if base else found.revision, offline)
+        return resolve_model(base or found.base, None if base else found.revision)
     except ModelError as error:
         if base:
             raise ModelError(f"--base: {error}") from error
         if found.adapter is None:
             raise
+        known = read_adapter_config(found.adapter).base_model_name_or_path
+        where = f" It was {known} when the adapter was saved." if known != found.base else ""
         raise ModelError(
-            f"{error}\nThat is the base which {found.adapter} names: where it lies elsewhere now, "
-            "give that place with --base"
+            f"{error}\nThat is the base {found.base} which {source} names, a relative path being "
+            f"looked for from {Path.cwd()}.{where} Give the place where it lies now with --base, "
+            "or to `train` with model.path=..."
         ) from error
 
 

@@ -17,24 +17,22 @@ from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.training.length import run_length
 
 
-def plan(recipe: Recipe, events: Events, *, offline: bool = False) -> dict[str, Any]:
+def plan(recipe: Recipe, events: Events) -> dict[str, Any]:
     """Say what `train` would do, without loading weights or writing anything.
 
     Args:
         recipe: The recipe.
         events: Told of progress.
-        offline: Make no network call.
     """
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
-    source = resolve_model(recipe.model.path, recipe.model.revision, offline)
+    source = resolve_model(recipe.model.path, recipe.model.revision)
     events.stage(f"reading {source_names(recipe.dataset)}")
     skeleton = load_skeleton(source)
     data = prepare(
         recipe.dataset,
         load_tokenizer(source),
         seed=recipe.train.seed,
-        offline=offline,
         limits=model_limits(skeleton),
     )
     events.note(data.cache_note)

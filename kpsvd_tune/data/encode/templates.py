@@ -138,11 +138,7 @@ def with_arguments(template: Template, arguments: Mapping[str, Any]) -> Template
 
 
 def reads(template: Template, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The arguments that a template reads.
-
-    Raises:
-        DataError: It is no jinja template.
-    """
+    """The arguments that a template reads."""
     texts = [template] if isinstance(template, str) else list(template.values())
     try:
         names: set[str] = set().union(*map(variables_of, texts))

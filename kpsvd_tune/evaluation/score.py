@@ -36,9 +36,8 @@ from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.durable import check_replaceable, check_writable
 from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.storage.paths import expand
+from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
 from kpsvd_tune.units import time_left
 
 

@@ -57,6 +57,7 @@ from kpsvd_tune.training import (
     Training,
     make_accelerator,
 )
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import (
     find_adapter,
     holds_adapter,
@@ -64,8 +65,7 @@ from kpsvd_tune.training.from_adapter import (
     write_ranks,
 )
 from kpsvd_tune.training.initialise import initialise
-from kpsvd_tune.training.length import run_length
-from kpsvd_tune.training.zero_config import zero_stage
+from kpsvd_tune.training.schedule import run_length
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
@@ -152,8 +152,6 @@ def load_adapter(
     check_adapter(folder, [name for name, _ in model.named_modules()])
     file = folder / WEIGHTS
     try:
-        with safe_open(file, "pt"):
-            pass
         allowed: AbstractContextManager[list[str]] = (
             nullcontext([]) if others is None else other_base_allowed()
         )

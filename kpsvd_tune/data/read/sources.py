@@ -213,7 +213,7 @@ def _file(path: Path, part: Part) -> RowSource:
     return RowSource(
         label,
         row_unit(path),
-        lambda: _sliced(lambda: read_file(path), part, label),
+        lambda: read_file(path) if part.is_whole else _sliced(lambda: read_file(path), part, label),
         fingerprint,
         part.stretch,
     )

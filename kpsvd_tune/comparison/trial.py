@@ -39,8 +39,8 @@ from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import to_json
 from kpsvd_tune.storage.json_files import parse_json, read_json
 from kpsvd_tune.training import Training, make_accelerator
-from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.validation import validation_loss
+from kpsvd_tune.training.batches import make_micro_batch
+from kpsvd_tune.training.loss import SummedTokenLoss, validation_loss
 
 # Tokens of a window of the forgetting text: short, for the runs of a comparison are.
 WINDOW_TOKENS = 256

@@ -1,9 +1,10 @@
 """Mutated recipes, damaged files and hostile programs: each must be answered rightly, in time.
 
 Each attack changes one thing at random, from a seed, and runs a command on it in this process. An
-attack fails if the command ends in a traceback, takes longer than the limit, or returns an exit
-code that its kind of input cannot cause. Whatever fails is printed with its number; the same
-seed and number give the same attack again.
+attack fails if the command ends in a traceback, takes longer than the limit, returns an exit code
+that its kind of input cannot cause, or succeeds with other weights or answers than the undamaged
+files give. Whatever fails is printed with its number; the same seed and number give the same
+attack again.
 
 Programs are drawn from tests/programs.py, cheats two at a time, and run in the sandbox: none may
 escape, last, or be judged right without being it; honest ones, disguised at random, must be.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -91,8 +93,12 @@ class Attack:
     problem: str
 
 
-def run(command: Sequence[str], limit: float = LIMIT_SECONDS) -> str:
-    """Run a command in this process and give what is wrong with how it ended, if anything."""
+def run(command: Sequence[str], limit: float = LIMIT_SECONDS) -> tuple[str, int | None]:
+    """Run a command in this process.
+
+    Returns:
+        What is wrong with how it ended, empty where nothing is, and its exit code if it has one.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Hang
@@ -104,20 +110,20 @@ def run(command: Sequence[str], limit: float = LIMIT_SECONDS) -> str:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = cli.run(list(command))
     except Hang:
-        return f"took longer than {limit:g} s"
+        return f"took longer than {limit:g} s", None
     except BaseException as error:
-        return f"raised {type(error).__name__}: {error}"
+        return f"raised {type(error).__name__}: {error}", None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
     text = said.getvalue()
     if "Traceback (most recent call last)" in text or "This is a bug" in text:
-        return "a traceback: " + " | ".join(text.strip().splitlines()[-8:])
+        return "a traceback: " + " | ".join(text.strip().splitlines()[-8:]), code
     if code not in CODES[command[0]]:
-        return f"exit code {code}: {text.strip()[-300:]}"
+        return f"exit code {code}: {text.strip()[-300:]}", code
     if code and not any(line.strip() for line in text.splitlines()):
-        return f"exit code {code} without a word"
-    return ""
+        return f"exit code {code} without a word", code
+    return "", code
 
 
 # Recipes
@@ -216,7 +222,7 @@ def recipe_attack(number: int, seed: int, folder: Path, limit: float) -> Attack:
         value = json.dumps(draw.choice(VALUES))
         command.append(f"{key}={value}")
         change += f", {command[-1][:60]}"
-    return Attack(f"recipe:{number}", command, f"{name}: {change}", run(command, limit))
+    return Attack(f"recipe:{number}", command, f"{name}: {change}", run(command, limit)[0])
 
 
 # Files
@@ -275,11 +281,12 @@ EVAL = [
     "columns={prompt: prompt, completion: completion}",
 ]
 TRAIN = ["train", "recipe.yaml", "--offline"]
+CONTINUE = [*TRAIN, "train.max_steps=3", "--allow-change", "train.max_steps"]
 COMMANDS: tuple[tuple[str, tuple[list[str], ...]], ...] = (
     ("model/", (["init-only", "recipe.yaml", "--offline", "output_dir=other"], TRAIN)),
     ("run/adapter/", (["merge", "run", "-o", "out", "--offline"], ["generate", "run", "a"], EVAL)),
     ("run/evaluation/", (EVAL,)),
-    ("run/", (["report", "run"], [*TRAIN, "train.max_steps=3"], TRAIN, EVAL)),
+    ("run/", (["report", "run"], CONTINUE, TRAIN, EVAL)),
     ("cache/", ([*TRAIN, "output_dir=other"],)),
     ("rows.jsonl", ([*TRAIN, "output_dir=other"],)),
     ("test.jsonl", (EVAL,)),
@@ -290,11 +297,7 @@ COMMANDS: tuple[tuple[str, tuple[list[str], ...]], ...] = (
 def file_attack(number: int, seed: int, clean: Path, folder: Path, limit: float) -> Attack:
     """One damaged file, and a command that reads it."""
     draw = random.Random(f"file {seed} {number}")
-    place = folder / "copy"
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(clean, place)
-    os.chdir(place)
-    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    place = _fresh_copy(clean, folder / "copy")
     area, commands = draw.choice(COMMANDS)
     files = sorted(
         file
@@ -307,8 +310,55 @@ def file_attack(number: int, seed: int, clean: Path, folder: Path, limit: float)
     damage = draw.choice(JSON_DAMAGES if file.suffix == ".json" else DAMAGES)
     damage(file, draw)
     command = draw.choice(commands)
-    change = f"{damage.__name__.strip('_')} {file.relative_to(place)}"
-    return Attack(f"file:{number}", command, change, run(command, limit))
+    damaged = file.relative_to(place).as_posix()
+    problem, code = run(command, limit)
+    if code == 0 and damaged.startswith(SEALED):
+        made = _made(place, command)
+        if made != _made_of_undamaged(clean, folder, command):
+            problem = "succeeded with other weights or answers than the undamaged files give"
+    return Attack(f"file:{number}", command, f"{damage.__name__.strip('_')} {damaged}", problem)
+
+
+def _fresh_copy(clean: Path, place: Path) -> Path:
+    """A copy of the prepared files, which becomes the current folder."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(clean, place)
+    os.chdir(place)
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    return place
+
+
+# Folders whose files are ours from the first byte to the last, so that no change of them may pass.
+SEALED = ("run/adapter/", "run/init/", "run/checkpoints/", "cache/")
+
+
+def _made(place: Path, command: Sequence[str]) -> dict[str, str]:
+    """Digests of the weights and answers that a successful command left."""
+    patterns = ["out/*.safetensors"]
+    if command[0] != "merge":
+        patterns = ["*/adapter/*.safetensors", "run/evaluation/*/completions.jsonl"]
+    if command == TRAIN or command[0] == "report":
+        patterns = []  # the run is finished, and its weights are not read
+    return {
+        str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for pattern in patterns
+        for file in place.glob(pattern)
+    }
+
+
+_REFERENCES: dict[tuple[Path, str], dict[str, str]] = {}
+
+
+def _made_of_undamaged(clean: Path, folder: Path, command: Sequence[str]) -> dict[str, str]:
+    """What the same command makes of the undamaged files."""
+    key = (clean, json.dumps(command))
+    if key not in _REFERENCES:
+        place = _fresh_copy(clean, folder / "reference")
+        problem, _ = run(command, limit=600)
+        if problem:
+            raise SystemExit(f"{command} of undamaged files {problem}")
+        _REFERENCES[key] = _made(place, command)
+    return _REFERENCES[key]
 
 
 def _cut_file(file: Path, draw: random.Random) -> None:

@@ -76,6 +76,6 @@ def test_an_answer_that_is_wrong_is_noticed(
     said: str,
 ) -> None:
     monkeypatch.setattr("kpsvd_tune.commands.validate.load_recipe", _fail(error))
-    found = attack.run(["validate", "x"], limit=1 if error is None else 30)
+    found, _ = attack.run(["validate", "x"], limit=1 if error is None else 30)
     assert found.startswith(said)
     assert bool(found) == bool(said)

@@ -6,10 +6,9 @@ import os
 import platform
 import stat
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from kpsvd_tune.evaluation.syscall_filter import syscall_filter
 
@@ -42,15 +41,13 @@ def find_bubblewrap() -> str | None:
     return None
 
 
-def bubblewrap_command(
-    program: str, scratch_bytes: int, filter_descriptors: tuple[int, ...]
-) -> list[str]:
+def bubblewrap_command(program: str, scratch_bytes: int, syscalls: BinaryIO | None) -> list[str]:
     """The words to put before a command.
 
     Args:
         program: bubblewrap's own file, as `find_bubblewrap` gives it.
         scratch_bytes: size of /tmp, the only place that can be written to.
-        filter_descriptors: what `filter_file` gave; must be passed on to the process.
+        syscalls: what `open_filter` gave; must be passed on to the process.
     """
     command = [program, "--die-with-parent", "--new-session", "--clearenv"]
     for name, value in ENVIRONMENT.items():
@@ -63,37 +60,42 @@ def bubblewrap_command(
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns"]
-    for descriptor in filter_descriptors:
-        command += ["--seccomp", str(descriptor)]
-    for folder in _readable_folders():
-        # Made by hand, because bubblewrap's own parent folders are closed to all but root.
-        for parent in reversed(Path(folder).parents[:-1]):
-            command += ["--dir", str(parent)]
-        command += ["--ro-bind-try", folder, folder]
+    if syscalls is not None:
+        command += ["--seccomp", str(syscalls.fileno())]
+    # First of all, so that a Python that lies below /tmp itself is not hidden by it.
+    command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp"]
+    command += _readable_folders()
     command += ["--dir", "/dev"]
     for device in _DEVICES:
         command += ["--dev-bind", device, device]
-    command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp"]
     # Semaphores and shared memory of multiprocessing, under the same limits as files.
     command += ["--symlink", "/tmp", "/dev/shm"]
     return [*command, "--chdir", "/tmp", "--remount-ro", "/", "--"]
 
 
-@contextmanager
-def filter_file() -> Iterator[tuple[int, ...]]:
-    """The filter of system calls as an open file's descriptor, or nothing where there is none."""
+def open_filter() -> BinaryIO | None:
+    """The filter of system calls as an open file, or None where there is none."""
     content = syscall_filter(platform.machine())
-    if content is None:
-        yield ()
-        return
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.seek(0)
-        yield (file.fileno(),)
+    return None if content is None else memory_file(content)
 
 
-def _readable_folders() -> list[str]:
+def memory_file(content: bytes) -> BinaryIO:
+    """An open file in memory, to be read from its beginning."""
+    file = os.fdopen(os.memfd_create("kpsvd-tune"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+@cache
+def _readable_folders() -> tuple[str, ...]:
     """The system's programs and libraries, and Python's own folder where it lies elsewhere."""
     prefix = os.path.realpath(sys.base_prefix)
     is_system = Path(prefix).is_relative_to("/usr")
-    return [*_SYSTEM_FOLDERS] if is_system else [*_SYSTEM_FOLDERS, prefix]
+    words: list[str] = []
+    for folder in _SYSTEM_FOLDERS if is_system else (*_SYSTEM_FOLDERS, prefix):
+        # Made by hand, because bubblewrap's own parent folders are closed to all but root.
+        for parent in reversed(Path(folder).parents[:-1]):
+            words += ["--dir", str(parent)]
+        words += ["--ro-bind-try", folder, folder]
+    return tuple(words)

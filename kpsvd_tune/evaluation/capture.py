@@ -7,14 +7,13 @@ import selectors
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import BinaryIO, Literal
 
-from kpsvd_tune.evaluation.bubblewrap import ENVIRONMENT
+from kpsvd_tune.evaluation.bubblewrap import ENVIRONMENT, memory_file
 from kpsvd_tune.evaluation.usage import Usage
 
 _LOOK_SECONDS = 0.02
@@ -23,11 +22,20 @@ Stop = Literal["timeout", "output", "memory", "files"]
 
 @dataclass(frozen=True)
 class Start:
-    """What to start: a command, its standard input, and open files to pass on."""
+    """What to start.
+
+    Attributes:
+        command: its words.
+        folder: where it is started.
+        job: its standard input.
+        passed: open files to pass on; closed here once it has them, so that each side of a
+            connection notices the end of the other.
+    """
 
     command: list[str]
+    folder: str
     job: bytes
-    descriptors: tuple[int, ...]
+    passed: tuple[BinaryIO | socket.socket, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,6 @@ class Bounds:
     output_bytes: int
     total_bytes: int
     num_files: int
-    scratch_bytes: int | None
 
 
 @dataclass
@@ -63,63 +70,60 @@ class Capture:
 
 
 def capture_run(
-    program: Start, judge: Start, bounds: Bounds, connection: Sequence[socket.socket]
+    program: Start, judge: Start, bounds: Bounds, scratch: Sequence[socket.socket]
 ) -> Capture:
-    """Run a program and its judge, each in a session and an empty folder of its own.
+    """Run a program and its judge, each in a session of its own.
 
     Args:
         program: starts the program under test.
         judge: starts its judge.
         bounds: what they may use.
-        connection: the ends of what connects them; closed here once both have theirs, so that each
-            of the two notices the end of the other.
+        scratch: what each sends its /tmp over; see `Usage`.
     """
     capture = Capture()
     with ExitStack() as stack:
         tried = stack.enter_context(_started(program, subprocess.STDOUT))
         judging = stack.enter_context(_started(judge, subprocess.PIPE))
-        for end in connection:
-            end.close()
-        usage = Usage(tried.pid, bounds.scratch_bytes)
+        usage = Usage((tried.pid, judging.pid), scratch)
         stack.callback(usage.close)
         capture.stopped = _collect(tried, judging, capture, usage, bounds)
         capture.exit_code = _exit_code(tried, wait=b"\ncrashed " in capture.verdict)
+        judge_exit_code = _exit_code(judging, wait=False)
         capture.cpu_seconds = usage.cpu_seconds
     overran = capture.exit_code == -signal.SIGKILL and capture.cpu_seconds >= bounds.cpu_seconds
-    if capture.stopped is None and (overran or capture.exit_code == -signal.SIGXCPU):
+    # The judge overruns too, where what the program returns has no end.
+    warned = -signal.SIGXCPU in (capture.exit_code, judge_exit_code)
+    if capture.stopped is None and (overran or warned):
         capture.stopped = "timeout"
     return capture
 
 
 @contextmanager
 def _started(start: Start, errors: int) -> Iterator[subprocess.Popen[bytes]]:
-    with (
-        tempfile.TemporaryDirectory(prefix="kpsvd-tune-") as folder,
-        tempfile.TemporaryFile() as file,
-    ):
-        file.write(start.job)
-        file.seek(0)
+    with memory_file(start.job) as file:
         process = subprocess.Popen(
             start.command,
             stdin=file,
             stdout=subprocess.PIPE,
             stderr=errors,
-            cwd=folder,
+            cwd=start.folder,
             env=ENVIRONMENT,
             start_new_session=True,
-            pass_fds=start.descriptors,
+            pass_fds=[each.fileno() for each in start.passed],
         )
-        try:
-            yield process
-        finally:
-            # Killing bubblewrap ends its process namespace, and with it all that was started there.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            # Not read to their ends: without a sandbox a child left behind may hold them open.
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
-            process.wait()
+    for each in start.passed:
+        each.close()
+    try:
+        yield process
+    finally:
+        # Killing bubblewrap ends its process namespace, and with it all that was started there.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # Not read to their ends: without a sandbox a child left behind may hold them open.
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        process.wait()
 
 
 def _collect(
@@ -138,8 +142,9 @@ def _collect(
             assert stream is not None
             selector.register(stream, selectors.EVENT_READ, sink)
         while True:
-            # Asked before reading: what was written before the end is then still read.
-            has_ended = judging.poll() is not None
+            # Asked before reading: what was written before the end is then still read. The second
+            # line of the verdict is the last.
+            has_ended = capture.verdict.count(b"\n") > 1 or judging.poll() is not None
             now = time.monotonic()
             if now >= deadline and not has_ended:
                 return "timeout"

@@ -7,17 +7,21 @@ unequal or an error where it does not. Two objects of the other side are compare
 Imports the standard library and `wire` alone, because it runs in a bare interpreter too.
 """
 
+from __future__ import annotations
+
+import _thread  # what `threading` is made of
 import operator
 import os
-import struct
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
 
 from kpsvd_tune.evaluation.wire import MOST_BYTES, Codec, WireError
 
-_LENGTH = struct.Struct("!I")
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+_LENGTH_BYTES = 4
 
 
 class ConversationError(BaseException):
@@ -54,7 +58,7 @@ class Peer:
         self._descriptor = descriptor
         self._serve = serve
         # A thread of the program may ask while another waits; one question at a time.
-        self._lock = threading.RLock()
+        self._lock = _thread.RLock()
         self.codec = Codec(
             first_id,
             lambda *described: _stand_in(self, *described),
@@ -110,7 +114,7 @@ class Peer:
         self._send_bytes(self.codec.write(message))
 
     def _send_bytes(self, message: bytes) -> None:
-        data = memoryview(_LENGTH.pack(len(message)) + message)
+        data = memoryview(len(message).to_bytes(_LENGTH_BYTES, "big") + message)
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
@@ -118,7 +122,7 @@ class Peer:
             raise self._end(f"the program ended before its tests did ({error.strerror})") from None
 
     def _receive(self) -> tuple[Any, ...]:
-        (length,) = _LENGTH.unpack(self._read_bytes(_LENGTH.size))
+        length = int.from_bytes(self._read_bytes(_LENGTH_BYTES), "big")
         if length > MOST_BYTES:
             raise self._end(f"a message of {length} bytes; at most {MOST_BYTES} are read")
         try:

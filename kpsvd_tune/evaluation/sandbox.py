@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import marshal
 import os
+import re
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import CodeType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from kpsvd_tune.errors import InputError, ResourceError
 from kpsvd_tune.evaluation.bubblewrap import (
     bubblewrap_command,
-    filter_file,
     find_bubblewrap,
     is_root,
+    open_filter,
 )
 from kpsvd_tune.evaluation.capture import Bounds, Capture, Start, capture_run
 
@@ -59,12 +60,12 @@ class Limits:
         cpu_seconds: processor time of each process; a busy machine does not use it up.
         wall_seconds: time from start to end.
         memory_bytes: address space of each process.
-        total_bytes: memory of all its processes and of /tmp together; looked at fifty times a
-            second, so that it may be passed for a moment.
+        total_bytes: memory of all its processes and files in /tmp, those of its judge included;
+            looked at fifty times a second, so that it may be passed for a moment.
         num_processes: processes and threads.
         file_bytes: size of each file.
         scratch_bytes: size of /tmp.
-        num_files: files and folders in /tmp; looked at fifty times a second too.
+        num_files: files and folders in /tmp, counted in the same way.
         output_bytes: what it may print.
     """
 
@@ -173,49 +174,71 @@ def run_program(
     """
     limits = limits or Limits()
     with ExitStack() as stack:
-        ends = socket.socketpair()
-        descriptors: tuple[int, ...] = ()
-        wrapper: list[str] = []
-        for end in ends:
-            stack.enter_context(end)
-        starts = []
-        for end, module, content in (
-            (ends[0], "sandbox_program", {"program": program.source}),
-            (ends[1], "sandbox_judge", {"tests": list(program.tests)}),
-        ):
-            if sandbox == "bwrap":
-                descriptors = stack.enter_context(filter_file())
-                bubblewrap = find_bubblewrap() or "bwrap"
-                wrapper = bubblewrap_command(bubblewrap, limits.scratch_bytes, descriptors)
-            job = {**content, **_process_limits(limits, sandbox), "socket": end.fileno()}
-            starts.append(
-                Start(
-                    [*wrapper, *_interpreter()],
-                    marshal.dumps((_code_for(module), job)),
-                    (*descriptors, end.fileno()),
-                )
-            )
+        ends = [stack.enter_context(end) for end in socket.socketpair()]
+        scratch = [socket.socketpair() for _ in ends]
+        for each in (*scratch[0], *scratch[1]):
+            stack.enter_context(each)
+        contents: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("sandbox_program", {"program": program.source}),
+            ("sandbox_judge", {"tests": list(program.tests)}),
+        )
+        starts = [
+            stack.enter_context(_start(module, content, end, sender, sandbox, limits))
+            for (module, content), end, (_, sender) in zip(contents, ends, scratch, strict=True)
+        ]
         bounds = Bounds(
             cpu_seconds=limits.cpu_seconds,
             wall_seconds=limits.wall_seconds,
             output_bytes=limits.output_bytes,
             total_bytes=limits.total_bytes,
             num_files=limits.num_files,
-            scratch_bytes=limits.scratch_bytes if sandbox == "bwrap" else None,
         )
-        capture = capture_run(starts[0], starts[1], bounds, ends)
+        capture = capture_run(starts[0], starts[1], bounds, [ours for ours, _ in scratch])
     return _result(capture, sandbox)
+
+
+@contextmanager
+def _start(
+    module: str,
+    content: dict[str, Any],
+    end: socket.socket,
+    scratch: socket.socket,
+    sandbox: Sandbox,
+    limits: Limits,
+) -> Iterator[Start]:
+    """How to start a module of ours, with all that it needs."""
+    job = {**content, **_process_limits(limits, sandbox), "socket": end.fileno(), "scratch": None}
+    with ExitStack() as stack:
+        wrapper: list[str] = []
+        passed: list[BinaryIO | socket.socket] = [end, scratch]
+        if sandbox == "bwrap":
+            folder = "/"  # bubblewrap takes another one
+            job["scratch"] = scratch.fileno()
+            syscalls = open_filter()
+            if syscalls is not None:
+                passed.append(stack.enter_context(syscalls))
+            bubblewrap = find_bubblewrap() or "bwrap"
+            wrapper = bubblewrap_command(bubblewrap, limits.scratch_bytes, syscalls)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpsvd-tune-"))
+        code = marshal.dumps((_code_for(module), job))
+        yield Start([*wrapper, *_interpreter()], folder, code, tuple(passed))
 
 
 def _process_limits(limits: Limits, sandbox: Sandbox) -> dict[str, Any]:
     # A user of its own each time: the limit on processes counts all that a user runs.
     uid = 0x60000000 + secrets.randbelow(2**24) if sandbox == "bwrap" and is_root() else None
+    num_processes = limits.num_processes
+    if not is_root() and (sandbox == "none" or _kernel_version() < (5, 14)):
+        # All that we run already, and what may be started beside this program, count too. Since
+        # Linux 5.14 a user namespace counts its own processes alone.
+        num_processes = _num_own_threads() + num_processes * (os.cpu_count() or 1)
     return {
         "uid": uid,
         "limits": {
             "RLIMIT_AS": limits.memory_bytes,
             "RLIMIT_CPU": limits.cpu_seconds,
-            "RLIMIT_NPROC": limits.num_processes,
+            "RLIMIT_NPROC": num_processes,
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": 64,
             "RLIMIT_CORE": 0,
@@ -223,6 +246,20 @@ def _process_limits(limits: Limits, sandbox: Sandbox) -> dict[str, Any]:
             "RLIMIT_MSGQUEUE": 0,
         },
     }
+
+
+def _kernel_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+
+
+def _num_own_threads() -> int:
+    """Threads of all processes that this user runs."""
+    count = 0
+    for process in os.scandir("/proc"):
+        with suppress(OSError):  # it has just ended
+            if process.name.isdecimal() and process.stat().st_uid == os.getuid():
+                count += len(os.listdir(f"{process.path}/task"))
+    return count
 
 
 def _num_workers(limits: Limits) -> int:
@@ -234,9 +271,7 @@ def _num_workers(limits: Limits) -> int:
                 available = int(line.split()[1]) * 1024
     except (OSError, ValueError):
         pass  # what is free altogether, then; it leaves out what the system could give back
-    # Beside the program's own there is the judge, a single process.
-    most = available // (limits.total_bytes + limits.memory_bytes)
-    return max(1, min(os.cpu_count() or 1, most))
+    return max(1, min(os.cpu_count() or 1, available // limits.total_bytes))
 
 
 def _result(capture: Capture, sandbox: Sandbox) -> RunResult:
@@ -270,8 +305,8 @@ def _result(capture: Capture, sandbox: Sandbox) -> RunResult:
 # folder, no environment. The last part is the one to run.
 _BOOTSTRAP = """
 import marshal, sys, types
-parts, job = marshal.load(sys.stdin.buffer)
-for name, code in parts:
+parts, job = marshal.loads(sys.stdin.buffer.read())
+for name, code in marshal.loads(parts):
     module = sys.modules[name] = types.ModuleType(name)
     exec(code, module.__dict__)
 module.main(job)
@@ -284,13 +319,13 @@ def _interpreter() -> list[str]:
 
 
 @cache
-def _code_for(module: str) -> tuple[tuple[str, CodeType], ...]:
+def _code_for(module: str) -> bytes:
     """A module of ours and those it imports, in the order they need each other."""
     parts = []
     for name in ("wire", "remote", "sandbox_limits", module):
         text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         parts.append((f"{__package__}.{name}", compile(text, f"<{name}>", "exec")))
-    return tuple(parts)
+    return marshal.dumps(tuple(parts))
 
 
 @cache

@@ -5,16 +5,21 @@ values or as stand-ins (`remote`). Handed to a bare Python interpreter, so it ma
 standard library and what is handed over with it. The verdict leaves on what was standard output.
 """
 
+from __future__ import annotations
+
 import ast
 import builtins
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 from kpsvd_tune.evaluation.remote import Peer
 from kpsvd_tune.evaluation.sandbox_limits import set_limits
+
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 _TESTS = "__tests__"
 # Built-in functions with which tests prepare what they compare.
@@ -116,7 +121,7 @@ def _is_of_the_tests(value: Any) -> bool:
     return kind.__module__ == _TESTS
 
 
-class Namespace(dict[str, Any]):
+class Namespace(dict[str, object]):
     """Global names of the tests; the rest are the program's.
 
     A name of Python's own stays Python's, so that a program cannot put its own `set` or `sorted`

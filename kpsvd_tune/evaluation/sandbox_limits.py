@@ -1,15 +1,24 @@
 """The limits a process of the sandbox sets itself, before anything foreign runs in it.
 
-Imports the standard library alone, because it runs in a bare interpreter too.
+Imports the standard library alone, and little of that, because it runs in a bare interpreter too.
 """
 
+from __future__ import annotations
+
+import _socket  # what `socket` is made of; that one takes long to import
 import os
 import resource
-from typing import Any
+import sys
+
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def set_limits(job: dict[str, Any]) -> None:
-    """Become nobody where we are root, and take the job's limits."""
+    """Send /tmp out to be watched, become nobody where we are root, take the job's limits."""
+    if job["scratch"] is not None:
+        _send_folder("/tmp", job["scratch"])
     if job["uid"] is not None:
         os.setgroups([])
         os.setgid(job["uid"])
@@ -21,3 +30,13 @@ def set_limits(job: dict[str, Any]) -> None:
         # A second more before the kill: the signal that comes first tells why a program ended.
         hard = value + (name == "RLIMIT_CPU" and value != most)
         resource.setrlimit(limit, (value, hard))
+
+
+def _send_folder(path: str, descriptor: int) -> None:
+    """Send an open folder over a Unix socket, which is then closed."""
+    folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    sender = _socket.socket(fileno=descriptor)
+    rights = folder.to_bytes(4, sys.byteorder)
+    sender.sendmsg([b"/"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+    sender.close()
+    os.close(folder)

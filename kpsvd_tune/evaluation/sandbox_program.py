@@ -5,20 +5,23 @@ nothing but answers (`sandbox_judge`). Handed to a bare Python interpreter, so i
 the standard library and what is handed over with it.
 """
 
-import copy
+from __future__ import annotations
+
 import importlib
 import io
 import operator
 import os
-import pickle
 import sys
 import types
-from collections.abc import Callable, Mapping
-from typing import Any
 
 from kpsvd_tune.evaluation.remote import ARITHMETIC, COMPARISONS, ConversationError, Peer
 from kpsvd_tune.evaluation.sandbox_limits import set_limits
 from kpsvd_tune.evaluation.wire import BASES
+
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 # Frames of ours below every call of the program, which must not shorten its own recursion.
 _OUR_FRAMES = 20
@@ -52,7 +55,7 @@ def _served(source: str, module: types.ModuleType) -> Mapping[str, Callable[...,
         "compile": lambda: compiled.append(compile(source, "<program>", "exec", dont_inherit=True)),
         "run": lambda: exec(compiled[0], module.__dict__),
         "lookup": lambda name: (name in module.__dict__, module.__dict__.get(name)),
-        "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
+        "await": _later("asyncio", "run"),
         "open": lambda: open,
         "call": lambda function, args, kwargs: function(*args, **kwargs),
         "plain": _plain,
@@ -61,10 +64,10 @@ def _served(source: str, module: types.ModuleType) -> Mapping[str, Callable[...,
         "isinstance": lambda kind, value: isinstance(value, kind),
         "issubclass": lambda kind, value: issubclass(value, kind),
         "int": int,
-        "pickle": pickle.dumps,
-        "unpickle": pickle.loads,
-        "copy": copy.copy,
-        "deepcopy": copy.deepcopy,
+        "pickle": _later("pickle", "dumps"),
+        "unpickle": _later("pickle", "loads"),
+        "copy": _later("copy", "copy"),
+        "deepcopy": _later("copy", "deepcopy"),
     }
     functions: tuple[Callable[..., Any], ...] = (
         *(getattr, setattr, delattr, iter, next, format, complex, float, str, repr),
@@ -74,6 +77,11 @@ def _served(source: str, module: types.ModuleType) -> Mapping[str, Callable[...,
     )
     named |= {function.__name__: function for function in functions}
     return named | {"printing": lambda name, args: _printing(named[name], args)}
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is first called."""
+    return lambda *args: getattr(importlib.import_module(module), name)(*args)
 
 
 def _printing(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any, str]:

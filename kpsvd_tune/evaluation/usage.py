@@ -1,24 +1,27 @@
-"""How much a running sandbox uses in all its processes, seen from outside."""
+"""How much running sandboxes use in all their processes, seen from outside."""
 
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Usage:
-    """Watches the processes that descend from one.
+    """Watches processes and all that descend from them.
 
     Resource limits hold for each process, and no option of bubblewrap limits the number of files;
     this sees both together. What is used between two looks goes unseen, so look often.
 
     Args:
-        pid: the process that was started; it is not counted itself where it is bubblewrap.
-        scratch_bytes: size of the sandbox's /tmp, by which it is known; None without a sandbox.
+        pids: the processes that were started.
+        scratch: where their /tmp comes from, as an open folder that `sandbox_limits` sends before
+            anything foreign runs, so that no right to look into their processes is needed.
+            Nothing ever comes without a sandbox.
 
     Attributes:
         cpu_seconds: the most processor time seen of any one process.
@@ -26,82 +29,74 @@ class Usage:
         num_files: files and folders in /tmp, when last looked at.
     """
 
-    def __init__(self, pid: int, scratch_bytes: int | None) -> None:
+    def __init__(self, pids: Sequence[int], scratch: Sequence[socket.socket]) -> None:
         self.cpu_seconds = 0.0
         self.memory_bytes = 0
         self.num_files = 0
-        self._pid = pid
-        self._scratch_bytes = scratch_bytes
-        self._scratch: int | None = None
+        self._pids = pids
+        self._senders = list(scratch)
+        for sender in scratch:
+            sender.setblocking(False)
+        self._folders: list[int] = []
 
     def look(self) -> None:
         """Bring the attributes up to date."""
-        pids = _descendants(self._pid)
         memory = 0
-        for pid in pids:
+        for pid in _descendants(self._pids):
             with suppress(OSError, ValueError, IndexError):
                 # Behind the command's name, which may hold spaces and brackets.
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
                 self.cpu_seconds = max(
                     self.cpu_seconds, (int(fields[11]) + int(fields[12])) / _TICKS
                 )
                 memory += int(fields[21]) * _PAGE
-        if self._scratch is None and self._scratch_bytes is not None:
-            self._scratch = _open_scratch(pids, self._scratch_bytes)
-        if self._scratch is not None:
-            status = os.fstatvfs(self._scratch)
-            self.num_files = status.f_files - status.f_ffree
-            memory += (status.f_blocks - status.f_bfree) * status.f_frsize
-        self.memory_bytes = memory
+        self.memory_bytes = memory + self._scratch_memory_bytes()
 
     def shared_memory_bytes(self) -> int:
         """Memory of all processes with shared pages counted once; slower than a look.
 
         Falls back to what the last look counted where the system does not tell.
         """
-        total = 0
-        for pid in _descendants(self._pid):
+        total = self._scratch_memory_bytes()
+        for pid in _descendants(self._pids):
             try:
-                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+                text = _read(f"/proc/{pid}/smaps_rollup")
             except PermissionError:
                 return self.memory_bytes
             except OSError:
                 continue  # it has just ended
             for line in text.splitlines():
-                if line.startswith("Pss:"):
+                if line.startswith(b"Pss:"):
                     total += int(line.split()[1]) * 1024
-        if self._scratch is not None:
-            status = os.fstatvfs(self._scratch)
-            total += (status.f_blocks - status.f_bfree) * status.f_frsize
         return total
+
+    def _scratch_memory_bytes(self) -> int:
+        """Memory of the files in /tmp; counts them as well."""
+        for sender in tuple(self._senders):
+            with suppress(BlockingIOError):
+                self._folders += socket.recv_fds(sender, 1, 1)[1]
+                self._senders.remove(sender)
+        found = [os.fstatvfs(folder) for folder in self._folders]
+        self.num_files = sum(each.f_files - each.f_ffree for each in found)
+        return sum((each.f_blocks - each.f_bfree) * each.f_frsize for each in found)
 
     def close(self) -> None:
         """Let the sandbox's files go."""
-        if self._scratch is not None:
-            os.close(self._scratch)
-            self._scratch = None
+        while self._folders:
+            os.close(self._folders.pop())
 
 
-def _descendants(pid: int) -> list[int]:
-    found = [pid]
+def _descendants(pids: Sequence[int]) -> list[int]:
+    found = [*pids]
     for each in found:
         with suppress(OSError):
             for thread in os.listdir(f"/proc/{each}/task"):
                 with suppress(OSError):
-                    text = Path(f"/proc/{each}/task/{thread}/children").read_text()
+                    text = _read(f"/proc/{each}/task/{thread}/children")
                     found += [int(word) for word in text.split()]
     return found
 
 
-def _open_scratch(pids: list[int], scratch_bytes: int) -> int | None:
-    """The sandbox's /tmp, told from every other file system by its size and its kind."""
-    ours = os.stat("/tmp").st_dev
-    for pid in reversed(pids):
-        with suppress(OSError):
-            folder = os.open(f"/proc/{pid}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
-            status = os.fstatvfs(folder)
-            is_its = status.f_blocks * status.f_frsize == scratch_bytes
-            if is_its and os.fstat(folder).st_dev != ours:
-                return folder
-            os.close(folder)
-    return None
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()

@@ -12,6 +12,8 @@ given, and both sides see it. Only one side runs at a time.
 Imports the standard library alone, because it runs in a bare interpreter too.
 """
 
+from __future__ import annotations
+
 import builtins
 import collections
 import importlib
@@ -19,8 +21,11 @@ import json
 import operator
 import sys
 import types
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # `typing` takes long to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 MOST_BYTES = 64 * 2**20
 _PLAIN_INT = 2**53

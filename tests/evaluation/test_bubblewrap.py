@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from kpsvd_tune.evaluation.bubblewrap import bubblewrap_command, find_bubblewrap
+from kpsvd_tune.evaluation.bubblewrap import (
+    _readable_folders,
+    bubblewrap_command,
+    find_bubblewrap,
+)
 
 
 def put_bubblewrap(folder: Path, mode: int = 0o755) -> Path:
@@ -25,7 +30,19 @@ def test_the_first_of_path_is_found_by_its_full_path(
     first, second = (put_bubblewrap(tmp_path / name) for name in ("a", "b"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'none'}:{first.parent}:{second.parent}")
     assert find_bubblewrap() == str(first)
-    assert bubblewrap_command(str(first), 1, ())[0] == str(first)
+    assert bubblewrap_command(str(first), 1, None)[0] == str(first)
+
+
+def test_a_python_below_tmp_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "base_prefix", "/tmp/a/python")
+    _readable_folders.cache_clear()
+    try:
+        command = bubblewrap_command("/bin/bwrap", 1, None)
+    finally:
+        _readable_folders.cache_clear()
+    at = command.index("--tmpfs")
+    assert command[at + 1] == "/tmp"
+    assert " ".join(command[at:]).count("--dir /tmp --dir /tmp/a --ro-bind-try /tmp/a/python") == 1
 
 
 def test_a_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

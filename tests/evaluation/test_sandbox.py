@@ -288,6 +288,65 @@ def test_files_in_tmp_count_as_memory():
     assert result.status == "memory", result
 
 
+@needs_bubblewrap
+def test_what_the_tests_use_is_counted_too():
+    # Tests come from a data set, and nobody has looked at each of them.
+    bomb = "import os\nfor i in range(50_000): os.close(os.open(f'/tmp/{i}', os.O_CREAT))"
+    assert run("", bomb, limits=Limits(num_files=1000)).status == "files"
+    limits = Limits(total_bytes=128 * 2**20)
+    source = _FORKS.format(before="", inside="x = b'a' * (40 * 2**20)", seconds=30)
+    assert run("", source, limits=limits).status == "memory"
+
+
+@needs_bubblewrap
+def test_a_judge_that_is_kept_busy_is_a_time_out():
+    result = run("x = 1", "while True: pass", limits=Limits(cpu_seconds=1))
+    assert result.status == "timeout", result
+
+
+@needs_bubblewrap
+def test_little_is_imported_before_the_program():
+    heavy = "{'typing', 'threading', 'pickle', 'socket', 'asyncio', 'copy', 'contextlib'}"
+    result = run(f"import sys\nassert not {heavy} & set(sys.modules), sorted(sys.modules)")
+    assert result.passed, result
+
+
+_THREADS = """
+import threading
+def f(count):
+    done = []
+    threads = [threading.Thread(target=done.append, args=(i,)) for i in range(count)]
+    for each in threads: each.start()
+    for each in threads: each.join()
+    return len(done)
+"""
+
+
+@pytest.mark.parametrize(
+    "sandbox", [pytest.param("bwrap", marks=needs_bubblewrap), pytest.param("none")]
+)
+def test_what_the_user_runs_otherwise_leaves_room_for_threads(sandbox: Sandbox):
+    others = [subprocess.Popen(["sleep", "60"]) for _ in range(40)]
+    try:
+        result = run_program(Program(_THREADS, ("assert f(4) == 4",)), sandbox)
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
+    assert result.passed, result
+
+
+def test_the_limit_on_processes_counts_from_what_the_user_runs(monkeypatch: pytest.MonkeyPatch):
+    def most(sandbox: Sandbox) -> int:
+        return int(module._process_limits(Limits(), sandbox)["limits"]["RLIMIT_NPROC"])
+
+    monkeypatch.setattr(module, "is_root", lambda: False)
+    assert most("none") > module._num_own_threads() >= threading.active_count()
+    assert most("bwrap") == 16
+    monkeypatch.setattr(module, "_kernel_version", lambda: (5, 10))
+    assert most("bwrap") >= 17
+
+
 def test_no_more_programs_run_at_a_time_than_memory_is_there_for():
     assert module._num_workers(Limits(total_bytes=2**60)) == 1
     assert module._num_workers(Limits(total_bytes=1, memory_bytes=1)) == os.cpu_count()

@@ -135,11 +135,7 @@ class RowFormat:
         return self.name in ("chat", "sharegpt") or self.has_messages
 
     def example(self, row: Row) -> Pair | Chat | None:
-        """Read one row.
-
-        Returns:
-            The example, or None where there is nothing to learn: an empty row, an empty
-            completion, no assistant text.
+        """Read one row; None where it has nothing to learn: no completion, no assistant text.
 
         Raises:
             DataError: A column is missing or holds something else than text or messages.

@@ -48,14 +48,10 @@ _FOREIGN_SWITCHES = (
 def read_message(
     row: Row, name: str, entry: Any, kind: str, tools: tuple[Any, ...] | None
 ) -> tuple[dict[str, Any], bool, list[str]]:
-    """Read one entry of a list of messages.
+    """Read one entry of the list of messages in the column `name`.
 
-    Args:
-        row: Its row, for messages.
-        name: Column of the list.
-        entry: The entry.
-        kind: Which keys it has: "chat" (role and content) or "sharegpt" (from and value).
-        tools: The tools of the row, which say what calls may hold.
+    Its keys are those of its kind: "chat" (role and content) or "sharegpt" (from and value). The
+    row's tools say what its calls may hold.
 
     Returns:
         The message as chat templates take it, whether an assistant's turn is learnt as far as

@@ -267,7 +267,12 @@ def with_chat_template(
     *,
     keeps_template: bool = False,
 ) -> tuple[T, list[str]]:
-    """Do something with the tokenizer's chat template, or with one of ours where that fails.
+    """Do something with the tokenizer's chat template, or with a shipped one where that fails.
+
+    A shipped template is tried only where the recipe names none, and is used only where it asks
+    exactly as the tokenizer's own does, in every row: what a model sees at inference is then the
+    same with both. What differs is that the answers can be told from the rest, or that the own
+    template refuses a form such as system messages.
 
     Args:
         tokenizer: Gets the template that is used in the end.

@@ -82,13 +82,7 @@ def read_calls(
 
     Nulls in arguments that are objects are left out unless the tool's schema allows them: files
     exported through Arrow hold the arguments of all tools in each call, null where a call has none.
-
-    Args:
-        row: For messages.
-        name: Column of the message.
-        message: Loses both keys.
-        tools: The tools of the row.
-        notes: Gets what a user should know.
+    The message loses both keys; `notes` gets what a user should know.
 
     Raises:
         DataError: Both keys are given, or what they hold is no call.
@@ -212,14 +206,7 @@ def render_calls(
     """Render a chat with the arguments of calls as objects, or as text where a template needs it.
 
     Some templates join arguments with other text, as OpenAI gives them: with objects they fail,
-    or write them as Python shows them.
-
-    Args:
-        render: Gives the text, and where it marks what.
-        messages: The chat, its arguments as `read_calls` gave them.
-
-    Returns:
-        What `render` gave.
+    or write them as Python shows them. `render` gives the text, and where it marks what.
     """
     objects = [
         arguments

@@ -51,20 +51,14 @@ _TOOLS = {
 }
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
 _SHOWN = 12
+_SETTING = "dataset.columns"
 
 
 class UnusedColumns:
-    """Looks at the columns that a form leaves out, row by row.
+    """Looks at the columns that a form leaves out, row by row."""
 
-    Args:
-        form: The form of the rows.
-        setting: Where a user names columns.
-    """
-
-    def __init__(self, form: RowFormat, setting: str = "dataset.columns") -> None:
+    def __init__(self, form: RowFormat) -> None:
         self._form = form
-        self._setting = setting
-        self.seen: set[str] = set()
         self._settled: set[str] = set()
         self._unused: dict[str, None] = {}
         self._context: dict[str, None] = {}
@@ -79,7 +73,6 @@ class UnusedColumns:
         for name, value in row.values.items():
             if name in self._settled:
                 continue
-            self.seen.add(name)
             if self._is_used_in_part(row, name):
                 self._check_inside(row, name, value)
             elif self._is_used(row, name):
@@ -94,7 +87,7 @@ class UnusedColumns:
             how = (
                 "put it into a message"
                 if self._form.is_chat and _last(name) not in SYSTEM_NAMES
-                else f"write {self._setting}={{{self._mapping(name)}}}"
+                else f"write dataset.columns={{{self._mapping(name)}}}"
             )
             notes.append(
                 f"the column {name!r} looks like a part of the example and is not used: to use it, "
@@ -142,7 +135,7 @@ class UnusedColumns:
                     f"out with dataset.ignore_columns: [{name}]"
                 )
         if not self._form.is_named:
-            check_preference(row, self._setting)
+            check_preference(row, _SETTING)
             if message_kind(value):
                 raise self._unused_messages(row, name)
             self._check_plain_text(row, name)
@@ -182,7 +175,7 @@ class UnusedColumns:
     def _unused_messages(self, row: Row, name: str) -> DataError:
         used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
         if used:
-            return several_messages(row, [*used[:1], name], self._setting)
+            return several_messages(row, [*used[:1], name], _SETTING)
         return DataError(
             f"{row.where}: the column {name!r} holds messages, and earlier rows have the form "
             f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
@@ -194,7 +187,7 @@ class UnusedColumns:
         cure = (
             f"join it with {taken!r}"
             if taken is not None and row.values.get(taken)
-            else f"{self._setting}={{{self._mapping(name)}}} puts it into the prompt"
+            else f"dataset.columns={{{self._mapping(name)}}} puts it into the prompt"
         )
         return DataError(
             f"{row.where}: the column {name!r} looks like a part of the prompt and no role takes "
@@ -227,111 +220,84 @@ def _looks_like_context(plain: str, value: Any) -> bool:
     return plain in CONTEXT_NAMES and isinstance(value, str | list | dict)
 
 
-def _media(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _MEDIA:
-        return None
-    return "holds images, sound or video; expected text alone, since only texts are trained here"
+def _fault_of_kind(plain: str, value: Any, form: RowFormat) -> str | None:
+    """What is wrong with a column that holds something which cannot be used here."""
+    is_several = isinstance(value, list | dict)
+    if plain in _MEDIA:
+        return "holds images, sound or video; expected text alone, since only texts are trained"
+    if plain in _MASKS and isinstance(value, list):
+        return (
+            "says token by token what is learnt; expected that to follow from roles, or from "
+            "weight or train of a message"
+        )
+    if plain in ("chattemplate", "chattemplatekwargs"):
+        return (
+            "changes how the chat template writes this row; expected one way for all rows: "
+            "dataset.chat_template and dataset.template_arguments"
+        )
+    if plain == "documents" and isinstance(value, list) and form.is_chat:
+        return (
+            "holds documents beside the chat, which are not passed on; expected them in a message"
+        )
+    if plain in _TOOLS and (is_several or isinstance(value, str)) and form.is_chat:
+        return (
+            "seems to hold the tools of the chat, which would be learnt without them; expected "
+            "them in a column 'tools' of the row: rename it"
+        )
+    return None
 
 
-def _label(plain: str, value: Any, form: RowFormat) -> str | None:
+def _fault_of_label(plain: str, value: Any, form: RowFormat) -> str | None:
+    """What is wrong with a column that says how good the answer is."""
+    text = str(value).strip().lower()
     if plain in _LABELS and isinstance(value, list) and any(each is False for each in value):
         return (
             f"is {str(value)[:60]}, so a part of the answer seems to be wrong, and would be learnt "
             "like the others; expected rows with good answers only"
         )
-    text = str(value).strip().lower()
     says_yes_or_no = text in ("true", "false", "0", "1", "0.0", "1.0") or text in _GRADES
-    if plain not in _LABELS or form.name == "text" or not says_yes_or_no:
-        return None
-    return (
-        f"is {value!r}, which seems to say whether the answer is a good one (as rows for KTO do), "
-        "and every answer would be learnt as a good one; expected rows with good answers only: "
-        "keep those in the file"
-    )
-
-
-def _verdict(plain: str, value: Any, form: RowFormat) -> str | None:
+    if plain in _LABELS and form.name != "text" and says_yes_or_no:
+        return (
+            f"is {value!r}, which seems to say whether the answer is a good one (as rows for KTO "
+            "do), and every answer would be learnt as a good one; expected rows with good answers "
+            "only: keep those in the file"
+        )
     # `correct` may also be the number of the right choice.
-    is_number = plain != "correct" and str(value).strip() in ("0", "0.0")
-    says_no = str(value).strip().lower() in ("false", "no")
-    if plain not in _VERDICTS or not (says_no or is_number):
-        return None
-    return (
-        f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the others; "
-        "expected rows with good answers only: take such rows out of the file"
-    )
+    is_number = plain != "correct" and text in ("0", "0.0")
+    if plain in _VERDICTS and (is_number or text in ("false", "no")):
+        return (
+            f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the "
+            "others; expected rows with good answers only: take such rows out of the file"
+        )
+    return None
 
 
-def _weight(plain: str, value: Any, form: RowFormat) -> str | None:
+def _fault_of_use(plain: str, value: Any, form: RowFormat) -> str | None:
+    """What is wrong with a column that says whether, or how much, a row is to be learnt."""
+    text = str(value).strip().lower()
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_share = is_number and (0 <= value < 1 or plain in _WEIGHTS - {"weight", "weights"})
-    if plain not in _WEIGHTS or not is_share or value == 1:
-        return None
-    return (
-        f"is {value!r}, and rows have no weights of their own here; expected weights of whole "
-        "sources (weight, in dataset.path): put rows of another weight into another file"
-    )
-
-
-def _switch(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _SWITCHES or str(value).strip().lower() not in ("false", "0"):
-        return None
-    return f"is {value!r}, so the row is marked as not to be learnt: take such rows out of the file"
-
-
-def _excluded(plain: str, value: Any, form: RowFormat) -> str | None:
-    text = str(value).strip().lower()
-    is_set = plain in _EXCLUDED and text in ("true", "1", "yes")
-    if not is_set and not (plain in _STATES and text in _EXCLUDED_STATES):
-        return None
-    return (
-        f"is {value!r}, so the row seems not to be meant for training; expected rows to learn "
-        "alone: take such rows out of the file"
-    )
-
-
-def _mask(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _MASKS or not isinstance(value, list):
-        return None
-    return (
-        "says token by token what is learnt; expected that to follow from roles, or from weight or "
-        "train of a message"
-    )
-
-
-def _template(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in ("chattemplate", "chattemplatekwargs"):
-        return None
-    return (
-        "changes how the chat template writes this row; expected one way for all rows: "
-        "dataset.chat_template and dataset.template_arguments"
-    )
-
-
-def _documents(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain != "documents" or not isinstance(value, list) or not form.is_chat:
-        return None
-    return "holds documents beside the chat, which are not passed on; expected them in a message"
-
-
-def _tools(plain: str, value: Any, form: RowFormat) -> str | None:
-    if plain not in _TOOLS or not isinstance(value, list | dict | str) or not form.is_chat:
-        return None
-    return (
-        "seems to hold the tools of the chat, which would be learnt without them; expected them in "
-        "a column 'tools' of the row: rename it"
-    )
+    if plain in _WEIGHTS and is_share and value != 1:
+        return (
+            f"is {value!r}, and rows have no weights of their own here; expected weights of whole "
+            "sources (weight, in dataset.path): put rows of another weight into another file"
+        )
+    if plain in _SWITCHES and text in ("false", "0"):
+        return (
+            f"is {value!r}, so the row is marked as not to be learnt: take such rows out of the "
+            "file"
+        )
+    is_excluded = plain in _EXCLUDED and text in ("true", "1", "yes")
+    if is_excluded or (plain in _STATES and text in _EXCLUDED_STATES):
+        return (
+            f"is {value!r}, so the row seems not to be meant for training; expected rows to learn "
+            "alone: take such rows out of the file"
+        )
+    return None
 
 
 _REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
-    _media,
-    _label,
-    _verdict,
-    _weight,
-    _switch,
-    _excluded,
-    _mask,
-    _template,
-    _documents,
-    _tools,
+    _fault_of_kind,
+    _fault_of_label,
+    _fault_of_use,
 )

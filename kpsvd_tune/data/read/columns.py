@@ -54,9 +54,7 @@ def column(row: Row, name: str) -> Any:
 def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
     """Whether a value is a list of messages, or the JSON text of one: "chat", "sharegpt" or None.
 
-    Args:
-        value: What a column holds.
-        may_be_single: Whether one message that stands without a list counts too.
+    With `may_be_single` one message that stands without a list counts too.
     """
     if isinstance(value, str):
         if is_python_list(value):
@@ -169,16 +167,10 @@ def missing_column(
     setting: str,
     names_format: bool = False,
 ) -> DataError:
-    """The error for a column that is not there, with what to write to use those that are.
+    """The error for a column that a role of the form needs, with what to write to use another.
 
-    Args:
-        row: The row.
-        form: The form that needs the column.
-        role: The role that it plays there.
-        name: Its name.
-        required: The roles that the form needs.
-        setting: Where a user names columns.
-        names_format: Whether the recipe names the form, so that another one has to be named too.
+    `setting` is where a user names columns; `names_format` says whether the recipe names the form,
+    so that another form has to be named too.
     """
     advised, mapping = _advice(row, form, required)
     what = f"the column {name!r}" + (f" for {role}" if name != role else "")
@@ -285,14 +277,10 @@ _CHOSEN = re.compile(r"(.*[_-])?chosen([_-].*)?", re.IGNORECASE)
 
 
 def check_preference(row: Row, setting: str) -> None:
-    """Refuse a row with a rejected answer.
-
-    Args:
-        row: The row.
-        setting: Where a user names columns.
+    """Refuse a row that holds a preferred and a rejected answer: only one is to be learnt.
 
     Raises:
-        DataError: The row holds one; the message says how to learn the preferred answer.
+        DataError: The row holds a rejected one; the message says how to learn the other.
     """
     rejected = _answer(row, _REJECTED)
     if rejected is None:

@@ -88,17 +88,11 @@ def row_unit(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Read a local file row by row; blank lines are no rows.
+    """Read a local file row by row; a row that cannot be read has its `fault`.
 
+    Blank lines are no rows. Text is UTF-8, with or without a byte order mark, with any line ends.
     Memory holds one row of a .jsonl or .csv file, a thousand of a .parquet file, and all of a
     .json file, which is one value.
-
-    Args:
-        path: A file whose kind is one of `SUFFIXES`. Text is UTF-8, with or without a byte
-            order mark, with any line ends.
-
-    Yields:
-        The rows in their order; one that cannot be read with its `fault`.
 
     Raises:
         DataError: The file is missing, of another kind, empty or damaged, so that it has no rows

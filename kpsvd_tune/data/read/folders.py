@@ -160,14 +160,9 @@ def list_folder(folder: Path) -> Listing:
 
 
 def list_card(folder: Path, names: Sequence[str | None]) -> list[Listing] | None:
-    """The files that the dataset card of a folder (README.md) gives, as those on the hub do.
+    """The files of each configuration that a dataset card (README.md) gives, as those on the hub.
 
-    Args:
-        folder: A copy of a hub dataset, or a folder made like one.
-        names: Configurations; None: the default one.
-
-    Returns:
-        The files of each configuration; None where the card names no configurations.
+    The name None stands for the default configuration. Gives None where the card names none.
 
     Raises:
         DataError: There is no such configuration, or it is read in a way of its own.

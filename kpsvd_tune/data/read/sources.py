@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from kpsvd_tune.storage.paths import expand
 
 @dataclass(frozen=True)
 class RowSource:
-    """One file, or one configuration of a hub dataset, opened and not yet read.
+    """One file, or one configuration of a hub dataset, found and not yet read.
 
     Attributes:
         label: File or hub dataset, as messages name it.
@@ -109,14 +109,9 @@ def open_sources(
     other than "train" is ignored with a note, as `name` is. Of a folder or a pattern the files of
     the split are read, each a source of its own.
 
-    Args:
-        path: Local file, folder, pattern such as "data/*.jsonl", or hub id.
-        name: Configuration of a hub dataset, or several.
-        split: Split, in the notation of `datasets`.
-        offline: Use only what the local hub cache holds.
-        streaming: Read a hub dataset over the network as it is needed, and keep no copy.
-        is_held_out: Whether its rows are held out: of a folder, those of its validation or test
-            files, where it has such.
+    With `streaming` a hub dataset is read over the network as it is needed, and no copy is kept.
+    Of a folder whose rows are held out (`is_held_out`) those of its validation or test files are
+    read, where it has such.
 
     Raises:
         DataError: There is no such source.
@@ -149,7 +144,10 @@ def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | N
     if is_pattern(path):
         return _listed(list_pattern(path), split, is_held_out)
     if is_local_file(path):
-        return _local(place, split)
+        check_file(place)
+        return _without_splits(
+            f"{place}: is one file without splits", split, lambda part: _file(place, part)
+        )
     if not place.is_dir():
         return None
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
@@ -157,19 +155,17 @@ def _open_local(path: str, split: str, is_held_out: bool) -> list[RowSource] | N
     return _listed(list_folder(place), split, is_held_out)
 
 
-def _local(path: Path, split: str) -> list[RowSource]:
+def _without_splits(what: str, split: str, source: Callable[[Part], RowSource]) -> list[RowSource]:
+    """The sources of one table of rows, of which a split can only name stretches."""
     parts = parse_split(split)
-    check_file(path)
     names = list(dict.fromkeys(part.name for part in parts))
     if len(names) > 1:
         raise DataError(
-            f"dataset.split is {split!r} and {path} is one file without splits, whose rows would "
-            f"be read {len(parts)} times; expected one name, such as train, or stretches of it"
+            f"{what}, and dataset.split is {split!r}, which would read its rows {len(parts)} "
+            "times; expected one name, such as train, or stretches of it"
         )
-    notes = [] if names == ["train"] else [
-        f"{path}: a local file has no splits, {names[0]!r} has no effect"
-    ]  # fmt: skip
-    return _with_notes([_file(path, part, split) for part in parts], notes)
+    notes = [] if names == ["train"] else [f"{what}: the split {names[0]!r} has no effect"]
+    return _with_notes(map(source, parts), notes)
 
 
 def _listed(listing: Listing, split: str, is_held_out: bool) -> list[RowSource]:
@@ -182,13 +178,13 @@ def _listed(listing: Listing, split: str, is_held_out: bool) -> list[RowSource]:
         for file in files:
             check_file(file)
         if part.is_whole or len(files) == 1:
-            sources += [_file(file, part, split) for file in files]
-            continue
-        sources += _across(files, part, split, listing.label)
-    return _with_notes(sources, list(notes))
+            sources += [_file(file, part) for file in files]
+        else:
+            sources += _across(files, part, listing.label)
+    return _with_notes(sources, notes)
 
 
-def _across(files: Sequence[Path], part: Part, split: str, label: str) -> list[RowSource]:
+def _across(files: Sequence[Path], part: Part, label: str) -> list[RowSource]:
     """A stretch of rows that are counted through several files."""
     counts = [sum(1 for _ in read_file(file)) for file in files]
     total = sum(counts)
@@ -199,26 +195,25 @@ def _across(files: Sequence[Path], part: Part, split: str, label: str) -> list[R
     for file, count in zip(files, counts, strict=True):
         begin, end = max(first - start, 0), min(last - start, count)
         if begin < end:
-            sources.append(_file(file, Part(part.name, begin, end), split))
+            sources.append(_file(file, Part(part.name, begin, end, split=part.split)))
         start += count
     if not sources:
-        raise DataError(f"dataset.split {split!r} keeps none of the {total} rows of {label}")
+        raise DataError(f"dataset.split {part.split!r} keeps none of the {total} rows of {label}")
     return sources
 
 
-def _file(path: Path, part: Part, split: str) -> RowSource:
+def _file(path: Path, part: Part) -> RowSource:
     def fingerprint() -> str:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         # The kind of file decides how the bytes are read.
-        return f"{''.join(path.suffixes[-2:]).lower()} {digest}"
+        return f"{''.join(path.suffixes[-2:]).lower()} {_file_sha256(path)}"
 
+    label = str(path)
     return RowSource(
-        str(path),
+        label,
         row_unit(path),
-        lambda: _sliced(lambda: read_file(path), part, split, str(path)),
+        lambda: _sliced(lambda: read_file(path), part, label),
         fingerprint,
-        _text(part),
+        part.stretch,
     )
 
 
@@ -230,25 +225,15 @@ def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
         found = load_from_disk(str(folder))
     # Of many kinds, all of which mean a damaged folder.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{folder}: looks like a folder of save_to_disk and cannot be loaded: {reason}; "
-            "save it anew"
+            f"{folder}: looks like a folder of save_to_disk and cannot be loaded: "
+            f"{_reason(error)}; save it anew"
         ) from error
-    parts = parse_split(split)
     if isinstance(found, Dataset):
-        names = list(dict.fromkeys(part.name for part in parts))
-        notes = [] if names == ["train"] else [
-            f"{folder}: holds one table without splits, {names[0]!r} has no effect"
-        ]  # fmt: skip
-        if len(names) > 1:
-            raise DataError(
-                f"dataset.split is {split!r} and {folder} holds one table without splits; expected "
-                "one name, such as train, or stretches of it"
-            )
-        return _with_notes([_table(found, str(folder), part, split) for part in parts], notes)
+        what = f"{folder}: holds one table without splits"
+        return _without_splits(what, split, lambda part: _table(found, str(folder), part))
     sources = []
-    for part in parts:
+    for part in parse_split(split):
         wanted = part.name
         if is_held_out:
             wanted = next((each for each in HELD_OUT if each in found), wanted)
@@ -257,11 +242,11 @@ def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
                 f"dataset.split is {split!r} and {folder} has the splits {', '.join(found)}; "
                 "expected one of these"
             )
-        sources.append(_table(found[wanted], f"{folder} ({wanted})", part, split))
+        sources.append(_table(found[wanted], f"{folder} ({wanted})", part))
     return sources
 
 
-def _table(table: Any, label: str, part: Part, split: str) -> RowSource:
+def _table(table: Any, label: str, part: Part) -> RowSource:
     def rows() -> Iterator[Row]:
         for number, values in enumerate(table, start=1):
             yield Row(label, number, without_filled_nulls(values), "row")
@@ -269,34 +254,37 @@ def _table(table: Any, label: str, part: Part, split: str) -> RowSource:
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for file in table.cache_files:
-            with open(file["filename"], "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(_file_sha256(file["filename"])))
         return f"saved {digest.hexdigest()}"
 
-    return RowSource(
-        label, "row", lambda: _sliced(rows, part, split, label), fingerprint, _text(part)
-    )
+    return RowSource(label, "row", lambda: _sliced(rows, part, label), fingerprint, part.stretch)
 
 
-def _with_notes(sources: list[RowSource], notes: Sequence[str]) -> list[RowSource]:
-    return [replace(sources[0], notes=tuple(notes)), *sources[1:]]
+def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowSource]:
+    first, *others = sources
+    return [replace(first, notes=tuple(notes)), *others]
 
 
-def _text(part: Part) -> str:
-    """Which rows of a file a part is, whatever the split is called."""
-    unit = ("%" if part.is_percent else "") + ("-" if part.drops_remainder else "")
-    sides = ["" if side is None else f"{side}{unit}" for side in (part.start, part.stop)]
-    return f"[{':'.join(sides)}]"
+def _file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sliced(read: Callable[[], Iterator[Row]], part: Part, split: str, label: str) -> Iterator[Row]:
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterator[Row]:
+    """The rows of a stretch, of which there must be one."""
     start, stop = part.bounds(lambda: sum(1 for _ in read()))
     rows = iter(()) if stop is not None and stop <= start else islice(read(), start, stop)
     first = next(rows, None)
     if first is None:
         number = sum(1 for _ in read())
-        which = f"dataset.split {split!r}" + (f" in {_text(part)}" if "+" in split else "")
-        raise DataError(f"{which} keeps none of the {number} rows of {label}")
+        where = f" in {part.stretch}" if "+" in part.split else ""
+        raise DataError(
+            f"dataset.split {part.split!r}{where} keeps none of the {number} rows of {label}"
+        )
     yield from chain([first], rows)
 
 
@@ -316,6 +304,19 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         )
     config = DownloadConfig(local_files_only=True) if offline else None
 
+    def explained(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        # The library raises many kinds (its own, OSError, ValueError, those of the hub client):
+        # all of them mean that this dataset cannot be had as the recipe names it.
+        except Exception as error:
+            where = "the local cache (offline)" if offline else "the hub"
+            raise DataError(
+                f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: "
+                f"not found as a local file and not loadable from {where}: {_reason(error)}. "
+                f"Check the spelling, or give a local file ({', '.join(SUFFIXES)})"
+            ) from error
+
     def open_table() -> tuple[Any, str]:
         if not streaming:
             table = load_dataset(source, name, split=split, download_config=config)
@@ -325,39 +326,18 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         return builder.as_streaming_dataset(split=parts[0].name), f"{builder.cache_dir} {split}"
 
     label = f"{source} ({split})"
-    table, fingerprint = _explained(open_table, source, name, split, offline)
+    table, fingerprint = explained(open_table)
 
     def rows() -> Iterator[Row]:
         records = iter(table)
-        for number in range(1, 2**62):
-            values = _explained(lambda: next(records, None), source, name, split, offline)
-            if values is None:
-                return
+        found = iter(lambda: explained(lambda: next(records, None)), None)
+        for number, values in enumerate(found, start=1):
             yield Row(label, number, without_filled_nulls(values), "row")
 
     def read() -> Iterator[Row]:
-        if not streaming:
-            return rows()
-        return _sliced(rows, parts[0], split, source)
+        return _sliced(rows, parts[0], source) if streaming else rows()
 
     return RowSource(label, "row", read, lambda: f"hub {fingerprint}")
-
-
-def _explained(
-    function: Callable[[], Any], source: str, name: str | None, split: str, offline: bool
-) -> Any:
-    try:
-        return function()
-    # The library raises many kinds (its own, OSError, ValueError, those of the hub client): all
-    # of them mean that this dataset cannot be had as the recipe names it.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        where = "the local cache (offline)" if offline else "the hub"
-        raise DataError(
-            f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: not "
-            f"found as a local file and not loadable from {where}: {reason}. Check the spelling, "
-            f"or give a local file ({', '.join(SUFFIXES)})"
-        ) from error
 
 
 _SIDE = r"(?P<{0}>-?\d[\d_]*)(?P<{0}_pct>%)?"
@@ -379,6 +359,7 @@ class Part:
         stop: One past the last.
         is_percent: Whether the two are per cent.
         drops_remainder: Whether one per cent is a whole number of rows, and the rest left out.
+        split: The recipe's whole `split`, for messages.
     """
 
     name: str
@@ -386,19 +367,25 @@ class Part:
     stop: int | None = None
     is_percent: bool = False
     drops_remainder: bool = False
+    split: str = ""
 
     @property
     def is_whole(self) -> bool:
         """Whether it is the whole split."""
         return self.start is None and self.stop is None
 
+    @property
+    def stretch(self) -> str:
+        """Which rows of a file it is, whatever the split is called."""
+        unit = ("%" if self.is_percent else "") + ("-" if self.drops_remainder else "")
+        sides = ["" if side is None else f"{side}{unit}" for side in (self.start, self.stop)]
+        return f"[{':'.join(sides)}]"
+
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
         """First row and one past the last, counted from 0; None: up to the end.
 
-        Per cent are rounded to the nearest row, as the datasets library does.
-
-        Args:
-            count: Gives the number of rows; called where it is needed.
+        Per cent are rounded to the nearest row, as the datasets library does. `count` gives the
+        number of rows, and is called only where that is needed.
         """
         sides = (self.start, self.stop)
         if not self.is_percent and all(side is None or side >= 0 for side in sides):
@@ -444,7 +431,8 @@ def parse_split(split: str) -> tuple[Part, ...]:
                 f"dataset.split is {split!r}: ({rounding}) says how per cent are rounded, and "
                 "there are none; remove it"
             )
-        parts.append(Part(match["name"], start, stop, is_percent, rounding == "pct1_dropremainder"))
+        drops_remainder = rounding == "pct1_dropremainder"
+        parts.append(Part(match["name"], start, stop, is_percent, drops_remainder, split))
     return tuple(parts)
 
 
@@ -504,14 +492,10 @@ def source_names(dataset: DatasetRecipe) -> str:
 
 
 def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) -> None:
-    """Refuse a column to leave out that no row has, which is a slip of the pen.
-
-    Args:
-        found: Columns to leave out that rows of any source have.
-        settings: The sources.
+    """Refuse a column to leave out that no row has: `found` are those that some row has.
 
     Raises:
-        DataError: No row has such a column.
+        DataError: No row has such a column, so the name is misspelt.
     """
     wanted = {name: None for each in settings for name in each.ignore_columns}
     if missing := [name for name in wanted if name not in found]:

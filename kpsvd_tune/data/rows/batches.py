@@ -242,9 +242,6 @@ def group_by_length(
         batch_size: Rows of a batch.
         num_head: Rows at the start that complete the last batch of the epoch before.
         key: Decides the order of batches; the same on every machine and version.
-
-    Returns:
-        The same rows in another order.
     """
     head, rest = list(order[:num_head]), order[num_head:]
     num_batches = len(rest) // batch_size

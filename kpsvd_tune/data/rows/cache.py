@@ -116,32 +116,21 @@ class TokenCache:
 
     def prune(self) -> None:
         """Remove what was used longest ago, until the rest is no larger than the bound."""
-        self._remove_unfinished()
+        for unfinished in self.folder.glob("*.tmp"):  # what killed runs left
+            _remove_if_free(unfinished, self._lock_file(unfinished.name))
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
         for facts in stores:
             total += sum(map(_size, store_files(facts.parent)))
-            if total > self._max_bytes and _is_free(facts):
-                shutil.rmtree(facts.parent, ignore_errors=True)
+            if total > self._max_bytes:
+                _remove_if_free(facts.parent, facts)
         notes = sorted((self.folder / "notes").glob("*.json"), key=_last_use, reverse=True)
         for note in notes[1000:]:
             note.unlink(missing_ok=True)
 
-    def _remove_unfinished(self) -> None:
-        """Remove what killed runs left; where nobody holds the lock, nobody writes there."""
-        for folder in self.folder.glob("*.tmp"):
-            descriptor = self._open_lock(folder.name)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            except OSError:
-                continue  # being written, or no locks here to tell
-            finally:
-                os.close(descriptor)
-
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        descriptor = self._open_lock(key)
+        descriptor = os.open(self._lock_file(key), os.O_RDWR)
         # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
         try:
             _flock(descriptor, fcntl.LOCK_EX)
@@ -149,10 +138,11 @@ class TokenCache:
         finally:
             os.close(descriptor)
 
-    def _open_lock(self, key: str) -> int:
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return os.open(locks / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def _lock_file(self, key: str) -> Path:
+        file = self.folder / "locks" / f"{key[:2]}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o644)
+        return file
 
 
 def _allow_many_files() -> None:
@@ -202,18 +192,19 @@ def _hold(store: TokenStore) -> None:
 _held: dict[int, int] = {}
 
 
-def _is_free(facts: Path) -> bool:
+def _remove_if_free(folder: Path, lock: Path) -> None:
+    """Remove a folder that no process reads or writes: nobody holds its lock."""
     try:
-        descriptor = os.open(facts, os.O_RDONLY)
+        descriptor = os.open(lock, os.O_RDONLY)
     except OSError:
-        return False
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
     except OSError:
-        return False
+        pass  # in use, or no locks here to tell
     finally:
         os.close(descriptor)
-    return True
 
 
 def _flock(descriptor: int, kind: int) -> None:

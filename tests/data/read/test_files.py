@@ -141,7 +141,7 @@ def test_split_of_a_local_file_slices_or_is_noted(tmp_path: Path) -> None:
     assert numbers("train[:2]") == [0, 1]
     assert numbers("train[1:-1]") == [1, 2, 3]
     assert load_rows(path, split="test").notes == (
-        f"{path}: a local file has no splits, 'test' has no effect",
+        f"{path}: is one file without splits: the split 'test' has no effect",
     )
     with pytest.raises(DataError, match="keeps none of the 5 rows"):
         load_rows(path, split="train[9:]")

@@ -134,7 +134,7 @@ def test_stretches_count_through_all_files_of_a_split(tmp_path: Path) -> None:
         ("train[5:50%]", "mixes rows and per cent"),
         ("train[:150%]", "expected from -100% to 100%"),
         ("train[:5](closest)", "says how per cent are rounded, and there are none"),
-        ("train+test", "is one file without splits, whose rows would be read 2 times"),
+        ("train+test", "is one file without splits, and .*, which would read its rows 2 times"),
     ],
 )
 def test_a_split_that_is_none_says_what_is_possible(
@@ -186,7 +186,7 @@ def test_tables_of_save_to_disk(tmp_path: Path) -> None:
     one.save_to_disk(tmp_path / "one")
     assert read(tmp_path / "one", "train[1:]") == ["b"]
     assert load_rows(str(tmp_path / "one"), split="test").notes == (
-        f"{tmp_path / 'one'}: holds one table without splits, 'test' has no effect",
+        f"{tmp_path / 'one'}: holds one table without splits: the split 'test' has no effect",
     )
     DatasetDict({"train": one.select([0]), "test": one.select([1])}).save_to_disk(tmp_path / "two")
     assert read(tmp_path / "two") == ["a"]

@@ -23,8 +23,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.comparison.plan import Trial
-from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
-from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
+from kpsvd_tune.comparison.setup import Setup
+from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
+from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.events import Events
 from kpsvd_tune.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.recipe import Recipe
@@ -245,7 +246,7 @@ def _patiently(function: Callable[[], Any]) -> Any:
     while True:
         try:
             return function()
-        except CheckpointError as error:
-            if "in use by another run" not in str(error) or time.monotonic() > deadline:
+        except FolderInUseError:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(1.0)

@@ -14,6 +14,9 @@ from kpsvd_tune.report.results import Result
 from kpsvd_tune.storage.json_files import check_types, read_json
 from kpsvd_tune.units import duration, size
 
+# Keys that earlier versions wrote and that nothing reads.
+_FORMER = {"cpu_seconds_per_step"}
+
 
 @dataclass(frozen=True)
 class TrialRow(Result):
@@ -34,7 +37,6 @@ class TrialRow(Result):
         losses: Training loss of every step.
         grad_norms: Norm of the gradient of every step, before clipping.
         seconds_per_step: Median wall time of a step.
-        cpu_seconds_per_step: Processor time of the training over its steps; 0 on a GPU.
         init_seconds: Time to make the adapter: decomposition, or PEFT's own start.
         wall_seconds: Time of the training.
         peak_memory_bytes: Most memory held: of the device, or resident on a CPU.
@@ -55,7 +57,6 @@ class TrialRow(Result):
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     seconds_per_step: float
-    cpu_seconds_per_step: float
     init_seconds: float
     wall_seconds: float
     peak_memory_bytes: int
@@ -73,14 +74,15 @@ class TrialRow(Result):
         Raises:
             InputError: A key is missing or unknown, or a value is of another type.
         """
+        found = {key: value for key, value in data.items() if key not in _FORMER}
         names = {each.name for each in fields(cls)}
-        if wrong := sorted((names - {"failed"} - data.keys()) | (data.keys() - names)):
+        if wrong := sorted((names - {"failed"} - found.keys()) | (found.keys() - names)):
             raise InputError(
                 f"a row of results.jsonl lacks or has the unknown {', '.join(wrong)}; expected "
                 "rows of this version: choose another output_dir"
             )
         try:
-            row: TrialRow = check_types(dict(data), cls)
+            row: TrialRow = check_types(found, cls)
         except ValueError as error:
             raise InputError(f"a row of results.jsonl {error}") from error
         return row

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.errors import FolderInUseError
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.disk import explained
 
@@ -19,7 +19,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if need be.
 
     Raises:
-        CheckpointError: Another process holds it; the message names it.
+        FolderInUseError: Another process holds it; the message names it.
         ResourceError: The folder cannot be made.
     """
     durable.make_folder(folder)
@@ -31,7 +31,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise CheckpointError(
+            raise FolderInUseError(
                 f"{folder} is in use by another run ({holder}); wait for it, stop it, or "
                 "choose another output_dir"
             ) from None

@@ -37,13 +37,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kpsvd_tune import pipeline  # noqa: F401  imported once, here, for all runs
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.console import Events
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.training import stages  # noqa: F401  imported once, here, for all runs
 
 STEPS, EPOCH, SAVE_EVERY = 12, 4, 3
 TIMES = ("seconds", "tokens_per_second")

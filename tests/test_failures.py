@@ -345,13 +345,13 @@ def test_a_signal_before_the_first_step_says_where_it_came(
         "stopped by SIGTERM while decomposing the base model; finished matrices are kept; the same "
         "command goes on from there\n"
     )
-    monkeypatch.setattr("kpsvd_tune.pipeline.run.prepare", wait)
+    monkeypatch.setattr("kpsvd_tune.training.stages.prepare", wait)
     assert cli.run(["train", str(recipe)]) == 143
     err = capsys.readouterr().err
     assert "stopped by SIGTERM while reading and tokenising the data; the same command" in err
     monkeypatch.undo()
     assert cli.run(["train", str(recipe)]) == 0
-    monkeypatch.setattr("kpsvd_tune.pipeline.apply.merge_adapter", wait)
+    monkeypatch.setattr("kpsvd_tune.merge.merging.merge", wait)
     run = recipe.parent / "run"
     assert cli.run(["merge", str(run), "-o", str(recipe.parent / "merged")]) == 143
     assert capsys.readouterr().err.endswith(

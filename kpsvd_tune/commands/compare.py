@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,7 +44,7 @@ def compare(
     ] = "1e-3,3e-3,6e-3,1e-2,2e-2",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: orders of the rows.")] = 3,
     plan: Annotated[
-        str,
+        Literal["full", "staged", "done"],
         typer.Option(
             help="full: every combination; staged: rates, then seeds, then budgets; done: run "
             "nothing, judge every trial that is there."
@@ -57,8 +57,6 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Train every method at equal budgets on the same rows, and draw a verdict."""
-    if plan not in ("full", "staged", "done"):
-        raise InputError(f"--plan {plan}: expected full, staged or done")
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
     rates = sorted({_rate(each) for each in _items("--learning-rates", learning_rates)})
     shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
@@ -80,9 +78,7 @@ def compare(
     from kpsvd_tune.comparison.compare import compare as run_comparison
 
     with view.Events() as events, TrialTable() as table:
-        verdict = run_comparison(
-            shared, recipes, chosen, grid, events, table, jobs=jobs, offline=offline
-        )
+        verdict = run_comparison(shared, recipes, chosen, grid, events, table, jobs=jobs)
     emit(verdict, as_json, show_comparison)
 
 

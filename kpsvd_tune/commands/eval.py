@@ -12,6 +12,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DtypeOption,
     Gpus,
     Json,
     Offline,
@@ -77,9 +78,7 @@ def evaluate(
     ] = False,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the recipe's.")
-    ] = None,
+    dtype: DtypeOption = None,
     stored: Annotated[
         Path | None,
         typer.Option("--rescore", metavar="FILE", help="Score stored completions again."),
@@ -95,8 +94,6 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a run or a model on a task, or score stored completions again."""
-    if sandbox not in ("bwrap", "none"):
-        raise InputError(f"--sandbox {sandbox}: expected bwrap or none")
     may: dict[str, Any] = {"allow_code_execution": allow_code_execution, "sandbox": sandbox}
     if stored is not None:
         _rescore(stored, task, as_json, may)
@@ -120,10 +117,10 @@ def evaluate(
     check_code_execution(wanted.task, **may)
     launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
+    from kpsvd_tune.evaluation.score import evaluate as score
 
     with view.Events() as events:
-        result = pipeline.evaluate(
+        result = score(
             source,
             wanted,
             events,
@@ -132,7 +129,6 @@ def evaluate(
             dtype=dtype,
             base=base,
             allow_other_base=allow_other_base,
-            offline=offline,
             **may,
         )
         emit(result, as_json, view.show_scores)

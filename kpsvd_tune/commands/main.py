@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
     except RanksEnded as ended:
         return ended.exit_code
     except TyperException as error:
-        message = error.format_message()
+        message = error.format_message().replace(": Value error, ", ": ")
         advice = _as_override(getattr(error, "option_name", ""), arguments)
         if message.startswith("No such command"):
             group = getattr(getattr(error, "ctx", None), "command", None)
@@ -152,7 +152,7 @@ def _got(message: str, arguments: Sequence[str]) -> str:
                 return (
                     f"; got {got!r}; to choose GPUs: CUDA_VISIBLE_DEVICES={got} ... --gpus {number}"
                 )
-            return f"; got {got!r}"
+            return "" if repr(got) in message else f"; got {got!r}"
     return ""
 
 

@@ -8,11 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.offline import go_offline
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML recipe, or the name of a shipped one.")
@@ -32,8 +33,13 @@ Processes = Annotated[
     int | None,
     typer.Option("--processes", min=1, help="Share the work over that many CPU processes."),
 ]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; default: the recipe's."),
+]
 SandboxOption = Annotated[
-    str, typer.Option("--sandbox", help="bwrap; none runs code without protection.")
+    Literal["bwrap", "none"],
+    typer.Option("--sandbox", help="bwrap; none runs code without protection."),
 ]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")
@@ -50,9 +56,7 @@ AllowOtherBase = Annotated[
 def prepare_libraries(offline: bool, debug: bool) -> None:
     """Set what the libraries read when they are imported, so this comes before any of them."""
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-        os.environ["WANDB_MODE"] = "offline"
+        go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Where it is installed, transformers imports it for itself; it logs to standard output, which
     # is for results.

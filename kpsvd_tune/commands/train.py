@@ -58,23 +58,24 @@ def train(
     )
     launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
-    from kpsvd_tune import pipeline
+    from kpsvd_tune.training.ending import worse_message
+    from kpsvd_tune.training.plan import plan
+    from kpsvd_tune.training.stages import train as run_recipe
 
     with view.Events() as events:
         if dry_run:
-            emit(pipeline.plan(resolved, events, offline=offline), as_json, view.show_plan)
+            emit(plan(resolved, events), as_json, view.show_plan)
             return
-        result = pipeline.train(
+        result = run_recipe(
             resolved,
             events,
-            offline=offline,
             resume=resume,
             allow_change=tuple(allow_change or ()),
             allow_other_base=allow_other_base,
             allow_code_execution=allow_code_execution,
-            sandbox=sandbox,  # type: ignore[arg-type]  # checked before any work
+            sandbox=sandbox,
         )
         # First the results, which are whole and saved, then what is wrong with them.
         emit(result, as_json, view.show_results)
-        if message := pipeline.worse_message(result, resolved):
+        if message := worse_message(result, resolved):
             raise WorseThanBaseError(message)

@@ -69,7 +69,6 @@ def compare(
     watcher: Watcher,
     *,
     jobs: int = 1,
-    offline: bool = False,
 ) -> Comparison:
     """Run every trial that is not done yet, and draw the verdict.
 
@@ -81,7 +80,6 @@ def compare(
         events: Told of stages and progress.
         watcher: Told of trials.
         jobs: Trials at a time; on GPUs each takes its own.
-        offline: Make no network call.
 
     Returns:
         The verdict, also written to comparison.json and comparison.html in the recipe's
@@ -100,9 +98,9 @@ def compare(
     phase = Phase()
     phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
     with watched(phase), run.lock():
-        source = resolve_model(recipe.model.path, recipe.model.revision, offline)
+        source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
-        material, shared = _material(recipe, source, skeleton, events, offline)
+        material, shared = _material(recipe, source, skeleton, events)
         num_steps = _num_steps(recipe, grid, material, events)
         sizes = _sizes(recipe, source, skeleton)
         plan = Setups(recipe, recipes, methods, sizes, run.path, shared)
@@ -134,9 +132,7 @@ def _material(
     assert recipe.dataset is not None
     tokenizer, limits = load_tokenizer(source), model_limits(skeleton)
     events.stage(f"reading {source_names(recipe.dataset)}")
-    data = prepare(
-        recipe.dataset, tokenizer, seed=recipe.train.seed, offline=offline, limits=limits
-    )
+    data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, limits=limits)
     events.note(data.cache_note)
     events.preflight(data.report)
     if not data.validation:
@@ -231,7 +227,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _test_rows(
-    recipe: Recipe, tokenizer: Any, offline: bool, limits: ModelLimits
+    recipe: Recipe, tokenizer: Any, limits: ModelLimits
 ) -> tuple[Sequence[TokenizedRow], str | None]:
     """Rows that no choice looks at, and their hash."""
     if recipe.compare.test is None:
@@ -240,7 +236,7 @@ def _test_rows(
     dataset = recipe.dataset.model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
-    found = prepare(dataset, tokenizer, seed=0, offline=offline, limits=limits, keeps_template=True)
+    found = prepare(dataset, tokenizer, seed=0, limits=limits, keeps_template=True)
     return found.train, found.sha256
 
 

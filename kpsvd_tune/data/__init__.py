@@ -1,4 +1,4 @@
-"""From rows to batches: read, find the form, encode, store, select, mix, check, sample, pad."""
+"""Training data, from files to batches: read/ the rows, encode/ them, and keep the rows/."""
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, TokenizedRow
 from kpsvd_tune.data.read.sources import source_names

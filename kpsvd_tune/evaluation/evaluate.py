@@ -75,7 +75,6 @@ def evaluate(
     template: str | None = None,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
-    offline: bool = False,
     set_aside: bool = False,
     watch: Watch | None = None,
 ) -> list[Score]:
@@ -92,7 +91,6 @@ def evaluate(
         template: the training template, used where the recipe's section has none.
         allow_code_execution: must be true for a task that runs generated programs.
         sandbox: "bwrap", or "none" to run them without protection.
-        offline: use only what the local hub cache holds.
         set_aside: move completions of another model or with other settings out of the way,
             instead of refusing to go on.
         watch: who is told of progress.
@@ -109,9 +107,9 @@ def evaluate(
     watch = watch or Watch()
     template = recipe.template or template or default_template(recipe.task)
     if recipe.task in LOSS_TASKS:
-        return score_loss(model, tokenizer, recipe, template, offline, watch.running)
-    questions = read_questions(recipe, offline=offline)
-    shots = read_shots(recipe, offline=offline)
+        return score_loss(model, tokenizer, recipe, template, watch.running)
+    questions = read_questions(recipe)
+    shots = read_shots(recipe)
     prompts, end_token_ids = build_prompts(questions, tokenizer, template, recipe, shots)
     options = GenerationOptions(
         max_new_tokens=recipe.max_new_tokens,
@@ -153,7 +151,7 @@ def evaluate(
     )
 
 
-def check_task(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
+def check_task(recipe: EvaluationRecipe) -> None:
     """Find now what would stop the task later: rows that cannot be read, a missing file.
 
     Raises:
@@ -161,10 +159,10 @@ def check_task(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
         DataError: the data cannot be read or do not fit the task.
     """
     if recipe.task in LOSS_TASKS:
-        check_loss(recipe, offline=offline)
+        check_loss(recipe)
     else:
-        read_questions(recipe, offline=offline)
-        read_shots(recipe, offline=offline)
+        read_questions(recipe)
+        read_shots(recipe)
 
 
 def rows_source(recipe: EvaluationRecipe) -> str:

@@ -75,7 +75,6 @@ def completion_loss(
     max_length: int = 1024,
     batch_size: int = 8,
     limit: int | None = None,
-    offline: bool = False,
     progress: RowProgress | None = None,
 ) -> TokenLoss:
     """Loss on the completions of a file, encoded and masked exactly as in training.
@@ -92,15 +91,12 @@ def completion_loss(
         max_length: tokens a row is cut to.
         batch_size: rows at a time.
         limit: rows to take; None: all.
-        offline: use only what the local hub cache holds.
         progress: called with (done, total) rows.
 
     Raises:
         DataError: the file cannot be read or no token of a completion is left in it.
     """
-    found = read_examples(
-        path, name=name, split=split, columns=columns, template=template, offline=offline
-    )
+    found = read_examples(path, name=name, split=split, columns=columns, template=template)
     # Chats take the chat template, as in training.
     used = "chat" if found.format.is_chat else template
     encoder = Encoder(tokenizer, used, max_length, learn=learn)

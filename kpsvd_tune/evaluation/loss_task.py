@@ -27,7 +27,6 @@ def score_loss(
     tokenizer: PreTrainedTokenizerBase,
     recipe: EvaluationRecipe,
     template: str,
-    offline: bool = False,
     progress: RowProgress | None = None,
 ) -> list[Score]:
     """The scores of the tasks loss and forgetting; `n` counts tokens, nothing is unextractable.
@@ -38,7 +37,6 @@ def score_loss(
         recipe: the task, its file and the sizes. A .txt or .md file is one running text, every
             other source of the task loss holds rows with a prompt and a completion.
         template: text with {prompt} and {completion}, or "chat".
-        offline: use only what the local hub cache holds.
         progress: called with (done, total) rows or windows.
 
     Returns:
@@ -76,7 +74,6 @@ def score_loss(
             columns=_columns(recipe),
             learn=recipe.learn or "all",
             max_length=recipe.window,
-            offline=offline,
             **sizes,
         )
     perplexity = loss.perplexity
@@ -86,7 +83,7 @@ def score_loss(
     ]
 
 
-def check_loss(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
+def check_loss(recipe: EvaluationRecipe) -> None:
     """Read what the task measures, so that a fault is found before the work begins.
 
     Raises:
@@ -100,7 +97,6 @@ def check_loss(recipe: EvaluationRecipe, *, offline: bool = False) -> None:
             name=recipe.name,
             split=recipe.split,
             columns=_columns(recipe),
-            offline=offline,
         )
 
 

@@ -38,7 +38,7 @@ def num_shots(recipe: EvaluationRecipe) -> int:
     return _HARNESS_SHOTS.get((recipe.prompt, recipe.task), 0)
 
 
-def read_shots(recipe: EvaluationRecipe, *, offline: bool = False) -> list[Question]:
+def read_shots(recipe: EvaluationRecipe) -> list[Question]:
     """The worked examples to put before each question, never rows that are scored.
 
     Raises:
@@ -57,7 +57,7 @@ def read_shots(recipe: EvaluationRecipe, *, offline: bool = False) -> list[Quest
             "Give a file of examples (shots_path), or shots=0."
         )
     name = recipe.name if path == recipe.path or recipe.name else source.name
-    shots = read_rows(recipe, path, name, source.shots_split, offline)
+    shots = read_rows(recipe, path, name, source.shots_split)
     if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
         shots = [shot for shot in shots if shot.id in _LM_EVAL_CODE_SHOTS]
     if len(shots) < wanted:

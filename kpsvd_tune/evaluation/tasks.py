@@ -87,7 +87,7 @@ class Question:
     tools: tuple[Any, ...] | None = None
 
 
-def read_questions(recipe: EvaluationRecipe, *, offline: bool = False) -> list[Question]:
+def read_questions(recipe: EvaluationRecipe) -> list[Question]:
     """The rows of a task, the first `limit` of them.
 
     Raises:
@@ -98,7 +98,7 @@ def read_questions(recipe: EvaluationRecipe, *, offline: bool = False) -> list[Q
     name = recipe.name if recipe.path or recipe.name else source.name
     if path is None:
         raise InputError(f"the task {recipe.task} has no data of its own: give evaluation.path.")
-    questions = read_rows(recipe, path, name, recipe.split, offline)
+    questions = read_rows(recipe, path, name, recipe.split)
     if not questions:
         raise DataError(
             f"evaluation of {recipe.task}: {path} holds no row of the split {recipe.split!r}. "
@@ -112,7 +112,6 @@ def read_rows(
     path: str | Sequence[str],
     name: str | Sequence[str] | None,
     split: str,
-    offline: bool,
 ) -> list[Question]:
     """All rows of one source, in their order.
 
@@ -121,19 +120,17 @@ def read_rows(
         path: local file or hub id, or several.
         name: configuration on the hub, or several.
         split: its split; for a local MBPP file, which holds all, the rows with its ids.
-        offline: use only what the local hub cache holds.
 
     Raises:
         DataError: the source cannot be read or has other columns.
     """
     if recipe.task == "mbpp":
-        return _read_code(recipe, path, name, split, offline)
+        return _read_code(recipe, path, name, split)
     found = read_examples(
         path,
         name=name,
         split=split,
         columns=_columns(recipe),
-        offline=offline,
     )
     questions = []
     for number, (row, example) in enumerate(found):
@@ -165,11 +162,10 @@ def _read_code(
     path: str | Sequence[str],
     name: str | Sequence[str] | None,
     split: str,
-    offline: bool,
 ) -> list[Question]:
     questions = []
     columns = _columns(recipe)
-    for row in load_rows(path, name=name, split=split, offline=offline).rows:
+    for row in load_rows(path, name=name, split=split).rows:
         # The sanitized rows call their text "prompt".
         text = row.values.get(columns.get("prompt", "text"), row.values.get("prompt"))
         tests = row.values.get("test_list")

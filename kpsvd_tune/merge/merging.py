@@ -60,7 +60,14 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
     Raises:
         InputError: The folder is not empty, or lies in, around or on one of the inputs.
     """
-    resolved = output.resolve()
+    resolved = Path(os.path.realpath(output))
+    if resolved.is_symlink():
+        raise InputError(f"--output {output} is a link that leads nowhere: name another folder")
+    if resolved == Path.cwd() or os.path.ismount(resolved):
+        raise InputError(
+            f"--output {output} is the folder that the command runs in, or one where a disk is "
+            f"mounted, and cannot be replaced as a whole: name a new folder, as {resolved}/merged"
+        )
     for path in (path.resolve() for path in inputs):
         if resolved == path or resolved in path.parents or path in resolved.parents:
             raise InputError(

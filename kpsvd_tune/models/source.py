@@ -14,6 +14,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import ModelError
+from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe.paths import model_problem
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
@@ -60,14 +61,13 @@ class ModelSource:
         return all(file.suffix == ".safetensors" for file in self.weight_files)
 
 
-def resolve_model(path: str, revision: str | None = None, offline: bool = False) -> ModelSource:
+def resolve_model(path: str, revision: str | None = None) -> ModelSource:
     """Find a base model and, for a hub id, fetch it.
 
     Args:
         path: A hub id, a local folder, ``file.gguf``, or ``package:NAME/FILE.gguf`` for a file
             inside an installed Python package.
         revision: Branch, tag or commit; hub ids only.
-        offline: Use only what earlier runs fetched.
 
     Returns:
         The model's files on this machine.
@@ -85,7 +85,7 @@ def resolve_model(path: str, revision: str | None = None, offline: bool = False)
             f"model.path {path!r}: there is no such folder or file, and it is no hub id either "
             "(expected owner/name)"
         )
-    return _from_hub(path, revision, offline)
+    return _from_hub(path, revision)
 
 
 def base_fingerprint(source: ModelSource) -> dict[str, str]:
@@ -159,7 +159,7 @@ def _inside_package(path: str) -> Path:
     return file
 
 
-def _from_hub(path: str, revision: str | None, offline: bool) -> ModelSource:
+def _from_hub(path: str, revision: str | None) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -178,7 +178,7 @@ def _from_hub(path: str, revision: str | None, offline: bool) -> ModelSource:
                 revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=HUB_IGNORED,
-                local_files_only=offline,
+                local_files_only=is_offline(),
             )
         )
 

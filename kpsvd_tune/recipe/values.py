@@ -94,7 +94,10 @@ def _read_precision(value: object) -> object:
 
 
 def _read_budget(value: object) -> object:
-    return None if value is None else read_number_of_parameters(value)
+    try:
+        return None if value is None else read_number_of_parameters(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or null for no budget") from None
 
 
 def read_number_of_parameters(value: object) -> int:
@@ -111,7 +114,7 @@ def read_number_of_parameters(value: object) -> int:
     if number is None or not 1 <= number <= _MAX_BUDGET or number != int(number):
         raise ValueError(
             f"got {show(value)}; expected a whole number of trainable parameters of at least 1, "
-            "such as 990000, 0.99M or 300k, or null for no budget"
+            "such as 990000, 0.99M or 300k"
         )
     return int(number)
 

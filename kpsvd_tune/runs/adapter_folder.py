@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +114,32 @@ def seal(folder: Path) -> bytes:
     contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     contents.pop("README.md", None)
     return manifest(_KIND, contents)
+
+
+def adapter_hash(folder: Path) -> str:
+    """The sha256 of an adapter's weights, by which a run knows the one it began with or saved."""
+    with open(folder / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_own(folder: Path, saved: Any) -> None:
+    """Refuse a run's adapter that is not the one which the run has saved.
+
+    Args:
+        folder: The adapter.
+        saved: The hash in run.json; None in runs of older versions.
+
+    Raises:
+        AdapterError: A file is another, or all are those of another run.
+    """
+    check_seal(folder)
+    if saved is not None and (folder / WEIGHTS).is_file() and adapter_hash(folder) != saved:
+        raise AdapterError(
+            f"{folder} holds another adapter than its run has saved: by run.json the weights are "
+            f"others. Was it copied here? Move {folder} away, where it can be used by its own "
+            "path, and call `kpsvd-tune train` as before: it makes the run's own anew from its "
+            "last checkpoint"
+        )
 
 
 def check_seal(folder: Path) -> None:

@@ -7,8 +7,10 @@ recipe that is being read. Nothing of it is replaced on the word of a name alone
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from kpsvd_tune.errors import InputError
 
@@ -16,13 +18,28 @@ from kpsvd_tune.errors import InputError
 _MOST_NAMES = 5
 
 
+# What other commands leave: a file, a key in it, and what a folder with it is.
+_MARKS = (
+    ("compare.json", "shared", "the folder of a comparison"),
+    ("merge_report.json", "max_logit_difference", "a merged model"),
+    ("adapter_config.json", "factor_shape", "the folder of an adapter"),
+    ("init/rank_report.json", "layers", "a folder that `init-only` wrote"),
+    ("results.json", "conditions", "a folder that `eval` wrote"),
+)
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds the record of a run of ours."""
+    return isinstance(_content(folder / "run.json").get("identity"), dict)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
     try:
-        record = json.loads((folder / "run.json").read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and isinstance(record.get("identity"), dict)
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def refuse_foreign(folder: Path, ours: Collection[str], key: str = "output_dir") -> None:
@@ -38,13 +55,24 @@ def refuse_foreign(folder: Path, ours: Collection[str], key: str = "output_dir")
     """
     if folder.is_dir():
         found = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
-    elif folder.exists() or folder.is_symlink():
+    elif folder.is_symlink() and not folder.exists():
+        raise InputError(
+            f"{key}: {folder} is a link to {os.readlink(folder)}, where nothing lies; make that "
+            "folder, or name another"
+        )
+    elif folder.exists():
         raise InputError(f"{key}: {folder} is a file; expected a folder, or a name that is free")
     else:
         return
     foreign = [name for name in found if name not in ours]
     if not foreign:
         return
+    for mark, entry, what in _MARKS:
+        if mark.partition("/")[0] in foreign and entry in _content(folder / mark):
+            raise InputError(
+                f"{key}: {folder} is {what}, and nothing else is written into it; choose an empty "
+                f"folder or a new one, such as {folder}-new"
+            )
     listed = ", ".join(foreign[:_MOST_NAMES])
     more = len(foreign) - _MOST_NAMES
     listed += f" and {more} more" if more > 0 else ""
@@ -65,7 +93,7 @@ def refuse_inside_run(folder: Path, key: str) -> None:
     Raises:
         InputError: Names the run.
     """
-    place = folder.resolve()
+    place = Path(os.path.realpath(folder))
     for each in (place, *place.parents):
         if is_run(each):
             where = "is the folder of a run" if each == place else f"lies in the run {each}"

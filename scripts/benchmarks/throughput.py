@@ -63,7 +63,7 @@ def read_rows(args: argparse.Namespace) -> Sequence[TokenizedRow]:
             path=path, columns=columns, max_length=args.max_length, validation=0
         )
         tokenizer = load_tokenizer(resolve_model(MODEL))
-        return prepare(dataset, tokenizer, seed=0, offline=True).train
+        return prepare(dataset, tokenizer, seed=0).train
 
 
 def share_of_padding(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.pipeline.apply import load_adapter
+from kpsvd_tune.runs.find import load_adapter
 
 FILE = "adapter_model.safetensors"
 NORM = "base_model.model.model.norm.weight"

@@ -272,7 +272,7 @@ def test_a_plan_is_shown_without_any_library(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "half"], "--plan half: expected full, staged or done"),
+        (["--plan", "half"], "'--plan': 'half' is not one of 'full', 'staged', 'done'"),
         (["--budgets", "x"], "--budgets: got 'x'; expected a whole number"),
         (["--budgets", ","], "--budgets is empty"),
         (["--learning-rates", "0"], "--learning-rates: got '0'; expected a number above 0"),

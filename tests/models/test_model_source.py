@@ -135,7 +135,7 @@ def test_a_hub_model_is_the_snapshot_and_its_commit(
         return str(fill(tmp_path / "0a1b2c", "config.json", "model.safetensors"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    source = resolve_model("owner/name", revision="v1", offline=True)
+    source = resolve_model("owner/name", revision="v1")
     assert (source.kind, source.path, source.revision) == ("hub", "owner/name", "0a1b2c")
     assert len(asked) == 1
     assert asked[0]["repository"] == "owner/name"
@@ -167,7 +167,7 @@ def test_a_hub_model_that_is_not_cached_is_an_error_offline(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(ModelError, match=r"nothing of it is in the local hub cache.*--offline"):
-        resolve_model("owner/name", offline=True)
+        resolve_model("owner/name")
 
 
 def test_a_slip_in_the_name_of_a_folder_is_told_beside_the_hub(

@@ -43,6 +43,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint(earlier: Path) -> None:
         load_file(WRITTEN / "finished" / name),
     )
     # Close and no more, as the file was written on another machine.
+    for name in (name for name in whole if name.endswith("kpsvd_base")):
+        # Newer adapters say more of their base, above the kinds of the sketches.
+        resumed[name][:, 0] &= 0xFF
+        whole[name][:, 0] &= 0xFF
     torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-6)
 
 

@@ -73,7 +73,7 @@ TOKENIZER = "transformers.PreTrainedTokenizerFast.save_pretrained"
     ("words", "place", "action", "attempt"),
     [
         (["train", "RECIPE"], TOKENIZER, full_in_rust, "write RUN/adapter"),
-        (["init-only", "RECIPE"], "kpsvd_tune.pipeline.inspect.write_rank_report", full,
+        (["init-only", "RECIPE"], "kpsvd_tune.report.rank_page.write_rank_report", full,
          "write RUN/init"),
         (["merge", "RUN", "-o", "MERGED"], TOKENIZER, full_in_rust, "write MERGED"),
         (["merge", "RUN", "-o", "MERGED"], "transformers.PreTrainedModel.save_pretrained", full,

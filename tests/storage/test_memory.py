@@ -145,11 +145,11 @@ def full(*args: Any, **options: Any) -> None:
 
 
 STAGES = {
-    "kpsvd_tune.pipeline.run.prepare": (
+    "kpsvd_tune.training.stages.prepare": (
         "reading and tokenising the data",
         "a lower dataset.max_length (now 512)",
     ),
-    "kpsvd_tune.pipeline.start.decompose": (
+    "kpsvd_tune.decompose.start.decompose": (
         "decomposing the base model",
         "a lower adapter.rank.window (now 8)",
     ),
@@ -185,16 +185,18 @@ def test_every_stage_of_a_training_says_what_helps_there(
 @pytest.mark.parametrize(
     ("words", "place", "doing", "cure"),
     [
-        (["init-only"], "kpsvd_tune.pipeline.inspect.decompose", "decomposing", "rank.window"),
-        (["merge", "-o", "merged"], "kpsvd_tune.pipeline.apply.merge_adapter", "merging",
+        (["init-only"], "kpsvd_tune.decompose.decompose", "decomposing", "rank.window"),
+        (["merge", "-o", "merged"], "kpsvd_tune.merge.merging.merge", "merging",
          "--dtype"),
         (["merge", "-o", "merged"], "transformers.AutoModelForCausalLM.from_pretrained", "merging",
          "a machine with more memory"),
         (["eval", "--task", "gsm8k", "--limit", "1", "--path", "rows"],
-         "kpsvd_tune.pipeline.score.Scorer.score", "scoring gsm8k", "batch_size of the evaluation"),
+         "kpsvd_tune.evaluation.score.Scorer.score", "scoring gsm8k",
+         "batch_size of the evaluation"),
         (["eval", "--task", "gsm8k", "--path", "rows"],
          "transformers.AutoModelForCausalLM.from_pretrained", "loading the model", "--dtype"),
-        (["generate"], "kpsvd_tune.pipeline.apply.generate_text", "answering", "--max-new-tokens"),
+        (["generate"], "kpsvd_tune.evaluation.generate.generate_text", "answering",
+         "--max-new-tokens"),
         (["report"], "kpsvd_tune.commands.report.read_run", "running report", ""),
     ],
 )  # fmt: skip

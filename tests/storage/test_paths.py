@@ -292,7 +292,7 @@ def test_what_cannot_be_looked_at_holds_nothing(here: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ([], "where it lies elsewhere now, give that place with --base"),
+        ([], "Give the place where it lies now with --base"),
         (["--base", "./elsewhere"], "error: --base: "),
     ],
 )

@@ -34,7 +34,7 @@ from kpsvd_tune.errors import DataError
 Messages = Sequence[Mapping[str, Any]]
 # Chats with more answers than this are not rendered anew up to each of them, see `_near`.
 _RENDERED_EACH = 24
-# Messages at most around a turn that stand for all before it.
+# At most so many messages around a turn are rendered in place of all before it.
 _NEAR = 12
 _THINK_END = "</think>"
 _OTHER_TEMPLATE = (
@@ -132,13 +132,13 @@ class ChatRenderer:
             position = end
         last = segments[-1]
         if self.ends_turn(last.text) and not self.ends_answer(last.text, messages[-1]):
-            # The text ends with the name of a special token, which is no end of the turn.
+            # The answer itself ends with the text of a special token, which does not end the turn.
             segments[-1] = replace(last, text=last.text + self._special_token_names["eos_token"])
         return [segment for segment in segments if segment.text]
 
     @cached_property
     def arguments(self) -> str:
-        """What the template may be told to do otherwise, as a cure in messages."""
+        """Advice about the template's arguments for reasoning; empty where it has none."""
         texts = self._template.values() if isinstance(self._template, dict) else [self._template]
         found = set().union(*map(variables_of, texts))
         known = sorted(name for name in found if "think" in name or "reasoning" in name)
@@ -360,11 +360,7 @@ class _Finder:
 
 
 class _MarkedTurns(_Finder):
-    """Finds the answers of a chat whose template marks them, one stretch for each turn.
-
-    Raises:
-        TemplateError: There are not as many stretches as turns.
-    """
+    """Finds the answers of a chat whose template marks them, one stretch for each turn."""
 
     def __init__(
         self,
@@ -461,11 +457,7 @@ def _is_rendered_whole(number: int, count: int) -> bool:
 
 
 def _place_of(content: str, turn: str) -> tuple[int, int]:
-    """Where an assistant's text stands in its turn; reasoning written into it may be set apart.
-
-    Raises:
-        TemplateError: It is not there.
-    """
+    """Where an assistant's text stands in its turn; reasoning written into it may be set apart."""
     text = content.strip()
     if (start := turn.find(text)) >= 0:
         return start, start + len(text)
@@ -487,7 +479,7 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
 
 
 def _only_mentions_thinking(reasoning: str, answer: str) -> bool:
-    """Whether a text that opens no reasoning tells of the markers, in the middle of a line."""
+    """Whether a text only mentions the markers of reasoning, in the middle of a line."""
     if not reasoning or reasoning.startswith("<think>"):
         return False
     is_inline = not (reasoning.endswith("\n") or answer.startswith("\n"))

@@ -43,11 +43,11 @@ _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class TemplateError(DataError):
-    """The chat template, not the row, keeps a chat from being trained."""
+    """A chat cannot be trained because of its chat template, not because of its row."""
 
 
 class TemplateMismatch(TemplateError):
-    """A template that was tried in another's place writes something else."""
+    """A shipped template that was tried in place of the tokenizer's own writes other text."""
 
 
 class ChatProgram:

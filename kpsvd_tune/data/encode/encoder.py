@@ -89,19 +89,12 @@ class TokenizedRow:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A row as text.
-
-    Attributes:
-        segments: Its stretches, learnt or not.
-        prefix: Ids that stand before them.
-        holds_special_tokens: Whether the row's own text holds the text of a special token.
-        is_chat: Whether a chat template wrote it, which may have an end token of its own.
-    """
+    """A row as text, learnt or not."""
 
     segments: Sequence[Segment]
-    prefix: Sequence[int]
-    holds_special_tokens: bool
-    is_chat: bool
+    prefix: Sequence[int]  # ids that stand before them
+    holds_special_tokens: bool  # whether the row's own text holds the text of a special token
+    is_chat: bool  # whether a chat template wrote it, which may have an end token of its own
 
 
 class Encoder:
@@ -157,7 +150,7 @@ class Encoder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about tokenizer and template, as met so far."""
+        """What a user should know about tokenizer and template, as far as rows have shown it."""
         of_chat = self._chat.notes if self._chat else {}
         return (*self._notes, *of_chat)
 
@@ -272,7 +265,7 @@ class Encoder:
                 f"rows begin with {self._bos!r} twice, which no model has seen in "
                 "pretraining: take it out of the chat template, or out of the rows"
             ] = None
-        # Of a text that its tokenizer drops altogether, no id is left.
+        # A text that its tokenizer drops as a whole leaves no id.
         last = ids[-1] if ids else None
         if not (last in self._all_special_ids if layout.is_chat else last == eos):
             ids.append(eos)
@@ -330,7 +323,7 @@ class Encoder:
         return any(self._special_pattern.search(text) for text in texts)
 
     def _take_notes(self, chat: Chat) -> None:
-        """Keep what a user should know about a row; of rows alike in that, the first."""
+        """Keep what a user should know about a row; of equal notes only the first."""
         for note in chat.notes:
             about = note.partition(" (first: ")[0]
             if about not in self._told:
@@ -380,7 +373,7 @@ class Encoder:
 
 
 def _texts_of(chat: Chat) -> list[str]:
-    """All that the row itself gives to be written: texts, reasoning, calls, tools."""
+    """All texts that come from the row itself: messages, reasoning, calls, tools."""
     texts = [json.dumps(chat.tools, ensure_ascii=False, default=str)] if chat.tools else []
     for message in chat.messages:
         texts.append(str(message["content"]))

@@ -11,9 +11,9 @@ from typing import Any
 from kpsvd_tune.data.encode.messages import REASONING_KEYS, read_message, read_part
 from kpsvd_tune.data.encode.tools import read_tools
 from kpsvd_tune.data.read.columns import (
+    absent_column,
     check_preference,
     column,
-    describe_columns,
     from_struct_of_lists,
     is_blank,
     is_empty,
@@ -41,7 +41,7 @@ _OPTIONAL_ROLES: Mapping[str, tuple[str, ...]] = {
     "prompt-completion": ("system",),
     "text": (),
 }
-# Of a first row that is empty or half empty, the rows behind it tell the form.
+# Rows that are looked at to find the form, as the first ones may be empty or half empty.
 _LOOKED_AT = 50
 _NAMED = "named in the recipe"
 # Columns of rows that hold one message each, as exports of chats have them.
@@ -203,7 +203,7 @@ class RowFormat:
         name = self.columns["history"]
         value = column(row, name)
         if isinstance(value, str) and value.strip():  # csv
-            with contextlib.suppress(ValueError):  # refused below, as what it is
+            with contextlib.suppress(ValueError):  # refused below, with its content
                 value = parse_json(value)
         rounds = value or []
         if not isinstance(rounds, list) or not all(
@@ -335,7 +335,7 @@ def find_format(
 
 
 def _check_distinct(columns: Mapping[str, str], setting: str) -> None:
-    """Refuse one column for two roles: a slip that would teach to repeat the question."""
+    """Refuse one column for two roles, which would train the model to repeat the question."""
     roles: dict[str, str] = {}
     for role, name in columns.items():
         if (other := roles.setdefault(name, role)) != role:
@@ -462,7 +462,7 @@ def _as_list(row: Row, name: str, may_be_single: bool) -> list[Any]:
             "role and a text for each message: mend the row"
         ) from error
     if value is None and name not in row.values:
-        raise DataError(f"{row.where}: has no column {name!r}; found {describe_columns(row)}")
+        raise absent_column(row, name)
     if value is None:
         return []
     if may_be_single and isinstance(value, Mapping):

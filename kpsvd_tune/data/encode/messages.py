@@ -30,7 +30,7 @@ _ROLES = {
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Keys of other tools that say which turns are learnt, and that mean something else in each.
+# Keys of other programs that say which turns are learnt; their meaning differs between them.
 _FOREIGN_SWITCHES = (
     "trainable",
     "training",
@@ -95,7 +95,7 @@ def read_message(
 
 def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str) -> str:
     if content is None and role in ("assistant", "tool"):
-        return ""  # as beside a call, or from a tool that answers nothing
+        return ""  # beside a call, or from a tool that gives no answer
     if content is None:
         raise DataError(
             f"{row.where}: a message of {spoken!r} in {name!r} has no text ({key!r} is null or "
@@ -135,11 +135,7 @@ def read_part(row: Row, name: str, part: Any, key: str) -> str:
 
 
 def _called(row: Row, name: str, content: str) -> list[dict[str, Any]]:
-    """The calls in the text of a turn from `function_call`: an object of name and arguments.
-
-    Raises:
-        DataError: It is no call, or no list of calls.
-    """
+    """The calls in the text of a turn from `function_call`: an object of name and arguments."""
     try:
         value = parse_json(content)
     except ValueError:
@@ -167,7 +163,7 @@ def _read_switches(row: Row, name: str, message: dict[str, Any], role: str) -> b
         if key not in message:
             continue
         value = message.pop(key)
-        # In Python True equals 1, in a data file it does not.
+        # True equals 1 in Python, but not in a data file.
         is_flag = isinstance(value, bool) == (key == "train") and value in (0, 1)
         if key in _FOREIGN_SWITCHES or not is_flag:
             raise DataError(

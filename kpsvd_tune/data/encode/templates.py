@@ -1,8 +1,8 @@
-"""Which chat template a run uses, the tokenizer's, one of ours or a file, with its arguments.
+"""Which template a run uses: the tokenizer's, a shipped one, a file, or plain text.
 
-Ours are written for training: each marks what the assistant writes. Arguments are written into the
-template's own text as defaults, so that training, evaluation, the saved tokenizer and whoever
-serves it later all render alike without being told of them.
+The shipped chat templates are written for training: each marks what the assistant writes.
+Arguments are written into the template's own text as defaults, so that training, evaluation and
+every program that loads the saved tokenizer later render alike without knowing them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Template = str | dict[str, str]
 
 @dataclass(frozen=True)
 class Family:
-    """Models whose chats one of our templates writes.
+    """Models whose chats a shipped template writes.
 
     Attributes:
         marks: Texts that the own templates of these models all hold.
-        tokens: Special tokens that ours writes, which the tokenizer must know as single tokens.
-        variants: Arguments under which ours is tried, in turn, against a model's own template.
+        tokens: Special tokens that it writes, which the tokenizer must know as single tokens.
+        variants: Arguments with which it is tried, in turn, against a model's own template.
     """
 
     marks: tuple[str, ...]
@@ -43,7 +43,7 @@ class Family:
     variants: tuple[Mapping[str, Any], ...] = ({},)
 
 
-# The first whose marks all occur is a template's family, so the narrower stand first.
+# A template's family is the first whose marks all occur, so the more special ones come first.
 FAMILIES: Mapping[str, Family] = {
     "deepseek-r1": Family(
         ("<｜User｜>", "<｜Assistant｜><think>"),
@@ -77,19 +77,19 @@ FAMILIES: Mapping[str, Family] = {
         ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
     ),
 }
-# What a rendering always gives; these are no arguments.
+# Names that every rendering gives, which are therefore no arguments.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
 @cache
 def shipped_template(name: str) -> str:
-    """The text of one of our templates."""
+    """The text of a shipped template."""
     folder = files("kpsvd_tune.data.encode").joinpath("shipped")
     return folder.joinpath(f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def shipped_name(template: str) -> str | None:
-    """Which of our templates a text is, with or without arguments; None for any other."""
+    """Which shipped template a text is, with or without arguments; None for any other."""
     return next((name for name in FAMILIES if template.endswith(shipped_template(name))), None)
 
 
@@ -152,7 +152,7 @@ def reads(template: Template, tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def missing_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens that one of our templates writes and the tokenizer does not know."""
+    """Special tokens that a shipped template writes and the tokenizer does not know."""
     known = tokenizer.get_vocab()
     return [token for token in FAMILIES[name].tokens if token not in known]
 
@@ -296,6 +296,8 @@ def with_chat_template(
         name = None if dataset.chat_template or keeps_template else family_of(own)
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
+        if isinstance(own, str) and shipped_name(own):
+            raise  # it is one of ours, which has just been tried
         refusal = error
     reasons: list[str] = []
     for variant in FAMILIES[name].variants:

@@ -1,4 +1,4 @@
-"""Tools and tool calls of chats, in the one form that chat templates expect: values, not JSON."""
+"""Tools and tool calls of chats, in the form that chat templates expect: values, not JSON text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
 
 def _parsed(value: Any) -> Any:
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # refused as what it is
+        with contextlib.suppress(ValueError):  # refused below, with its type
             return parse_json(value)
     return value
 
@@ -90,7 +90,7 @@ def read_calls(
     calls = message.pop("tool_calls", None) or []
     legacy = message.pop("function_call", None)
     if isinstance(calls, str):
-        with contextlib.suppress(ValueError):  # refused below, as what it is
+        with contextlib.suppress(ValueError):  # refused below, with its content
             calls = parse_json(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(
@@ -121,7 +121,7 @@ def _read_call(
             f"{row.where}: a call of a tool has no name: {json.dumps(call, default=str)[:60]}; "
             "expected {'function': {'name': ..., 'arguments': {...}}}: correct it, or remove it"
         )
-    # Some write a call without arguments so; a template would write "" or nothing.
+    # Some files write a call without arguments in this way; a template would write "" or nothing.
     is_without = isinstance(arguments, str) and arguments.strip() in ("", "null")
     if is_without or set(call) <= {"name", "id", "type", "index"}:
         return {**call, "arguments": {}}
@@ -224,7 +224,7 @@ def render_calls(
     if not shown:
         return found
     other = render(_with_text_arguments(messages))
-    # The same may stand in a message's text, which is no reason.
+    # The same text may stand in a message, which is no reason to take the other rendering.
     is_other = all(other[0].count(each) < found[0].count(each) for each in shown)
     return other if is_other else found
 

@@ -1,4 +1,4 @@
-"""Columns that no role takes: refused where they change what a row means, named where not."""
+"""Columns that no role takes: refused if they change what a row means, else named in a note."""
 
 from __future__ import annotations
 
@@ -144,13 +144,13 @@ class UnusedColumns:
                 raise self._missing_context(row, name)
             self._context[name] = None
         self._unused[name] = None
-        # The others may hold what changes a row's meaning further down.
+        # Columns of these names are looked at in every row: a later value may change its meaning.
         telling = _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
         if plain not in telling:
             self._settled.add(name)
 
     def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
-        """Refuse rows for tests among rows to train on; a file of one kind is what a user chose."""
+        """Refuse rows of several splits in one file; a file of one split is what a user chose."""
         if plain not in _SPLITS or not isinstance(value, str):
             return
         is_held_out = value.strip().lower() in _HELD_OUT
@@ -163,7 +163,7 @@ class UnusedColumns:
             )
 
     def _check_plain_text(self, row: Row, name: str) -> None:
-        """Refuse what a first row would have been refused for, in a later row of plain text."""
+        """Refuse a later row of plain text for columns with which it could not be the first."""
         is_found = self._form.name == "text" and not self._form.is_format_named
         if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
             raise DataError(
@@ -177,7 +177,7 @@ class UnusedColumns:
         if used:
             return several_messages(row, [*used[:1], name], _SETTING)
         return DataError(
-            f"{row.where}: the column {name!r} holds messages, and earlier rows have the form "
+            f"{row.where}: the column {name!r} holds messages, and other rows have the form "
             f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
             f"each form, or leave it out with dataset.ignore_columns: [{name}]"
         )

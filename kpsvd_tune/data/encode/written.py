@@ -126,11 +126,7 @@ class WrittenCheck:
             return True  # it was looked at
 
     def _check_order_of_results(self, messages: Sequence[Message], tools: Any, text: str) -> None:
-        """Check that results of tools can be told apart where they stand in another order.
-
-        Raises:
-            DataError: Only `tool_call_id` tells them apart, and the template does not write it.
-        """
+        """Check that results of tools can be told apart where they stand in another order."""
         for swapped in _swapped_results(messages):
             bare = [
                 {k: v for k, v in message.items() if k not in ("tool_call_id", "name")}
@@ -175,11 +171,7 @@ class WrittenCheck:
                 raise DataError(doubt.message(is_last=doubt.place == last))
 
     def _refuse_unmarked(self, doubt: _Doubt) -> None:
-        """Tell of a part of a learnt turn that stands outside of what the template marks.
-
-        Raises:
-            DataError: Without it the turn would mean something else.
-        """
+        """Tell of a part of a learnt turn that stands outside of what the template marks."""
         if not doubt.is_reasoning:
             raise DataError(
                 f"the chat template writes {doubt.what} outside of its {{% generation %}} "
@@ -249,21 +241,13 @@ class WrittenCheck:
 
 @dataclass(frozen=True)
 class _Doubt:
-    """A part of a message that is not surely in the text.
+    """A part of a chat's message that is not surely in the text."""
 
-    Attributes:
-        place: The message's.
-        path: Keys and places that lead to the part.
-        role: The message's.
-        what: The part, as a message names it.
-        is_learnt: Whether the message is.
-    """
-
-    place: int
-    path: tuple[str | int, ...]
-    role: str
-    what: str
-    is_learnt: bool
+    place: int  # the message's
+    path: tuple[str | int, ...]  # keys and places that lead to the part
+    role: str  # the message's
+    what: str  # the part, as errors and notes name it
+    is_learnt: bool  # whether the message is
 
     @property
     def is_content(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from kpsvd_tune.data.read.files import Row, parse_json
 from kpsvd_tune.errors import DataError, closest
 
-# Names that real data sets use for a role, most telling first.
+# Names that real data sets use for a role, the clearest first.
 _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt": (
         "prompt", "question", "instruction", "problem", "query", "input", "request", "user",
@@ -29,13 +29,21 @@ _USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-# What belongs before the answer besides the question, by plain names.
+# Columns that belong before the answer besides the question, by plain names.
 CONTEXT_NAMES = {
     *("input", "context", "history", "passage", "paragraph", "document", "documents", "article"),
     *("background", "knowledge", "evidence", "schema", "testlist", "choices", "options"),
 }
 # Unicode's categories of control and format characters, and of spaces.
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+# Characters of other categories that show nothing either: fillers, joiners, variation selectors,
+# and the Braille pattern without dots.
+_FILLERS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff]"
+)
+# Texts that are no content of an example.
+_IDENTIFIERS = re.compile(r"(^|[._-])(id|uid|uuid|idx|index|url|uri)$", re.IGNORECASE)
 SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
 
 
@@ -115,7 +123,7 @@ def text_of(row: Row, name: str) -> str:
     """
     value = column(row, name)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        value = "\n".join(value)  # as MBPP holds the tests of a task
+        value = "\n".join(value)  # a list of texts holds lines, such as the tests of a task
     if isinstance(value, str):
         check_characters(row, name, value)
         return value
@@ -123,10 +131,7 @@ def text_of(row: Row, name: str) -> str:
         return str(value)
     if value is None:
         if name.split(".")[0] not in row.values:
-            raise DataError(
-                f"{row.where}: has no column {name!r}, which other rows have; found "
-                f"{describe_columns(row)}"
-            )
+            raise absent_column(row, name)
         return ""
     if isinstance(value, Mapping):
         inner = next(iter(value), "key")
@@ -158,6 +163,19 @@ def check_characters(row: Row, name: str, text: str) -> None:
         ) from error
 
 
+def absent_column(row: Row, name: str) -> DataError:
+    """The error for a row that lacks a column of the other rows, with the key that it may be."""
+    near = next((key for key, value in row.values.items() if message_kind(value)), None)
+    if name in _USUAL_NAMES and name not in ("messages", "conversations"):
+        near = nearest(name, list(row.values))
+    cure = f"rename {near!r} to {name!r}" if near else f"write a {name!r} into it"
+    return DataError(
+        f"{row.where}: has no column {name!r}, which other rows have; found "
+        f"{describe_columns(row)}; expected rows of one form: {cure}, remove the row or put it "
+        "into a file of its own, or have such rows left out with dataset.on_bad_row=drop"
+    )
+
+
 def missing_column(
     row: Row,
     form: str,
@@ -172,9 +190,11 @@ def missing_column(
     `setting` is where a user names columns; `names_format` says whether the recipe names the form,
     so that another form has to be named too.
     """
-    advised, mapping = _advice(row, form, required)
+    advised, mapping, is_guess = _advice(row, form, required)
     what = f"the column {name!r}" + (f" for {role}" if name != role else "")
-    lead = "say which columns to use: " if "COLUMN" in mapping.values() else "the nearest is "
+    lead = "for example " if is_guess else "the nearest is "
+    if "COLUMN" in mapping.values():
+        lead = "say which columns to use: "
     changes = f"dataset.format={advised} " if names_format and advised != form else ""
     listed = ", ".join(f"{key}: {value}" for key, value in mapping.items())
     return DataError(
@@ -183,29 +203,44 @@ def missing_column(
     )
 
 
-def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """The form and columns that use all that seems to belong to the example."""
+def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str, str], bool]:
+    """The form and columns that use all that seems to belong to the example.
+
+    Returns:
+        Form, columns by role, and whether some are taken for no more than the order they come in.
+    """
     paths = _text_paths(row)
     for path in paths:
         kind = message_kind(column(row, path))
         if kind is not None and path not in ("prompt", "completion"):
-            return kind, {"messages" if kind == "chat" else "conversations": path}
+            return kind, {"messages" if kind == "chat" else "conversations": path}, False
+    if form in ("chat", "sharegpt"):
+        # No column holds messages, whatever one of them is called.
+        other = _advice(row, "prompt-completion", ("prompt", "completion"))
+        is_whole = "COLUMN" not in other[1].values()
+        return other if is_whole else (form, dict.fromkeys(required, "COLUMN"), False)
     found: dict[str, str] = {}
     for wanted in required:
         free = [path for path in paths if path not in found.values()]
         if close := nearest(wanted, free):
             found[wanted] = close
-    if form not in ("prompt-completion", "alpaca") or set(found) != set(required):
-        return form, {role: found.get(role, "COLUMN") for role in required}
     free = [path for path in paths if path not in found.values() and _is_text(row, path)]
+    left = [role for role in required if role not in found]
+    texts = [path for path in free if not _IDENTIFIERS.search(path)]
+    if left and len(left) == len(texts):
+        # A text beside its summary or translation: which is which the order tells, if anything.
+        found |= dict(zip(left, texts, strict=True))
+        return form, {role: found[role] for role in required}, True
+    if form not in ("prompt-completion", "alpaca") or left:
+        return form, {role: found.get(role, "COLUMN") for role in required}, False
     more: dict[str, str] = {}
     for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES)):
         if fitting := [path for path in free if plain_name(path.split(".")[-1]) in names]:
             more[role] = fitting[0]
     if "input" in more:
         asking, answer = found.values()
-        return "alpaca", {"instruction": asking, "output": answer, **more}
-    return form, {**found, **more}
+        return "alpaca", {"instruction": asking, "output": answer, **more}, False
+    return form, {**found, **more}, False
 
 
 def _is_text(row: Row, path: str) -> bool:
@@ -217,7 +252,7 @@ def _is_text(row: Row, path: str) -> bool:
 
 def is_blank(text: str) -> bool:
     """Whether a text shows nothing: spaces, control characters and characters without width."""
-    return all(unicodedata.category(each) in _INVISIBLE for each in text)
+    return all(unicodedata.category(each) in _INVISIBLE or _FILLERS.match(each) for each in text)
 
 
 def is_empty(value: Any) -> bool:

@@ -10,10 +10,12 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -230,15 +232,8 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
             )
             yield number, fault
             continue
-        if not isinstance(values, dict):
-            cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
-            fault = DataError(
-                f"{path}, line {number}: expected a JSON object (columns by name), found "
-                f"{_kind(values)}{cure}"
-            )
-            yield number, fault
-            continue
-        yield number, values
+        cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
+        yield number, _object(values, f"{path}, line {number}", cure)
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
@@ -263,26 +258,34 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
     for number, values in enumerate(content, start=1):
-        if not isinstance(values, dict):
-            fault = DataError(
-                f"{path}, row {number}: expected a JSON object (columns by name), found "
-                f"{_kind(values)}"
-            )
-            yield number, fault
-            continue
-        yield number, values
+        yield number, _object(values, f"{path}, row {number}")
+
+
+def _object(values: Any, place: str, cure: str = "") -> dict[str, Any] | DataError:
+    """The values, or the error that they are no JSON object."""
+    if isinstance(values, dict):
+        return values
+    return DataError(
+        f"{place}: expected a JSON object (columns by name), found {_kind(values)}{cure}"
+    )
 
 
 def _read_csv(path: Path) -> Iterator[Numbered]:
     # The library's own limit is 131,072 characters, and long texts are what csv files hold here.
     csv.field_size_limit(2**31 - 1)
     # newline="": csv sees the line ends itself and keeps those inside quotes.
-    reader = csv.reader(_read_text(path, newline=""), strict=True)
+    lines = _read_text(path, newline="")
+    first = next(lines, "")
+    # How Excel is told the separator of what follows.
+    told = re.fullmatch(r'"?sep=([,;\t|])"?\s*', first, re.IGNORECASE)
+    reader = csv.reader(
+        lines if told else chain([first], lines), delimiter=told[1] if told else ",", strict=True
+    )
     header: list[str] | None = None
-    start = 1
+    start = before = 2 if told else 1
     try:
         for fields in reader:
-            number, start = start, reader.line_num + 1
+            number, start = start, reader.line_num + before
             if not any(field.strip() for field in fields):
                 continue
             if header is None:
@@ -294,8 +297,8 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                     f'({_names(header)}): put double quotes (") around a text with a comma in it'
                 )
                 yield number, fault
-                continue
-            yield number, dict(zip(header, fields, strict=True))
+            else:
+                yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(
             f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "
@@ -375,9 +378,14 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
+                for values in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, without_filled_nulls(values)
+    except KeyError as error:  # of a column of maps
+        raise DataError(
+            f"{path}, behind row {number}: {error.args[0]} Expected each key of a map once: mend "
+            "the row"
+        ) from error
     # Besides its own errors: text that is not UTF-8, and dates that Python has no value for.
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(

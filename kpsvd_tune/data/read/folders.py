@@ -1,4 +1,4 @@
-"""Which files of a folder or a pattern are read: by extension, by split, and never by chance."""
+"""Which files of a folder or a pattern are read: by extension and by split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kpsvd_tune.data.read.files import SUFFIXES, kind_of
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.paths import exists, expand
 
-# What tools write beside the rows, under names of their own.
+# Files that tools write beside the rows.
 _METADATA = frozenset(
     {
         "config.json",
@@ -31,7 +31,7 @@ _METADATA = frozenset(
         "state.json",
     }
 )
-# The words that the datasets library takes for splits, and a few that people write.
+# The words that the datasets library reads as splits, and a few more that people write.
 _SPLITS = {
     word: split
     for split, words in {
@@ -51,22 +51,14 @@ HELD_OUT = ("validation", "test")
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder, or those that a pattern matches.
+    """The files of a folder, or those that a pattern matches."""
 
-    Attributes:
-        label: The folder or pattern, as messages name it.
-        root: Folder that names are shown relative to.
-        files: Data files of one kind, in the order of their names.
-        others: Names of what is left out, whatever the split.
-        is_pattern: Whether the files were picked by a pattern.
-        given: Files by split where a dataset card gives them; None: their names tell.
-    """
-
-    label: str
-    root: Path
-    files: tuple[Path, ...]
-    others: tuple[str, ...]
-    is_pattern: bool = False
+    label: str  # the folder or pattern, as messages name it
+    root: Path  # folder that names are shown relative to
+    files: tuple[Path, ...]  # data files of one kind, in the order of their names
+    others: tuple[str, ...]  # names of what is left out, whatever the split
+    is_pattern: bool = False  # whether the files were picked by a pattern
+    # Files by split where a dataset card gives them; None: their names tell.
     given: Mapping[str, Sequence[Path]] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +30,12 @@ from kpsvd_tune.data.read.folders import (
     list_pattern,
 )
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
 from kpsvd_tune.storage.paths import expand
+
+# A hub that says nothing for so long is taken for one that cannot be reached.
+_HUB_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,6 @@ def load_rows(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    offline: bool = False,
 ) -> LoadedRows:
     """Read one or several sources into memory, one after the other.
 
@@ -77,7 +81,6 @@ def load_rows(
         path: Local file, folder, pattern or hub id; or several of these.
         name: Configuration of a hub dataset, or several to read one after the other.
         split: Split of a hub dataset, in the notation of `datasets`.
-        offline: Use only what the local hub cache holds.
 
     Raises:
         DataError: A source is missing or faulty; the message names source and line.
@@ -88,7 +91,7 @@ def load_rows(
     rows: list[Row] = []
     notes: list[str] = []
     for one in paths:
-        for source in open_sources(one, name=name, split=split, offline=offline):
+        for source in open_sources(one, name=name, split=split):
             rows += readable(source.read())
             notes += source.notes
     return LoadedRows(tuple(rows), tuple(notes))
@@ -99,7 +102,6 @@ def open_sources(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    offline: bool = False,
     streaming: bool = False,
     is_held_out: bool = False,
 ) -> list[RowSource]:
@@ -122,7 +124,7 @@ def open_sources(
         return [each for one in listings for each in _listed(one, split, is_held_out)]
     local = _open_local(path, split, is_held_out)
     if local is None:
-        return [_hub(path, one, split, offline, streaming) for one in names]
+        return [_hub(path, one, split, streaming) for one in names]
     if name is not None:
         note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
         local[0] = replace(local[0], notes=(*local[0].notes, note))
@@ -288,7 +290,35 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
     yield from chain([first], rows)
 
 
-def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bool) -> RowSource:
+def _reaches_hub(source: str) -> bool:
+    """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source, timeout=_HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # that it has no such data set is an answer
+    # The HTTP client raises many kinds, and all of them mean that nothing came back.
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _not_asked(offline: bool) -> Iterator[None]:
+    """Keep the libraries from asking the hub: they look at this constant at every call."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
     from datasets import (
         DownloadConfig,
@@ -302,6 +332,13 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
+    offline = is_offline()
+    where = "the local cache (offline)" if offline else "the hub"
+    notes: tuple[str, ...] = ()
+    if not offline and not _reaches_hub(source):
+        offline = True
+        where = "the local cache, and the hub cannot be reached"
+        notes = (f"the hub cannot be reached: {source} is read from the local cache",)
     config = DownloadConfig(local_files_only=True) if offline else None
 
     def explained(function: Callable[[], Any]) -> Any:
@@ -310,7 +347,6 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         # The library raises many kinds (its own, OSError, ValueError, those of the hub client):
         # all of them mean that this dataset cannot be had as the recipe names it.
         except Exception as error:
-            where = "the local cache (offline)" if offline else "the hub"
             raise DataError(
                 f"dataset.path {source!r}{f', name {name!r}' if name else ''}, split {split!r}: "
                 f"not found as a local file and not loadable from {where}: {_reason(error)}. "
@@ -326,7 +362,8 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
         return builder.as_streaming_dataset(split=parts[0].name), f"{builder.cache_dir} {split}"
 
     label = f"{source} ({split})"
-    table, fingerprint = explained(open_table)
+    with _not_asked(offline):
+        table, fingerprint = explained(open_table)
 
     def rows() -> Iterator[Row]:
         records = iter(table)
@@ -337,7 +374,7 @@ def _hub(source: str, name: str | None, split: str, offline: bool, streaming: bo
     def read() -> Iterator[Row]:
         return _sliced(rows, parts[0], source) if streaming else rows()
 
-    return RowSource(label, "row", read, lambda: f"hub {fingerprint}")
+    return RowSource(label, "row", read, lambda: f"hub {fingerprint}", notes=notes)
 
 
 _SIDE = r"(?P<{0}>-?\d[\d_]*)(?P<{0}_pct>%)?"
@@ -351,23 +388,14 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """One split, or a stretch of its rows.
-
-    Attributes:
-        name: The split.
-        start: First row, or per cent of the rows; negative counts from the end; None: the first.
-        stop: One past the last.
-        is_percent: Whether the two are per cent.
-        drops_remainder: Whether one per cent is a whole number of rows, and the rest left out.
-        split: The recipe's whole `split`, for messages.
-    """
+    """One split, or a stretch of its rows; negative numbers count from the end."""
 
     name: str
     start: int | None = None
-    stop: int | None = None
-    is_percent: bool = False
-    drops_remainder: bool = False
-    split: str = ""
+    stop: int | None = None  # one past the last
+    is_percent: bool = False  # whether the two are per cent of the rows
+    drops_remainder: bool = False  # whether one per cent is a whole number of rows
+    split: str = ""  # the recipe's whole `split`, for messages
 
     @property
     def is_whole(self) -> bool:
@@ -444,20 +472,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """How one source is read: the recipe's keys, those of the dataset section filled in.
-
-    Attributes:
-        path: File or hub id.
-        name: Configuration on the hub, or several.
-        split: Split.
-        format: Form of the rows, or auto.
-        columns: Column of each role.
-        ignore_columns: Columns that are read as if they were not there.
-        template: Text template, or chat.
-        weight: Times each row is seen in an epoch.
-        names_template: Whether the recipe writes a template rather than leaving the default.
-        drops_faulty: Whether rows that cannot be read are left out rather than refused.
-    """
+    """How one source is read: the recipe's keys, those of the dataset section filled in."""
 
     path: str
     name: str | Sequence[str] | None
@@ -467,8 +482,8 @@ class SourceSettings:
     ignore_columns: Sequence[str]
     template: str
     weight: float = 1.0
-    names_template: bool = False
-    drops_faulty: bool = False
+    names_template: bool = False  # whether the recipe writes a template
+    drops_faulty: bool = False  # whether faulty rows are left out rather than refused
 
 
 def training_sources(dataset: DatasetRecipe) -> list[SourceSettings]:

@@ -24,8 +24,8 @@ from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 6
-# Beyond this the stores used longest ago go; those of running commands stay.
+FORMAT_VERSION = 7
+# Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -35,18 +35,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 class TokenCache:
     """Stores of tokenised rows under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
 
-    A store is written beside its place, synced and renamed, so a killed run leaves none
-    half-written; a lock held meanwhile keeps two runs from making the same one.
+    A store is written under another name and renamed when it is whole, so that a killed run leaves
+    none half-written; a lock held meanwhile keeps two runs from making the same one.
 
     Args:
         folder: Another folder than the usual one.
-        max_bytes: Size above which stores used longest ago are removed.
+        max_bytes: Size above which the least recently used stores are removed.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         self.folder = folder or cache_folder() / "tokens"
         self._max_bytes = max_bytes
-        # Looking at all stores takes as long as there are many: not after every small one.
+        # Looking at all stores takes time, so it is not done after every small one.
         self._made_bytes = max_bytes
         _allow_many_files()
 
@@ -68,7 +68,7 @@ class TokenCache:
                     _hold(found)
                     return found, True
                 shutil.rmtree(folder, ignore_errors=True)  # damaged
-                temporary = self.folder / f"{key}.tmp"  # ours alone under the lock
+                temporary = self.folder / f"{key}.tmp"  # of this process alone: it holds the lock
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
                 writer = StoreWriter(temporary)
@@ -78,7 +78,7 @@ class TokenCache:
                     writer.abandon()
                     shutil.rmtree(temporary, ignore_errors=True)
                     raise
-                # Not synced: opening checks every digest, so what a power cut spoils is made again.
+                # Not synced: opening checks every digest, so a store lost in a power cut is remade.
                 temporary.rename(folder)
                 store = TokenStore(folder)
                 _hold(store)
@@ -115,7 +115,7 @@ class TokenCache:
             return
 
     def prune(self) -> None:
-        """Remove what was used longest ago, until the rest is no larger than the bound."""
+        """Remove the least recently used stores, until the rest is no larger than the bound."""
         for unfinished in self.folder.glob("*.tmp"):  # what killed runs left
             _remove_if_free(unfinished, self._lock_file(unfinished.name))
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
@@ -168,7 +168,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     settings = {
         name: value
         for name, value in tokenizer.init_kwargs.items()
-        # Where it was found says nothing about what it does.
+        # The place of the files changes nothing about what the tokenizer does.
         if name not in ("name_or_path", "vocab_file", "tokenizer_file", "cache_dir")
         and not name.startswith("_")
     }

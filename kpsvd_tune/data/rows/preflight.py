@@ -1,4 +1,4 @@
-"""The check before training: what will be learnt, and what would silently go wrong."""
+"""Checks before training: end tokens, token ids and lengths that would silently go wrong."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Learnt or tabulated absolute positions: wpe, embed_positions, position_embeddings, pos_encoding.
 _TABLE = re.compile(r"wpe|embed_pos|pos\w*_emb|pos_enc")
-# The table of this one is made anew for longer rows.
+# Models that compute a larger table when a row is longer.
 _GROWING = ("xglm",)
-# Takes positions from a bias of fixed width that is no tensor of the model.
+# Models whose positions are a bias of fixed width, which is no tensor of the model.
 _FIXED = ("mpt",)
 
 

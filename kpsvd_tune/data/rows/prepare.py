@@ -84,7 +84,6 @@ def read_examples(
     format: str = "auto",  # the recipe's key
     columns: Mapping[str, str] | None = None,
     template: str = "chat",
-    offline: bool = False,
 ) -> ReadRows:
     """Read rows into memory and find their form, for evaluation.
 
@@ -95,12 +94,11 @@ def read_examples(
         format: The form, or "auto" to detect it.
         columns: Column of each role, where its name differs.
         template: Only tells which roles are needed.
-        offline: Use only what the local hub cache holds.
 
     Raises:
         DataError: A source or a row cannot be read, or no form fits.
     """
-    loaded = load_rows(path, name=name, split=split, offline=offline)
+    loaded = load_rows(path, name=name, split=split)
     form, notes = find_form(loaded.rows, format, columns or {}, template, setting="columns")
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 
@@ -110,7 +108,6 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
-    offline: bool = False,
     progress: Progress | None = None,
     keeps_template: bool = False,
     limits: ModelLimits | None = None,
@@ -124,11 +121,10 @@ def prepare(
         dataset: The recipe's section.
         tokenizer: The base model's tokenizer. Its chat template becomes the one that is used.
         seed: Decides which rows are held out, and which a fractional weight takes.
-        offline: Use only what the local hub cache holds.
         progress: Called while rows are tokenised.
         keeps_template: Refuse rows that the tokenizer's chat template cannot train, rather than
             look for another, as for rows that are compared with those of a training.
-        limits: What the model takes; None: rows are not held against it.
+        limits: What the model takes; None: rows are not compared with it.
 
     Raises:
         DataError: Anything between the file and the labels is not as it must be.
@@ -138,7 +134,7 @@ def prepare(
     (sources, held_out), choice = with_chat_template(
         tokenizer,
         dataset,
-        lambda own: _tokenise_all(dataset, tokenizer, own, cache, offline, progress),
+        lambda own: _tokenise_all(dataset, tokenizer, own, cache, progress),
         keeps_template=keeps_template,
     )
     split = divide(sources, held_out, dataset, seed)
@@ -184,7 +180,6 @@ def _tokenise_all(
     tokenizer: PreTrainedTokenizerBase,
     own_template: Template | None,
     cache: TokenCache,
-    offline: bool,
     progress: Progress | None,
 ) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
     """The sources to train on, and those to hold rows out of."""
@@ -203,7 +198,6 @@ def _tokenise_all(
             settings.path,
             name=settings.name,
             split=settings.split,
-            offline=offline,
             streaming=dataset.streaming,
             is_held_out=is_held_out,
         )
@@ -228,7 +222,7 @@ def _report(
     encoder: Encoder,
     about: Sequence[str],
 ) -> PreflightReport:
-    """What the preflight found; `about` is what is told before all else."""
+    """What the preflight found; `about` are the warnings that come first."""
     train, validation = split.train, split.validation
     sources = train.sources
     whole = train.whole
@@ -271,7 +265,7 @@ def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
 def _check_limits(
     rows: StoredRows, selection: Selection, limits: ModelLimits, max_length: int
 ) -> list[str]:
-    """Hold rows against the model; gives what a user should know."""
+    """Compare rows with what the model takes; gives what a user should know."""
 
     def where(place: int) -> str:
         return selection.where(rows.order[place])
@@ -286,7 +280,7 @@ def _note_key(
     dataset: DatasetRecipe,
     seed: int,
 ) -> str:
-    """Name report and hash by all that they say, the names of the sources included."""
+    """The key of report and hash: all that they depend on, the names of the sources included."""
     stores = [
         [source.store.folder.name, source.label, source.unit, source.weight, *source.notes]
         for source in (*sources, *held_out)

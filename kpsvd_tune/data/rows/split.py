@@ -1,9 +1,8 @@
-"""Which rows are used, which of them are trained and which held out, and what is told of the rest.
+"""Which rows are used, which of them are trained and which held out, with notes on the others.
 
 Two rows are the same where their ids and labels are, or where they are one row of one file (which
 may be listed twice with other templates, or give several rows). No row may be on both sides: one
-that is held out and trained under another number would make the validation loss a wrong figure,
-without a word.
+that is held out and trained under another number would silently make the validation loss too low.
 
 Places count through all sources, one after the other.
 """
@@ -168,7 +167,7 @@ def divide(
                 notes.append(_left_out_note(int(repeats.sum()), one, is_held=index == 1))
     pool, held = pools
     if isinstance(dataset.validation, str):
-        # A row without tokens is held out by name only.
+        # A held-out row that cannot be used keeps no other row out of training.
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
         rest = np.setdiff1d(pool, train)
     else:

@@ -28,7 +28,7 @@ from kpsvd_tune.recipe import DatasetRecipe
 
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
-# Where faulty rows are left out: how many at the head of a source may have no known form.
+# Rows at the head of a source that are asked for a form, where faulty rows are left out.
 _MOST_REFUSED = 100
 _SHOWN_FAULTS = 3
 _LONGEST_FAULT = 240
@@ -36,31 +36,18 @@ _LONGEST_FAULT = 240
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """A source and its store.
+    """A source and the store of its rows."""
 
-    Attributes:
-        label: File or hub dataset, as messages name it.
-        unit: What its rows are numbered by.
-        weight: Times each row is seen in an epoch.
-        template: What its rows were written with: "chat", or text.
-        store: Its rows.
-        form: The form they were found to have.
-        notes: What a user should know about source, template and tokenizer.
-        was_cached: Whether nothing had to be tokenised.
-        content: Equal for sources that read the same file, whichever rows of it.
-        ignored: Columns that its rows have and the recipe leaves out.
-    """
-
-    label: str
-    unit: str
-    weight: float
-    template: str
+    label: str  # file or hub dataset, as messages name it
+    unit: str  # what its rows are numbered by
+    weight: float  # times each row is seen in an epoch
+    template: str  # what its rows were written with: "chat", or text
     store: TokenStore
     form: RowFormat
-    notes: tuple[str, ...]
-    was_cached: bool
-    content: str
-    ignored: frozenset[str]
+    notes: tuple[str, ...]  # what a user should know about source, template and tokenizer
+    was_cached: bool  # whether nothing had to be tokenised
+    content: str  # equal for sources that read the same file, whichever rows of it
+    ignored: frozenset[str]  # columns that its rows have and the recipe leaves out
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -69,21 +56,13 @@ class TokenizedSource:
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """Makes the stores of a recipe's sources, or finds them in the cache.
-
-    Attributes:
-        dataset: The recipe's section.
-        tokenizer: The base model's tokenizer.
-        cache: Where stores lie.
-        advance: Called with the number of rows read just now.
-        own_template: The tokenizer's own chat template, where another one is tried in its place
-            that must ask as it does; None: none is.
-    """
+    """Makes the stores of a recipe's sources, or finds them in the cache."""
 
     dataset: DatasetRecipe
     tokenizer: PreTrainedTokenizerBase
     cache: TokenCache
-    advance: Callable[[int], None]
+    advance: Callable[[int], None]  # called with the number of rows read just now
+    # The tokenizer's own chat template, where another is tried in its place and must ask alike.
     own_template: Template | None = None
 
     @cached_property
@@ -133,7 +112,7 @@ class Tokeniser:
         ignored: set[str] = set()
         rows = _without_columns(source.read(), settings.ignore_columns, ignored)
         faults = Faults() if settings.drops_faulty else None
-        head = list(islice(rows, _ROWS))  # of which the first that tells it decides the form
+        head = list(islice(rows, _ROWS))  # the first of them that shows a form decides it
         form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
         encoder = Encoder(
@@ -193,7 +172,7 @@ def find_form(
 
 
 def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
-    """Notes where rows have a prompt or a system prompt and the template no place for it."""
+    """Notes on prompts and system prompts of rows that the template has no placeholder for."""
     if form.is_chat or form.name == "text" or template == "chat":
         return []
     text = TextTemplate(template)
@@ -243,23 +222,51 @@ def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -
 def _find_form(
     head: Sequence[Row], settings: SourceSettings, label: str
 ) -> tuple[RowFormat, list[str]]:
-    """The form of the rows; where faulty rows are left out, of the first that have one.
-
-    Raises:
-        DataError: There are no rows, one cannot be read, or no form fits.
-    """
+    """The form of the rows; where faulty rows are left out, that which most of them have."""
     if not head:
         raise DataError(f"{label}: holds no rows; expected at least one")
     unreadable = [row.fault for row in head if row.fault is not None]
     if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
         raise unreadable[0]
+    if not settings.drops_faulty:
+        return find_form(head, settings.format, settings.columns, settings.template)
     refused: list[DataError] = []
-    for start in range(min(len(head), _MOST_REFUSED if settings.drops_faulty else 1)):
+    forms: list[tuple[int, RowFormat, list[str]]] = []
+    known: set[int] = set()
+    for start in range(min(len(head), _MOST_REFUSED)):
+        if start in known:
+            continue
         try:
-            return find_form(head[start:], settings.format, settings.columns, settings.template)
+            form, notes = find_form(
+                head[start:], settings.format, settings.columns, settings.template
+            )
         except DataError as error:
             refused.append(error)
-    raise refused[0]
+            continue
+        if all(form != other for _, other, _ in forms):
+            understood = {place for place, row in enumerate(head) if _is_understood(row, form)}
+            forms.append((len(understood), form, notes))
+            known |= understood
+    if not forms:
+        raise refused[0]
+    number, form, notes = max(forms, key=lambda each: each[0])  # the first of several
+    if len(forms) > 1:
+        others = ", ".join(f"{each.name} ({count})" for count, each, _ in forms if each != form)
+        notes = [
+            f"{label}: {number} of the first {len(head)} rows have the form {form.name}, which is "
+            f"taken for all, as dataset.on_bad_row says; other forms: {others}",
+            *notes,
+        ]
+    return form, notes
+
+
+def _is_understood(row: Row, form: RowFormat) -> bool:
+    """Whether a row can be read in a form and gives something to learn."""
+    try:
+        UnusedColumns(form).check(row)
+        return row.fault is None and form.example(row) is not None
+    except DataError:
+        return False
 
 
 def _encode(
@@ -269,14 +276,10 @@ def _encode(
     encoder: Encoder,
     faults: Faults | None,
 ) -> Iterator[TokenizedRow]:
-    """The rows to train on; one row of the source gives several where each turn is one.
-
-    Raises:
-        DataError: A row is not as it must be, and faulty rows are not left out.
-    """
+    """The rows to train on; one row of the source gives several where each turn is one."""
     layouts: list[Layout] = []
     numbers: list[int] = []
-    found: list[TokenizedRow | None] = []  # None: the next of the rows that are laid out
+    found: list[TokenizedRow | None] = []  # None: take the next row of the encoder
     for row in rows:
         parts: list[Layout] = []
         mark = Mark.EMPTY
@@ -300,11 +303,7 @@ def _encode(
 
 
 def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder) -> list[Layout]:
-    """The rows to train on that a row of the source gives; none where nothing is to be learnt.
-
-    Raises:
-        DataError: The row is not as it must be; the message begins with its place.
-    """
+    """The rows to train on that a row of the source gives; none where nothing is to be learnt."""
     if row.fault is not None:
         raise row.fault
     unused.check(row)
@@ -381,7 +380,7 @@ def faulty_rows_note(
 
 
 def _reason(text: str) -> str:
-    """The kind of a fault: its message without what differs from row to row."""
+    """The kind of a fault: its message without the parts that differ from row to row."""
     text = re.sub(r"\s*\([^()]*\)", "", text)
     text = re.split(r"[;:] ", text, maxsplit=1)[0]
     return re.sub(r"\d+", "N", text)[:100]

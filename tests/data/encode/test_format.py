@@ -128,7 +128,20 @@ def test_chats_without_an_answer_give_none() -> None:
         ({"question": "a", "answer": "b"}, "{prompt: question, completion: answer}"),
         ({"Problem": "a", "Solution": "b", "id": 1}, "{prompt: Problem, completion: Solution}"),
         ({"promt": "a", "completions": "b"}, "{prompt: promt, completion: completions}"),
-        ({"data": {"q": "a", "answer": "b"}}, "{prompt: COLUMN, completion: data.answer}"),
+        ({"data": {"q": "a", "answer": "b"}}, "{prompt: data.q, completion: data.answer}"),
+        (
+            {"article": "a", "highlights": "b", "id": "c"},
+            "{prompt: article, completion: highlights}",
+        ),
+        (
+            {"doc_id": "1", "document": "a", "summary": "b"},
+            "{prompt: document, completion: summary}",
+        ),
+        (
+            {"translation": {"en": "a", "fr": "b"}},
+            "{prompt: translation.en, completion: translation.fr}",
+        ),
+        ({"en": "a", "fr": "b", "de": "c"}, "{prompt: COLUMN, completion: COLUMN}"),
         ({"data": {"query": "a", "reply": "b"}}, "{prompt: data.query, completion: data.reply}"),
         ({"text": "a", "code": "b"}, "{prompt: text, completion: code}"),
     ],
@@ -140,6 +153,61 @@ def test_wrong_columns_name_the_nearest_mapping(values: dict[str, Any], mapping:
     assert message.startswith("rows.jsonl, line 1: the column 'prompt' is missing; found the col")
     assert f"found the columns {', '.join(values)}; expected prompt and completion" in message
     assert message.endswith(f"dataset.columns={mapping}")
+    if "COLUMN" not in mapping:
+        columns = dict(part.split(": ") for part in mapping.strip("{}").split(", "))
+        assert find_format([row(**values)], "auto", columns).example(row(**values)) is not None
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        (
+            {"prompt": "a", "response": "b"},
+            "the nearest is dataset.format=prompt-completion "
+            "dataset.columns={prompt: prompt, completion: response}",
+        ),
+        ({"dialog": "a", "id": 1}, "say which columns to use: dataset.columns={messages: COLUMN}"),
+        ({"talk": MESSAGES}, "the nearest is dataset.columns={messages: talk}"),
+    ],
+)
+def test_missing_messages_are_not_looked_for_in_texts(values: dict[str, Any], advice: str) -> None:
+    with pytest.raises(DataError) as got:
+        find_format([row(**values)], "chat", {})
+    assert str(got.value).endswith(f"; {advice}")
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "cure"),
+    [
+        ({"messages": MESSAGES}, {"dialog": MESSAGES}, "rename 'dialog' to 'messages'"),
+        ({"messages": MESSAGES}, {"prompt": "a"}, "write a 'messages' into it"),
+        (
+            {"prompt": "a", "completion": "b"},
+            {"prompt": "a", "answer": "b"},
+            "rename 'answer' to 'completion'",
+        ),
+    ],
+)
+def test_a_row_without_a_column_of_the_others_says_what_it_has_and_what_to_do(
+    first: dict[str, Any], other: dict[str, Any], cure: str
+) -> None:
+    with pytest.raises(DataError) as got:
+        find(first).example(row(**other))
+    assert f"which other rows have; found the columns {', '.join(other)}; " in str(got.value)
+    assert f"expected rows of one form: {cure}, remove the row or put it" in str(got.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["\u2060", "\u200b \u00a0", "\u3164", "\u2800\u2800", "\ufe0f", "\u034f", "\U000e0100"]
+)
+def test_an_answer_that_shows_nothing_is_an_empty_one(text: str) -> None:
+    assert (
+        find({"prompt": "a", "completion": "b"}).example(row(prompt="a", completion=text)) is None
+    )
+    messages = [MESSAGES[0], {"role": "assistant", "content": text}]
+    assert find({"messages": MESSAGES}).example(row(messages=messages)) is None
+    shown = find({"prompt": "a", "completion": "b"}).example(row(prompt="a", completion=f"{text}x"))
+    assert shown is not None
 
 
 @pytest.mark.parametrize(
@@ -190,7 +258,7 @@ def test_a_row_without_a_column_that_others_have_is_refused() -> None:
     found = find({"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match="has no column 'completion', which other rows have; found"):
         found.example(row(prompt="a", answer="b"))
-    with pytest.raises(DataError, match="has no column 'messages'; found the columns prompt"):
+    with pytest.raises(DataError, match="has no column 'messages', which other rows have; found"):
         find({"messages": MESSAGES}).example(row(prompt="a"))
 
 

@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import prepare
-from kpsvd_tune.data.encode.templates import shipped_name
+from kpsvd_tune.data.encode.chat_program import TemplateError
+from kpsvd_tune.data.encode.templates import shipped_name, shipped_template
 from kpsvd_tune.data.rows.prepare import PreparedData
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
@@ -131,6 +132,19 @@ def test_one_that_asks_otherwise_is_never_used(
     ):
         prepare(DatasetRecipe(path=path, validation=0), changed, seed=0)
     assert shipped_name(changed.chat_template) is None
+
+
+def test_a_template_that_is_ours_already_is_not_said_to_be_tried(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = write(tmp_path, chat("q1", "a1", "q2", "a2"))
+    broken = with_template(tokenizer, shipped_template("phi3"))
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "n"},
+           {"role": "assistant", "content": "a"}]}  # fmt: skip
+    Path(path).write_text(json.dumps(row))
+    with pytest.raises(TemplateError) as caught:
+        prepare(DatasetRecipe(path=path, validation=0), broken, seed=0)
+    assert "was tried in its place" not in str(caught.value)
 
 
 def test_nothing_else_is_tried_where_the_recipe_names_one_or_rows_are_compared(

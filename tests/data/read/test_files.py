@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset  # type: ignore[import-untyped]
 
 from kpsvd_tune.data.read import files
 from kpsvd_tune.data.read.files import Row, parse_json
@@ -107,6 +109,90 @@ def test_a_fault_names_file_line_finding_and_cure(
         read_file(write(tmp_path, name, content))
 
 
+@pytest.mark.parametrize(
+    ("told", "separator"), [("sep=,", ","), ("SEP=;", ";"), ('"sep=\t"', "\t")]
+)
+def test_the_separator_that_excel_names_is_followed(
+    tmp_path: Path, told: str, separator: str
+) -> None:
+    lines = [told, "prompt|completion", "p|c, d; e", "q|r|s"]
+    text = "\r\n".join(lines).replace("|", separator).replace("c, d; e", '"c, d; e"')
+    path = write(tmp_path, "r.csv", text)
+    rows = list(files.read_file(path))
+    assert (rows[0].number, rows[0].values) == (3, {"prompt": "p", "completion": "c, d; e"})
+    assert "line 4: found 3 fields, expected 2" in str(rows[1].fault)
+
+
+def test_a_parquet_column_of_maps_holds_objects(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def save(*pairs: tuple[str, str]) -> Path:
+        column = pa.array([list(pairs)], type=pa.map_(pa.string(), pa.string()))
+        pq.write_table(pa.table({"translation": column}), tmp_path / "r.parquet")
+        return tmp_path / "r.parquet"
+
+    (row,) = read_file(save(("en", "Hello"), ("fr", "Bonjour")))
+    assert row.values == {"translation": {"en": "Hello", "fr": "Bonjour"}}
+    with pytest.raises(DataError, match="row 0: .*duplicate key.* Expected each key of a map once"):
+        read_file(save(("en", "Hello"), ("en", "Hi")))
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi, constants
+
+    asked: list[bool] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        asked.append(constants.HF_HUB_OFFLINE)
+        if not is_known:
+            raise ConnectionError("nothing is cached")
+        return Dataset.from_list([{"prompt": "a"}])
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError("name or service not known")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    if is_known:
+        loaded = load_rows("owner/name")
+        assert [row.values for row in loaded.rows] == [{"prompt": "a"}]
+        assert loaded.notes == (
+            "the hub cannot be reached: owner/name is read from the local cache",
+        )
+    else:
+        with pytest.raises(
+            DataError, match="the local cache, and the hub cannot be reached: nothing"
+        ):
+            load_rows("owner/name")
+    assert asked == [True]
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_has_no_such_data_set_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise HFValidationError("no such name")
+
+    def load(*arguments: Any, **options: Any) -> None:
+        assert not constants.HF_HUB_OFFLINE
+        raise ValueError("doesn't exist on the Hub")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(DataError, match="not loadable from the hub: doesn't exist on the Hub"):
+        load_rows("owner/name")
+
+
 def test_missing_file_names_what_is_there(tmp_path: Path) -> None:
     write(tmp_path, "train.jsonl", PAIR)
     with pytest.raises(DataError, match=r"there is no such file .* that folder has train\.jsonl"):
@@ -159,7 +245,7 @@ def test_what_counts_as_a_local_file(tmp_path: Path) -> None:
 
 def test_hub_dataset_that_cannot_be_had_says_so() -> None:
     with pytest.raises(DataError, match=r"'nobody/nothing'.* the local cache \(offline\): ") as got:
-        load_rows("nobody/nothing", name="main", offline=True)
+        load_rows("nobody/nothing", name="main")
     assert "give a local file (.jsonl, .json, .csv, .parquet)" in str(got.value)
 
 
@@ -198,9 +284,10 @@ def test_a_dataset_can_be_streamed(
     folder.mkdir()
     write(folder, "train.jsonl", "".join(f'{{"prompt": "{n}"}}\n' for n in range(3)))
     # A folder stands in for the hub, which is not reached here.
+    monkeypatch.setattr("kpsvd_tune.data.read.sources._reaches_hub", lambda source: True)
 
     def open_hub(split: str) -> RowSource:
-        return _hub(str(folder), None, split, False, True)
+        return _hub(str(folder), None, split, True)
 
     source = open_hub(split)
     values = [row.values["prompt"] for row in source.read()]

@@ -24,6 +24,27 @@ def read(tokenizer: PreTrainedTokenizerFast, path: Path, **keys: Any) -> Any:
     return prepare(recipe, tokenizer, seed=0)
 
 
+def test_the_form_that_most_rows_have_is_taken_for_all(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "r.jsonl"
+    other = json.dumps({"messages": [{"role": "user", "content": "q"}]})
+    texts = [json.dumps({"text": "plain"})] * 2
+    path.write_text("\n".join([other, *texts, *GOOD]))
+    data = read(tokenizer, path, max_bad_rows=0.1)
+    assert len(data.train) == len(GOOD)
+    assert data.report.format == "prompt-completion"
+    assert (
+        f"{path}: 40 of the first 43 rows have the form prompt-completion, which is taken for all, "
+        "as dataset.on_bad_row says; other forms: chat (0), text (2)"
+    ) in data.report.warnings
+    (note,) = [each for each in data.report.warnings if each.startswith("LEFT OUT")]
+    assert "3 of 43 rows" in note
+    assert "line 1: the column 'messages' holds messages, and other rows have the form" in note
+    path.write_text("\n".join(GOOD))
+    assert not read(tokenizer, path).report.warnings
+
+
 def test_faulty_rows_are_left_out_counted_and_told_again(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kpsvd_tune.commands import main as cli
-from kpsvd_tune.pipeline import probes
-from kpsvd_tune.pipeline.probes import CANDIDATES, best_first, round_lengths
 from kpsvd_tune.report.results import Probe
+from kpsvd_tune.training import probes
+from kpsvd_tune.training.probes import CANDIDATES, best_first, round_lengths
 
 
 def probe(energy: float, parameters: int, loss: float) -> Probe:
@@ -128,7 +128,7 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kpsvd_tune.decompose import start
-    from kpsvd_tune.pipeline import run as module
+    from kpsvd_tune.training import stages as module
     from kpsvd_tune.training import tracking
 
     models: list[weakref.ref[Any]] = []

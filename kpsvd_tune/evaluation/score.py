@@ -27,14 +27,14 @@ from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer
 from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
-from kpsvd_tune.pipeline.apply import find, load_adapter, resolve_base
-from kpsvd_tune.pipeline.save import update_card
 from kpsvd_tune.processes import device, end_processes, num_processes, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_label, score_text
 from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
+from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.durable import check_replaceable, check_writable
 from kpsvd_tune.storage.json_files import read_json
@@ -57,7 +57,6 @@ def check_tasks(
     *,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
-    offline: bool = False,
 ) -> None:
     """Refuse now what would stop the scoring after a training.
 
@@ -68,7 +67,7 @@ def check_tasks(
     for task in tasks:
         check_code_execution(task.task, allow_code_execution=allow_code_execution, sandbox=sandbox)
     for task in tasks:
-        check_task(_as_trained(task, dataset), offline=offline)
+        check_task(_as_trained(task, dataset))
 
 
 class Scorer:
@@ -80,7 +79,6 @@ class Scorer:
             none; None: the tasks' own.
         place: Device to compute on.
         events: Told of progress and scores.
-        offline: Make no network call.
         allow_code_execution: Whether generated programs may be run.
         sandbox: What they run in.
     """
@@ -92,7 +90,6 @@ class Scorer:
         place: torch.device,
         events: Events,
         *,
-        offline: bool = False,
         allow_code_execution: bool = False,
         sandbox: Sandbox = "bwrap",
     ) -> None:
@@ -100,7 +97,6 @@ class Scorer:
         self._dataset = dataset
         self._place = place
         self._events = events
-        self._offline = offline
         self._allow_code_execution = allow_code_execution
         self._sandbox = sandbox
 
@@ -137,7 +133,6 @@ class Scorer:
             folder,
             allow_code_execution=self._allow_code_execution,
             sandbox=self._sandbox,
-            offline=self._offline,
             set_aside=set_aside,
             watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
@@ -169,7 +164,6 @@ def evaluate(
     dtype: str | None = None,
     base: str | None = None,
     allow_other_base: bool = False,
-    offline: bool = False,
     allow_code_execution: bool = False,
     sandbox: Sandbox = "bwrap",
 ) -> dict[str, Any]:
@@ -187,7 +181,6 @@ def evaluate(
         dtype: Of the weights; by default the recipe's, else float32.
         base: Another place of the same base model.
         allow_other_base: Take a base that is not the adapter's; the results say so.
-        offline: Make no network call.
         allow_code_execution: Whether generated programs may be run.
         sandbox: bwrap, or none to run them without protection.
 
@@ -225,14 +218,13 @@ def evaluate(
         dataset,
         allow_code_execution=allow_code_execution,
         sandbox=sandbox,
-        offline=offline,
     )
     phase = Phase()
     with watched(phase), ExitStack() as stack:
         # Several processes end cleanly only when they take leave of each other.
         stack.callback(end_processes)
         place = device()
-        model_source = on_main_process(lambda: resolve_base(found, source, base, offline))
+        model_source = on_main_process(lambda: resolve_base(found, source, base))
         events.stage(f"loading {model_source.path}")
         known = found.recipe.model.dtype if found.recipe else "float32"
         phase.enter("loading the model", loading_cures(dtype or known, "--dtype"))
@@ -245,7 +237,6 @@ def evaluate(
             dataset,
             place,
             events,
-            offline=offline,
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,
         )

@@ -25,6 +25,7 @@ from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.score import Scorer, check_tasks, labelled
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
@@ -43,28 +44,27 @@ from kpsvd_tune.phase import (
     training_cures,
     watched,
 )
-from kpsvd_tune.pipeline.apply import TEMPLATE_KEY, trained_as
-from kpsvd_tune.pipeline.continuing import (
-    adapter_hash,
-    find_adapter,
-    holds_adapter,
-    load_adapted,
-    write_ranks,
-)
-from kpsvd_tune.pipeline.initialise import initialise
-from kpsvd_tune.pipeline.save import save_adapter
-from kpsvd_tune.pipeline.score import Scorer, check_tasks, labelled
 from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own
+from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.runs.save_adapter import save_adapter
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import (
     Training,
     make_accelerator,
 )
+from kpsvd_tune.training.from_adapter import (
+    find_adapter,
+    holds_adapter,
+    load_adapted,
+    write_ranks,
+)
+from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.length import run_length
 from kpsvd_tune.training.zero_config import zero_stage
 
@@ -78,7 +78,6 @@ def train(
     recipe: Recipe,
     events: Events,
     *,
-    offline: bool = False,
     resume: str = "auto",
     allow_change: Sequence[str] = (),
     allow_other_base: bool = False,
@@ -90,7 +89,6 @@ def train(
     Args:
         recipe: The recipe.
         events: Told of stages and progress.
-        offline: Make no network call.
         resume: auto, never, or the path of a checkpoint.
         allow_change: Recipe keys that may differ from those the run began with.
         allow_other_base: Go on from an adapter (`adapter.from`) of another base model.
@@ -117,7 +115,6 @@ def train(
         recipe.dataset,
         allow_code_execution=allow_code_execution,
         sandbox=sandbox,
-        offline=offline,
     )
     adapter_folder = find_adapter(recipe)
     others: list[str] = []
@@ -137,13 +134,11 @@ def train(
             )
         on_main_process(lambda: _claim(run, resume, stack))
         phase.enter("finding the base model")
-        source = on_main_process(
-            lambda: resolve_model(recipe.model.path, recipe.model.revision, offline)
-        )
+        source = on_main_process(lambda: resolve_model(recipe.model.path, recipe.model.revision))
         tokenizer = load_tokenizer(source)
         phase.enter("reading and tokenising the data", data_cures(recipe))
         train_rows, validation_rows, data_sha256, template = on_main_process(
-            lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events, offline),
+            lambda: _prepare(dataset, tokenizer, source, recipe.train.seed, events),
         )
         # Only the first process has read the rows, which decide on it where the recipe does not.
         tokenizer.chat_template = on_main_process(lambda: tokenizer.chat_template)
@@ -173,6 +168,8 @@ def train(
             ),
         )
         if start.is_finished:
+            if holds_adapter(run.adapter):
+                check_own(run.adapter, read_json(run.run_file).get(ADAPTER_KEY))
             missing = (
                 ""
                 if holds_adapter(run.adapter)
@@ -224,7 +221,6 @@ def train(
             trained_as(dataset, template),
             accelerator.device,
             events,
-            offline=offline,
             allow_code_execution=allow_code_execution,
             sandbox=sandbox,
         )
@@ -292,7 +288,6 @@ def _prepare(
     source: ModelSource,
     seed: int,
     events: Events,
-    offline: bool,
 ) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str, str]:
     """Rows to train on, held-out rows, the hash of both, and the template of both."""
     events.stage(f"reading {source_names(dataset)}")
@@ -300,7 +295,6 @@ def _prepare(
         dataset,
         tokenizer,
         seed=seed,
-        offline=offline,
         progress=lambda done, total: events.advance("tokenising", done, total),
         limits=model_limits(load_skeleton(source)),
     )
@@ -349,6 +343,7 @@ def _finish(
         if key in _ADDED_BY_EVAL and isinstance(value, dict):
             results = {**results, key: {**value, **results.get(key, {})}}
     save_adapter(model, weights, tokenizer, run.adapter, recipe, report, results)
+    run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
     run.finish(results)
 
 

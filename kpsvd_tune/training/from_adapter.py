@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +19,10 @@ from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import KroneckerShape
 from kpsvd_tune.models import ModelSource, load_model
-from kpsvd_tune.pipeline.apply import COMPARED, find, load_adapter
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import LayerReport, RankReport
+from kpsvd_tune.runs.find import COMPARED, find, load_adapter
 from kpsvd_tune.storage.disk import explained
 
 _FILE = "adapter_model.safetensors"
@@ -59,12 +58,6 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and (folder / _FILE).is_file()
 
 
-def adapter_hash(folder: Path) -> str:
-    """The sha256 of an adapter's weights, by which a resumed run knows the one it began with."""
-    with open(folder / _FILE, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_adapted(
     recipe: Recipe,
     source: ModelSource,
@@ -83,7 +76,7 @@ def load_adapted(
         folder: The adapter.
         base_files: Hashes of the base's files.
         events: Told of notes.
-        others: As by :func:`kpsvd_tune.pipeline.apply.load_adapter`.
+        others: As by :func:`kpsvd_tune.runs.find.load_adapter`.
 
     Raises:
         AdapterError: The adapter was trained on another base model, or is damaged.

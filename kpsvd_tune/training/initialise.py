@@ -18,7 +18,6 @@ from kpsvd_tune.decompose.start import starting_factors
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
-from kpsvd_tune.pipeline.probes import choose_energy, with_energy
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
@@ -28,6 +27,7 @@ from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.training.probes import choose_energy, with_energy
 
 # What the manifest calls the folder.
 _KIND = "init"

@@ -68,7 +68,7 @@ def test_the_second_run_begins_where_the_first_ended(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("kpsvd_tune.pipeline.run.initialise", None)
+    monkeypatch.setattr("kpsvd_tune.training.stages.initialise", None)
     second = tmp_path / "second"
     options = [f"adapter.from={first / 'adapter'}", f"output_dir={second}"]
     assert cli.run(["train", str(recipe), *options, "adapter.rate=relative"]) == 0

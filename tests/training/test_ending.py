@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kpsvd_tune.pipeline.ending import worse_message
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.run import ending
+from kpsvd_tune.training.ending import worse_message
 
 
 def recipe(**train: Any) -> Recipe:

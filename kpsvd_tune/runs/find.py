@@ -1,0 +1,185 @@
+"""What a RUN, ADAPTER or MODEL on the command line is, and an adapter put on its base."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+
+import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
+from kpsvd_tune.adapter.base import other_base_allowed
+from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
+from kpsvd_tune.events import Events
+from kpsvd_tune.models import (
+    ModelSource,
+    base_fingerprint,
+    resolve_model,
+)
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
+from kpsvd_tune.recipe.paths import check_source
+from kpsvd_tune.runs.adapter_folder import (
+    WEIGHTS,
+    check_adapter,
+    check_own,
+    check_seal,
+    read_adapter_config,
+)
+from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.memory import is_out_of_memory
+from kpsvd_tune.storage.paths import expand
+
+# Where run.json keeps the template that the rows were written with.
+TEMPLATE_KEY = "template"
+# Where it keeps the hash of the adapter's weights that the run has saved.
+ADAPTER_KEY = "adapter_sha256"
+
+COMPARED = (
+    "its weights agree as far as they were compared: by random projections of each adapted weight "
+    "and of all others together, or in adapters of older versions by one number a layer"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a RUN, ADAPTER or MODEL on the command line turned out to be.
+
+    Attributes:
+        adapter: The PEFT adapter folder; None for a plain model.
+        base: The base model, as the recipe or the adapter names it.
+        recipe: The run's recipe; None for an adapter or a model alone.
+        revision: The base's revision on the hub.
+        dataset: The recipe's dataset section, with the template that the rows turned out to take.
+    """
+
+    adapter: Path | None
+    base: str
+    recipe: Recipe | None = None
+    revision: str | None = None
+    dataset: DatasetRecipe | None = None
+
+
+def find(source: str) -> Found:
+    """Tell a run from an adapter from a model.
+
+    Raises:
+        InputError: Something else lies there, or a run without a finished adapter.
+        AdapterError: The adapter is of another method.
+    """
+    check_source(source)
+    path = expand(source)
+    if (path / "recipe.yaml").is_file():
+        recipe = load_recipe(path / "recipe.yaml", of_run=True)
+        if not (path / "adapter" / "adapter_config.json").is_file():
+            raise InputError(
+                f"{source} is a run without a finished adapter: run `kpsvd-tune train "
+                f"{path / 'recipe.yaml'}` to its end first"
+            )
+        facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+        check_own(path / "adapter", facts.get(ADAPTER_KEY))
+        dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
+        return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
+    if (path / "adapter_config.json").is_file():
+        check_seal(path)
+        config = read_adapter_config(path)
+        return Found(path, config.base_model_name_or_path or "", None, config.revision)
+    return Found(None, source)
+
+
+def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
+    """The dataset section with the template that a run's rows were written with.
+
+    Chats take the chat template, whatever the section says of pairs: what is asked afterwards must
+    be asked as it was trained.
+
+    Args:
+        dataset: The section.
+        template: What `prepare` found; None where a run did not record it.
+    """
+    return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
+
+
+def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
+    """Find the base model of an adapter, where it is now; or a model itself.
+
+    Args:
+        found: What the command was given.
+        source: As it was typed.
+        base: Another place of the base; None: as the adapter or the recipe says.
+
+    Raises:
+        InputError: No base is named, or one for a model that needs none.
+        ModelError: Nothing is there.
+    """
+    if base and found.adapter is None:
+        raise InputError(f"--base {base}: {source} is no adapter, so it has no base model")
+    if not (base or found.base):
+        raise InputError(f"{source} names no base model: give it with --base")
+    try:
+        return resolve_model(base or found.base, None if base else found.revision)
+    except ModelError as error:
+        if base:
+            raise ModelError(f"--base: {error}") from error
+        if found.adapter is None:
+            raise
+        known = read_adapter_config(found.adapter).base_model_name_or_path
+        where = f" It was {known} when the adapter was saved." if known != found.base else ""
+        raise ModelError(
+            f"{error}\nThat is the base {found.base} which {source} names, a relative path being "
+            f"looked for from {Path.cwd()}.{where} Give the place where it lies now with --base, "
+            "or to `train` with model.path=..."
+        ) from error
+
+
+def load_adapter(
+    model: Any, folder: Path, others: list[str] | None = None, **options: Any
+) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Args:
+        model: The base model.
+        folder: An adapter folder of ours.
+        others: Takes any base whose sizes fit, and gets the sentence with which another than the
+            adapter's would have been refused; None: it is refused.
+        **options: Of PEFT's ``from_pretrained``.
+
+    Raises:
+        AdapterError: The file of weights is damaged, or is of another base or other layers.
+    """
+    check_adapter(folder, [name for name, _ in model.named_modules()])
+    file = folder / WEIGHTS
+    try:
+        with safe_open(file, "pt"):
+            pass
+        allowed: AbstractContextManager[list[str]] = (
+            nullcontext([]) if others is None else other_base_allowed()
+        )
+        with allowed as found:
+            adapted = PeftModel.from_pretrained(model, folder, **options)
+        if others is not None and found:
+            more = f" {len(found)} such differences were found." if len(found) > 1 else ""
+            others.append(f"on another base model (--allow-other-base): {found[0]}{more}")
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is damaged: {error}") from error
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    except Exception as error:
+        if isinstance(error, KpsvdTuneError) or is_out_of_memory(error):
+            raise
+        # PEFT's and torch's ways to say that names or sizes are others are of every kind.
+        reason = f"{type(error).__name__}: {error}"
+        raise AdapterError(
+            f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
+            "trained on, and adapter_config.json and the weights as they were saved"
+        ) from error
+    return adapted
+
+
+def compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:
+    """Loading has compared the weights; other files with the same weights are worth a note."""
+    recorded = getattr(model.peft_config["default"], "base_files", None)
+    if recorded is not None and recorded != base_fingerprint(source):
+        events.note(f"the base model's files differ from those of the training; {COMPARED}")

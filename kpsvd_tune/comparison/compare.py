@@ -126,7 +126,7 @@ def compare(
 
 
 def _material(
-    recipe: Recipe, source: ModelSource, skeleton: Any, events: Events, offline: bool
+    recipe: Recipe, source: ModelSource, skeleton: Any, events: Events
 ) -> tuple[Material, dict[str, Any]]:
     """What all trials share, and what must be equal for new trials to be comparable with others."""
     assert recipe.dataset is not None
@@ -140,7 +140,7 @@ def _material(
             "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
             "a number of rows or a file"
         )
-    test, test_sha256 = _test_rows(recipe, tokenizer, offline, limits)
+    test, test_sha256 = _test_rows(recipe, tokenizer, limits)
     if known := num_shared(test, data.train):
         events.note(
             f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "

@@ -339,7 +339,7 @@ def test_a_signal_before_the_first_step_says_where_it_came(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("kpsvd_tune.decompose.start.decompose", wait)
+    monkeypatch.setattr("kpsvd_tune.training.initialise.decompose", wait)
     assert cli.run(["train", str(recipe)]) == 143
     assert capsys.readouterr().err.endswith(
         "stopped by SIGTERM while decomposing the base model; finished matrices are kept; the same "

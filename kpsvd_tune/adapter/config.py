@@ -165,7 +165,13 @@ class KpsvdConfig(PeftConfig):
             if isinstance(self.rank, int):
                 ranks = [self.rank, *(r for r in self.rank_pattern.values() if isinstance(r, int))]
                 window = max(1, *ranks)
-                return RankRule(method="fixed", window=window, min=self.rank, max=self.rank)
-            return RankRule(**self.rank)
+                return RankRule(
+                    method="fixed",
+                    window=window,
+                    min=self.rank,
+                    max=self.rank,
+                    overrides=self.rank_pattern,
+                )
+            return RankRule(**self.rank, overrides=self.rank_pattern)
         except (TypeError, ValueError) as error:
             raise AdapterError(f"rank: {error}") from error

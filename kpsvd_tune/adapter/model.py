@@ -40,10 +40,9 @@ from kpsvd_tune.errors import AdapterError, some_of
 from kpsvd_tune.linalg import (
     KPSVD,
     KroneckerShape,
-    LayerSpectrum,
+    LayerPlan,
     choose_ranks,
-    choose_shape,
-    kpsvd,
+    decompose_layer,
 )
 
 _PARTS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
@@ -256,36 +255,27 @@ def _decompose(
     for note in saved_whole_notes(model, config.modules_to_save or ()):
         warnings.warn(note, stacklevel=2)
     modules = modules_by_name(model)
-    decompositions: dict[str, KPSVD] = {}
+    plans: list[LayerPlan] = []
+    terms: dict[str, KPSVD] = {}
     for name in names:
         weight = base_weight(modules[name], name)
+        rows, columns = weight.shape
         try:
-            choice = choose_shape(weight.shape[0], weight.shape[1], config.factor_shape)
-            terms = kpsvd(weight, choice.shape, rule.window, seed=config.seed)
+            plan = LayerPlan.of_weight(name, (rows, columns), config.factor_shape)
+            plan, terms[name] = decompose_layer(
+                plan, weight, rule.window, tolerance=rule.tolerance, seed=config.seed
+            )
         except ValueError as error:
             raise AdapterError(f"{name}: {error}") from error
-        decompositions[name] = terms
-    spectra = [
-        LayerSpectrum(name, tuple(terms.values.tolist()), terms.squared_norm, terms.shape)
-        for name, terms in decompositions.items()
-    ]
+        plans.append(plan)
     try:
-        choices = choose_ranks(spectra, rule, config.rank_pattern)
+        chosen = [plan for plan in choose_ranks(plans, rule) if plan.rank > 0]
     except ValueError as error:
         raise AdapterError(str(error)) from error
-    chosen = {choice.name: choice.rank for choice in choices if choice.rank > 0}
     if not chosen:
         raise AdapterError("every layer got rank 0: raise rank.min, rank.energy or rank.budget")
-    factors = {name: decompositions[name].factors(rank) for name, rank in chosen.items()}
-    layers = {
-        name: {
-            "shape": list(decompositions[name].shape.as_tuple()),
-            "rank": rank,
-            "fingerprint": float(decompositions[name].values[0] ** 2),
-        }
-        for name, rank in chosen.items()
-    }
-    return layers, factors
+    factors = {plan.name: terms[plan.name].factors(plan.rank) for plan in chosen}
+    return {plan.name: plan.settings() for plan in chosen}, factors
 
 
 def _stated_layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -106,8 +106,7 @@ def _decompose(
         InputError: There are fewer GPUs.
         StoppedBySignal: SIGINT or SIGTERM; finished matrices are in the cache.
     """
-    from kpsvd_tune.decompose import decompose
-    from kpsvd_tune.decompose.progress import report_decomposition
+    from kpsvd_tune.decompose import decompose, report_decomposition
     from kpsvd_tune.models import resolve_model
     from kpsvd_tune.phase import Phase, decomposition_cures, watched
     from kpsvd_tune.report.rank_page import write_rank_report
@@ -182,8 +181,7 @@ def _sweep_ranks(
         InputError: There are fewer GPUs.
         StoppedBySignal: SIGINT or SIGTERM; finished matrices are in the cache.
     """
-    from kpsvd_tune.decompose import collect_spectra
-    from kpsvd_tune.decompose.progress import report_decomposition
+    from kpsvd_tune.decompose import collect_spectra, report_decomposition
     from kpsvd_tune.models import resolve_model
     from kpsvd_tune.phase import Phase, decomposition_cures, watched
 

@@ -97,7 +97,7 @@ def _merge(
     from kpsvd_tune.runs.find import compare_files, find, load_adapter, resolve_base
     from kpsvd_tune.runs.ownership import refuse_inside_run
     from kpsvd_tune.storage.disk import explained
-    from kpsvd_tune.storage.durable import check_writable
+    from kpsvd_tune.storage.paths import check_writable
 
     found = find(source)
     if found.adapter is None:

@@ -22,6 +22,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import WorseThanBaseError
+from kpsvd_tune.evaluation.permission import permission_for
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.report import console as view
 
@@ -56,6 +57,8 @@ def train(
     resolved = load_recipe(
         recipe, overrides or (), look_up=("model", "dataset", "adapter", "evaluation")
     )
+    tasks = [each.task for each in resolved.evaluation]
+    permission = permission_for(() if dry_run else tasks, allow_code_execution, sandbox)
     launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
     from kpsvd_tune.training.ending import worse_message
@@ -72,8 +75,7 @@ def train(
             resume=resume,
             allow_change=tuple(allow_change or ()),
             allow_other_base=allow_other_base,
-            allow_code_execution=allow_code_execution,
-            sandbox=sandbox,
+            permission=permission,
         )
         # First the results, which are whole and saved, then what is wrong with them.
         emit(result, as_json, view.show_results)

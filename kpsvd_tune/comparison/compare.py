@@ -43,8 +43,7 @@ from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file, to_json
-from kpsvd_tune.training.length import run_length
-from kpsvd_tune.training.optim import num_warmup_steps
+from kpsvd_tune.training.schedule import num_warmup_steps, run_length
 
 
 class Watcher(Protocol):

@@ -13,8 +13,7 @@ from peft.tuners.lokr.layer import factorization
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.comparison.trial_log import SCHEDULE
-from kpsvd_tune.decompose import Spectra, collect_spectra
-from kpsvd_tune.decompose.progress import report_decomposition
+from kpsvd_tune.decompose import Spectra, collect_spectra, report_decomposition
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource

@@ -21,7 +21,8 @@ from torch import Tensor
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.decompose.start import adapt, starting_factors
+from kpsvd_tune.decompose import decompose
+from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
@@ -36,8 +37,8 @@ from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import to_json
 from kpsvd_tune.storage.json_files import parse_json, read_json
 from kpsvd_tune.training import Training, make_accelerator
-from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.validation import validation_loss
+from kpsvd_tune.training.batches import make_micro_batch
+from kpsvd_tune.training.loss import SummedTokenLoss, validation_loss
 
 # Tokens of a window of the forgetting text: short, for the runs of a comparison are.
 WINDOW_TOKENS = 256
@@ -192,9 +193,11 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
         baseline: Any = get_peft_model(base, setup.baseline.config)
         return baseline, str(setup.baseline.rank), time.monotonic() - began
     began = time.monotonic()
-    decomposition = starting_factors(recipe, source, device())
+    decomposition = decompose(
+        source, recipe.adapter, start_seed=recipe.train.seed, device=str(device())
+    )
     took = time.monotonic() - began
-    model = adapt(recipe, source, decomposition.layers, decomposition.factors, None)
+    model = adapt(recipe, source, decomposition, None)
     ranks = [layer.rank for layer in decomposition.report.layers]
     low, high = min(ranks), max(ranks)
     # What the cache spared is counted all the same.

@@ -1,9 +1,9 @@
 """From the base weights to the rank report and the initial factors, with a cache on disk."""
 
 from kpsvd_tune.decompose.cache import default_cache_dir
-from kpsvd_tune.decompose.collect import Spectra, collect_spectra
-from kpsvd_tune.decompose.decomposition import Decomposition, decompose, layers_of
-from kpsvd_tune.decompose.progress import Progress
+from kpsvd_tune.decompose.collect import Progress, Spectra, collect_spectra, report_decomposition
+from kpsvd_tune.decompose.decomposition import Decomposition, decompose, start_from
+from kpsvd_tune.decompose.ranks import layer_report
 
 __all__ = [
     "Decomposition",
@@ -12,5 +12,7 @@ __all__ = [
     "collect_spectra",
     "decompose",
     "default_cache_dir",
-    "layers_of",
+    "layer_report",
+    "report_decomposition",
+    "start_from",
 ]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,28 +14,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
-from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.linalg import KPSVD, KroneckerShape
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.durable import make_folder, replace_file
 from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
-from kpsvd_tune.storage.paths import cache_folder
+from kpsvd_tune.storage.locks import hold
+from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
 # Part of every key: raise it whenever linalg.kpsvd gives other numbers for the same input.
 ALGORITHM_VERSION = 2
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
-FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-@dataclass(frozen=True)
-class CachedTerms:
-    """The leading terms of one matrix and what they cost.
-
-    Attributes:
-        terms: The decomposition.
-        seconds: Time it took when it was computed.
-    """
-
-    terms: KPSVD
-    seconds: float
 
 
 def default_cache_dir() -> Path:
@@ -78,8 +62,8 @@ class SpectraCache:
         self.hashes = HashIndex(self.folder / "hashes")
         self.damaged: set[str] = set()
 
-    def read(self, key: str, shape: KroneckerShape, num_terms: int) -> CachedTerms | None:
-        """Return an entry cut to ``num_terms``; None when absent, too short or damaged."""
+    def read(self, key: str, shape: KroneckerShape, num_terms: int) -> tuple[KPSVD, float] | None:
+        """Read leading terms and the seconds they took; None when absent, too few or damaged."""
         try:
             data = read_bytes(self._file(key))
         except OSError:
@@ -88,7 +72,7 @@ class SpectraCache:
         if entry is None:
             self.damaged.add(key)
             return None
-        terms = entry.terms
+        terms, seconds = entry
         if len(terms.values) < min(num_terms, shape.max_rank):
             return None
         cut = replace(
@@ -97,15 +81,18 @@ class SpectraCache:
             left=terms.left[:num_terms],
             right=terms.right[:num_terms],
         )
-        return CachedTerms(cut, entry.seconds)
+        return cut, seconds
 
-    def write(self, key: str, entry: CachedTerms) -> None:
-        """Commit an entry. The caller holds :meth:`lock`.
+    def write(self, key: str, terms: KPSVD, seconds: float) -> None:
+        """Commit terms and the seconds they took. The caller holds :meth:`lock`.
 
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
         """
-        self._commit(self._file(key), _encode(key, entry))
+        file = self._file(key)
+        with explained(f"write {file}", CACHE_PLACE):
+            make_folder(file.parent)
+            replace_file(file, _encode(key, terms, seconds))
 
     @contextmanager
     def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
@@ -119,78 +106,25 @@ class SpectraCache:
         Yields:
             Whether the lock is held; always True with ``wait``.
         """
-        folder = self.folder / "locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ResourceError(
-                f"the spectra cache {self.folder} cannot be written ({error}); point "
-                "XDG_CACHE_HOME at a folder that can"
-            ) from error
-        # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
-        try:
-            yield _flock(descriptor, wait)
-        finally:
-            os.close(descriptor)
+        file = self.folder / "locks" / f"{key[:2]}.lock"
+        with ExitStack() as stack:
+            with explained(f"lock {file}", CACHE_PLACE):
+                make_folder(file.parent)
+                held = stack.enter_context(hold(file, wait=wait))
+            # Without locks two runs compute the same matrix at worst.
+            yield held is not False
 
     def _file(self, key: str) -> Path:
         return self.folder / "spectra" / key[:2] / f"{key}.safetensors"
 
-    def _commit(self, file: Path, content: bytes) -> None:
-        try:
-            for stale in file.parent.glob(f"{file.stem}.*.tmp"):
-                stale.unlink()  # of a killed run: nobody else writes under our lock
-            commit_file(file, content)
-        except OSError as error:
-            what = "is full" if error.errno in FULL else f"cannot be written ({error})"
-            raise ResourceError(
-                f"the spectra cache {self.folder} {what}; make room, or point XDG_CACHE_HOME at "
-                "another disk: matrices finished so far are kept"
-            ) from error
 
-
-def commit_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there, even after a power cut."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    _sync_folder(file.parent)
-
-
-def _flock(descriptor: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        # Some network file systems have no locks. Renames keep entries whole there too; at worst
-        # two runs compute the same matrix.
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _encode(key: str, entry: CachedTerms) -> bytes:
-    terms = entry.terms
+def _encode(key: str, terms: KPSVD, seconds: float) -> bytes:
     tensors = {"values": terms.values, "left": terms.left, "right": terms.right}
     # Hexadecimal floats come back bit for bit.
     facts = {
         "key": key,
         "squared_norm": float(terms.squared_norm).hex(),
-        "seconds": float(entry.seconds).hex(),
+        "seconds": float(seconds).hex(),
     }
     return save(
         {name: value.contiguous() for name, value in tensors.items()},
@@ -198,7 +132,7 @@ def _encode(key: str, entry: CachedTerms) -> bytes:
     )
 
 
-def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
+def _decode(data: bytes, key: str, shape: KroneckerShape) -> tuple[KPSVD, float] | None:
     """Read an entry; None for anything but what :func:`_encode` wrote under this key."""
     try:
         length = int.from_bytes(data[:8], "little")
@@ -214,7 +148,7 @@ def _decode(data: bytes, key: str, shape: KroneckerShape) -> CachedTerms | None:
             shape=shape,
             squared_norm=float.fromhex(facts["squared_norm"]),
         )
-        return CachedTerms(terms, float.fromhex(facts["seconds"]))
+        return terms, float.fromhex(facts["seconds"])
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -1,62 +1,83 @@
-"""Spectra of all target modules of a model: computed, or found in the cache."""
+"""Spectra of all target modules of a model, computed or found in the cache, and their ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kpsvd_tune.adapter.targets import saved_whole_notes, target_names, untouched
 from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
-from kpsvd_tune.decompose.progress import Progress, ProgressMeter
-from kpsvd_tune.decompose.ranks import check_rank, rank_report
-from kpsvd_tune.decompose.spectra import SpectraWorker
-from kpsvd_tune.decompose.tasks import Finished, Settings, Task
+from kpsvd_tune.decompose.ranks import rank_report, rank_rule
+from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, work
 from kpsvd_tune.decompose.workers import run_processes
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import choose_shape
+from kpsvd_tune.events import Events
+from kpsvd_tune.linalg import LayerPlan, check_rule
 from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.units import time_left
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a decomposition is.
+
+    Attributes:
+        name: The matrix just finished.
+        done: Matrices finished.
+        total: Matrices in all.
+        seconds_left: Estimate from the work done so far; None before anything was computed.
+        energy: Mean share of ||W||_F^2 that the windows of the finished matrices hold.
+    """
+
+    name: str
+    done: int
+    total: int
+    seconds_left: float | None
+    energy: float
+
+
+Show = Callable[[Progress], None]
+
+
+def report_decomposition(events: Events) -> Show:
+    """A progress callback for the decomposition."""
+
+    def advance(progress: Progress) -> None:
+        detail = f"energy so far {100 * progress.energy:.1f} %"
+        if left := time_left(progress.seconds_left):
+            detail += f", {left}"
+        events.advance("decomposing", progress.done, progress.total, detail)
+
+    return advance
+
+
+@dataclass(frozen=True)
 class Spectra:
     """The spectra of all target modules, ready for any rank rule.
 
-    Args:
+    Attributes:
         source: The base model.
         window: Leading terms computed of each matrix, as far as it has them.
-        finished: The spectra of the target modules, in model order.
-        cache: Where the factors lie.
+        found: The target modules, in model order.
+        cache: Where their factors lie.
         base_parameters: Parameters of the base model.
         left_alone: (name, reason) of the weight matrices that are not targeted.
         notes: What happened on the way.
-
-    Attributes:
-        window: As given.
-        notes: As given.
     """
 
-    def __init__(
-        self,
-        source: ModelSource,
-        window: int,
-        finished: list[Finished],
-        cache: SpectraCache,
-        *,
-        base_parameters: int,
-        left_alone: list[tuple[str, str]],
-        notes: tuple[str, ...],
-    ) -> None:
-        self.notes = notes
-        self.window = window
-        self._source = source
-        self._finished = finished
-        self._cache = cache
-        self._base_parameters = base_parameters
-        self._left_alone = left_alone
+    source: ModelSource
+    window: int
+    found: tuple[Found, ...]
+    cache: SpectraCache
+    base_parameters: int
+    left_alone: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
 
     def report(self, rank: RankRecipe) -> RankReport:
         """Apply a rank rule.
@@ -76,11 +97,11 @@ class Spectra:
                 f"adapter.rank.window {rank.window}: only {self.window} terms were computed"
             )
         return rank_report(
-            self._source.path,
-            self._finished,
+            self.source.path,
+            [found.plan for found in self.found],
             rank,
-            base_parameters=self._base_parameters,
-            left_alone=self._left_alone,
+            base_parameters=self.base_parameters,
+            left_alone=self.left_alone,
         )
 
     def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
@@ -96,20 +117,21 @@ class Spectra:
             AdapterError: Every rank is 0, or a cache entry was removed meanwhile.
         """
         chosen: dict[str, tuple[Tensor, Tensor]] = {}
-        for done, layer in zip(self._finished, report.layers, strict=True):
+        for (plan, key, _), layer in zip(self.found, report.layers, strict=True):
             if layer.rank == 0:
                 continue
-            entry = self._cache.read(done.key, done.shape, layer.rank)
+            entry = self.cache.read(key, plan.shape, layer.rank)
             if entry is None:
                 raise AdapterError(
-                    f"{done.name}: its entry in the spectra cache {self._cache.folder} was removed "
+                    f"{plan.name}: its entry in the spectra cache {self.cache.folder} was removed "
                     "or damaged while it was in use; run again"
                 )
-            chosen[done.name] = entry.terms.factors(layer.rank)
+            terms, _ = entry
+            chosen[plan.name] = terms.factors(layer.rank)
         if not chosen:
-            if all(done.squared_norm == 0 for done in self._finished):
+            if all(found.plan.squared_norm == 0 for found in self.found):
                 raise AdapterError(
-                    f"all {len(self._finished)} target weights of {self._source.path} are zero, so "
+                    f"all {len(self.found)} target weights of {self.source.path} are zero, so "
                     "there is nothing to decompose; expected trained weights: fetch the model "
                     "again, or choose other adapter.target_modules"
                 )
@@ -125,11 +147,10 @@ def collect_spectra(
     adapter: AdapterRecipe,
     *,
     seed: int = 0,
-    check_rule: bool = False,
-    cache_dir: Path | None = None,
+    is_rule_final: bool = False,
     processes: int = 1,
     device: str = "cpu",
-    progress: Callable[[Progress], None] | None = None,
+    progress: Show | None = None,
 ) -> Spectra:
     """Compute, or find in the cache, the spectra of all target matrices.
 
@@ -140,16 +161,15 @@ def collect_spectra(
         source: The base model.
         adapter: Targets, factor shape, and window and tolerance of the rank rule.
         seed: Seeds the truncated decomposition.
-        check_rule: Whether to refuse a rank rule that cannot be met before the work; a caller that
-            tries several leaves that to :meth:`Spectra.report`.
-        cache_dir: The cache folder; by default ``$XDG_CACHE_HOME/kpsvd-tune``.
+        is_rule_final: Whether to refuse a rank rule that cannot be met before the work; a caller
+            that tries several leaves that to :meth:`Spectra.report`.
         processes: Worker processes to start for this call.
         device: Where to decompose: cpu, cuda, cuda:1.
         progress: Called after each matrix.
 
     Raises:
         ModelError: A target or a weight that cannot be used.
-        AdapterError: A factor shape or, with ``check_rule``, a rank rule that cannot be met.
+        AdapterError: A factor shape or, with ``is_rule_final``, a rank rule that cannot be met.
         ResourceError: The cache cannot be written, or a worker was killed.
     """
     skeleton = load_skeleton(source)
@@ -157,54 +177,85 @@ def collect_spectra(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
     )
     reader = WeightReader(source, names, skeleton)
-    tasks = _tasks(reader, adapter)
-    if check_rule:
-        check_rank(tasks, adapter.rank)
-    settings = Settings(
-        cache_dir=default_cache_dir() if cache_dir is None else Path(cache_dir),
-        tolerance=adapter.rank.tolerance,
-        seed=seed,
-        device=device,
-    )
-    meter = ProgressMeter(tasks, progress)
-    found: dict[str, Finished] = {}
-
-    def note(finished: Finished) -> None:
-        if finished.name not in found:
-            found[finished.name] = finished
-            meter(finished)
-
+    plans = _plans(reader, adapter)
+    if is_rule_final:
+        try:
+            check_rule(plans, rank_rule(adapter.rank))
+        except ValueError as error:
+            raise AdapterError(f"adapter.rank: {error}") from error
+    rank = adapter.rank
+    settings = Settings(default_cache_dir(), rank.window, rank.tolerance, seed, device)
+    found = _Collected(plans, progress)
     worker = SpectraWorker(reader, settings)
     if processes > 1:
         # Starting workers takes seconds: only for what the cache does not have.
-        left = worker.look_up(tasks, note)
-        run_processes(source, left, settings, processes, note)
+        run_processes(source, worker.look_up(plans, found.add), settings, processes, found.add)
     else:
-        worker.run(tasks, note)
+        worker.run(plans, found.add)
     reader.close()
-    damaged = sum(finished.is_repaired for finished in found.values())
     notes = [f"adapter.{note}" for note in saved_whole_notes(skeleton, adapter.modules_to_save)]
-    if damaged:
-        notes.append(f"{damaged} damaged entries of the spectra cache were computed again")
     return Spectra(
         source,
-        adapter.rank.window,
-        [found[task.name] for task in tasks],
+        rank.window,
+        tuple(found.layers[name] for name in names),
         worker.cache,
         base_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        left_alone=untouched(skeleton, names),
-        notes=tuple(notes),
+        left_alone=tuple(untouched(skeleton, names)),
+        notes=(*notes, *found.notes()),
     )
 
 
-def _tasks(reader: WeightReader, adapter: AdapterRecipe) -> list[Task]:
+def _plans(reader: WeightReader, adapter: AdapterRecipe) -> list[LayerPlan]:
     given = adapter.factor_shape
     rule = given if isinstance(given, str) else {"n": given["n"], "p": given["p"]}
-    tasks: list[Task] = []
+    plans: list[LayerPlan] = []
     for name in reader.names:
         try:
-            choice = choose_shape(*reader.size(name), rule)
+            plans.append(LayerPlan.of_weight(name, reader.size(name), rule))
         except ValueError as error:
             raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
-        tasks.append(Task(name, choice.shape, adapter.rank.window, choice.note))
-    return tasks
+    return plans
+
+
+class _Collected:
+    """The layers found so far, and how far that is."""
+
+    def __init__(self, plans: Sequence[LayerPlan], show: Show | None) -> None:
+        self.layers: dict[str, Found] = {}
+        self._work = {plan.name: work(plan) for plan in plans}
+        self._show = show
+        self._left = sum(self._work.values())
+        self._computed = 0.0
+        self._started: float | None = None
+
+    def add(self, found: Found) -> None:
+        """Take one more layer and show how far the work is."""
+        plan, is_new = found.plan, found.origin != "cached"
+        self.layers[plan.name] = found
+        if self._started is None:
+            # Loading a model that cannot be streamed says nothing about the matrices.
+            self._started = time.perf_counter() - (plan.seconds if is_new else 0.0)
+        self._left -= self._work[plan.name]
+        # What came from the cache took no time and says nothing about the rest.
+        self._computed += self._work[plan.name] if is_new else 0.0
+        if self._show is None:
+            return
+        elapsed = time.perf_counter() - self._started
+        rate = self._computed / elapsed if elapsed > 0 else 0.0
+        energies = [each.plan.energy(len(each.plan.values)) for each in self.layers.values()]
+        self._show(
+            Progress(
+                name=plan.name,
+                done=len(self.layers),
+                total=len(self._work),
+                seconds_left=max(0.0, self._left) / rate if rate > 0 else None,
+                energy=sum(energies) / len(energies),
+            )
+        )
+
+    def notes(self) -> list[str]:
+        """What the user should know of the cache."""
+        damaged = sum(found.origin == "repaired" for found in self.layers.values())
+        if not damaged:
+            return []
+        return [f"{damaged} damaged entries of the spectra cache were computed again"]

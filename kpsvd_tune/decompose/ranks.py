@@ -1,4 +1,4 @@
-"""The rank rules over the spectra of all layers, and what comes of them as a report."""
+"""The rank rule of a recipe over the spectra of all layers, and what comes of it as a report."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kpsvd_tune.decompose.tasks import Finished, Task
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import (
-    LayerSpectrum,
-    RankChoice,
-    RankRule,
-    check_rule,
-    choose_ranks,
-)
+from kpsvd_tune.linalg import KroneckerShape, LayerPlan, RankRule, choose_ranks
 from kpsvd_tune.recipe.adapter import RankRecipe
 from kpsvd_tune.report.results import LayerReport, RankReport
 
 
+def rank_rule(rank: RankRecipe) -> RankRule:
+    """A recipe's rule; the default stands for auto, for only training tells the threshold."""
+    return RankRule(**_with_number(rank).model_dump())
+
+
 def rank_report(
     model: str,
-    finished: Sequence[Finished],
+    plans: Sequence[LayerPlan],
     rank: RankRecipe,
     *,
     base_parameters: int,
@@ -31,7 +29,7 @@ def rank_report(
 
     Args:
         model: The base model, as the recipe names it.
-        finished: The spectra of the target modules, in model order.
+        plans: The layers with their spectra, in model order.
         rank: The rule; its window may be smaller than the one that was computed.
         base_parameters: Parameters of the base model.
         left_alone: (name, reason) of the weight matrices that are not targeted.
@@ -42,102 +40,74 @@ def rank_report(
     Raises:
         AdapterError: A budget below the minima, or an override that matches nothing.
     """
-    rank = _with_number(rank)
-    spectra = [
-        LayerSpectrum(done.name, done.values[: rank.window], done.squared_norm, done.shape)
-        for done in finished
-    ]
     try:
-        choices = choose_ranks(spectra, _rule(rank), _overrides(rank))
+        plans = choose_ranks(plans, rank_rule(rank))
     except ValueError as error:
         raise AdapterError(f"adapter.rank: {error}") from error
-    layers = tuple(
-        _layer_report(spectrum, choice, done)
-        for spectrum, choice, done in zip(spectra, choices, finished, strict=True)
-    )
     # Every layer weighs the same, as in the pooled rule.
-    kept = math.fsum(layer.energy_total for layer in layers)
-    whole = math.fsum(_share(spectrum, rank.window) for spectrum in spectra)
+    kept = math.fsum(plan.energy(plan.rank) for plan in plans)
+    whole = math.fsum(plan.energy(len(plan.values)) for plan in plans)
     return RankReport(
         model=model,
         totals={
-            "modules": len(layers),
-            "trainable_parameters": sum(layer.parameters for layer in layers),
+            "modules": len(plans),
+            "trainable_parameters": sum(plan.num_parameters for plan in plans),
             "base_parameters": base_parameters,
             "energy": kept / whole if whole > 0 else 0.0,
         },
-        layers=layers,
+        layers=tuple(map(layer_report, plans)),
         untouched=tuple(left_alone),
-        rule=rank.model_dump(),
+        rule=_with_number(rank).model_dump(),
     )
 
 
-def check_rank(tasks: Sequence[Task], rank: RankRecipe) -> None:
-    """Refuse a rank rule that cannot be met, before the work.
-
-    Args:
-        tasks: The matrices, in model order.
-        rank: The rule.
-
-    Raises:
-        AdapterError: A budget below the minima, or an override that matches nothing.
-    """
-    names, shapes = [task.name for task in tasks], [task.shape for task in tasks]
-    try:
-        check_rule(names, shapes, _rule(_with_number(rank)), _overrides(rank))
-    except ValueError as error:
-        raise AdapterError(f"adapter.rank: {error}") from error
-
-
-def _with_number(rank: RankRecipe) -> RankRecipe:
-    """The rule with the default in place of auto: only training tells the threshold."""
-    if rank.energy != "auto":
-        return rank
-    return rank.model_copy(update={"energy": RankRecipe().energy})
-
-
-def _rule(rank: RankRecipe) -> RankRule:
-    other = {"overrides", "tolerance"}
-    return RankRule(**rank.model_dump(exclude=other))
-
-
-def _overrides(rank: RankRecipe) -> dict[str, int | dict[str, Any]]:
-    # The recipe lets {rank: 4} stand for 4.
-    return {
-        pattern: value if isinstance(value, int) else value.get("rank", dict(value))
-        for pattern, value in rank.overrides.items()
-    }
-
-
-def _share(spectrum: LayerSpectrum, num_terms: int) -> float:
-    """Share of ||W||_F^2 in the leading terms; the sums' rounding must not take it above 1."""
-    if spectrum.squared_norm == 0:
-        return 0.0
-    held = math.fsum(value * value for value in spectrum.values[:num_terms])
-    return min(1.0, held / spectrum.squared_norm)
-
-
-def _layer_report(spectrum: LayerSpectrum, choice: RankChoice, finished: Finished) -> LayerReport:
-    shape = spectrum.shape
-    window, kept = _share(spectrum, len(spectrum.values)), _share(spectrum, choice.rank)
-    norm = spectrum.squared_norm
-    leading = spectrum.values[0] ** 2 if spectrum.values else 0.0
+def layer_report(plan: LayerPlan) -> LayerReport:
+    """A layer as the report's files have it."""
+    shape = plan.shape
+    window, kept = plan.energy(len(plan.values)), plan.energy(plan.rank)
+    leading = plan.values[0] ** 2 if plan.values else 0.0
     return LayerReport(
-        name=spectrum.name,
+        name=plan.name,
         out_features=shape.out_features,
         in_features=shape.in_features,
         factor_shape=shape.as_tuple(),
-        rank=choice.rank,
-        rank_energy=choice.rank_energy,
-        rank_elbow=choice.rank_elbow,
-        bound_by=choice.bound_by,
+        rank=plan.rank,
+        rank_energy=plan.rank_energy,
+        rank_elbow=plan.rank_elbow,
+        bound_by=plan.bound_by,
         energy_window=kept / window if window > 0 else 0.0,
         energy_total=kept,
-        parameters=choice.rank * shape.num_parameters,
-        relative_error=math.sqrt(1.0 - kept) if norm > 0 else 0.0,
-        singular_values=spectrum.values,
+        parameters=plan.num_parameters,
+        relative_error=plan.relative_error(plan.rank),
+        singular_values=plan.values,
         # Of R(W), not of W: how many leading terms of equal size would hold all the energy.
-        stable_rank=norm / leading if leading > 0 else 0.0,
-        seconds=finished.seconds,
-        note="; ".join(text for text in (finished.note, choice.note) if text) or None,
+        stable_rank=plan.squared_norm / leading if leading > 0 else 0.0,
+        seconds=plan.seconds,
+        note=plan.note,
     )
+
+
+def layers_of(report: RankReport, *, has_fingerprints: bool = True) -> dict[str, dict[str, Any]]:
+    """What ``KpsvdConfig.layers`` keeps of each adapted layer: :meth:`LayerPlan.settings`.
+
+    Args:
+        report: The ranks of all layers.
+        has_fingerprints: Whether the factors are the weight's own terms.
+    """
+    plans = [
+        LayerPlan(
+            layer.name,
+            KroneckerShape(*layer.factor_shape),
+            values=tuple(layer.singular_values),
+            rank=layer.rank,
+        )
+        for layer in report.layers
+        if layer.rank > 0
+    ]
+    return {plan.name: plan.settings(has_fingerprint=has_fingerprints) for plan in plans}
+
+
+def _with_number(rank: RankRecipe) -> RankRecipe:
+    if rank.energy != "auto":
+        return rank
+    return rank.model_copy(update={"energy": RankRecipe().energy})

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import transformers
 from torch import Tensor
 
-from kpsvd_tune.decompose.cache import CachedTerms, SpectraCache, entry_key
+from kpsvd_tune.decompose.cache import SpectraCache, entry_key
 from kpsvd_tune.decompose.hashes import weight_hash
-from kpsvd_tune.decompose.tasks import Finished, Settings, Task
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.linalg import kpsvd
+from kpsvd_tune.linalg import LayerPlan, decompose_layer
+from kpsvd_tune.linalg.kpsvd import DIRECT_SIZE
 from kpsvd_tune.models import WeightReader
+
+# Passes over a weight that the iteration for a large R(W) costs, for dividing the work and
+# estimating the time left.
+ITERATION_PASSES = 500
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every matrix is decomposed.
+
+    Attributes:
+        cache_dir: The cache folder.
+        num_terms: Leading terms wanted; a matrix that has fewer gives all it has.
+        tolerance: Accepted missing share of the leading energy.
+        seed: Seeds the iteration.
+        device: Where the decomposition runs.
+    """
+
+    cache_dir: Path
+    num_terms: int
+    tolerance: float
+    seed: int
+    device: str = "cpu"
+
+
+class Found(NamedTuple):
+    """One layer with its spectrum; its factors stay in the cache.
+
+    Attributes:
+        plan: The layer.
+        key: Its cache entry.
+        origin: Whether the entry was there, was computed now, or replaces a damaged one.
+    """
+
+    plan: LayerPlan
+    key: str
+    origin: Literal["cached", "computed", "repaired"]
 
 
 class SpectraWorker:
@@ -32,78 +68,78 @@ class SpectraWorker:
         self._settings = settings
         self.cache = SpectraCache(settings.cache_dir)
 
-    def run(self, tasks: Sequence[Task], report: Callable[[Finished], None]) -> None:
-        """Finish every task, in order but for those that another process has in hand.
+    def run(self, plans: Sequence[LayerPlan], report: Callable[[Found], None]) -> None:
+        """Decompose every layer, in order but for those that another process has in hand.
 
         Args:
-            tasks: The matrices.
+            plans: The layers.
             report: Called after each.
 
         Raises:
             ModelError: A weight is missing, damaged or not finite.
         """
-        waiting: list[Task] = []
-        for task in tasks:
-            finished = self._finish(task, wait=False)
-            if finished is None:
-                waiting.append(task)
+        waiting: list[LayerPlan] = []
+        for plan in plans:
+            if found := self._find(plan, wait=False):
+                report(found)
             else:
-                report(finished)
-        for task in waiting:
-            finished = self._finish(task, wait=True)
-            if finished is not None:
-                report(finished)
+                waiting.append(plan)
+        for plan in waiting:
+            if found := self._find(plan, wait=True):
+                report(found)
 
-    def look_up(self, tasks: Sequence[Task], report: Callable[[Finished], None]) -> list[Task]:
-        """Report what the cache holds of weights whose hashes are known.
-
-        Args:
-            tasks: The matrices.
-            report: Called after each that was found.
-
-        Returns:
-            The others.
-        """
-        left: list[Task] = []
-        for task in tasks:
-            finished = self._known(task)
-            if finished is None:
-                left.append(task)
+    def look_up(
+        self, plans: Sequence[LayerPlan], report: Callable[[Found], None]
+    ) -> list[LayerPlan]:
+        """Report what the cache holds of weights whose hashes are known, and give the others."""
+        left: list[LayerPlan] = []
+        for plan in plans:
+            digest = self.cache.hashes.get(*self._place(plan.name))
+            found = None if digest is None else self._cached(plan, self._key(digest, plan))
+            if found is None:
+                left.append(plan)
             else:
-                report(finished)
+                report(found)
         return left
 
-    def _known(self, task: Task) -> Finished | None:
-        """What the cache holds of a task, without reading its weight."""
-        digest = self.cache.hashes.get(*self._place(task.name))
-        if digest is None:
-            return None
-        key = self._key(digest, task)
-        entry = self.cache.read(key, task.shape, task.num_terms)
-        return None if entry is None else _finished(task, key, entry, is_new=False)
-
-    def _finish(self, task: Task, *, wait: bool) -> Finished | None:
-        """Find or compute one matrix; None when another process computes it and we do not wait."""
-        digest, weight = self._identify(task.name)
-        key = self._key(digest, task)
-        entry = self.cache.read(key, task.shape, task.num_terms)
-        if entry is not None:
-            return _finished(task, key, entry, is_new=False)
-        with self.cache.lock(key, wait=wait) as held:
-            if not held:
+    def _find(self, plan: LayerPlan, *, wait: bool) -> Found | None:
+        """Find or compute one layer; None when another process computes it and we do not wait."""
+        digest, weight = self._identify(plan.name)
+        key = self._key(digest, plan)
+        if found := self._cached(plan, key):
+            return found
+        with self.cache.lock(key, wait=wait) as is_held:
+            if not is_held:
                 return None
             # Another process may have finished it between our look and the lock.
-            entry = self.cache.read(key, task.shape, task.num_terms)
-            if entry is not None:
-                return _finished(task, key, entry, is_new=False)
-            weight = self._reader.load(task.name) if weight is None else weight
-            entry = self._compute(task, weight)
-            self.cache.write(key, entry)
-        is_repaired = key in self.cache.damaged
-        return _finished(task, key, entry, is_new=True, is_repaired=is_repaired)
+            if found := self._cached(plan, key):
+                return found
+            weight = self._reader.load(plan.name) if weight is None else weight
+            plan = self._compute(plan, key, weight)
+        return Found(plan, key, "repaired" if key in self.cache.damaged else "computed")
 
-    def _key(self, digest: str, task: Task) -> str:
-        return entry_key(digest, task.shape, self._settings.tolerance, self._settings.seed)
+    def _compute(self, plan: LayerPlan, key: str, weight: Tensor) -> LayerPlan:
+        settings = self._settings
+        try:
+            plan, terms = decompose_layer(
+                plan,
+                weight.to(settings.device),
+                settings.num_terms,
+                tolerance=settings.tolerance,
+                seed=settings.seed,
+            )
+        except ValueError as error:
+            raise ModelError(f"{plan.name} cannot be decomposed: {error}") from error
+        values, left, right = (each.cpu() for each in (terms.values, terms.left, terms.right))
+        self.cache.write(key, replace(terms, values=values, left=left, right=right), plan.seconds)
+        return plan
+
+    def _cached(self, plan: LayerPlan, key: str) -> Found | None:
+        entry = self.cache.read(key, plan.shape, self._settings.num_terms)
+        return None if entry is None else Found(plan.with_terms(*entry), key, "cached")
+
+    def _key(self, digest: str, plan: LayerPlan) -> str:
+        return entry_key(digest, plan.shape, self._settings.tolerance, self._settings.seed)
 
     def _place(self, name: str) -> tuple[Sequence[Path], str]:
         """The files a weight comes from and its place in them."""
@@ -126,48 +162,30 @@ class SpectraWorker:
         self.cache.hashes.put(files, label, digest)
         return digest, weight
 
-    def _compute(self, task: Task, weight: Tensor) -> CachedTerms:
-        started = time.perf_counter()
-        settings = self._settings
-        with _named(task.name):
-            terms = kpsvd(
-                weight.to(settings.device),
-                task.shape,
-                task.num_terms,
-                tolerance=settings.tolerance,
-                seed=settings.seed,
-            )
-        terms = replace(
-            terms, values=terms.values.cpu(), left=terms.left.cpu(), right=terms.right.cpu()
-        )
-        return CachedTerms(terms, time.perf_counter() - started)
+
+def work(plan: LayerPlan) -> float:
+    """Estimated work of a decomposition, in multiply-adds up to a constant."""
+    side = plan.shape.max_rank
+    passes = side if side <= DIRECT_SIZE else ITERATION_PASSES
+    return float(plan.shape.out_features * plan.shape.in_features * passes)
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which module linalg refused."""
-    try:
-        yield
-    except ValueError as error:
-        raise ModelError(f"{name} cannot be decomposed: {error}") from error
+def divide(plans: Sequence[LayerPlan], num_parts: int) -> list[list[LayerPlan]]:
+    """Divide layers into parts of about the same work.
 
+    The costliest layer goes first, each to the part that has least so far.
 
-def _finished(
-    task: Task,
-    key: str,
-    entry: CachedTerms,
-    *,
-    is_new: bool,
-    is_repaired: bool = False,
-) -> Finished:
-    return Finished(
-        name=task.name,
-        key=key,
-        shape=task.shape,
-        note=task.note,
-        values=tuple(entry.terms.values.tolist()),
-        squared_norm=float(entry.terms.squared_norm),
-        seconds=entry.seconds,
-        is_new=is_new,
-        is_repaired=is_repaired,
-    )
+    Args:
+        plans: The layers, in model order.
+        num_parts: How many parts, at least 1.
+
+    Returns:
+        The parts, each in model order.
+    """
+    loads = [0.0] * num_parts
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for index in sorted(range(len(plans)), key=lambda i: (-work(plans[i]), i)):
+        least = loads.index(min(loads))
+        loads[least] += work(plans[index])
+        parts[least].append(index)
+    return [[plans[index] for index in sorted(part)] for part in parts]

@@ -1,4 +1,4 @@
-"""Decompose on several processes of this machine: shares by cost, results through the cache."""
+"""Decompose on several processes of this machine; results come through the cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from kpsvd_tune.decompose.spectra import SpectraWorker
-from kpsvd_tune.decompose.tasks import Finished, Settings, Task, shares
+from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, divide
 from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import ModelSource, WeightReader
 from kpsvd_tune.storage.memory import host_memory
 
@@ -24,12 +24,12 @@ GRACE_SECONDS = 5.0
 
 def run_processes(
     source: ModelSource,
-    tasks: Sequence[Task],
+    plans: Sequence[LayerPlan],
     settings: Settings,
     num_processes: int,
-    report: Callable[[Finished], None],
+    report: Callable[[Found], None],
 ) -> None:
-    """Finish every task on worker processes, each with an equal share of the threads.
+    """Decompose every layer on worker processes, each with an equal part of the threads.
 
     With the device ``cuda`` worker i takes GPU i. Workers are spawned, so a script that calls
     this needs the usual ``if __name__ == "__main__"``. When a worker fails the others stop;
@@ -37,7 +37,7 @@ def run_processes(
 
     Args:
         source: The base model; every worker reads it for itself.
-        tasks: The matrices, in model order.
+        plans: The layers, in model order.
         settings: How to decompose.
         num_processes: Workers, at least 1.
         report: Called here after each matrix.
@@ -46,19 +46,19 @@ def run_processes(
         ModelError: As :meth:`SpectraWorker.run`.
         ResourceError: A worker was killed or ended without a reason.
     """
-    num_processes = min(num_processes, len(tasks))
+    num_processes = min(num_processes, len(plans))
     if num_processes == 0:
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // num_processes)
     workers: dict[Connection, SpawnProcess] = {}
     try:
-        for index, share in enumerate(shares(tasks, num_processes)):
+        for index, part in enumerate(divide(plans, num_processes)):
             device = f"cuda:{index}" if settings.device == "cuda" else settings.device
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_work,
-                args=(source, share, replace(settings, device=device), threads, sender),
+                args=(source, part, replace(settings, device=device), threads, sender),
                 daemon=True,
             )
             process.start()
@@ -75,7 +75,7 @@ def run_processes(
                 process.join()
 
 
-def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Finished], None]) -> None:
+def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Found], None]) -> None:
     open_ends = dict(workers)
     while open_ends:
         for end in wait(list(open_ends)):
@@ -86,14 +86,14 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Finished]
                 process = open_ends.pop(end)
                 process.join()
                 if process.exitcode != 0:
-                    raise ResourceError(_obituary(process)) from None
+                    raise ResourceError(_how_it_ended(process)) from None
                 continue
             if isinstance(message, BaseException):
                 raise message
             report(message)
 
 
-def _obituary(process: SpawnProcess) -> str:
+def _how_it_ended(process: SpawnProcess) -> str:
     code = process.exitcode or 0
     if code == -signal.SIGKILL:
         how = f"was killed by signal 9, which usually means that memory ran out: {host_memory()}"
@@ -106,14 +106,18 @@ def _obituary(process: SpawnProcess) -> str:
 
 
 def _work(
-    source: ModelSource, tasks: Sequence[Task], settings: Settings, threads: int, sender: Connection
+    source: ModelSource,
+    plans: Sequence[LayerPlan],
+    settings: Settings,
+    threads: int,
+    sender: Connection,
 ) -> None:
     # Ctrl-C reaches every process of a terminal; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
-        reader = WeightReader(source, [task.name for task in tasks])
-        SpectraWorker(reader, settings).run(tasks, sender.send)
+        reader = WeightReader(source, [plan.name for plan in plans])
+        SpectraWorker(reader, settings).run(plans, sender.send)
     except BrokenPipeError:
         return  # the parent is gone; what is finished is in the cache
     except Exception as error:

@@ -1,31 +1,22 @@
 """The mathematics of KPSVD on plain tensors: no paths, no configuration, no printing."""
 
 from kpsvd_tune.linalg.kpsvd import KPSVD, kpsvd
-from kpsvd_tune.linalg.kronecker import (
-    KroneckerShape,
-    kron_sum,
-    rearrange,
-    unrearrange,
-)
-from kpsvd_tune.linalg.rank import (
-    LayerSpectrum,
-    RankChoice,
-    RankRule,
-    check_rule,
-    choose_ranks,
-)
+from kpsvd_tune.linalg.kronecker import KroneckerShape, kron_sum, rearrange, unrearrange
+from kpsvd_tune.linalg.plan import LayerPlan, decompose_layer
+from kpsvd_tune.linalg.rank import check_rule, choose_ranks
+from kpsvd_tune.linalg.rule import RankRule
 from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape
 
 __all__ = [
     "KPSVD",
     "KroneckerShape",
-    "LayerSpectrum",
-    "RankChoice",
+    "LayerPlan",
     "RankRule",
     "ShapeChoice",
     "check_rule",
     "choose_ranks",
     "choose_shape",
+    "decompose_layer",
     "kpsvd",
     "kron_sum",
     "rearrange",

@@ -36,7 +36,7 @@ class KPSVD:
         left: U_k, (k, m, n), orthonormal as vectors, float32 (float64 for a float64 weight).
         right: V_k, (k, p, q), likewise.
         shape: The Kronecker shape.
-        squared_norm: ||W||_F^2, so that energy shares need no further decomposition.
+        squared_norm: ||W||_F^2, of which shares are taken without a full decomposition.
     """
 
     values: Tensor
@@ -51,33 +51,10 @@ class KPSVD:
         Raises:
             ValueError: More terms are asked for than were computed.
         """
-        self._check_rank(rank)
-        root = self.values[:rank].sqrt().to(self.left.dtype)[:, None, None]
-        return self.left[:rank] * root, self.right[:rank] * root
-
-    def energy(self, rank: int) -> float:
-        """Return the share of ||W||_F^2 that the first terms hold; 0 for a zero matrix.
-
-        Raises:
-            ValueError: More terms are asked for than were computed.
-        """
-        self._check_rank(rank)
-        if self.squared_norm == 0:
-            return 0.0
-        return min(1.0, float(self.values[:rank].square().sum()) / self.squared_norm)
-
-    def relative_error(self, rank: int) -> float:
-        """Return ||W - sum of the first terms||_F / ||W||_F; 0 for a zero matrix.
-
-        Raises:
-            ValueError: More terms are asked for than were computed.
-        """
-        energy = self.energy(rank)
-        return 0.0 if self.squared_norm == 0 else math.sqrt(1.0 - energy)
-
-    def _check_rank(self, rank: int) -> None:
         if not 0 <= rank <= len(self.values):
             raise ValueError(f"rank {rank} is outside 0..{len(self.values)}, the computed terms")
+        root = self.values[:rank].sqrt().to(self.left.dtype)[:, None, None]
+        return self.left[:rank] * root, self.right[:rank] * root
 
 
 def kpsvd(

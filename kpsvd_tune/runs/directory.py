@@ -98,6 +98,7 @@ class RunDirectory:
             CheckpointError: Another process holds it; the message names it.
             ResourceError: The folder cannot be made.
         """
+        durable.make_folder(self.path)
         with lock_folder(self.path):
             yield
 

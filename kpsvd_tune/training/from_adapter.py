@@ -14,14 +14,15 @@ from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.base import RECORD, record_base
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
+from kpsvd_tune.decompose import layer_report
 from kpsvd_tune.decompose.start import base_name
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
-from kpsvd_tune.linalg import KroneckerShape
+from kpsvd_tune.linalg import KroneckerShape, LayerPlan
 from kpsvd_tune.models import ModelSource, load_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
-from kpsvd_tune.report.results import LayerReport, RankReport
+from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.runs.find import COMPARED, find, load_adapter
 from kpsvd_tune.storage.disk import explained
 
@@ -125,11 +126,13 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     """
     base = model.get_base_model()
     layers = tuple(
-        _layer_report(
-            name,
-            layer.kpsvd_shape["default"],
-            (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
-            float(base_weight(layer).double().square().sum()),
+        layer_report(
+            _plan(
+                name,
+                layer.kpsvd_shape["default"],
+                (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
+                float(base_weight(layer).double().square().sum()),
+            )
         )
         for name, layer in kpsvd_layers(model)
     )
@@ -151,28 +154,20 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     )
 
 
-def _layer_report(
+def _plan(
     name: str, shape: KroneckerShape, factors: tuple[Tensor, Tensor], squared_norm: float
-) -> LayerReport:
+) -> LayerPlan:
+    """The layer as it was chosen; no term is known but those that are kept."""
     left, right = (torch.linalg.vector_norm(each.double(), dim=(1, 2)) for each in factors)
     values = tuple((left * right).tolist())
-    kept = min(1.0, math.fsum(value * value for value in values) / squared_norm)
     rank = len(values)
-    return LayerReport(
-        name=name,
-        out_features=shape.out_features,
-        in_features=shape.in_features,
-        factor_shape=shape.as_tuple(),
+    return LayerPlan(
+        name,
+        shape,
+        values=values,
+        squared_norm=squared_norm,
         rank=rank,
         rank_energy=rank,
         rank_elbow=rank,
         bound_by="from",
-        # No term was computed but those that are kept.
-        energy_window=1.0,
-        energy_total=kept,
-        parameters=rank * shape.num_parameters,
-        relative_error=math.sqrt(1.0 - kept),
-        singular_values=values,
-        stable_rank=squared_norm / values[0] ** 2,
-        seconds=0.0,
     )

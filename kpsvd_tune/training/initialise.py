@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from torch import Tensor
 
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.decompose import Decomposition
-from kpsvd_tune.decompose.progress import report_decomposition
-from kpsvd_tune.decompose.start import starting_factors
-from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.decompose import Decomposition, decompose, report_decomposition
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.rank_page import write_rank_report
-from kpsvd_tune.report.results import Probe, RankReport
+from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory, Start
-from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
-from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import replace_file
-from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.training.probes import choose_energy, with_energy
-
-# What the manifest calls the folder.
-_KIND = "init"
+from kpsvd_tune.training.probes import EnergyProbes, with_energy
 
 
 def initialise(
@@ -44,7 +31,7 @@ def initialise(
     start: Start,
     accelerator: Accelerator,
     events: Events,
-) -> tuple[Recipe, RankReport, Mapping[str, tuple[Tensor, Tensor]]]:
+) -> tuple[Recipe, Decomposition]:
     """Decompose, choose the ranks and give the factors; a run that goes on reads its own back.
 
     Args:
@@ -60,24 +47,23 @@ def initialise(
         events: Told of progress.
 
     Returns:
-        The recipe with a threshold in place of auto, the ranks, and the factors by module.
+        The recipe with a threshold in place of auto, and ranks and factors.
     """
-    factors_file, report_file = run.init / "factors.safetensors", run.init / "rank_report.json"
     is_ours = start.checkpoint is not None or start.is_same
     is_auto = recipe.adapter.rank.energy == "auto"
-    if is_ours and factors_file.is_file() and report_file.is_file():
-        _check_seal(run.init)
-        report = RankReport.from_dict(read_json(report_file))
+    is_of_weight = recipe.adapter.init == "weight"
+    if is_ours and Decomposition.is_in(run.init):
+        known = Decomposition.load(run.init, is_of_weight=is_of_weight)
         if is_auto:
-            recipe = with_energy(recipe, _known_energy(report, report_file))
-        events.ranks(report)
-        return recipe, report, Decomposition.load_factors(factors_file)
+            recipe = with_energy(recipe, known.energy(run.init))
+        events.ranks(known.report)
+        return recipe, known
     probes: tuple[Probe, ...] = ()
     if is_auto:
         if not is_ours:
             # Probes of other settings say nothing about these.
             on_main_process(lambda: shutil.rmtree(run.path / "probes", ignore_errors=True))
-        energy, probes = choose_energy(
+        energy, probes = EnergyProbes(
             recipe,
             source,
             train_rows,
@@ -86,60 +72,34 @@ def initialise(
             num_steps,
             accelerator,
             run,
-            events,
-        )
+        ).choose(events)
         events.note(f"energy threshold chosen: {energy:g}")
         recipe = with_energy(recipe, energy)
+    made: list[Decomposition] = []
 
     def compute() -> None:
         events.stage(f"decomposing {recipe.model.path}")
         began = time.monotonic()
-        decomposition = starting_factors(
-            recipe,
+        seed = recipe.train.seed
+        found = decompose(
             source,
-            accelerator.device,
-            report_decomposition(events),
-            seed=recipe.train.seed,
+            recipe.adapter,
+            seed=seed,
+            start_seed=seed,
+            device=str(accelerator.device),
+            progress=report_decomposition(events),
         )
         events.end_progress()
-        for note in decomposition.notes:
+        for note in found.notes:
             events.note(note)
-        with explained(f"write {run.init}"):
-            # Factors last: with them the stage counts as done. Those of other settings go first,
-            # for the seal is not theirs.
-            missing_page = write_rank_report(replace(decomposition.report, probes=probes), run.init)
-            factors_file.unlink(missing_ok=True)
-            contents = {factors_file.name: decomposition.to_bytes()}
-            contents[report_file.name] = report_file.read_bytes()
-            replace_file(run.init / MANIFEST, manifest(_KIND, contents))
-            decomposition.save_factors(factors_file)
-        if missing_page is not None:
+        found = replace(found, report=replace(found.report, probes=probes))
+        if (missing_page := found.save(run.init)) is not None:
             events.note(missing_page)
         run.update(init_seconds=time.monotonic() - began)
+        made.append(found)
 
     on_main_process(compute)
-    report = RankReport.from_dict(read_json(report_file))
-    events.ranks(report)
-    return recipe, report, Decomposition.load_factors(factors_file)
-
-
-def _check_seal(folder: Path) -> None:
-    """Refuse factors that are not those of the decomposition; older versions did not seal them."""
-    try:
-        check_sealed(folder, _KIND)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}. All checkpoints of the run belong to these factors: restore the file from a "
-            "copy, or pass --resume never to begin anew; this run is then kept in previous/"
-        ) from error
-
-
-def _known_energy(report: RankReport, file: Path) -> float:
-    """The threshold that probes chose."""
-    energy = report.rule.get("energy")
-    if not isinstance(energy, int | float) or not 0 < energy <= 1:
-        raise CheckpointError(
-            f"{file}: the energy of its rule is {energy!r}; expected a share above 0, up to 1. "
-            "Pass --resume never to choose it again"
-        )
-    return float(energy)
+    # The other processes read the bits that the main one wrote, as a resume does.
+    found = made[0] if made else Decomposition.load(run.init, is_of_weight=is_of_weight)
+    events.ranks(found.report)
+    return recipe, found

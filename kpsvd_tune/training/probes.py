@@ -9,13 +9,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.decompose import Decomposition
-from kpsvd_tune.decompose.start import adapt, starting_factors
+from kpsvd_tune.decompose import Spectra, collect_spectra, start_from
+from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
@@ -25,7 +27,7 @@ from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage.durable import replace_file, to_json
 from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.training import Training
+from kpsvd_tune.training.loop import Training
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
 # A candidate with fewer parameters wins where it keeps this share of the best fall of the loss:
@@ -36,22 +38,11 @@ STEP_SHARE = 0.25
 FEWEST_STEPS = 5
 
 
-def choose_energy(
-    recipe: Recipe,
-    source: ModelSource,
-    train_rows: Sequence[TokenizedRow],
-    validation_rows: Sequence[TokenizedRow],
-    pad_token_id: int,
-    num_steps: int,
-    accelerator: Accelerator,
-    run: RunDirectory,
-    events: Events,
-) -> tuple[float, tuple[Probe, ...]]:
-    """Train candidates of the energy threshold for a few steps and choose one.
+@dataclass(frozen=True)
+class EnergyProbes:
+    """Short trainings of one run's recipe, which differ in their energy threshold alone.
 
-    Probes that are done are kept in probes/ of the run, so that a stopped choice goes on.
-
-    Args:
+    Attributes:
         recipe: With ``adapter.rank.energy`` auto.
         source: The base model.
         train_rows: Rows to learn from; every probe sees the same ones in the same order.
@@ -59,64 +50,162 @@ def choose_energy(
         pad_token_id: Fills short rows.
         num_steps: Steps of the whole run, which cap those of the probes.
         accelerator: The processes.
-        run: The run's folder.
-        events: Told of progress.
-
-    Returns:
-        The threshold, and every probe in the order run.
-
-    Raises:
-        DataError: There are no held-out rows.
-        NonFiniteError: Every candidate diverged.
-        StoppedBySignal: The probes done so far are kept.
+        run: The run's folder; finished probes are kept in its probes/.
     """
-    if not validation_rows:
-        raise DataError(
-            "adapter.rank.energy: auto compares thresholds on held-out rows and "
-            "dataset.validation is 0; set it above 0, or give a threshold such as 0.5"
+
+    recipe: Recipe
+    source: ModelSource
+    train_rows: Sequence[TokenizedRow]
+    validation_rows: Sequence[TokenizedRow]
+    pad_token_id: int
+    num_steps: int
+    accelerator: Accelerator
+    run: RunDirectory
+
+    def choose(self, events: Events) -> tuple[float, tuple[Probe, ...]]:
+        """Train candidates of the energy threshold for a few steps and choose one.
+
+        Probes that are done are kept, so that a stopped choice goes on.
+
+        Args:
+            events: Told of progress.
+
+        Returns:
+            The threshold, and every probe in the order run.
+
+        Raises:
+            DataError: There are no held-out rows.
+            NonFiniteError: Every candidate diverged.
+            StoppedBySignal: The probes done so far are kept.
+        """
+        if not self.validation_rows:
+            raise DataError(
+                "adapter.rank.energy: auto compares thresholds on held-out rows and "
+                "dataset.validation is 0; set it above 0, or give a threshold such as 0.5"
+            )
+        spectra = self._spectra()
+        left = self._candidates(spectra)
+        lengths = round_lengths(len(left), self.num_steps)
+        cost = sum(length * max(1, len(left) >> place) for place, length in enumerate(lengths))
+        events.stage(
+            f"choosing the energy threshold among {', '.join(map(str, left))}: {cost} steps "
+            f"in {len(lengths)} rounds, beside the run's {self.num_steps}"
         )
-    candidates = _different(recipe, source, accelerator)
-    lengths = round_lengths(len(candidates), num_steps)
-    cost = sum(length * max(1, len(candidates) >> place) for place, length in enumerate(lengths))
-    events.stage(
-        f"choosing the energy threshold among {', '.join(map(str, candidates))}: {cost} steps "
-        f"in {len(lengths)} rounds, beside the run's {num_steps}"
-    )
-    probes: list[Probe] = []
-    left = list(candidates)
-    for length in lengths:
-        if len(left) == 1:
-            break
-        tried = []
-        for energy in left:
-            probe = _probe(
-                recipe,
-                source,
-                energy,
-                length,
-                train_rows,
-                validation_rows,
-                pad_token_id,
-                accelerator,
-                run,
-            )
-            tried.append(probe)
-            # Accelerate keeps every model that it was given, each with a base of its own.
-            accelerator.free_memory()
-        done = [probe for probe in tried if probe is not None]
-        if not done:
-            raise NonFiniteError(
-                "adapter.rank.energy: auto: every threshold diverged; lower "
-                "train.learning_rate, or give a threshold such as 0.5"
-            )
-        for each in done:
-            events.note(
-                f"energy {each.energy:g}: {each.parameters:,} parameters, validation loss "
-                f"{each.loss_before:.4f} to {each.loss:.4f} in {each.steps} steps"
-            )
-        probes += done
-        left = [probe.energy for probe in best_first(done)][: max(1, len(done) // 2)]
-    return left[0], tuple(probes)
+        probes: list[Probe] = []
+        for length in lengths:
+            if len(left) == 1:
+                break
+            done = []
+            for energy in left:
+                if probe := self.probe(spectra, energy, length):
+                    done.append(probe)
+                # Accelerate keeps every model that it was given, each with a base of its own.
+                self.accelerator.free_memory()
+            if not done:
+                raise NonFiniteError(
+                    "adapter.rank.energy: auto: every threshold diverged; lower "
+                    "train.learning_rate, or give a threshold such as 0.5"
+                )
+            for each in done:
+                events.note(
+                    f"energy {each.energy:g}: {each.parameters:,} parameters, validation loss "
+                    f"{each.loss_before:.4f} to {each.loss:.4f} in {each.steps} steps"
+                )
+            probes += done
+            left = [probe.energy for probe in best_first(done)][: max(1, len(done) // 2)]
+        return left[0], tuple(probes)
+
+    def probe(self, spectra: Spectra, energy: float, length: int) -> Probe | None:
+        """Run one short training, or read it back; None where its loss became infinite or NaN."""
+        folder = self.run.path / "probes" / f"energy-{energy:g}-steps-{length}"
+        file = folder.with_name(f"{folder.name}.json")
+        cure = "remove it, and the probe is run again"
+        known: Probe | None = on_main_process(
+            lambda: read_json(file, Probe, cure=cure) if file.exists() else None
+        )
+        if known is not None:
+            return known
+        began = time.monotonic()
+        training = self._training(spectra, energy, length, folder)
+        try:
+            for _ in training.steps():
+                pass
+        except NonFiniteError:
+            return None
+        outcome = training.result()
+        assert outcome.validation_loss is not None
+        assert outcome.validation_loss_before is not None
+        probe = Probe(
+            energy=energy,
+            steps=length,
+            parameters=outcome.trainable_parameters,
+            loss_before=outcome.validation_loss_before,
+            loss=outcome.validation_loss,
+            seconds=time.monotonic() - began,
+        )
+
+        def keep() -> None:
+            replace_file(file, to_json(probe.to_dict()))
+            shutil.rmtree(folder, ignore_errors=True)
+
+        on_main_process(keep)
+        return probe
+
+    def _spectra(self) -> Spectra:
+        """The spectra; the main process computes them, and the others find them in the cache."""
+        found: list[Spectra] = []
+
+        def collect() -> None:
+            adapter, seed = self.recipe.adapter, self.recipe.train.seed
+            device = str(self.accelerator.device)
+            found.append(collect_spectra(self.source, adapter, seed=seed, device=device))
+
+        on_main_process(collect)
+        if not found:
+            collect()
+        return found[0]
+
+    def _candidates(self, spectra: Spectra) -> list[float]:
+        """The candidates without those that give the ranks of a smaller one."""
+        found: dict[tuple[int, ...], float] = {}
+        for energy in CANDIDATES:
+            report = spectra.report(with_energy(self.recipe, energy).adapter.rank)
+            found.setdefault(tuple(layer.rank for layer in report.layers), energy)
+        return list(found.values())
+
+    def _training(self, spectra: Spectra, energy: float, length: int, folder: Path) -> Training:
+        tried = with_energy(self.recipe, energy)
+        warmup = tried.train.warmup_steps
+        update = {
+            "max_steps": length,
+            "eval_every": 0,
+            "save_every": 0,
+            "early_stopping": None,
+            "keep": "last",
+            # Made for the whole run, which a probe is much shorter than.
+            "warmup_steps": None if warmup is not None and warmup >= length else warmup,
+        }
+        start = start_from(spectra, tried.adapter, tried.train.seed)
+        model = adapt(tried, self.source, start, None)
+        own = RunDirectory(folder)
+        begun = on_main_process(
+            lambda: own.begin(
+                recipe_to_yaml(tried),
+                {"recipe": tried.model_dump(mode="json"), "steps": length},
+                {"probe": energy},
+            ),
+        )
+        return Training(
+            model,
+            self.train_rows,
+            self.validation_rows,
+            tried.train.model_copy(update=update),
+            self.accelerator,
+            own,
+            pad_token_id=self.pad_token_id,
+            checkpoint=begun.checkpoint,
+            rate_factors=rate_factors(model, is_relative=tried.adapter.rate == "relative"),
+        )
 
 
 def round_lengths(num_candidates: int, num_steps: int) -> list[int]:
@@ -152,100 +241,3 @@ def with_energy(recipe: Recipe, energy: float) -> Recipe:
     rank = recipe.adapter.rank.model_copy(update={"energy": energy})
     adapter = recipe.adapter.model_copy(update={"rank": rank})
     return recipe.model_copy(update={"adapter": adapter})
-
-
-def _different(recipe: Recipe, source: ModelSource, accelerator: Accelerator) -> list[float]:
-    """The candidates without those that give the ranks of a smaller one."""
-
-    def find() -> list[float]:
-        found: dict[tuple[int, ...], float] = {}
-        for energy in CANDIDATES:
-            report = _start(with_energy(recipe, energy), source, accelerator).report
-            found.setdefault(tuple(layer.rank for layer in report.layers), energy)
-        return list(found.values())
-
-    return on_main_process(find)
-
-
-def _start(recipe: Recipe, source: ModelSource, accelerator: Accelerator) -> Decomposition:
-    return starting_factors(recipe, source, accelerator.device, seed=recipe.train.seed)
-
-
-def _probe(
-    recipe: Recipe,
-    source: ModelSource,
-    energy: float,
-    length: int,
-    train_rows: Sequence[TokenizedRow],
-    validation_rows: Sequence[TokenizedRow],
-    pad_token_id: int,
-    accelerator: Accelerator,
-    run: RunDirectory,
-) -> Probe | None:
-    """One short training; None where its loss became infinite or NaN."""
-    folder = run.path / "probes" / f"energy-{energy:g}-steps-{length}"
-    file = folder.with_name(f"{folder.name}.json")
-    cure = "remove it, and the probe is run again"
-    known: Probe | None = on_main_process(
-        lambda: read_json(file, Probe, cure=cure) if file.exists() else None
-    )
-    if known is not None:
-        return known
-    began = time.monotonic()
-    tried = with_energy(recipe, energy)
-    warmup = recipe.train.warmup_steps
-    update = {
-        "max_steps": length,
-        "eval_every": 0,
-        "save_every": 0,
-        "early_stopping": None,
-        "keep": "last",
-        # Made for the whole run, which a probe is much shorter than.
-        "warmup_steps": None if warmup is not None and warmup >= length else warmup,
-    }
-    train = tried.train.model_copy(update=update)
-    # The cache makes this cheap, and every process needs the factors.
-    start = _start(tried, source, accelerator)
-    model = adapt(tried, source, start.layers, start.factors, None)
-    own = RunDirectory(folder)
-    begun = on_main_process(
-        lambda: own.begin(
-            recipe_to_yaml(tried),
-            {"recipe": tried.model_dump(mode="json"), "steps": length},
-            {"probe": energy},
-        ),
-    )
-    training = Training(
-        model,
-        train_rows,
-        validation_rows,
-        train,
-        accelerator,
-        own,
-        pad_token_id=pad_token_id,
-        checkpoint=begun.checkpoint,
-        rate_factors=rate_factors(model, is_relative=tried.adapter.rate == "relative"),
-    )
-    try:
-        for _ in training.steps():
-            pass
-    except NonFiniteError:
-        return None
-    outcome = training.result()
-    assert outcome.validation_loss is not None
-    assert outcome.validation_loss_before is not None
-    probe = Probe(
-        energy=energy,
-        steps=length,
-        parameters=outcome.trainable_parameters,
-        loss_before=outcome.validation_loss_before,
-        loss=outcome.validation_loss,
-        seconds=time.monotonic() - began,
-    )
-
-    def keep() -> None:
-        replace_file(file, to_json(probe.to_dict()))
-        shutil.rmtree(folder, ignore_errors=True)
-
-    on_main_process(keep)
-    return probe

@@ -20,11 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
-from kpsvd_tune.decompose import layers_of
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
-from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.score import Scorer, check_tasks, labelled
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
@@ -58,6 +57,7 @@ from kpsvd_tune.training import (
     Training,
     make_accelerator,
 )
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import (
     find_adapter,
     holds_adapter,
@@ -65,8 +65,7 @@ from kpsvd_tune.training.from_adapter import (
     write_ranks,
 )
 from kpsvd_tune.training.initialise import initialise
-from kpsvd_tune.training.length import run_length
-from kpsvd_tune.training.zero_config import zero_stage
+from kpsvd_tune.training.schedule import run_length
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
@@ -81,8 +80,7 @@ def train(
     resume: str = "auto",
     allow_change: Sequence[str] = (),
     allow_other_base: bool = False,
-    allow_code_execution: bool = False,
-    sandbox: Sandbox = "bwrap",
+    permission: CodePermission = NO_CODE,
 ) -> dict[str, Any]:
     """Run a recipe, or continue the run that its output_dir holds.
 
@@ -92,8 +90,7 @@ def train(
         resume: auto, never, or the path of a checkpoint.
         allow_change: Recipe keys that may differ from those the run began with.
         allow_other_base: Go on from an adapter (`adapter.from`) of another base model.
-        allow_code_execution: Whether an evaluation may run generated programs.
-        sandbox: What they run in; none runs them without protection.
+        permission: To run programs, which an evaluation on mbpp needs.
 
     Returns:
         The content of results.json.
@@ -113,8 +110,6 @@ def train(
     check_tasks(
         recipe.evaluation,
         recipe.dataset,
-        allow_code_execution=allow_code_execution,
-        sandbox=sandbox,
     )
     adapter_folder = find_adapter(recipe)
     others: list[str] = []
@@ -189,7 +184,7 @@ def train(
                 decomposition_cures(recipe),
                 "finished matrices are kept",
             )
-            recipe, report, factors = initialise(
+            recipe, decomposition = initialise(
                 recipe,
                 source,
                 train_rows,
@@ -202,8 +197,8 @@ def train(
                 events,
             )
             phase.enter("loading the base model", loading_cures(recipe.model.dtype))
-            layers = layers_of(report, has_fingerprints=recipe.adapter.init == "weight")
-            model = adapt(recipe, source, layers, factors, base_files)
+            report = decomposition.report
+            model = adapt(recipe, source, decomposition, base_files)
         else:
             phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
             events.stage(f"loading {adapter_folder} on {recipe.model.path}")
@@ -221,8 +216,7 @@ def train(
             trained_as(dataset, template),
             accelerator.device,
             events,
-            allow_code_execution=allow_code_execution,
-            sandbox=sandbox,
+            permission,
         )
         tasks = labelled(recipe.evaluation)
         phase.enter(

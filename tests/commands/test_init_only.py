@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune.commands import main as cli
-from kpsvd_tune.decompose.tasks import Settings
+from kpsvd_tune.decompose.spectra import Settings
 
 
 @pytest.fixture

@@ -13,10 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kpsvd_tune.decompose import Decomposition, Progress, collect_spectra, decompose, spectra
-from kpsvd_tune.decompose.tasks import Task, shares
+from kpsvd_tune.decompose import (
+    Decomposition,
+    Progress,
+    collect_spectra,
+    decompose,
+    default_cache_dir,
+)
+from kpsvd_tune.decompose.spectra import divide, work
 from kpsvd_tune.errors import AdapterError, ModelError
-from kpsvd_tune.linalg import KroneckerShape, kpsvd, unrearrange
+from kpsvd_tune.linalg import KroneckerShape, LayerPlan, kpsvd, unrearrange
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.report.console import rank_summary
@@ -52,7 +58,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(num_terms)
         return kpsvd(weight, shape, num_terms, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(spectra, "kpsvd", counting)
+    monkeypatch.setattr("kpsvd_tune.linalg.plan.kpsvd", counting)
     return calls
 
 
@@ -187,15 +193,15 @@ def test_one_set_of_spectra_serves_a_sweep(source: ModelSource) -> None:
 
 
 def test_a_damaged_entry_is_computed_again_and_said(
-    source: ModelSource, computed: list[int], tmp_path: Path
+    source: ModelSource, computed: list[int]
 ) -> None:
-    first = decompose(source, recipe(), cache_dir=tmp_path)
+    first = decompose(source, recipe())
     assert first.notes == ()
-    file = sorted((tmp_path / "spectra").rglob("*.safetensors"))[0]
+    file = sorted((default_cache_dir() / "spectra").rglob("*.safetensors"))[0]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    again = decompose(source, recipe(), cache_dir=tmp_path)
+    again = decompose(source, recipe())
     assert len(computed) == 15
     assert again.notes == ("1 damaged entries of the spectra cache were computed again",)
     assert_same(again, first)
@@ -214,14 +220,16 @@ def stop_after(matrices: int) -> Callable[[Progress], None]:
 
 
 def test_an_interrupted_run_goes_on_after_the_last_matrix(
-    source: ModelSource, computed: list[int], tmp_path: Path
+    source: ModelSource, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Stopped):
-        decompose(source, recipe(), cache_dir=tmp_path / "one", progress=stop_after(5))
+        decompose(source, recipe(), progress=stop_after(5))
     assert len(computed) == 5
-    resumed = decompose(source, recipe(), cache_dir=tmp_path / "one")
+    resumed = decompose(source, recipe())
     assert len(computed) == 14
-    assert_same(resumed, decompose(source, recipe(), cache_dir=tmp_path / "two"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert_same(resumed, decompose(source, recipe()))
+    assert len(computed) == 28
 
 
 def test_progress_counts_every_matrix(source: ModelSource) -> None:
@@ -240,13 +248,12 @@ def test_progress_counts_every_matrix(source: ModelSource) -> None:
 
 def test_factors_survive_the_file(source: ModelSource, tmp_path: Path) -> None:
     found = decompose(source, recipe())
-    found.save_factors(tmp_path / "init" / "factors.safetensors")
-    assert [file.name for file in (tmp_path / "init").iterdir()] == ["factors.safetensors"]
-    read = Decomposition.load_factors(tmp_path / "init" / "factors.safetensors")
-    assert set(read) == set(found.factors)
-    for name, pair in found.factors.items():
-        assert torch.equal(read[name][0], pair[0])
-        assert torch.equal(read[name][1], pair[1])
+    assert not Decomposition.is_in(tmp_path / "init")
+    found.save(tmp_path / "init")
+    assert Decomposition.is_in(tmp_path / "init")
+    read = Decomposition.load(tmp_path / "init")
+    assert_same(read, Decomposition(found.report, dict(sorted(found.factors.items()))))
+    assert read.report.layers == found.report.layers
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
@@ -327,18 +334,18 @@ def test_rules_that_cannot_be_met_are_refused(
         decompose(source, recipe(**rank))
 
 
-def test_shares_cost_about_the_same_and_hold_every_task_once() -> None:
+def test_parts_cost_about_the_same_and_hold_every_layer_once() -> None:
     sizes = [(64, 64), (172, 64), (64, 172)] * 7 + [(512, 256)]
-    tasks = [
-        Task(str(index), KroneckerShape(out // 4, 4, 4, inner // 4), 4)
+    plans = [
+        LayerPlan(str(index), KroneckerShape(out // 4, 4, 4, inner // 4))
         for index, (out, inner) in enumerate(sizes)
     ]
-    dealt = shares(tasks, 3)
-    assert sorted(task.name for share in dealt for task in share) == sorted(x.name for x in tasks)
-    costs = [sum(task.cost for task in share) for share in dealt]
-    assert max(costs) - min(costs) <= max(task.cost for task in tasks)
-    assert dealt == shares(tasks, 3)
-    assert shares(tasks, 1) == [tasks]
+    parts = divide(plans, 3)
+    assert sorted(plan.name for part in parts for plan in part) == sorted(x.name for x in plans)
+    costs = [sum(map(work, part)) for part in parts]
+    assert max(costs) - min(costs) <= max(map(work, plans))
+    assert parts == divide(plans, 3)
+    assert divide(plans, 1) == [plans]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +382,7 @@ def test_the_tolerance_of_the_recipe_reaches_the_decomposition_and_the_cache(
         asked.append(options["tolerance"])
         return kpsvd(weight, shape, num_terms, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(spectra, "kpsvd", noting)
+    monkeypatch.setattr("kpsvd_tune.linalg.plan.kpsvd", noting)
     decompose(source, recipe())
     decompose(source, recipe(tolerance=0))
     assert asked == [5e-3] * 14 + [0.0] * 14

@@ -23,9 +23,9 @@ from kpsvd_tune.decompose import (
     default_cache_dir,
     workers,
 )
-from kpsvd_tune.decompose.tasks import Settings, Task
+from kpsvd_tune.decompose.spectra import Settings
 from kpsvd_tune.errors import ModelError, ResourceError
-from kpsvd_tune.linalg import KroneckerShape
+from kpsvd_tune.linalg import KroneckerShape, LayerPlan
 from kpsvd_tune.models import ModelSource, resolve_model
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 
@@ -66,9 +66,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def undisturbed(tmp_path: Path, tiny_model_dir: Path, one_thread: None) -> Decomposition:
+def undisturbed(
+    tmp_path: Path, tiny_model_dir: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> Decomposition:
     source = resolve_model(str(tiny_model_dir))
-    return decompose(source, AdapterRecipe(), cache_dir=tmp_path / "other")
+    with monkeypatch.context() as context:
+        context.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        return decompose(source, AdapterRecipe())
 
 
 def assert_same(one: Decomposition, other: Decomposition) -> None:
@@ -96,17 +100,17 @@ def test_a_run_killed_while_it_writes_an_entry_ends_the_same(
 ) -> None:
     # The fifth entry dies between its last byte and its name, in a process of its own.
     script = (
-        "import os, pathlib, signal, sys\n"
+        "import os, signal, sys\n"
         "from kpsvd_tune.decompose import cache, decompose\n"
         "from kpsvd_tune.models import resolve_model\n"
         "from kpsvd_tune.recipe.adapter import AdapterRecipe\n"
-        "rename, entries = pathlib.Path.replace, []\n"
-        "def replace(self, target):\n"
+        "rename, entries = os.replace, []\n"
+        "def replace(source, target):\n"
         "    entries.append(target)\n"
         "    if len(entries) == 5:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return rename(self, target)\n"
-        "pathlib.Path.replace = replace\n"
+        "    rename(source, target)\n"
+        "os.replace = replace\n"
         "decompose(resolve_model(sys.argv[1]), AdapterRecipe())\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -146,8 +150,8 @@ def test_a_fault_in_a_worker_is_raised_by_the_caller(
     receiver, sender = multiprocessing.Pipe(duplex=False)
     workers._work(
         resolve_model(str(tmp_path / "model")),
-        [Task(name, KroneckerShape(6, 4, 4, 4), 2)],
-        Settings(tmp_path / "cache", 5e-3, 0),
+        [LayerPlan(name, KroneckerShape(6, 4, 4, 4))],
+        Settings(tmp_path / "cache", 2, 5e-3, 0),
         torch.get_num_threads(),
         sender,
     )

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kpsvd_tune.decompose.cache import CachedTerms, SpectraCache, default_cache_dir, entry_key
+from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir, entry_key
 from kpsvd_tune.decompose.hashes import HashIndex, weight_hash
 from kpsvd_tune.errors import ResourceError
-from kpsvd_tune.linalg import KroneckerShape, kpsvd
+from kpsvd_tune.linalg import KPSVD, KroneckerShape, kpsvd
 
 SHAPE = KroneckerShape(4, 3, 2, 5)
 
 
 @pytest.fixture
-def entry() -> CachedTerms:
-    return CachedTerms(kpsvd(torch.randn(8, 15), SHAPE, 6), seconds=0.1)
+def terms() -> KPSVD:
+    return kpsvd(torch.randn(8, 15), SHAPE, 6)
 
 
 @pytest.fixture
@@ -32,40 +32,41 @@ def cache(tmp_path: Path) -> SpectraCache:
 KEY = entry_key("weight", SHAPE, 5e-3, 0)
 
 
-def test_an_entry_comes_back_bit_for_bit(cache: SpectraCache, entry: CachedTerms) -> None:
-    cache.write(KEY, entry)
+def test_an_entry_comes_back_bit_for_bit(cache: SpectraCache, terms: KPSVD) -> None:
+    cache.write(KEY, terms, 0.1)
     read = SpectraCache(cache.folder).read(KEY, SHAPE, 6)
     assert read is not None
-    assert read.seconds == entry.seconds
-    assert read.terms.squared_norm == entry.terms.squared_norm
-    assert read.terms.shape == SHAPE
+    found, seconds = read
+    assert seconds == 0.1
+    assert found.squared_norm == terms.squared_norm
+    assert found.shape == SHAPE
     for name in ("values", "left", "right"):
-        expected = getattr(entry.terms, name)
-        assert getattr(read.terms, name).dtype == expected.dtype
-        assert torch.equal(getattr(read.terms, name), expected)
+        expected = getattr(terms, name)
+        assert getattr(found, name).dtype == expected.dtype
+        assert torch.equal(getattr(found, name), expected)
 
 
 def test_a_smaller_window_is_a_prefix_and_a_larger_one_is_missing(
-    cache: SpectraCache, entry: CachedTerms
+    cache: SpectraCache, terms: KPSVD
 ) -> None:
-    cache.write(KEY, entry)
+    cache.write(KEY, terms, 0.1)
     read = cache.read(KEY, SHAPE, 4)
     assert read is not None
-    assert torch.equal(read.terms.values, entry.terms.values[:4])
-    assert read.terms.right.shape == (4, 2, 5)
+    assert torch.equal(read[0].values, terms.values[:4])
+    assert read[0].right.shape == (4, 2, 5)
     assert cache.read(KEY, SHAPE, 7) is None
     assert not cache.damaged
 
 
 def test_all_terms_there_are_serve_for_any_window(cache: SpectraCache) -> None:
-    entry = CachedTerms(kpsvd(torch.randn(8, 15), SHAPE, 100), seconds=0.1)
-    assert len(entry.terms.values) == SHAPE.max_rank == 10
-    cache.write(KEY, entry)
+    terms = kpsvd(torch.randn(8, 15), SHAPE, 100)
+    assert len(terms.values) == SHAPE.max_rank == 10
+    cache.write(KEY, terms, 0.1)
     assert cache.read(KEY, SHAPE, 100) is not None
 
 
-def test_a_bit_flipped_anywhere_is_noticed(cache: SpectraCache, entry: CachedTerms) -> None:
-    cache.write(KEY, entry)
+def test_a_bit_flipped_anywhere_is_noticed(cache: SpectraCache, terms: KPSVD) -> None:
+    cache.write(KEY, terms, 0.1)
     (file,) = (cache.folder / "spectra").rglob("*.safetensors")
     whole = file.read_bytes()
     for position in [*range(0, len(whole), 37), len(whole) - 1]:
@@ -82,8 +83,8 @@ def test_a_bit_flipped_anywhere_is_noticed(cache: SpectraCache, entry: CachedTer
     assert cache.read(KEY, SHAPE, 6) is not None
 
 
-def test_an_entry_under_another_key_is_not_taken(cache: SpectraCache, entry: CachedTerms) -> None:
-    cache.write(KEY, entry)
+def test_an_entry_under_another_key_is_not_taken(cache: SpectraCache, terms: KPSVD) -> None:
+    cache.write(KEY, terms, 0.1)
     other = KEY[:2] + "0" * 62
     (file,) = (cache.folder / "spectra").rglob("*.safetensors")
     file.rename(file.with_name(f"{other}.safetensors"))
@@ -102,11 +103,11 @@ def test_the_key_holds_everything_the_numbers_depend_on() -> None:
     assert len(keys) == 5
 
 
-def test_what_a_killed_run_left_is_swept_up(cache: SpectraCache, entry: CachedTerms) -> None:
+def test_what_a_killed_run_left_is_swept_up(cache: SpectraCache, terms: KPSVD) -> None:
     folder = cache.folder / "spectra" / KEY[:2]
     folder.mkdir(parents=True)
-    (folder / f"{KEY}.999999.tmp").write_bytes(b"half an ent")
-    cache.write(KEY, entry)
+    (folder / f".{KEY}.safetensors.01234567.tmp").write_bytes(b"half an ent")
+    cache.write(KEY, terms, 0.1)
     assert [file.name for file in folder.iterdir()] == [f"{KEY}.safetensors"]
 
 
@@ -133,27 +134,29 @@ def test_a_lock_is_held_by_one_and_freed_by_death(cache: SpectraCache) -> None:
             assert held
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, entry: CachedTerms) -> None:
+def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, terms: KPSVD) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = SpectraCache(tmp_path / "file")
-    with pytest.raises(ResourceError, match="cannot be written .*XDG_CACHE_HOME"):
-        cache.write(KEY, entry)
+    with pytest.raises(ResourceError, match="a file is in the way; .*XDG_CACHE_HOME"):
+        cache.write(KEY, terms, 0.1)
     with (
-        pytest.raises(ResourceError, match="cannot be written .*XDG_CACHE_HOME"),
+        pytest.raises(ResourceError, match="a file is in the way; .*XDG_CACHE_HOME"),
         cache.lock(KEY, wait=True),
     ):
         pass
 
 
 def test_a_full_disk_is_called_full(
-    cache: SpectraCache, entry: CachedTerms, monkeypatch: pytest.MonkeyPatch
+    cache: SpectraCache, terms: KPSVD, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ResourceError, match="is full; make room"):
-        cache.write(KEY, entry)
+    with pytest.raises(
+        ResourceError, match="No space left on device; free some space, .*XDG_CACHE_HOME"
+    ):
+        cache.write(KEY, terms, 0.1)
     assert cache.read(KEY, SHAPE, 6) is None
 
 

@@ -7,20 +7,14 @@ from typing import Any
 
 import torch
 
-from kpsvd_tune.decompose.start import starting_factors
+from kpsvd_tune.decompose import decompose
 from kpsvd_tune.models import resolve_model
-from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.recipe.adapter import AdapterRecipe
 
 
 def start(folder: Path, **adapter: Any) -> Any:
-    recipe = Recipe.model_validate(
-        {
-            "model": {"path": str(folder), "dtype": "float32"},
-            "adapter": {"rank": {"method": "fixed", "window": 4, "max": 2}, **adapter},
-            "output_dir": "unused",
-        }
-    )
-    return starting_factors(recipe, resolve_model(str(folder)), torch.device("cpu"))
+    settings = {"rank": {"method": "fixed", "window": 4, "max": 2}, **adapter}
+    return decompose(resolve_model(str(folder)), AdapterRecipe.model_validate(settings))
 
 
 def norms(factors: dict[str, Any]) -> dict[str, list[torch.Tensor]]:

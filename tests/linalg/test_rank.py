@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpsvd_tune.linalg import KroneckerShape, LayerSpectrum, RankRule, check_rule, choose_ranks
+from kpsvd_tune.linalg import KroneckerShape, LayerPlan, RankRule, check_rule, choose_ranks
 
 SQUARE = KroneckerShape(4, 4, 4, 4)
 small = settings(max_examples=40, deadline=None)
@@ -20,12 +20,12 @@ def layer(
     *values: float,
     rest: float = 0.0,
     shape: KroneckerShape = SQUARE,
-) -> LayerSpectrum:
+) -> LayerPlan:
     """A layer with these KP singular values and this much energy below its window."""
-    return LayerSpectrum(name, values, sum(v * v for v in values) + rest, shape)
+    return LayerPlan(name, shape, values=values, squared_norm=sum(v * v for v in values) + rest)
 
 
-def random_layers(seed: int, layers: int = 3, window: int = 5) -> list[LayerSpectrum]:
+def random_layers(seed: int, layers: int = 3, window: int = 5) -> list[LayerPlan]:
     chance = random.Random(seed)
     shapes = [KroneckerShape(4, 4, 4, 4), KroneckerShape(9, 2, 2, 9), KroneckerShape(7, 1, 1, 30)]
     return [
@@ -40,11 +40,16 @@ def random_layers(seed: int, layers: int = 3, window: int = 5) -> list[LayerSpec
 
 
 def ranks(spectra, overrides=None, **rule):
-    return [choice.rank for choice in choose_ranks(spectra, RankRule(**rule), overrides)]
+    return [
+        choice.rank for choice in choose_ranks(spectra, RankRule(**rule, overrides=overrides or {}))
+    ]
 
 
 def bounds(spectra, overrides=None, **rule):
-    return [choice.bound_by for choice in choose_ranks(spectra, RankRule(**rule), overrides)]
+    return [
+        choice.bound_by
+        for choice in choose_ranks(spectra, RankRule(**rule, overrides=overrides or {}))
+    ]
 
 
 # Energy
@@ -227,7 +232,7 @@ def test_terms_that_are_rounding_are_never_chosen(method):
     spectrum = layer("a", 3.0, 2.0, 1e-7, 9e-8, 0.0)
     (choice,) = choose_ranks([spectrum], RankRule(method=method, energy=1.0, min=4))
     assert (choice.rank, choice.bound_by) == (2, "window")
-    (choice,) = choose_ranks([spectrum], RankRule(), {"a": 3})
+    (choice,) = choose_ranks([spectrum], RankRule(overrides={"a": 3}))
     assert (choice.rank, choice.bound_by) == (2, "window")
     assert choice.note == "only 2 terms of the weight are more than rounding"
 
@@ -297,7 +302,7 @@ def test_the_budget_leaves_fixed_overrides_whole():
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.10.q_proj"]
 
 
-def named() -> list[LayerSpectrum]:
+def named() -> list[LayerPlan]:
     return [layer(name, 4.0, 3.0, 2.0, 1.0, 0.5) for name in NAMES]
 
 
@@ -391,18 +396,25 @@ def test_a_rule_out_of_range_is_refused(fields, message):
 
 
 def test_a_rule_is_checked_by_names_and_shapes_alone():
-    names, shapes = ["a.q", "a.v"], [KroneckerShape(4, 1, 1, 6), KroneckerShape(2, 2, 2, 2)]
-    rule = RankRule(min=3, budget=3 * 10 + 3 * 8)
-    check_rule(names, shapes, rule, {})
-    check_rule(names, shapes, RankRule(min=3), {})
+    shapes = {"a.q": KroneckerShape(4, 1, 1, 6), "a.v": KroneckerShape(2, 2, 2, 2)}
+    plans = [LayerPlan(name, shape) for name, shape in shapes.items()]
+    check_rule(plans, RankRule(min=3, budget=3 * 10 + 3 * 8))
+    check_rule(plans, RankRule(min=3))
     # No layer needs more terms than it has.
-    check_rule(names, shapes, RankRule(min=9, budget=4 * 10 + 4 * 8), {})
-    check_rule(names, shapes, RankRule(min=3, budget=24), {"q": 0})
+    check_rule(plans, RankRule(min=9, budget=4 * 10 + 4 * 8))
+    check_rule(plans, RankRule(min=3, budget=24, overrides={"q": 0}))
     with pytest.raises(ValueError, match="a budget of 53 parameters is below the 54 that the min"):
-        check_rule(names, shapes, RankRule(min=3, budget=53), {})
+        check_rule(plans, RankRule(min=3, budget=53))
     with pytest.raises(ValueError, match="a budget of 24 parameters is below the 34 that the min"):
-        check_rule(names, shapes, RankRule(min=3, budget=24), {"q": {"min": 1}})
+        check_rule(plans, RankRule(min=3, budget=24, overrides={"q": {"min": 1}}))
     with pytest.raises(ValueError, match="rank override 'k' matches none of the 2 layers"):
-        check_rule(names, shapes, RankRule(), {"k": 1})
+        check_rule(plans, RankRule(overrides={"k": 1}))
     with pytest.raises(ValueError, match="rank override for a.q: expected 0 <= min <= max"):
-        check_rule(names, shapes, RankRule(), {"q": {"min": 99}})
+        check_rule(plans, RankRule(overrides={"q": {"min": 99}}))
+
+
+def test_only_the_window_of_the_rule_is_looked_at():
+    spectra = [layer("a", 4.0, 3.0, 2.0, 1.0, rest=70.0)]
+    (choice,) = choose_ranks(spectra, RankRule(method="energy", energy=1.0, window=3))
+    assert choice.rank == 3
+    assert choice.values == (4.0, 3.0, 2.0)

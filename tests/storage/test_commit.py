@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,9 @@ def test_a_failing_disk_is_named_with_path_size_and_cure(
     monkeypatch.setattr(durable, "os", FaultyOs(first_write, "before", fault))
     with pytest.raises(ResourceError) as caught:
         commit(two / "step-2", FILES.items())
-    assert f"could not write 100 bytes to {two}/.step-2.tmp/a.bin: " in str(caught.value)
+    pattern = rf"could not write 100 bytes to {two}/\.step-2\.[0-9a-f]{{8}}\.tmp/a\.bin: "
+    assert re.search(pattern, str(caught.value))
+    assert not list(two.glob(".step-2*"))
     assert os.strerror(number) in str(caught.value)
     assert cure in str(caught.value)
     assert whole(two) == ["step-1"]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kpsvd_tune.linalg.overrides import overrides_by_layer
+from kpsvd_tune.linalg import RankRule
 from kpsvd_tune.storage import patterns
 from kpsvd_tune.storage.patterns import SlowPatternError, check_patterns, time_limit
 
@@ -31,7 +31,7 @@ def test_a_pattern_that_backtracks_is_ended_and_named() -> None:
 
 def test_a_rank_override_that_backtracks_is_refused() -> None:
     with pytest.raises(ValueError, match="rank override .* takes more than 0.2 s to match"):
-        overrides_by_layer([NAME], {SLOW: 4})
+        RankRule(overrides={SLOW: 4}).for_layers([NAME])
 
 
 def test_what_matches_at_once_passes_and_other_values_are_no_patterns() -> None:

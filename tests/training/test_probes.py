@@ -12,7 +12,12 @@ import pytest
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.training import probes
-from kpsvd_tune.training.probes import CANDIDATES, best_first, round_lengths
+from kpsvd_tune.training.probes import (
+    CANDIDATES,
+    EnergyProbes,
+    best_first,
+    round_lengths,
+)
 
 
 def probe(energy: float, parameters: int, loss: float) -> Probe:
@@ -85,7 +90,7 @@ def test_a_run_chooses_its_threshold_and_reports_the_probes(
 def test_probes_that_are_done_are_not_run_again(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = probes._probe
+    run = EnergyProbes.probe
     calls: list[float] = []
 
     def stop_at_the_third(*args: Any) -> Probe | None:
@@ -94,7 +99,7 @@ def test_probes_that_are_done_are_not_run_again(
             raise KeyboardInterrupt
         return run(*args)
 
-    monkeypatch.setattr(probes, "_probe", stop_at_the_third)
+    monkeypatch.setattr(EnergyProbes, "probe", stop_at_the_third)
     assert cli.run(["train", str(recipe)]) == 130
     kept = sorted((tmp_path / "run" / "probes").glob("*.json"))
     assert [file.name for file in kept] == [
@@ -102,7 +107,7 @@ def test_probes_that_are_done_are_not_run_again(
         "energy-0.4-steps-5.json",
     ]
     before = [file.read_bytes() for file in kept]
-    monkeypatch.setattr(probes, "_probe", run)
+    monkeypatch.setattr(EnergyProbes, "probe", run)
     assert cli.run(["train", str(recipe)]) == 0
     # Times are part of a probe, so equal bytes mean that it was not run again.
     assert [file.read_bytes() for file in kept] == before

@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert not (stopped / "results.json").exists()
     monkeypatch.setattr(Events, "step", original)
     # Going on must not need the decomposition again, whatever became of the cache.
-    monkeypatch.setattr("kpsvd_tune.training.initialise.starting_factors", None)
+    monkeypatch.setattr("kpsvd_tune.training.initialise.decompose", None)
     assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 0
     assert "continuing from" in capsys.readouterr().err
     first, second = (

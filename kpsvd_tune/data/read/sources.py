@@ -432,11 +432,7 @@ class Part:
 
 
 def parse_split(split: str) -> tuple[Part, ...]:
-    """Read the recipe's `split`.
-
-    Raises:
-        DataError: It is no name with an optional stretch, nor a sum of these.
-    """
+    """Read the recipe's `split`."""
     parts = []
     for text in split.split("+"):
         match = _PART.fullmatch(text.strip())
@@ -507,11 +503,7 @@ def source_names(dataset: DatasetRecipe) -> str:
 
 
 def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) -> None:
-    """Refuse a column to leave out that no row has: `found` are those that some row has.
-
-    Raises:
-        DataError: No row has such a column, so the name is misspelt.
-    """
+    """Refuse a column to leave out that no row has: `found` are those that some row has."""
     wanted = {name: None for each in settings for name in each.ignore_columns}
     if missing := [name for name in wanted if name not in found]:
         labels = ", ".join(each.path for each in settings)

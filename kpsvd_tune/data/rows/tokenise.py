@@ -150,11 +150,7 @@ def find_form(
     template: str,
     setting: str = "dataset.columns",
 ) -> tuple[RowFormat, list[str]]:
-    """The form of the rows, checked against the template, with what a user should know.
-
-    Raises:
-        DataError: No form fits, or the template has a place that nothing fills.
-    """
+    """The form of the rows, checked against the template, with what a user should know."""
     text = None if template == "chat" else TextTemplate(template)
     form = find_format(
         rows, format, columns, needs_prompt=text is None or text.has_prompt, setting=setting

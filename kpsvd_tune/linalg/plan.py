@@ -1,0 +1,125 @@
+"""One layer from its factor shape to its rank, and the decomposition in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from torch import Tensor
+
+from kpsvd_tune.linalg.kpsvd import KPSVD, kpsvd
+from kpsvd_tune.linalg.kronecker import KroneckerShape
+from kpsvd_tune.linalg.shape import choose_shape
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is known of one layer: its shape first, then its spectrum, then its rank.
+
+    Attributes:
+        name: The module's name.
+        shape: The Kronecker shape; a term costs ``shape.num_parameters``.
+        note: What a rule fell back on, or None.
+        values: KP singular values over the window, descending; empty before the decomposition.
+        squared_norm: ||W||_F^2.
+        seconds: Time that the decomposition took.
+        rank: The number of terms chosen.
+        rank_energy: What the energy threshold alone would choose.
+        rank_elbow: What the elbow alone would choose.
+        bound_by: What decided: energy, elbow, noise_edge, fixed, override, min, max, budget, or
+            window where all computed or usable terms ended first.
+    """
+
+    name: str
+    shape: KroneckerShape
+    note: str | None = None
+    values: tuple[float, ...] = ()
+    squared_norm: float = 0.0
+    seconds: float = 0.0
+    rank: int = 0
+    rank_energy: int = 0
+    rank_elbow: int = 0
+    bound_by: str = ""
+
+    @classmethod
+    def of_weight(cls, name: str, size: tuple[int, int], rule: str | Mapping[str, int]) -> Self:
+        """Plan a weight of that size (out, in), not decomposed yet.
+
+        Raises:
+            ValueError: As :func:`choose_shape`.
+        """
+        choice = choose_shape(*size, rule)
+        return cls(name, choice.shape, choice.note)
+
+    def with_terms(self, terms: KPSVD, seconds: float = 0.0) -> Self:
+        """The plan with the spectrum of these terms."""
+        values = tuple(terms.values.tolist())
+        return replace(self, values=values, squared_norm=terms.squared_norm, seconds=seconds)
+
+    def within(self, window: int) -> Self:
+        """The plan as if no more leading terms had been computed."""
+        return replace(self, values=self.values[:window])
+
+    def shares(self) -> list[float]:
+        """Each term's share of ||W||_F^2; zeros for a zero matrix."""
+        whole = self.squared_norm or 1.0
+        return [value * value / whole for value in self.values]
+
+    def energy(self, num_terms: int) -> float:
+        """Share of ||W||_F^2 that the leading terms hold; 0 for a zero matrix.
+
+        Exact without further terms, since ||W||_F is known; rounding never takes it above 1.
+        """
+        if self.squared_norm == 0:
+            return 0.0
+        held = math.fsum(value * value for value in self.values[:num_terms])
+        return min(1.0, held / self.squared_norm)
+
+    def relative_error(self, num_terms: int) -> float:
+        """||W - sum of the leading terms||_F / ||W||_F; 0 for a zero matrix."""
+        return math.sqrt(1.0 - self.energy(num_terms)) if self.squared_norm > 0 else 0.0
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of the chosen terms."""
+        return self.rank * self.shape.num_parameters
+
+    def settings(self, *, has_fingerprint: bool = True) -> dict[str, Any]:
+        """What an adapter's configuration keeps of the layer.
+
+        Args:
+            has_fingerprint: Whether the factors are the weight's own terms. The product of others
+                with the weight is near zero for any base, so it tells none from another.
+
+        Returns:
+            ``shape`` [m, n, p, q], ``rank`` and ``fingerprint`` <W, A0_1 kron B0_1>, which is
+            sigma_1^2, or None.
+        """
+        fingerprint = self.values[0] ** 2 if has_fingerprint else None
+        return {"shape": list(self.shape.as_tuple()), "rank": self.rank, "fingerprint": fingerprint}
+
+
+def decompose_layer(
+    plan: LayerPlan, weight: Tensor, num_terms: int, *, tolerance: float, seed: int
+) -> tuple[LayerPlan, KPSVD]:
+    """Decompose the weight of one layer; weights in memory and streamed ones both pass here.
+
+    Args:
+        plan: The layer with its shape.
+        weight: W (out, in), floating, any device.
+        num_terms: Leading terms wanted; a matrix that has fewer gives all it has.
+        tolerance: As for :func:`kpsvd`.
+        seed: As for :func:`kpsvd`.
+
+    Returns:
+        The plan with its spectrum, and the terms on the weight's device.
+
+    Raises:
+        ValueError: As :func:`kpsvd`.
+    """
+    began = time.perf_counter()
+    terms = kpsvd(weight, plan.shape, num_terms, tolerance=tolerance, seed=seed)
+    return plan.with_terms(terms, time.perf_counter() - began), terms

@@ -8,7 +8,7 @@ KpsvdTuneError                 1
 │   └── AdapterError           2   the adapter: targets, factor shapes, ranks, another base model
 ├── RunError                   1   the input was fine and the run failed
 │   ├── CheckpointError        1   a run directory or checkpoint is damaged or of another run
-│   │   └── FolderInUseError   1   another process holds the lock of the folder
+│   │   └── FolderInUseError   1   another process holds the lock of a run's folder
 │   ├── MergeError             1   the merged model is not the model that was trained
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
@@ -123,7 +123,7 @@ class CheckpointError(RunError):
 
 
 class FolderInUseError(CheckpointError):
-    """Another process holds the lock of the folder."""
+    """Another process holds the lock of the folder of a run."""
 
 
 class MergeError(RunError):

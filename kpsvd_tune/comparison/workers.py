@@ -23,7 +23,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.comparison.plan import Trial
-from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
+from kpsvd_tune.comparison.setup import Setup
+from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.events import Events
 from kpsvd_tune.phase import Phase, memory_explained, training_cures

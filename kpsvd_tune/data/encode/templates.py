@@ -293,7 +293,7 @@ def with_chat_template(
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
         if isinstance(own, str) and shipped_name(own):
-            raise  # it is one of ours, which has just been tried
+            raise  # a shipped template, which has just been tried
         refusal = error
     reasons: list[str] = []
     for variant in FAMILIES[name].variants:

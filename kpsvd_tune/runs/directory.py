@@ -95,7 +95,7 @@ class RunDirectory:
         """Keep other runs out of the folder; the system lifts it however this process ends.
 
         Raises:
-            CheckpointError: Another process holds it; the message names it.
+            FolderInUseError: Another process holds it; the message names it.
             ResourceError: The folder cannot be made.
         """
         durable.make_folder(self.path)

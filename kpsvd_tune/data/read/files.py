@@ -268,7 +268,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
     # newline="": csv sees the line ends itself and keeps those inside quotes.
     lines = _read_text(path, newline="")
     first = next(lines, "")
-    # How Excel is told the separator of what follows.
+    # A first line such as sep=; tells Excel the separator of the lines that follow.
     told = re.fullmatch(r'"?sep=([,;\t|])"?\s*', first, re.IGNORECASE)
     reader = csv.reader(
         lines if told else chain([first], lines), delimiter=told[1] if told else ",", strict=True

@@ -216,7 +216,8 @@ def evaluate(
         model: Any = load_model(model_source, dtype or known)
         others: list[str] = []
         if found.adapter is not None and not base_only:
-            model = load_adapter(model, found.adapter, others if allow_other_base else None)
+            model, other = load_adapter(model, found.adapter, allow_other_base)
+            others = [] if other is None else [other]
         scorer = Scorer(
             load_tokenizer(model_source, found.adapter),
             dataset,

@@ -16,7 +16,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.events import Events
-from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
 ) -> None:
     """Show what a model says to a prompt."""
     prepare_libraries(offline, debug)
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         text = _answer(
             source,
             prompt,

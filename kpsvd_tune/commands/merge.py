@@ -30,6 +30,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 def merge(
@@ -49,7 +50,7 @@ def merge(
 ) -> None:
     """Bake an adapter into plain weights and prove that they are the same model."""
     prepare_libraries(offline, debug)
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         report = _merge(
             source,
             output,

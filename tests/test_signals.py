@@ -16,8 +16,8 @@ import pytest
 from kpsvd_tune import errors, signals
 from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.signals import StopSignals, ignore_signals
-from kpsvd_tune.training import stream
-from kpsvd_tune.training.loss import make_micro_batch
+from kpsvd_tune.training import batches
+from kpsvd_tune.training.batches import make_micro_batch
 
 # Loads the one module by its path: the package around it would take seconds to import.
 PROGRAM = f"""
@@ -172,10 +172,10 @@ def test_a_signal_to_a_worker_that_is_just_starting_is_ignored(monkeypatch: pyte
         os.kill(os.getpid(), signal.SIGTERM)  # torch has given it handlers that end it by now
         ignore_signals(worker)
 
-    monkeypatch.setattr(stream, "ignore_signals", ignore_late)
+    monkeypatch.setattr(batches, "ignore_signals", ignore_late)
     rows = [TokenizedRow((1, 2, n), (-100, 2, n), n) for n in range(4)]
     sampler = StatelessSampler(4, 2, 1, 1, 0)
     make_batch = partial(make_micro_batch, pad_token_id=0)
-    steps = list(stream.stream_steps(rows, sampler, range(3), 0, make_batch, num_workers=2))
+    steps = list(batches.stream_steps(rows, sampler, range(3), 0, make_batch, num_workers=2))
     assert [len(batches) for batches in steps] == [1, 1, 1]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -23,8 +23,9 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import InputError, RecipeError
+from kpsvd_tune.evaluation.permission import permission_for
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import (
-    check_code_execution,
     missing_scorers,
     rescore,
     stored_task,
@@ -94,9 +95,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a run or a model on a task, or score stored completions again."""
-    may: dict[str, Any] = {"allow_code_execution": allow_code_execution, "sandbox": sandbox}
     if stored is not None:
-        _rescore(stored, task, as_json, may)
+        _rescore(stored, task, as_json, allow_code_execution, sandbox)
         return
     if source is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
@@ -114,7 +114,7 @@ def evaluate(
     options = {key: value for key, value in given.items() if value is not None}
     wanted = _task(source, options, overrides or ())
     # Before the processes start and the libraries are loaded: nothing is to be waited for.
-    check_code_execution(wanted.task, **may)
+    permission = permission_for([wanted.task], allow_code_execution, sandbox)
     launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
     from kpsvd_tune.evaluation.score import evaluate as score
@@ -129,7 +129,7 @@ def evaluate(
             dtype=dtype,
             base=base,
             allow_other_base=allow_other_base,
-            **may,
+            permission=permission,
         )
         emit(result, as_json, view.show_scores)
 
@@ -156,16 +156,19 @@ def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> 
         raise RecipeError(f"{error}\nno run is in {source}{siblings(source)}") from error
 
 
-def _rescore(file: Path, task: str | None, as_json: bool, may: Mapping[str, Any]) -> None:
+def _rescore(
+    file: Path, task: str | None, as_json: bool, is_allowed: bool, sandbox: Sandbox
+) -> None:
     task = task or stored_task(file)
     if task is None:
         raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
+    permission = permission_for([task], is_allowed, sandbox)
     with view.Events() as events:
         scores = rescore(
             file,
             task,
             progress=lambda done, total: events.advance("running programs", done, total),
-            **may,
+            permission=permission,
         )
         for note in missing_scorers(task):
             events.note(note)

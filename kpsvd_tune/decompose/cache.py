@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
+import io
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +15,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
-from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.linalg import KPSVD, KroneckerShape
-from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
-from kpsvd_tune.storage.paths import cache_folder
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.durable import make_folder, replace_file
+from kpsvd_tune.storage.json_files import check_types, read_bytes, read_header
+from kpsvd_tune.storage.locks import hold
+from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
 # Part of every key: raise it whenever linalg.kpsvd gives other numbers for the same input.
 ALGORITHM_VERSION = 2
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
-FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def default_cache_dir() -> Path:
@@ -92,7 +90,10 @@ class SpectraCache:
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
         """
-        self._commit(self._file(key), _encode(key, terms, seconds))
+        file = self._file(key)
+        with explained(f"write {file}", CACHE_PLACE):
+            make_folder(file.parent)
+            replace_file(file, _encode(key, terms, seconds))
 
     @contextmanager
     def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
@@ -106,68 +107,16 @@ class SpectraCache:
         Yields:
             Whether the lock is held; always True with ``wait``.
         """
-        folder = self.folder / "locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / f"{key[:2]}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ResourceError(
-                f"the spectra cache {self.folder} cannot be written ({error}); point "
-                "XDG_CACHE_HOME at a folder that can"
-            ) from error
-        # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
-        try:
-            yield _flock(descriptor, wait)
-        finally:
-            os.close(descriptor)
+        file = self.folder / "locks" / f"{key[:2]}.lock"
+        with ExitStack() as stack:
+            with explained(f"lock {file}", CACHE_PLACE):
+                make_folder(file.parent)
+                held = stack.enter_context(hold(file, wait=wait))
+            # Without locks two runs compute the same matrix at worst.
+            yield held is not False
 
     def _file(self, key: str) -> Path:
         return self.folder / "spectra" / key[:2] / f"{key}.safetensors"
-
-    def _commit(self, file: Path, content: bytes) -> None:
-        try:
-            for stale in file.parent.glob(f"{file.stem}.*.tmp"):
-                stale.unlink()  # of a killed run: nobody else writes under our lock
-            commit_file(file, content)
-        except OSError as error:
-            what = "is full" if error.errno in FULL else f"cannot be written ({error})"
-            raise ResourceError(
-                f"the spectra cache {self.folder} {what}; make room, or point XDG_CACHE_HOME at "
-                "another disk: matrices finished so far are kept"
-            ) from error
-
-
-def commit_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there, even after a power cut."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    _sync_folder(file.parent)
-
-
-def _flock(descriptor: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        # Some network file systems have no locks. Renames keep entries whole there too; at worst
-        # two runs compute the same matrix.
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _encode(key: str, terms: KPSVD, seconds: float) -> bytes:
@@ -187,8 +136,8 @@ def _encode(key: str, terms: KPSVD, seconds: float) -> bytes:
 def _decode(data: bytes, key: str, shape: KroneckerShape) -> tuple[KPSVD, float] | None:
     """Read an entry; None for anything but what :func:`_encode` wrote under this key."""
     try:
-        length = int.from_bytes(data[:8], "little")
-        facts = check_types(parse_json(data[8 : 8 + length])["__metadata__"], dict[str, str])
+        header, _ = read_header(io.BytesIO(data))
+        facts = check_types(header["__metadata__"], dict[str, str])
         digest = facts.pop("sha256")
         tensors = load(data)
         if facts["key"] != key or digest != _content_hash(facts, tensors):

@@ -8,7 +8,6 @@ under the very same settings and weights: a score is never made of two models' a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,20 +29,21 @@ from kpsvd_tune.evaluation.generate import (
     generate_completions,
 )
 from kpsvd_tune.evaluation.loss_task import check_loss, score_loss
+from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.prompts import (
     build_prompts,
     num_shots,
     read_shots,
     stop_strings,
 )
-from kpsvd_tune.evaluation.sandbox import Sandbox
-from kpsvd_tune.evaluation.scoring import check_code_execution, score_completions
+from kpsvd_tune.evaluation.scoring import score_completions
 from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.json_files import parse_json, read_bytes
+from kpsvd_tune.storage.durable import make_folder, rename, replace_file
+from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
 
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"
@@ -73,8 +73,7 @@ def evaluate(
     output_folder: Path,
     *,
     template: str | None = None,
-    allow_code_execution: bool = False,
-    sandbox: Sandbox = "bwrap",
+    permission: CodePermission = NO_CODE,
     set_aside: bool = False,
     watch: Watch | None = None,
 ) -> list[Score]:
@@ -89,8 +88,7 @@ def evaluate(
         recipe: the task, its data, its prompt and how to answer.
         output_folder: where completions.jsonl and evaluation.json lie.
         template: the training template, used where the recipe's section has none.
-        allow_code_execution: must be true for a task that runs generated programs.
-        sandbox: "bwrap", or "none" to run them without protection.
+        permission: to run programs, which mbpp needs.
         set_aside: move completions of another model or with other settings out of the way,
             instead of refusing to go on.
         watch: who is told of progress.
@@ -103,7 +101,8 @@ def evaluate(
             the folder holds completions of another evaluation.
         DataError: the data cannot be read or do not fit the task.
     """
-    check_code_execution(recipe.task, allow_code_execution=allow_code_execution, sandbox=sandbox)
+    if recipe.task == "mbpp":
+        permission.for_task(recipe.task)
     watch = watch or Watch()
     template = recipe.template or template or default_template(recipe.task)
     if recipe.task in LOSS_TASKS:
@@ -144,8 +143,7 @@ def evaluate(
         lambda: score_completions(
             recipe.task,
             completions,
-            allow_code_execution=allow_code_execution,
-            sandbox=sandbox,
+            permission=permission,
             progress=watch.running,
         )
     )
@@ -231,7 +229,7 @@ def _open_folder(
     folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt], set_aside: bool
 ) -> None:
     """Make the folder ready to be filled or to go on with."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     repair_completions(folder / COMPLETIONS_FILE)
     try:
         _check_folder(folder, settings, prompts)
@@ -241,12 +239,12 @@ def _open_folder(
         number = 1
         while (aside := folder / f"previous-{number}").exists():
             number += 1
-        aside.mkdir()
+        make_folder(aside)
         for name in (COMPLETIONS_FILE, SETTINGS_FILE):
             if (folder / name).exists():
-                (folder / name).rename(aside / name)
+                rename(folder / name, aside / name)
     if not (folder / COMPLETIONS_FILE).exists():
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        replace_file(folder / SETTINGS_FILE, to_json(settings))
 
 
 def _check_folder(folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:

@@ -22,8 +22,8 @@ from kpsvd_tune.evaluation.evaluate import (
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
 from kpsvd_tune.evaluation.generate import GenerationProgress
-from kpsvd_tune.evaluation.sandbox import Sandbox
-from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers
+from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.scoring import missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer
 from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
@@ -36,9 +36,8 @@ from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.durable import check_replaceable, check_writable
-from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.storage.paths import expand
+from kpsvd_tune.storage.json_files import read_json, to_json
+from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
 from kpsvd_tune.units import time_left
 
 
@@ -54,18 +53,13 @@ def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
 def check_tasks(
     tasks: Sequence[EvaluationRecipe],
     dataset: DatasetRecipe | None,
-    *,
-    allow_code_execution: bool = False,
-    sandbox: Sandbox = "bwrap",
 ) -> None:
     """Refuse now what would stop the scoring after a training.
 
     Raises:
-        InputError: Code may not be run, or there is no sandbox for it.
+        InputError: Worked examples are wanted, and there are no rows to take them from.
         DataError: A task's rows or text cannot be read.
     """
-    for task in tasks:
-        check_code_execution(task.task, allow_code_execution=allow_code_execution, sandbox=sandbox)
     for task in tasks:
         check_task(_as_trained(task, dataset))
 
@@ -79,8 +73,7 @@ class Scorer:
             none; None: the tasks' own.
         place: Device to compute on.
         events: Told of progress and scores.
-        allow_code_execution: Whether generated programs may be run.
-        sandbox: What they run in.
+        permission: To run programs, which mbpp needs.
     """
 
     def __init__(
@@ -89,16 +82,13 @@ class Scorer:
         dataset: DatasetRecipe | None,
         place: torch.device,
         events: Events,
-        *,
-        allow_code_execution: bool = False,
-        sandbox: Sandbox = "bwrap",
+        permission: CodePermission,
     ) -> None:
         self._tokenizer = tokenizer
         self._dataset = dataset
         self._place = place
         self._events = events
-        self._allow_code_execution = allow_code_execution
-        self._sandbox = sandbox
+        self._permission = permission
 
     def score_all(
         self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
@@ -131,8 +121,7 @@ class Scorer:
             self._tokenizer,
             task,
             folder,
-            allow_code_execution=self._allow_code_execution,
-            sandbox=self._sandbox,
+            permission=self._permission,
             set_aside=set_aside,
             watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
@@ -164,8 +153,7 @@ def evaluate(
     dtype: str | None = None,
     base: str | None = None,
     allow_other_base: bool = False,
-    allow_code_execution: bool = False,
-    sandbox: Sandbox = "bwrap",
+    permission: CodePermission = NO_CODE,
 ) -> dict[str, Any]:
     """Score a run, an adapter or a model on a task.
 
@@ -181,8 +169,7 @@ def evaluate(
         dtype: Of the weights; by default the recipe's, else float32.
         base: Another place of the same base model.
         allow_other_base: Take a base that is not the adapter's; the results say so.
-        allow_code_execution: Whether generated programs may be run.
-        sandbox: bwrap, or none to run them without protection.
+        permission: To run programs, which mbpp needs.
 
     Returns:
         ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
@@ -216,8 +203,6 @@ def evaluate(
     check_tasks(
         [task],
         dataset,
-        allow_code_execution=allow_code_execution,
-        sandbox=sandbox,
     )
     phase = Phase()
     with watched(phase), ExitStack() as stack:
@@ -231,14 +216,14 @@ def evaluate(
         model: Any = load_model(model_source, dtype or known)
         others: list[str] = []
         if found.adapter is not None and not base_only:
-            model = load_adapter(model, found.adapter, others if allow_other_base else None)
+            model, other = load_adapter(model, found.adapter, allow_other_base)
+            others = [] if other is None else [other]
         scorer = Scorer(
             load_tokenizer(model_source, found.adapter),
             dataset,
             place,
             events,
-            allow_code_execution=allow_code_execution,
-            sandbox=sandbox,
+            permission,
         )
         phase.enter(
             f"scoring {task.task}",
@@ -266,7 +251,7 @@ def evaluate(
 
         def keep() -> None:
             durable.make_folder(output)
-            durable.replace_file(output / "results.json", durable.to_json(result))
+            durable.replace_file(output / "results.json", to_json(result))
             if found.recipe is not None:
                 _record(RunDirectory(source), result, base_only, events)
 

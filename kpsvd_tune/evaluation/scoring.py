@@ -21,8 +21,9 @@ from kpsvd_tune.evaluation.numeric_answer import (
     plain_text,
     strict_answer,
 )
+from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, program_with_tests
-from kpsvd_tune.evaluation.sandbox import Limits, Sandbox, check_sandbox, run_programs
+from kpsvd_tune.evaluation.sandbox.run import Limits, run_programs
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
@@ -41,24 +42,6 @@ class Verdict:
 TextScorer = Callable[[str, str], Verdict]
 
 
-def check_code_execution(task: str, *, allow_code_execution: bool, sandbox: str) -> None:
-    """Refuse a task that runs generated code unless that was allowed and a sandbox is there.
-
-    To be called before any work is done for the task.
-
-    Raises:
-        InputError: code execution was not allowed, or there is no sandbox (`check_sandbox`).
-    """
-    if task != "mbpp":
-        return
-    if not allow_code_execution:
-        raise InputError(
-            "the task mbpp runs programs the model wrote, and that was not allowed. Type "
-            "--allow-code-execution to run them in a sandbox."
-        )
-    check_sandbox(sandbox)
-
-
 def missing_scorers(task: str) -> tuple[str, ...]:
     """Why a scorer of this task will be missing, one message each, with what to do about it."""
     return (INSTALL,) if task == "math" and not math_verify_available() else ()
@@ -68,8 +51,7 @@ def score_completions(
     task: str,
     completions: Sequence[Completion],
     *,
-    allow_code_execution: bool = False,
-    sandbox: Sandbox = "bwrap",
+    permission: CodePermission = NO_CODE,
     limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
@@ -80,8 +62,7 @@ def score_completions(
             where it is installed), "mbpp" (pass@1 and pass@k up to the number of samples) or
             "exact_match" (exact_match, exact_text).
         completions: several samples of a prompt count as one question.
-        allow_code_execution: must be true for mbpp.
-        sandbox: "bwrap", or "none" to run programs without protection.
+        permission: to run programs, which mbpp needs.
         limits: what each program may use.
         progress: called with (done, total) programs.
 
@@ -90,17 +71,17 @@ def score_completions(
         sqrt(value (1 - value) / n).
 
     Raises:
-        InputError: the task is unknown, or it runs code and may or can not.
+        InputError: the task is unknown, or it runs programs and may not.
         DataError: there is no completion, or a gold does not fit the task.
     """
     if task not in TASKS:
         raise InputError(f"the task must be one of {', '.join(TASKS)}, got {task!r}.")
-    check_code_execution(task, allow_code_execution=allow_code_execution, sandbox=sandbox)
     if not completions:
         raise DataError(
             f"there is no completion to score for the task {task}: expected at least 1."
         )
     if task == "mbpp":
+        sandbox = permission.for_task(task)
         programs = [program_with_tests(each.completion, each.gold) for each in completions]
         results = run_programs(programs, sandbox=sandbox, limits=limits, progress=progress)
         verdicts = [
@@ -127,8 +108,7 @@ def rescore(
     file: Path,
     task: str,
     *,
-    allow_code_execution: bool = False,
-    sandbox: Sandbox = "bwrap",
+    permission: CodePermission = NO_CODE,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Score stored completions again, without a model.
@@ -136,19 +116,17 @@ def rescore(
     Args:
         file: rows {id, prompt, completion, gold}, one a line.
         task: whose scorers to use.
-        allow_code_execution: must be true for a task that runs generated programs.
-        sandbox: "bwrap", or "none" to run them without protection.
+        permission: to run programs, which mbpp needs.
         progress: called with (done, total) programs run.
 
     Raises:
-        InputError: the task is unknown, or it runs code and may or can not.
+        InputError: the task is unknown, or it runs programs and may not.
         DataError: the file cannot be read, holds no row, or its gold does not fit the task.
     """
     return score_completions(
         task,
         read_completions(file),
-        allow_code_execution=allow_code_execution,
-        sandbox=sandbox,
+        permission=permission,
         progress=progress,
     )
 

@@ -7,14 +7,10 @@ the stored weights, not the noise of a 16-bit forward pass.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import gc
-import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +32,7 @@ from kpsvd_tune.merge.files import keep_base_files
 from kpsvd_tune.models.loading import same_tokenizer
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
-from kpsvd_tune.storage.disk import follow_umask
+from kpsvd_tune.storage.durable import write_folder
 from kpsvd_tune.units import size
 
 UNKNOWN_BASE = Base("a base model", is_on_hub=False)
@@ -137,14 +133,7 @@ def merge(
     plain.to(DTYPES[dtype])
     _check_finite(plain, dtype)
     _check_room(plain, output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(output)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    held = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):
-        # Some network file systems have no locks.
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
+    with write_folder(output) as partial:
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -178,26 +167,7 @@ def merge(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
         )
         (partial / "README.md").write_text(merged_card(report, base), encoding="utf-8")
-        _publish(partial, output)
-    finally:
-        os.close(held)
-        shutil.rmtree(partial, ignore_errors=True)
     return report
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Delete what killed merges to the same place left; one at work holds a lock on its folder."""
-    for folder in output.parent.glob(f".{glob.escape(output.name)}.????????"):
-        if not folder.is_dir() or folder.is_symlink():
-            continue
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        finally:
-            os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
@@ -314,11 +284,3 @@ def _check_room(model: PreTrainedModel, output: Path) -> None:
             f"the merged model needs {size(needed)} on disk and {existing} has {size(free)} free: "
             "make room or choose another --output"
         )
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Give the finished folder its name."""
-    follow_umask(partial)
-    if output.is_dir():
-        output.rmdir()
-    partial.rename(output)

@@ -13,7 +13,7 @@ from typing import Any
 
 from kpsvd_tune.report.pages import render, write_page
 from kpsvd_tune.report.results import LayerReport, RankReport
-from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.durable import make_folder, replace_file
 from kpsvd_tune.units import duration
 
 # Characters of a kind of module that fit beside the heat map.
@@ -52,7 +52,7 @@ def write_rank_report(report: RankReport, folder: Path) -> str | None:
     Raises:
         ResourceError: The disk refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = report.to_dict()
     text = io.StringIO()
     columns = [each.name for each in fields(LayerReport) if each.name != "singular_values"]

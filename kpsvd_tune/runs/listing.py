@@ -51,7 +51,7 @@ def list_saved(checkpoints: Path) -> list[Saved]:
 
 
 def clean(checkpoints: Path, newest: Path) -> None:
-    """Delete pending checkpoints that a whole, newer one has replaced, and half-deleted folders.
+    """Delete pending checkpoints that a whole newer one has replaced, and what kills left behind.
 
     Raises:
         ResourceError: The disk refused.
@@ -59,6 +59,7 @@ def clean(checkpoints: Path, newest: Path) -> None:
     for old in list_saved(checkpoints):
         if not old.is_settled and old.folder.name != newest.name:
             durable.remove_folder(old.folder)
+    durable.remove_leftovers(checkpoints, is_alone=True)
     for leftover in checkpoints.glob(".removed-*"):
         durable.remove_folder(leftover)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from kpsvd_tune.report.run import result_figures, score_table, worse_line
 from kpsvd_tune.runs.adapter_folder import seal
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import MANIFEST
-from kpsvd_tune.storage.disk import explained, follow_umask
 
 _EVALUATION = "## Evaluation"
 
@@ -50,37 +47,15 @@ def save_adapter(
     Raises:
         ResourceError: The disk refused; an adapter that was there stays.
     """
-    durable.make_folder(folder.parent)
-    with explained(f"write {folder}"):
-        partial = Path(tempfile.mkdtemp(prefix=".adapter.", dir=folder.parent))
-    try:
-        with explained(f"write {folder}"):
-            _write(model, weights, tokenizer, partial, _card(model, recipe, report, results))
-        if folder.exists():
-            durable.remove_folder(folder)
-        durable.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(
-    model: PeftModel,
-    weights: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    card: str,
-) -> None:
-    # No embedding is ever adapted; "auto" would ask the hub about the base model.
-    model.save_pretrained(
-        str(folder), state_dict={**model.state_dict(), **weights}, save_embedding_layers=False
-    )
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    durable.write_file(folder / MANIFEST, seal(folder))
-    follow_umask(folder)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            durable.sync_file(file)
+    card = _card(model, recipe, report, results)
+    with durable.write_folder(folder, replace=True) as aside:
+        # No embedding is ever adapted; "auto" would ask the hub about the base model.
+        model.save_pretrained(
+            str(aside), state_dict={**model.state_dict(), **weights}, save_embedding_layers=False
+        )
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        durable.write_file(aside / MANIFEST, seal(aside))
 
 
 def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]) -> str:
@@ -145,11 +120,8 @@ def update_card(folder: Path, results: Mapping[str, Any]) -> None:
         .partition(f"\n{_EVALUATION}\n")[0]
         .rstrip("\n")
     )
-    partial = card.with_name(".README.md.partial")
     section = without_folders(_evaluation_section(results))
-    with explained(f"write {card}"):
-        partial.write_text(f"{text}\n{section}", encoding="utf-8", errors="surrogateescape")
-        partial.replace(card)
+    durable.replace_file(card, f"{text}\n{section}".encode(errors="surrogateescape"))
 
 
 def _evaluation_section(results: Mapping[str, Any]) -> str:

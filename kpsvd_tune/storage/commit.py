@@ -1,9 +1,9 @@
 """A folder that is whole or not there: written aside, sealed by a manifest of hashes, renamed.
 
-The order is what makes it safe: files into a hidden sibling folder, each synced; the manifest
-last; the folder synced; the rename; the parent synced. Only a caller that sees `commit` return may
-delete an older folder. The manifest carries its own hash and must be spelled exactly as we spell
-it, so one flipped byte anywhere, the manifest included, is noticed.
+Files and manifest go into a hidden folder beside it, which is synced and then renamed. Only a
+caller that sees `commit` return may delete an older folder. The manifest carries its own hash and
+must be spelled exactly as we spell it, so one flipped byte anywhere, the manifest included, is
+noticed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
+from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes, to_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -44,17 +44,12 @@ def commit(folder: Path, files: Iterable[tuple[str, bytes]], run: str | None = N
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; it was not written again")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if temporary.exists():
-        durable.remove_folder(temporary)
-    durable.make_folder(temporary)
     listed: dict[str, _Entry] = {}
-    for name, data in files:
-        durable.write_file(temporary / name, data)
-        listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    durable.write_file(temporary / MANIFEST, _manifest(folder.name, listed, run))
-    durable.sync_folder(temporary)
-    durable.rename(temporary, folder)
+    with durable.write_folder(folder) as aside:
+        for name, data in files:
+            durable.write_file(aside / name, data)
+            listed[name] = _entry(data)
+        durable.write_file(aside / MANIFEST, _manifest(folder.name, listed, run))
 
 
 def read_committed(folder: Path) -> dict[str, bytes]:
@@ -87,13 +82,7 @@ def manifest(kind: str, files: Mapping[str, bytes]) -> bytes:
         kind: What the folder is, which :func:`check_sealed` must be told.
         files: Name to content.
     """
-    return _manifest(
-        kind,
-        {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in files.items()
-        },
-    )
+    return _manifest(kind, {name: _entry(data) for name, data in files.items()})
 
 
 def check_sealed(folder: Path, kind: str) -> bool:
@@ -112,22 +101,21 @@ def check_sealed(folder: Path, kind: str) -> bool:
     return True
 
 
+def _entry(data: bytes) -> _Entry:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def _manifest(name: str, files: dict[str, _Entry], run: str | None = None) -> bytes:
     content: dict[str, Any] = {"format": _FORMAT, "name": name, "files": files}
     if run is not None:
         content["run"] = run
-    seal = hashlib.sha256(durable.to_json(content)).hexdigest()
-    return durable.to_json({**content, "sha256": seal})
+    seal = hashlib.sha256(to_json(content)).hexdigest()
+    return to_json({**content, "sha256": seal})
 
 
 def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
     path = folder / MANIFEST
-    try:
-        raw = read_bytes(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the folder was never completed") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    raw = _read(path, ": the folder was never completed")
     try:
         content: dict[str, Any] = parse_json(raw)
         version, name = content["format"], content["name"]
@@ -149,16 +137,20 @@ def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
 
 
 def _read_listed(path: Path, entry: _Entry) -> bytes:
-    try:
-        data = read_bytes(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    data = _read(path)
     if len(data) != entry["bytes"]:
         raise CheckpointError(
             f"{path} is damaged: {len(data):,} bytes; expected {entry['bytes']:,}"
         )
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if _entry(data) != entry:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
     return data
+
+
+def _read(path: Path, if_missing: str = "") -> bytes:
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing{if_missing}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from contextvars import ContextVar
 
 from kpsvd_tune.errors import KpsvdTuneError, ResourceError
 
@@ -19,24 +19,28 @@ _CURES = {
     errno.EPERM: "choose {place} that this user may write",
     errno.ENOENT: "the folder vanished; was {bare} moved, deleted or unmounted?",
     errno.EEXIST: "a file is in the way; remove it, or choose another {place}",
+    errno.ENOTEMPTY: "something was put there meanwhile; remove it, or choose another {place}",
     errno.ENOTDIR: "a file is in the way; remove it, or choose another {place}",
     errno.EFBIG: "the file is larger than a limit allows; see `ulimit -f`, or choose another disk",
 }
+_place: ContextVar[str] = ContextVar("place", default="an output_dir")
 # Libraries in Rust (safetensors, tokenizers) keep the system's number only in their text.
 _RUST = re.compile(r"os error (\d+)")
 
 
 @contextlib.contextmanager
-def explained(attempt: str, place: str = "an output_dir") -> Iterator[None]:
+def explained(attempt: str, place: str | None = None) -> Iterator[None]:
     """Turn what a disk refuses inside into a message.
 
     Args:
         attempt: What is tried, as in "could not write FILE".
-        place: What the user can choose instead: the key or option that names the folder.
+        place: What the user can choose instead: the key or option that names the folder. Inside
+            another one it is the other's by default, else an output_dir.
 
     Raises:
         ResourceError: What was tried, why it failed, and what to do.
     """
+    token = _place.set(place or _place.get())
     try:
         yield
     except KpsvdTuneError:
@@ -46,8 +50,10 @@ def explained(attempt: str, place: str = "an output_dir") -> Iterator[None]:
         if refused is None:
             raise
         raise ResourceError(
-            f"could not {attempt}: {refused.strerror or refused}; {cure(refused, place)}"
+            f"could not {attempt}: {refused.strerror or refused}; {cure(refused, _place.get())}"
         ) from error
+    finally:
+        _place.reset(token)
 
 
 def as_disk_error(error: Exception) -> OSError | None:
@@ -70,15 +76,3 @@ def cure(error: OSError, place: str) -> str:
     text = _CURES.get(error.errno or 0, "try again, or choose {place} on another disk")
     bare = place.removeprefix("an ").removeprefix("a ")
     return text.replace("another {place}", "another {bare}").format(place=place, bare=bare)
-
-
-def follow_umask(folder: Path) -> None:
-    """Give a folder and all in it the modes that the user's other files get.
-
-    mkdtemp makes folders, and safetensors files, that nobody else may read.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

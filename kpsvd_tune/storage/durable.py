@@ -1,51 +1,87 @@
-"""Disk operations that survive a crash, and that say what failed where.
+"""Files and folders written so that a crash at any moment leaves the old content or the new.
 
-Everything the save path does to a disk goes through `os` in this module and nowhere else, so a test
-can enumerate every write, fsync, rename and delete, and fail or kill at each of them.
+Everything that is written, synced, renamed or deleted goes through `os` in this module and nowhere
+else, so a test can enumerate every operation, and fail or kill at each of them.
+
+What will be called NAME is written aside as `.NAME.XXXXXXXX.tmp`, with X random, then synced and
+renamed. Its writer holds a lock on it meanwhile. So the next writer of NAME can tell what a killed
+process left from what another one is writing, and removes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
+import glob
 import os
-import tempfile
-from collections.abc import Iterable
+import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from kpsvd_tune.errors import InputError
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.paths import kind_of, named
+from kpsvd_tune.storage.locks import lock_descriptor
 
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file anew and wait until it is on the disk.
-
-    Raises:
-        ResourceError: The disk refused; the message holds the path and the size.
-    """
-    with explained(f"write {len(data):,} bytes to {path}"):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+_ANEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_RANDOM = "[0-9a-f]" * 8
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Give `path` new content; a crash leaves the old content or the new, never a mixture.
 
+    Args:
+        path: In a folder that exists.
+        data: The content.
+
     Raises:
         ResourceError: The disk refused; the old content stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, data)
-    rename(temporary, path)
+    with explained(f"write {len(data):,} bytes to {path}"), _aside(path, False) as aside:
+        temporary, descriptor = aside
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+        rename(temporary, path)
+
+
+@contextlib.contextmanager
+def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to fill, which is called `path` when the block has ended without an error.
+
+    By then all of it is on the disk, and has the modes of the user's other files.
+
+    Args:
+        path: Missing or an empty folder, or with `replace` a folder that stays until then.
+        replace: Whether a folder with that name is replaced.
+
+    Yields:
+        The folder to fill, beside `path`.
+
+    Raises:
+        ResourceError: The disk refused; what was called `path` stays.
+    """
+    with explained(f"write {path}"):
+        path = Path(os.path.realpath(path))  # where a link leads to
+        make_folder(path.parent)
+        with _aside(path, True) as (temporary, _):
+            yield temporary
+            _settle(temporary)
+            before = _put_away(path) if replace and path.is_dir() else None
+            rename(temporary, path)
+            if before is not None:
+                _remove_tree(before)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file into a folder of :func:`write_folder`, which syncs it.
+
+    Raises:
+        ResourceError: The disk refused; the message holds the path and the size.
+    """
+    with explained(f"write {len(data):,} bytes to {path}"):
+        _write(path, _ANEW, data)
 
 
 def append_file(path: Path, data: bytes) -> None:
@@ -55,11 +91,7 @@ def append_file(path: Path, data: bytes) -> None:
         ResourceError: The disk refused.
     """
     with explained(f"append {len(data):,} bytes to {path}"):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        try:
-            _write_all(descriptor, data)
-        finally:
-            os.close(descriptor)
+        _write(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, data)
 
 
 def sync_file(path: Path) -> int:
@@ -70,7 +102,7 @@ def sync_file(path: Path) -> int:
     """
     with explained(f"save {path}"):
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return 0
         try:
@@ -101,79 +133,117 @@ def make_folder(path: Path) -> None:
     """Make a folder and its parents; one that is there is fine."""
     with explained(f"make the folder {path}"):
         if not path.is_dir():
+            missing = [each for each in (path, *path.parents) if not each.is_dir()]
             os.makedirs(path, exist_ok=True)
-            sync_folder(path.parent)
+            for each in missing:
+                sync_folder(each.parent)
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; its name goes first, so a crash never leaves half of it under its name."""
-    doomed = path.with_name(f".removed-{path.name.lstrip('.')}")
     with explained(f"delete {path}"):
-        if path != doomed:
-            if doomed.exists():
-                _remove_tree(doomed)
-            os.replace(path, doomed)
-        _remove_tree(doomed)
+        _remove_tree(_put_away(path))
 
 
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, _FOLDER)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         # Some network file systems cannot sync a folder and say so; they sync names by themselves.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        # A folder that may be written and not read cannot be opened.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             raise
+
+
+def remove_leftovers(folder: Path, name: str | None = None, *, is_alone: bool = False) -> None:
+    """Delete what killed writers left.
+
+    Args:
+        folder: Where they wrote.
+        name: The file or folder that they were writing; by default any.
+        is_alone: Nobody else writes there, as the caller holds a lock; so what is left is deleted
+            on file systems without locks too.
+    """
+    for leftover in folder.glob(f".{'*' if name is None else glob.escape(name)}.{_RANDOM}.tmp"):
+        # What another user left is not ours to delete.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if lock_descriptor(descriptor) or is_alone:
+                    _remove_tree(leftover)
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _aside(path: Path, is_folder: bool) -> Iterator[tuple[Path, int]]:
+    """A new file or folder beside `path` and its descriptor; removed if it still has its name."""
+    remove_leftovers(path.parent, path.name)
+    temporary, descriptor = _claim(path, is_folder)
+    try:
+        yield temporary, descriptor
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove_tree(temporary)
+        raise
     finally:
         os.close(descriptor)
 
 
-def check_writable(folder: Path) -> None:
-    """Find out before long work whether a folder can be made and written; nothing is left behind.
+def _claim(path: Path, is_folder: bool) -> tuple[Path, int]:
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        if is_folder:
+            os.makedirs(temporary)
+        descriptor = os.open(temporary, _FOLDER if is_folder else _ANEW, 0o666)
+        # Between the two, another writer may have taken it for a leftover.
+        if lock_descriptor(descriptor) is not False and temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
 
-    Raises:
-        InputError: It cannot; the message says why, and to name another folder.
+
+def _settle(folder: Path) -> None:
+    """Sync all in a folder, with the modes that files get by the umask.
+
+    The safetensors library makes files that nobody else may read.
     """
-    place = folder.absolute()
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_symlink():
+            continue
+        now = stat.S_IMODE(path.stat().st_mode)
+        usual = (0o777 if path.is_dir() else 0o666) & ~mask
+        # Bits are only added: a folder has the group of its parent by one of the others.
+        if now | usual != now:
+            os.chmod(path, now | usual)
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+
+
+def _put_away(path: Path) -> Path:
+    """Rename a folder that is to be deleted, and delete what has that name."""
+    doomed = path.with_name(f".removed-{path.name.lstrip('.')}")
+    if path != doomed:
+        if doomed.exists():
+            _remove_tree(doomed)
+        os.replace(path, doomed)
+    return doomed
+
+
+def _write(path: Path, flags: int, data: bytes) -> None:
+    descriptor = os.open(path, flags, 0o666)
     try:
-        while not _lies_there(place):
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{folder} cannot be written: {reason} ({place}); name another folder"
-        ) from error
-
-
-def check_replaceable(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a folder where something other than a file bears a name that is to be written.
-
-    Raises:
-        InputError: A folder, a pipe or a device is in the way.
-    """
-    for name in names:
-        kind = kind_of(folder / name)
-        if kind is not None and not os.path.isfile(folder / name):
-            raise InputError(
-                f"{folder / name} is {named(kind)}, and a file is to be written there; remove it, "
-                "or name another folder"
-            )
-
-
-def _lies_there(path: Path) -> bool:
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def to_json(value: Any) -> bytes:
-    """Serialise; floats come back as the same floats, NaN and infinity are refused."""
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+        _write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -183,9 +253,9 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _remove_tree(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        os.unlink(path)
+        return
     for entry in sorted(path.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            _remove_tree(entry)
-        else:
-            os.unlink(entry)
+        _remove_tree(entry)
     os.rmdir(path)

@@ -1,44 +1,141 @@
-"""One run at a time in a folder; the system lifts the lock however the run ends."""
+"""Locks on files: the system lifts them however the process that holds one ends.
+
+Some network disks have none and say so. Work goes on there without, after a warning: whatever is
+written is whole there too, and two processes at most do the same work.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.storage import durable
+import filelock
+
+from kpsvd_tune.errors import FolderInUseError
 from kpsvd_tune.storage.disk import explained
+
+_log = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# Descriptors of files that this process shares, by device and inode.
+_shared: dict[tuple[int, int], int] = {}
+
+
+@contextlib.contextmanager
+def hold(file: Path, *, wait: bool) -> Iterator[bool | None]:
+    """Hold the exclusive lock of a file, which is made if need be; its folder must exist.
+
+    Args:
+        file: Kept for the lock alone.
+        wait: Whether to wait for another process that holds it.
+
+    Yields:
+        True; False where another process holds it; None where the file system has no locks.
+
+    Raises:
+        OSError: The file cannot be made.
+    """
+    # The soft lock, which the package falls back to, would outlive a killed process.
+    lock = filelock.FileLock(file, blocking=wait, thread_local=False, fallback_to_soft=False)
+    held: bool | None = True
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        held = False
+    except OSError as error:
+        _refused(error)
+        held = None
+    try:
+        yield held
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if need be.
+    """Keep other runs out of a folder that exists.
 
     Raises:
-        CheckpointError: Another process holds it; the message names it.
-        ResourceError: The folder cannot be made.
+        FolderInUseError: Another process holds the lock; the message names it.
+        ResourceError: The lock's file cannot be made.
     """
-    durable.make_folder(folder)
-    with explained(f"open {folder / '.lock'}"):
-        file = (folder / ".lock").open("a+", encoding="utf-8")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise CheckpointError(
-                f"{folder} is in use by another run ({holder}); wait for it, stop it, or "
-                "choose another output_dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    file = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        with explained(f"lock {file}"):
+            held = stack.enter_context(hold(file, wait=False))
+            if held:
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        if held is False:
+            holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+            raise FolderInUseError(
+                f"{folder} is in use by another run ({holder}); wait for it, stop it, or choose "
+                "another output_dir"
+            )
         try:
             yield
         finally:
-            file.truncate(0)
+            if held:
+                with contextlib.suppress(OSError):
+                    os.truncate(file, 0)
+
+
+def lock_descriptor(descriptor: int) -> bool | None:
+    """Lock an open file or folder until its descriptor is closed.
+
+    Returns:
+        True; False where another process holds it; None where the file system has no locks.
+    """
+    try:
+        return filelock.lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        _refused(error)
+        return None
+
+
+def share(file: Path) -> None:
+    """Mark a file as in use, by any number of processes, until this one ends."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    place = (status.st_dev, status.st_ino)
+    if place in _shared:
+        os.close(descriptor)
+        return
+    _shared[place] = descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError as error:
+        _refused(error)
+
+
+def is_shared(file: Path) -> bool:
+    """Whether a process uses a file; True where nobody can tell."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return not lock_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refused(error: OSError) -> None:
+    """Pass on an error, unless it says that the file system has no locks."""
+    if error.errno not in _NO_LOCKS:
+        raise error
+    _warn_once(error.strerror)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    _log.warning(
+        "a file system in use here has no locks (%s): nothing keeps a second run out of the same "
+        "output_dir, so start only one at a time there",
+        reason,
+    )

@@ -1,13 +1,16 @@
 """What lies at a path of this machine: a run, an adapter, a comparison, a model, rows.
 
 Commands take paths of several kinds, and a user mixes them up; whoever refuses a path says what it
-is, and what to do with it. Nothing here raises: a path that cannot be looked at holds nothing.
+is, and what to do with it. A path that cannot be looked at
+holds nothing.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +19,8 @@ from kpsvd_tune.errors import InputError, closest
 Kind = Literal[
     "recipe", "run", "comparison", "adapter", "merged", "model", "rows", "folder", "file", "special"
 ]
+# What a message about the cache folder says that the user can choose.
+CACHE_PLACE = "a cache folder by XDG_CACHE_HOME"
 _ROWS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 _WORDS: dict[Kind, str] = {
     "recipe": "a recipe",
@@ -104,6 +109,48 @@ def siblings(path: str | os.PathLike[str]) -> str:
     if near := closest(place.stem, stems):
         return f"{looked}; did you mean {place.with_name(stems[near])}?"
     return looked
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work whether a folder can be made and written; nothing is left behind.
+
+    Raises:
+        InputError: It cannot; the message says why, and to name another folder.
+    """
+    place = folder.absolute()
+    try:
+        while not _lies_there(place):
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{folder} cannot be written: {reason} ({place}); name another folder"
+        ) from error
+
+
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a folder where something other than a file bears a name that is to be written.
+
+    Raises:
+        InputError: A folder, a pipe or a device is in the way.
+    """
+    for name in names:
+        kind = kind_of(folder / name)
+        if kind is not None and not os.path.isfile(folder / name):
+            raise InputError(
+                f"{folder / name} is {named(kind)}, and a file is to be written there; remove it, "
+                "or name another folder"
+            )
+
+
+def _lies_there(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _folder_kind(folder: Path) -> Kind:

@@ -1,8 +1,7 @@
 """The training loop over Accelerate.
 
-`loop` holds the order of events around a step, `step` the step itself, `saving` the way to and from
-checkpoints; `accelerator`, `loss`, `optim`, `stream`, `validation`, `nonfinite`, `tracking`,
-`sharding` and `progress` hold what their names say; `zero` drives DeepSpeed's engine.
+`stages` is the command and `loop` the order of events around a step; `step` is the step itself and
+`engines` what takes it: on plain processes, with sharded weights, or by DeepSpeed.
 """
 
 from __future__ import annotations

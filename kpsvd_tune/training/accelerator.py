@@ -19,9 +19,9 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training import zero_config
-from kpsvd_tune.training.halving import check_halving
-from kpsvd_tune.training.optim import check_optimizer
+from kpsvd_tune.training.engines import deepspeed_config as zero_config
+from kpsvd_tune.training.recovery import check_halving
+from kpsvd_tune.training.schedule import check_optimizer
 
 
 def make_accelerator(

@@ -16,7 +16,8 @@ from kpsvd_tune.adapter.idle import (
     unreached_layers,
 )
 from kpsvd_tune.data import IGNORED, TokenizedRow
-from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
+from kpsvd_tune.training.batches import MicroBatch
+from kpsvd_tune.training.loss import SummedTokenLoss
 
 _log = logging.getLogger(__name__)
 

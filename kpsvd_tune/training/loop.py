@@ -26,22 +26,20 @@ from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs import RunDirectory, load_random_state, random_state
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.halving import (
+from kpsvd_tune.training.batches import MicroBatch, make_micro_batch, stream_steps
+from kpsvd_tune.training.idle import allow_unused_parameters
+from kpsvd_tune.training.loss import validation_loss
+from kpsvd_tune.training.packing import attend_by_rows, prove_packing
+from kpsvd_tune.training.recovery import (
     MicroStepOutOfMemory,
     give_memory_back,
     halve,
     rows_at_once,
+    skip_or_refuse,
 )
-from kpsvd_tune.training.idle import allow_unused_parameters
-from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
-from kpsvd_tune.training.nonfinite import skip_or_refuse
-from kpsvd_tune.training.packing import prove_packing
-from kpsvd_tune.training.row_attention import attend_by_rows
 from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.step import Stepper
-from kpsvd_tune.training.stream import stream_steps
 from kpsvd_tune.training.tracking import Tracking
-from kpsvd_tune.training.validation import validation_loss
 from kpsvd_tune.units import duration
 
 # Steps whose mean time tells how long the running one takes.

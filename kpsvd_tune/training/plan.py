@@ -14,7 +14,7 @@ from kpsvd_tune.errors import (
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_skeleton, load_tokenizer, resolve_model
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.training.length import run_length
+from kpsvd_tune.training.schedule import run_length
 
 
 def plan(recipe: Recipe, events: Events) -> dict[str, Any]:

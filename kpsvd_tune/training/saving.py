@@ -23,9 +23,9 @@ from kpsvd_tune.runs import (
     load_random_state,
     random_state,
 )
-from kpsvd_tune.training.nonfinite import retry_or_refuse
 from kpsvd_tune.training.optim import knows_state
 from kpsvd_tune.training.progress import Progress
+from kpsvd_tune.training.recovery import retry_or_refuse
 from kpsvd_tune.training.step import Stepper
 
 _log = logging.getLogger(__name__)

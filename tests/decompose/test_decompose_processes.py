@@ -100,17 +100,17 @@ def test_a_run_killed_while_it_writes_an_entry_ends_the_same(
 ) -> None:
     # The fifth entry dies between its last byte and its name, in a process of its own.
     script = (
-        "import os, pathlib, signal, sys\n"
+        "import os, signal, sys\n"
         "from kpsvd_tune.decompose import cache, decompose\n"
         "from kpsvd_tune.models import resolve_model\n"
         "from kpsvd_tune.recipe.adapter import AdapterRecipe\n"
-        "rename, entries = pathlib.Path.replace, []\n"
-        "def replace(self, target):\n"
+        "rename, entries = os.replace, []\n"
+        "def replace(source, target):\n"
         "    entries.append(target)\n"
         "    if len(entries) == 5:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return rename(self, target)\n"
-        "pathlib.Path.replace = replace\n"
+        "    rename(source, target)\n"
+        "os.replace = replace\n"
         "decompose(resolve_model(sys.argv[1]), AdapterRecipe())\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

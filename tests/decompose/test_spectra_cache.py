@@ -106,7 +106,7 @@ def test_the_key_holds_everything_the_numbers_depend_on() -> None:
 def test_what_a_killed_run_left_is_swept_up(cache: SpectraCache, terms: KPSVD) -> None:
     folder = cache.folder / "spectra" / KEY[:2]
     folder.mkdir(parents=True)
-    (folder / f"{KEY}.999999.tmp").write_bytes(b"half an ent")
+    (folder / f".{KEY}.safetensors.01234567.tmp").write_bytes(b"half an ent")
     cache.write(KEY, terms, 0.1)
     assert [file.name for file in folder.iterdir()] == [f"{KEY}.safetensors"]
 
@@ -137,10 +137,10 @@ def test_a_lock_is_held_by_one_and_freed_by_death(cache: SpectraCache) -> None:
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, terms: KPSVD) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = SpectraCache(tmp_path / "file")
-    with pytest.raises(ResourceError, match="cannot be written .*XDG_CACHE_HOME"):
+    with pytest.raises(ResourceError, match="a file is in the way; .*XDG_CACHE_HOME"):
         cache.write(KEY, terms, 0.1)
     with (
-        pytest.raises(ResourceError, match="cannot be written .*XDG_CACHE_HOME"),
+        pytest.raises(ResourceError, match="a file is in the way; .*XDG_CACHE_HOME"),
         cache.lock(KEY, wait=True),
     ):
         pass
@@ -153,7 +153,9 @@ def test_a_full_disk_is_called_full(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ResourceError, match="is full; make room"):
+    with pytest.raises(
+        ResourceError, match="No space left on device; free some space, .*XDG_CACHE_HOME"
+    ):
         cache.write(KEY, terms, 0.1)
     assert cache.read(KEY, SHAPE, 6) is None
 

@@ -12,9 +12,9 @@ import pytest
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import scoring
 from kpsvd_tune.evaluation.completions import Completion
-from kpsvd_tune.evaluation.sandbox import Program, RunResult, Status
+from kpsvd_tune.evaluation.permission import CodePermission, permission_for
+from kpsvd_tune.evaluation.sandbox.run import Program, RunResult, Status
 from kpsvd_tune.evaluation.scoring import (
-    check_code_execution,
     missing_scorers,
     rescore,
     score_completions,
@@ -41,7 +41,6 @@ def run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return [RunResult(words.get(program.source, "failed")) for program in programs]
 
     monkeypatch.setattr(scoring, "run_programs", run)
-    monkeypatch.setattr(scoring, "check_sandbox", lambda sandbox: None)
 
 
 def test_gsm8k_has_three_scorers_that_see_different_answers():
@@ -108,7 +107,7 @@ def test_the_figures_of_a_score(num_right: int):
 def test_mbpp_counts_questions_and_broken_programs():
     gold = {"test_list": ["assert True"]}
     pairs = [("right", gold), ("wrong", gold), ("broken", gold), ("", gold)]
-    scores = scores_of("mbpp", pairs, allow_code_execution=True)
+    scores = scores_of("mbpp", pairs, permission=CodePermission("bwrap"))
     assert scores == {"pass@1": Score("pass@1", 0.25, 4, math.sqrt(0.25 * 0.75 / 4), 2)}
 
 
@@ -121,7 +120,7 @@ def test_pass_at_k_of_several_samples():
         for i, samples in texts.items()
         for sample, text in enumerate(samples)
     ]
-    scores = score_completions("mbpp", completions, allow_code_execution=True)
+    scores = score_completions("mbpp", completions, permission=CodePermission("bwrap"))
     assert [(s.scorer, s.value, s.n) for s in scores] == [("pass@1", 0.125, 2), ("pass@4", 0.5, 2)]
 
 
@@ -137,12 +136,12 @@ def test_code_is_refused_before_anything_is_run(monkeypatch: pytest.MonkeyPatch)
         scores_of("mbpp", [("right", ["assert True"])])
 
 
-def test_only_code_needs_leave():
+def test_only_programs_need_permission():
     for task in ("gsm8k", "math", "exact_match"):
-        check_code_execution(task, allow_code_execution=False, sandbox="bwrap")
-    with pytest.raises(InputError, match="--sandbox must be bwrap or none, got 'docker'"):
-        check_code_execution("mbpp", allow_code_execution=True, sandbox="docker")
-    check_code_execution("mbpp", allow_code_execution=True, sandbox="none")
+        assert permission_for([task], False, "bwrap") == CodePermission()
+    with pytest.raises(InputError, match="task mbpp runs programs .* Type --allow-code-execution"):
+        permission_for(["gsm8k", "mbpp"], False, "bwrap")
+    assert permission_for(["mbpp"], True, "none").for_task("mbpp") == "none"
 
 
 @pytest.mark.parametrize(

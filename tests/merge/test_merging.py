@@ -300,14 +300,16 @@ def test_scaled_rotary_embeddings_and_parts_have_the_keys_of_both_versions() -> 
 def test_what_a_killed_merge_left_is_removed_and_one_at_work_is_not(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    left, at_work, other = (tmp_path / name for name in (".m.aaaaaaaa", ".m.bbbbbbbb", ".mine"))
+    left, at_work, other = (
+        tmp_path / name for name in (".m.aaaaaaaa.tmp", ".m.bbbbbbbb.tmp", ".m.settings")
+    )
     for folder in (left, at_work, other):
         folder.mkdir()
     held = os.open(at_work, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     os.close(held)
-    assert {each.name for each in tmp_path.iterdir()} == {"m", ".m.bbbbbbbb", ".mine"}
+    assert {each.name for each in tmp_path.iterdir()} == {"m", at_work.name, other.name}
 
 
 @pytest.mark.parametrize("place", ["base", "base/inside", "."])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from kpsvd_tune.errors import CheckpointError, ResourceError
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import MANIFEST, commit, read_committed
+from kpsvd_tune.storage.json_files import to_json
 
 FILES = {"a.bin": b"alpha" * 20, "b.json": b'{"b": 1}', "empty": b""}
 OPERATIONS = (
@@ -162,7 +164,9 @@ def test_a_failing_disk_is_named_with_path_size_and_cure(
     monkeypatch.setattr(durable, "os", FaultyOs(first_write, "before", fault))
     with pytest.raises(ResourceError) as caught:
         commit(two / "step-2", FILES.items())
-    assert f"could not write 100 bytes to {two}/.step-2.tmp/a.bin: " in str(caught.value)
+    pattern = rf"could not write 100 bytes to {two}/\.step-2\.[0-9a-f]{{8}}\.tmp/a\.bin: "
+    assert re.search(pattern, str(caught.value))
+    assert not list(two.glob(".step-2*"))
     assert os.strerror(number) in str(caught.value)
     assert cure in str(caught.value)
     assert whole(two) == ["step-1"]
@@ -240,4 +244,4 @@ def test_replaced_file_is_old_or_new(tmp_path, monkeypatch):
 
 def test_json_refuses_what_json_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        durable.to_json({"loss": float("nan")})
+        to_json({"loss": float("nan")})

@@ -138,7 +138,7 @@ def test_a_run_that_cannot_be_written_is_told_of_before_the_scoring(
     run, output = tmp_path / "run", tmp_path / "scores"
     assert cli.run(["train", str(recipe)]) == 0
     capsys.readouterr()
-    temporary, opened = "kpsvd_tune.storage.durable.tempfile.TemporaryFile", Path.open
+    temporary, opened = "kpsvd_tune.storage.paths.tempfile.TemporaryFile", Path.open
     import tempfile
 
     original = tempfile.TemporaryFile

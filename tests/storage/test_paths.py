@@ -15,8 +15,7 @@ from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, read_comparison
 from kpsvd_tune.runs.identity import changes
-from kpsvd_tune.storage.durable import check_writable
-from kpsvd_tune.storage.paths import expand, kind_of
+from kpsvd_tune.storage.paths import check_writable, expand, kind_of
 
 RECIPE = """\
 model:

@@ -14,8 +14,8 @@ from torch import nn
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.training import Training
+from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.idle import allow_unused_parameters
-from kpsvd_tune.training.loss import make_micro_batch
 
 ROWS = [TokenizedRow(tuple(range(1, 30)), (-100,) * 25 + (26, 27, 28, 29), 0)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.length import RunLength, run_length
+from kpsvd_tune.training.schedule import RunLength, run_length
 
 
 def length(num_rows: int = 100, num_validation: int = 10, **values: object) -> RunLength:

@@ -13,11 +13,10 @@ from kpsvd_tune.recipe.optimizer import OPTIMIZERS
 from kpsvd_tune.training.optim import (
     _CANNOT,
     SHARDABLE,
-    check_optimizer,
     make_optimizer,
-    make_scheduler,
     optimizer_class,
 )
+from kpsvd_tune.training.schedule import check_optimizer, make_scheduler
 
 SCHEDULERS = get_args(TrainRecipe.model_fields["scheduler"].annotation)
 # What each needs to learn in a dozen steps, where that is not a rate of 0.02.

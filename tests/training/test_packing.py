@@ -18,9 +18,9 @@ from transformers import (
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.packing import prove_packing
-from kpsvd_tune.training.row_attention import NAME, _blocks_of, attend_by_rows
+from kpsvd_tune.training.batches import make_micro_batch
+from kpsvd_tune.training.loss import SummedTokenLoss
+from kpsvd_tune.training.packing import NAME, _blocks_of, attend_by_rows, prove_packing
 
 ATTENTIONS = ("eager", "sdpa", NAME)
 
@@ -266,5 +266,5 @@ def test_grouped_steps_hold_rows_of_similar_length(start_training):
 
 def test_a_single_row_is_left_as_it_is(start_training, monkeypatch):
     """With nothing to pack, models that take no positions, such as MPT, train too."""
-    monkeypatch.setattr("kpsvd_tune.training.loss.pack", None)
+    monkeypatch.setattr("kpsvd_tune.training.batches.pack", None)
     assert len(list(start_training(packing=True, batch_size=1, max_steps=2).steps())) == 2

@@ -15,8 +15,7 @@ from architectures import SIZES
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.training.loss import SummedTokenLoss
-from kpsvd_tune.training.packing import prove_packing
-from kpsvd_tune.training.row_attention import attend_by_rows
+from kpsvd_tune.training.packing import attend_by_rows, prove_packing
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 3,

@@ -15,8 +15,9 @@ from kpsvd_tune.data import StatelessSampler, TokenizedRow
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.accelerator import make_accelerator
-from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.sharding import check_shardable
+from kpsvd_tune.training.batches import make_micro_batch
+from kpsvd_tune.training.engines.sharded import check_shardable
+from kpsvd_tune.training.loss import SummedTokenLoss
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.training import make_accelerator
-from kpsvd_tune.training.loss import SummedTokenLoss, make_micro_batch
-from kpsvd_tune.training.validation import validation_loss
+from kpsvd_tune.training.batches import make_micro_batch
+from kpsvd_tune.training.loss import SummedTokenLoss, validation_loss
 
 
 def mean_loss(model, rows):

@@ -11,9 +11,10 @@ from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training import make_accelerator, zero_config
-from kpsvd_tune.training.zero import ZeroEngine
-from kpsvd_tune.training.zero_config import engine_config
+from kpsvd_tune.training import make_accelerator
+from kpsvd_tune.training.engines import deepspeed_config as zero_config
+from kpsvd_tune.training.engines.deepspeed import ZeroEngine
+from kpsvd_tune.training.engines.deepspeed_config import engine_config
 
 RECIPE = TrainRecipe(batch_size=2, gradient_accumulation=3, max_grad_norm=0.5, precision="bf16")
 # As Accelerate makes it of its own configuration file, for a recipe in bf16.

@@ -88,11 +88,7 @@ class ChatRenderer:
         self._written = WrittenCheck(self.render, self.notes)
 
     def prompt(self, messages: Messages, tools: Any = None) -> str:
-        """The text that a model continues with its answer: messages and generation prompt.
-
-        Raises:
-            TemplateError: The template refuses the messages.
-        """
+        """The text that a model continues with its answer: messages and generation prompt."""
         asked = self.render(messages, tools, add_generation_prompt=True)[0]
         if self._compared_with is not None:
             try:
@@ -178,11 +174,7 @@ class ChatRenderer:
         return ""
 
     def check_turn(self, message: Mapping[str, Any], turn: str, is_last: bool) -> None:
-        """Check that a turn is the assistant's text, and note what the template does to it.
-
-        Raises:
-            TemplateError: It is not.
-        """
+        """Check that a turn is the assistant's text, and note what the template does to it."""
         start, end = _place_of(message["content"], turn)
         if not is_last and not self.ends_answer(turn, message):
             self.notes[
@@ -201,11 +193,7 @@ class ChatRenderer:
             ] = None
 
     def check_alike(self, messages: Messages, tools: Any, turn: str) -> None:
-        """Check that the compared template, where it is consistent, writes the last turn alike.
-
-        Raises:
-            TemplateError: It does not.
-        """
+        """Check that the compared template, where it is consistent, writes the last turn alike."""
         if self._compared_with is None:
             return
         try:
@@ -285,11 +273,7 @@ class _Finder:
         self._text = text
 
     def spans(self, answers: Sequence[int]) -> list[tuple[int, int]]:
-        """Start and end in the text of each answer, by their ascending places among the messages.
-
-        Raises:
-            TemplateError: An answer cannot be told from the rest, or later turns rewrite it.
-        """
+        """Start and end in the text of each answer, which are given by place, ascending."""
         spans: list[tuple[int, int]] = []
         for number, index in enumerate(answers):
             found = None

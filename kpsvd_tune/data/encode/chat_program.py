@@ -100,9 +100,6 @@ def variables_of(template: str) -> frozenset[str]:
     """The names that a template reads and does not set itself, globals left out.
 
     A name that it sets only where nobody gave it (`is defined`, `default`) counts as read.
-
-    Raises:
-        jinja2.TemplateError: It does not compile.
     """
     environment = _Environment()
     tree = environment.parse(template)

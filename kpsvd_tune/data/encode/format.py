@@ -135,11 +135,7 @@ class RowFormat:
         return self.name in ("chat", "sharegpt") or self.has_messages
 
     def example(self, row: Row) -> Pair | Chat | None:
-        """Read one row; None where it has nothing to learn: no completion, no assistant text.
-
-        Raises:
-            DataError: A column is missing or holds something else than text or messages.
-        """
+        """Read one row; None where it has nothing to learn: no completion, no assistant text."""
         # A csv line of commas, `{}`, or nulls throughout.
         if all(value is None or value == "" for value in row.values.values()):
             return None

@@ -56,9 +56,6 @@ def read_message(
     Returns:
         The message as chat templates take it, whether an assistant's turn is learnt as far as
         the entry's own switches say, and what a user should know.
-
-    Raises:
-        DataError: The entry is no message, or holds something that is not understood.
     """
     speaker, text = ("role", "content") if kind == "chat" else ("from", "value")
     if not isinstance(entry, Mapping) or speaker not in entry:
@@ -113,11 +110,7 @@ def _content(row: Row, name: str, content: Any, role: str, spoken: str, key: str
 
 
 def read_part(row: Row, name: str, part: Any, key: str) -> str:
-    """The text of one part of a content that is a list, as OpenAI and templates for images have it.
-
-    Raises:
-        DataError: It is something else than text.
-    """
+    """The text of one part, of a content that is a list of parts as OpenAI writes it."""
     if isinstance(part, str):
         return part
     given = part if isinstance(part, Mapping) else {}

@@ -22,7 +22,7 @@ from kpsvd_tune.data.encode.chat_program import TemplateError, variables_of
 from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, did_you_mean
 from kpsvd_tune.recipe import DatasetRecipe
-from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
+from kpsvd_tune.recipe.dataset import CHAT_TEMPLATES, chat_template_problem
 from kpsvd_tune.storage.paths import expand
 
 Template = str | dict[str, str]
@@ -138,11 +138,7 @@ def with_arguments(template: Template, arguments: Mapping[str, Any]) -> Template
 
 
 def reads(template: Template, tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The arguments that a template reads.
-
-    Raises:
-        DataError: It is no jinja template.
-    """
+    """The arguments that a template reads."""
     texts = [template] if isinstance(template, str) else list(template.values())
     try:
         names: set[str] = set().union(*map(variables_of, texts))
@@ -297,7 +293,7 @@ def with_chat_template(
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
         if isinstance(own, str) and shipped_name(own):
-            raise  # it is one of ours, which has just been tried
+            raise  # a shipped template, which has just been tried
         refusal = error
     reasons: list[str] = []
     for variant in FAMILIES[name].variants:

@@ -16,11 +16,7 @@ TOOL_COLUMNS = ("tools", "functions")
 
 
 def read_tools(row: Row) -> tuple[Any, ...] | None:
-    """The tools that the assistant of a row may call; a list, or the JSON text of one.
-
-    Raises:
-        DataError: The column `tools` or `functions` holds something else, or both hold tools.
-    """
+    """The tools that the assistant of a row may call; a list, or the JSON text of one."""
     found = {name: read for name in TOOL_COLUMNS if (read := _read_column(row, name))}
     if len(found) > 1:
         raise DataError(
@@ -83,9 +79,6 @@ def read_calls(
     Nulls in arguments that are objects are left out unless the tool's schema allows them: files
     exported through Arrow hold the arguments of all tools in each call, null where a call has none.
     The message loses both keys; `notes` gets what a user should know.
-
-    Raises:
-        DataError: Both keys are given, or what they hold is no call.
     """
     calls = message.pop("tool_calls", None) or []
     legacy = message.pop("function_call", None)

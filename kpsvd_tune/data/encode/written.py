@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kpsvd_tune.data.encode.messages import MEDIA_KEYS, REASONING_KEYS
 from kpsvd_tune.data.read.columns import is_empty
@@ -36,11 +36,19 @@ _OTHER_TEMPLATE = (
 )
 
 
+class _Rendered(NamedTuple):
+    """A chat, what its assistant may call, and the text that both were rendered to."""
+
+    messages: Sequence[Message]
+    tools: Any
+    text: str
+
+
 class WrittenCheck:
     """The check for one chat template; `notes` gets what a user should know."""
 
     def __init__(self, render: Render, notes: dict[str, None]) -> None:
-        self._marked = render
+        self._render = render
         self._notes = notes
         self._tries: dict[tuple[str, str], int] = {}
 
@@ -58,7 +66,8 @@ class WrittenCheck:
         Raises:
             DataError: A part that carries content is not in the text.
         """
-        if tools and (lost := self._lost_tools(messages, tools, text)):
+        chat = _Rendered(messages, tools, text)
+        if tools and (lost := self._lost_tools(chat)):
             raise DataError(
                 f"the chat template does not write {lost}, so calls would be learnt "
                 f"without them; expected them in the text: {_OTHER_TEMPLATE}, or leave them out "
@@ -70,71 +79,71 @@ class WrittenCheck:
             for place, message in enumerate(messages)
             for doubt in _doubts(place, message, turns.get(place), text, said)
         ]
-        self._settle(doubts, messages, tools, max(turns))
-        self._check_order_of_results(messages, tools, text)
+        self._settle(doubts, chat, last=max(turns))
+        self._check_order_of_results(chat)
         for place, message in enumerate(messages):
             for key, value in message.items():
                 if key not in _KNOWN_KEYS and not is_empty(value):
-                    self._try_key(place, key, messages, tools)
+                    self._try_key(place, key, chat)
 
-    def _render(self, messages: Sequence[Message], tools: Any) -> str:
-        return self._marked(messages, tools)[0]
-
-    def _lost_tools(self, messages: Sequence[Message], tools: Sequence[Any], text: str) -> str:
-        """What of the tools is not in the text, as a message names it; empty where nothing is."""
-        if all(json.dumps(tool, ensure_ascii=False) in text for tool in tools):
-            return ""
-        if self._render(messages, None) == text:
-            return "the row's tools"
-        marks = [f"Qz{number}zQ" for number in range(len(tools))]
-        renamed = [_with_name(tool, mark) for tool, mark in zip(tools, marks, strict=True)]
+    def _differs(self, chat: _Rendered, messages: Sequence[Message], tools: Any) -> bool:
+        """Whether messages and tools are rendered to another text, or are refused."""
         try:
-            rendered = self._render(messages, renamed)
-        except DataError:  # the template looks at the names: one by one, then
-            rendered = ""
-        for number, (tool, mark) in enumerate(zip(tools, marks, strict=True)):
-            others = [*tools[:number], *tools[number + 1 :]]
-            if mark not in rendered and others and not self._differs(messages, others, text):
-                return f"all of the row's tools (missing: {_function(tool).get('name')!r})"
-        self._note_parts(messages, tools, text)
-        return ""
-
-    def _note_parts(self, messages: Sequence[Message], tools: Sequence[Any], text: str) -> None:
-        """Note the keys of tools that the template leaves out, as far as the first one has them."""
-        function = _function(tools[0])
-        for key in ("description", "parameters"):
-            known = ("tools", key)
-            tries = self._tries.get(known, 0)
-            if is_empty(function.get(key)) or not 0 <= tries < _TRIES:
-                continue
-            without = _with_function(tools[0], {k: v for k, v in function.items() if k != key})
-            note = (
-                f"the chat template does not write the key {key!r} of tools: the model never "
-                "sees it"
-            )
-            if self._differs(messages, [without, *tools[1:]], text):
-                self._tries[known] = -1
-                self._notes.pop(note, None)
-            else:
-                self._tries[known] = tries + 1
-                self._notes[note] = None
-
-    def _differs(self, messages: Sequence[Message], tools: Any, text: str) -> bool:
-        try:
-            return self._render(messages, tools) != text
+            return self._render(messages, tools)[0] != chat.text
         except DataError:
             return True  # it was looked at
 
-    def _check_order_of_results(self, messages: Sequence[Message], tools: Any, text: str) -> None:
+    def _lost_tools(self, chat: _Rendered) -> str:
+        """What of the tools is not in the text, as a message names it; empty where nothing is."""
+        tools = chat.tools
+        if all(json.dumps(tool, ensure_ascii=False) in chat.text for tool in tools):
+            return ""
+        if self._render(chat.messages, None)[0] == chat.text:
+            return "the row's tools"
+        marks = [f"Qz{number}zQ" for number in range(len(tools))]
+        renamed = [_with_name(tool, mark) for tool, mark in zip(tools, marks, strict=True)]
+        rendered = ""
+        with suppress(DataError):  # the template looks at the names: then one by one
+            rendered, _ = self._render(chat.messages, renamed)
+        for number, (tool, mark) in enumerate(zip(tools, marks, strict=True)):
+            others = [*tools[:number], *tools[number + 1 :]]
+            if mark not in rendered and others and not self._differs(chat, chat.messages, others):
+                return f"all of the row's tools (missing: {_function(tool).get('name')!r})"
+        self._note_parts(chat)
+        return ""
+
+    def _note_parts(self, chat: _Rendered) -> None:
+        """Note the keys of tools that the template leaves out, as far as the first one has them."""
+        tool, *others = chat.tools
+        function = _function(tool)
+        for key in ("description", "parameters"):
+            known = ("tools", key)
+            if is_empty(function.get(key)) or not 0 <= self._tries.get(known, 0) < _TRIES:
+                continue
+            without = _with_function(tool, {k: v for k, v in function.items() if k != key})
+            is_written = self._differs(chat, chat.messages, [without, *others])
+            self._note_key(known, f"the key {key!r} of tools", is_written)
+
+    def _note_key(self, known: tuple[str, str], what: str, is_written: bool) -> None:
+        """Note a key that no row has shown to be written; one that is written is tried no more."""
+        note = f"the chat template does not write {what}: the model never sees it"
+        if is_written:
+            self._tries[known] = -1
+            self._notes.pop(note, None)
+        else:
+            self._tries[known] = self._tries.get(known, 0) + 1
+            self._notes[note] = None
+
+    def _check_order_of_results(self, chat: _Rendered) -> None:
         """Check that results of tools can be told apart where they stand in another order."""
-        for swapped in _swapped_results(messages):
+        for swapped in _swapped_results(chat.messages):
             bare = [
                 {k: v for k, v in message.items() if k not in ("tool_call_id", "name")}
                 if place in swapped
                 else message
-                for place, message in enumerate(messages)
+                for place, message in enumerate(chat.messages)
             ]
-            if not self._differs(bare, tools, text):
+            if not self._differs(chat, bare, chat.tools):
                 raise DataError(
                     "the results of tools stand in another order than the calls that they answer, "
                     "and the chat template does not write tool_call_id, so each would be read as "
@@ -142,20 +151,19 @@ class WrittenCheck:
                     "messages of the role 'tool', or remove the row"
                 )
 
-    def _settle(
-        self, doubts: Sequence[_Doubt], messages: Sequence[Message], tools: Any, last: int
-    ) -> None:
+    def _settle(self, doubts: Sequence[_Doubt], chat: _Rendered, *, last: int) -> None:
+        """Render with a mark in place of each part in doubt, and refuse one that is not written."""
         if not doubts:
             return
-        changed: list[Message] = list(messages)
+        changed: list[Message] = list(chat.messages)
         marks = [f"Qz{number}zQ" for number in range(len(doubts))]
         for doubt, mark in zip(doubts, marks, strict=True):
             changed[doubt.place] = doubt.replaced(changed[doubt.place], mark)
         rendered = ""
         marked: Sequence[tuple[int, int]] = ()
-        # Where the template looks at what stands there, it refuses: one by one, then.
+        # A template that looks at these parts may refuse the marks: then each is tried alone.
         with suppress(DataError):
-            rendered, marked = self._marked(changed, tools)
+            rendered, marked = self._render(changed, chat.tools)
         learnt = "".join(rendered[start:end] for start, end in marked)
         for doubt, mark in zip(doubts, marks, strict=True):
             if rendered.count(mark) >= (2 if doubt.is_content else 1):
@@ -167,7 +175,7 @@ class WrittenCheck:
                     "the chat template leaves the reasoning of turns that are not learnt out of "
                     "the text, as it does in use"
                 ] = None
-            elif not self._changes(doubt, mark, messages, tools):
+            elif not self._changes(doubt, mark, chat):
                 raise DataError(doubt.message(is_last=doubt.place == last))
 
     def _refuse_unmarked(self, doubt: _Doubt) -> None:
@@ -183,60 +191,44 @@ class WrittenCheck:
             "it stands in the text and is not learnt"
         ] = None
 
-    def _changes(self, doubt: _Doubt, mark: str, messages: Sequence[Message], tools: Any) -> bool:
+    def _changes(self, doubt: _Doubt, mark: str, chat: _Rendered) -> bool:
         """Whether the rendering is another with a mark in place of the part.
 
         A text is tested at both of its ends, as templates may cut it. An assistant's, which is not
         learnt here, is tested at its end only: reasoning at its beginning may be left out.
         """
-        message = messages[doubt.place]
+        message = chat.messages[doubt.place]
         changes = [doubt.replaced(message, mark)]
         if doubt.is_content:
-            text = message["content"]
-            changes = [{**message, "content": f"{text} {mark}end"}]
+            content = message["content"]
+            changes = [{**message, "content": f"{content} {mark}end"}]
             if doubt.role != "assistant":
-                changes.append({**message, "content": f"{mark} {text}"})
-        text = self._render(messages, tools)
-        return all(
-            self._differs(
-                [*messages[: doubt.place], each, *messages[doubt.place + 1 :]], tools, text
-            )
-            for each in changes
-        )
+                changes.append({**message, "content": f"{mark} {content}"})
+        before, after = chat.messages[: doubt.place], chat.messages[doubt.place + 1 :]
+        return all(self._differs(chat, [*before, each, *after], chat.tools) for each in changes)
 
-    def _try_key(self, place: int, key: str, messages: Sequence[Message], tools: Any) -> None:
-        message = messages[place]
+    def _try_key(self, place: int, key: str, chat: _Rendered) -> None:
+        """Note, or refuse, a key of a message that the template does not write."""
+        message = chat.messages[place]
         known = (str(message["role"]), key)
         tries = self._tries.get(known, 0)
         if tries < 0 or (tries >= _TRIES and key not in (*MEDIA_KEYS, *_TOOL_KEYS)):
             return
-        without: list[Message] = list(messages)
+        without: list[Message] = list(chat.messages)
         without[place] = {name: value for name, value in message.items() if name != key}
-        note = (
-            f"the chat template does not write the key {key!r} of {known[0]} messages: the model "
-            "never sees it"
-        )
-        try:
-            is_written = self._render(without, tools) != self._render(messages, tools)
-        except DataError:
-            is_written = True
-        if is_written:
-            self._tries[known] = -1
-            self._notes.pop(note, None)
-            return
-        if key in MEDIA_KEYS:
+        is_written = self._differs(chat, without, chat.tools)
+        if key in MEDIA_KEYS and not is_written:
             raise DataError(
                 f"a message has {key!r}, which the chat template does not write; expected text "
                 "alone, since only texts are trained here: remove the key or the row"
             )
-        if key in _TOOL_KEYS:
+        if key in _TOOL_KEYS and not is_written:
             raise DataError(
                 f"a message has {key!r}, which the chat template does not write, so calls would "
                 "be learnt without the tools; expected them in a column of the row (tools), or "
                 f"{_OTHER_TEMPLATE}"
             )
-        self._tries[known] = tries + 1
-        self._notes[note] = None
+        self._note_key(known, f"the key {key!r} of {known[0]} messages", is_written)
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,7 @@ def is_python_list(text: str) -> bool:
 
 
 def text_of(row: Row, name: str) -> str:
-    """The text of a column: null is empty, a whole number is written out, texts are lines.
-
-    Raises:
-        DataError: The column is missing from this row, or holds something that is not text.
-    """
+    """The text of a column: null is empty, a whole number is written out, texts are lines."""
     value = column(row, name)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         value = "\n".join(value)  # a list of texts holds lines, such as the tests of a task
@@ -148,11 +144,7 @@ def text_of(row: Row, name: str) -> str:
 
 
 def check_characters(row: Row, name: str, text: str) -> None:
-    """Refuse half a surrogate pair, which JSON can hold and no tokenizer reads.
-
-    Raises:
-        DataError: The text, from the column `name`, has one.
-    """
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -228,7 +220,7 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
     left = [role for role in required if role not in found]
     texts = [path for path in free if not _IDENTIFIERS.search(path)]
     if left and len(left) == len(texts):
-        # A text beside its summary or translation: which is which the order tells, if anything.
+        # A text beside its summary or translation: only the order can tell which is which.
         found |= dict(zip(left, texts, strict=True))
         return form, {role: found[role] for role in required}, True
     if form not in ("prompt-completion", "alpaca") or left:
@@ -312,11 +304,7 @@ _CHOSEN = re.compile(r"(.*[_-])?chosen([_-].*)?", re.IGNORECASE)
 
 
 def check_preference(row: Row, setting: str) -> None:
-    """Refuse a row that holds a preferred and a rejected answer: only one is to be learnt.
-
-    Raises:
-        DataError: The row holds a rejected one; the message says how to learn the other.
-    """
+    """Refuse a row that holds a preferred and a rejected answer: only one is to be learnt."""
     rejected = _answer(row, _REJECTED)
     if rejected is None:
         return

@@ -58,11 +58,7 @@ def kind_of(path: Path) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no file of a known kind.
-
-    Raises:
-        DataError: The file is missing or of another kind; the message says what is there.
-    """
+    """Refuse what is no file of a known kind."""
     kind, suffix = kind_of(path), path.suffix.lower()
     if kind in _ARCHIVES or suffix in _ARCHIVES:
         raise DataError(
@@ -121,11 +117,7 @@ def read_file(path: Path) -> Iterator[Row]:
 
 
 def readable(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, refusing the first that cannot be read.
-
-    Raises:
-        DataError: Its fault.
-    """
+    """The rows, refusing the first that cannot be read."""
     for row in rows:
         if row.fault is not None:
             raise row.fault
@@ -276,7 +268,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
     # newline="": csv sees the line ends itself and keeps those inside quotes.
     lines = _read_text(path, newline="")
     first = next(lines, "")
-    # How Excel is told the separator of what follows.
+    # A first line such as sep=; tells Excel the separator of the lines that follow.
     told = re.fullmatch(r'"?sep=([,;\t|])"?\s*', first, re.IGNORECASE)
     reader = csv.reader(
         lines if told else chain([first], lines), delimiter=told[1] if told else ",", strict=True
@@ -365,11 +357,7 @@ def _clean(value: Any) -> Any:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a .parquet file with their numbers, a thousand at a time in memory.
-
-    Raises:
-        DataError: It is no parquet file, is damaged, or names a column twice.
-    """
+    """The rows of a .parquet file with their numbers, a thousand at a time in memory."""
     import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 

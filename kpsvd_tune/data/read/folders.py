@@ -77,9 +77,6 @@ class Listing:
         Where no name tells a split, all files are `train`; where some do, those that tell none
         are `train` unless others say it. Rows to hold out come from the files that say
         validation, or else test, where there are such.
-
-        Raises:
-            DataError: There are no files of that split.
         """
         splits = self.splits
         wanted = name if name in splits else _SPLITS.get(name.lower(), name)
@@ -126,11 +123,7 @@ class Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """The data files of a folder and of those in it.
-
-    Raises:
-        DataError: There are none, or files of several kinds; the message names both.
-    """
+    """The data files of a folder and of those in it."""
     files: list[Path] = []
     others: list[str] = []
     for place, folders, names in os.walk(folder):
@@ -155,9 +148,6 @@ def list_card(folder: Path, names: Sequence[str | None]) -> list[Listing] | None
     """The files of each configuration that a dataset card (README.md) gives, as those on the hub.
 
     The name None stands for the default configuration. Gives None where the card names none.
-
-    Raises:
-        DataError: There is no such configuration, or it is read in a way of its own.
     """
     cards = _configurations(folder)
     return [_of_card(folder, cards, name) for name in names] if cards else None
@@ -233,11 +223,7 @@ def is_pattern(path: str) -> bool:
 
 
 def list_pattern(pattern: str) -> Listing:
-    """The files that a pattern matches; `**` reaches into all folders below.
-
-    Raises:
-        DataError: It matches no file of rows, or files of several kinds.
-    """
+    """The files that a pattern matches; `**` reaches into all folders below."""
     found = sorted(Path(name) for name in glob.glob(str(expand(pattern)), recursive=True))
     names = [file for file in found if file.is_file()]
     files = [file for file in names if _is_data(file)]

@@ -213,7 +213,7 @@ def _file(path: Path, part: Part) -> RowSource:
     return RowSource(
         label,
         row_unit(path),
-        lambda: _sliced(lambda: read_file(path), part, label),
+        lambda: read_file(path) if part.is_whole else _sliced(lambda: read_file(path), part, label),
         fingerprint,
         part.stretch,
     )
@@ -290,6 +290,16 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
     yield from chain([first], rows)
 
 
+def _hub_access(source: str) -> tuple[bool, str, tuple[str, ...]]:
+    """Whether the local cache alone is read, where rows come from in words, and notes on that."""
+    if is_offline():
+        return True, "the local cache (offline)", ()
+    if _reaches_hub(source):
+        return False, "the hub", ()
+    note = f"the hub cannot be reached: {source} is read from the local cache"
+    return True, "the local cache, and the hub cannot be reached", (note,)
+
+
 def _reaches_hub(source: str) -> bool:
     """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
     from huggingface_hub import HfApi
@@ -332,13 +342,7 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
-    offline = is_offline()
-    where = "the local cache (offline)" if offline else "the hub"
-    notes: tuple[str, ...] = ()
-    if not offline and not _reaches_hub(source):
-        offline = True
-        where = "the local cache, and the hub cannot be reached"
-        notes = (f"the hub cannot be reached: {source} is read from the local cache",)
+    offline, where, notes = _hub_access(source)
     config = DownloadConfig(local_files_only=True) if offline else None
 
     def explained(function: Callable[[], Any]) -> Any:
@@ -432,11 +436,7 @@ class Part:
 
 
 def parse_split(split: str) -> tuple[Part, ...]:
-    """Read the recipe's `split`.
-
-    Raises:
-        DataError: It is no name with an optional stretch, nor a sum of these.
-    """
+    """Read the recipe's `split`."""
     parts = []
     for text in split.split("+"):
         match = _PART.fullmatch(text.strip())
@@ -507,11 +507,7 @@ def source_names(dataset: DatasetRecipe) -> str:
 
 
 def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) -> None:
-    """Refuse a column to leave out that no row has: `found` are those that some row has.
-
-    Raises:
-        DataError: No row has such a column, so the name is misspelt.
-    """
+    """Refuse a column to leave out that no row has: `found` are those that some row has."""
     wanted = {name: None for each in settings for name in each.ignore_columns}
     if missing := [name for name in wanted if name not in found]:
         labels = ", ".join(each.path for each in settings)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,16 +18,22 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, json_sha256, store_files
 from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.storage.durable import (
+    make_folder,
+    remove_leftovers,
+    replace_file,
+    write_folder,
+)
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
-from kpsvd_tune.storage.paths import cache_folder
+from kpsvd_tune.storage.locks import hold, is_shared, share
+from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
 FORMAT_VERSION = 7
 # Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class TokenCache:
@@ -62,32 +66,20 @@ class TokenCache:
             ResourceError: The disk is full or the folder cannot be written.
         """
         folder = self.folder / key
-        try:
-            with self._lock(key):
-                if (found := TokenStore.verified(folder)) is not None:
-                    _hold(found)
-                    return found, True
-                shutil.rmtree(folder, ignore_errors=True)  # damaged
-                temporary = self.folder / f"{key}.tmp"  # of this process alone: it holds the lock
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                writer = StoreWriter(temporary)
+        place = f"use the cache of tokenised rows {self.folder}"
+        with explained(place, CACHE_PLACE), self._lock(key):
+            if (found := TokenStore.verified(folder)) is not None:
+                _hold(found)
+                return found, True
+            with write_folder(folder, replace=True) as aside:
+                writer = StoreWriter(aside)
                 try:
                     writer.close(make(writer))
                 except BaseException:
                     writer.abandon()
-                    shutil.rmtree(temporary, ignore_errors=True)
                     raise
-                # Not synced: opening checks every digest, so a store lost in a power cut is remade.
-                temporary.rename(folder)
-                store = TokenStore(folder)
-                _hold(store)
-        except OSError as error:
-            what = "is full" if error.errno in _FULL else f"cannot be written ({error})"
-            raise ResourceError(
-                f"the cache of tokenised rows {self.folder} {what}; make room, or point "
-                "XDG_CACHE_HOME at another disk"
-            ) from error
+            store = TokenStore(folder)
+            _hold(store)
         self._made_bytes += sum(map(_size, store_files(folder)))
         if self._made_bytes > self._max_bytes // 100:
             self._made_bytes = 0
@@ -105,44 +97,31 @@ class TokenCache:
     def write_note(self, key: str, value: Any) -> None:
         """Note a JSON value; a note only saves time, so a folder that takes none is no error."""
         file = self.folder / "notes" / f"{key}.json"
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(ResourceError):
+            make_folder(file.parent)
             text = json.dumps({"value": value, "sha256": json_sha256(value)})
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(file)
-        except OSError:
-            return
+            replace_file(file, text.encode())
 
     def prune(self) -> None:
         """Remove the least recently used stores, until the rest is no larger than the bound."""
-        for unfinished in self.folder.glob("*.tmp"):  # what killed runs left
-            _remove_if_free(unfinished, self._lock_file(unfinished.name))
+        remove_leftovers(self.folder)
         stores = sorted(self.folder.glob(f"*/{FACTS}"), key=_last_use, reverse=True)
         total = 0
         for facts in stores:
             total += sum(map(_size, store_files(facts.parent)))
-            if total > self._max_bytes:
-                _remove_if_free(facts.parent, facts)
+            if total > self._max_bytes and not is_shared(facts):
+                shutil.rmtree(facts.parent, ignore_errors=True)
         notes = sorted((self.folder / "notes").glob("*.json"), key=_last_use, reverse=True)
         for note in notes[1000:]:
             note.unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        descriptor = os.open(self._lock_file(key), os.O_RDWR)
-        # The kernel drops the lock with the descriptor, so a killed run leaves none behind.
-        try:
-            _flock(descriptor, fcntl.LOCK_EX)
+        locks = self.folder / "locks"
+        make_folder(locks)
+        # Renames keep stores whole where there are no locks.
+        with hold(locks / f"{key[:2]}.lock", wait=True):
             yield
-        finally:
-            os.close(descriptor)
-
-    def _lock_file(self, key: str) -> Path:
-        file = self.folder / "locks" / f"{key[:2]}.lock"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o644)
-        return file
 
 
 def _allow_many_files() -> None:
@@ -182,38 +161,7 @@ def _hold(store: TokenStore) -> None:
     """Mark a store as used now, and keep it from being pruned while this process lives."""
     facts = store.folder / FACTS
     os.utime(facts)
-    place = facts.stat().st_ino
-    if place not in _held:
-        _held[place] = os.open(facts, os.O_RDONLY)
-        _flock(_held[place], fcntl.LOCK_SH)
-
-
-# Descriptors with a shared lock each, by inode; they end with the process.
-_held: dict[int, int] = {}
-
-
-def _remove_if_free(folder: Path, lock: Path) -> None:
-    """Remove a folder that no process reads or writes: nobody holds its lock."""
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        pass  # in use, or no locks here to tell
-    finally:
-        os.close(descriptor)
-
-
-def _flock(descriptor: int, kind: int) -> None:
-    try:
-        fcntl.flock(descriptor, kind)
-    except OSError as error:
-        # Some network file systems have no locks; renames keep stores whole there too.
-        if error.errno not in _NO_LOCKS:
-            raise
+    share(facts)
 
 
 def _last_use(file: Path) -> float:

@@ -20,9 +20,6 @@ def check_end_tokens(rows: Sequence[TokenizedRow], end_token_ids: Sequence[int])
     """Refuse rows that would train a model that never stops.
 
     A row that was cut has lost its end token, and one without tokens is not used: both pass.
-
-    Raises:
-        DataError: The last learnt token of a whole row is none of those that end an answer.
     """
     for row in rows:
         if row.marks & (Mark.CUT | UNUSABLE):
@@ -75,9 +72,6 @@ def check_lengths(
 
     Gives what a user should know: rows beyond the length that a rotary model is meant for. `where`
     names a row by its place in `lengths`.
-
-    Raises:
-        DataError: A row is longer and the model has no position for its end.
     """
     limit = limits.positions
     if limit is None or not (is_longer := lengths > limit).any():

@@ -156,16 +156,11 @@ def divide(
     num_rows = sum(len(source.store) for source in sources)
     keys = _content_keys(everything)
     groups = _row_groups(everything, keys)
-    pools = [np.arange(num_rows), np.arange(num_rows, len(keys))]
-    notes = []
+    pool, held = np.arange(num_rows), np.arange(num_rows, len(keys))
+    notes: list[str] = []
     if dataset.deduplicate:
-        for index, pool in enumerate(pools):
-            repeats = _is_repeat(keys, pool)
-            pools[index] = pool[~repeats]
-            if repeats.any():
-                one = _first_repeat(whole, keys, pool, repeats)
-                notes.append(_left_out_note(int(repeats.sum()), one, is_held=index == 1))
-    pool, held = pools
+        pool = _without_repeats(whole, keys, pool, notes, "")
+        held = _without_repeats(whole, keys, held, notes, "validation: ")
     if isinstance(dataset.validation, str):
         # A held-out row that cannot be used keeps no other row out of training.
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
@@ -357,6 +352,21 @@ def _first_repeat(
     return f"{whole.where(place)} is {whole.where(places[(keys[places] == keys[place]).argmax()])}"
 
 
+def _without_repeats(
+    whole: Selection, keys: Places, places: Places, notes: list[str], lead: str
+) -> Places:
+    """The first of equal rows at some places; `notes` gets how many others there were."""
+    repeats = _is_repeat(keys, places)
+    if number := int(repeats.sum()):
+        notes.append(
+            f"{lead}{_rows(number)} left out that {'repeats' if number == 1 else 'repeat'} "
+            "another, as dataset.deduplicate says "
+            f"(first: {_first_repeat(whole, keys, places, repeats)})"
+        )
+    kept: Places = places[~repeats]
+    return kept
+
+
 def _leak_note(number: int, first: str) -> str:
     return (
         f"LEFT OUT OF TRAINING: {_rows(number)} that {'are' if number > 1 else 'is'} held out too, "
@@ -369,14 +379,6 @@ def _repeat_note(number: int, num_rows: int, first: str) -> str:
         f"REPEATED ROWS: {number} of {_rows(num_rows)} to train on repeat another "
         f"({num_rows - number} distinct; first: {first}): each is trained as often as it occurs; "
         "dataset.deduplicate=true trains each once"
-    )
-
-
-def _left_out_note(number: int, first: str, *, is_held: bool) -> str:
-    return (
-        f"{'validation: ' if is_held else ''}{_rows(number)} left out that "
-        f"{'repeats' if number == 1 else 'repeat'} another, as dataset.deduplicate says "
-        f"(first: {first})"
     )
 
 

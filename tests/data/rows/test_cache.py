@@ -22,6 +22,7 @@ from kpsvd_tune.data.rows.cache import TokenCache, tokenizer_fingerprint
 from kpsvd_tune.data.rows.store import FACTS, StoreWriter
 from kpsvd_tune.errors import DataError, ResourceError
 from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.storage.durable import write_folder
 
 ROWS = [{"prompt": f"{n}+1?", "completion": str(n + 1)} for n in range(20)]
 Read = Callable[..., PreparedData]
@@ -206,7 +207,9 @@ def test_a_full_disk_names_the_folder_and_the_cure(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(StoreWriter, "close", fail)
-    with pytest.raises(ResourceError, match="rows .*tokens is full; make room, or point XDG_CACHE"):
+    with pytest.raises(
+        ResourceError, match="tokens.*No space left on device; free some space, .*XDG_CACHE"
+    ):
         read()
     assert stores() == []
 
@@ -216,7 +219,9 @@ def test_a_folder_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(
+        ResourceError, match="file is in the way.* another cache folder by XDG_CACHE"
+    ):
         read()
 
 
@@ -239,8 +244,8 @@ def test_what_a_killed_run_left_is_removed_and_what_a_running_one_writes_is_not(
     read: Read,
 ) -> None:
     cache = TokenCache()
-    for name in ("aa-left.tmp", "bb-running.tmp"):
-        (cache.folder / name).mkdir(parents=True)
-    with cache._lock("bb"):
+    left = cache.folder / ".aa.01234567.tmp"
+    left.mkdir(parents=True)
+    with write_folder(cache.folder / "bb") as written:
         read()
-    assert [folder.name for folder in cache.folder.glob("*.tmp")] == ["bb-running.tmp"]
+        assert list(cache.folder.glob(".*.tmp")) == [written]

@@ -1,16 +1,53 @@
-"""The micro batches of one process, step after step; workers can make them ahead."""
+"""Micro batches: made from rows, and streamed step after step; workers can make them ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kpsvd_tune.data import StatelessSampler, TokenizedRow
+from kpsvd_tune.data import IGNORED, StatelessSampler, TokenizedRow, collate, pack
 from kpsvd_tune.signals import ignore_signals, signals_held
-from kpsvd_tune.training.loss import MicroBatch
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of one process.
+
+    Attributes:
+        inputs: What `SummedTokenLoss` takes.
+        num_tokens: Tokens without padding, supervised or not.
+    """
+
+    inputs: dict[str, Tensor]
+    num_tokens: int
+
+    @property
+    def num_supervised(self) -> int:
+        """K, the tokens that the loss sums over."""
+        return self.inputs["targets"].numel()
+
+    def to(self, device: torch.device) -> dict[str, Tensor]:
+        """The inputs on a device."""
+        return {name: each.to(device, non_blocking=True) for name, each in self.inputs.items()}
+
+
+def make_micro_batch(
+    rows: Sequence[TokenizedRow],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+    packing: bool = False,
+) -> MicroBatch:
+    """Pad or pack rows and find the positions whose next token has a label, and that token."""
+    batch = pack(rows) if packing else collate(rows, pad_token_id, pad_to_multiple_of)
+    next_labels = batch.pop("labels").roll(-1, dims=1)
+    next_labels[:, -1] = IGNORED
+    positions = (next_labels.flatten() != IGNORED).nonzero().squeeze(1)
+    inputs = batch | {"positions": positions, "targets": next_labels.flatten()[positions]}
+    return MicroBatch(inputs, sum(len(row.input_ids) for row in rows))
 
 
 def stream_steps(

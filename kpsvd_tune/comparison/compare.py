@@ -42,7 +42,8 @@ from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
-from kpsvd_tune.storage.durable import replace_file, to_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_bytes, to_json
 from kpsvd_tune.training.schedule import num_warmup_steps, run_length
 
 
@@ -245,7 +246,7 @@ def _forgetting_text(recipe: Recipe) -> tuple[Path | None, str | None]:
         return None, None
     file = Path(recipe.compare.forgetting)
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
         content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(

@@ -32,8 +32,8 @@ from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.signals import StopSignals
-from kpsvd_tune.storage.durable import replace_file, to_json
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 
 Stepped = Callable[[Trial, int, int, float], None]
 # A trial that was asked to stop saves first; then it is killed.

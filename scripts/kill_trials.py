@@ -38,6 +38,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import read_committed

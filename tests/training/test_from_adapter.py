@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 @pytest.fixture

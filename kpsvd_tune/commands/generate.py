@@ -15,7 +15,7 @@ from kpsvd_tune.commands.options import (
     Offline,
     prepare_libraries,
 )
-from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 def generate(
@@ -43,7 +43,7 @@ def generate(
     from kpsvd_tune.processes import device
     from kpsvd_tune.runs.find import find, load, resolve_base
 
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         found = find(source)
         place = resolve_base(found, source, base)
         phase = Phase()

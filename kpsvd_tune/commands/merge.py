@@ -19,6 +19,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 def merge(
@@ -43,7 +44,7 @@ def merge(
     from kpsvd_tune.runs.find import compare_files, find, load, resolve_base
     from kpsvd_tune.storage.disk import explained
 
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         found = find(source)
         adapter = merging.check_source(source, found)
         base_model = resolve_base(found, source, base)

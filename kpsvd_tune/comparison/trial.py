@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -34,8 +33,7 @@ from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.directory import RunRecord
 from kpsvd_tune.runs.identity import changes
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import to_json
-from kpsvd_tune.storage.json_files import parse_json, read_json
+from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.loss import SummedTokenLoss, validation_loss
@@ -176,7 +174,7 @@ def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
     if not run.run_file.exists():
         return True
     held = read_json(run.run_file, RunRecord).get("identity")
-    now = json.loads(to_json(dict(identity)))
+    now = as_read_back(dict(identity))
     if not held or not held.get("shared"):
         return False
     # Of `shared` as a run of its own, for its recipe may have got keys since.
@@ -268,7 +266,7 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        return [parse_json(line) for line in file.read_bytes().splitlines()]
+        return [parse_json(line) for line in read_bytes(file).splitlines()]
     except ValueError as error:
         raise CheckpointError(
             f"{file}: a line {error}; remove the folder {file.parent}, and its trial is run again"

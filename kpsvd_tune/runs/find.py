@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
@@ -205,8 +205,6 @@ def load_adapter(
     check_adapter(folder, [name for name, _ in model.named_modules()])
     file = folder / WEIGHTS
     try:
-        with safe_open(file, "pt"):
-            pass
         allowed: AbstractContextManager[list[str]] = (
             other_base_allowed() if allow_other_base else nullcontext([])
         )

@@ -21,8 +21,8 @@ from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.storage.durable import replace_file, to_json
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.loop import Training
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)

@@ -125,7 +125,7 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
         layer_report(
             _plan(
                 name,
-                layer.kpsvd_shape["default"],
+                layer.kpsvd_form["default"].shape,
                 (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
                 float(base_weight(layer).double().square().sum()),
             )

@@ -42,23 +42,17 @@ _HUB_SECONDS = 10.0
 class RowSource:
     """One file, or one configuration of a hub dataset, found and not yet read.
 
-    Attributes:
-        label: File or hub dataset, as messages name it.
-        unit: What its rows are numbered by: line or row.
-        read: Gives the rows one at a time, from the first, at every call; those that cannot be
-            read with their fault.
-        fingerprint: Gives a text that changes when the rows do: the hash of a file's bytes, or
-            what the `datasets` library knows a hub dataset by.
-        part: Which rows of them are read.
-        notes: What a user should know about the reading.
+    At every call `read` gives the rows one at a time, from the first. `fingerprint` gives a text
+    that changes when the rows do: the hash of a file's bytes, or what the `datasets` library knows
+    a hub dataset by.
     """
 
-    label: str
-    unit: str
+    label: str  # file or hub dataset, as messages name it
+    unit: str  # what its rows are numbered by: line or row
     read: Callable[[], Iterator[Row]]
     fingerprint: Callable[[], str]
-    part: str = ""
-    notes: tuple[str, ...] = ()
+    part: str = ""  # which of the rows are read
+    notes: tuple[str, ...] = ()  # what a user should know about the reading
 
 
 @dataclass(frozen=True)

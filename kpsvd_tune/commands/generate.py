@@ -88,7 +88,7 @@ def _answer(
         base: Another place of the same base model.
         allow_other_base: Take a base that is not the adapter's; a note says so.
     """
-    from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
+    from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
     from kpsvd_tune.models import load_model, load_tokenizer
     from kpsvd_tune.phase import Phase, loading_cures, watched
     from kpsvd_tune.processes import device

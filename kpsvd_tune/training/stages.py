@@ -23,7 +23,7 @@ from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.evaluation.evaluate import rows_source
-from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.score import Scorer, check_tasks, labelled
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method

@@ -23,7 +23,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.comparison.plan import Trial
-from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
+from kpsvd_tune.comparison.setup import Setup
+from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.events import Events
 from kpsvd_tune.phase import Phase, memory_explained, training_cures
@@ -32,8 +33,8 @@ from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.signals import StopSignals
-from kpsvd_tune.storage.durable import replace_file, to_json
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 
 Stepped = Callable[[Trial, int, int, float], None]
 # A trial that was asked to stop saves first; then it is killed.

@@ -10,7 +10,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase

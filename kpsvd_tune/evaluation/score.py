@@ -21,8 +21,8 @@ from kpsvd_tune.evaluation.evaluate import (
     rows_source,
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
-from kpsvd_tune.evaluation.generate import GenerationProgress
-from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.generation import GenerationProgress
+from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.scoring import missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer

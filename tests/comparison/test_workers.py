@@ -18,7 +18,7 @@ def test_a_trial_waits_while_its_folder_is_in_use(monkeypatch: pytest.MonkeyPatc
             raise answer
         return answer
 
-    monkeypatch.setattr(workers.time, "sleep", waits.append)
+    monkeypatch.setattr("time.sleep", waits.append)
     assert workers._patiently(run) == "row"
     assert len(waits) == 2
 

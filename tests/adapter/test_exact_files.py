@@ -1,4 +1,4 @@
-"""What an adapter's file holds is exactly what its configuration tells of, both ways."""
+"""An adapter's file holds exactly the tensors that its configuration names."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_renamed_layer_is_refused(folder: Path, model_factory: Callable[..., A
         layers["model.layers.7.mlp.up_proj"] = layers.pop("model.layers.1.mlp.up_proj")
 
     change_config(folder, rename)
-    words = "tells of model.layers.7.mlp.up_proj, and the model has no such layers"
+    words = "names model.layers.7.mlp.up_proj, and the model has no such layers"
     refused(folder, model_factory, words)
 
 

@@ -33,6 +33,7 @@ from kpsvd_tune.evaluation.scoring import (
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.run import as_mapping
 from kpsvd_tune.storage.paths import expand, kind_of, siblings
 
@@ -119,7 +120,7 @@ def evaluate(
     prepare_libraries(offline, debug)
     from kpsvd_tune.evaluation.score import evaluate as score
 
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         result = score(
             source,
             wanted,
@@ -163,7 +164,7 @@ def _rescore(
     if task is None:
         raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
     permission = permission_for([task], is_allowed, sandbox)
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         scores = rescore(
             file,
             task,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.comparison.methods import Method
-from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
+from kpsvd_tune.comparison.plan import Grid, next_trials, num_left
 from kpsvd_tune.comparison.setup import Setups, Sizes
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
@@ -37,7 +37,7 @@ from kpsvd_tune.models import (
 )
 from kpsvd_tune.phase import Phase, data_cures, watched
 from kpsvd_tune.recipe import AdapterRecipe, Recipe
-from kpsvd_tune.report.comparison import Comparison, TrialRow
+from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory

@@ -113,7 +113,8 @@ def test_a_module_saved_whole_must_be_in_both(
     model = get_peft_model(model_factory(), config)
     with torch.no_grad():
         # Trained, for what equals the base's own is passed over.
-        model.get_base_model().model.norm.modules_to_save["default"].weight.add_(1)
+        norm: Any = model.get_submodule("base_model.model.model.norm")
+        norm.modules_to_save["default"].weight.add_(1)
     model.save_pretrained(str(whole))
     for road in roads(whole, model_factory):
         road()

@@ -23,11 +23,12 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import InputError, RecipeError
-from kpsvd_tune.evaluation.permission import permission_for
+from kpsvd_tune.evaluation.completions import read_completions
 from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
-    rescore,
+    permission_for,
+    score_completions,
     stored_task,
 )
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
@@ -165,9 +166,9 @@ def _rescore(
         raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
     permission = permission_for([task], is_allowed, sandbox)
     with ConsoleEvents() as events:
-        scores = rescore(
-            file,
+        scores = score_completions(
             task,
+            read_completions(file),
             progress=lambda done, total: events.advance("running programs", done, total),
             permission=permission,
         )

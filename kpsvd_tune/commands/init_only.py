@@ -73,7 +73,7 @@ def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> Ra
     from kpsvd_tune.models import resolve_model
     from kpsvd_tune.phase import Phase, decomposition_cures, watched
     from kpsvd_tune.report.rank_page import write_rank_report
-    from kpsvd_tune.runs import RunDirectory
+    from kpsvd_tune.runs.directory import RunDirectory
     from kpsvd_tune.runs.ownership import refuse_inside_run
     from kpsvd_tune.storage.disk import explained
 

@@ -118,7 +118,7 @@ def compare(
                     rows.append(row)
                     watcher.finished(row, num_left(grid, rows))
         except StoppedBySignal:
-            # What is known so far is worth a look.
+            # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):
                 _conclude(recipe, grid, rows, base, jobs, events)
             raise

@@ -122,19 +122,22 @@ def show_results(results: Mapping[str, Any]) -> None:
     Args:
         results: The content of results.json.
     """
-    scores = results.get("scores", {})
     _show_pairs(result_figures(results))
     for line in score_lines(results):
         _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
     for task, change in results.items():
-        if isinstance(change, Mapping) and "before" in change:
-            scorer = next(iter(scores.get(task, {"": None})))
+        if not (isinstance(change, Mapping) and "before" in change):
+            continue
+        scorer = next(iter(results.get("scores", {}).get(task, {"": None})))
+        shown = [
+            results.get(place, {}).get(task, {}).get(scorer, {}).get("value")
+            for place in ("base_scores", "scores")
+        ]
+        # A later `eval` may have replaced the scores; where it did not, they are shown above.
+        if shown != [change["before"], change["after"]]:
             before, after = (score_value(scorer, change[key]) for key in ("before", "after"))
-            print_pair(
-                output(),
-                f"{task}, in this training",
-                f"{before} before, {after} after, of {change['n']}",
-            )
+            told = f"{before} before, {after} after, of {change['n']}"
+            print_pair(output(), f"{task}, in this training", told)
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
@@ -157,10 +160,14 @@ def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
         run: What `read_run` gave.
         layers: Show the rank of every layer too.
     """
-    show_results(run["results"] or {"results": "the run is not finished"})
-    if run["ranks"] is None:
+    results = dict(run["results"] or {"results": "the run is not finished"})
+    report = None if run["ranks"] is None else RankReport.from_dict(run["ranks"])
+    if report and results.get("trainable_parameters") == report.totals["trainable_parameters"]:
+        # The totals of the ranks say it too.
+        del results["trainable_parameters"]
+    show_results(results)
+    if report is None:
         return
-    report = RankReport.from_dict(run["ranks"])
     if layers:
         show_ranks(report)
         return

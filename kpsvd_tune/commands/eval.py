@@ -26,9 +26,8 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.completions import read_completions
-from kpsvd_tune.evaluation.sandbox.run import Sandbox
+from kpsvd_tune.evaluation.sandbox.run import CodePermission, Sandbox
 from kpsvd_tune.evaluation.scoring import (
-    CodePermission,
     missing_scorers,
     permission_for,
     score_completions,

@@ -1,8 +1,8 @@
-"""The Accelerator that the loop expects, checked against what the recipe asks for."""
+"""The Accelerator and the engine of a run, checked against what the recipe asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.engines import deepspeed_config as zero_config
+from kpsvd_tune.training.batches import MicroBatch
+from kpsvd_tune.training.engines import Engine, deepspeed_config
+from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
+from kpsvd_tune.training.engines.plain import PlainEngine
+from kpsvd_tune.training.engines.sharded import ShardedEngine
+from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.recovery import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
 
@@ -52,8 +58,8 @@ def make_accelerator(
         # The frozen factors are buffers; they are equal everywhere and need no sending.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
-    if zero_config.is_requested():
-        zero_config.prepare()
+    if deepspeed_config.is_requested():
+        deepspeed_config.prepare()
         if not torch.accelerator.is_available():
             # Accelerate knows no backend for DeepSpeed on CPUs.
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -70,7 +76,7 @@ def make_accelerator(
         kwargs_handlers=handlers,
     )
     check_optimizer(recipe, accelerator.num_processes)
-    check_halving(recipe, accelerator.num_processes, zero_config.is_requested())
+    check_halving(recipe, accelerator.num_processes, deepspeed_config.is_requested())
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -79,15 +85,41 @@ def make_accelerator(
             "MULTI_CPU): take it out of the configuration, and set train.parallel: fsdp to share "
             "out the weights"
         )
-    zero_config.check_parallel(accelerator, recipe)
+    deepspeed_config.check_parallel(accelerator, recipe)
     meet()
     return accelerator
+
+
+def make_engine(
+    token_loss: SummedTokenLoss,
+    recipe: TrainRecipe,
+    accelerator: Accelerator,
+    rate_factors: Mapping[str, float],
+    example: MicroBatch | None = None,
+) -> Engine:
+    """Make the engine for the way in which a run shares its work.
+
+    Args:
+        token_loss: The model with its loss; goes to the accelerator's device.
+        recipe: The `train` section.
+        accelerator: From `make_accelerator`, with the same section.
+        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
+        example: A batch that reaches all that any text reaches, the same on every process.
+
+    Raises:
+        RecipeError: The recipe asks for what that engine cannot do.
+    """
+    if zero_stage(accelerator) is not None:
+        return DeepSpeedEngine(token_loss, recipe, accelerator, rate_factors)
+    if recipe.parallel == "fsdp" and accelerator.num_processes > 1:
+        return ShardedEngine(token_loss, recipe, accelerator, rate_factors)
+    return PlainEngine(token_loss, recipe, accelerator, rate_factors, example)
 
 
 def _accelerator(**settings: Any) -> Accelerator:
     try:
         return Accelerator(**settings)
     except ValueError as error:
-        if not zero_config.is_requested():
+        if not deepspeed_config.is_requested():
             raise
         raise RecipeError(f"Accelerate refuses its own DeepSpeed settings: {error}") from error

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from kpsvd_tune.data import IGNORED, StatelessSampler, TokenizedRow, collate, pack
 from kpsvd_tune.signals import ignore_signals, signals_held
 
+_EXAMPLE_TOKENS = 16
+
 
 class MicroBatch(NamedTuple):
     """One forward pass of one process.
@@ -48,6 +50,12 @@ def make_micro_batch(
     positions = (next_labels.flatten() != IGNORED).nonzero().squeeze(1)
     inputs = batch | {"positions": positions, "targets": next_labels.flatten()[positions]}
     return MicroBatch(inputs, sum(len(row.input_ids) for row in rows))
+
+
+def first_tokens(row: TokenizedRow) -> TokenizedRow:
+    """The start of a row, enough to reach all layers that any text reaches."""
+    ids = row.input_ids[:_EXAMPLE_TOKENS]
+    return TokenizedRow(ids, [IGNORED, *ids[1:]], row.row)
 
 
 def stream_steps(

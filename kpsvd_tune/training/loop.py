@@ -26,8 +26,7 @@ from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs import RunDirectory, load_random_state, random_state
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.batches import MicroBatch, make_micro_batch, stream_steps
-from kpsvd_tune.training.idle import allow_unused_parameters
+from kpsvd_tune.training.batches import MicroBatch, first_tokens, make_micro_batch, stream_steps
 from kpsvd_tune.training.loss import validation_loss
 from kpsvd_tune.training.packing import attend_by_rows, prove_packing
 from kpsvd_tune.training.recovery import (
@@ -111,9 +110,8 @@ class Training:
         )
         if self._is_packed:
             attend_by_rows(model)
-        if accelerator.num_processes > 1:
-            allow_unused_parameters(model, train_rows, self._make_batch, accelerator)
-        self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
+        example = self._make_batch([first_tokens(train_rows[0])]) if train_rows else None
+        self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors, example)
         self._signals = StopSignals(self._outlook, self._loss)
         self._signal = 0
         self._doing, self._doing_since = "", 0.0

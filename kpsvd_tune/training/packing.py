@@ -24,8 +24,7 @@ from kpsvd_tune.data import IGNORED, TokenizedRow
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.batches import make_micro_batch
-from kpsvd_tune.training.engines.sharded import free
-from kpsvd_tune.training.loss import SummedTokenLoss
+from kpsvd_tune.training.loss import SummedTokenLoss, evaluating
 
 # Rows that are tried; the model's code treats the fifth like the fourth.
 _NUM_ROWS = 4
@@ -60,15 +59,10 @@ def prove_packing(
     name = type(base).__name__
     if not _takes_positions(base):
         raise _refusal(f"{name} takes no position_ids, by which packed rows are told apart")
-    was_training = token_loss.training
-    token_loss.eval()
-    try:
+    with evaluating(token_loss):
         alone = torch.cat([_losses(token_loss, [row], accelerator, False) for row in rows])
         packed = _losses(token_loss, rows, accelerator, True)
         changed = _losses(token_loss, [_changed(rows[0], rows), *rows[1:]], accelerator, True)
-    finally:
-        token_loss.train(was_training)
-        free(token_loss)
     first = rows[0].num_supervised
     own = [_distance(changed[first:], packed[first:]), _distance(packed, alone)]
     # The largest of all processes, so that all refuse or none.

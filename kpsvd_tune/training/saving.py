@@ -138,7 +138,7 @@ class Saving:
         progress = Progress.from_json(state.progress)
         factor = progress.rate_factor if rate_factor is None else rate_factor
         optimizer: dict[str, Any] | None = state.optimizer
-        num_dims = {name: parameter.ndim for parameter, name in self._stepper.names.items()}
+        num_dims = {name: len(shape) for name, shape in self._stepper.shapes.items()}
         if not knows_state(self._recipe, state.optimizer["state"], num_dims):
             optimizer = None
             if self._accelerator.is_main_process:

@@ -250,14 +250,19 @@ def make_scheduler(
         scheduler.lr_lambdas = [
             _one_step_ahead(factor, num_warmup) for factor in scheduler.lr_lambdas
         ]
-        rates = [
-            base * factor(0)
-            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
+        set_rates(scheduler)
     return scheduler
+
+
+def set_rates(scheduler: LambdaLR) -> None:
+    """Give the optimiser the rates of the step at which the schedule stands."""
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable[[int], float]:

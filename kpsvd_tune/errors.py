@@ -8,6 +8,7 @@ KpsvdTuneError                 1
 │   └── AdapterError           2   the adapter: targets, factor shapes, ranks, another base model
 ├── RunError                   1   the input was fine and the run failed
 │   ├── CheckpointError        1   a run directory or checkpoint is damaged or of another run
+│   │   └── FolderInUseError   1   another process holds the lock of a run's folder
 │   ├── MergeError             1   the merged model is not the model that was trained
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "DataError",
+    "FolderInUseError",
     "InputError",
     "KpsvdTuneError",
     "MergeError",
@@ -118,6 +120,10 @@ class RunError(KpsvdTuneError):
 
 class CheckpointError(RunError):
     """A run directory or checkpoint is incomplete, damaged or of another run."""
+
+
+class FolderInUseError(CheckpointError):
+    """Another process holds the lock of the folder of a run."""
 
 
 class MergeError(RunError):

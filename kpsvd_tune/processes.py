@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,7 @@ from accelerate.state import PartialState  # type: ignore[import-untyped]
 
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.launch import init_method
+from kpsvd_tune.storage.memory import host_memory
 
 T = TypeVar("T")
 
@@ -123,6 +126,16 @@ def end_processes() -> None:
         # be the last to hold the group, waits for that thread without letting it (torch 2.13).
         time.sleep(0.1)
         PartialState().destroy_process_group()
+
+
+def how_it_ended(process: BaseProcess) -> str:
+    """How a worker that gave no result ended, as the end of a sentence."""
+    code = process.exitcode or 0
+    if code == -signal.SIGKILL:
+        return f"was killed by signal 9, which usually means that memory ran out: {host_memory()}"
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return f"ended with exit code {code} and gave no reason; it may stand above"
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ UNSAFE_CALLS = {
 # These are there to run code in the sandbox: the generated program, its tests, and our own side of
 # both, which is sent there compiled and never read back.
 RUNS_CODE = {
-    PACKAGE / "evaluation" / name
-    for name in ("sandbox.py", "sandbox_judge.py", "sandbox_program.py")
+    PACKAGE / "evaluation" / "sandbox" / name for name in ("run.py", "judge.py", "program.py")
 }
 
 

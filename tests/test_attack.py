@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from kpsvd_tune.errors import InputError, NonFiniteError
-from kpsvd_tune.evaluation.sandbox import sandbox_available
+from kpsvd_tune.evaluation.sandbox.run import sandbox_available
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "attack.py"
 

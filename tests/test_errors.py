@@ -18,6 +18,7 @@ EXIT_CODES = {
     "AdapterError": 2,
     "RunError": 1,
     "CheckpointError": 1,
+    "FolderInUseError": 1,
     "MergeError": 1,
     "ResourceError": 1,
     "NonFiniteError": 3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -346,6 +347,27 @@ def test_a_recipe_that_an_earlier_version_wrote_down_is_read(write):
     """Every run has all keys in its recipe.yaml, those that are gone at their defaults."""
     earlier = "adapter: {init: weight, gradient_batches: 4, rate_ratio: 1.0, rate: factors}\n"
     assert load_recipe(write(MINIMAL + earlier)) == load_recipe(write(MINIMAL))
+
+
+def test_a_section_of_another_kind_holds_nothing_that_was_removed(faults):
+    lines = faults(MINIMAL + "adapter: [rate_ratio]\n")
+    assert lines[0].startswith("x.yaml:3: adapter: got a list; expected a mapping")
+
+
+def test_the_rank_section_is_the_rank_rule():
+    """The recipe, a configuration and the mathematics share one rule, field by field."""
+    from dataclasses import fields
+
+    from kpsvd_tune.linalg.rule import ENERGY_OF, METHODS, OVERRIDE_KEYS, RankRule
+    from kpsvd_tune.recipe.adapter import Method, RankOverride, RankRecipe
+
+    rule = RankRule()
+    assert {field.name: getattr(rule, field.name) for field in fields(RankRule)} == (
+        RankRecipe().model_dump()
+    )
+    assert get_args(Method) == METHODS
+    assert get_args(RankRecipe.model_fields["energy_of"].annotation) == ENERGY_OF
+    assert set(RankOverride.__annotations__) == {"rank", *OVERRIDE_KEYS}
 
 
 def test_a_misspelt_key_beside_the_right_one_is_one_fault(faults):

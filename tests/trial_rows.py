@@ -30,7 +30,6 @@ def row(
         "losses": (2.0, 1.5, 1.2, 1.0),
         "grad_norms": (9.0, 2.0, 1.0, 0.5),
         "seconds_per_step": 2.0,
-        "cpu_seconds_per_step": 1.0,
         "init_seconds": 4.0,
         "wall_seconds": 8.0,
         "peak_memory_bytes": 1000,

@@ -485,6 +485,6 @@ def _projections(
     if isinstance(layer.get_base_layer(), Conv1D):
         weight = weight.T
     left0, right0 = factors or (layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name])
-    rearranged = rearrange(weight, layer.kpsvd_shape[adapter_name])
+    rearranged = rearrange(weight, layer.kpsvd_form[adapter_name].shape)
     a, b = (factor.flatten(1).to(rearranged) for factor in (left0, right0))
     return ((a @ rearranged) * b).sum(1), a.square().sum(1) * b.square().sum(1)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from kpsvd_tune.adapter import gradient, kernel
-from kpsvd_tune.adapter.cost import Plan
+from kpsvd_tune.adapter import kernel
+from kpsvd_tune.adapter.forms import Offsets, Plan
+from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 
 CPU_MULTIPLIES_BF16 = (
     any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
@@ -41,6 +42,7 @@ class KpsvdFunction(torch.autograd.Function):
         b: Tensor,
         left0: Tensor,
         right0: Tensor,
+        form: Offsets,
         plan: Plan,
         dtype: torch.dtype,
         base_dtype: torch.dtype,
@@ -57,16 +59,17 @@ class KpsvdFunction(torch.autograd.Function):
             b: Offset of the right factors, (r, p, q).
             left0: A0, as a.
             right0: B0, as b.
-            plan: From :func:`kpsvd_tune.adapter.cost.choose_plan`.
+            form: What the factors are the update of.
+            plan: From the form.
             dtype: In which the update is computed.
             base_dtype: In which the base layer computes.
         """
         ctx.save_for_backward(x, weight, a, b, left0, right0)
-        ctx.plan, ctx.dtype, ctx.base_dtype = plan, dtype, base_dtype
+        ctx.form, ctx.plan, ctx.dtype, ctx.base_dtype = form, plan, dtype, base_dtype
         ctx.is_autocast = ambient_autocast(x) is not None
-        factors = (a, b, left0, right0)
         with outside_autocast(x, ctx.is_autocast):
-            y = _forward(x, result, weight, bias, factors, plan, dtype, base_dtype)
+            terms = form.terms((a, b, left0, right0), torch.promote_types(dtype, torch.float32))
+            y = _forward(x, result, weight, bias, terms, plan, dtype, base_dtype)
         return kernel.no_view(y)
 
     @staticmethod
@@ -83,28 +86,28 @@ def _forward(
     result: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    terms: tuple[Tensor, Tensor],
     plan: Plan,
     dtype: torch.dtype,
     base_dtype: torch.dtype,
 ) -> Tensor:
-    terms = kernel.stack_terms(*factors, torch.promote_types(dtype, torch.float32))
     # Only where the base computes in dtype too: at zero offsets y must have the base's bits.
     is_exact = base_dtype == dtype and torch.finfo(dtype).bits >= 32
-    if plan.path == "weight" and weight is not None and is_exact:
+    if plan.update is Dense and weight is not None and is_exact:
         return functional.linear(x, kernel.dense_weight(*terms, weight), bias)
     y = base_output(x, weight, bias, base_dtype) if result is None else result
-    if plan.path == "weight":
+    if plan.update is Dense:
         delta = kernel.dense_weight(*terms, None).to(dtype)
         update = functional.linear(x.to(dtype), delta)
         return (y + update).to(y.dtype) if result is not None else y.add_(update)
-    left = kernel.left_form(terms[0].to(dtype), terms[1].shape[1], plan.spread)
-    return add_activations(y, x, left, terms[1].to(dtype), plan, in_place=result is None)
+    way = plan.update
+    left = way.arrange(terms[0].to(dtype), terms[1].shape[1])
+    return add_activations(y, x, left, terms[1].to(dtype), way, in_place=result is None)
 
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, a, b, left0, right0 = ctx.saved_tensors
-    plan, dtype, base_dtype = ctx.plan, ctx.dtype, ctx.base_dtype
+    x, weight, *factors = ctx.saved_tensors
+    form, plan, dtype, base_dtype = ctx.form, ctx.plan, ctx.dtype, ctx.base_dtype
     needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
     flat_gy = kernel.rows_of(gy)
     # Large products in 16 bits where the device has units for them; what they round was rounded
@@ -116,24 +119,21 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if weight is not None and torch.finfo(large_dtype).bits < 32:
             # Never W + Delta, rounded to 16 bits: two products.
             gx, weight = torch.mm(large_gy, weight.to(large_dtype)), None
-        factors = kernel.stack_terms(a, b, left0, right0, torch.promote_types(dtype, torch.float32))
-        if plan.path == "weight":
-            gx = _input_gradient_by_weight(gx, large_gy, weight, *factors)
+        left, right = form.terms(factors, torch.promote_types(dtype, torch.float32))
+        if plan.update is Dense:
+            gx = Dense.add_transposed(gx, large_gy, weight, left, right)
         else:
             gx = None if gx is None else gx.to(dtype)
-            gx, projected = _input_gradient(gx, wide_gy, weight, *factors, plan.spread)
+            gx, projected = _input_gradient(gx, wide_gy, weight, left, right, plan.update)
         gx = gx.to(x.dtype).view(x.shape)
     if needs_a or needs_b:
         flat_x = kernel.rows_of(x)
-        left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
-        if plan.gradient == "spread":
-            ga, gb = gradient.spread_gradients(flat_x.to(dtype), wide_gy, left, right, projected)
-        elif plan.gradient == "chunked":
-            ga, gb = gradient.chunked_gradients(flat_x.to(dtype), wide_gy, left, right)
-        else:
-            ga, gb = gradient.full_gradients(flat_x.to(large_dtype), large_gy, left, right)
-        ga, gb = ga.to(a.dtype), gb.to(b.dtype)
-    return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 5
+        operands = flat_x.to(dtype), wide_gy
+        if plan.gradient is Dense:
+            operands = flat_x.to(large_dtype), large_gy
+        ga, gb = plan.gradient.gradients(*operands, *form.trained(factors, dtype), projected)
+        ga, gb = ga.to(factors[0].dtype), gb.to(factors[1].dtype)
+    return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 6
 
 
 def multiplies_narrow(dtype: torch.dtype, device_kind: str) -> bool:
@@ -156,16 +156,26 @@ def base_output(
 
 
 def add_activations(
-    y: Tensor, x: Tensor, left: Tensor, right: Tensor, plan: Plan, in_place: bool
+    y: Tensor,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    way: type[Flat] | type[Batched],
+    in_place: bool,
 ) -> Tensor:
     """Return y + x Delta^T in y's dtype; the sum is taken in the factors' dtype, rounded once."""
     total = kernel.rows_of(y.to(right.dtype, copy=not in_place))
-    kernel.add_update(total, kernel.rows_of(x).to(right.dtype), left, right, plan.spread)
+    way.add_update(total, kernel.rows_of(x).to(right.dtype), left, right)
     return kernel.no_view(total.to(y.dtype).view(y.shape))
 
 
 def _input_gradient(
-    gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor, spread: bool
+    gx: Tensor | None,
+    gy: Tensor,
+    weight: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    way: type[Flat] | type[Batched],
 ) -> tuple[Tensor, Tensor | None]:
     """Return gx + gy (W + Delta), and the projection of gy on the left factors if it was made.
 
@@ -175,25 +185,8 @@ def _input_gradient(
     if gx is None:
         size = left.shape[2] * q
         gx = gy.new_zeros(len(gy), size) if weight is None else torch.mm(gy, weight.to(gy.dtype))
-    left_operand = kernel.left_form(left.to(gy.dtype), p, spread)
-    return gx, kernel.add_transposed(gx, gy, left_operand, right.to(gy.dtype), spread)
-
-
-def _input_gradient_by_weight(
-    gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor
-) -> Tensor:
-    """As :func:`_input_gradient`, by W + Delta; 16-bit sums over blocks would round each time."""
-    if torch.finfo(gy.dtype).bits < 32:
-        blocks = [slice(0, left.shape[1])]
-    else:
-        blocks = kernel.row_blocks(left, right[0].numel() * left.shape[2])
-    p = right.shape[1]
-    for rows in blocks:
-        block = kernel.dense_update(left, right, weight, rows).to(gy.dtype)
-        part = gy[:, rows.start * p : rows.stop * p]
-        gx = torch.mm(part, block) if gx is None else gx.addmm_(part, block)
-    assert gx is not None
-    return gx
+    arranged = way.arrange(left.to(gy.dtype), p)
+    return gx, way.add_transposed(gx, gy, arranged, right.to(gy.dtype))
 
 
 def ambient_autocast(x: Tensor) -> torch.dtype | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpsvd_tune.adapter.kernel import add_update, left_form, no_view, rows_of, stack_terms
+from kpsvd_tune.adapter.kernel import no_view, rows_of
+from kpsvd_tune.adapter.ways import Batched, Flat
 
 if TYPE_CHECKING:
     from kpsvd_tune.adapter.layer import KpsvdLinear
@@ -32,10 +33,15 @@ class ReadyUpdate:
     """
 
     def __init__(
-        self, layer: KpsvdLinear, name: str, x: Tensor, spread: bool, dtype: torch.dtype
+        self,
+        layer: KpsvdLinear,
+        name: str,
+        x: Tensor,
+        way: type[Flat] | type[Batched],
+        dtype: torch.dtype,
     ) -> None:
         self.name, self.x_shape, self.x_dtype, self.dtype = name, x.shape, x.dtype, dtype
-        self.spread = spread
+        self.way, self.is_flat = way, way is Flat
         self.device_kind = x.device.type
         self.base = cast(nn.Linear, layer.base_layer)
         self.factors = tuple(_held(layer, kind, name) for kind in FACTORS)
@@ -44,13 +50,13 @@ class ReadyUpdate:
         # Kept tensors must not be inference tensors: a later call may be outside that mode.
         with torch.inference_mode(False), torch.no_grad():
             a, b, left0, right0 = self.factors
-            left, self.right = stack_terms(a, b, left0, right0, dtype)
+            left, self.right = layer.kpsvd_form[name].terms((a, b, left0, right0), dtype)
             terms, self.p, self.q = self.right.shape
-            self.left = left_form(left, self.p, spread)
+            self.left = way.arrange(left, self.p)
             self.right_t = self.right.view(terms * self.p, self.q).T
         self.out_features = self.base.out_features
         self.is_single = x.numel() == x.shape[-1]
-        self.rows = self.left.shape[0] if spread else self.left.shape[1]
+        self.rows = self.left.shape[0] if self.is_flat else self.left.shape[1]
 
     def fits(self, layer: KpsvdLinear, x: Tensor) -> bool:
         """Whether this is what the layer has to compute for x."""
@@ -83,22 +89,19 @@ class ReadyUpdate:
         y = functional.linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
         if y.dtype != self.dtype:
             total = rows_of(y.to(self.dtype))
-            add_update(total, rows_of(x).to(self.dtype), *self._operands())
+            self.way.add_update(total, rows_of(x).to(self.dtype), self.left, self.right)
             return no_view(total.to(y.dtype).view(y.shape))
         if not self.is_single:
             total = rows_of(y)
-            add_update(total, rows_of(x), *self._operands())
+            self.way.add_update(total, rows_of(x), self.left, self.right)
             return no_view(total.view(y.shape))
         # The same two products as add_update's, with as few calls as can be.
         inner = torch.mm(x.reshape(-1, self.q), self.right_t)
-        if self.spread:
+        if self.is_flat:
             y.view(1, self.out_features).addmm_(inner.view(1, self.rows), self.left)
         else:
             y.view(-1, self.p).addmm_(self.left, inner.view(self.rows, self.p))
         return y
-
-    def _operands(self) -> tuple[Tensor, Tensor, bool]:
-        return self.left, self.right, self.spread
 
 
 def can_make_ready(factors: tuple[Tensor, ...], tokens: int) -> bool:

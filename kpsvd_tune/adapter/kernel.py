@@ -1,12 +1,7 @@
-"""The products of a KPSVD layer on plain tensors: activations, dense update, factor gradients.
+"""Building blocks of the ways to compute: dense updates, blocks and chunks, contiguous rows.
 
-Letters: x (t, in) activations, gy (t, out) output gradients, t tokens; in = n*q, out = m*p;
-A (s, m, n) and B (s, p, q) are s stacked terms. The update is Delta = sum_s A_s kron B_s. A token
-of x is read as X (n, q), one of gy as Y (m, p), so the update of a token is sum_s A_s X B_s^T.
-
-The left factors come in one of two forms (:func:`left_form`): spread over I_p, a plain matrix with
-n*s*p rows for flat products, which wins while n*p is small; or folded (m, n*s) for products batched
-over tokens. Everything works in the dtype of its arguments and differentiates nothing.
+Letters as in :mod:`kpsvd_tune.adapter.ways`. Everything works in the dtype of its arguments and
+differentiates nothing.
 """
 
 from __future__ import annotations
@@ -26,82 +21,6 @@ FRESH_BYTES = 32 << 20
 DEVICE_ENTRIES = 1 << 26
 
 _scratch = threading.local()
-
-
-def stack_terms(
-    a: Tensor, b: Tensor, left0: Tensor, right0: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the 2r terms of Delta, (2r, m, n) and (2r, p, q), in ``dtype``.
-
-    The sums A0 + a are taken in the factors' own dtype. The first r left factors are A0 + a, the
-    last r right factors are B0.
-    """
-    left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])
-    return left.to(dtype), right.to(dtype)
-
-
-def left_form(left: Tensor, p: int, spread: bool) -> Tensor:
-    """Arrange left factors (s, m, n) for :func:`add_update`: (n*s*p, m*p) or (m, n*s)."""
-    terms, m, n = left.shape
-    if not spread:
-        return left.permute(1, 2, 0).reshape(m, n * terms)
-    if p == 1:
-        return left.permute(2, 0, 1).reshape(n * terms, m)
-    wide = left.new_zeros(n, terms, p, m, p)
-    diagonal = wide.diagonal(dim1=2, dim2=4)
-    diagonal.copy_(left.permute(2, 0, 1).unsqueeze(-1).expand_as(diagonal))
-    return wide.view(n * terms * p, m * p)
-
-
-def add_update(y: Tensor, x: Tensor, left: Tensor, right: Tensor, spread: bool) -> None:
-    """Add x Delta^T to y in place.
-
-    Args:
-        y: (t, out), contiguous.
-        x: (t, in), contiguous.
-        left: A in its form.
-        right: B, (s, p, q).
-        spread: Which form.
-    """
-    terms, p, q = right.shape
-    n = x.shape[1] // q
-    right_t = right.reshape(terms * p, q).T
-    if spread:
-        inner = torch.mm(x.view(-1, q), right_t)
-        y.addmm_(inner.view(-1, n * terms * p), left)
-        return
-    m = y.shape[1] // p
-    step = chunk_tokens(x, n * terms * p)
-    for xs, ys in zip(torch.split(x, step), torch.split(y, step), strict=True):
-        inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * terms, p)
-        ys.view(-1, m, p).baddbmm_(left.expand(len(inner), m, n * terms), inner)
-
-
-def project(gy: Tensor, left: Tensor, p: int, spread: bool) -> Tensor:
-    """Return sum_i A[s, i, j] gy[t, i, k] as (t, n*s, p): what :func:`add_update` transposes to."""
-    if spread:
-        return torch.mm(gy, left.T).view(len(gy), left.shape[0] // p, p)
-    m = left.shape[0]
-    folded = left.T.expand(len(gy), left.shape[1], m)
-    return torch.bmm(folded, gy.view(-1, m, p))
-
-
-def add_transposed(
-    gx: Tensor, gy: Tensor, left: Tensor, right: Tensor, spread: bool
-) -> Tensor | None:
-    """Add gy Delta to gx (t, in) in place.
-
-    Returns:
-        The projection of gy on the left factors, (t, n*s, p), when it was made in one piece.
-    """
-    terms, p, q = right.shape
-    flat = right.reshape(terms * p, q)
-    step = len(gy) if spread else chunk_tokens(gy, left.shape[1] * p)
-    inner = None
-    for gxs, gys in zip(torch.split(gx, step), torch.split(gy, step), strict=True):
-        inner = project(gys, left, p, spread)
-        gxs.view(-1, q).addmm_(inner.view(-1, terms * p), flat)
-    return inner if step >= len(gy) else None
 
 
 def dense_update(

@@ -1,12 +1,4 @@
-"""A linear layer with a KPSVD adapter in offset form.
-
-The base weight W stays untouched. With frozen factors A0, B0 and trainable offsets a, b
-
-    Delta = sum_k (A0_k + a_k) kron (B0_k + b_k) - A0_k kron B0_k
-          = sum_k (A0_k + a_k) kron b_k + a_k kron B0_k,
-
-so 2r Kronecker terms, exactly zero while a = b = 0.
-"""
+"""A linear layer with KPSVD adapters, whose base weight stays untouched; see :mod:`.forms`."""
 
 from __future__ import annotations
 
@@ -21,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.base import RECORD, Place, Unchecked, base_sizes, check_loaded
-from kpsvd_tune.adapter.cost import choose_plan
+from kpsvd_tune.adapter.forms import Factors, Offsets
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
     add_activations,
@@ -30,7 +22,7 @@ from kpsvd_tune.adapter.function import (
     outside_autocast,
 )
 from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready
-from kpsvd_tune.adapter.kernel import left_form, stack_terms
+from kpsvd_tune.adapter.ways import Dense
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
 
@@ -43,7 +35,7 @@ class KpsvdLayer(BaseTunerLayer):
         "kpsvd_left0",
         "kpsvd_right0",
         "kpsvd_dropout",
-        "kpsvd_shape",
+        "kpsvd_form",
         "kpsvd_path",
         "kpsvd_unchecked",
         "kpsvd_base",
@@ -62,7 +54,7 @@ class KpsvdLayer(BaseTunerLayer):
         self.kpsvd_left0 = BufferDict(persistent=True)
         self.kpsvd_right0 = BufferDict(persistent=True)
         self.kpsvd_dropout = nn.ModuleDict()
-        self.kpsvd_shape: dict[str, KroneckerShape] = {}
+        self.kpsvd_form: dict[str, Offsets] = {}
         self.merged_adapters = []
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
@@ -109,7 +101,7 @@ class KpsvdLayer(BaseTunerLayer):
                 f"of size {(shape.out_features, shape.in_features)}, this layer has {sizes}: is "
                 "this the base model that the adapter was trained on?"
             )
-        self.kpsvd_shape[adapter_name] = shape
+        self.kpsvd_form[adapter_name] = Offsets(shape, rank)
         self.kpsvd_path[adapter_name] = path
         left, right = torch.zeros(rank, shape.m, shape.n), torch.zeros(rank, shape.p, shape.q)
         left0, right0 = factors if factors is not None else (left, right)
@@ -144,11 +136,18 @@ class KpsvdLayer(BaseTunerLayer):
             if adapter_name in container and container[adapter_name].device.type != "meta":
                 container[adapter_name] = container[adapter_name].to(target)
 
+    def factors(self, adapter_name: str) -> Factors:
+        """Return a (r, m, n), b (r, p, q), A0 and B0 of an adapter."""
+        return (
+            self.kpsvd_left[adapter_name],
+            self.kpsvd_right[adapter_name],
+            self.kpsvd_left0[adapter_name],
+            self.kpsvd_right0[adapter_name],
+        )
+
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Return the 2r terms of Delta, (2r, m, n) and (2r, p, q), in the factors' dtype."""
-        a, b = self.kpsvd_left[adapter_name], self.kpsvd_right[adapter_name]
-        left0, right0 = self.kpsvd_left0[adapter_name], self.kpsvd_right0[adapter_name]
-        return torch.cat([left0 + a, a]), torch.cat([b, right0])
+        """Return the s terms of Delta, (s, m, n) and (s, p, q), in the factors' dtype."""
+        return self.kpsvd_form[adapter_name].terms(self.factors(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return Delta in the layout of the base weight: (out, in), or (in, out) for Conv1D.
@@ -251,8 +250,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
 
     def _adapted(self, name: str, x: Tensor, result: Tensor | None) -> Tensor:
         """The base's output with one adapter's update; ``result`` None fuses the base layer."""
-        a, b = self.kpsvd_left[name], self.kpsvd_right[name]
-        left0, right0 = self.kpsvd_left0[name], self.kpsvd_right0[name]
+        factors = self.factors(name)
         weight = bias = None
         if result is None:
             base = cast(nn.Linear, self.base_layer)
@@ -264,10 +262,11 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
         else:
             # Factors are as cheap in float32 as in 16 bits on a CPU, and PEFT's LoRA multiplies
             # its float32 factors in float32 unless autocast says otherwise.
-            dtype = torch.promote_types(torch.promote_types(a.dtype, x.dtype), torch.float32)
+            dtype = torch.promote_types(
+                torch.promote_types(factors[0].dtype, x.dtype), torch.float32
+            )
         is_differentiated = torch.is_grad_enabled()
         tokens = x.numel() // x.shape[-1]
-        factors = (a, b, left0, right0)
         path = self.kpsvd_path[name]
         keeps = (
             not is_differentiated
@@ -279,32 +278,29 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
         if keeps:
             # Kept factors cost nothing to stack again, while W + Delta would have to be built.
             path = "activations"
-        plan = choose_plan(
-            tokens,
-            a.shape[0],
-            self.kpsvd_shape[name],
-            base_dtype if weight is not None else torch.bfloat16,
-            path,
-            is_differentiated,
-        )
-        if is_differentiated or plan.path == "weight":
+        # A base layer that computes for itself leaves nothing to add Delta to.
+        can_add = weight is not None and torch.finfo(base_dtype).bits >= 32
+        form = self.kpsvd_form[name]
+        plan = form.plan(tokens, path, is_differentiated, can_add)
+        way = plan.update
+        if is_differentiated or way is Dense:
             if is_differentiated and not torch.compiler.is_compiling():
                 self._ready = None
             adapted: Tensor = KpsvdFunction.apply(  # type: ignore[no-untyped-call]
-                x, result, weight, bias, a, b, left0, right0, plan, dtype, base_dtype
+                x, result, weight, bias, *factors, form, plan, dtype, base_dtype
             )
             return adapted
         if keeps:
-            ready = ReadyUpdate(self, name, x, plan.spread, dtype)
+            ready = ReadyUpdate(self, name, x, way, dtype)
             # Factors that are trained are stacked anew at each call: optimisers without gradients,
             # evolution strategies and averages of weights write them past their versions.
             self._ready = None if any(each.requires_grad for each in factors) else ready
             return ready.apply(x)
         with outside_autocast(x, autocast_dtype is not None):
-            left, right = stack_terms(*factors, dtype)
-            left = left_form(left, right.shape[1], plan.spread)
+            left, right = form.terms(factors, dtype)
+            left = way.arrange(left, right.shape[1])
             y = base_output(x, weight, bias, base_dtype) if result is None else result
-            return add_activations(y, x, left, right, plan, in_place=result is None)
+            return add_activations(y, x, left, right, way, in_place=result is None)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; factors that were loaded past PEFT are first compared with the base."""

@@ -34,7 +34,7 @@ def rate_factors(
     factors: dict[int, float] = {}
     for _, layer in kpsvd_layers(model, adapter_name):
         left0, right0 = layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name]
-        shape = layer.kpsvd_shape[adapter_name]
+        shape = layer.kpsvd_form[adapter_name].shape
         left = right = 1.0
         if is_relative:
             norm = float(base_weight(layer).float().norm())

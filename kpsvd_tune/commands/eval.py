@@ -24,7 +24,7 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.permission import permission_for
-from kpsvd_tune.evaluation.sandbox import Sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
     rescore,

@@ -104,9 +104,8 @@ def _answer(
         phase.enter("loading the base model", loading_cures(dtype))
         model: Any = load_model(model_source, dtype)
         if found.adapter is not None and not base_only:
-            others: list[str] = []
-            model = load_adapter(model, found.adapter, others if allow_other_base else None)
-            for other in others:
+            model, other = load_adapter(model, found.adapter, allow_other_base)
+            if other is not None:
                 events.note(f"answering {other}")
         phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
         model.to(device()).eval()

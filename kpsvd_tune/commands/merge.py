@@ -125,13 +125,9 @@ def _merge(
     with watched(phase, goes_on=False):
         phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
         events.stage(f"loading {model_source.path}")
-        others: list[str] = []
-        model = load_adapter(
-            load_model(model_source, "float32"),
-            found.adapter,
-            others if allow_other_base else None,
-        )
-        if not others:
+        base_model = load_model(model_source, "float32")
+        model, other = load_adapter(base_model, found.adapter, allow_other_base)
+        if other is None:
             compare_files(model, model_source, events)
         tokenizer = load_tokenizer(model_source, found.adapter)
         with explained(f"write {output}", "an --output"):
@@ -144,7 +140,7 @@ def _merge(
                 base=_named(found.base, base, model_source),
                 tolerance=tolerance,
                 base_folder=None if model_source.kind == "gguf" else model_source.folder,
-                warnings=[f"merged {other}" for other in others],
+                warnings=() if other is None else (f"merged {other}",),
                 stage=events.stage,
             )
 

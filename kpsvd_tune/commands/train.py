@@ -61,23 +61,25 @@ def train(
     permission = permission_for(() if dry_run else tasks, allow_code_execution, sandbox)
     launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
+    from kpsvd_tune.context import RunOptions
+    from kpsvd_tune.training import stages
     from kpsvd_tune.training.ending import worse_message
     from kpsvd_tune.training.plan import plan
-    from kpsvd_tune.training.stages import train as run_recipe
 
     with view.Events() as events:
         if dry_run:
             emit(plan(resolved, events), as_json, view.show_plan)
             return
-        result = run_recipe(
-            resolved,
-            events,
-            resume=resume,
-            allow_change=tuple(allow_change or ()),
-            allow_other_base=allow_other_base,
-            permission=permission,
-        )
+        options = RunOptions(resume, tuple(allow_change or ()), allow_other_base, permission)
+        with stages.prepare_run(resolved, events, options) as context:
+            data = stages.read_data(context)
+            if data.start.is_finished:
+                results = stages.earlier_results(context)
+            else:
+                started = stages.start_model(context, data)
+                trained = stages.train_model(context, data, started)
+                results = stages.finish_run(context, data, started, trained)
         # First the results, which are whole and saved, then what is wrong with them.
-        emit(result, as_json, view.show_results)
-        if message := worse_message(result, resolved):
+        emit(results, as_json, view.show_results)
+        if message := worse_message(results, resolved):
             raise WorseThanBaseError(message)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
-from kpsvd_tune.comparison.setups import Setups
+from kpsvd_tune.comparison.setup import Setups, Sizes
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
     COMPARISON,
@@ -28,6 +28,7 @@ from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
+    ModelSource,
     WeightReader,
     base_fingerprint,
     load_skeleton,
@@ -35,13 +36,14 @@ from kpsvd_tune.models import (
     resolve_model,
 )
 from kpsvd_tune.phase import Phase, data_cures, watched
-from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.recipe import AdapterRecipe, Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
-from kpsvd_tune.storage.durable import replace_file, to_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_bytes, to_json
 from kpsvd_tune.training.schedule import num_warmup_steps, run_length
 
 
@@ -88,7 +90,6 @@ def compare(
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
     """
     _check(recipe)
-    assert recipe.dataset is not None
     run = RunDirectory(recipe.output_dir)
     if not (run.path / COMPARISON).exists():
         # The record of a comparison is the first file of its folder.
@@ -98,55 +99,14 @@ def compare(
     phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
     with watched(phase), run.lock():
         source = resolve_model(recipe.model.path, recipe.model.revision)
-        tokenizer = load_tokenizer(source)
-        events.stage(f"reading {source_names(recipe.dataset)}")
         skeleton = load_skeleton(source)
-        limits = model_limits(skeleton)
-        data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, limits=limits)
-        events.note(data.cache_note)
-        events.preflight(data.report)
-        if not data.validation:
-            raise DataError(
-                "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
-                "a number of rows or a file"
-            )
-        length = run_length(recipe.train, len(data.train), len(data.validation))
-        if length.faults and grid.plan != "done":
-            raise RecipeError("\n".join(length.faults))
-        for note in length.notes:
-            events.note(note)
-        test, test_sha256 = _test_rows(recipe, tokenizer, limits)
-        if known := num_shared(test, data.train):
-            events.note(
-                f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "
-                "the test loss is partly one of known rows: take them out of one of the two"
-            )
-        forgetting, text_sha256 = _forgetting_text(recipe)
-        material = Material(
-            source, data.train, data.validation, test, forgetting, pad_token_id(tokenizer)
-        )
-        shared = {
-            "recipe": _fixed_part(recipe),
-            "base": base_fingerprint(source),
-            "dataset": data.sha256,
-            "test": test_sha256,
-            "forgetting": text_sha256,
-        }
-        names = target_names(
-            skeleton,
-            recipe.adapter.target_modules,
-            recipe.adapter.exclude_modules,
-            recipe.adapter.modules_to_save,
-        )
-        reader = WeightReader(source, names, skeleton)
-        sizes = {name: reader.size(name) for name in names}
-        reader.close()
+        material, shared = _material(recipe, source, skeleton, events)
+        num_steps = _num_steps(recipe, grid, material, events)
+        sizes = _sizes(recipe, source, skeleton)
         plan = Setups(recipe, recipes, methods, sizes, run.path, shared)
-        # What cannot be met is refused before the first trial, not after hours.
-        plan.check_baselines(grid.budgets)
-        plan.decompose(source, grid.budgets, events)
+        plan.prepare(source, grid.budgets, events)
         rows = open_results(run.path, shared, plan.adapters())
-        if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, length.num_steps):
+        if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, num_steps):
             check_schedule(run.path)
         base = run_base(material, recipe, run.path / "base.json", events)
         watcher.begin(rows, num_left(grid, rows), jobs)
@@ -160,9 +120,64 @@ def compare(
         except StoppedBySignal:
             # What is known so far is worth a look.
             with suppress(InputError):
-                _conclude(recipe, grid, rows, base, run.path, jobs, events)
+                _conclude(recipe, grid, rows, base, jobs, events)
             raise
-        return _conclude(recipe, grid, rows, base, run.path, jobs, events)
+        return _conclude(recipe, grid, rows, base, jobs, events)
+
+
+def _material(
+    recipe: Recipe, source: ModelSource, skeleton: Any, events: Events
+) -> tuple[Material, dict[str, Any]]:
+    """What all trials share, and what must be equal for new trials to be comparable with others."""
+    assert recipe.dataset is not None
+    tokenizer, limits = load_tokenizer(source), model_limits(skeleton)
+    events.stage(f"reading {source_names(recipe.dataset)}")
+    data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, limits=limits)
+    events.note(data.cache_note)
+    events.preflight(data.report)
+    if not data.validation:
+        raise DataError(
+            "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
+            "a number of rows or a file"
+        )
+    test, test_sha256 = _test_rows(recipe, tokenizer, limits)
+    if known := num_shared(test, data.train):
+        events.note(
+            f"KNOWN ROWS: {known} of the {len(test)} rows of compare.test are trained on, so "
+            "the test loss is partly one of known rows: take them out of one of the two"
+        )
+    forgetting, text_sha256 = _forgetting_text(recipe)
+    shared = {
+        "recipe": _fixed_part(recipe),
+        "base": base_fingerprint(source),
+        "dataset": data.sha256,
+        "test": test_sha256,
+        "forgetting": text_sha256,
+    }
+    pad = pad_token_id(tokenizer)
+    return Material(source, data.train, data.validation, test, forgetting, pad), shared
+
+
+def _num_steps(recipe: Recipe, grid: Grid, material: Material, events: Events) -> int:
+    """Optimiser steps of a trial, where the recipe's steps and validations fit together."""
+    length = run_length(recipe.train, len(material.train), len(material.validation))
+    if length.faults and grid.plan != "done":
+        raise RecipeError("\n".join(length.faults))
+    for note in length.notes:
+        events.note(note)
+    return length.num_steps
+
+
+def _sizes(recipe: Recipe, source: ModelSource, skeleton: Any) -> Sizes:
+    """(out_features, in_features) of each target module."""
+    adapter = recipe.adapter
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    reader = WeightReader(source, names, skeleton)
+    sizes = {name: reader.size(name) for name in names}
+    reader.close()
+    return sizes
 
 
 def _conclude(
@@ -170,13 +185,12 @@ def _conclude(
     grid: Grid,
     rows: Sequence[TrialRow],
     base: Mapping[str, float | None],
-    folder: Path,
     jobs: int,
     events: Events,
 ) -> Comparison:
     """Write the verdict on the trials of the grid, also where more of them are to come."""
+    folder, train = Path(recipe.output_dir), recipe.train
     chosen = [row for row in rows if grid.holds(row)]
-    train = recipe.train
     steps = max((len(row.losses) for row in chosen), default=0)
     verdict = compare_rows(
         chosen,
@@ -232,7 +246,7 @@ def _forgetting_text(recipe: Recipe) -> tuple[Path | None, str | None]:
         return None, None
     file = Path(recipe.compare.forgetting)
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
         content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -244,16 +258,13 @@ def _forgetting_text(recipe: Recipe) -> tuple[Path | None, str | None]:
 
 def _fixed_part(recipe: Recipe) -> dict[str, Any]:
     """What must be equal in all trials; methods, budgets, rates and seeds may be added later."""
-    content = recipe.model_dump(mode="json")
-    for key in ("output_dir", "tracking", "evaluation", "adapter"):
-        del content[key]
-    for key in ("learning_rate", "seed"):
-        del content["train"][key]
-    for key in ("price_per_hour", "currency"):
-        del content["compare"][key]
-    content["adapter"] = {
-        key: value
-        for key, value in recipe.adapter.model_dump(mode="json").items()
-        if key in ("target_modules", "exclude_modules", "modules_to_save", "dropout")
-    }
-    return content
+    kept = {"target_modules", "exclude_modules", "modules_to_save", "dropout"}
+    return recipe.model_dump(
+        mode="json",
+        exclude={
+            **dict.fromkeys(("output_dir", "tracking", "evaluation"), True),
+            "adapter": AdapterRecipe.model_fields.keys() - kept,
+            "train": {"learning_rate", "seed"},
+            "compare": {"price_per_hour", "currency"},
+        },
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +54,25 @@ class Grid:
 
     def summary(self) -> dict[str, Any]:
         """What would be run, for a person or as JSON."""
-        rates, seeds, budgets = len(self.learning_rates), self.num_seeds, len(self.budgets)
-        each = rates * seeds * budgets
-        if self.plan == "staged":
-            each = rates + min(2, rates) * (seeds - 1) + (budgets - 1) * seeds
+        each = sum(self.stage_sizes())
         return {
             "methods": list(self.methods),
             "budgets": list(self.budgets),
             "learning_rates": list(self.learning_rates),
-            "seeds": seeds,
+            "seeds": self.num_seeds,
             "plan": self.plan,
-            "trials_per_method": each if self.plan != "done" else 0,
-            "trials": each * len(self.methods) if self.plan != "done" else 0,
+            "trials_per_method": each,
+            "trials": each * len(self.methods),
         }
+
+    def stage_sizes(self) -> tuple[int, ...]:
+        """Trials of each stage of the plan, a method."""
+        rates, seeds, budgets = len(self.learning_rates), self.num_seeds, len(self.budgets)
+        if self.plan == "done":
+            return (0,)
+        if self.plan == "full":
+            return (rates * seeds * budgets,)
+        return rates, min(2, rates) * (seeds - 1), (budgets - 1) * seeds
 
     def holds(self, row: TrialRow) -> bool:
         """Whether a row is of this grid; the plan done takes every rate and seed there is."""
@@ -83,7 +89,7 @@ def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
     at the middle budget; then all seeds at each method's two best rates there; then the other
     budgets with all seeds at each method's best rate. Every method gets the same number of trials
     in either. The plan done runs nothing: it judges what is there. Methods take turns, so that a
-    comparison stopped early has a bit of each.
+    comparison that is stopped early has some trials of each.
 
     Args:
         grid: What is compared.
@@ -92,62 +98,45 @@ def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
     Returns:
         The trials of the first stage that is not done, without those that are; empty at the end.
     """
+    return _stage(grid, rows)[1]
+
+
+def num_left(grid: Grid, rows: Iterable[TrialRow]) -> int:
+    """How many trials are still to come: at most that many, where a later stage has some done."""
+    number, left = _stage(grid, rows)
+    # Which trials the later stages hold is not known yet, but how many.
+    return len(left) + sum(grid.stage_sizes()[number + 1 :]) * len(grid.methods)
+
+
+def _stage(grid: Grid, rows: Iterable[TrialRow]) -> tuple[int, list[Trial]]:
+    """The first stage that is not done, from 0, and what is left of it."""
     done = {Trial(row.method, row.budget, row.learning_rate, row.seed): row for row in rows}
-    if grid.plan == "done":
-        return []
-    for stage in _stages(grid, done) if grid.plan == "staged" else _full(grid):
+    stages: Callable[..., Iterable[list[Trial]]]
+    stages = {"full": _full, "staged": _stages, "done": lambda *_: ()}[grid.plan]
+    for number, stage in enumerate(stages(grid, done)):
         if left := [trial for trial in stage if trial not in done]:
-            return left
-    return []
+            return number, left
+    return len(grid.stage_sizes()), []
 
 
-def num_left(grid: Grid, rows: Sequence[TrialRow]) -> int:
-    """How many trials are still to come: at most that many, where a later stage has some done.
-
-    Args:
-        grid: What is compared.
-        rows: Trials that are done.
-    """
-    left = len(next_trials(grid, rows))
-    if grid.plan == "staged" and left:
-        sizes = _stage_sizes(grid)
-        done = {Trial(row.method, row.budget, row.learning_rate, row.seed): row for row in rows}
-        # The first stage that is not done ends the loop: the next one cannot be known yet.
-        for number, stage in enumerate(_stages(grid, done), 1):
-            if any(trial not in done for trial in stage):
-                return left + sum(sizes[number:])
-    return left
-
-
-def _stage_sizes(grid: Grid) -> tuple[int, int, int]:
-    """Trials of the stages of the staged plan."""
-    rates, seeds, budgets = len(grid.learning_rates), grid.num_seeds, len(grid.budgets)
-    each = (rates, min(2, rates) * (seeds - 1), (budgets - 1) * seeds)
-    return tuple(size * len(grid.methods) for size in each)  # type: ignore[return-value]
-
-
-def _full(grid: Grid) -> list[list[Trial]]:
-    return [
-        [
-            Trial(method, budget, rate, seed)
-            for seed in range(grid.num_seeds)
-            for budget in grid.budgets
-            for rate in grid.learning_rates
-            for method in grid.methods
-        ]
+def _full(grid: Grid, done: Mapping[Trial, TrialRow]) -> Iterable[list[Trial]]:
+    yield [
+        Trial(method, budget, rate, seed)
+        for seed in range(grid.num_seeds)
+        for budget in grid.budgets
+        for rate in grid.learning_rates
+        for method in grid.methods
     ]
 
 
-def _stages(grid: Grid, done: dict[Trial, TrialRow]) -> Iterable[list[Trial]]:
+def _stages(grid: Grid, done: Mapping[Trial, TrialRow]) -> Iterable[list[Trial]]:
     # The next stage is asked for when this one is done, so its rows are there.
     middle = sorted(grid.budgets)[len(grid.budgets) // 2]
     yield [
         Trial(method, middle, rate, 0) for rate in grid.learning_rates for method in grid.methods
     ]
     best = {
-        method: _best_rates(
-            [done[Trial(method, middle, rate, 0)] for rate in grid.learning_rates], 2
-        )
+        method: _best_rates(done[Trial(method, middle, r, 0)] for r in grid.learning_rates)[:2]
         for method in grid.methods
     }
     yield [
@@ -158,12 +147,9 @@ def _stages(grid: Grid, done: dict[Trial, TrialRow]) -> Iterable[list[Trial]]:
     ]
     finalists = {
         method: _best_rates(
-            [
-                done[Trial(method, middle, rate, seed)]
-                for rate in best[method]
-                for seed in range(grid.num_seeds)
-            ],
-            1,
+            done[Trial(method, middle, rate, seed)]
+            for rate in best[method]
+            for seed in range(grid.num_seeds)
         )[0]
         for method in grid.methods
     }
@@ -176,10 +162,10 @@ def _stages(grid: Grid, done: dict[Trial, TrialRow]) -> Iterable[list[Trial]]:
     ]
 
 
-def _best_rates(rows: Sequence[TrialRow], count: int) -> list[float]:
-    """The rates with the lowest mean validation loss; a failed trial counts as infinite."""
+def _best_rates(rows: Iterable[TrialRow]) -> list[float]:
+    """The rates, lowest mean validation loss first; a failed trial counts as infinite."""
     losses: dict[float, list[float]] = {}
     for row in rows:
         loss = math.inf if row.validation_loss is None else row.validation_loss
         losses.setdefault(row.learning_rate, []).append(loss)
-    return sorted(losses, key=lambda rate: (sum(losses[rate]) / len(losses[rate]), rate))[:count]
+    return sorted(losses, key=lambda rate: (sum(losses[rate]) / len(losses[rate]), rate))

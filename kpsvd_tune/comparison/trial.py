@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -19,9 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.comparison.baselines import Baseline
-from kpsvd_tune.comparison.methods import Method
-from kpsvd_tune.comparison.plan import Trial
+from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import decompose
 from kpsvd_tune.decompose.start import adapt
@@ -29,15 +26,14 @@ from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
 from kpsvd_tune.processes import device
-from kpsvd_tune.recipe import AdapterRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
-from kpsvd_tune.report.results import StepMetrics
+from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs import RunDirectory
 from kpsvd_tune.runs.directory import RunRecord
 from kpsvd_tune.runs.identity import changes
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import to_json
-from kpsvd_tune.storage.json_files import parse_json, read_json
+from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.loss import SummedTokenLoss, validation_loss
@@ -67,36 +63,13 @@ class Material:
     pad_token_id: int
 
 
-@dataclass(frozen=True)
-class Setup:
-    """One trial, ready to run.
-
-    Attributes:
-        trial: What it is.
-        method: Its method.
-        recipe: With the trial's rate and seed, and for KPSVD its rank rule and budget.
-        baseline: PEFT's configuration; None for KPSVD.
-        folder: Of the run.
-        base: Losses of the base model, from :func:`measure_base`.
-        identity: What must be equal for a stopped trial to go on, as JSON values.
-    """
-
-    trial: Trial
-    method: Method
-    recipe: Recipe
-    baseline: Baseline | None
-    folder: Path
-    base: Mapping[str, float | None]
-    identity: Mapping[str, Any]
-
-
 def measure_base(material: Material, recipe: Recipe) -> dict[str, float | None]:
     """Losses of the base model: validation_loss, test_loss and forgetting_loss."""
     accelerator = make_accelerator(recipe.train)
     model = load_model(material.source, recipe.model.dtype, recipe.model.attn_implementation)
     model.to(accelerator.device)
-    validation = _loss(model, material.validation, material, recipe, accelerator)
-    return {"validation_loss": validation} | _other_losses(model, material, recipe, accelerator)
+    losses = _Losses(model, material, recipe, accelerator)
+    return {"validation_loss": losses.of(material.validation)} | losses.others()
 
 
 def run_trial(
@@ -140,54 +113,60 @@ def run_trial(
             run,
             pad_token_id=material.pad_token_id,
             checkpoint=begun.checkpoint,
-            rate_factors=_rate_factors(model, setup.baseline, recipe.adapter),
+            rate_factors=_rate_factors(model, setup),
         )
-        # A resumed trial counts the processor time of its last session only, over its steps.
-        began, first, failed = time.process_time(), training.progress.step, None
+        failed = None
         try:
             for metrics in training.steps():
                 report(metrics, training.num_steps)
         except NonFiniteError as error:
             failed = str(error)
-        took = time.process_time() - began
-        steps = training.progress.step - first
-        outcome = training.result()
-        lines = _read_metrics(run.metrics_file)
         others: dict[str, float | None] = {"test_loss": None, "forgetting_loss": None}
         if failed is None:
-            others = _other_losses(model, material, recipe, accelerator)
+            others = _Losses(model, material, recipe, accelerator).others()
             with explained(f"write {run.adapter}"):
                 model.save_pretrained(str(run.adapter), save_embedding_layers=False)
-        curve = [(0, outcome.validation_loss_before)]
-        curve += [(line["step"], line.get("validation_loss")) for line in lines]
-        base_text = setup.base["forgetting_loss"]
-        forgot = others["forgetting_loss"]
-        is_cpu = accelerator.device.type == "cpu"
-        row = TrialRow(
-            method=setup.trial.method,
-            budget=setup.trial.budget,
-            learning_rate=setup.trial.learning_rate,
-            seed=setup.trial.seed,
-            rank=rank,
-            trainable_parameters=outcome.trainable_parameters,
-            stored_parameters=_stored(model, setup.method),
-            validation_loss=None if failed else outcome.adapter_validation_loss,
-            validation_losses=tuple((step, loss) for step, loss in curve if loss is not None),
-            test_loss=others["test_loss"],
-            forgetting=None if forgot is None or base_text is None else forgot - base_text,
-            losses=tuple(round(line["loss"], 5) for line in lines),
-            grad_norms=tuple(round(line["grad_norm"] or 0.0, 5) for line in lines),
-            seconds_per_step=statistics.median(
-                [line["tokens"] / line["tokens_per_second"] for line in lines] or [0.0]
-            ),
-            cpu_seconds_per_step=took / steps if is_cpu and steps else 0.0,
-            init_seconds=init_seconds,
-            wall_seconds=outcome.wall_seconds,
-            peak_memory_bytes=outcome.peak_memory_bytes,
-            failed=failed,
-        )
+        stored = _stored(model, setup.method.kind)
+        row = _row(setup, run, training.result(), others, rank, stored, init_seconds, failed)
         run.finish(row.to_dict())
     return row
+
+
+def _row(
+    setup: Setup,
+    run: RunDirectory,
+    outcome: TrainResult,
+    others: Mapping[str, float | None],
+    rank: str,
+    stored_parameters: int,
+    init_seconds: float,
+    failed: str | None,
+) -> TrialRow:
+    lines = _read_metrics(run.metrics_file)
+    curve = [(0, outcome.validation_loss_before)]
+    curve += [(line["step"], line.get("validation_loss")) for line in lines]
+    before, after = setup.base["forgetting_loss"], others["forgetting_loss"]
+    seconds = [line["tokens"] / line["tokens_per_second"] for line in lines]
+    return TrialRow(
+        method=setup.trial.method,
+        budget=setup.trial.budget,
+        learning_rate=setup.trial.learning_rate,
+        seed=setup.trial.seed,
+        rank=rank,
+        trainable_parameters=outcome.trainable_parameters,
+        stored_parameters=stored_parameters,
+        validation_loss=None if failed else outcome.adapter_validation_loss,
+        validation_losses=tuple((step, loss) for step, loss in curve if loss is not None),
+        test_loss=others["test_loss"],
+        forgetting=None if after is None or before is None else after - before,
+        losses=tuple(round(line["loss"], 5) for line in lines),
+        grad_norms=tuple(round(line["grad_norm"] or 0.0, 5) for line in lines),
+        seconds_per_step=statistics.median(seconds or [0.0]),
+        init_seconds=init_seconds,
+        wall_seconds=outcome.wall_seconds,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        failed=failed,
+    )
 
 
 def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
@@ -195,7 +174,7 @@ def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
     if not run.run_file.exists():
         return True
     held = read_json(run.run_file, RunRecord).get("identity")
-    now = json.loads(to_json(dict(identity)))
+    now = as_read_back(dict(identity))
     if not held or not held.get("shared"):
         return False
     # Of `shared` as a run of its own, for its recipe may have got keys since.
@@ -224,68 +203,70 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
     return model, str(low) if low == high else f"{low}-{high}", max(seconds, took)
 
 
-def _rate_factors(
-    model: PeftModel, baseline: Baseline | None, adapter: AdapterRecipe
-) -> dict[str, float]:
-    if baseline is None:
-        return rate_factors(model, is_relative=adapter.rate == "relative")
+def _rate_factors(model: PeftModel, setup: Setup) -> dict[str, float]:
+    if setup.baseline is None:
+        return rate_factors(model, is_relative=setup.recipe.adapter.rate == "relative")
     return {
         name: factor
         for name, parameter in model.named_parameters()
-        for part, factor in baseline.rate_ratios.items()
+        for part, factor in setup.baseline.rate_ratios.items()
         if parameter.requires_grad and part in name
     }
 
 
-def _stored(model: PeftModel, method: Method) -> int:
+def _stored(model: PeftModel, kind: str) -> int:
     saved: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     # What the base is known by is stored beside them as whole numbers, and is no parameter.
     count = sum(tensor.numel() for tensor in saved.values() if tensor.is_floating_point())
     # For the unmodified base PiSSA has to store where it started too.
-    return 2 * count if method.kind == "pissa" else count
+    return 2 * count if kind == "pissa" else count
 
 
-def _other_losses(
-    model: Any, material: Material, recipe: Recipe, accelerator: Accelerator
-) -> dict[str, float | None]:
-    test = _loss(model, material.test, material, recipe, accelerator) if material.test else None
-    forgetting = None
-    if material.forgetting is not None:
-        was_training = model.training
-        model.eval()
-        tokenizer = load_tokenizer(material.source)
-        with accelerator.autocast() if recipe.train.precision != "no" else nullcontext():
-            found = text_loss(model, tokenizer, material.forgetting, window=WINDOW_TOKENS)
-        model.train(was_training)
-        forgetting = found.value
-    losses = {"test_loss": test, "forgetting_loss": forgetting}
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in losses.items()}
+@dataclass(frozen=True)
+class _Losses:
+    """Measures a model, with or without an adapter."""
 
+    model: Any
+    material: Material
+    recipe: Recipe
+    accelerator: Accelerator
 
-def _loss(
-    model: Any,
-    rows: Sequence[TokenizedRow],
-    material: Material,
-    recipe: Recipe,
-    accelerator: Accelerator,
-) -> float:
-    with accelerator.autocast():
-        loss = validation_loss(
-            SummedTokenLoss(model),
-            rows,
-            recipe.train.batch_size,
-            accelerator,
-            lambda part: make_micro_batch(part, material.pad_token_id),
-        )
-    assert loss is not None
-    return loss
+    def of(self, rows: Sequence[TokenizedRow]) -> float | None:
+        """The loss on rows; None without any."""
+        if not rows:
+            return None
+        with self.accelerator.autocast():
+            return validation_loss(
+                SummedTokenLoss(self.model),
+                rows,
+                self.recipe.train.batch_size,
+                self.accelerator,
+                lambda part: make_micro_batch(part, self.material.pad_token_id),
+            )
+
+    def others(self) -> dict[str, float | None]:
+        """test_loss and forgetting_loss; None where not measured or not finite."""
+        test, forgetting = self.of(self.material.test), None
+        if self.material.forgetting is not None:
+            was_training = self.model.training
+            self.model.eval()
+            tokenizer = load_tokenizer(self.material.source)
+            is_mixed = self.recipe.train.precision != "no"
+            with self.accelerator.autocast() if is_mixed else nullcontext():
+                found = text_loss(
+                    self.model, tokenizer, self.material.forgetting, window=WINDOW_TOKENS
+                )
+            self.model.train(was_training)
+            forgetting = found.value
+        losses = {"test_loss": test, "forgetting_loss": forgetting}
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in losses.items()}
 
 
 def _read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        return [parse_json(line) for line in file.read_bytes().splitlines()]
+        return [parse_json(line) for line in read_bytes(file).splitlines()]
     except ValueError as error:
         raise CheckpointError(
             f"{file}: a line {error}; remove the folder {file.parent}, and its trial is run again"

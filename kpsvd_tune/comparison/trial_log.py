@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.runs.identity import changes, describe
-from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, to_json, truncate_file
-from kpsvd_tune.storage.json_files import parse_json, read_json
+from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, truncate_file
+from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json, to_json
 
 RESULTS = "results.jsonl"
 COMPARISON = "compare.json"
@@ -51,9 +51,7 @@ def open_results(
     file, results = folder / COMPARISON, folder / RESULTS
     rows = _read(results)
     # By way of JSON, for what was read back must equal what was not.
-    now = json.loads(
-        to_json({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
-    )
+    now = as_read_back({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
     if file.exists() and rows:
         earlier = read_json(file, _Shared)
         known = {**now["methods"], **earlier.get("methods", {})}
@@ -101,7 +99,7 @@ def append_row(folder: Path, row: TrialRow) -> None:
 def _read(file: Path) -> list[TrialRow]:
     if not file.exists():
         return []
-    content = file.read_bytes()
+    content = read_bytes(file)
     whole = content[: content.rfind(b"\n") + 1]
     # A crash can leave half a line behind; its trial is asked for its row again.
     truncate_file(file, len(whole))

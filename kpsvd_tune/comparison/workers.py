@@ -23,17 +23,18 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.comparison.plan import Trial
-from kpsvd_tune.comparison.trial import Material, Setup, measure_base, run_trial
-from kpsvd_tune.errors import CheckpointError, KpsvdTuneError, ResourceError, StoppedBySignal
+from kpsvd_tune.comparison.setup import Setup
+from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
+from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.events import Events
 from kpsvd_tune.phase import Phase, memory_explained, training_cures
+from kpsvd_tune.processes import how_it_ended
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.signals import StopSignals
-from kpsvd_tune.storage.durable import replace_file, to_json
-from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.storage.memory import host_memory
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 
 Stepped = Callable[[Trial, int, int, float], None]
 # A trial that was asked to stop saves first; then it is killed.
@@ -162,12 +163,10 @@ def _receive(end: Connection, running: _Running) -> Any:
         running.process.join()
         if running.is_done:
             return None
-        code = running.process.exitcode or 0
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         name = running.trial.folder_name if running.trial else "the base model's measurement"
         raise ResourceError(
-            f"{name} {how}; signal 9 usually means that memory ran out: {host_memory()}. Run the "
-            "same command again, with fewer --jobs: finished trials are kept"
+            f"{name} {how_it_ended(running.process)}. Run the same command again, with fewer "
+            "--jobs: finished trials are kept"
         ) from None
 
 
@@ -245,7 +244,7 @@ def _patiently(function: Callable[[], Any]) -> Any:
     while True:
         try:
             return function()
-        except CheckpointError as error:
-            if "in use by another run" not in str(error) or time.monotonic() > deadline:
+        except FolderInUseError:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(1.0)

@@ -1,4 +1,16 @@
-"""Training data, from files to batches: read/ the rows, encode/ them, and keep the rows/."""
+"""Training data, from files to batches.
+
+A line of a file is trained on this way; each step names what it gives:
+
+    read.files      Row: its columns by name, its place, or its fault
+    encode.format   Pair or Chat: the text or messages in it
+    encode.encoder  Layout: the text as the template writes it, learnt or not; then TokenizedRow
+    rows.store      flat arrays on disk, and StoredRows, whose TokenizedRows are slices of them
+    rows.split      which rows are trained and which held out
+    rows.batches    which rows a step takes, and the tensors of a batch
+
+`rows.prepare` calls these in order.
+"""
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, TokenizedRow
 from kpsvd_tune.data.read.sources import source_names

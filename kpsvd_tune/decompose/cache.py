@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from kpsvd_tune.decompose.hashes import HashIndex, raw_bytes
 from kpsvd_tune.linalg import KPSVD, KroneckerShape
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import make_folder, replace_file
-from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
+from kpsvd_tune.storage.json_files import check_types, read_bytes, read_header
 from kpsvd_tune.storage.locks import hold
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
@@ -135,8 +136,8 @@ def _encode(key: str, terms: KPSVD, seconds: float) -> bytes:
 def _decode(data: bytes, key: str, shape: KroneckerShape) -> tuple[KPSVD, float] | None:
     """Read an entry; None for anything but what :func:`_encode` wrote under this key."""
     try:
-        length = int.from_bytes(data[:8], "little")
-        facts = check_types(parse_json(data[8 : 8 + length])["__metadata__"], dict[str, str])
+        header, _ = read_header(io.BytesIO(data))
+        facts = check_types(header["__metadata__"], dict[str, str])
         digest = facts.pop("sha256")
         tensors = load(data)
         if facts["key"] != key or digest != _content_hash(facts, tensors):

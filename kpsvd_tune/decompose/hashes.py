@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kpsvd_tune.storage.json_files import parse_json
+from kpsvd_tune.errors import ResourceError
+from kpsvd_tune.storage.durable import append_file, make_folder
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 # A file this young may still be written to within the resolution of its time stamp.
 SETTLED_SECONDS = 2.0
@@ -80,16 +82,10 @@ class HashIndex:
         # Lines are appended in one write, so several processes may add to one file; a line starts
         # with the line break, so that one torn by a kill spoils none but itself.
         line = "\n" + json.dumps([label, digest])
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(descriptor, line.encode())
-            finally:
-                os.close(descriptor)
-        except OSError:
-            # The index only saves time; a folder that cannot be written is the cache's to report.
-            return
+        # The index only saves time; a folder that cannot be written is the cache's to report.
+        with suppress(ResourceError):
+            make_folder(self._folder)
+            append_file(place, line.encode())
 
     def _place(self, files: Sequence[Path]) -> tuple[Path, float]:
         stats = [(file, file.stat()) for file in files]
@@ -104,8 +100,8 @@ class HashIndex:
 def _read(place: Path) -> dict[str, str]:
     known: dict[str, str] = {}
     try:
-        lines = place.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_bytes(place).splitlines()
+    except OSError:
         return known
     for line in lines:
         try:

@@ -16,7 +16,7 @@ from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, divide
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import ModelSource, WeightReader
-from kpsvd_tune.storage.memory import host_memory
+from kpsvd_tune.processes import how_it_ended
 
 # A worker that was asked to stop gets this long before it is killed.
 GRACE_SECONDS = 5.0
@@ -86,23 +86,15 @@ def _listen(workers: dict[Connection, SpawnProcess], report: Callable[[Found], N
                 process = open_ends.pop(end)
                 process.join()
                 if process.exitcode != 0:
-                    raise ResourceError(_how_it_ended(process)) from None
+                    fewer = "fewer --processes" if process.exitcode == -9 else "--processes 1"
+                    raise ResourceError(
+                        f"a decomposition worker {how_it_ended(process)}. Run again with {fewer}: "
+                        "finished matrices are in the cache"
+                    ) from None
                 continue
             if isinstance(message, BaseException):
                 raise message
             report(message)
-
-
-def _how_it_ended(process: SpawnProcess) -> str:
-    code = process.exitcode or 0
-    if code == -signal.SIGKILL:
-        how = f"was killed by signal 9, which usually means that memory ran out: {host_memory()}"
-    elif code < 0:
-        how = f"was killed by signal {-code}"
-    else:
-        how = f"ended with exit code {code} and gave no reason; it may stand above"
-    advice = "with fewer --processes" if code == -signal.SIGKILL else "with --processes 1"
-    return f"a decomposition worker {how}. Run again {advice}: finished matrices are in the cache"
 
 
 def _work(

@@ -8,7 +8,6 @@ were being generated, and scoring can be redone from the file alone.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.json_files import check_regular, parse_json
+from kpsvd_tune.storage.durable import append_file, truncate_file
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 RowId = int | str
 
@@ -66,13 +66,7 @@ def append_completion(path: Path, completion: Completion) -> None:
     # A lone surrogate is valid in JSON but not in UTF-8; escape instead of losing the row.
     line = (completion.to_json() + "\n").encode("utf-8", errors="backslashreplace")
     with explained(f"append {len(line):,} bytes to {path}", "an --output"):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            view = memoryview(line)
-            while view:
-                view = view[os.write(descriptor, view) :]
-        finally:
-            os.close(descriptor)
+        append_file(path, line)
 
 
 def repair_completions(path: Path) -> None:
@@ -82,16 +76,14 @@ def repair_completions(path: Path) -> None:
     """
     if not path.exists():
         return
-    content = path.read_bytes()
+    content = read_bytes(path)
     if not content or content.endswith(b"\n"):
         return
     start = content.rfind(b"\n") + 1
-    with path.open("r+b") as file:
-        if _parse(content[start:]) is None:
-            file.truncate(start)
-        else:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
+    if _parse(content[start:]) is None:
+        truncate_file(path, start)
+    else:
+        append_file(path, b"\n")
 
 
 def read_completions(path: Path) -> list[Completion]:
@@ -106,8 +98,7 @@ def read_completions(path: Path) -> list[Completion]:
             (id, sample) pair appears twice.
     """
     try:
-        check_regular(path)
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except OSError as error:
         raise DataError(
             f"cannot read completions from {path}: {error.strerror or error}. Expected a file of "

@@ -8,7 +8,6 @@ under the very same settings and weights: a score is never made of two models' a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,8 @@ from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.json_files import parse_json, read_bytes
+from kpsvd_tune.storage.durable import make_folder, rename, replace_file
+from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
 
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"
@@ -229,7 +229,7 @@ def _open_folder(
     folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt], set_aside: bool
 ) -> None:
     """Make the folder ready to be filled or to go on with."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     repair_completions(folder / COMPLETIONS_FILE)
     try:
         _check_folder(folder, settings, prompts)
@@ -239,12 +239,12 @@ def _open_folder(
         number = 1
         while (aside := folder / f"previous-{number}").exists():
             number += 1
-        aside.mkdir()
+        make_folder(aside)
         for name in (COMPLETIONS_FILE, SETTINGS_FILE):
             if (folder / name).exists():
-                (folder / name).rename(aside / name)
+                rename(folder / name, aside / name)
     if not (folder / COMPLETIONS_FILE).exists():
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        replace_file(folder / SETTINGS_FILE, to_json(settings))
 
 
 def _check_folder(folder: Path, settings: dict[str, Any], prompts: Sequence[Prompt]) -> None:

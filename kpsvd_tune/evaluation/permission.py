@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.evaluation.sandbox import Sandbox, check_sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox, check_sandbox
 
 _RUN_CODE = ("mbpp",)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.evaluation.sandbox import Program
+from kpsvd_tune.evaluation.sandbox.run import Program
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _END_MARKS = ("[DONE]",)

@@ -36,7 +36,7 @@ from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
 from kpsvd_tune.units import time_left
 
@@ -216,7 +216,8 @@ def evaluate(
         model: Any = load_model(model_source, dtype or known)
         others: list[str] = []
         if found.adapter is not None and not base_only:
-            model = load_adapter(model, found.adapter, others if allow_other_base else None)
+            model, other = load_adapter(model, found.adapter, allow_other_base)
+            others = [] if other is None else [other]
         scorer = Scorer(
             load_tokenizer(model_source, found.adapter),
             dataset,
@@ -250,7 +251,7 @@ def evaluate(
 
         def keep() -> None:
             durable.make_folder(output)
-            durable.replace_file(output / "results.json", durable.to_json(result))
+            durable.replace_file(output / "results.json", to_json(result))
             if found.recipe is not None:
                 _record(RunDirectory(source), result, base_only, events)
 

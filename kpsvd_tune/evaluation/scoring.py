@@ -23,7 +23,7 @@ from kpsvd_tune.evaluation.numeric_answer import (
 )
 from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, program_with_tests
-from kpsvd_tune.evaluation.sandbox import Limits, run_programs
+from kpsvd_tune.evaluation.sandbox.run import Limits, run_programs
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 

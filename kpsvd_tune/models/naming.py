@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from kpsvd_tune.models.source import HUB_ID
 from kpsvd_tune.report.card import Base
+from kpsvd_tune.storage.json_files import parse_json
 
 _LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
 _MOST_BYTES = 1_000_000
@@ -51,10 +51,9 @@ def _cached(path: Path) -> str | None:
 def _configured(folder: Path) -> str | None:
     """The id that config.json remembers; what may as well be a folder here is none."""
     try:
-        content = json.loads(_read(folder / "config.json"))
+        name = parse_json(_read(folder / "config.json")).get("_name_or_path")
     except ValueError:
         return None
-    name = content.get("_name_or_path") if isinstance(content, dict) else None
     if not isinstance(name, str) or "/" not in name or not HUB_ID.fullmatch(name):
         return None
     return None if Path(name).exists() or (folder.parent / name).exists() else name

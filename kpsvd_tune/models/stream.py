@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models.loading import load_model, load_skeleton, refuse_more_layers
 from kpsvd_tune.models.source import ModelSource
-from kpsvd_tune.storage.json_files import check_regular, parse_json
+from kpsvd_tune.storage.json_files import check_regular, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +27,6 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# A header is a few kilobytes per thousand tensors; a larger one is a damaged file.
-LARGEST_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -191,22 +188,19 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _header(file: Path) -> dict[str, TensorLocation]:
-    """Entries of a safetensors file: 8 bytes of header length, a JSON header, then the data."""
+    """Where the tensors of a safetensors file lie, by their names."""
     try:
         check_regular(file)
         file_bytes = file.stat().st_size
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > LARGEST_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            entries: dict[str, Any] = parse_json(stream.read(length))
+            entries, start = read_header(stream)
         entries.pop("__metadata__", None)
-        found = {key: _entry(file, key, entry, 8 + length) for key, entry in entries.items()}
+        found = {key: _entry(file, key, entry, start) for key, entry in entries.items()}
     except KeyError as error:
         raise ModelError(
             f"{file} is not a safetensors file: an entry lacks {error}; fetch it again"
         ) from error
-    except (OSError, ValueError, AttributeError, TypeError, struct.error) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{file} is not a safetensors file: {error}; fetch it again") from error
     # Before any work, and of every tensor: a cut file is found out now and not hours later.
     for place in found.values():

@@ -1,6 +1,6 @@
 """The recipe: a closed YAML schema, read safely, with every fault reported at once.
 
-`schema`, `adapter`, `columns`, `source` and `evaluation` hold the keys; `values` the kinds of
+`schema`, `dataset`, `adapter` and `evaluation` hold the keys; `values` the kinds of
 value; `reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking`
 and `faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor
 transformers.
@@ -9,7 +9,7 @@ transformers.
 from __future__ import annotations
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe, FactorSides, RankOverride, RankRecipe
-from kpsvd_tune.recipe.columns import Columns
+from kpsvd_tune.recipe.dataset import Columns, DatasetRecipe, SourceRecipe
 from kpsvd_tune.recipe.evaluation import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.recipe.loading import (
     evaluation_section,
@@ -19,13 +19,11 @@ from kpsvd_tune.recipe.loading import (
 )
 from kpsvd_tune.recipe.schema import (
     CompareRecipe,
-    DatasetRecipe,
     EarlyStopping,
     ModelRecipe,
     Recipe,
     TrainRecipe,
 )
-from kpsvd_tune.recipe.source import SourceRecipe
 from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [

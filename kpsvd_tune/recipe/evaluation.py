@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from kpsvd_tune.recipe.columns import Columns
+from kpsvd_tune.recipe.dataset import Columns
 from kpsvd_tune.recipe.values import (
     Number,
     PathOrList,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path as FilePath
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.recipe.chat_template import chat_template_problem
+from kpsvd_tune.recipe.dataset import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
 from kpsvd_tune.storage.paths import Kind, exists, expand, kind_of, named, siblings
 

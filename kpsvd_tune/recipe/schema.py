@@ -12,20 +12,16 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe
-from kpsvd_tune.recipe.columns import Columns
+from kpsvd_tune.recipe.dataset import DatasetRecipe
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
-from kpsvd_tune.recipe.source import Format, Sources
 from kpsvd_tune.recipe.values import (
     Number,
     OutputFolder,
     PathText,
-    PlainValues,
     Precision,
     Section,
     Text,
-    TextOrList,
-    Validation,
     conflict,
     show,
 )
@@ -55,105 +51,6 @@ class ModelRecipe(Section):
             if not (name and file):
                 raise ValueError(f"got {show(path)}; expected package:NAME/FILE.gguf")
         return path
-
-
-class DatasetRecipe(Section):
-    """The rows to learn from."""
-
-    path: Sources = Field(
-        description="hub id, or a local .jsonl, .json, .csv or .parquet file (also .gz or .zst), "
-        "a folder or pattern of these, or a list; "
-        "in a list {path: ..., weight: ...} gives a source settings of its own"
-    )
-    name: TextOrList | None = Field(
-        default=None, description="configuration on the hub, or a list of them"
-    )
-    split: Text = Field(default="train", description="split to train on")
-    format: Format = Field(
-        default="auto", description="form of the rows; auto decides by their columns and says why"
-    )
-    columns: Columns = Field(
-        default_factory=Columns, description="column of each role, where its name differs"
-    )
-    ignore_columns: list[Text] = Field(
-        default_factory=list,
-        description="columns that are meant to be left out, as if they were not there",
-    )
-    template: Text = Field(
-        default="Question: {prompt}\nAnswer: {completion}",
-        description="text with {prompt} and {completion}, or chat for the tokenizer's template",
-    )
-    chat_template: PathText | None = Field(
-        default=None,
-        description="chat template instead of the tokenizer's: a jinja file, or the name of one "
-        "that comes with kpsvd-tune; evaluation, generate and the saved adapter use it too",
-    )
-    template_arguments: PlainValues = Field(
-        default_factory=dict,
-        description="what the chat template is given besides, such as {enable_thinking: false}",
-    )
-    max_length: int = Field(default=512, ge=2, description="longest row, in tokens; see too_long")
-    too_long: Literal["cut", "drop"] = Field(
-        default="cut", description="rows above max_length: cut them, or leave them out"
-    )
-    min_length: int = Field(
-        default=1, ge=1, description="shortest row, in tokens; shorter ones are left out"
-    )
-    learn: Literal["all", "last", "each"] = Field(
-        default="all",
-        description="assistant turns of a chat to learn: all, the last one, or each as a row of "
-        "its own behind what a model sees before it",
-    )
-    streaming: bool = Field(
-        default=False, description="read hub sets as a stream, without keeping their files"
-    )
-    on_bad_row: Literal["refuse", "drop"] = Field(
-        default="refuse",
-        description="a row that cannot be read or written out: refuse the run, or leave it out",
-    )
-    max_bad_rows: Number = Field(
-        default=0.05, ge=0, le=1, description="drop: largest share of a source's rows to leave out"
-    )
-    deduplicate: bool = Field(
-        default=False, description="train and validate on each distinct row once"
-    )
-    validation: Validation = Field(
-        default=0.02,
-        description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
-    )
-
-    @field_validator("ignore_columns")
-    @classmethod
-    def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
-        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
-        if both := [name for name in value if name in named]:
-            raise conflict(
-                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
-                "the two",
-                "columns",
-            )
-        return value
-
-    @field_validator("min_length")
-    @classmethod
-    def _check_min_length(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.data.get("max_length", value):
-            raise conflict(
-                f"is {value} and max_length is {info.data['max_length']}, so no row would be "
-                "left; lower min_length or raise max_length",
-                "max_length",
-            )
-        return value
-
-    @field_validator("template")
-    @classmethod
-    def _check_template(cls, template: str) -> str:
-        if template != "chat" and "{completion}" not in template:
-            raise ValueError(
-                f"got {show(template)}; expected chat, or text that holds {{completion}}, such as "
-                r'"Question: {prompt}\nAnswer: {completion}"'
-            )
-        return template
 
 
 class EarlyStopping(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +12,10 @@ from typing import Any
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.results import Result
 from kpsvd_tune.storage.json_files import check_types, read_json
+from kpsvd_tune.units import duration, size
+
+# Keys that earlier versions wrote and that nothing reads.
+_FORMER = {"cpu_seconds_per_step"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,6 @@ class TrialRow(Result):
         losses: Training loss of every step.
         grad_norms: Norm of the gradient of every step, before clipping.
         seconds_per_step: Median wall time of a step.
-        cpu_seconds_per_step: Processor time of the training over its steps; 0 on a GPU.
         init_seconds: Time to make the adapter: decomposition, or PEFT's own start.
         wall_seconds: Time of the training.
         peak_memory_bytes: Most memory held: of the device, or resident on a CPU.
@@ -53,11 +57,15 @@ class TrialRow(Result):
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     seconds_per_step: float
-    cpu_seconds_per_step: float
     init_seconds: float
     wall_seconds: float
     peak_memory_bytes: int
     failed: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return f"{self.method} at {self.budget:,}, rate {self.learning_rate:g}, seed {self.seed}"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialRow:
@@ -66,14 +74,15 @@ class TrialRow(Result):
         Raises:
             InputError: A key is missing or unknown, or a value is of another type.
         """
+        found = {key: value for key, value in data.items() if key not in _FORMER}
         names = {each.name for each in fields(cls)}
-        if wrong := sorted((names - {"failed"} - data.keys()) | (data.keys() - names)):
+        if wrong := sorted((names - {"failed"} - found.keys()) | (found.keys() - names)):
             raise InputError(
                 f"a row of results.jsonl lacks or has the unknown {', '.join(wrong)}; expected "
                 "rows of this version: choose another output_dir"
             )
         try:
-            row: TrialRow = check_types(dict(data), cls)
+            row: TrialRow = check_types(found, cls)
         except ValueError as error:
             raise InputError(f"a row of results.jsonl {error}") from error
         return row
@@ -96,6 +105,12 @@ class Estimate(Result):
     low: float | None
     high: float | None
     n: int
+
+    def interval(self, digits: int = 4) -> str:
+        """The confidence interval in words, with the number of seeds."""
+        if self.low is None or self.high is None:
+            return "one seed"
+        return f"95 % interval {self.low:+.{digits}f} to {self.high:+.{digits}f}, n = {self.n}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,37 @@ class MethodSummary(Result):
     init_seconds: float
     peak_memory_bytes: int
     cost: float | None
+
+    def in_words(self, currency: str = "") -> dict[str, str]:
+        """The cell of every column of the tables, on the console and on the page."""
+        steps, num_seeds, seconds = (
+            self.steps_to_reference,
+            self.validation_loss.n,
+            self.seconds_to_reference,
+        )
+        reached = "–" if steps is None else f"{steps.mean:.0f}"
+        if steps is not None and steps.n != num_seeds:
+            reached += f" ({steps.n} of {num_seeds})"
+        return {
+            "method": self.method,
+            "budget": f"{self.budget:,}",
+            "trained": f"{self.trainable_parameters:,}",
+            "stored": f"{self.stored_parameters:,}",
+            "rank": self.rank,
+            "rate": f"{self.learning_rate:g}{' (edge)' if self.is_edge else ''}",
+            "trials": str(self.num_trials),
+            "validation loss": plus_minus(self.validation_loss),
+            "test loss": plus_minus(self.test_loss),
+            "forgetting": "–" if self.forgetting is None else f"{self.forgetting.mean:+.4f}",
+            "steps to reference": reached,
+            "time to it": "–" if seconds is None else duration(seconds),
+            "time a step": f"{self.seconds_per_step:.2f} s",
+            "start": duration(self.init_seconds),
+            "peak memory": size(self.peak_memory_bytes),
+            "cost": "–" if self.cost is None else f"{money(self.cost)} {currency}",
+            "gradient CV": f"{self.gradient_variation.mean:.3f}",
+            "clipped": f"{self.clipped_share:.0%}",
+        }
 
 
 @dataclass(frozen=True)
@@ -238,3 +284,16 @@ def read_comparison(folder: Path) -> Comparison:
         )
     cure = "write it again with `kpsvd-tune compare` and --plan done"
     return read_json(file, Comparison, error=InputError, cure=cure)
+
+
+def plus_minus(found: Estimate | None) -> str:
+    """A mean with its deviation over seeds."""
+    if found is None:
+        return "–"
+    return f"{found.mean:.4f}" + ("" if found.deviation is None else f" ± {found.deviation:.4f}")
+
+
+def money(amount: float) -> str:
+    """Two digits behind the point, or as many as show two of a small amount."""
+    digits = 2 if not 0 < amount < 0.1 else 1 - math.floor(math.log10(amount))
+    return f"{amount:,.{digits}f}"

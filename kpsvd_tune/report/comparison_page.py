@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,9 @@ from typing import Any
 
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
 from kpsvd_tune.report.pages import render
-from kpsvd_tune.report.trials import interval, plus_minus, steps_reached
-from kpsvd_tune.units import duration, size
 
-# Hues of Okabe and Ito, which colour-blind readers tell apart, as light or dark as each background
-# asks for.
+# Hues of Okabe and Ito, which colour-blind readers can tell apart, in the lightness that each
+# background needs.
 PALETTES = {
     "light": (
         *("#0072b2", "#d55e00", "#00875f", "#b8528f"),
@@ -39,21 +36,29 @@ COST_COLUMNS = (
     *("peak memory", "cost", "gradient CV", "clipped"),
 )
 
+Trace = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Style:
-    """How the traces of a method look: the place of their colour, and their dashes."""
+    """How the traces of a method look: the place of their colour in a palette, and their dashes."""
 
+    method: str
     colour: int
     dash: str
 
-    def trace(self, **parts: Any) -> dict[str, Any]:
-        """A trace in this style."""
-        return {"meta": {"colour": self.colour}, **parts}
+    def line(self, xs: Sequence[float], ys: Sequence[float], **parts: Any) -> Trace:
+        """A line with the method's name in the legend; the page adds the colour of the theme."""
+        look = {"mode": "lines", "line": {"dash": self.dash, "width": 2}}
+        return self._trace(xs, ys, **{"name": escape(self.method), **look, **parts})
 
-    def line(self) -> dict[str, Any]:
-        """Its line; the page adds the colour of the theme."""
-        return {"dash": self.dash, "width": 2}
+    def behind(self, xs: Sequence[float], ys: Sequence[float], **parts: Any) -> Trace:
+        """A trace that belongs to the line: the legend and the mouse pass over it."""
+        return self._trace(xs, ys, showlegend=False, hoverinfo="skip", **parts)
+
+    def _trace(self, xs: Sequence[float], ys: Sequence[float], **parts: Any) -> Trace:
+        meta = {"colour": self.colour}
+        return {"meta": meta, "x": xs, "y": ys, "legendgroup": self.method, **parts}
 
 
 def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
@@ -63,23 +68,15 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         verdict: The verdict.
         rows: The trials it was drawn from.
 
-    Returns:
-        A whole HTML document of about 2 MB, nearly all of it plotly.js.
-
     Raises:
         InputError: If plotly is not installed.
     """
-    methods = list(dict.fromkeys(summary.method for summary in verdict.summaries))
     most = max(s.validation_loss.n for s in verdict.summaries)
     budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
-    styles = {
-        name: Style(place, DASHES[place // len(PALETTES["light"]) % len(DASHES)])
-        for place, name in enumerate(methods)
-    }
     return render(
         "comparison",
         "the page of a comparison",
-        {"figures": _figures(verdict, rows, budget, styles), "palettes": PALETTES},
+        {"figures": _figures(verdict, rows, budget), "palettes": PALETTES},
         model=verdict.model,
         at=f"at {budget:,} parameters",
         subtitle=(
@@ -90,54 +87,47 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         advice=verdict.recommendation,
         claims=verdict.claims,
         tables=(
-            ("quality", "Quality of every method at its best learning rate", _quality(verdict)),
-            ("cost", "Speed and cost of the same", _cost(verdict)),
+            ("quality", "Quality of every method at its best learning rate", QUALITY_COLUMNS),
+            ("cost", "Speed and cost of the same", COST_COLUMNS),
         ),
-        differences=[
-            (each, f"{each.loss.mean:+.4f}{interval(each.loss)}") for each in verdict.differences
-        ],
+        cells=[summary.in_words(verdict.currency) for summary in verdict.summaries],
+        differences=verdict.differences,
         notes=verdict.notes,
     )
 
 
-def _figures(
-    verdict: Comparison, rows: Sequence[TrialRow], budget: int, styles: Mapping[str, Style]
-) -> dict[str, Any]:
+def _figures(verdict: Comparison, rows: Sequence[TrialRow], budget: int) -> dict[str, Any]:
     """Traces and axis titles of each figure, as plotly.js takes them."""
-    shown = [s for s in verdict.summaries if s.budget == budget]
-    chosen = {s.method: _chosen(s, rows) for s in shown}
-    curves, norms = [], []
-    for method, own in chosen.items():
-        steps = [step for step, _ in own[0].validation_losses]
-        losses = [[loss for _, loss in row.validation_losses] for row in own]
-        curves += _band(method, steps, losses, styles[method])
-        smooth = [_moving_median(row.grad_norms) for row in own]
-        norms += _band(method, list(range(1, len(smooth[0]) + 1)), smooth, styles[method])
+    curves, front, rates, norms = [], [], [], []
+    later: list[tuple[int, float]] = []
+    for place, method in enumerate(dict.fromkeys(s.method for s in verdict.summaries)):
+        dash = DASHES[place // len(PALETTES["light"]) % len(DASHES)]
+        style = Style(method, place, dash)
+        own = [s for s in verdict.summaries if s.method == method]
+        front.append(_front(own, style))
+        rates += _rates([r for r in rows if (r.method, r.budget) == (method, budget)], style)
+        for rate in (s.learning_rate for s in own if s.budget == budget):
+            chosen = [
+                r for r in rows if (r.method, r.budget, r.learning_rate) == (method, budget, rate)
+            ]
+            steps = [step for step, _ in chosen[0].validation_losses]
+            curves += _band(
+                steps, [[loss for _, loss in r.validation_losses] for r in chosen], style
+            )
+            smooth = [_moving_median(r.grad_norms) for r in chosen]
+            norms += _band(list(range(1, len(smooth[0]) + 1)), smooth, style)
+            later += [point for r in chosen for point in r.validation_losses[1:]]
     whole = _figure(curves, "step", "validation loss")
     return {
-        "curves": {**whole, "later": _later(whole, chosen)},
-        "front": _figure(
-            [
-                _front(m, [s for s in verdict.summaries if s.method == m], c)
-                for m, c in styles.items()
-            ],
-            "trainable parameters",
-            "validation loss",
-            x_type="log",
-        ),
-        "rates": _figure(
-            [trace for m, c in styles.items() for trace in _rates(m, rows, budget, c)],
-            "learning rate",
-            "validation loss",
-            x_type="log",
-        ),
+        "curves": {**whole, "later": _later(whole, later)},
+        "front": _figure(front, "trainable parameters", "validation loss", x_type="log"),
+        "rates": _figure(rates, "learning rate", "validation loss", x_type="log"),
         "norms": _figure(norms, "step", "gradient norm", y_type="log"),
     }
 
 
-def _later(whole: Mapping[str, Any], chosen: Mapping[str, Sequence[TrialRow]]) -> dict[str, Any]:
+def _later(whole: Mapping[str, Any], later: Sequence[tuple[int, float]]) -> dict[str, Any]:
     """The axes without step 0, whose loss flattens what comes after it."""
-    later = [point for own in chosen.values() for r in own for point in r.validation_losses[1:]]
     if not later:
         return {"x": whole["x"], "y": whole["y"]}
     steps, losses = [step for step, _ in later], [loss for _, loss in later]
@@ -148,99 +138,46 @@ def _later(whole: Mapping[str, Any], chosen: Mapping[str, Sequence[TrialRow]]) -
     }
 
 
-def _chosen(summary: MethodSummary, rows: Sequence[TrialRow]) -> list[TrialRow]:
-    return [
-        row
-        for row in rows
-        if (row.method, row.budget, row.learning_rate)
-        == (summary.method, summary.budget, summary.learning_rate)
-    ]
-
-
-def _band(
-    name: str, xs: list[int], seeds: Sequence[Sequence[float]], style: Style
-) -> list[dict[str, Any]]:
+def _band(xs: list[int], seeds: Sequence[Sequence[float]], style: Style) -> list[Trace]:
     """The mean over seeds as a line, and from the lowest to the highest seed as a band."""
     columns = list(zip(*seeds, strict=False))
     xs = xs[: len(columns)]
-    low, high = [min(each) for each in columns], [max(each) for each in columns]
-    line = style.trace(
-        x=xs,
-        y=[statistics.fmean(each) for each in columns],
-        name=escape(name),
-        legendgroup=name,
-        mode="lines",
-        line=style.line(),
-    )
+    line = style.line(xs, [statistics.fmean(each) for each in columns])
     if len(seeds) == 1:
         return [line]
-    band = style.trace(
-        x=[*xs, *reversed(xs)],
-        y=[*high, *reversed(low)],
-        fill="toself",
-        mode="lines",
-        opacity=0.18,
-        line={"width": 0},
-        legendgroup=name,
-        showlegend=False,
-        hoverinfo="skip",
-    )
-    return [band, line]
+    low, high = [min(each) for each in columns], [max(each) for each in columns]
+    shape = {"fill": "toself", "mode": "lines", "opacity": 0.18, "line": {"width": 0}}
+    return [style.behind([*xs, *reversed(xs)], [*high, *reversed(low)], **shape), line]
 
 
-def _front(method: str, summaries: Sequence[MethodSummary], style: Style) -> dict[str, Any]:
-    return style.trace(
-        x=[s.trainable_parameters for s in summaries],
-        y=[s.validation_loss.mean for s in summaries],
-        error_y={
-            "array": [s.validation_loss.deviation or 0.0 for s in summaries],
-            "thickness": 1,
-        },
-        name=escape(method),
+def _front(summaries: Sequence[MethodSummary], style: Style) -> Trace:
+    bars = [s.validation_loss.deviation or 0.0 for s in summaries]
+    return style.line(
+        [s.trainable_parameters for s in summaries],
+        [s.validation_loss.mean for s in summaries],
+        error_y={"array": bars, "thickness": 1},
         mode="lines+markers",
-        line=style.line(),
         marker={"size": 7},
     )
 
 
-def _rates(
-    method: str, rows: Sequence[TrialRow], budget: int, style: Style
-) -> list[dict[str, Any]]:
+def _rates(rows: Sequence[TrialRow], style: Style) -> list[Trace]:
     """The mean at every rate as a line, every trial as a dot."""
     own: dict[float, list[float]] = {}
     for row in rows:
-        if (row.method, row.budget) == (method, budget) and row.validation_loss is not None:
+        if row.validation_loss is not None:
             own.setdefault(row.learning_rate, []).append(row.validation_loss)
     rates = sorted(own)
     dots = [(rate, loss) for rate in rates for loss in own[rate]]
+    xs, ys = [rate for rate, _ in dots], [loss for _, loss in dots]
     return [
-        style.trace(
-            x=rates,
-            y=[statistics.fmean(own[rate]) for rate in rates],
-            name=escape(method),
-            legendgroup=method,
-            mode="lines",
-            line=style.line(),
-        ),
-        style.trace(
-            x=[rate for rate, _ in dots],
-            y=[loss for _, loss in dots],
-            mode="markers",
-            marker={"size": 7},
-            legendgroup=method,
-            showlegend=False,
-            hoverinfo="skip",
-        ),
+        style.line(rates, [statistics.fmean(own[rate]) for rate in rates]),
+        style.behind(xs, ys, mode="markers", marker={"size": 7}),
     ]
 
 
 def _figure(
-    traces: list[dict[str, Any]],
-    x_title: str,
-    y_title: str,
-    *,
-    x_type: str = "linear",
-    y_type: str = "linear",
+    traces: list[Trace], x_title: str, y_title: str, x_type: str = "linear", y_type: str = "linear"
 ) -> dict[str, Any]:
     return {
         "traces": traces,
@@ -255,49 +192,3 @@ def _moving_median(values: Sequence[float]) -> list[float]:
         statistics.median(values[max(0, place - half) : place + half + 1])
         for place in range(len(values))
     ]
-
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-def _quality(verdict: Comparison) -> Table:
-    """Titles, and the cells of every method."""
-    return QUALITY_COLUMNS, [
-        (
-            s.method,
-            f"{s.budget:,}",
-            f"{s.trainable_parameters:,}",
-            f"{s.stored_parameters:,}",
-            s.rank,
-            f"{s.learning_rate:g}{' (edge)' if s.is_edge else ''}",
-            str(s.num_trials),
-            plus_minus(s.validation_loss),
-            plus_minus(s.test_loss),
-            "–" if s.forgetting is None else f"{s.forgetting.mean:+.4f}",
-        )
-        for s in verdict.summaries
-    ]
-
-
-def _cost(verdict: Comparison) -> Table:
-    return COST_COLUMNS, [
-        (
-            s.method,
-            f"{s.budget:,}",
-            steps_reached(s.steps_to_reference, s.validation_loss.n),
-            "–" if s.seconds_to_reference is None else duration(s.seconds_to_reference),
-            f"{s.seconds_per_step:.2f} s",
-            duration(s.init_seconds),
-            size(s.peak_memory_bytes),
-            "–" if s.cost is None else f"{_money(s.cost)} {verdict.currency}",
-            f"{s.gradient_variation.mean:.3f}",
-            f"{s.clipped_share:.0%}",
-        )
-        for s in verdict.summaries
-    ]
-
-
-def _money(amount: float) -> str:
-    """Two digits behind the point, or as many as show two of a small amount."""
-    digits = 2 if not 0 < amount < 0.1 else 1 - math.floor(math.log10(amount))
-    return f"{amount:,.{digits}f}"

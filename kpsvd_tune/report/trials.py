@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kpsvd_tune.report.comparison import Comparison, Estimate, MethodSummary, TrialRow
+from kpsvd_tune.report.comparison import Comparison, TrialRow
 from kpsvd_tune.report.layout import (
     Column,
     make_console,
@@ -30,19 +30,20 @@ PLAIN_SECONDS = 30.0
 _WIDE = 140
 # Below this width a row of the table is written as a block, which leaves nothing out.
 _NARROW = 100
-_COLUMNS = (
-    Column("method", is_text=True),
-    Column("budget"),
-    Column("trained", goes=1),
-    Column("rate"),
-    Column("validation loss"),
-    Column("test loss"),
-    Column("steps to ref.", goes=2),
-    Column("grad. CV", goes=5),
-    Column("clipped", goes=4),
-    Column("forgetting"),
-    Column("s/step", goes=3),
-)
+# What a column shows, and its title here, which is short.
+_COLUMNS = {
+    "method": Column("method", is_text=True),
+    "budget": Column("budget"),
+    "trained": Column("trained", goes=1),
+    "rate": Column("rate"),
+    "validation loss": Column("validation loss"),
+    "test loss": Column("test loss"),
+    "steps to reference": Column("steps to ref.", goes=2),
+    "gradient CV": Column("grad. CV", goes=5),
+    "clipped": Column("clipped", goes=4),
+    "forgetting": Column("forgetting"),
+    "time a step": Column("step time", goes=3),
+}
 # Finished trials that the live table shows; the rest are counted.
 _RECENT = 12
 
@@ -115,11 +116,9 @@ class TrialTable:
         self._rows.append(row)
         if self._live is None:
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
-            print_line(
-                self._console,
-                f"  {row.method} at {row.budget:,}, rate {row.learning_rate:g}, seed {row.seed}: "
-                f"validation loss {loss}, {duration(row.wall_seconds)}; {self._standing()}",
-            )
+            took = duration(row.wall_seconds)
+            told = f"  {row.name}: validation loss {loss}, {took}; {self._standing()}"
+            print_line(self._console, told)
         self._show()
 
     def _standing(self) -> str:
@@ -193,58 +192,20 @@ def show_comparison(verdict: Comparison) -> None:
     for each in verdict.recommendation.undecided:
         print_line(out, f"not decided: {each}")
     out.print()
-    rows = [_cells(summary) for summary in verdict.summaries]
+    found = [summary.in_words() for summary in verdict.summaries]
+    columns, rows = list(_COLUMNS.values()), [[cells[key] for key in _COLUMNS] for cells in found]
     if out.width < _NARROW:
-        print_blocks(out, _COLUMNS, rows)
+        print_blocks(out, columns, rows)
     else:
-        print_table(out, _COLUMNS, rows, where="comparison.html")
+        print_table(out, columns, rows, where="comparison.html")
     for pair in verdict.differences:
         if pair.budget == pair.other_budget:
             print_line(
                 out,
-                f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats"
-                f"{interval(pair.loss)}",
+                f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats "
+                f"({pair.loss.interval()})",
             )
     for claim in verdict.claims:
         print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")
     for note in verdict.notes:
         print_line(out, f"note: {note}")
-
-
-def _cells(summary: MethodSummary) -> list[str]:
-    steps = summary.steps_to_reference
-    return [
-        summary.method,
-        f"{summary.budget:,}",
-        f"{summary.trainable_parameters:,}",
-        f"{summary.learning_rate:g}{' (edge)' if summary.is_edge else ''}",
-        plus_minus(summary.validation_loss),
-        plus_minus(summary.test_loss),
-        steps_reached(steps, summary.validation_loss.n),
-        f"{summary.gradient_variation.mean:.2f}",
-        f"{summary.clipped_share:.0%}",
-        "–" if summary.forgetting is None else f"{summary.forgetting.mean:+.4f}",
-        f"{summary.seconds_per_step:.2f}",
-    ]
-
-
-def steps_reached(steps: Estimate | None, num_seeds: int) -> str:
-    """Mean steps to a loss, with the seeds that got there where not all did."""
-    if steps is None:
-        return "–"
-    return f"{steps.mean:.0f}" + ("" if steps.n == num_seeds else f" ({steps.n} of {num_seeds})")
-
-
-def plus_minus(found: Estimate | None) -> str:
-    """A mean with its deviation over seeds."""
-    if found is None:
-        return "–"
-    spread = "" if found.deviation is None else f" ± {found.deviation:.4f}"
-    return f"{found.mean:.4f}{spread}"
-
-
-def interval(found: Estimate) -> str:
-    """The confidence interval of a difference, in brackets."""
-    if found.low is None or found.high is None:
-        return " (one seed)"
-    return f" (95 % interval {found.low:+.4f} to {found.high:+.4f}, n = {found.n})"

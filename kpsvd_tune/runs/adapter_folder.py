@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
-from kpsvd_tune.storage.json_files import check_regular, check_types, parse_json, read_bytes
+from kpsvd_tune.storage.json_files import check_regular, check_types, read_json
 from kpsvd_tune.storage.patterns import check_patterns
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,12 +58,7 @@ def read_adapter_config(folder: Path) -> AdapterFile:
     """
     file = folder / CONFIG
     cure = "expected the file that was saved with the adapter's weights"
-    try:
-        content = parse_json(read_bytes(file))
-    except OSError as error:
-        raise AdapterError(f"{file} cannot be read: {error.strerror or error}; {cure}") from error
-    except ValueError as error:
-        raise AdapterError(f"{file} {error}; {cure}") from error
+    content = read_json(file, error=AdapterError, cure=cure)
     # Said first: the keys of another method have another form.
     if content.get("peft_type") != "KPSVD":
         raise AdapterError(

@@ -22,7 +22,7 @@ from kpsvd_tune.runs.ownership import is_run, refuse_foreign
 from kpsvd_tune.runs.state import TrainingState, from_files, to_files
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import commit, read_committed, run_of
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.json_files import as_read_back, read_json, to_json
 from kpsvd_tune.storage.locks import lock_folder
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class RunDirectory:
         """Keep other runs out of the folder; the system lifts it however this process ends.
 
         Raises:
-            CheckpointError: Another process holds it; the message names it.
+            FolderInUseError: Another process holds it; the message names it.
             ResourceError: The folder cannot be made.
         """
         durable.make_folder(self.path)
@@ -178,7 +178,7 @@ class RunDirectory:
             return self._anew(recipe_text, identity, about)
         recorded = read_json(self.run_file, RunRecord)
         # By way of JSON, for what was read back must equal what was not.
-        found = changes(recorded.get("identity", {}), json.loads(durable.to_json(identity)))
+        found = changes(recorded.get("identity", {}), as_read_back(identity))
         explicit = self._named(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()
         rebuild = rebuild and bool(list_saved(self.checkpoints))
@@ -219,7 +219,7 @@ class RunDirectory:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and mark the run as finished, in this order."""
-        durable.replace_file(self.results_file, durable.to_json(dict(results)))
+        durable.replace_file(self.results_file, to_json(dict(results)))
         self.update(status="finished")
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -363,7 +363,7 @@ class RunDirectory:
         return Start()
 
     def _write_run(self, content: Mapping[str, Any]) -> None:
-        durable.replace_file(self.run_file, durable.to_json(content))
+        durable.replace_file(self.run_file, to_json(content))
 
     def _set_aside(self) -> None:
         entries = [self.path / name for name in _ENTRIES if (self.path / name).exists()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
@@ -135,16 +135,18 @@ def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
 
 
 def load_adapter(
-    model: Any, folder: Path, others: list[str] | None = None, **options: Any
-) -> PeftModel:
+    model: Any, folder: Path, allow_other_base: bool = False, **options: Any
+) -> tuple[PeftModel, str | None]:
     """Put a saved adapter on its base model.
 
     Args:
         model: The base model.
         folder: An adapter folder of ours.
-        others: Takes any base whose sizes fit, and gets the sentence with which another than the
-            adapter's would have been refused; None: it is refused.
+        allow_other_base: Take any base whose sizes fit.
         **options: Of PEFT's ``from_pretrained``.
+
+    Returns:
+        The model, and where the base is another than the adapter's the sentence that says so.
 
     Raises:
         AdapterError: The file of weights is damaged, or is of another base or other layers.
@@ -152,16 +154,15 @@ def load_adapter(
     check_adapter(folder, [name for name, _ in model.named_modules()])
     file = folder / WEIGHTS
     try:
-        with safe_open(file, "pt"):
-            pass
         allowed: AbstractContextManager[list[str]] = (
-            nullcontext([]) if others is None else other_base_allowed()
+            other_base_allowed() if allow_other_base else nullcontext([])
         )
         with allowed as found:
             adapted = PeftModel.from_pretrained(model, folder, **options)
-        if others is not None and found:
+        other = None
+        if found:
             more = f" {len(found)} such differences were found." if len(found) > 1 else ""
-            others.append(f"on another base model (--allow-other-base): {found[0]}{more}")
+            other = f"on another base model (--allow-other-base): {found[0]}{more}"
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
     except AdapterError as error:
@@ -175,7 +176,7 @@ def load_adapter(
             f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
             "trained on, and adapter_config.json and the weights as they were saved"
         ) from error
-    return adapted
+    return adapted, other
 
 
 def compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:

@@ -6,18 +6,16 @@ recipe that is being read. Nothing of it is replaced on the word of a name alone
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 # How many names a message lists.
 _MOST_NAMES = 5
-
-
 # What other commands leave: a file, a key in it, and what a folder with it is.
 _MARKS = (
     ("compare.json", "shared", "the folder of a comparison"),
@@ -36,10 +34,10 @@ def is_run(folder: Path) -> bool:
 def _content(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content: dict[str, Any] = parse_json(read_bytes(file))
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content
 
 
 def refuse_foreign(folder: Path, ours: Collection[str], key: str = "output_dir") -> None:

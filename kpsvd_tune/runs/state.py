@@ -20,8 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
-from kpsvd_tune.storage.durable import to_json
-from kpsvd_tune.storage.json_files import parse_json
+from kpsvd_tune.storage.json_files import parse_json, to_json
 
 # Keys of the wrapping objects; a plain dict that uses one as its only key is wrapped itself.
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
+from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes, to_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -109,8 +109,8 @@ def _manifest(name: str, files: dict[str, _Entry], run: str | None = None) -> by
     content: dict[str, Any] = {"format": _FORMAT, "name": name, "files": files}
     if run is not None:
         content["run"] = run
-    seal = hashlib.sha256(durable.to_json(content)).hexdigest()
-    return durable.to_json({**content, "sha256": seal})
+    seal = hashlib.sha256(to_json(content)).hexdigest()
+    return to_json({**content, "sha256": seal})
 
 
 def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:

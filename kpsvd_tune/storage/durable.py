@@ -13,13 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.locks import lock_descriptor
@@ -180,11 +178,6 @@ def remove_leftovers(folder: Path, name: str | None = None, *, is_alone: bool = 
                     _remove_tree(leftover)
             finally:
                 os.close(descriptor)
-
-
-def to_json(value: Any) -> bytes:
-    """Serialise; floats come back as the same floats, NaN and infinity are refused."""
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 @contextlib.contextmanager

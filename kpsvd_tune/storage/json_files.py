@@ -1,4 +1,4 @@
-"""Reads back what was written to a disk: JSON of bounded depth, with the types that are expected.
+"""JSON written, and read back from a disk: of bounded depth, with the types that are expected.
 
 A file may have been cut, edited, damaged, or come from someone else. Whatever it holds, its reader
 gets the types it asked for, or an error that names the file, what was found, and what to do.
@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 # No file of ours nests deeper than ten; Python's own functions fail at about a thousand.
 MAX_DEPTH = 100
 _LISTED = 3
+# A header is a few kilobytes per thousand tensors; a larger one is a damaged file.
+_LARGEST_HEADER_BYTES = 100_000_000
 
 
 @overload
@@ -102,6 +104,35 @@ def check_types(value: object, expected: Any) -> Any:
         told.append(f"{place}: {what}, got {got}" if place else f"{what}, got {got}")
     more = f" and {len(faults) - _LISTED} more faults" if len(faults) > _LISTED else ""
     raise ValueError(f"holds something unexpected ({'; '.join(told)}{more})")
+
+
+def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file: 8 bytes of its length, a JSON object, then the data.
+
+    Args:
+        stream: At its start.
+
+    Returns:
+        The object, and where the data begins.
+
+    Raises:
+        ValueError: Says what is wrong, as the end of a sentence that begins with the file.
+    """
+    start = stream.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > _LARGEST_HEADER_BYTES:
+        raise ValueError(f"has a header of {length:,} bytes")
+    return parse_json(stream.read(length)), 8 + length
+
+
+def to_json(value: Any) -> bytes:
+    """Serialise; floats come back as the same floats, NaN and infinity are refused."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def as_read_back(value: Any) -> Any:
+    """What a value will be when it was written and read: tuples are lists, keys are texts."""
+    return json.loads(to_json(value))
 
 
 def read_bytes(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import filelock
 
-from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.errors import FolderInUseError
 from kpsvd_tune.storage.disk import explained
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder that exists.
 
     Raises:
-        CheckpointError: Another process holds the lock; the message names it.
+        FolderInUseError: Another process holds the lock; the message names it.
         ResourceError: The lock's file cannot be made.
     """
     file = folder / ".lock"
@@ -73,7 +73,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         if held is False:
             holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-            raise CheckpointError(
+            raise FolderInUseError(
                 f"{folder} is in use by another run ({holder}); wait for it, stop it, or choose "
                 "another output_dir"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +13,13 @@ from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.base import RECORD, record_base
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
+from kpsvd_tune.context import Context, RunInput
 from kpsvd_tune.decompose import layer_report
 from kpsvd_tune.decompose.start import base_name
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan
-from kpsvd_tune.models import ModelSource, load_model
+from kpsvd_tune.models import load_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
@@ -59,51 +59,47 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and (folder / _FILE).is_file()
 
 
-def load_adapted(
-    recipe: Recipe,
-    source: ModelSource,
-    folder: Path,
-    base_files: Mapping[str, str],
-    events: Events,
-    others: list[str] | None = None,
-) -> PeftModel:
+def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftModel, str | None]:
     """Load the base model with a saved adapter on it, ready to be trained on.
 
     Factors, offsets, ranks and shapes are the adapter's; dropout and path are the recipe's.
 
     Args:
-        recipe: Its model and adapter sections.
-        source: The base model.
+        context: The training.
+        data: With the base model.
         folder: The adapter.
-        base_files: Hashes of the base's files.
-        events: Told of notes.
-        others: As by :func:`kpsvd_tune.runs.find.load_adapter`.
+
+    Returns:
+        As :func:`kpsvd_tune.runs.find.load_adapter`.
 
     Raises:
         AdapterError: The adapter was trained on another base model, or is damaged.
     """
-    base = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
+    recipe, events, base_files = context.recipe, context.events, data.base_files
+    base = load_model(data.source, recipe.model.dtype, recipe.model.attn_implementation)
     config: KpsvdConfig = KpsvdConfig.from_pretrained(str(folder))
     if not config.layers:
         raise AdapterError(f"adapter.from: {folder} says nothing about its layers")
     config.dropout, config.path = recipe.adapter.dropout, recipe.adapter.path
     config.inference_mode = False
-    model = load_adapter(base, folder, others, config=config, is_trainable=True)
-    for other in others or ():
+    model, other = load_adapter(
+        base, folder, context.options.allow_other_base, config=config, is_trainable=True
+    )
+    if other is not None:
         events.note(f"training {other}")
-    if not others and config.base_files is not None and config.base_files != dict(base_files):
+    elif config.base_files is not None and config.base_files != base_files:
         events.note(f"the base model's files differ from those of the adapter; {COMPARED}")
     # What is trained on belongs to the base at hand, in the dtype at hand.
     layers = dict(kpsvd_layers(model))
     for name, layer in layers.items():
         if "default" not in layer.kpsvd_base:
             layer.kpsvd_base["default"] = torch.zeros(RECORD, dtype=torch.int32)
-        if others and config.layers is not None:
+        if other is not None and config.layers is not None:
             config.layers[name]["fingerprint"] = None
     record_base(model, layers, "default", config)
     config.base_files = dict(base_files)
     config.base_model_name_or_path = base_name(recipe.model.path)
-    return model
+    return model, other
 
 
 def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) -> RankReport:
@@ -129,7 +125,7 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
         layer_report(
             _plan(
                 name,
-                layer.kpsvd_shape["default"],
+                layer.kpsvd_form["default"].shape,
                 (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
                 float(base_weight(layer).double().square().sum()),
             )

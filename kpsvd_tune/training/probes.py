@@ -12,21 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator  # type: ignore[import-untyped]
-
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.context import Context, RunInput
 from kpsvd_tune.decompose import Spectra, collect_spectra, start_from
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import DataError, NonFiniteError
-from kpsvd_tune.events import Events
-from kpsvd_tune.models import ModelSource
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.storage.durable import replace_file, to_json
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.loop import Training
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
@@ -43,32 +39,19 @@ class EnergyProbes:
     """Short trainings of one run's recipe, which differ in their energy threshold alone.
 
     Attributes:
-        recipe: With ``adapter.rank.energy`` auto.
-        source: The base model.
-        train_rows: Rows to learn from; every probe sees the same ones in the same order.
-        validation_rows: Held-out rows that judge.
-        pad_token_id: Fills short rows.
-        num_steps: Steps of the whole run, which cap those of the probes.
-        accelerator: The processes.
-        run: The run's folder; finished probes are kept in its probes/.
+        context: The training, whose recipe has ``adapter.rank.energy`` auto; finished probes are
+            kept in probes/ of the run.
+        data: Every probe sees the rows in the same order, the held-out ones judge; the run's steps
+            cap those of the probes.
     """
 
-    recipe: Recipe
-    source: ModelSource
-    train_rows: Sequence[TokenizedRow]
-    validation_rows: Sequence[TokenizedRow]
-    pad_token_id: int
-    num_steps: int
-    accelerator: Accelerator
-    run: RunDirectory
+    context: Context
+    data: RunInput
 
-    def choose(self, events: Events) -> tuple[float, tuple[Probe, ...]]:
+    def choose(self) -> tuple[float, tuple[Probe, ...]]:
         """Train candidates of the energy threshold for a few steps and choose one.
 
         Probes that are done are kept, so that a stopped choice goes on.
-
-        Args:
-            events: Told of progress.
 
         Returns:
             The threshold, and every probe in the order run.
@@ -78,18 +61,19 @@ class EnergyProbes:
             NonFiniteError: Every candidate diverged.
             StoppedBySignal: The probes done so far are kept.
         """
-        if not self.validation_rows:
+        events = self.context.events
+        if not self.data.validation:
             raise DataError(
                 "adapter.rank.energy: auto compares thresholds on held-out rows and "
                 "dataset.validation is 0; set it above 0, or give a threshold such as 0.5"
             )
         spectra = self._spectra()
         left = self._candidates(spectra)
-        lengths = round_lengths(len(left), self.num_steps)
+        lengths = round_lengths(len(left), self.data.num_steps)
         cost = sum(length * max(1, len(left) >> place) for place, length in enumerate(lengths))
         events.stage(
             f"choosing the energy threshold among {', '.join(map(str, left))}: {cost} steps "
-            f"in {len(lengths)} rounds, beside the run's {self.num_steps}"
+            f"in {len(lengths)} rounds, beside the run's {self.data.num_steps}"
         )
         probes: list[Probe] = []
         for length in lengths:
@@ -100,7 +84,7 @@ class EnergyProbes:
                 if probe := self.probe(spectra, energy, length):
                     done.append(probe)
                 # Accelerate keeps every model that it was given, each with a base of its own.
-                self.accelerator.free_memory()
+                self.context.accelerator.free_memory()
             if not done:
                 raise NonFiniteError(
                     "adapter.rank.energy: auto: every threshold diverged; lower "
@@ -117,7 +101,7 @@ class EnergyProbes:
 
     def probe(self, spectra: Spectra, energy: float, length: int) -> Probe | None:
         """Run one short training, or read it back; None where its loss became infinite or NaN."""
-        folder = self.run.path / "probes" / f"energy-{energy:g}-steps-{length}"
+        folder = self.context.run.path / "probes" / f"energy-{energy:g}-steps-{length}"
         file = folder.with_name(f"{folder.name}.json")
         cure = "remove it, and the probe is run again"
         known: Probe | None = on_main_process(
@@ -156,9 +140,9 @@ class EnergyProbes:
         found: list[Spectra] = []
 
         def collect() -> None:
-            adapter, seed = self.recipe.adapter, self.recipe.train.seed
-            device = str(self.accelerator.device)
-            found.append(collect_spectra(self.source, adapter, seed=seed, device=device))
+            adapter, seed = self.context.recipe.adapter, self.context.recipe.train.seed
+            device = str(self.context.accelerator.device)
+            found.append(collect_spectra(self.data.source, adapter, seed=seed, device=device))
 
         on_main_process(collect)
         if not found:
@@ -169,12 +153,12 @@ class EnergyProbes:
         """The candidates without those that give the ranks of a smaller one."""
         found: dict[tuple[int, ...], float] = {}
         for energy in CANDIDATES:
-            report = spectra.report(with_energy(self.recipe, energy).adapter.rank)
+            report = spectra.report(with_energy(self.context.recipe, energy).adapter.rank)
             found.setdefault(tuple(layer.rank for layer in report.layers), energy)
         return list(found.values())
 
     def _training(self, spectra: Spectra, energy: float, length: int, folder: Path) -> Training:
-        tried = with_energy(self.recipe, energy)
+        tried = with_energy(self.context.recipe, energy)
         warmup = tried.train.warmup_steps
         update = {
             "max_steps": length,
@@ -186,7 +170,7 @@ class EnergyProbes:
             "warmup_steps": None if warmup is not None and warmup >= length else warmup,
         }
         start = start_from(spectra, tried.adapter, tried.train.seed)
-        model = adapt(tried, self.source, start, None)
+        model = adapt(tried, self.data.source, start, None)
         own = RunDirectory(folder)
         begun = on_main_process(
             lambda: own.begin(
@@ -197,12 +181,12 @@ class EnergyProbes:
         )
         return Training(
             model,
-            self.train_rows,
-            self.validation_rows,
+            self.data.train,
+            self.data.validation,
             tried.train.model_copy(update=update),
-            self.accelerator,
+            self.context.accelerator,
             own,
-            pad_token_id=self.pad_token_id,
+            pad_token_id=self.data.pad_token_id,
             checkpoint=begun.checkpoint,
             rate_factors=rate_factors(model, is_relative=tried.adapter.rate == "relative"),
         )

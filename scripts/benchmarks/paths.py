@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kpsvd_tune.adapter import KpsvdLinear, cost, layer
-from kpsvd_tune.adapter.cost import Plan
+from kpsvd_tune.adapter import KpsvdLinear
+from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape, choose_shape
 
 SIZES = {
@@ -35,20 +36,17 @@ SIZES = {
 }
 RULES: dict[str, Any] = {"thin": "thin", "8x8": {"n": 8, "p": 8}, "balanced": "balanced"}
 
+# The choice itself, which is replaced while other ways are timed.
+CHOOSE = Offsets.plan
+UPDATES: dict[Way, str] = {Flat: "flat", Batched: "batched", Dense: "weight"}
+GRADIENTS: dict[Way, str] = {Flat: "spread", Batched: "chunked", Dense: "full"}
+
 
 def plans(shape: KroneckerShape, rank: int, is_training: bool) -> list[Plan]:
     """Every way to compute a layer, but flat products far wider than the layer itself."""
     is_wide = 2 * rank * shape.n * shape.p > 2 * max(shape.out_features, shape.in_features)
-    gradients = ["chunked", "full"] if is_wide else ["spread", "chunked", "full"]
-    forms = [("weight", True), ("activations", False)]
-    if not is_wide:
-        forms.append(("activations", True))
-    return [
-        Plan(path, spread, gradient)
-        for (path, spread), gradient in itertools.product(
-            forms, gradients if is_training else ["full"]
-        )
-    ]
+    ways: list[Way] = [Dense, Batched] if is_wide else [Dense, Batched, Flat]
+    return [Plan(*each) for each in itertools.product(ways, ways if is_training else [Dense])]
 
 
 def make_layer(shape: KroneckerShape, rank: int) -> KpsvdLinear:
@@ -91,7 +89,7 @@ def measure(
 
     def call(plan: Plan) -> Callable[[], None]:
         def run() -> None:
-            layer.choose_plan = lambda *_: plan  # type: ignore[assignment]
+            Offsets.plan = lambda *_: plan  # type: ignore[method-assign]
             with torch.set_grad_enabled(is_training):
                 y = adapted(x)
             if is_training:
@@ -100,11 +98,9 @@ def measure(
         return run
 
     took = fastest({plan: call(plan) for plan in plans(shape, rank, is_training)}, seconds)
-    chosen = cost.choose_plan(tokens, rank, shape, torch.float32, "auto", is_training)
-    if chosen.path == "weight":
-        chosen = Plan("weight", True, chosen.gradient)
+    chosen = CHOOSE(Offsets(shape, rank), tokens, "auto", is_training)
     if not is_training:
-        chosen = Plan(chosen.path, chosen.spread, "full")
+        chosen = Plan(chosen.update, Dense)
     best = min(took, key=lambda plan: took[plan])
     return {
         "out": shape.out_features,
@@ -120,8 +116,7 @@ def measure(
 
 def name_of(plan: Plan) -> str:
     """A plan in a word."""
-    form = "weight" if plan.path == "weight" else ("flat" if plan.spread else "batched")
-    return f"{form}+{plan.gradient}"
+    return f"{UPDATES[plan.update]}+{GRADIENTS[plan.gradient]}"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -52,7 +52,7 @@ def roads(folder: Path, base: Callable[[], Any]) -> list[Callable[[], Any]]:
         return set_peft_model_state_dict(model, load_file(folder / FILE))
 
     return [
-        lambda: load_adapter(base(), folder),
+        lambda: load_adapter(base(), folder)[0],
         lambda: PeftModel.from_pretrained(base(), folder),
         lambda: PeftModel.from_pretrained(base(), folder, low_cpu_mem_usage=True),
         set_state,

@@ -13,18 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kpsvd_tune.adapter import KpsvdLinear, function, kernel, layer
-from kpsvd_tune.adapter.cost import Plan
+from kpsvd_tune.adapter import KpsvdLinear, function, kernel
+from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape
 
 SHAPES = [(12, 2, 2, 12), (6, 4, 4, 6), (8, 1, 5, 7), (5, 7, 1, 8), (1, 3, 9, 4), (1, 1, 6, 5)]
-WAYS = [
-    Plan(path, spread, gradient)
-    for (path, spread), gradient in itertools.product(
-        [("activations", True), ("activations", False), ("weight", True)],
-        ["spread", "chunked", "full"],
-    )
-]
+EACH: tuple[Way, ...] = (Flat, Batched, Dense)
+WAYS = [Plan(*ways) for ways in itertools.product(EACH, repeat=2)]
 
 
 def adapted(
@@ -73,7 +69,7 @@ def oracle_delta(module: KpsvdLinear) -> np.ndarray:
 
 def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Contract the whole weight gradient block by block: d Delta[i*p+k, j*q+l] / d A_ij = B_kl."""
-    m, n, p, q = module.kpsvd_shape["default"].as_tuple()
+    m, n, p, q = module.kpsvd_form["default"].shape.as_tuple()
     a, b = (parameter.detach().double().numpy() for parameter in trained(module))
     left = a + module.kpsvd_left0["default"].double().numpy()
     right = b + module.kpsvd_right0["default"].double().numpy()
@@ -87,7 +83,7 @@ def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.nda
 
 
 def use(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
-    monkeypatch.setattr(layer, "choose_plan", lambda *_: plan)
+    monkeypatch.setattr(Offsets, "plan", lambda *_: plan)
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
@@ -234,7 +230,7 @@ def test_no_tokens() -> None:
 def test_large_buffers_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one lasting buffer may hold another layer's weight by the time backward runs."""
     monkeypatch.setattr(kernel, "FRESH_BYTES", 16)
-    use(monkeypatch, Plan("weight", True, "full"))
+    use(monkeypatch, Plan(Dense, Dense))
     first, second = adapted((6, 4, 4, 6)), adapted((6, 4, 4, 6))
     x = torch.randn(10, 24, requires_grad=True)
     gy = torch.randn(10, 24)

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from kpsvd_tune.adapter import KpsvdConfig, inference, kernel, layer
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.forms import Offsets
 from kpsvd_tune.adapter.model import kpsvd_layers
 
 PROMPT = torch.arange(6).reshape(1, 6)
@@ -43,14 +44,13 @@ def generate(model: Any, tokens: int = 8) -> list[int]:
 def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every stacking of factors adds an entry, whoever asks for it."""
     calls: list[int] = []
-    stack_terms = kernel.stack_terms
+    terms = Offsets.terms
 
     def count(*args: Any) -> Any:
         calls.append(1)
-        return stack_terms(*args)
+        return terms(*args)
 
-    for module in (layer, inference, kernel):
-        monkeypatch.setattr(module, "stack_terms", count)
+    monkeypatch.setattr(Offsets, "terms", staticmethod(count))
     return calls
 
 
@@ -164,7 +164,8 @@ def test_moved_cast_and_replaced_factors_are_seen(tiny_model: LlamaForCausalLM) 
         assert double.dtype == torch.float64
         torch.testing.assert_close(double.float(), single, rtol=1e-4, atol=1e-5)
         state = {
-            name: 2 * t if "kpsvd" in name and t.is_floating_point() else t
+            # The frozen factors belong to the base, and others are refused.
+            name: 2 * t if ".kpsvd_left." in name or ".kpsvd_right." in name else t
             for name, t in model.state_dict().items()
         }
         model.load_state_dict(state, assign=True)

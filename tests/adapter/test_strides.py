@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kpsvd_tune.adapter import KpsvdLinear, layer
-from kpsvd_tune.adapter.cost import Plan
+from kpsvd_tune.adapter import KpsvdLinear
+from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
 
 WIDTH, OUT = 24, 12
@@ -26,11 +27,8 @@ SHAPES = {
     "pissa": KroneckerShape(12, 1, 1, 24),
     "right-heavy": KroneckerShape(1, 2, 12, 12),
 }
-WAYS = [
-    Plan(path, spread, gradient)
-    for path, spread in [("activations", True), ("activations", False), ("weight", True)]
-    for gradient in ("spread", "chunked", "full")
-]
+EACH: tuple[Way, ...] = (Flat, Batched, Dense)
+WAYS = [Plan(*ways) for ways in itertools.product(EACH, repeat=2)]
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.randn(2, 5, WIDTH),
     "1-D": lambda: torch.randn(WIDTH),
@@ -134,7 +132,7 @@ def test_every_layout_is_the_dense_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if plan is not None:
-        monkeypatch.setattr(layer, "choose_plan", lambda *_: plan)
+        monkeypatch.setattr(Offsets, "plan", lambda *_: plan)
     module = adapted(SHAPES[shape], dtype)
     if not is_fused:
         module.base_layer.register_forward_hook(lambda *_: None)
@@ -185,7 +183,7 @@ def strided(sizes: list[int], order: list[int], steps: list[int]) -> Tensor:
 def test_outputs_may_be_changed_in_place(
     dimensions: int, plan: Plan, has_bias: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer, "choose_plan", lambda *_: plan)
+    monkeypatch.setattr(Offsets, "plan", lambda *_: plan)
     module = adapted(SHAPES["balanced"])
     base: Any = module.base_layer
     if not has_bias:

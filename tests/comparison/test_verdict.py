@@ -290,3 +290,10 @@ def test_a_row_of_another_version_is_refused() -> None:
 def test_nothing_to_compare() -> None:
     with pytest.raises(InputError, match="no trial has ended with a loss yet"):
         verdict([row(loss=None)])
+
+
+def test_a_row_of_an_earlier_version_is_read() -> None:
+    line = row()
+    assert TrialRow.from_dict({**line.to_dict(), "cpu_seconds_per_step": 2.5}) == line
+    with pytest.raises(InputError, match="lacks or has the unknown cpu_seconds"):
+        TrialRow.from_dict({**line.to_dict(), "cpu_seconds": 2.5})

@@ -13,7 +13,7 @@ from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import scoring
 from kpsvd_tune.evaluation.completions import Completion
 from kpsvd_tune.evaluation.permission import CodePermission, permission_for
-from kpsvd_tune.evaluation.sandbox import Program, RunResult, Status
+from kpsvd_tune.evaluation.sandbox.run import Program, RunResult, Status
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
     rescore,

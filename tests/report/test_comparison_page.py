@@ -13,9 +13,9 @@ from trial_rows import row
 
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.comparison import Comparison, TrialRow
-from kpsvd_tune.report.comparison_page import PALETTES, _money, comparison_page
-from kpsvd_tune.report.trials import plus_minus, show_comparison
+from kpsvd_tune.report.comparison import Comparison, TrialRow, money, plus_minus
+from kpsvd_tune.report.comparison_page import PALETTES, comparison_page
+from kpsvd_tune.report.trials import show_comparison
 
 EVIL = "kpsvd:</script><img src=x>{{data}}"
 
@@ -100,7 +100,7 @@ def test_no_figure_of_the_verdict_is_cut_at_any_width(
 
 
 def test_costs_show_two_digits_however_small() -> None:
-    assert [_money(each) for each in (1234.5, 12.0, 0.091, 0.00012, 0.0)] == [
+    assert [money(each) for each in (1234.5, 12.0, 0.091, 0.00012, 0.0)] == [
         "1,234.50",
         "12.00",
         "0.091",

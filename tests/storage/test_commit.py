@@ -16,6 +16,7 @@ import pytest
 from kpsvd_tune.errors import CheckpointError, ResourceError
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import MANIFEST, commit, read_committed
+from kpsvd_tune.storage.json_files import to_json
 
 FILES = {"a.bin": b"alpha" * 20, "b.json": b'{"b": 1}', "empty": b""}
 OPERATIONS = (
@@ -243,4 +244,4 @@ def test_replaced_file_is_old_or_new(tmp_path, monkeypatch):
 
 def test_json_refuses_what_json_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        durable.to_json({"loss": float("nan")})
+        to_json({"loss": float("nan")})

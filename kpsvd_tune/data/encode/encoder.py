@@ -225,13 +225,8 @@ class Encoder:
     ) -> list[TokenizedRow]:
         """Tokenise many rows in one call, which a fast tokenizer shares out over its threads.
 
-        Args:
-            layouts: From :meth:`lay_out`.
-            numbers: Number of each row, to keep in the result.
-
-        Returns:
-            The rows, equal to what `encode` gives one by one. One in which nothing is left to
-            learn has no tokens, and the mark `FULL_PROMPT`.
+        The rows, with their numbers, equal what `encode` gives one by one. One in which nothing is
+        left to learn has no tokens, and the mark `FULL_PROMPT`.
         """
         pieces = list(self._segment_tokenizer.rows([layout.segments for layout in layouts]))
         learnt = [
@@ -404,13 +399,8 @@ class SegmentTokenizer:
     """A tokenizer that adds nothing of its own, at the start of a row or inside it.
 
     SentencePiece tokenizers put a space before whatever they are given. Inside a row that space
-    would be wrong, so a segment is then read behind a newline, which is cut off.
-
-    Args:
-        tokenizer: Any tokenizer of transformers.
-
-    Attributes:
-        start_ids: What the tokenizer itself puts before a text.
+    would be wrong, so a segment is then read behind a newline, which is cut off. `start_ids` are
+    what the tokenizer itself puts before a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

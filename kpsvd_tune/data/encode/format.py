@@ -52,23 +52,14 @@ _SAID = ("content", "value", "text", "message")
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the completion to learn.
-
-    Attributes:
-        prompt: Text before it.
-        completion: Text to learn.
-        system: System prompt; None where no column gives it.
-        is_plain: Whether the completion is plain text, which no template is put around.
-        history: Earlier rounds of a question and its answer; only chat templates write them.
-        tools: What the assistant may call; only chat templates write them.
-    """
+    """A prompt and the completion to learn; only chat templates write its history and tools."""
 
     prompt: str
     completion: str
     system: str | None = None
-    is_plain: bool = False
-    history: tuple[tuple[str, str], ...] = ()
-    tools: tuple[Any, ...] | None = None
+    is_plain: bool = False  # whether the completion is plain text without a template
+    history: tuple[tuple[str, str], ...] = ()  # earlier rounds of a question and its answer
+    tools: tuple[Any, ...] | None = None  # what the assistant may call
 
     def as_chat(self) -> Chat:
         """The pair as messages, its completion the last of them."""
@@ -108,21 +99,13 @@ class Chat:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The form of the rows, the column of each role, and why this form was taken.
+    """The form of the rows, the column of each role, and why this form was taken."""
 
-    Attributes:
-        name: One of `REQUIRED_ROLES`.
-        columns: Column of each role.
-        reason: Why this form was taken.
-        has_messages: Whether prompt and completion are lists of messages.
-        is_named: Whether the recipe names the columns, rather than the rows' own names.
-    """
-
-    name: str
+    name: str  # one of `REQUIRED_ROLES`
     columns: Mapping[str, str]
     reason: str
-    has_messages: bool = False
-    is_named: bool = False
+    has_messages: bool = False  # whether prompt and completion are lists of messages
+    is_named: bool = False  # whether the recipe names the columns, rather than the rows
 
     @property
     def is_format_named(self) -> bool:
@@ -277,17 +260,9 @@ def find_format(
 ) -> RowFormat:
     """Take the named form, or detect it: from the recipe's columns, then from the rows' own.
 
-    Args:
-        rows: At least one row; the first one that tells the form decides.
-        name: "auto" or one of `REQUIRED_ROLES`.
-        columns: Column of each role whose name differs from the role's; "a.b" reaches into an
-            object.
-        needs_prompt: Whether the template has a prompt in it.
-        setting: Where a user writes `columns`, for messages.
-
-    Raises:
-        DataError: No form fits, or several do; the message lists what was found, what was
-            expected and the nearest `columns` to write.
+    The first row that shows a form decides. `columns` gives the column of each role whose name
+    differs from the role's; `setting` is where a user writes them, for messages. Where no form fits
+    the error lists what was found, what was expected and the nearest `columns` to write.
     """
     filled = [row for row in rows[:_LOOKED_AT] if any(row.values.values())] or [rows[0]]
     first, reason, named = filled[0], _NAMED, columns

@@ -22,7 +22,7 @@ from kpsvd_tune.data.encode.chat_program import TemplateError, variables_of
 from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, did_you_mean
 from kpsvd_tune.recipe import DatasetRecipe
-from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES, chat_template_problem
+from kpsvd_tune.recipe.dataset import CHAT_TEMPLATES, chat_template_problem
 from kpsvd_tune.storage.paths import expand
 
 Template = str | dict[str, str]
@@ -30,16 +30,11 @@ Template = str | dict[str, str]
 
 @dataclass(frozen=True)
 class Family:
-    """Models whose chats a shipped template writes.
+    """Models whose chats a shipped template writes."""
 
-    Attributes:
-        marks: Texts that the own templates of these models all hold.
-        tokens: Special tokens that it writes, which the tokenizer must know as single tokens.
-        variants: Arguments with which it is tried, in turn, against a model's own template.
-    """
-
-    marks: tuple[str, ...]
-    tokens: tuple[str, ...] = ()
+    marks: tuple[str, ...]  # texts that the own templates of these models all hold
+    tokens: tuple[str, ...] = ()  # special tokens that it writes: the tokenizer must know them
+    # Arguments with which it is tried, in turn, against a model's own template.
     variants: tuple[Mapping[str, Any], ...] = ({},)
 
 
@@ -270,15 +265,9 @@ def with_chat_template(
     same with both. What differs is that the answers can be told from the rest, or that the own
     template refuses a form such as system messages.
 
-    Args:
-        tokenizer: Gets the template that is used in the end.
-        dataset: The recipe's section.
-        work: Called with None, or with the tokenizer's own template, which the one that it has
-            now must be compared with.
-        keeps_template: Look for no other template.
-
-    Returns:
-        What `work` returned, and what a user should know.
+    `work` is called with None, or with the tokenizer's own template, which the one that the
+    tokenizer has now must be compared with. Gives what `work` returned and what a user should
+    know; the tokenizer keeps the template that was used.
 
     Raises:
         TemplateError: Neither can be trained; the message is that of the tokenizer's own.
@@ -293,7 +282,7 @@ def with_chat_template(
         if name is None or own is None or missing_tokens(name, tokenizer):
             raise
         if isinstance(own, str) and shipped_name(own):
-            raise  # it is one of ours, which has just been tried
+            raise  # a shipped template, which has just been tried
         refusal = error
     reasons: list[str] = []
     for variant in FAMILIES[name].variants:

@@ -55,16 +55,9 @@ class WrittenCheck:
     def check(
         self, messages: Sequence[Message], tools: Any, turns: Mapping[int, str], text: str
     ) -> None:
-        """Compare the whole rendering of a chat with its messages and tools.
+        """Refuse a rendering that lacks a part of the chat or its tools which carries content.
 
-        Args:
-            messages: The chat.
-            tools: What its assistant may call.
-            turns: Text of each turn that is learnt, by its place.
-            text: The whole rendering.
-
-        Raises:
-            DataError: A part that carries content is not in the text.
+        `turns` are the texts of the turns that are learnt, by their places.
         """
         chat = _Rendered(messages, tools, text)
         if tools and (lost := self._lost_tools(chat)):

@@ -220,7 +220,7 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
     left = [role for role in required if role not in found]
     texts = [path for path in free if not _IDENTIFIERS.search(path)]
     if left and len(left) == len(texts):
-        # A text beside its summary or translation: which is which the order tells, if anything.
+        # A text beside its summary or translation: only the order can tell which is which.
         found |= dict(zip(left, texts, strict=True))
         return form, {role: found[role] for role in required}, True
     if form not in ("prompt-completion", "alpaca") or left:

@@ -29,21 +29,13 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".bz2", ".xz")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and the place where a person finds it.
+    """One row and the place where a person finds it."""
 
-    Attributes:
-        source: File or hub dataset.
-        number: Line (.jsonl, .csv) or row (.json, .parquet, hub), counted from 1.
-        values: Columns by name, as read.
-        unit: What `number` counts.
-        fault: Why the row cannot be read; None where it can.
-    """
-
-    source: str
-    number: int
-    values: Mapping[str, Any]
-    unit: str = "line"
-    fault: DataError | None = None
+    source: str  # file or hub dataset
+    number: int  # line (.jsonl, .csv) or row (.json, .parquet, hub), counted from 1
+    values: Mapping[str, Any]  # columns by name, as read
+    unit: str = "line"  # what `number` counts
+    fault: DataError | None = None  # why the row cannot be read
 
     @property
     def where(self) -> str:
@@ -268,7 +260,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
     # newline="": csv sees the line ends itself and keeps those inside quotes.
     lines = _read_text(path, newline="")
     first = next(lines, "")
-    # How Excel is told the separator of what follows.
+    # A first line such as sep=; tells Excel the separator of the lines that follow.
     told = re.fullmatch(r'"?sep=([,;\t|])"?\s*', first, re.IGNORECASE)
     reader = csv.reader(
         lines if told else chain([first], lines), delimiter=told[1] if told else ",", strict=True

@@ -42,23 +42,17 @@ _HUB_SECONDS = 10.0
 class RowSource:
     """One file, or one configuration of a hub dataset, found and not yet read.
 
-    Attributes:
-        label: File or hub dataset, as messages name it.
-        unit: What its rows are numbered by: line or row.
-        read: Gives the rows one at a time, from the first, at every call; those that cannot be
-            read with their fault.
-        fingerprint: Gives a text that changes when the rows do: the hash of a file's bytes, or
-            what the `datasets` library knows a hub dataset by.
-        part: Which rows of them are read.
-        notes: What a user should know about the reading.
+    At every call `read` gives the rows one at a time, from the first. `fingerprint` gives a text
+    that changes when the rows do: the hash of a file's bytes, or what the `datasets` library knows
+    a hub dataset by.
     """
 
-    label: str
-    unit: str
+    label: str  # file or hub dataset, as messages name it
+    unit: str  # what its rows are numbered by: line or row
     read: Callable[[], Iterator[Row]]
     fingerprint: Callable[[], str]
-    part: str = ""
-    notes: tuple[str, ...] = ()
+    part: str = ""  # which of the rows are read
+    notes: tuple[str, ...] = ()  # what a user should know about the reading
 
 
 @dataclass(frozen=True)
@@ -213,7 +207,7 @@ def _file(path: Path, part: Part) -> RowSource:
     return RowSource(
         label,
         row_unit(path),
-        lambda: _sliced(lambda: read_file(path), part, label),
+        lambda: read_file(path) if part.is_whole else _sliced(lambda: read_file(path), part, label),
         fingerprint,
         part.stretch,
     )
@@ -290,6 +284,16 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
     yield from chain([first], rows)
 
 
+def _hub_access(source: str) -> tuple[bool, str, tuple[str, ...]]:
+    """Whether the local cache alone is read, where rows come from in words, and notes on that."""
+    if is_offline():
+        return True, "the local cache (offline)", ()
+    if _reaches_hub(source):
+        return False, "the hub", ()
+    note = f"the hub cannot be reached: {source} is read from the local cache"
+    return True, "the local cache, and the hub cannot be reached", (note,)
+
+
 def _reaches_hub(source: str) -> bool:
     """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
     from huggingface_hub import HfApi
@@ -332,13 +336,7 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
             f"dataset.split is {split!r}; expected a name such as train, or with row numbers "
             "train[:100], where dataset.streaming is true"
         )
-    offline = is_offline()
-    where = "the local cache (offline)" if offline else "the hub"
-    notes: tuple[str, ...] = ()
-    if not offline and not _reaches_hub(source):
-        offline = True
-        where = "the local cache, and the hub cannot be reached"
-        notes = (f"the hub cannot be reached: {source} is read from the local cache",)
+    offline, where, notes = _hub_access(source)
     config = DownloadConfig(local_files_only=True) if offline else None
 
     def explained(function: Callable[[], Any]) -> Any:

@@ -234,14 +234,8 @@ def group_by_length(
 
     The shuffled rows are cut into windows of up to 50 batches, each window is sorted by length
     and cut into batches, and the batches of all windows are shuffled. Rows that share a batch
-    with a neighbouring epoch, at either end, stay as they are.
-
-    Args:
-        order: The epoch's rows, shuffled.
-        lengths: Tokens of every row, by row number.
-        batch_size: Rows of a batch.
-        num_head: Rows at the start that complete the last batch of the epoch before.
-        key: Decides the order of batches; the same on every machine and version.
+    with a neighbouring epoch, at either end, stay as they are: `num_head` rows at the start belong
+    to the last batch of the epoch before. The key decides the order of the batches.
     """
     head, rest = list(order[:num_head]), order[num_head:]
     num_batches = len(rest) // batch_size

@@ -26,13 +26,7 @@ Places = NDArray[np.int64]
 
 
 class Selection:
-    """The rows at some places of the sources, sorted into usable ones and others.
-
-    Args:
-        sources: The sources.
-        places: (rows,) ascending places.
-        dataset: Its max_length, min_length and too_long.
-    """
+    """The rows at some ascending places of the sources, sorted into usable ones and others."""
 
     def __init__(
         self, sources: Sequence[TokenizedSource], places: Places, dataset: DatasetRecipe
@@ -119,17 +113,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows to train on and those held out.
-
-    Attributes:
-        train: Rows to train on.
-        validation: Rows held out; their places are those of their own sources.
-        notes: What a user should know about rows that occur more than once.
-    """
+    """The rows to train on and those held out."""
 
     train: Selection
-    validation: Selection
-    notes: tuple[str, ...]
+    validation: Selection  # its places are those of its own sources
+    notes: tuple[str, ...]  # what a user should know about rows that occur more than once
 
 
 def divide(
@@ -140,15 +128,8 @@ def divide(
 ) -> Split:
     """Divide the rows, so that no held-out row is trained under another number.
 
-    Args:
-        sources: What is trained on.
-        held_out: Sources of their own that are validated on, if `dataset.validation` is a path;
-            else `sources` again.
-        dataset: Its validation and deduplicate.
-        seed: Decides which rows are held out.
-
-    Raises:
-        DataError: Every row to train on is held out too.
+    Rows are held out of `held_out`: sources of their own if `dataset.validation` is a path, else
+    `sources` again.
     """
     has_own = isinstance(dataset.validation, str)
     everything = [*sources, *held_out] if has_own else list(sources)
@@ -156,16 +137,11 @@ def divide(
     num_rows = sum(len(source.store) for source in sources)
     keys = _content_keys(everything)
     groups = _row_groups(everything, keys)
-    pools = [np.arange(num_rows), np.arange(num_rows, len(keys))]
-    notes = []
+    pool, held = np.arange(num_rows), np.arange(num_rows, len(keys))
+    notes: list[str] = []
     if dataset.deduplicate:
-        for index, pool in enumerate(pools):
-            repeats = _is_repeat(keys, pool)
-            pools[index] = pool[~repeats]
-            if repeats.any():
-                one = _first_repeat(whole, keys, pool, repeats)
-                notes.append(_left_out_note(int(repeats.sum()), one, is_held=index == 1))
-    pool, held = pools
+        pool = _without_repeats(whole, keys, pool, notes, "")
+        held = _without_repeats(whole, keys, held, notes, "validation: ")
     if isinstance(dataset.validation, str):
         # A held-out row that cannot be used keeps no other row out of training.
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
@@ -209,21 +185,12 @@ def split_rows(
 ) -> tuple[Places, Places]:
     """Places to train on and to validate on: disjoint, both ascending; a function of the seed.
 
-    Together they are all places, but for the twins of held-out rows: rows that must stay on one
-    side are held out together, so that only the last set of twins can be cut by the number wanted.
-
-    Args:
-        groups: (places,) ascending from 0 without a gap, at least one: the row that each place
-            belongs to. A row is held out with all of its places, as the turns of one chat are.
-        validation: A share below 1 (float) or a number of rows (int). A share above 0 holds out
-            at least one row as long as one is left to train on; 0 holds out none.
-        seed: Seed of the choice.
-        twins: (places,) equal numbers for what must not be on both sides; None: all rows differ.
-        usable: (places,) what can be learnt, at least one; None: all. Other rows are never held
-            out, and do not count, since they would make the validation smaller than asked for.
-
-    Raises:
-        DataError: A number of rows that leaves nothing to train on.
+    `groups` are the rows that the places belong to, ascending from 0 without a gap: a row is held
+    out with all of its places, as the turns of one chat are. `twins` are equal numbers for what
+    must not be on both sides: such rows are held out together, and those that the number wanted
+    cuts off are neither held out nor trained. Rows that are not `usable` are never held out and do
+    not count. `validation` is a number of rows (int), or a share of them (float) that holds out at
+    least one as long as one is left to train on.
     """
     num_places = int(groups[-1]) + 1
     candidates = np.ones(num_places, dtype=bool)
@@ -273,17 +240,9 @@ def source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
 def mix(places: Places, weight: float, key: str) -> Places:
     """Repeat or thin out the rows of a source by its weight.
 
-    Each row occurs floor(weight) times; of the rest, round(fraction * rows) rows chosen at random
-    occur once more. The choice is a function of the key alone, so it is the same in every epoch
-    and after a resume.
-
-    Args:
-        places: (rows,) places of the source's rows.
-        weight: Above 0. A weight that would keep no row keeps one.
-        key: Seeds the choice.
-
-    Returns:
-        (rows seen in an epoch,) places, those of a row side by side.
+    Each row occurs floor(weight) times, side by side; round(fraction * rows) rows chosen at random
+    occur once more. A weight that would keep no row keeps one. The choice is a function of the key
+    alone, so it is the same in every epoch and after a resume.
     """
     whole = int(weight)
     num_more = round((weight - whole) * len(places))
@@ -357,6 +316,21 @@ def _first_repeat(
     return f"{whole.where(place)} is {whole.where(places[(keys[places] == keys[place]).argmax()])}"
 
 
+def _without_repeats(
+    whole: Selection, keys: Places, places: Places, notes: list[str], lead: str
+) -> Places:
+    """The first of equal rows at some places; `notes` gets how many others there were."""
+    repeats = _is_repeat(keys, places)
+    if number := int(repeats.sum()):
+        notes.append(
+            f"{lead}{_rows(number)} left out that {'repeats' if number == 1 else 'repeat'} "
+            "another, as dataset.deduplicate says "
+            f"(first: {_first_repeat(whole, keys, places, repeats)})"
+        )
+    kept: Places = places[~repeats]
+    return kept
+
+
 def _leak_note(number: int, first: str) -> str:
     return (
         f"LEFT OUT OF TRAINING: {_rows(number)} that {'are' if number > 1 else 'is'} held out too, "
@@ -369,14 +343,6 @@ def _repeat_note(number: int, num_rows: int, first: str) -> str:
         f"REPEATED ROWS: {number} of {_rows(num_rows)} to train on repeat another "
         f"({num_rows - number} distinct; first: {first}): each is trained as often as it occurs; "
         "dataset.deduplicate=true trains each once"
-    )
-
-
-def _left_out_note(number: int, first: str, *, is_held: bool) -> str:
-    return (
-        f"{'validation: ' if is_held else ''}{_rows(number)} left out that "
-        f"{'repeats' if number == 1 else 'repeat'} another, as dataset.deduplicate says "
-        f"(first: {first})"
     )
 
 

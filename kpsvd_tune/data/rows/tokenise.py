@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -110,7 +110,9 @@ class Tokeniser:
     ) -> dict[str, Any]:
         """Write all rows of a source, and give the facts to keep with them."""
         ignored: set[str] = set()
-        rows = _without_columns(source.read(), settings.ignore_columns, ignored)
+        rows = source.read()
+        if names := settings.ignore_columns:
+            rows = (replace(row, values=_without(row.values, names, ignored)) for row in rows)
         faults = Faults() if settings.drops_faulty else None
         head = list(islice(rows, _ROWS))  # the first of them that shows a form decides it
         form, notes = _find_form(head, settings, source.label)
@@ -195,14 +197,11 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
     return used, [f"dataset.template is not used: {kind} rows take {takes[kind]}"]
 
 
-def _without_columns(rows: Iterable[Row], names: Sequence[str], found: set[str]) -> Iterator[Row]:
-    """The rows without some columns; `found` gets those that they have."""
-    for row in rows:
-        yield replace(row, values=_without(row.values, names, found)) if names else row
-
-
 def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
-    """An object without some keys; "a.b" leaves the key b out of the object a."""
+    """An object without some keys, of which `found` gets those that it has.
+
+    "a.b" leaves the key b out of the object a.
+    """
     found.update(name for name in names if name in values)
     kept = {name: value for name, value in values.items() if name not in names}
     for name in names:

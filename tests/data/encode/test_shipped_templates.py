@@ -26,7 +26,7 @@ from kpsvd_tune.data.encode.templates import (
 from kpsvd_tune.data.read.columns import is_blank
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
-from kpsvd_tune.recipe.chat_template import CHAT_TEMPLATES
+from kpsvd_tune.recipe.dataset import CHAT_TEMPLATES
 
 # How each family writes an answer: the text before it that is learnt, what it does to the text,
 # and the token that ends it.

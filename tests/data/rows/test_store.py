@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpsvd_tune.data import IGNORED, StoredRows, TokenizedRow
+from kpsvd_tune.data import IGNORED, StoredRows, TokenizedRow, collate, pack
 from kpsvd_tune.data.encode.encoder import Mark
 from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, rows_sha256
 from kpsvd_tune.errors import DataError
@@ -69,6 +69,22 @@ def test_a_pickle_names_the_files_and_holds_no_tokens(tmp_path: Path) -> None:
     content = pickle.dumps(rows)
     assert len(content) < 1000
     assert list(pickle.loads(content)) == [row]
+
+
+def test_a_row_is_a_slice_of_the_mapped_file_and_a_batch_is_a_copy(tmp_path: Path) -> None:
+    ids = list(range(1, 40_000))
+    store = make(tmp_path / "s", [TokenizedRow(ids, [IGNORED, *ids[1:]], 1), ROWS[0]])
+    assert isinstance(store.token_ids, np.memmap)
+    rows = everything(store)
+    assert np.shares_memory(rows[0].input_ids, store.token_ids)
+    assert not rows[0].input_ids.flags.writeable
+    for batch in (collate(rows, pad_token_id=0), pack(rows)):
+        batch["input_ids"] += 1
+        assert batch["input_ids"][0, :3].tolist() == [2, 3, 4]
+    assert rows[0].input_ids[:3].tolist() == [1, 2, 3]
+    assert rows[1] == ROWS[0]
+    assert rows[1] != ROWS[3]
+    assert repr(rows[1]).startswith("TokenizedRow([5, 6, 7], [-100, 6, 7], 1, ")
 
 
 def test_a_store_that_another_machine_does_not_see_says_so(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from kpsvd_tune.evaluation.syscall_filter import syscall_filter
+from kpsvd_tune.evaluation.sandbox.syscall_filter import syscall_filter
 
 # A fixed hash seed: the order of a set must not decide whether a program passes.
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}

@@ -13,8 +13,8 @@ import importlib
 import os
 import sys
 
-from kpsvd_tune.evaluation.remote import Peer
-from kpsvd_tune.evaluation.sandbox_limits import set_limits
+from kpsvd_tune.evaluation.sandbox.limits import set_limits
+from kpsvd_tune.evaluation.sandbox.remote import Peer
 
 TYPE_CHECKING = False  # `typing` takes long to import
 if TYPE_CHECKING:

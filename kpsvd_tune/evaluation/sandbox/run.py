@@ -2,7 +2,7 @@
 
 Inside there are the system's read-only /usr and Python's standard library, a small /tmp in
 memory, no network, no /proc, no home folder, no environment of ours, and a user that is not root
-even where we are. The tests run in a second sandbox (`sandbox_judge`), which asks the program over
+even where we are. The tests run in a second sandbox (`judge`), which asks the program over
 a socket and gets plain values back (`wire`, `remote`): the program never holds a test, an expected
 value or the means to tell a verdict. A sandbox guards against accidents and ordinary malice, not
 against flaws of the kernel.
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from kpsvd_tune.errors import InputError, ResourceError
-from kpsvd_tune.evaluation.bubblewrap import (
+from kpsvd_tune.evaluation.sandbox.bubblewrap import (
     bubblewrap_command,
     find_bubblewrap,
     is_root,
     open_filter,
 )
-from kpsvd_tune.evaluation.capture import Bounds, Capture, Start, capture_run
+from kpsvd_tune.evaluation.sandbox.capture import Bounds, Capture, Start, capture_run
 
 Sandbox = Literal["bwrap", "none"]
 Status = Literal["passed", "failed", "invalid", "timeout", "output", "memory", "files", "crashed"]
@@ -179,8 +179,8 @@ def run_program(
         for each in (*scratch[0], *scratch[1]):
             stack.enter_context(each)
         contents: tuple[tuple[str, dict[str, Any]], ...] = (
-            ("sandbox_program", {"program": program.source}),
-            ("sandbox_judge", {"tests": list(program.tests)}),
+            ("program", {"program": program.source}),
+            ("judge", {"tests": list(program.tests)}),
         )
         starts = [
             stack.enter_context(_start(module, content, end, sender, sandbox, limits))
@@ -322,7 +322,7 @@ def _interpreter() -> list[str]:
 def _code_for(module: str) -> bytes:
     """A module of ours and those it imports, in the order they need each other."""
     parts = []
-    for name in ("wire", "remote", "sandbox_limits", module):
+    for name in ("wire", "remote", "limits", module):
         text = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         parts.append((f"{__package__}.{name}", compile(text, f"<{name}>", "exec")))
     return marshal.dumps(tuple(parts))

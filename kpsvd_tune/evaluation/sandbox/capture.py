@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
 
-from kpsvd_tune.evaluation.bubblewrap import ENVIRONMENT, memory_file
-from kpsvd_tune.evaluation.usage import Usage
+from kpsvd_tune.evaluation.sandbox.bubblewrap import ENVIRONMENT, memory_file
+from kpsvd_tune.evaluation.sandbox.usage import Usage
 
 _LOOK_SECONDS = 0.02
 Stop = Literal["timeout", "output", "memory", "files"]

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from kpsvd_tune.evaluation.remote import ConversationError, Peer, Remote
-from kpsvd_tune.evaluation.wire import Codec, WireError
+from kpsvd_tune.evaluation.sandbox.remote import ConversationError, Peer, Remote
+from kpsvd_tune.evaluation.sandbox.wire import Codec, WireError
 
 
 class Stand(SimpleNamespace):

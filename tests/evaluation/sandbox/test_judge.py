@@ -8,7 +8,7 @@ import time
 import pytest
 from programs import BOMBS, CHEATS, CHEATS_OF_HELPERS, ESCAPES, HONEST, TESTS
 
-from kpsvd_tune.evaluation.sandbox import (
+from kpsvd_tune.evaluation.sandbox.run import (
     Limits,
     Program,
     RunResult,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kpsvd_tune.evaluation.bubblewrap import (
+from kpsvd_tune.evaluation.sandbox.bubblewrap import (
     _readable_folders,
     bubblewrap_command,
     find_bubblewrap,

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune.errors import InputError, ResourceError
-from kpsvd_tune.evaluation import sandbox as module
-from kpsvd_tune.evaluation.sandbox import (
+from kpsvd_tune.evaluation.sandbox import run as module
+from kpsvd_tune.evaluation.sandbox.run import (
     Limits,
     Program,
     RunResult,
@@ -532,7 +532,7 @@ def test_no_new_namespace_and_no_debugger():
 def test_a_killed_evaluation_leaves_no_program_running(marker: str):
     code = textwrap.dedent(
         f"""
-        from kpsvd_tune.evaluation.sandbox import Program, run_program
+        from kpsvd_tune.evaluation.sandbox.run import Program, run_program
         source = '''
         import subprocess, sys
         subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(600)", "{marker}"])
@@ -541,7 +541,7 @@ def test_a_killed_evaluation_leaves_no_program_running(marker: str):
         run_program(Program(textwrap.dedent(source), ()))
         """
     )
-    package = str(Path(module.__file__).parents[2])
+    package = str(Path(module.__file__).parents[3])
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": package}
     )

@@ -19,7 +19,7 @@ class Usage:
 
     Args:
         pids: the processes that were started.
-        scratch: where their /tmp comes from, as an open folder that `sandbox_limits` sends before
+        scratch: where their /tmp comes from, as an open folder that `limits` sends before
             anything foreign runs, so that no right to look into their processes is needed.
             Nothing ever comes without a sandbox.
 

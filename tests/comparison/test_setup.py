@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from peft import get_peft_model
 
-from kpsvd_tune.comparison.baselines import SLACK, baseline
 from kpsvd_tune.comparison.methods import read_methods
+from kpsvd_tune.comparison.setup import SLACK, baseline
 from kpsvd_tune.errors import InputError
 
 SIZES = {

@@ -1,7 +1,7 @@
 """What runs the program under test: set limits, run it, then answer what the judge asks of it.
 
 It holds no test and no expected value. Whatever the program does to this process, the judge sees
-nothing but answers (`sandbox_judge`). Handed to a bare Python interpreter, so it may import only
+nothing but answers (`judge`). Handed to a bare Python interpreter, so it may import only
 the standard library and what is handed over with it.
 """
 
@@ -14,9 +14,9 @@ import os
 import sys
 import types
 
-from kpsvd_tune.evaluation.remote import ARITHMETIC, COMPARISONS, ConversationError, Peer
-from kpsvd_tune.evaluation.sandbox_limits import set_limits
-from kpsvd_tune.evaluation.wire import BASES
+from kpsvd_tune.evaluation.sandbox.limits import set_limits
+from kpsvd_tune.evaluation.sandbox.remote import ARITHMETIC, COMPARISONS, ConversationError, Peer
+from kpsvd_tune.evaluation.sandbox.wire import BASES
 
 TYPE_CHECKING = False  # `typing` takes long to import
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import operator
 import os
 import sys
 
-from kpsvd_tune.evaluation.wire import MOST_BYTES, Codec, WireError
+from kpsvd_tune.evaluation.sandbox.wire import MOST_BYTES, Codec, WireError
 
 TYPE_CHECKING = False  # `typing` takes long to import
 if TYPE_CHECKING:

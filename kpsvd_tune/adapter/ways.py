@@ -1,0 +1,262 @@
+"""Three ways to compute with Kronecker terms: each knows its products, its gradients, its cost.
+
+Letters: x (t, in) activations, gy (t, out) output gradients, t tokens; in = n*q, out = m*p;
+A (s, m, n) and B (s, p, q) are s stacked terms. The update is Delta = sum_s A_s kron B_s. A token
+of x is read as X (n, q), one of gy as Y (m, p), so the update of a token is sum_s A_s X B_s^T.
+Gradients are those of trained factors A and B in a sum over r terms:
+ga[s, i, j] = sum over t, k, l of gy[t, i, k] B[s, k, l] x[t, j, l] and
+gb[s, k, l] = sum over t, i, j of gy[t, i, k] A[s, i, j] x[t, j, l].
+
+Everything works in the dtype of its arguments and differentiates nothing. Costs are counted in
+multiply-adds at the speed of a large matrix product; the constants are what products of other
+forms were measured to cost beyond that (docs/performance.md has the measurements, and
+scripts/benchmarks/paths.py repeats them). They are pure functions of sizes: no clock and no device
+is asked, so a run computes in the same way every time.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from kpsvd_tune.adapter.kernel import chunk_tokens, dense_update, row_blocks
+from kpsvd_tune.linalg import KroneckerShape
+
+# Building W + Delta moves two matrices of W's size and multiplies with a small inner size.
+BUILD_PER_ENTRY = 41.0
+BUILD_PER_TERM = 1.0
+# Reading and writing an activation once, per entry: what keeps narrow products from full speed.
+PASS_PER_ENTRY = 8.7
+# Products batched over tokens, in the output and in the gradients, are too small for full speed.
+BATCHED_SLOWNESS = 2.7
+CHUNKED_SLOWNESS = 1.87
+# The gradients' batched products have p columns: the slower, the fewer they are.
+NARROW = 0.85
+# The weight gradient is made at full speed; rearranging and contracting it is not.
+REARRANGE_PER_ENTRY = 43.0
+# A call of a small product, whatever its size.
+CALL = 1.75e5
+
+
+@final
+class Flat:
+    """Two flat products, the left factors spread over I_p: for small n*p."""
+
+    @staticmethod
+    def arrange(left: Tensor, p: int) -> Tensor:
+        """Arrange left factors (s, m, n) for the products below: (n*s*p, m*p)."""
+        terms, m, n = left.shape
+        if p == 1:
+            return left.permute(2, 0, 1).reshape(n * terms, m)
+        wide = left.new_zeros(n, terms, p, m, p)
+        diagonal = wide.diagonal(dim1=2, dim2=4)
+        diagonal.copy_(left.permute(2, 0, 1).unsqueeze(-1).expand_as(diagonal))
+        return wide.view(n * terms * p, m * p)
+
+    @staticmethod
+    def add_update(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add x Delta^T to y in place.
+
+        Args:
+            y: (t, out), contiguous.
+            x: (t, in), contiguous.
+            left: A as arranged.
+            right: B, (s, p, q).
+        """
+        terms, p, q = right.shape
+        inner = torch.mm(x.view(-1, q), right.reshape(terms * p, q).T)
+        y.addmm_(inner.view(-1, x.shape[1] // q * terms * p), left)
+
+    @staticmethod
+    def project(gy: Tensor, left: Tensor, p: int) -> Tensor:
+        """Return sum_i A[s, i, j] gy[t, i, k] as (t, n*s, p), the transpose of the left product."""
+        return torch.mm(gy, left.T).view(len(gy), left.shape[0] // p, p)
+
+    @classmethod
+    def add_transposed(cls, gx: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+        """Add gy Delta to gx (t, in) in place.
+
+        Returns:
+            The projection of gy on the left factors, (t, n*s, p), when it was made in one piece.
+        """
+        terms, p, q = right.shape
+        inner = cls.project(gy, left, p)
+        gx.view(-1, q).addmm_(inner.view(-1, terms * p), right.reshape(terms * p, q))
+        return inner
+
+    @classmethod
+    def gradients(
+        cls, x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the trained factors.
+
+        Args:
+            x: (t, in), contiguous.
+            gy: (t, out), same dtype, contiguous.
+            left: A, (r, m, n).
+            right: B, (r, p, q).
+            projected: gy projected on left factors of which A are the first, (t, n*s, p), if it is
+                at hand.
+
+        Returns:
+            ga (r, m, n) and gb (r, p, q).
+        """
+        (r, m, n), (_, p, q) = left.shape, right.shape
+        if projected is None:
+            projected = cls.project(gy, cls.arrange(left, p), p)
+        inner = torch.mm(x.view(-1, q), right.reshape(r * p, q).T)
+        wide = torch.mm(inner.view(-1, n * r * p).T, gy).view(n, r, p, m, p)
+        ga = wide.diagonal(dim1=2, dim2=4).sum(-1).permute(1, 2, 0)
+        terms = projected.shape[1] // n
+        gb = torch.mm(projected.view(-1, terms * p)[:, : r * p].T, x.view(-1, q))
+        return ga, gb.view(r, p, q)
+
+    @staticmethod
+    def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
+        """Cost of adding x Delta^T to y."""
+        out, size = shape.out_features, shape.in_features
+        width = terms * shape.n * shape.p
+        passes = PASS_PER_ENTRY * (size + 2 * out)
+        products = terms * shape.p * size + width * out
+        return tokens * (products + passes) + width * out * PASS_PER_ENTRY + 2 * CALL
+
+    @staticmethod
+    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape) -> float:
+        """Cost of the gradients of the trained factors."""
+        out, size = shape.out_features, shape.in_features
+        products = rank * shape.p * size + rank * shape.n * shape.p * out
+        return tokens * 2 * (products + PASS_PER_ENTRY * (size + out))
+
+
+@final
+class Batched:
+    """Products batched over tokens, the left factors folded; a chunk of tokens at a time.
+
+    So that intermediates stay in cache.
+    """
+
+    @staticmethod
+    def arrange(left: Tensor, p: int) -> Tensor:
+        """Arrange left factors (s, m, n) for the products below: (m, n*s)."""
+        terms, m, n = left.shape
+        return left.permute(1, 2, 0).reshape(m, n * terms)
+
+    @staticmethod
+    def add_update(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
+        """As :meth:`Flat.add_update`."""
+        terms, p, q = right.shape
+        n, m = x.shape[1] // q, y.shape[1] // p
+        right_t = right.reshape(terms * p, q).T
+        step = chunk_tokens(x, n * terms * p)
+        for xs, ys in zip(torch.split(x, step), torch.split(y, step), strict=True):
+            inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * terms, p)
+            ys.view(-1, m, p).baddbmm_(left.expand(len(inner), m, n * terms), inner)
+
+    @staticmethod
+    def project(gy: Tensor, left: Tensor, p: int) -> Tensor:
+        """As :meth:`Flat.project`."""
+        m = left.shape[0]
+        folded = left.T.expand(len(gy), left.shape[1], m)
+        return torch.bmm(folded, gy.view(-1, m, p))
+
+    @classmethod
+    def add_transposed(cls, gx: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+        """As :meth:`Flat.add_transposed`."""
+        terms, p, q = right.shape
+        flat = right.reshape(terms * p, q)
+        step = chunk_tokens(gy, left.shape[1] * p)
+        inner = None
+        for gxs, gys in zip(torch.split(gx, step), torch.split(gy, step), strict=True):
+            inner = cls.project(gys, left, p)
+            gxs.view(-1, q).addmm_(inner.view(-1, terms * p), flat)
+        return inner if step >= len(gy) else None
+
+    @classmethod
+    def gradients(
+        cls, x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Flat.gradients`; ``projected`` is not used."""
+        (r, m, n), (_, p, q) = left.shape, right.shape
+        ga, gb = x.new_zeros(m, n * r), x.new_zeros(r * p, q)
+        folded, right_t = cls.arrange(left, p), right.reshape(r * p, q).T
+        step = chunk_tokens(x, n * r * p)
+        for xs, gys in zip(torch.split(x, step), torch.split(gy, step), strict=True):
+            inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)
+            ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0)
+            gb.addmm_(cls.project(gys, folded, p).view(-1, r * p).T, xs.reshape(-1, q))
+        return ga.view(m, n, r).permute(2, 0, 1), gb.view(r, p, q)
+
+    @staticmethod
+    def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
+        """As :meth:`Flat.update_cost`."""
+        out, size = shape.out_features, shape.in_features
+        products = terms * shape.p * size + terms * shape.n * out
+        passes = PASS_PER_ENTRY * (size + 2 * out)
+        return tokens * (BATCHED_SLOWNESS * products + passes) + 3 * CALL
+
+    @staticmethod
+    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape) -> float:
+        """As :meth:`Flat.gradient_cost`."""
+        out, size = shape.out_features, shape.in_features
+        products = rank * shape.p * size + rank * shape.n * out
+        slowness = CHUNKED_SLOWNESS * (1 + NARROW / shape.p)
+        return tokens * slowness * 2 * products + tokens * 2 * PASS_PER_ENTRY * (size + out)
+
+
+@final
+class Dense:
+    """W + Delta as a matrix, and gradients by way of the weight gradient gy^T x."""
+
+    @staticmethod
+    def add_transposed(
+        gx: Tensor | None, gy: Tensor, weight: Tensor | None, left: Tensor, right: Tensor
+    ) -> Tensor:
+        """Return gx + gy (W + Delta), or gx + gy Delta without a weight; no gx stands for zero."""
+        if torch.finfo(gy.dtype).bits < 32:
+            # Sums over blocks would round each time.
+            blocks = [slice(0, left.shape[1])]
+        else:
+            blocks = row_blocks(left, right[0].numel() * left.shape[2])
+        p = right.shape[1]
+        for rows in blocks:
+            block = dense_update(left, right, weight, rows).to(gy.dtype)
+            part = gy[:, rows.start * p : rows.stop * p]
+            gx = torch.mm(part, block) if gx is None else gx.addmm_(part, block)
+        assert gx is not None
+        return gx
+
+    @staticmethod
+    def gradients(
+        x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Flat.gradients`; ``projected`` is not used.
+
+        A block of rows at a time is rearranged and contracted, so the whole weight gradient never
+        exists. x and gy may be in 16 bits beside wider factors: the block is then rounded once,
+        the rest is not.
+        """
+        (r, m, n), (_, p, q) = left.shape, right.shape
+        ga, gb = left.new_empty(r, m, n), left.new_zeros(r, p * q)
+        flat = right.reshape(r, p * q)
+        for rows in row_blocks(left, n * p * q):
+            height = rows.stop - rows.start
+            gradient = torch.mm(gy[:, rows.start * p : rows.stop * p].T, x)
+            blocks = gradient.view(height, p, n, q).transpose(1, 2)
+            rearranged = left.new_empty(height, n, p, q).copy_(blocks).view(height * n, p * q)
+            ga[:, rows] = torch.mm(flat, rearranged.T).view(r, height, n)
+            gb.addmm_(left[:, rows].reshape(r, height * n), rearranged)
+        return ga, gb.view(r, p, q)
+
+    @staticmethod
+    def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
+        """Cost of W + Delta, whatever the tokens: its product is the base layer's own."""
+        entries = shape.out_features * shape.in_features
+        return entries * (BUILD_PER_ENTRY + BUILD_PER_TERM * terms) + CALL
+
+    @staticmethod
+    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape) -> float:
+        """As :meth:`Flat.gradient_cost`."""
+        entries = shape.out_features * shape.in_features
+        return entries * (tokens + REARRANGE_PER_ENTRY + 2 * rank)

@@ -1,0 +1,1 @@
+"""Everything that runs programs a model wrote: the sandbox, the limits, and the judge inside."""

@@ -1,0 +1,211 @@
+"""The dataset section: sources of rows, the roles of columns, how rows are written and cut."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+
+# pydantic asks for typing_extensions' TypedDict below Python 3.12, and depends on that package.
+from typing_extensions import TypedDict
+
+from kpsvd_tune.errors import did_you_mean
+from kpsvd_tune.recipe.values import (
+    CLOSED,
+    Number,
+    PathText,
+    PlainValues,
+    Section,
+    Text,
+    TextOrList,
+    Validation,
+    conflict,
+    show,
+)
+from kpsvd_tune.storage.paths import exists, siblings
+
+# Those that come with kpsvd-tune.
+CHAT_TEMPLATES = (
+    "chatml",
+    "command-r",
+    "deepseek",
+    "deepseek-r1",
+    "gemma",
+    "llama2",
+    "llama3",
+    "mistral",
+    "phi3",
+    "phi4",
+    "phi4-mini",
+    "qwen3",
+    "zephyr",
+)
+Format = Literal["auto", "prompt-completion", "alpaca", "chat", "sharegpt", "text"]
+
+
+class Columns(TypedDict, total=False):
+    """Which column of the dataset plays which role."""
+
+    __pydantic_config__ = CLOSED  # type: ignore[misc]  # pydantic's documented place for it
+    prompt: Annotated[Text, Field(description="column with the prompt")]
+    completion: Annotated[Text, Field(description="column with the text to learn")]
+    system: Annotated[Text, Field(description="column with the system prompt")]
+    instruction: Annotated[Text, Field(description="column with an alpaca instruction")]
+    input: Annotated[Text, Field(description="column with an alpaca input")]
+    output: Annotated[Text, Field(description="column with an alpaca output")]
+    history: Annotated[Text, Field(description="column with earlier rounds of an alpaca row")]
+    messages: Annotated[Text, Field(description="column with a list of chat messages")]
+    conversations: Annotated[Text, Field(description="column with a sharegpt conversation")]
+    text: Annotated[Text, Field(description="column with plain text, all of it learnt")]
+
+
+class SourceRecipe(Section):
+    """One source in a list of them; null takes what the dataset section says."""
+
+    path: PathText = Field(description="hub id, or a local .jsonl, .json, .csv or .parquet file")
+    weight: Number = Field(
+        default=1.0,
+        gt=0,
+        le=1000,  # a slip such as 1e9 would fill the memory with numbers of rows
+        description="times that each of its rows is seen in an epoch; 0.5: half of the rows, once",
+    )
+    name: TextOrList | None = Field(
+        default=None, description="configuration on the hub, or a list of them"
+    )
+    split: Text | None = Field(default=None, description="split to train on")
+    format: Format | None = Field(default=None, description="form of its rows")
+    columns: Columns | None = Field(
+        default=None, description="column of each role, where its name differs"
+    )
+    ignore_columns: list[Text] | None = Field(
+        default=None, description="columns that are meant to be left out, as if they were not there"
+    )
+    template: Text | None = Field(default=None, description="as in dataset, for this source")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict | SourceRecipe):
+        return "mapping"
+    return "list" if isinstance(value, list) else "scalar"
+
+
+_Source = Annotated[
+    Annotated[PathText, Tag("scalar")] | Annotated[SourceRecipe, Tag("mapping")],
+    Discriminator(_kind),
+]
+Sources = Annotated[
+    Annotated[PathText, Tag("scalar")]
+    | Annotated[SourceRecipe, Tag("mapping")]
+    | Annotated[Annotated[list[_Source], Field(min_length=1)], Tag("list")],
+    Discriminator(_kind),
+]
+
+
+class DatasetRecipe(Section):
+    """The rows to learn from."""
+
+    path: Sources = Field(
+        description="hub id, or a local .jsonl, .json, .csv or .parquet file (also .gz or .zst), "
+        "a folder or pattern of these, or a list; "
+        "in a list {path: ..., weight: ...} gives a source settings of its own"
+    )
+    name: TextOrList | None = Field(
+        default=None, description="configuration on the hub, or a list of them"
+    )
+    split: Text = Field(default="train", description="split to train on")
+    format: Format = Field(
+        default="auto", description="form of the rows; auto decides by their columns and says why"
+    )
+    columns: Columns = Field(
+        default_factory=Columns, description="column of each role, where its name differs"
+    )
+    ignore_columns: list[Text] = Field(
+        default_factory=list,
+        description="columns that are meant to be left out, as if they were not there",
+    )
+    template: Text = Field(
+        default="Question: {prompt}\nAnswer: {completion}",
+        description="text with {prompt} and {completion}, or chat for the tokenizer's template",
+    )
+    chat_template: PathText | None = Field(
+        default=None,
+        description="chat template instead of the tokenizer's: a jinja file, or the name of one "
+        "that comes with kpsvd-tune; evaluation, generate and the saved adapter use it too",
+    )
+    template_arguments: PlainValues = Field(
+        default_factory=dict,
+        description="what the chat template is given besides, such as {enable_thinking: false}",
+    )
+    max_length: int = Field(default=512, ge=2, description="longest row, in tokens; see too_long")
+    too_long: Literal["cut", "drop"] = Field(
+        default="cut", description="rows above max_length: cut them, or leave them out"
+    )
+    min_length: int = Field(
+        default=1, ge=1, description="shortest row, in tokens; shorter ones are left out"
+    )
+    learn: Literal["all", "last", "each"] = Field(
+        default="all",
+        description="assistant turns of a chat to learn: all, the last one, or each as a row of "
+        "its own behind what a model sees before it",
+    )
+    streaming: bool = Field(
+        default=False, description="read hub sets as a stream, without keeping their files"
+    )
+    on_bad_row: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="a row that cannot be read or written out: refuse the run, or leave it out",
+    )
+    max_bad_rows: Number = Field(
+        default=0.05, ge=0, le=1, description="drop: largest share of a source's rows to leave out"
+    )
+    deduplicate: bool = Field(
+        default=False, description="train and validate on each distinct row once"
+    )
+    validation: Validation = Field(
+        default=0.02,
+        description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
+    )
+
+    @field_validator("ignore_columns")
+    @classmethod
+    def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
+        if both := [name for name in value if name in named]:
+            raise conflict(
+                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
+                "the two",
+                "columns",
+            )
+        return value
+
+    @field_validator("min_length")
+    @classmethod
+    def _check_min_length(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("max_length", value):
+            raise conflict(
+                f"is {value} and max_length is {info.data['max_length']}, so no row would be "
+                "left; lower min_length or raise max_length",
+                "max_length",
+            )
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, template: str) -> str:
+        if template != "chat" and "{completion}" not in template:
+            raise ValueError(
+                f"got {show(template)}; expected chat, or text that holds {{completion}}, such as "
+                r'"Question: {prompt}\nAnswer: {completion}"'
+            )
+        return template
+
+
+def chat_template_problem(value: str) -> str | None:
+    """What is wrong with a value that is neither one of the names nor a file."""
+    if value in CHAT_TEMPLATES or exists(value):
+        return None
+    hint = did_you_mean(value, CHAT_TEMPLATES) or siblings(value)
+    return (
+        f"got {value!r}, and there is no such file and no chat template of that name{hint}; "
+        f"expected a jinja file, or one of {', '.join(CHAT_TEMPLATES)}"
+    )

@@ -1,0 +1,57 @@
+"""One layer from its shape to its rank: what it holds of the energy, and what an adapter keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kpsvd_tune.linalg import (
+    KroneckerShape,
+    LayerPlan,
+    RankRule,
+    choose_ranks,
+    decompose_layer,
+    kpsvd,
+)
+
+SHAPE = KroneckerShape(4, 3, 2, 5)
+
+
+def test_a_weight_is_planned_by_the_rule_of_its_shape() -> None:
+    assert LayerPlan.of_weight("a", (8, 15), {"n": 3, "p": 2}) == LayerPlan("a", SHAPE)
+    prime = LayerPlan.of_weight("a", (7, 12), "balanced")
+    assert prime.note == "out = 7 is prime: that side is not split"
+    with pytest.raises(ValueError, match="n = 4 does not divide in = 15"):
+        LayerPlan.of_weight("a", (8, 15), {"n": 4, "p": 2})
+
+
+def test_energies_are_shares_of_the_whole_weight() -> None:
+    plan = LayerPlan("a", SHAPE, values=(3.0, 2.0, 1.0), squared_norm=20.0)
+    assert plan.shares() == [9 / 20, 4 / 20, 1 / 20]
+    assert plan.energy(2) == pytest.approx(13 / 20)
+    assert plan.relative_error(2) == pytest.approx(math.sqrt(7 / 20))
+    assert plan.within(1).energy(3) == pytest.approx(9 / 20)
+    # Rounding must not take a share above the whole.
+    assert LayerPlan("a", SHAPE, values=(1.0,), squared_norm=1.0 - 1e-16).energy(1) == 1.0
+
+
+def test_decomposing_fills_the_spectrum_and_gives_the_terms() -> None:
+    weight = torch.randn(8, 15, generator=torch.Generator().manual_seed(0))
+    plan, terms = decompose_layer(LayerPlan("a", SHAPE), weight, 4, tolerance=0, seed=0)
+    expected = kpsvd(weight, SHAPE, 4, tolerance=0)
+    assert torch.equal(terms.left, expected.left)
+    assert plan.values == tuple(expected.values.tolist())
+    assert plan.squared_norm == expected.squared_norm
+    assert plan.seconds > 0
+    with pytest.raises(ValueError, match="non-finite"):
+        decompose_layer(plan, weight * math.inf, 4, tolerance=0, seed=0)
+
+
+def test_an_adapter_keeps_shape_rank_and_fingerprint() -> None:
+    plan = LayerPlan("a", SHAPE, values=(3.0, 2.0), squared_norm=13.0)
+    (plan,) = choose_ranks([plan], RankRule(method="fixed", max=2))
+    assert plan.settings() == {"shape": [4, 3, 2, 5], "rank": 2, "fingerprint": 9.0}
+    assert plan.settings(has_fingerprint=False)["fingerprint"] is None
+    assert plan.num_parameters == 2 * SHAPE.num_parameters

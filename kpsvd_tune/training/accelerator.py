@@ -99,15 +99,7 @@ def make_engine(
 ) -> Engine:
     """Make the engine for the way in which a run shares its work.
 
-    Args:
-        token_loss: The model with its loss; goes to the accelerator's device.
-        recipe: The `train` section.
-        accelerator: From `make_accelerator`, with the same section.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that reaches all that any text reaches, the same on every process.
-
-    Raises:
-        RecipeError: The recipe asks for what that engine cannot do.
+    `example` is a batch that reaches all that any text reaches, the same on every process.
     """
     if zero_stage(accelerator) is not None:
         return DeepSpeedEngine(token_loss, recipe, accelerator, rate_factors)

@@ -51,14 +51,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimiser of `train.optimizer` over all `parameters`.
 
-    Args:
-        recipe: Names the optimiser and its settings.
-        parameters: What to train.
-        rate_factors: What the learning rate of each parameter is multiplied with; empty: 1.
-            Parameters of equal factor make a group, which knows it as ``rate_factor``.
-
-    Raises:
-        RecipeError: There is no such optimiser, it cannot train factors, or it refuses an argument.
+    Parameters of equal factor of the learning rate (all 1 where none is given) make a group, which
+    knows it as ``rate_factor``.
     """
     groups = _groups(recipe, parameters, rate_factors)
     kind = optimizer_class(recipe)
@@ -89,11 +83,7 @@ def make_optimizer(
 
 
 def optimizer_class(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
-    """The class that `train.optimizer` names.
-
-    Raises:
-        RecipeError: torch has no such class, or it cannot train factors.
-    """
+    """The class that `train.optimizer` names; refuse one that torch lacks or that cannot train."""
     name = recipe.optimizer
     if name in ("adamw", "sgd"):
         return SHARDABLE[name]
@@ -122,14 +112,10 @@ def optimizer_class(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
 def knows_state(
     recipe: TrainRecipe, state: Mapping[str, Mapping[str, Any]], num_dims: Mapping[str, int]
 ) -> bool:
-    """Whether a saved state is of the kind that the optimiser of `train.optimizer` keeps.
+    """Whether a saved state, by parameter and key, is of the kind that `train.optimizer` keeps.
 
     It is not where another optimiser was allowed, or arguments that make it keep something else.
-
-    Args:
-        recipe: The `train` section.
-        state: What was kept of each parameter, by name and then by key; without what has none yet.
-        num_dims: Dimensions of every trained parameter.
+    What has no state yet is left out of `state`; `num_dims` are those of every trained parameter.
     """
     known: dict[int, list[set[Any]]] = {}
     for each in set(num_dims.values()):

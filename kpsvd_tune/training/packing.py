@@ -38,18 +38,10 @@ _TOLERANCES = {32: (1e-5, 1e-4), 16: (1e-2, 5e-2)}
 def prove_packing(
     token_loss: SummedTokenLoss, rows: Sequence[TokenizedRow], accelerator: Accelerator
 ) -> None:
-    """Try that packed rows have the losses they have alone, and that no row changes another's.
+    """Refuse a model in which packed rows have other losses than alone, or change each other's.
 
-    Every token of the rows counts, prompts too. The model is in evaluation mode meanwhile and
-    comes back in the mode it was in. No random number is drawn.
-
-    Args:
-        token_loss: The model with its loss, not wrapped for several processes.
-        rows: Rows to try it on; with a single row nothing is packed and nothing tried.
-        accelerator: The processes, each with as many rows; all of them must ask.
-
-    Raises:
-        RecipeError: Rows see each other, or their positions are not counted from their starts.
+    Every token of the rows counts, prompts too. Nothing is tried where there is one row. All
+    processes must ask, with as many rows. No random number is drawn.
     """
     rows = [_all_learnt(row) for row in rows[:_NUM_ROWS]]
     if len(rows) < 2:
@@ -145,9 +137,6 @@ def attend_by_rows(model: nn.Module) -> None:
     """Let a model that uses torch's attention (sdpa) compute packed rows one by one.
 
     Models with another attention are left alone. Nothing else that the model computes changes.
-
-    Args:
-        model: Of transformers, PEFT's wrapper allowed.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(getattr(base, "config", None), "_attn_implementation", None) != "sdpa":

@@ -64,10 +64,6 @@ class Saving:
 
         One whose validation is still to come (`progress.pending`) is kept apart, and does not
         stand in for that of the finished step.
-
-        Raises:
-            NonFiniteError: A tensor is infinite or NaN.
-            ResourceError: The disk refused.
         """
         is_pending = progress.pending is not None
         name = checkpoint_name(progress.step, is_pending)
@@ -87,18 +83,7 @@ class Saving:
         self._newest, self.saved_step = name, progress.step
 
     def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
-        """Return to the newest checkpoint with a lower learning rate.
-
-        Args:
-            progress: Where the training stood when it failed.
-            error: What it failed of.
-
-        Returns:
-            Where it stands now.
-
-        Raises:
-            NonFiniteError: The recipe wants no retry, or all of them are used up.
-        """
+        """Return to the newest checkpoint with a lower learning rate, or raise `error`."""
         num_retries, rate_factor = retry_or_refuse(error, progress, self._recipe)
         checkpoint = on_main_process(self._run.rewind)
         if self._accelerator.is_main_process:
@@ -118,11 +103,7 @@ class Saving:
         return restored
 
     def take_weights(self, step: int) -> None:
-        """Give the model the trained weights of an earlier step; all processes must ask.
-
-        Raises:
-            CheckpointError: Its checkpoint is not there or damaged.
-        """
+        """Give the model the trained weights of an earlier step; all processes must ask."""
         try:
             state = self._run.load(self._run.checkpoints / checkpoint_name(step))
         except CheckpointError as error:

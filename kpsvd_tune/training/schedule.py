@@ -212,16 +212,8 @@ def make_scheduler(
 
     A warm-up of w steps gives step k (from 1) the k-th of w equal parts of the way: its first step
     has a rate, and its last one the whole. Transformers' own warm-up starts at rate 0, so that the
-    first step changes nothing, and a run of one step nothing at all.
-
-    Args:
-        recipe: The `train` section.
-        optimizer: Whose rates the schedule sets.
-        num_steps: Length of the run.
-        starts_at_zero: Transformers' warm-up, for runs that began with it.
-
-    Raises:
-        RecipeError: The schedule refuses an argument.
+    first step changes nothing, and a run of one step nothing at all; `starts_at_zero` is for runs
+    that began with it.
     """
     name, arguments = recipe.scheduler, dict(recipe.scheduler_args)
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
@@ -277,11 +269,7 @@ def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable
 
 
 def schedule_factors(recipe: TrainRecipe, num_steps: int) -> list[float]:
-    """What the schedule of a run multiplies `train.learning_rate` with, step by step.
-
-    Raises:
-        RecipeError: The schedule refuses an argument.
-    """
+    """What the schedule of a run multiplies `train.learning_rate` with, step by step."""
     scheduler = make_scheduler(recipe, make_optimizer(recipe, [stand_in(3)]), num_steps)
     return [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
 
@@ -295,15 +283,7 @@ def num_warmup_steps(recipe: TrainRecipe, num_steps: int, *, starts_at_zero: boo
 
 
 def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
-    """Refuse an optimiser, a schedule or arguments of theirs that cannot work, before any work.
-
-    Args:
-        recipe: The `train` section.
-        num_processes: Processes that share the work.
-
-    Raises:
-        RecipeError: Names the key.
-    """
+    """Refuse an optimiser, a schedule or arguments of theirs that cannot work, before any work."""
     is_sharded = recipe.parallel == "fsdp" and num_processes > 1
     if is_sharded and optimizer_class(recipe) not in SHARDABLE.values():
         raise RecipeError(

@@ -77,12 +77,7 @@ class Tracking:
 
 
 def make_tracker(name: str, folder: str | Path) -> GeneralTracker:
-    """Make one of Accelerate's trackers, named after the run and with its files in its folder.
-
-    Args:
-        name: As in the recipe's `tracking`.
-        folder: The run's folder of logs.
-    """
+    """Make a tracker of Accelerate, named after the run, with its files in its logs."""
     if name == "tensorboard":
         return TensorBoardTracker(_PROJECT, folder)
     run_name = Path(folder).absolute().parent.name

@@ -26,14 +26,8 @@ from kpsvd_tune.training.loss import SummedTokenLoss
 class DeepSpeedEngine(Engine):
     """The loss in DeepSpeed's engine, with the optimiser's state sharded.
 
-    Args:
-        token_loss: The model with its loss; at stage 3 its parameters are sharded in place.
-        recipe: The `train` section; its optimiser is an element-wise one.
-        accelerator: Set up by Accelerate's configuration.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-
-    Raises:
-        RecipeError: The configuration or what is trained does not fit.
+    The optimiser is an element-wise one over parameters in float32. At stage 3 the parameters are
+    sharded in place.
     """
 
     keeps_gradients = False

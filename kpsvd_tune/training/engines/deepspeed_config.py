@@ -54,11 +54,7 @@ def is_requested() -> bool:
 
 
 def prepare() -> None:
-    """Get DeepSpeed ready to be imported.
-
-    Raises:
-        RecipeError: It is not installed.
-    """
+    """Get DeepSpeed ready to be imported; refuse where it is not installed."""
     if find_spec("deepspeed") is None:
         raise RecipeError(
             "Accelerate's configuration asks for DeepSpeed, which is not installed; install it "
@@ -85,12 +81,7 @@ def zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
-    """Make sure that DeepSpeed runs where it was asked for, and that nothing else shares out.
-
-    Raises:
-        RecipeError: The recipe asks for another way of sharing out, or for what DeepSpeed lacks;
-            or the configuration contradicts it.
-    """
+    """Refuse what DeepSpeed cannot do, and what the recipe and the configuration contradict."""
     if not is_requested():
         return
     if zero_stage(accelerator) is None:
@@ -125,20 +116,11 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
 def engine_config(
     given: Mapping[str, Any], recipe: TrainRecipe, num_processes: int
 ) -> dict[str, Any]:
-    """Complete DeepSpeed's configuration from the recipe.
+    """DeepSpeed's configuration, completed from the recipe.
 
-    Args:
-        given: What Accelerate made of its own settings or of DeepSpeed's file; the word "auto"
-            leaves a value to the recipe.
-        recipe: The `train` section.
-        num_processes: Of the whole run.
-
-    Returns:
-        The configuration for `deepspeed.initialize`.
-
-    Raises:
-        RecipeError: It contradicts the recipe, or asks for what cannot be resumed exactly; every
-            fault is named.
+    `given` is what Accelerate made of its own settings or of DeepSpeed's file; the word "auto"
+    leaves a value to the recipe. Every fault is named: what contradicts the recipe, or cannot be
+    resumed exactly.
     """
     if faults := list(_faults(given, recipe, num_processes)):
         raise RecipeError(

@@ -21,15 +21,7 @@ _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 
 class PlainEngine(Engine):
-    """Steps of torch's optimiser, with a gradient scaler where the recipe asks for fp16.
-
-    Args:
-        token_loss: The model with its loss; goes to the accelerator's device.
-        recipe: The `train` section.
-        accelerator: The processes.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that reaches all that any text reaches; None where there is no row.
-    """
+    """Steps of torch's optimiser, with a gradient scaler where the recipe asks for fp16."""
 
     def __init__(
         self,
@@ -76,15 +68,10 @@ class PlainEngine(Engine):
 def allow_unused_parameters(
     token_loss: SummedTokenLoss, example: MicroBatch, accelerator: Accelerator
 ) -> None:
-    """Make DDP look for parameters without gradients, where an example leaves some out.
+    """Make DDP look for parameters without gradients, where the example leaves some out.
 
     DDP otherwise waits for them for ever, and ends in an error; looking costs time in each step.
-    To be called before the model is prepared; it goes to the accelerator's device.
-
-    Args:
-        token_loss: The model with its loss.
-        example: The same batch on every process.
-        accelerator: The processes.
+    To be called before the model is prepared, with the same example on every process.
     """
     token_loss.to(accelerator.device)
     with evaluating(token_loss):  # draws no random numbers

@@ -30,15 +30,6 @@ class ShardedEngine(PlainEngine):
 
     A block's weights are whole on a process only while that block computes. Buffers, the frozen
     factors among them, stay whole everywhere. Every process must call the loss equally often.
-
-    Args:
-        token_loss: The model with its loss; its parameters are sharded in place.
-        recipe: The `train` section.
-        accelerator: At least two processes.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-
-    Raises:
-        RecipeError: fully_shard cannot do what the recipe asks for.
     """
 
     def __init__(
@@ -90,11 +81,7 @@ class ShardedEngine(PlainEngine):
 
 
 def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
-    """Refuse what fully_shard cannot do.
-
-    Raises:
-        RecipeError: Names the key.
-    """
+    """Refuse what fully_shard cannot do."""
     if recipe.precision == "fp16":
         raise RecipeError(
             "train.precision: fp16 needs a loss scaler, which train.parallel: fsdp does not have; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.engines import Engine, deepspeed_config
 from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.engines.plain import PlainEngine
 from kpsvd_tune.training.engines.sharded import ShardedEngine
-from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.recovery import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
 
@@ -90,22 +88,12 @@ def make_accelerator(
     return accelerator
 
 
-def make_engine(
-    token_loss: SummedTokenLoss,
-    recipe: TrainRecipe,
-    accelerator: Accelerator,
-    rate_factors: Mapping[str, float],
-    example: MicroBatch | None = None,
-) -> Engine:
-    """Make the engine for the way in which a run shares its work.
-
-    `example` is a batch that reaches all that any text reaches, the same on every process.
-    """
+def engine_class(recipe: TrainRecipe, accelerator: Accelerator) -> type[Engine]:
+    """The engine for the way in which a run shares its work."""
     if zero_stage(accelerator) is not None:
-        return DeepSpeedEngine(token_loss, recipe, accelerator, rate_factors)
-    if recipe.parallel == "fsdp" and accelerator.num_processes > 1:
-        return ShardedEngine(token_loss, recipe, accelerator, rate_factors)
-    return PlainEngine(token_loss, recipe, accelerator, rate_factors, example)
+        return DeepSpeedEngine
+    is_sharded = recipe.parallel == "fsdp" and accelerator.num_processes > 1
+    return ShardedEngine if is_sharded else PlainEngine
 
 
 def _accelerator(**settings: Any) -> Accelerator:

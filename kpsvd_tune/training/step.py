@@ -19,7 +19,7 @@ from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.accelerator import make_engine
+from kpsvd_tune.training.accelerator import engine_class
 from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.recovery import MicroStepOutOfMemory, find_fault
@@ -86,9 +86,8 @@ class Stepper:
             _enable_checkpointing(model)
         self._recipe, self._accelerator, self._num_steps = recipe, accelerator, num_steps
         self.token_loss = SummedTokenLoss(model)
-        self._engine = make_engine(
-            self.token_loss, recipe, accelerator, rate_factors or {}, example
-        )
+        engine = engine_class(recipe, accelerator)
+        self._engine = engine(self.token_loss, recipe, accelerator, rate_factors or {}, example)
         self.shapes = self._engine.shapes
         self._schedule_from(starts_at_zero=False)
         self._base_rates = list(self._scheduler.base_lrs)

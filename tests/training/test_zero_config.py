@@ -126,6 +126,8 @@ def test_deepspeed_that_is_not_installed_is_named_with_the_cure(monkeypatch):
 
 class FakeAccelerator:
     distributed_type = DistributedType.MULTI_CPU
+    scaler = None
+    device = torch.device("cpu")
 
 
 def test_deepspeed_on_accelerates_cpu_setting_is_refused_rather_than_left_out(monkeypatch):
@@ -161,4 +163,4 @@ def test_trained_weights_in_half_precision_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", object())
     loss = SummedTokenLoss(torch.nn.Linear(1, 1, dtype=torch.bfloat16))
     with pytest.raises(RecipeError, match=r"needs float32 for all .*, got torch\.bfloat16"):
-        DeepSpeedEngine(loss, RECIPE, FakeAccelerator(), {})
+        DeepSpeedEngine(loss, RECIPE, FakeAccelerator(), {}, None)

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor, nn
 
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs import load_optimizer_state, optimizer_state
+from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.optim import make_optimizer
 
@@ -28,29 +30,45 @@ class Engine(ABC):
     it says otherwise.
 
     Args:
-        token_loss: The model with its loss, on its device and ready to be called.
+        token_loss: The model with its loss; goes to the accelerator's device.
         recipe: The `train` section.
+        accelerator: From `make_accelerator`, with the same section.
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
+        example: A batch that reaches all that any text reaches, the same on every process.
 
     Attributes:
         optimizer: The optimiser; the schedule sets the rates of its groups.
         shapes: Shape of each trained parameter by its name in the model.
         keeps_gradients: Whether each parameter holds its gradient after the backward pass.
+
+    Raises:
+        RecipeError: The recipe asks for what the engine cannot do.
     """
 
     keeps_gradients = True
-    _scaler: torch.amp.GradScaler | None = None
 
     def __init__(
-        self, token_loss: SummedTokenLoss, recipe: TrainRecipe, rate_factors: Mapping[str, float]
+        self,
+        token_loss: SummedTokenLoss,
+        recipe: TrainRecipe,
+        accelerator: Accelerator,
+        rate_factors: Mapping[str, float],
+        example: MicroBatch | None = None,
     ) -> None:
+        self._accelerator, self._recipe, self._example = accelerator, recipe, example
+        self._scaler: torch.amp.GradScaler | None = accelerator.scaler
+        self._max_grad_norm = recipe.max_grad_norm or math.inf
+        self._module = self._prepare(token_loss)
         self._names: dict[Tensor, str] = {
             p: name for name, p in token_loss.model.named_parameters() if p.requires_grad
         }
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
         factors = [rate_factors.get(name, 1.0) for name in self.shapes]
         self.optimizer = make_optimizer(recipe, list(self._names), factors)
-        self._max_grad_norm = recipe.max_grad_norm or math.inf
+
+    @abstractmethod
+    def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
+        """What is called in training: the loss on its device, wrapped or sharded."""
 
     @abstractmethod
     def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 
 from kpsvd_tune.errors import CheckpointError, RecipeError
 from kpsvd_tune.processes import gather_numbers
-from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines import Engine
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
 from kpsvd_tune.training.loss import SummedTokenLoss
@@ -32,37 +30,34 @@ class DeepSpeedEngine(Engine):
 
     keeps_gradients = False
 
-    def __init__(
-        self,
-        token_loss: SummedTokenLoss,
-        recipe: TrainRecipe,
-        accelerator: Accelerator,
-        rate_factors: Mapping[str, float],
-    ) -> None:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         import deepspeed
 
-        # Before DeepSpeed, which takes the parameters' data away at stage 3.
-        super().__init__(token_loss, recipe, rate_factors)
         _check_dtype(self._names)
-        self._deepspeed, self._accelerator = deepspeed, accelerator
-        given = accelerator.deepspeed_plugin.deepspeed_config
-        config = engine_config(given, recipe, accelerator.num_processes)
+        self._deepspeed = deepspeed
+        given = self._accelerator.deepspeed_plugin.deepspeed_config
+        config = engine_config(given, self._recipe, self._accelerator.num_processes)
         self.stage: int = config["zero_optimization"]["stage"]
         self._group_names = [
             [self._names[p] for p in each["params"]] for each in self.optimizer.param_groups
         ]
-        if recipe.precision == "bf16":
-            cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
-            token_loss.forward = cast(token_loss.forward)  # type: ignore[method-assign]
+        # Only now, as it takes the parameters' data away at stage 3.
         if self.stage == 3:
             # Weight by weight, for the engine would first put the whole base on every device.
-            deepspeed.zero.Init(module=token_loss, config_dict_or_path=config)
-            token_loss.to(accelerator.device)
-            token_loss.is_sharded = True
+            deepspeed.zero.Init(module=self._module, config_dict_or_path=config)
+            self._module.to(self._accelerator.device)
+            self._module.is_sharded = True  # type: ignore[assignment]
         self._engine: Any
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=token_loss, optimizer=self.optimizer, config=config, dist_init_required=False
+            model=self._module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
+
+    def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
+        if self._recipe.precision == "bf16":
+            cast: Any = torch.autocast(self._accelerator.device.type, torch.bfloat16)
+            token_loss.forward = cast(token_loss.forward)  # type: ignore[method-assign]
+        return token_loss
 
     def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
         """Compute the loss of a micro batch and add its gradient."""

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 
 # How ZeRO moves data about; none of it changes what is computed.
@@ -46,6 +47,45 @@ _IGNORED = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
+
+
+def launch_environment(file: str, num_processes: int) -> dict[str, str]:
+    """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
+
+    Args:
+        file: A configuration of Accelerate, as `accelerate config` writes it.
+        num_processes: Used instead of the file's.
+
+    Raises:
+        InputError: The file cannot be used, or asks for something other than DeepSpeed.
+    """
+    # Accelerate's own reading of its file, so that a key means here what it means there.
+    from accelerate.commands.launch import (  # type: ignore[import-untyped]
+        _validate_launch_command,
+        launch_command_parser,
+    )
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env  # type: ignore[import-untyped]
+
+    if not Path(file).is_file():
+        raise InputError(f"--accelerate-config {file}: no such file")
+    words = ["--config_file", file, "--num_processes", str(num_processes)]
+    try:
+        options = launch_command_parser().parse_args([*words, "--main_process_port", "0", "train"])
+        options, defaults, _ = _validate_launch_command(options)
+        fields = ",".join(defaults.deepspeed_config)
+        options.deepspeed_fields_from_accelerate_config = fields
+        if options.use_deepspeed and (options.num_machines or 1) == 1:
+            environment: dict[str, str] = prepare_deepspeed_cmd_env(options)[1]
+            return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
+    except Exception as error:
+        # Whatever a file can hold that Accelerate does not expect.
+        raise InputError(
+            f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
+        ) from error
+    raise InputError(
+        f"--accelerate-config {file}: expected DeepSpeed on one machine; plain processes need no "
+        "configuration, and several machines are started by accelerate launch on each"
+    )
 
 
 def is_requested() -> bool:

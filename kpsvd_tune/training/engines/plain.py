@@ -8,10 +8,9 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 
 from kpsvd_tune.adapter.idle import trained_by_layer, unreached_layers
-from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.engines import Engine
 from kpsvd_tune.training.loss import SummedTokenLoss, evaluating
@@ -23,20 +22,11 @@ _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 class PlainEngine(Engine):
     """Steps of torch's optimiser, with a gradient scaler where the recipe asks for fp16."""
 
-    def __init__(
-        self,
-        token_loss: SummedTokenLoss,
-        recipe: TrainRecipe,
-        accelerator: Accelerator,
-        rate_factors: Mapping[str, float],
-        example: MicroBatch | None = None,
-    ) -> None:
-        if accelerator.num_processes > 1 and example is not None:
-            allow_unused_parameters(token_loss, example, accelerator)
-        self._accelerator, self._scaler = accelerator, accelerator.scaler
-        # Wrapped by DDP unless it is sharded; precision is set up either way.
-        self._module = accelerator.prepare_model(token_loss, evaluation_mode=token_loss.is_sharded)
-        super().__init__(token_loss, recipe, rate_factors)
+    def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
+        if self._accelerator.num_processes > 1 and self._example is not None:
+            allow_unused_parameters(token_loss, self._example, self._accelerator)
+        module: nn.Module = self._accelerator.prepare_model(token_loss)
+        return module
 
     def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
         """Compute the loss of a micro batch and add its gradient."""

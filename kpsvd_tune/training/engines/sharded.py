@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,20 +31,17 @@ class ShardedEngine(PlainEngine):
     factors among them, stay whole everywhere. Every process must call the loss equally often.
     """
 
-    def __init__(
-        self,
-        token_loss: SummedTokenLoss,
-        recipe: TrainRecipe,
-        accelerator: Accelerator,
-        rate_factors: Mapping[str, float],
-    ) -> None:
-        check_shardable(token_loss.model, recipe)
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
+        check_shardable(token_loss.model, self._recipe)
+        device, number = self._accelerator.device, self._accelerator.num_processes
+        mesh = init_device_mesh(device.type, (number,))
         for block in _blocks(token_loss.model):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         token_loss.is_sharded = True
-        super().__init__(token_loss, recipe, accelerator, rate_factors)
+        # Sets up the precision; what is "evaluated" is not wrapped by DDP.
+        module: nn.Module = self._accelerator.prepare_model(token_loss, evaluation_mode=True)
+        return module
 
     def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
         """Compute the loss of a micro batch and add its gradient."""

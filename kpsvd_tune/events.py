@@ -30,28 +30,3 @@ class Events(Protocol):
 
     def end_progress(self) -> None:
         """Close the bar that is open, if any."""
-
-
-class SilentEvents:
-    """Events that nobody watches."""
-
-    def stage(self, text: str) -> None:
-        """Do nothing."""
-
-    def note(self, text: str) -> None:
-        """Do nothing."""
-
-    def preflight(self, report: PreflightReport) -> None:
-        """Do nothing."""
-
-    def ranks(self, report: RankReport) -> None:
-        """Do nothing."""
-
-    def step(self, metrics: StepMetrics, total: int) -> None:
-        """Do nothing."""
-
-    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """Do nothing."""
-
-    def end_progress(self) -> None:
-        """Do nothing."""

@@ -38,8 +38,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kpsvd_tune.commands import main as cli
-from kpsvd_tune.report.console import Events
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.report.live import ConsoleEvents
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.storage.json_files import read_json
@@ -75,7 +75,7 @@ class Hook:
     def install(self) -> None:
         """Stand between the package and the disk, and between it and its listener."""
         durable.os = self  # type: ignore[assignment,attr-defined]
-        save, step, stage = RunDirectory.save, Events.step, Events.stage
+        save, step, stage = RunDirectory.save, ConsoleEvents.step, ConsoleEvents.stage
 
         def saving(*arguments: Any, **options: Any) -> Any:
             self.is_saving = True
@@ -84,15 +84,15 @@ class Hook:
             finally:
                 self.is_saving = False
 
-        def stepped(events: Events, metrics: Any, total: int) -> None:
+        def stepped(events: ConsoleEvents, metrics: Any, total: int) -> None:
             step(events, metrics, total)
             self.tell(f"step {metrics.step}")
 
-        def staged(events: Events, text: str) -> None:
+        def staged(events: ConsoleEvents, text: str) -> None:
             stage(events, text)
             self.tell("stage")
 
-        RunDirectory.save, Events.step, Events.stage = saving, stepped, staged  # type: ignore[assignment,method-assign]
+        RunDirectory.save, ConsoleEvents.step, ConsoleEvents.stage = saving, stepped, staged  # type: ignore[assignment,method-assign]
 
     def tell(self, point: str) -> None:
         """Report a point of the run to the parent."""

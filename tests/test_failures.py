@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
-from kpsvd_tune.report.console import Events
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.report.live import ConsoleEvents
+from kpsvd_tune.runs.directory import RunDirectory
 
 # A program, for the console script of an environment may be that of another checkout.
 COMMAND = [sys.executable, "-m", "kpsvd_tune"]
@@ -114,15 +114,15 @@ def test_a_disk_that_fills_anywhere_ends_the_run_and_loses_nothing(
 
 @contextlib.contextmanager
 def at_step(number: int, action: Any) -> Iterator[None]:
-    original = Events.step
+    original = ConsoleEvents.step
 
-    def step(self: Events, metrics: Any, total: int) -> None:
+    def step(self: ConsoleEvents, metrics: Any, total: int) -> None:
         original(self, metrics, total)
         if metrics.step == number:
             action()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Events, "step", step)
+        patch.setattr(ConsoleEvents, "step", step)
         yield
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.console import Events, show_sweep
+from kpsvd_tune.report.console import show_sweep
 from kpsvd_tune.report.layout import make_console, shortened
+from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.storage.paths import cache_folder
 
 PACKAGE = Path(cli.__file__).parents[1]
@@ -29,7 +30,7 @@ def test_brackets_and_colons_in_a_name_are_printed_as_they_are(
 
 
 def test_events_print_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with Events() as events:
+    with ConsoleEvents() as events:
         events.stage(ODD)
         events.note(ODD)
         events.advance(ODD, 1, 1, ODD)
@@ -42,7 +43,7 @@ def test_a_bar_prints_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     import io
 
     out = io.StringIO()
-    events = Events()
+    events = ConsoleEvents()
     events._console = make_console(file=out, force_terminal=True, width=200)
     events.advance(ODD, 1, 2, "[dim]left")
     events.end_progress()

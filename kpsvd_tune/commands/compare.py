@@ -19,8 +19,8 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import load_recipe, read_number_of_parameters
-from kpsvd_tune.report import console as view
-from kpsvd_tune.report.trials import TrialTable, show_comparison, show_grid
+from kpsvd_tune.report.console import show_comparison, show_grid
+from kpsvd_tune.report.live import ConsoleEvents, TrialTable
 
 DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
 
@@ -77,7 +77,7 @@ def compare(
     prepare_libraries(offline, debug)
     from kpsvd_tune.comparison.compare import compare as run_comparison
 
-    with view.Events() as events, TrialTable() as table:
+    with ConsoleEvents() as events, TrialTable() as table:
         verdict = run_comparison(shared, recipes, chosen, grid, events, table, jobs=jobs)
     emit(verdict, as_json, show_comparison)
 

@@ -23,16 +23,18 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import InputError, RecipeError
-from kpsvd_tune.evaluation.permission import permission_for
+from kpsvd_tune.evaluation.completions import read_completions
 from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
-    rescore,
+    permission_for,
+    score_completions,
     stored_task,
 )
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.run import as_mapping
 from kpsvd_tune.storage.paths import expand, kind_of, siblings
 
@@ -119,7 +121,7 @@ def evaluate(
     prepare_libraries(offline, debug)
     from kpsvd_tune.evaluation.score import evaluate as score
 
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         result = score(
             source,
             wanted,
@@ -163,10 +165,10 @@ def _rescore(
     if task is None:
         raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
     permission = permission_for([task], is_allowed, sandbox)
-    with view.Events() as events:
-        scores = rescore(
-            file,
+    with ConsoleEvents() as events:
+        scores = score_completions(
             task,
+            read_completions(file),
             progress=lambda done, total: events.advance("running programs", done, total),
             permission=permission,
         )

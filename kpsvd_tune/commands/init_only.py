@@ -22,6 +22,7 @@ from kpsvd_tune.errors import AdapterError, CheckpointError, InputError, RecipeE
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.results import RankReport
 
 
@@ -47,7 +48,7 @@ def init_only(
     resolved = load_recipe(recipe, overrides or (), look_up=("model",))
     check_devices(gpus, processes)
     prepare_libraries(offline, debug)
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         if sweep:
             variants = _sweep(recipe, overrides or (), sweep)
             emit(
@@ -110,7 +111,7 @@ def _decompose(
     from kpsvd_tune.models import resolve_model
     from kpsvd_tune.phase import Phase, decomposition_cures, watched
     from kpsvd_tune.report.rank_page import write_rank_report
-    from kpsvd_tune.runs import RunDirectory
+    from kpsvd_tune.runs.directory import RunDirectory
     from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
     from kpsvd_tune.storage.disk import explained
 

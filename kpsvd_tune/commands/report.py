@@ -10,8 +10,8 @@ import typer
 from kpsvd_tune.commands.options import Debug, Json, emit
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.comparison import read_comparison
+from kpsvd_tune.report.console import show_comparison
 from kpsvd_tune.report.run import read_run
-from kpsvd_tune.report.trials import show_comparison
 from kpsvd_tune.storage.paths import expand, kind_of
 
 

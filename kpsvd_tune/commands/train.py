@@ -22,9 +22,10 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import WorseThanBaseError
-from kpsvd_tune.evaluation.permission import permission_for
+from kpsvd_tune.evaluation.scoring import permission_for
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 def train(
@@ -66,7 +67,7 @@ def train(
     from kpsvd_tune.training.ending import worse_message
     from kpsvd_tune.training.plan import plan
 
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         if dry_run:
             emit(plan(resolved, events), as_json, view.show_plan)
             return

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.comparison.methods import Method
-from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
+from kpsvd_tune.comparison.plan import Grid, next_trials, num_left
 from kpsvd_tune.comparison.setup import Setups, Sizes
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
@@ -37,10 +37,10 @@ from kpsvd_tune.models import (
 )
 from kpsvd_tune.phase import Phase, data_cures, watched
 from kpsvd_tune.recipe import AdapterRecipe, Recipe
-from kpsvd_tune.report.comparison import Comparison, TrialRow
+from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_bytes, to_json
@@ -118,7 +118,7 @@ def compare(
                     rows.append(row)
                     watcher.finished(row, num_left(grid, rows))
         except StoppedBySignal:
-            # What is known so far is worth a look.
+            # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):
                 _conclude(recipe, grid, rows, base, jobs, events)
             raise

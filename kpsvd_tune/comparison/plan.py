@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kpsvd_tune.report.comparison import TrialRow
-
-
-@dataclass(frozen=True, order=True)
-class Trial:
-    """One training run of a comparison.
-
-    Attributes:
-        method: The method's name.
-        budget: Trainable parameters it may have.
-        learning_rate: Its highest learning rate.
-        seed: Seeds the order of the rows, dropout, and whatever the method draws.
-    """
-
-    method: str
-    budget: int
-    learning_rate: float
-    seed: int
-
-    @property
-    def folder_name(self) -> str:
-        """A file name of its own."""
-        method = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.method)
-        return f"{method}-{self.budget}-{self.learning_rate!r}-seed{self.seed}"
+from kpsvd_tune.report.comparison import Trial, TrialRow
 
 
 @dataclass(frozen=True)
@@ -110,7 +86,7 @@ def num_left(grid: Grid, rows: Iterable[TrialRow]) -> int:
 
 def _stage(grid: Grid, rows: Iterable[TrialRow]) -> tuple[int, list[Trial]]:
     """The first stage that is not done, from 0, and what is left of it."""
-    done = {Trial(row.method, row.budget, row.learning_rate, row.seed): row for row in rows}
+    done = {row.trial: row for row in rows}
     stages: Callable[..., Iterable[list[Trial]]]
     stages = {"full": _full, "staged": _stages, "done": lambda *_: ()}[grid.plan]
     for number, stage in enumerate(stages(grid, done)):

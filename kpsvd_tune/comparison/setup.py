@@ -11,13 +11,13 @@ from peft import LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.lokr.layer import factorization
 
 from kpsvd_tune.comparison.methods import Method
-from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.comparison.trial_log import SCHEDULE
 from kpsvd_tune.decompose import Spectra, collect_spectra, report_decomposition
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe import RankRecipe, Recipe
+from kpsvd_tune.report.comparison import Trial
 
 # A rank is a whole number for every layer, so a budget can be missed by nearly a rank's
 # parameters; one that is missed by no more than this share counts as met.

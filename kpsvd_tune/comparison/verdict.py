@@ -184,7 +184,7 @@ def _notes(found: Findings, num_missing: int, jobs: int) -> Iterable[str]:
             )
     for row in found.rows:
         if row.failed:
-            yield f"{row.name}: {row.failed}"
+            yield f"{row.trial}: {row.failed}"
     yield from _binding(found)
     for each in found.summaries:
         loss = each.validation_loss.mean

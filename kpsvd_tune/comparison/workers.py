@@ -22,7 +22,6 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
-from kpsvd_tune.comparison.plan import Trial
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
@@ -30,7 +29,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.phase import Phase, memory_explained, training_cures
 from kpsvd_tune.processes import how_it_ended
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.durable import replace_file
@@ -77,7 +76,7 @@ def run_setups(
     Args:
         setups: The trials, started in this order.
         material: What they share.
-        jobs: Trials at a time, at least 1; threads and GPUs are shared out among them.
+        jobs: Trials at a time, at least 1; they share the threads, and the GPUs in turn.
         stepped: Called after each step of each.
 
     Raises:

@@ -21,8 +21,8 @@ from kpsvd_tune.evaluation.evaluate import (
     rows_source,
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
-from kpsvd_tune.evaluation.generate import GenerationProgress
-from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.generation import GenerationProgress
+from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.scoring import missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer
@@ -31,7 +31,7 @@ from kpsvd_tune.processes import device, end_processes, num_processes, on_main_p
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_label, score_text
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.find import find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import update_card

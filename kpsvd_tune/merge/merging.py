@@ -1,9 +1,4 @@
-"""Adapter + base model -> plain weights, proved to be the same model.
-
-The proof loads the merged folder afresh and compares its logits with those of the adapter on
-the base, both computed in float32, so that what is left is the merge itself and the rounding of
-the stored weights, not the noise of a 16-bit forward pass.
-"""
+"""Adapter + base model -> plain weights, proved to be the same model."""
 
 from __future__ import annotations
 
@@ -12,12 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,32 +24,73 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
 from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.merge.files import keep_base_files
+from kpsvd_tune.merge.proof import PROMPTS, Proof
+from kpsvd_tune.models import ModelSource, describe_base
 from kpsvd_tune.models.loading import same_tokenizer
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.runs.find import Found
+from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.durable import write_folder
+from kpsvd_tune.storage.paths import check_writable, kind_of
 from kpsvd_tune.units import size
 
 UNKNOWN_BASE = Base("a base model", is_on_hub=False)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest logit difference that passes, as a share of the largest logit. In float32 it is the
-# order of operations; in 16 bits the rounding of every merged weight, which adds up over layers.
-TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 # Below this share of an update surviving the rounding, the merge has quietly undone training.
 KEPT_SHARE_WARNING = 0.9
-PROMPTS = (
-    "The capital of France is",
-    "Question: A baker makes 12 loaves and sells 7. How many are left?\nAnswer:",
-    "def reverse(text):\n    return",
-    "Dear Ms Keller,\nthank you for your letter of",
-)
 
 
-def check_output(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse an output folder that holds something or is part of an input.
+@dataclass(frozen=True)
+class MergeSettings:
+    """How an adapter is merged.
+
+    Attributes:
+        adapter: Where the adapter came from, for the report.
+        dtype: float32, bfloat16 or float16: the dtype the weights are stored in.
+        base: The base model, for the card.
+        base_folder: Of the base model, whose configuration and tokenizer files are kept; None
+            where it is a single file.
+        tolerance: Largest logit difference that passes; None takes the dtype's share of the
+            largest logit: 1e-5 in float32, 5e-3 in float16, 4e-2 in bfloat16.
+        prompts: Texts to compare the two models on.
+        warnings: For the report, before its own.
+    """
+
+    adapter: str
+    dtype: str
+    base: Base = UNKNOWN_BASE
+    base_folder: Path | None = None
+    tolerance: float | None = None
+    prompts: tuple[str, ...] = PROMPTS
+    warnings: tuple[str, ...] = ()
+
+
+def check_source(source: str, found: Found) -> Path:
+    """The adapter that is merged.
 
     Raises:
-        InputError: The folder is not empty, or lies in, around or on one of the inputs.
+        InputError: What was typed is no adapter.
+    """
+    if found.adapter is not None:
+        return found.adapter
+    if kind_of(source) in ("merged", "model"):
+        raise InputError(
+            f"{source} is a model, with plain weights: there is nothing to merge; expected a "
+            "run or an adapter"
+        )
+    raise InputError(
+        f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
+        "adapter/, or one with adapter_config.json"
+    )
+
+
+def check_output(output: Path, inputs: Sequence[Path]) -> Path:
+    """The folder to write, which a link may name.
+
+    Raises:
+        InputError: The folder is not empty, cannot be written, is part of a run, or lies in, around
+            or on one of the inputs.
     """
     resolved = Path(os.path.realpath(output))
     if resolved.is_symlink():
@@ -71,20 +107,32 @@ def check_output(output: Path, inputs: Sequence[Path]) -> None:
             )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} exists and is not empty: name another folder")
+    refuse_inside_run(resolved, "--output")  # what a link names is made, and the link stays
+    check_writable(resolved)
+    return resolved
+
+
+def settings_for(found: Found, source: ModelSource, base: str | None, dtype: str) -> MergeSettings:
+    """The settings for an adapter that was found.
+
+    Args:
+        found: The adapter.
+        source: Its base model.
+        base: The place of the base, where one was typed.
+        dtype: Of the stored weights.
+    """
+    named = describe_base(found.base or source.path, source.folder)
+    if base and not named.is_on_hub:
+        named = describe_base(base, source.folder)
+    folder = None if source.kind == "gguf" else source.folder
+    return MergeSettings(str(found.adapter), dtype, named, folder)
 
 
 def merge(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
-    *,
-    adapter: str,
-    dtype: str,
-    base: Base = UNKNOWN_BASE,
-    tolerance: float | None = None,
-    prompts: Sequence[str] = PROMPTS,
-    warnings: Sequence[str] = (),
-    base_folder: Path | None = None,
+    settings: MergeSettings,
     stage: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
     """Merge an adapter into its base, save it, load it again and compare.
@@ -96,15 +144,7 @@ def merge(
         model: Base model in float32 with a KPSVD adapter.
         tokenizer: Saved beside the weights.
         output: A folder that does not exist or is empty.
-        adapter: Where the adapter came from, for the report.
-        dtype: float32, bfloat16 or float16: the dtype the weights are stored in.
-        base: The base model, for the card.
-        tolerance: Largest logit difference that passes; None takes the dtype's share of the
-            largest logit: 1e-5 in float32, 5e-3 in float16, 4e-2 in bfloat16.
-        prompts: Texts to compare the two models on.
-        warnings: For the report, before its own.
-        base_folder: Of the base model, whose configuration and tokenizer files are kept; None
-            where it is a single file.
+        settings: How.
         stage: Told what is being done.
 
     Returns:
@@ -115,18 +155,10 @@ def merge(
             that nothing could be proved by them.
         ResourceError: The disk has no room.
     """
-    batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    model.eval()
+    dtype = settings.dtype
     stage("computing the logits of the adapter on its base")
-    expected = _logits(model, batches)
-    _check_telling(expected, "the adapter on its base")
-    with model.disable_adapter():
-        of_base = _logits(model, batches)
-    _check_telling(of_base, "the base model")
-    change, _ = _difference(of_base, expected)
-    if tolerance is None:
-        # Of the prompt with the smallest logits, so that large ones of another excuse nothing.
-        tolerance = TOLERANCES[dtype] * min(float(logits.abs().max()) for logits in expected)
+    proof = Proof(model, tokenizer, settings.prompts)
+    tolerance = proof.tolerance(dtype) if settings.tolerance is None else settings.tolerance
     stage("merging")
     kept, sizes = _survival(model, DTYPES[dtype])
     plain: Any = model.merge_and_unload()
@@ -137,36 +169,38 @@ def merge(
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        keep_base_files(partial, base_folder, dtype, _has_own_tokenizer(tokenizer, base_folder))
+        has_own = _has_own_tokenizer(tokenizer, settings.base_folder)
+        keep_base_files(partial, settings.base_folder, dtype, has_own)
         del plain, model
         gc.collect()
         stage("loading the merged model afresh and comparing")
         merged: Any = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
-        merged.eval()
-        found = _logits(merged, batches)
-        _check_telling(found, "the merged model")
-        difference, agreement = _difference(expected, found)
+        difference, agreement = proof.compare(merged)
         report = MergeReport(
-            adapter=adapter,
+            adapter=settings.adapter,
             output=str(output),
             dtype=dtype,
             max_logit_difference=difference,
-            adapter_logit_difference=change,
+            adapter_logit_difference=proof.change,
             top1_agreement=agreement,
-            num_positions=sum(len(logits) for logits in expected),
+            num_positions=proof.num_positions,
             kept_share=kept,
             relative_update=sizes,
             min_kept_share=min(kept.values(), default=1.0),
             tolerance=tolerance,
-            prompts=tuple(prompts),
+            prompts=settings.prompts,
             # Written so that a difference that is not a number fails.
             passed=difference <= tolerance,
-            warnings=(*warnings, *_lost_updates(kept, dtype)) + _unseen(change, tolerance),
+            warnings=(
+                *settings.warnings,
+                *_lost_updates(kept, dtype),
+                *proof.unseen(tolerance),
+            ),
         )
         (partial / "merge_report.json").write_text(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
         )
-        (partial / "README.md").write_text(merged_card(report, base), encoding="utf-8")
+        (partial / "README.md").write_text(merged_card(report, settings.base), encoding="utf-8")
     return report
 
 
@@ -204,36 +238,6 @@ def _survival(model: PeftModel, dtype: torch.dtype) -> tuple[dict[str, float], d
     return kept, sizes
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    return [model(input_ids=ids).logits[0].float() for ids in batches]
-
-
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
-    """Largest absolute logit difference, and the share of positions with the same top token."""
-    pairs = list(zip(expected, found, strict=True))
-    # Of tensors and not of floats: Python's max() forgets what is not a number.
-    difference = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
-    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
-    return difference, same / sum(len(a) for a in expected)
-
-
-def _check_telling(logits: Sequence[Tensor], whose: str) -> None:
-    """Refuse logits that would equal any others, or none."""
-    for number, each in enumerate(logits, 1):
-        if not torch.isfinite(each).all():
-            raise MergeError(
-                f"the logits of {whose} are not finite for prompt {number}: the weights of the "
-                "base or of the adapter are damaged; nothing was written"
-            )
-        if each.max() == each.min():
-            raise MergeError(
-                f"the logits of {whose} are all {float(each.max()):g} for prompt {number}, so that "
-                "comparing them proves nothing: the weights of the base or of the adapter are "
-                "damaged; nothing was written"
-            )
-
-
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:
     """Name the weights, adapted or not, that are not finite in the dtype they are stored in."""
     broken = [
@@ -246,22 +250,6 @@ def _check_finite(model: PreTrainedModel, dtype: str) -> None:
             f"{some_of(broken)}: not finite in {dtype}; the base model is damaged, or the dtype's "
             "range too small: try --dtype float32. Nothing was written"
         )
-
-
-def _unseen(change: float, tolerance: float) -> tuple[str, ...]:
-    """Say so where the proof could not tell the merged model from the base."""
-    if change == 0:
-        return (
-            "the adapter changes nothing: on all prompts its logits are those of its base model. "
-            "Was it trained?",
-        )
-    if change <= tolerance:
-        return (
-            f"the adapter changes the logits of its base by at most {change:.3g}, which is within "
-            f"the tolerance {tolerance:.3g}: the proof could not tell the merged model from the "
-            "base model; use --dtype float32 or a smaller --tolerance",
-        )
-    return ()
 
 
 def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:

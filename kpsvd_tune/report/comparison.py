@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,33 @@ from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.results import Result
 from kpsvd_tune.storage.json_files import check_types, read_json
 from kpsvd_tune.units import duration, size
+
+
+@dataclass(frozen=True, order=True)
+class Trial:
+    """One training run of a comparison.
+
+    Attributes:
+        method: The method's name.
+        budget: Trainable parameters it may have.
+        learning_rate: Its highest learning rate.
+        seed: Seeds the order of the rows, dropout, and whatever the method draws.
+    """
+
+    method: str
+    budget: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder_name(self) -> str:
+        """A file name of its own."""
+        method = re.sub(r"[^A-Za-z0-9.+=-]+", "_", self.method)
+        return f"{method}-{self.budget}-{self.learning_rate!r}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.budget:,}, rate {self.learning_rate:g}, seed {self.seed}"
+
 
 # Keys that earlier versions wrote and that nothing reads.
 _FORMER = {"cpu_seconds_per_step"}
@@ -63,9 +91,9 @@ class TrialRow(Result):
     failed: str | None = None
 
     @property
-    def name(self) -> str:
-        """What a message calls it."""
-        return f"{self.method} at {self.budget:,}, rate {self.learning_rate:g}, seed {self.seed}"
+    def trial(self) -> Trial:
+        """Which trial it is the row of."""
+        return Trial(self.method, self.budget, self.learning_rate, self.seed)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialRow:

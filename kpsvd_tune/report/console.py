@@ -1,26 +1,19 @@
-"""What a person sees while a command runs and when it is done.
-
-Messages, progress and tables' captions go to stderr; a table that is the command's result goes
-to stdout. Progress is a live bar on a terminal and plain lines otherwise.
-"""
+"""What a person sees when a command is done: the tables and lines of its result, on stdout."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from kpsvd_tune.report.comparison import Comparison
 from kpsvd_tune.report.layout import (
     Column,
-    make_console,
     output,
+    print_blocks,
     print_line,
     print_pair,
     print_table,
@@ -30,7 +23,6 @@ from kpsvd_tune.report.results import (
     MergeReport,
     PreflightReport,
     RankReport,
-    StepMetrics,
 )
 from kpsvd_tune.report.run import (
     figures,
@@ -39,15 +31,28 @@ from kpsvd_tune.report.run import (
     score_text,
     score_value,
 )
-from kpsvd_tune.units import time_left
 
-# A log gets a line of progress at every tenth of the work, but not sooner than this after the last,
-# and one at this interval where a tenth takes long.
-PLAIN_SECONDS = 10.0
-ALIVE_SECONDS = 60.0
 # The summary names at most this many matrices.
 LISTED = 3
 _SOURCES = 20
+# Columns that hold the whole table of a comparison.
+_WIDE = 140
+# Below this width a row of the table is written as a block, which leaves nothing out.
+_NARROW = 100
+# What a column shows, and its title here, which is short.
+_METHOD_COLUMNS = {
+    "method": Column("method", is_text=True),
+    "budget": Column("budget"),
+    "trained": Column("trained", goes=1),
+    "rate": Column("rate"),
+    "validation loss": Column("validation loss"),
+    "test loss": Column("test loss"),
+    "steps to reference": Column("steps to ref.", goes=2),
+    "gradient CV": Column("grad. CV", goes=5),
+    "clipped": Column("clipped", goes=4),
+    "forgetting": Column("forgetting"),
+    "time a step": Column("step time", goes=3),
+}
 RANK_COLUMNS = (
     Column("module", is_text=True),
     Column("out x in", goes=1),
@@ -60,154 +65,6 @@ RANK_COLUMNS = (
     Column("kept"),
     Column("params"),
 )
-
-
-class Events:
-    """Receives what the pipeline reports; silent on every rank but the first."""
-
-    def __init__(self) -> None:
-        self._main = os.environ.get("RANK", "0") == "0"
-        self._console = make_console(stderr=True, quiet=not self._main, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._phase = ""
-        self._last = 0.0
-        # Tenths of the phase that the log has heard of.
-        self._told = 0
-        self._validated = -PLAIN_SECONDS
-        # Number and time of the first training step that was seen here.
-        self._first_step: tuple[int, float] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end_progress()
-
-    def stage(self, text: str) -> None:
-        """Say what begins now."""
-        self.end_progress()
-        print_line(self._console, Text(f"· {text}", style="bold"))
-
-    def note(self, text: str) -> None:
-        """Say something in passing."""
-        self.end_progress()
-        print_line(self._console, Text(f"  {text}", style="dim"), 4)
-
-    def preflight(self, report: PreflightReport) -> None:
-        """Show what will be trained on, and one row with its trained tokens marked."""
-        self.end_progress()
-        for line in preflight_lines(report):
-            print_line(self._console, f"  {line}", 4)
-        if report.sample:
-            sample = Text("  one row, trained tokens marked: ")
-            for text, trained in report.sample:
-                # Brackets as well as colour, for logs and for those who see no colour.
-                sample.append(f"⟦{text}⟧" if trained else text, style="green" if trained else "dim")
-            print_line(self._console, sample, 4)
-
-    def ranks(self, report: RankReport) -> None:
-        """Show the totals of the chosen ranks."""
-        self.end_progress()
-        for line in rank_summary(report):
-            print_line(self._console, f"  {line}", 4)
-
-    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """Report progress of a phase; a new phase begins a new bar.
-
-        Args:
-            phase: What is done.
-            done: How much of it is.
-            total: How much there is; 0 where nobody knows.
-            detail: What else is worth knowing, in parts with commas between them.
-        """
-        if not self._main:
-            return
-        now = time.monotonic()
-        if phase != self._phase:
-            self.end_progress()
-            self._phase, self._last, self._told = phase, now, 0
-        if self._console.is_terminal:
-            self._bar(phase, done, total, detail)
-            return
-        tenth = 10 * done // total if total else 0
-        waited = now - self._last
-        if (done == total and tenth > self._told) or waited >= (
-            PLAIN_SECONDS if tenth > self._told else ALIVE_SECONDS
-        ):
-            self._last, self._told = now, tenth
-            count = f"{done:,} of {total:,}" if total else f"{done:,}"
-            print_line(self._console, f"  {phase} {count}{', ' if detail else ''}{detail}")
-
-    def step(self, metrics: StepMetrics, total: int) -> None:
-        """Report one training step."""
-        # The seconds of a run hold the validation before its first step, and those of a continued
-        # run the steps of another day: only what was seen here tells the pace.
-        if self._first_step is None or metrics.step <= self._first_step[0]:
-            self._first_step = (metrics.step, metrics.seconds)
-        number, seconds = self._first_step
-        left = None
-        if metrics.step > number:
-            pace = (metrics.seconds - seconds) / (metrics.step - number)
-            left = (total - metrics.step) * pace
-        parts = [
-            f"loss {metrics.loss:.4f}",
-            f"rate {metrics.learning_rate:.2e}",
-            f"{metrics.tokens_per_second:,.0f} tokens/s",
-            time_left(left),
-        ]
-        self.advance("training", metrics.step, total, ", ".join(filter(None, parts)))
-        if metrics.validation_loss is not None and self._main:
-            self._validation(metrics.step, total, metrics.validation_loss)
-
-    def _validation(self, step: int, total: int, loss: float) -> None:
-        """Say what a validation found: each on a terminal, some in a log."""
-        now = time.monotonic()
-        is_due = step == total or now - self._validated >= PLAIN_SECONDS
-        if self._console.is_terminal or is_due:
-            self._validated = now
-            print_line(self._console, f"  step {step}: validation loss {loss:.4f}")
-
-    def end_progress(self) -> None:
-        """Close the bar that is open, if any."""
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._phase = None, ""
-
-    def _bar(self, phase: str, done: int, total: int, detail: str) -> None:
-        width = self._console.width
-        bar_width = 24 if width >= 100 else 10
-        count = len(f"{done}/{total or '?'}")
-        detail = fitting(detail, width - len(f"  {phase}   {count * ' '}") - bar_width)
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("  {task.description}", markup=False),
-                BarColumn(bar_width=bar_width),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}", markup=False),
-                console=self._console,
-            )
-            self._task = self._progress.add_task(phase, total=total or None, detail=detail)
-            self._progress.start()
-        self._progress.update(self._task, completed=done, total=total or None, detail=detail)
-
-
-def fitting(detail: str, room: int) -> str:
-    """As many of the parts between commas as there is room for, and the last of all first.
-
-    Args:
-        detail: The parts; the time left comes last.
-        room: Columns.
-    """
-    parts = detail.split(", ")
-    while len(", ".join(parts)) > room and parts:
-        parts.pop(-2 if len(parts) > 1 else -1)
-    return ", ".join(parts)
 
 
 def show_ranks(report: RankReport) -> None:
@@ -265,19 +122,22 @@ def show_results(results: Mapping[str, Any]) -> None:
     Args:
         results: The content of results.json.
     """
-    scores = results.get("scores", {})
     _show_pairs(result_figures(results))
     for line in score_lines(results):
         _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
     for task, change in results.items():
-        if isinstance(change, Mapping) and "before" in change:
-            scorer = next(iter(scores.get(task, {"": None})))
+        if not (isinstance(change, Mapping) and "before" in change):
+            continue
+        scorer = next(iter(results.get("scores", {}).get(task, {"": None})))
+        shown = [
+            results.get(place, {}).get(task, {}).get(scorer, {}).get("value")
+            for place in ("base_scores", "scores")
+        ]
+        # A later `eval` may have replaced the scores; where it did not, they are shown above.
+        if shown != [change["before"], change["after"]]:
             before, after = (score_value(scorer, change[key]) for key in ("before", "after"))
-            print_pair(
-                output(),
-                f"{task}, in this training",
-                f"{before} before, {after} after, of {change['n']}",
-            )
+            told = f"{before} before, {after} after, of {change['n']}"
+            print_pair(output(), f"{task}, in this training", told)
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
@@ -300,10 +160,14 @@ def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
         run: What `read_run` gave.
         layers: Show the rank of every layer too.
     """
-    show_results(run["results"] or {"results": "the run is not finished"})
-    if run["ranks"] is None:
+    results = dict(run["results"] or {"results": "the run is not finished"})
+    report = None if run["ranks"] is None else RankReport.from_dict(run["ranks"])
+    if report and results.get("trainable_parameters") == report.totals["trainable_parameters"]:
+        # The totals of the ranks say it too.
+        del results["trainable_parameters"]
+    show_results(results)
+    if report is None:
         return
-    report = RankReport.from_dict(run["ranks"])
     if layers:
         show_ranks(report)
         return
@@ -420,3 +284,39 @@ def merge_lines(report: MergeReport) -> list[Text]:
         )
     )
     return lines + [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
+
+
+def show_grid(grid: Mapping[str, Any]) -> None:
+    """What a comparison would run."""
+    for key, value in grid.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        print_pair(output(), key.replace("_", " "), shown)
+
+
+def show_comparison(verdict: Comparison) -> None:
+    """What is recommended, the table of the methods, then claims and notes."""
+    out = output(pipe_width=_WIDE)
+    print_line(out, Text(verdict.recommendation.text, style="bold"))
+    for each in verdict.recommendation.undecided:
+        print_line(out, f"not decided: {each}")
+    out.print()
+    found = [summary.in_words() for summary in verdict.summaries]
+    columns, rows = (
+        list(_METHOD_COLUMNS.values()),
+        [[cells[key] for key in _METHOD_COLUMNS] for cells in found],
+    )
+    if out.width < _NARROW:
+        print_blocks(out, columns, rows)
+    else:
+        print_table(out, columns, rows, where="comparison.html")
+    for pair in verdict.differences:
+        if pair.budget == pair.other_budget:
+            print_line(
+                out,
+                f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats "
+                f"({pair.loss.interval()})",
+            )
+    for claim in verdict.claims:
+        print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")
+    for note in verdict.notes:
+        print_line(out, f"note: {note}")

@@ -115,7 +115,7 @@ def heat_map_place(name: str) -> tuple[str, int | None, str]:
 
 
 def _data(report: RankReport, columns: Collection[str]) -> dict[str, Any]:
-    """What the page's script draws: the layers, and which of them stands in which cell."""
+    """What the page's script draws: the layers, and the cell of each."""
     places = [heat_map_place(layer.name) for layer in report.layers]
     # Models with an encoder and a decoder number the layers of each from zero.
     several = len({stack for stack, number, _ in places if number is not None}) > 1

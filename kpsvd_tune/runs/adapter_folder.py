@@ -51,7 +51,7 @@ class AdapterFile(BaseModel):
 
 
 def read_adapter_config(folder: Path) -> AdapterFile:
-    """Read the configuration of an adapter of ours.
+    """Read the configuration of a KPSVD adapter.
 
     Raises:
         AdapterError: It cannot be read, holds something else, or is of another method.

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
@@ -17,6 +18,8 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
+    load_model,
+    load_tokenizer,
     resolve_model,
 )
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
@@ -60,6 +63,26 @@ class Found:
     recipe: Recipe | None = None
     revision: str | None = None
     dataset: DatasetRecipe | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the run loaded its base in; float32 where there was none."""
+        return self.recipe.model.dtype if self.recipe else "float32"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, ready to be used.
+
+    Attributes:
+        model: With its adapter, unless that was left out.
+        tokenizer: The adapter's own where it has one.
+        other_base: Says so where the base is another than the adapter's; None elsewhere.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    other_base: str | None
 
 
 def find(source: str) -> Found:
@@ -132,6 +155,34 @@ def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
             f"looked for from {Path.cwd()}.{where} Give the place where it lies now with --base, "
             "or to `train` with model.path=..."
         ) from error
+
+
+def load(
+    found: Found,
+    source: ModelSource,
+    dtype: str,
+    *,
+    base_only: bool = False,
+    allow_other_base: bool = False,
+) -> Loaded:
+    """Load a model, with its adapter where it has one.
+
+    Args:
+        found: What was typed.
+        source: The base model, or the model itself.
+        dtype: Of the weights of the base.
+        base_only: Leave the adapter out.
+        allow_other_base: Take a base that is not the adapter's.
+
+    Raises:
+        AdapterError: As :func:`load_adapter`.
+    """
+    tokenizer = load_tokenizer(source, found.adapter)
+    model: Any = load_model(source, dtype)
+    if found.adapter is None or base_only:
+        return Loaded(model, tokenizer, None)
+    model, other = load_adapter(model, found.adapter, allow_other_base)
+    return Loaded(model, tokenizer, other)
 
 
 def load_adapter(

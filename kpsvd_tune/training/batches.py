@@ -69,8 +69,8 @@ def stream_steps(
 ) -> Generator[list[MicroBatch], None, None]:
     """Give the micro batches of each step of `steps` for one process.
 
-    Nothing of it has a position that would have to be saved, and no global random number is
-    drawn, so the batches of a step are the same however a run got there. Batches of more than
+    There is no position that a checkpoint would have to save, and no global random number is
+    drawn: the batches of a step are the same in a resumed run. Batches of more than
     `rows_at_once` rows are given as several.
     """
     size = rows_at_once or sampler.batch_size

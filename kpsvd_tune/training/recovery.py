@@ -138,7 +138,7 @@ def halve(error: ResourceError, recipe: TrainRecipe, progress: Progress) -> None
     progress.micro_batch_size = (now + 1) // 2
     progress.num_halvings += 1
     _log.warning(
-        "%s. From here on passes take %d of %d rows at a time (train.on_oom: halve); the "
+        "%s. From here on forward passes take %d of %d rows at a time (train.on_oom: halve); the "
         "rows of a step and its update stay the same, up to rounding",
         error,
         progress.micro_batch_size,

@@ -16,13 +16,9 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs import (
-    RunDirectory,
-    TrainingState,
-    checkpoint_name,
-    load_random_state,
-    random_state,
-)
+from kpsvd_tune.runs.directory import RunDirectory
+from kpsvd_tune.runs.listing import checkpoint_name
+from kpsvd_tune.runs.state import TrainingState, load_random_state, random_state
 from kpsvd_tune.training.optim import knows_state
 from kpsvd_tune.training.progress import Progress
 from kpsvd_tune.training.recovery import retry_or_refuse
@@ -97,7 +93,7 @@ class Saving:
             )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
-        # What memory taught since then still holds.
+        # The machine has no more memory than before.
         restored.micro_batch_size = progress.micro_batch_size
         restored.num_halvings = progress.num_halvings
         return restored
@@ -124,8 +120,8 @@ class Saving:
             optimizer = None
             if self._accelerator.is_main_process:
                 _log.warning(
-                    "what %s holds of its optimiser does not serve train.optimizer: %s with the "
-                    "arguments of now, which begins anew",
+                    "the optimiser state of %s does not fit train.optimizer: %s with its present "
+                    "arguments, so the optimiser starts with a fresh state",
                     checkpoint.name,
                     self._recipe.optimizer,
                 )
@@ -135,7 +131,7 @@ class Saving:
         if len(state.random) == self._accelerator.num_processes:
             load_random_state(state.random[index])
         else:
-            # Another number of processes was allowed: no generator's state is theirs.
+            # Another number of processes was allowed: none of the saved states fits.
             _seed_everything(self._recipe.seed, index, state.step)
         return progress
 

@@ -46,8 +46,8 @@ from kpsvd_tune.processes import end_processes, name_lost_process, on_main_proce
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
-from kpsvd_tune.runs import RunDirectory, Start
 from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own
+from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import save_adapter

@@ -139,9 +139,9 @@ class Stepper:
             engine.skip()
         with warnings.catch_warnings():
             if fault is not None:
-                # Of torch, where no step was ever taken before the schedule moves.
+                # torch warns where the schedule moves before any step was taken.
                 warnings.simplefilter("ignore", UserWarning)
-            # Ours to call, once: Accelerate's own scheduler steps once for each process.
+            # Called once here: Accelerate's own scheduler steps once for each process.
             self._scheduler.step()
         engine.optimizer.zero_grad(set_to_none=True)
         return StepSums(
@@ -184,7 +184,7 @@ class Stepper:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: `offsets`, `optimizer`, `scheduler`; tensors not copied.
 
-        All processes must ask, for what is sharded is put together.
+        All processes must ask, for sharded tensors are gathered.
         """
         return {
             "offsets": self.trained_weights(),

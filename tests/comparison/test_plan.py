@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from trial_rows import row
 
-from kpsvd_tune.comparison.plan import Grid, Trial, next_trials, num_left
-from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.comparison.plan import Grid, next_trials, num_left
+from kpsvd_tune.report.comparison import Trial, TrialRow
 
 RATES = (1e-3, 2e-3, 4e-3)
 LOSSES = {1e-3: 1.2, 2e-3: 1.0, 4e-3: 1.1}

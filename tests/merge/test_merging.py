@@ -24,8 +24,13 @@ from transformers import (
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError, MergeError, ResourceError
-from kpsvd_tune.merge import merging
+from kpsvd_tune.merge import merging, proof
 from kpsvd_tune.merge.files import for_both_versions, tokenizer_for_both_versions
+from kpsvd_tune.report.results import MergeReport
+
+
+def merge_into(model: Any, tokenizer: Any, output: Path, **settings: Any) -> MergeReport:
+    return merging.merge(model, tokenizer, output, merging.MergeSettings(**settings))
 
 
 def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:
@@ -47,7 +52,7 @@ def test_merged_folder_is_the_adapted_model(
     with torch.no_grad():
         expected = peft(ids).logits
     output = tmp_path / "merged"
-    report = merging.merge(peft, tokenizer, output, adapter="run", dtype="float32")
+    report = merge_into(peft, tokenizer, output, adapter="run", dtype="float32")
     assert report.passed
     assert report.max_logit_difference < 1e-4
     assert report.top1_agreement == 1.0
@@ -68,7 +73,7 @@ def test_files_of_a_merge(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     output = tmp_path / "out" / "merged"
-    merging.merge(adapted(tiny_model), tokenizer, output, adapter="run", dtype="float32")
+    merge_into(adapted(tiny_model), tokenizer, output, adapter="run", dtype="float32")
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge_report.json"} <= names
     assert not any("kpsvd" in key for key in load_file(output / "model.safetensors"))
@@ -86,7 +91,7 @@ def test_modules_to_save_reach_the_merged_weights(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     peft = adapted(tiny_model, modules_to_save=["model.norm"]).eval()
-    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")
+    report = merge_into(peft, tokenizer, tmp_path / "m", adapter="run", dtype="float32")
     assert report.passed
 
 
@@ -95,7 +100,7 @@ def test_small_updates_lost_in_bf16_are_told(
 ) -> None:
     """An update far below the spacing of bf16 weights is rounded away almost whole."""
     base = tiny_model.to(torch.bfloat16).to(torch.float32)
-    report = merging.merge(
+    report = merge_into(
         adapted(base, scale=5e-5),
         tokenizer,
         tmp_path / "m",
@@ -136,7 +141,7 @@ def test_a_wrong_merge_fails_the_proof(
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_other)
-    report = merging.merge(
+    report = merge_into(
         adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32"
     )
     assert not report.passed
@@ -150,7 +155,7 @@ def test_a_broken_adapter_is_named(
         layer = peft.base_model.model.model.layers[1].self_attn.v_proj
         layer.kpsvd_left["default"][0, 0, 0] = float("inf")
     with pytest.raises(MergeError, match=r"logits of the adapter .* not finite for prompt 1"):
-        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+        merge_into(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -165,7 +170,7 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
     with pytest.raises(ResourceError, match=r"needs \d+ kB on disk and .* has 10 bytes free"):
-        merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+        merge_into(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,7 +186,7 @@ def test_a_broken_update_is_named_though_no_prompt_shows_it(tiny_model: Any) -> 
 def test_a_number_that_is_none_in_a_later_prompt_fails_the_proof() -> None:
     """Python's max() keeps the first of two when the second is NaN."""
     whole, broken = torch.ones(2, 3), torch.tensor([[1.0, float("nan"), 1.0]] * 2)
-    difference, _ = merging._difference([whole, whole], [whole, broken])
+    difference, _ = proof._difference([whole, whole], [whole, broken])
     assert math.isnan(difference)
 
 
@@ -194,15 +199,15 @@ def test_logits_that_prove_nothing_fail_the_proof(
     with torch.no_grad():
         if damage == "nan":
             # Of one token, which only the last prompt has.
-            used = set(tokenizer(merging.PROMPTS[-1]).input_ids)
-            for prompt in merging.PROMPTS[:-1]:
+            used = set(tokenizer(proof.PROMPTS[-1]).input_ids)
+            for prompt in proof.PROMPTS[:-1]:
                 used -= set(tokenizer(prompt).input_ids)
             peft.get_input_embeddings().weight[min(used)] = float("nan")
         else:
             head.weight.zero_()
     words = "are not finite for prompt 4" if damage == "nan" else "are all 0 for prompt 1"
     with pytest.raises(MergeError, match=f"logits of the adapter on its base {words}"):
-        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+        merge_into(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,7 +226,7 @@ def test_merged_logits_that_are_not_finite_leave_nothing(
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_other)
     with pytest.raises(MergeError, match="logits of the merged model are not finite"):
-        merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+        merge_into(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +238,7 @@ def test_a_weight_that_is_not_adapted_and_not_finite_is_named(
     with torch.no_grad():
         peft.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("Z"), 0] = 1e6
     with pytest.raises(MergeError, match=r"model.embed_tokens.weight: not finite in float16"):
-        merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float16")
+        merge_into(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,7 +250,7 @@ def test_an_adapter_that_the_proof_cannot_see_is_told(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, scale: float, words: str
 ) -> None:
     peft = adapted(tiny_model, scale=scale)
-    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="bfloat16")
+    report = merge_into(peft, tokenizer, tmp_path / "m", adapter="r", dtype="bfloat16")
     assert words in report.warnings[-1]
     assert report.adapter_logit_difference == 0 if scale == 0 else report.adapter_logit_difference
 
@@ -266,7 +271,7 @@ def test_files_that_transformers_4_reads(
     (base / "config.json").write_text(json.dumps(old))
     for place, known in (("of files", base), ("without files", None)):
         base_model = LlamaForCausalLM.from_pretrained(base)
-        merging.merge(
+        merge_into(
             adapted(base_model),
             tokenizer,
             tmp_path / place,
@@ -307,7 +312,7 @@ def test_what_a_killed_merge_left_is_removed_and_one_at_work_is_not(
         folder.mkdir()
     held = os.open(at_work, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    merging.merge(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+    merge_into(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     os.close(held)
     assert {each.name for each in tmp_path.iterdir()} == {"m", at_work.name, other.name}
 
@@ -344,7 +349,7 @@ def test_conv1d_layers_merge(
         eos_token_id=None,
     )
     peft = adapted(GPT2LMHeadModel(config).eval())
-    report = merging.merge(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+    report = merge_into(peft, tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     assert report.passed
     assert report.max_logit_difference < 1e-4
 

@@ -15,7 +15,7 @@ from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, TrialRow, money, plus_minus
 from kpsvd_tune.report.comparison_page import PALETTES, comparison_page
-from kpsvd_tune.report.trials import show_comparison
+from kpsvd_tune.report.console import show_comparison
 
 EVIL = "kpsvd:</script><img src=x>{{data}}"
 

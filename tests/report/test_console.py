@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console
 
 from kpsvd_tune.report import console as view
+from kpsvd_tune.report import live
+from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.results import LayerReport, RankReport, StepMetrics
 
 RESULTS: dict[str, Any] = {
@@ -62,7 +64,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(view, "time", found)
+    monkeypatch.setattr(live, "time", found)
     return found
 
 
@@ -81,7 +83,7 @@ def step(number: int, validation_loss: float | None = None) -> StepMetrics:
 
 
 def test_a_fast_training_fills_no_log(clock: Clock, capsys: pytest.CaptureFixture[str]):
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         for number in range(1, 10_001):
             clock.now += 0.01
             events.step(step(number, validation_loss=2.25), 10_000)
@@ -97,7 +99,7 @@ def test_a_fast_training_fills_no_log(clock: Clock, capsys: pytest.CaptureFixtur
 def test_a_slow_training_gives_a_sign_of_life_every_minute(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ):
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         for number in range(1, 41):
             clock.now += 30
             events.step(step(number), 1000)
@@ -106,7 +108,7 @@ def test_a_slow_training_gives_a_sign_of_life_every_minute(
 
 
 def test_work_that_is_done_at_once_says_so_in_one_line(capsys: pytest.CaptureFixture[str]):
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         for done in range(25):
             events.advance("tokenising", done, 24)
             events.advance("tokenising", done, 24)
@@ -116,7 +118,7 @@ def test_work_that_is_done_at_once_says_so_in_one_line(capsys: pytest.CaptureFix
 def test_what_came_before_the_first_step_does_not_count_for_the_time_left(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ):
-    with view.Events() as events:
+    with ConsoleEvents() as events:
         for number in (501, 502, 503):
             clock.now += 60
             # An hour of earlier steps and of a validation, then two seconds a step.
@@ -128,7 +130,7 @@ def test_what_came_before_the_first_step_does_not_count_for_the_time_left(
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
 def test_the_bar_of_a_training_is_never_cut(width: int):
     out = io.StringIO()
-    events = view.Events()
+    events = ConsoleEvents()
     events._console = Console(file=out, force_terminal=True, width=width, color_system=None)
     with events:
         events.step(step(1233), 123_456)
@@ -141,10 +143,10 @@ def test_the_bar_of_a_training_is_never_cut(width: int):
 
 def test_what_does_not_fit_is_left_out_whole():
     detail = "loss 2.5000, rate 1.00e-03, 6,400 tokens/s, 12 s left"
-    assert view.fitting(detail, 60) == detail
-    assert view.fitting(detail, 40) == "loss 2.5000, rate 1.00e-03, 12 s left"
-    assert view.fitting(detail, 12) == "12 s left"
-    assert view.fitting(detail, 3) == ""
+    assert live.fitting(detail, 60) == detail
+    assert live.fitting(detail, 40) == "loss 2.5000, rate 1.00e-03, 12 s left"
+    assert live.fitting(detail, 12) == "12 s left"
+    assert live.fitting(detail, 3) == ""
 
 
 def test_results_come_first_in_units_and_layers_only_when_asked(
@@ -175,7 +177,25 @@ def test_every_score_says_whose_it_is_and_how_it_was_asked(capsys: pytest.Captur
         (line,) = (line for line in lines if line.startswith(f"{whose}, gsm8k, strict: {value}"))
         assert "of 200" in line
         assert line.endswith("; own.jsonl, the first 200, greedy")
-    assert "gsm8k, in this training    9.0 % before, 47.0 % after, of 200" in lines
+    assert not any("in this training" in line for line in lines)
+
+
+def test_scores_of_the_training_are_shown_where_a_later_eval_replaced_them(
+    capsys: pytest.CaptureFixture[str],
+):
+    view.show_results(RESULTS | {"gsm8k": {"before": 0.1, "after": 0.47, "n": 200}})
+    lines = capsys.readouterr().out.splitlines()
+    assert "gsm8k, in this training    10.0 % before, 47.0 % after, of 200" in lines
+
+
+def test_the_report_of_a_run_says_the_trained_parameters_once(
+    capsys: pytest.CaptureFixture[str],
+):
+    run = {"results": RESULTS | {"trainable_parameters": 20}, "ranks": ranks().to_dict()}
+    view.show_run(run)
+    shown = capsys.readouterr().out
+    assert shown.count("trainable parameters") == 1
+    assert "20 trainable parameters; offsets" in shown
 
 
 def test_losses_are_not_repeated_and_only_a_bad_end_is_told(capsys: pytest.CaptureFixture[str]):

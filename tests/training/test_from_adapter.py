@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.report.live import ConsoleEvents
 
 
 @pytest.fixture
@@ -124,21 +125,19 @@ def test_a_stopped_second_run_goes_on_to_the_same_bits(
     import os
     import signal
 
-    from kpsvd_tune.report.console import Events
-
     # A run stands for its adapter.
     start = ["train", str(recipe), f"adapter.from={first}", "train.optimizer=radam"]
     assert cli.run([*start, f"output_dir={tmp_path / 'whole'}"]) == 0
-    original = Events.step
+    original = ConsoleEvents.step
 
-    def interrupt(self: Events, step: Any, total: int) -> None:
+    def interrupt(self: ConsoleEvents, step: Any, total: int) -> None:
         original(self, step, total)
         if step.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Events, "step", interrupt)
+    monkeypatch.setattr(ConsoleEvents, "step", interrupt)
     assert cli.run([*start, f"output_dir={tmp_path / 'parts'}"]) == 130
-    monkeypatch.setattr(Events, "step", original)
+    monkeypatch.setattr(ConsoleEvents, "step", original)
     assert cli.run([*start, f"output_dir={tmp_path / 'parts'}"]) == 0
     whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

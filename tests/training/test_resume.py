@@ -367,7 +367,7 @@ def test_an_allowed_change_of_the_optimiser_begins_a_state_where_it_needs_anothe
     list(start_training(max_steps=3, save_every=1, **before).steps())
     training = start_training(max_steps=5, save_every=1, **after)
     assert [each.step for each in training.steps()] == [4, 5]
-    assert ("which begins anew" in caplog.text) is is_anew
+    assert ("starts with a fresh state" in caplog.text) is is_anew
 
 
 def test_only_logged_steps_enter_the_file_and_every_step_is_given(start_training, tmp_path):

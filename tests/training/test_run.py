@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.report.live import ConsoleEvents
 
 Run = Callable[..., int]
 
@@ -120,23 +121,21 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     import os
     import signal
 
-    from kpsvd_tune.report.console import Events
-
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.run(["train", str(recipe), f"output_dir={whole}"]) == 0
 
-    original = Events.step
+    original = ConsoleEvents.step
 
-    def interrupt(self: Events, step: Any, total: int) -> None:
+    def interrupt(self: ConsoleEvents, step: Any, total: int) -> None:
         original(self, step, total)
         if step.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Events, "step", interrupt)
+    monkeypatch.setattr(ConsoleEvents, "step", interrupt)
     assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 130
     assert "stopped by SIGINT; what was done is saved" in capsys.readouterr().err
     assert not (stopped / "results.json").exists()
-    monkeypatch.setattr(Events, "step", original)
+    monkeypatch.setattr(ConsoleEvents, "step", original)
     # Going on must not need the decomposition again, whatever became of the cache.
     monkeypatch.setattr("kpsvd_tune.training.initialise.decompose", None)
     assert cli.run(["train", str(recipe), f"output_dir={stopped}"]) == 0

@@ -140,7 +140,7 @@ def test_fsdp_and_deepspeed_exclude_each_other(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(zero_config, "zero_stage", lambda _: 2)
     recipe = RECIPE.model_copy(update={"parallel": "fsdp"})
-    with pytest.raises(RecipeError, match="both share out the weights"):
+    with pytest.raises(RecipeError, match="both shard the weights"):
         zero_config.check_parallel(FakeAccelerator(), recipe)
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs import load_optimizer_state, optimizer_state
+from kpsvd_tune.runs.state import load_optimizer_state, optimizer_state
 from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.optim import make_optimizer

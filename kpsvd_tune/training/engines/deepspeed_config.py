@@ -1,7 +1,7 @@
 """What Accelerate's configuration asks of DeepSpeed, checked against the recipe and completed.
 
-The recipe decides everything that changes a result. DeepSpeed is asked for one thing: to share out
-optimiser state, gradients and weights over the processes (ZeRO).
+The recipe decides everything that changes a result. DeepSpeed is asked for one thing: to
+shard optimiser state, gradients and weights over the processes (ZeRO).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
         )
     if recipe.parallel == "fsdp":
         raise RecipeError(
-            "train.parallel: fsdp and DeepSpeed both share out the weights; expected ddp in the "
+            "train.parallel: fsdp and DeepSpeed both shard the weights; expected ddp in the "
             "recipe, or a configuration of Accelerate without DeepSpeed"
         )
     if recipe.optimizer not in _ELEMENTWISE:
@@ -147,7 +147,7 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
         )
     # Faults of the configuration show now, and not after the base is decomposed.
     engine_config(accelerator.deepspeed_plugin.deepspeed_config, recipe, accelerator.num_processes)
-    # Set by Accelerate, it would make transformers load a base whose weights are shared out
+    # Set by Accelerate, it would make transformers load a base whose weights are sharded
     # already; the adapter is compared with whole ones first.
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     accelerator.deepspeed_plugin.dschf = None
@@ -167,7 +167,7 @@ def engine_config(
             "DeepSpeed's configuration does not fit the recipe:\n  "
             + "\n  ".join(faults)
             + '\nChange these in the file that `accelerate launch` was given ("auto" leaves a '
-            "value to the recipe), or share out the weights without DeepSpeed: train.parallel: fsdp"
+            "value to the recipe), or shard the weights without DeepSpeed: train.parallel: fsdp"
         )
     zero = {
         key: value

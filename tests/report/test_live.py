@@ -8,15 +8,16 @@ import pytest
 from rich.console import Console
 from trial_rows import row
 
-from kpsvd_tune.comparison.plan import Trial
-from kpsvd_tune.report import trials
-from kpsvd_tune.report.trials import TrialTable, show_grid
+from kpsvd_tune.report import live
+from kpsvd_tune.report.comparison import Trial
+from kpsvd_tune.report.console import show_grid
+from kpsvd_tune.report.live import TrialTable
 
 
 def test_lines_stand_for_the_table_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(live, "TRIAL_SECONDS", 0.0)
     with TrialTable() as table:
         table.begin([row()], 5, 1)
         table.stepped(Trial("kpsvd", 100, 1e-3, 0), 3, 60, 1.234)
@@ -24,7 +25,7 @@ def test_lines_stand_for_the_table_where_there_is_no_terminal(
         table.finished(row("pissa", loss=None, failed="diverged"), 3)
     shown = capsys.readouterr().err
     assert "1 trials are done already" in shown
-    assert "kpsvd, rate 0.001, seed 0: step 3/60, loss 1.234" in shown
+    assert "kpsvd at 100, rate 0.001, seed 0: step 3/60, loss 1.234" in shown
     assert (
         "kpsvd at 100, rate 0.001, seed 0: validation loss 0.5000, 8 s; "
         "2 done, 4 to come, 32 s left\n" in shown
@@ -50,7 +51,7 @@ def test_before_the_first_trial_is_done_its_steps_tell_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("kpsvd_tune.report.trials.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("kpsvd_tune.report.live.time.monotonic", lambda: now[0])
     with TrialTable() as table:
         table.begin([], 4, 2)
         trial = Trial("kpsvd", 100, 1e-3, 0)

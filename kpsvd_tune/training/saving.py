@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Saving:
 
         def commit() -> None:
             state = TrainingState(
-                step=progress.step, random=generators, progress=progress.to_json(), **parts
+                step=progress.step, random=generators, progress=asdict(progress), **parts
             )
             keep, best = self._recipe.keep_checkpoints, progress.best_step
             self._run.save(state, keep, best, is_pending=is_pending)
@@ -112,7 +113,7 @@ class Saving:
 
     def _restore(self, checkpoint: Path, rate_factor: float | None) -> Progress:
         state = self._run.load(checkpoint)
-        progress = Progress.from_json(state.progress)
+        progress = Progress(**state.progress)
         factor = progress.rate_factor if rate_factor is None else rate_factor
         optimizer: dict[str, Any] | None = state.optimizer
         num_dims = {name: len(shape) for name, shape in self._stepper.shapes.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -328,10 +328,11 @@ def test_a_run_of_a_version_whose_warm_up_began_at_zero_keeps_its_schedule(
         del found["scheduler"]["starts_at_zero"]
         return found
 
+    def of_that_version(*arguments: Any, **_: Any) -> Any:
+        return make_scheduler(*arguments, starts_at_zero=True)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "kpsvd_tune.training.step.make_scheduler", partial(make_scheduler, starts_at_zero=True)
-        )
+        patch.setattr("kpsvd_tune.training.step.make_scheduler", of_that_version)
         patch.setattr(Stepper, "state", state)
         rates = [each.learning_rate for each in start_training("whole", **changes).steps()]
         steps = start_training("parts", **changes).steps()

@@ -10,12 +10,12 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
 from kpsvd_tune.recipe import DatasetRecipe, Recipe
-from kpsvd_tune.runs import RunDirectory, Start
+from kpsvd_tune.runs.directory import RunDirectory, Start
 
 
 @dataclass(frozen=True)

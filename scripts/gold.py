@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from kpsvd_tune.evaluation.completions import Completion
-from kpsvd_tune.evaluation.tasks import read_questions
+from kpsvd_tune.evaluation.questions import read_questions
 from kpsvd_tune.recipe import EvaluationRecipe
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from kpsvd_tune.errors import InputError, NonFiniteError
-from kpsvd_tune.evaluation.sandbox.run import sandbox_available
+from kpsvd_tune.evaluation.sandbox.run import sandbox_fault
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "attack.py"
 
@@ -42,7 +42,7 @@ def test_damaged_files_are_answered(attack: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sandbox_available(), reason="needs bubblewrap")
+@pytest.mark.skipif(sandbox_fault() is not None, reason="needs bubblewrap")
 def test_programs_are_judged_rightly(attack: ModuleType) -> None:
     found = list(attack.attacks(seed=7, recipes=0, files=0, limit=30, programs=10))
     assert len(found) == 10

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.data import Encoder
-from kpsvd_tune.evaluation import generate
+from kpsvd_tune.evaluation import generation as generate
 
 # The end token is behind the whole chat alone, as in Phi 3, which one rendering cannot train.
 OWN = (

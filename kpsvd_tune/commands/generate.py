@@ -38,7 +38,7 @@ def generate(
 ) -> None:
     """Show what a model says to a prompt."""
     prepare_libraries(offline, debug)
-    from kpsvd_tune.evaluation.generate import GenerationOptions, generate_text
+    from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
     from kpsvd_tune.phase import Phase, loading_cures, watched
     from kpsvd_tune.processes import device
     from kpsvd_tune.runs.find import find, load, resolve_base

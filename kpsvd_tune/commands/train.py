@@ -22,7 +22,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import WorseThanBaseError
-from kpsvd_tune.evaluation.permission import permission_for
+from kpsvd_tune.evaluation.scoring import permission_for
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents

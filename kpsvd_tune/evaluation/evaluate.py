@@ -21,23 +21,24 @@ from kpsvd_tune.evaluation.completions import (
     read_completions,
     repair_completions,
 )
-from kpsvd_tune.evaluation.decode import LanguageModel
-from kpsvd_tune.evaluation.generate import (
+from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
+    LanguageModel,
     ProgressCallback,
     Prompt,
     generate_completions,
 )
-from kpsvd_tune.evaluation.loss_task import check_loss, score_loss
-from kpsvd_tune.evaluation.permission import NO_CODE, CodePermission
-from kpsvd_tune.evaluation.prompts import (
+from kpsvd_tune.evaluation.loss import check_loss, score_loss
+from kpsvd_tune.evaluation.questions import (
     build_prompts,
     num_shots,
+    read_questions,
     read_shots,
     stop_strings,
 )
+from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.scoring import score_completions
-from kpsvd_tune.evaluation.tasks import SOURCES, read_questions
+from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
@@ -165,7 +166,7 @@ def check_task(recipe: EvaluationRecipe) -> None:
 
 def rows_source(recipe: EvaluationRecipe) -> str:
     """Where a task's rows are from, in words: files, or a hub set with its split."""
-    source = recipe.path or SOURCES[recipe.task].path
+    source = recipe.path or TASKS[recipe.task].path
     rows = ", ".join(source) if isinstance(source, list) else str(source)
     if recipe.task != "forgetting" and not Path(rows).suffix:
         rows += f" ({recipe.split})"
@@ -194,7 +195,7 @@ def conditions(recipe: EvaluationRecipe) -> str:
 
 def default_template(task: str) -> str:
     """The template of a task, where neither its section nor the training has one."""
-    return SOURCES[task].template if task in SOURCES else "{prompt}{completion}"
+    return TASKS[task].template if task in TASKS else "{prompt}{completion}"
 
 
 def weights_fingerprint(model: LanguageModel) -> str:

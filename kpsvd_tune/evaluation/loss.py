@@ -1,13 +1,13 @@
 """Loss and perplexity on prompt-completion rows and on plain text, and what training forgot.
 
 The mean is over tokens, not over rows or batches, so that it depends on neither the batch size
-nor the padding; the standard error takes tokens as independent, which flatters it somewhat.
+nor the padding; the standard error takes tokens as independent and is somewhat too small for that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
-from kpsvd_tune.data.encode.encoder import Learn
+from kpsvd_tune.data.rows.prepare import ReadRows
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.decode import LanguageModel
-from kpsvd_tune.evaluation.generate import evaluation_mode
-
-RowProgress = Callable[[int, int], None]
+from kpsvd_tune.evaluation.generation import LanguageModel, evaluation_mode
+from kpsvd_tune.evaluation.tasks import Progress
+from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.report.results import Score
+from kpsvd_tune.storage.json_files import check_regular
 
 
 @dataclass(frozen=True)
@@ -62,57 +63,104 @@ class Forgetting:
     stderr: float
 
 
+def score_loss(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: EvaluationRecipe,
+    template: str,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """The scores of the tasks loss and forgetting; `n` counts tokens, nothing is unextractable.
+
+    Args:
+        model: a causal language model, adapter included, on its device.
+        tokenizer: its tokenizer.
+        recipe: the task, its file and the sizes. A .txt or .md file is one running text, every
+            other source of the task loss holds rows with a prompt and a completion.
+        template: text with {prompt} and {completion}, or "chat".
+        progress: called with (done, total) rows or windows.
+
+    Returns:
+        For loss: loss and perplexity. For forgetting: the change of the loss against the base,
+        and both losses. The standard error of a perplexity is that of its loss times itself.
+
+    Raises:
+        DataError: the file cannot be read or holds nothing to measure.
+        InputError: forgetting was asked of a model without an adapter.
+    """
+    text = Path(str(recipe.path))
+    sizes: dict[str, Any] = {
+        "window": recipe.window,
+        "batch_size": recipe.batch_size,
+        "limit": recipe.limit,
+        "progress": progress,
+    }
+    if recipe.task == "forgetting":
+        found = forgetting(model, tokenizer, text, **sizes)
+        return [
+            Score("loss_change", found.change, found.adapted.n, found.stderr),
+            _score("loss", found.adapted),
+            _score("base_loss", found.base),
+        ]
+    if _is_text(recipe):
+        loss = text_loss(model, tokenizer, text, **sizes)
+    else:
+        loss = completion_loss(model, tokenizer, recipe, template, progress)
+    perplexity = loss.perplexity
+    return [
+        _score("loss", loss),
+        Score("perplexity", perplexity, loss.n, perplexity * loss.stderr),
+    ]
+
+
+def check_loss(recipe: EvaluationRecipe) -> None:
+    """Read what the task measures, so that a fault is found before the work begins.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if recipe.task == "forgetting" or _is_text(recipe):
+        _read_text(str(recipe.path))
+    else:
+        _read_rows(recipe)
+
+
 def completion_loss(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    path: str | Sequence[str],
-    *,
+    recipe: EvaluationRecipe,
     template: str,
-    name: str | Sequence[str] | None = None,
-    split: str = "train",
-    columns: Mapping[str, str] | None = None,
-    learn: Learn = "all",
-    max_length: int = 1024,
-    batch_size: int = 8,
-    limit: int | None = None,
-    progress: RowProgress | None = None,
+    progress: Progress | None = None,
 ) -> TokenLoss:
     """Loss on the completions of a file, encoded and masked exactly as in training.
 
     Args:
         model: a causal language model, adapter included.
         tokenizer: its tokenizer.
-        path: local file or hub id, or several.
+        recipe: the rows, their columns and how many; `window` tokens are left of each row.
         template: the training template, or "chat".
-        name: configuration on the hub, or several.
-        split: split on the hub.
-        columns: column of each role, where its name differs.
-        learn: assistant turns of a chat to count.
-        max_length: tokens a row is cut to.
-        batch_size: rows at a time.
-        limit: rows to take; None: all.
         progress: called with (done, total) rows.
 
     Raises:
         DataError: the file cannot be read or no token of a completion is left in it.
     """
-    found = read_examples(path, name=name, split=split, columns=columns, template=template)
+    found = _read_rows(recipe, template)
     # Chats take the chat template, as in training.
     used = "chat" if found.format.is_chat else template
-    encoder = Encoder(tokenizer, used, max_length, learn=learn)
+    encoder = Encoder(tokenizer, used, recipe.window, learn=recipe.learn or "all")
     rows = []
     for number, (_, example) in enumerate(found):
-        if limit is not None and number >= limit:
+        if recipe.limit is not None and number >= recipe.limit:
             break
         parts = [] if example is None else encoder.parts(example)
         encoded = (encoder.encode(part, number) for part in parts)
         rows += [row for row in encoded if row.num_supervised]
     if not rows:
         raise DataError(
-            f"{path} holds no completion to compute a loss on. Expected at least one row whose "
-            f"completion begins within the first {max_length} tokens; check the columns."
+            f"{recipe.path} holds no completion to compute a loss on. Expected at least one row "
+            f"whose completion begins within the first {recipe.window} tokens; check the columns."
         )
-    return _summarise(_token_losses(model, tokenizer, rows, batch_size, progress))
+    return _summarise(_token_losses(model, tokenizer, rows, recipe.batch_size, progress))
 
 
 def text_loss(
@@ -123,7 +171,7 @@ def text_loss(
     window: int = 1024,
     batch_size: int = 4,
     limit: int | None = None,
-    progress: RowProgress | None = None,
+    progress: Progress | None = None,
 ) -> TokenLoss:
     """Loss on a text file, read as one stream in windows that do not overlap.
 
@@ -155,7 +203,7 @@ def forgetting(
     window: int = 1024,
     batch_size: int = 4,
     limit: int | None = None,
-    progress: RowProgress | None = None,
+    progress: Progress | None = None,
 ) -> Forgetting:
     """Loss of a model with an adapter and of its base on a text the user cares about.
 
@@ -186,16 +234,32 @@ def forgetting(
     return Forgetting(_summarise(base), _summarise(adapted), change.value, change.stderr)
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        DataError: the file cannot be read, or is no UTF-8 text.
-    """
+def _read_text(path: str | Path) -> str:
     try:
+        check_regular(Path(path))  # reading a pipe would wait for its writer
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} as UTF-8 text: {error}.") from error
+
+
+def _is_text(recipe: EvaluationRecipe) -> bool:
+    """Whether the source is one running text rather than rows."""
+    return isinstance(recipe.path, str) and Path(recipe.path).suffix.lower() in (".txt", ".md")
+
+
+def _read_rows(recipe: EvaluationRecipe, template: str = "chat") -> ReadRows:
+    columns = {role: str(name) for role, name in recipe.columns.items()}
+    return read_examples(
+        recipe.path or (),
+        name=recipe.name,
+        split=recipe.split,
+        columns=columns,
+        template=template,
+    )
+
+
+def _score(name: str, loss: TokenLoss) -> Score:
+    return Score(name, loss.value, loss.n, loss.stderr)
 
 
 def _windows(
@@ -203,7 +267,7 @@ def _windows(
 ) -> list[TokenizedRow]:
     if window < 2:
         raise InputError(f"window must be 2 tokens or more, got {window}.")
-    text = read_text(path)
+    text = _read_text(path)
     window = min(window, int(getattr(model.config, "max_position_embeddings", None) or window))
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     rows = []
@@ -221,7 +285,7 @@ def _token_losses(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedRow],
     batch_size: int,
-    progress: RowProgress | None,
+    progress: Progress | None,
 ) -> Tensor:
     """The loss of each counted token, float64, row by row in their order."""
     padding = tokenizer.pad_token_id or 0  # masked, so any token does

@@ -1,219 +1,253 @@
-"""The tasks: where their rows come from, and what of a row is asked and compared with."""
+"""The table of tasks: where each finds its rows, how it is asked, and which scorers judge it.
+
+To add a scorer, write what it makes of one answer as a function of (completion, gold), and add it
+to `TASKS` with :func:`each`. A scorer that has to see all answers at once, because it starts
+processes for them, is a :class:`Scorer` with a function of its own. To add a task, add an entry to
+`TASKS` and its name to `EvaluationRecipe.task`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from kpsvd_tune.data import read_examples
-from kpsvd_tune.data.encode.format import Chat, Pair
-from kpsvd_tune.data.read.sources import load_rows
-from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.completions import RowId
-from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold
-from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.errors import DataError
+from kpsvd_tune.evaluation.completions import Completion
+from kpsvd_tune.evaluation.math_answer import (
+    INSTALL,
+    boxed_answer,
+    is_equiv,
+    judge_by_value,
+    math_verify_available,
+    stated_answer,
+)
+from kpsvd_tune.evaluation.numeric_answer import (
+    flexible_answer,
+    gsm8k_gold,
+    last_number,
+    metamath_answer,
+    plain_text,
+    strict_answer,
+)
+from kpsvd_tune.evaluation.sandbox.run import Program, Sandbox, run_programs
 
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TaskSource:
-    """Where a task's rows are when the recipe names no file, and how they are written."""
-
-    path: str | None
-    name: str | tuple[str, ...] | None
-    columns: Mapping[str, str]
-    template: str
-    shots_split: str = "train"
-
-
-SOURCES: Mapping[str, TaskSource] = {
-    "gsm8k": TaskSource(
-        "openai/gsm8k",
-        "main",
-        {"prompt": "question", "completion": "answer"},
-        "Question: {prompt}\nAnswer: {completion}",
-    ),
-    "math": TaskSource(
-        "EleutherAI/hendrycks_math",
-        (
-            "algebra",
-            "counting_and_probability",
-            "geometry",
-            "intermediate_algebra",
-            "number_theory",
-            "prealgebra",
-            "precalculus",
-        ),
-        {"prompt": "problem", "completion": "solution"},
-        "Problem: {prompt}\nSolution: {completion}",
-    ),
-    "mbpp": TaskSource(
-        "google-research-datasets/mbpp",
-        "full",
-        {"completion": "code"},
-        "Task: {prompt}\nPython:\n{completion}",
-        "prompt",
-    ),
-    "exact_match": TaskSource(None, None, {}, "Question: {prompt}\nAnswer: {completion}"),
-    "loss": TaskSource(None, None, {}, "Question: {prompt}\nAnswer: {completion}"),
-}
-# The first and last task_id of each split, for local files, which hold all splits together.
-_MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
+Progress = Callable[[int, int], None]  # told (done, total)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_END_OF_PROGRAM = "[DONE]"
 
 
 @dataclass(frozen=True)
-class Question:
-    """One row of a task.
+class Verdict:
+    """What a scorer made of one completion; a completion without an answer in it is wrong."""
+
+    is_correct: bool
+    is_extracted: bool = True
+
+
+Judge = Callable[[Sequence[Completion], Sandbox | None, Progress | None], list[Verdict]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way to judge the answers of a task.
 
     Attributes:
-        id: its id in the source, or its number from 0.
-        prompt: the question's text, or chat messages up to a user's.
-        answer: the right answer as a model would write it, for worked examples.
-        gold: what scorers compare with.
-        system: the row's system prompt.
-        tests: for code, the tests as texts.
-        tools: beside messages, what the assistant may call.
+        judge: gives one verdict for each completion, in their order, from the completions, the
+            sandbox that the user allowed to run programs in, and whom to tell of progress.
+        is_pass_at_k: whether it gives pass@k instead of the share of right answers.
+        missing: why the scorer cannot be used here, with what to do about it; else None.
     """
 
-    id: RowId
-    prompt: str | tuple[Message, ...]
-    answer: str
-    gold: Any
-    system: str | None = None
-    tests: tuple[str, ...] = field(default=())
-    tools: tuple[Any, ...] | None = None
+    judge: Judge
+    is_pass_at_k: bool = False
+    missing: Callable[[], str | None] = lambda: None
 
 
-def read_questions(recipe: EvaluationRecipe) -> list[Question]:
-    """The rows of a task, the first `limit` of them.
+@dataclass(frozen=True)
+class Task:
+    """What is known of a task beside what the recipe says.
+
+    Attributes:
+        path: hub id of its rows, used when the recipe names none.
+        name: configuration on the hub, or several.
+        columns: column of each role in these rows.
+        template: the prompt, where neither the recipe's section nor the training has one.
+        shots_split: the split that worked examples are taken from.
+        scorers: by the name that their scores are reported under.
+        runs_code: whether scoring runs programs that the model wrote.
+    """
+
+    path: str | None = None
+    name: str | tuple[str, ...] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: str = "{prompt}{completion}"
+    shots_split: str = "train"
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    runs_code: bool = False
+
+
+def each(verdict: Callable[[str, str], Verdict]) -> Scorer:
+    """A scorer that judges completions one by one, each as (its text, its gold text)."""
+    return Scorer(lambda found, *_: [verdict(one.completion, gold_text(one)) for one in found])
+
+
+def gold_text(completion: Completion) -> str:
+    """The gold of a completion as a text.
 
     Raises:
-        DataError: the source cannot be read, has other columns, or holds no row.
+        DataError: it is neither a text nor a number.
     """
-    source = SOURCES[recipe.task]
-    path = recipe.path or source.path
-    name = recipe.name if recipe.path or recipe.name else source.name
-    if path is None:
-        raise InputError(f"the task {recipe.task} has no data of its own: give evaluation.path.")
-    questions = read_rows(recipe, path, name, recipe.split)
-    if not questions:
+    gold = completion.gold
+    if isinstance(gold, int | float) and not isinstance(gold, bool):
+        return str(gold)
+    if not isinstance(gold, str):
         raise DataError(
-            f"evaluation of {recipe.task}: {path} holds no row of the split {recipe.split!r}. "
-            "Expected at least one; check evaluation.path and evaluation.split."
+            f"the gold of the completion with id {completion.id!r} is {str(gold)[:60]!r}. Expected "
+            "a text; was this file written for another task?"
         )
-    return questions[: recipe.limit]
+    return gold
 
 
-def read_rows(
-    recipe: EvaluationRecipe,
-    path: str | Sequence[str],
-    name: str | Sequence[str] | None,
-    split: str,
-) -> list[Question]:
-    """All rows of one source, in their order.
+def _same(extract: Callable[[str], Any], of_gold: Callable[[str], Any]) -> Scorer:
+    """Extracts an answer from the completion and compares it with the one in the gold."""
+
+    def verdict(completion: str, gold: str) -> Verdict:
+        answer = extract(completion)
+        return Verdict(answer is not None and answer == of_gold(gold), answer is not None)
+
+    return each(verdict)
+
+
+def _metamath_gold(gold: str) -> float | None:
+    answer = gsm8k_gold(gold)
+    try:
+        return None if answer is None else float(answer)
+    except ValueError:
+        return None
+
+
+def _same_spelling(extract: Callable[[str], str | None]) -> Scorer:
+    """Compares answers of MATH by the benchmark's string rules."""
+
+    def verdict(completion: str, gold: str) -> Verdict:
+        answer, right = extract(completion), boxed_answer(gold)
+        if answer is None:
+            return Verdict(False, False)
+        return Verdict(is_equiv(answer, gold if right is None else right))
+
+    return each(verdict)
+
+
+def _same_value(completions: Sequence[Completion], *_: object) -> list[Verdict]:
+    judged = judge_by_value([(gold_text(one), one.completion) for one in completions])
+    return [Verdict(is_correct, is_extracted) for is_extracted, is_correct in judged]
+
+
+def _exact_match(completion: str, gold: str) -> Verdict:
+    """By the last number of both where the gold holds one, else by the text."""
+    if (right := last_number(gold)) is None:
+        return _exact_text(completion, gold)
+    answer = last_number(completion)
+    return Verdict(answer == right, answer is not None)
+
+
+def _exact_text(completion: str, gold: str) -> Verdict:
+    answer = plain_text(completion)
+    return Verdict(answer == plain_text(gold) and bool(answer), bool(answer))
+
+
+def _passes_tests(
+    completions: Sequence[Completion], sandbox: Sandbox | None, progress: Progress | None
+) -> list[Verdict]:
+    assert sandbox is not None  # the task says that it runs code
+    programs = [program_with_tests(one.completion, one.gold) for one in completions]
+    results = run_programs(programs, sandbox=sandbox, progress=progress)
+    return [
+        Verdict(result.passed, result.status != "invalid" and bool(program.source.strip()))
+        for result, program in zip(results, programs, strict=True)
+    ]
+
+
+def program_text(completion: str) -> str:
+    """The program in a completion: its first fenced block, else all of it up to "[DONE]"."""
+    fenced = _FENCE.search(completion)
+    return (fenced[1] if fenced else completion).partition(_END_OF_PROGRAM)[0]
+
+
+def program_with_tests(completion: str, gold: Any) -> Program:
+    """The program of a completion with the tests of its row.
 
     Args:
-        recipe: the task and its columns.
-        path: local file or hub id, or several.
-        name: configuration on the hub, or several.
-        split: its split; for a local MBPP file, which holds all, the rows with its ids.
+        completion: what the model wrote.
+        gold: ``{"test_list": [...], "test_setup_code": "", "test_imports": [...]}`` with the last
+            two optional, or a list of tests, or one text of tests.
 
     Raises:
-        DataError: the source cannot be read or has other columns.
+        DataError: `gold` is none of these.
     """
-    if recipe.task == "mbpp":
-        return _read_code(recipe, path, name, split)
-    found = read_examples(
-        path,
-        name=name,
-        split=split,
-        columns=_columns(recipe),
-    )
-    questions = []
-    for number, (row, example) in enumerate(found):
-        if isinstance(example, Pair) and (example.history or example.tools):
-            example = example.as_chat()
-        if isinstance(example, Pair):
-            gold = example.completion
-            questions.append(
-                Question(_id(row.values, number), example.prompt, gold, gold, example.system)
-            )
-        elif isinstance(example, Chat):
-            questions.append(_chat_question(example, _id(row.values, number)))
-        # A row with an empty field is no example.
-        _check_gold(recipe.task, "" if example is None else questions[-1].gold, row.where)
-    return _with_unique_ids(questions)
-
-
-def _check_gold(task: str, gold: Any, where: str) -> None:
-    """Refuse a right answer in which the task's scorers find none: every answer would be wrong."""
-    if task == "gsm8k" and isinstance(gold, str) and gsm8k_gold(gold) is None:
+    if isinstance(gold, str):
+        gold = {"test_list": [gold]}
+    elif isinstance(gold, Sequence):
+        gold = {"test_list": gold}
+    tests = gold.get("test_list") if isinstance(gold, Mapping) else None
+    if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         raise DataError(
-            f"{where}: the right answer {gold[-60:]!r} holds no number, so that every answer would "
-            "count as wrong. Expected one behind '####', or as the last number of the text"
+            f"gold is {str(gold)[:80]!r}. Expected the tests of the program: "
+            '{"test_list": ["assert ...", ...]}, with "test_setup_code" and "test_imports" '
+            "where the row has them."
         )
+    # After the program, because the setup code of some rows uses its classes.
+    setup = str(gold.get("test_setup_code") or "")
+    imports = [str(line) for line in gold.get("test_imports") or ()]
+    return Program(program_text(completion), (setup, *imports, *(str(test) for test in tests)))
 
 
-def _read_code(
-    recipe: EvaluationRecipe,
-    path: str | Sequence[str],
-    name: str | Sequence[str] | None,
-    split: str,
-) -> list[Question]:
-    questions = []
-    columns = _columns(recipe)
-    for row in load_rows(path, name=name, split=split).rows:
-        # The sanitized rows call their text "prompt".
-        text = row.values.get(columns.get("prompt", "text"), row.values.get("prompt"))
-        tests = row.values.get("test_list")
-        if not isinstance(text, str) or not isinstance(tests, list):
-            raise DataError(
-                f"{row.where} is no row of MBPP: got the columns {', '.join(row.values)}. Expected "
-                "text (or prompt), code, test_list and, where needed, test_setup_code."
-            )
-        identifier = row.values.get("task_id", row.number)
-        if Path(row.source).suffix and not _is_in_split(identifier, split):
-            continue
-        gold = {
-            "test_list": tests,
-            "test_setup_code": row.values.get("test_setup_code") or "",
-            "test_imports": row.values.get("test_imports") or [],
-        }
-        code = str(row.values.get(columns["completion"]) or "")
-        questions.append(Question(identifier, text, code, gold, tests=tuple(map(str, tests))))
-    return questions
+_MATH_SUBJECTS = (
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
+    *("number_theory", "prealgebra", "precalculus"),
+)
 
-
-def _columns(recipe: EvaluationRecipe) -> dict[str, str]:
-    given = {role: str(column) for role, column in recipe.columns.items()}
-    return {**SOURCES[recipe.task].columns, **given}
-
-
-def _is_in_split(identifier: RowId, split: str) -> bool:
-    if split not in _MBPP_SPLITS or not isinstance(identifier, int):
-        return True
-    first, last = _MBPP_SPLITS[split]
-    return first <= identifier <= last
-
-
-def _chat_question(chat: Chat, identifier: RowId) -> Question:
-    """The last answer of a conversation is asked for, all before it is given."""
-    last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
-    answer = str(chat.messages[last]["content"])
-    return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)
-
-
-def _id(values: Mapping[str, Any], number: int) -> RowId:
-    identifier = values.get("id")
-    is_usable = isinstance(identifier, int | str) and not isinstance(identifier, bool)
-    return identifier if is_usable and identifier is not None else number
-
-
-def _with_unique_ids(questions: list[Question]) -> list[Question]:
-    """The questions, numbered afresh where two share an id, as rows of several files may."""
-    if len({question.id for question in questions}) == len(questions):
-        return questions
-    return [replace(question, id=number) for number, question in enumerate(questions)]
+TASKS: Mapping[str, Task] = {
+    "gsm8k": Task(
+        path="openai/gsm8k",
+        name="main",
+        columns={"prompt": "question", "completion": "answer"},
+        template="Question: {prompt}\nAnswer: {completion}",
+        scorers={
+            "strict": _same(strict_answer, gsm8k_gold),
+            "flexible": _same(flexible_answer, gsm8k_gold),
+            "metamath": _same(metamath_answer, _metamath_gold),
+        },
+    ),
+    "math": Task(
+        path="EleutherAI/hendrycks_math",
+        name=_MATH_SUBJECTS,
+        columns={"prompt": "problem", "completion": "solution"},
+        template="Problem: {prompt}\nSolution: {completion}",
+        scorers={
+            "is_equiv": _same_spelling(boxed_answer),
+            "metamath": _same_spelling(stated_answer),
+            "math_verify": Scorer(
+                _same_value, missing=lambda: None if math_verify_available() else INSTALL
+            ),
+        },
+    ),
+    "mbpp": Task(
+        path="google-research-datasets/mbpp",
+        name="full",
+        columns={"completion": "code"},
+        template="Task: {prompt}\nPython:\n{completion}",
+        shots_split="prompt",
+        scorers={"pass": Scorer(_passes_tests, is_pass_at_k=True)},
+        runs_code=True,
+    ),
+    "exact_match": Task(
+        template="Question: {prompt}\nAnswer: {completion}",
+        scorers={"exact_match": each(_exact_match), "exact_text": each(_exact_text)},
+    ),
+    # These two measure a loss instead of judging answers.
+    "loss": Task(template="Question: {prompt}\nAnswer: {completion}"),
+    "forgetting": Task(),
+}

@@ -16,7 +16,7 @@ from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import evaluate as module
 from kpsvd_tune.evaluation.completions import append_completion, read_completions
 from kpsvd_tune.evaluation.evaluate import evaluate, weights_fingerprint
-from kpsvd_tune.evaluation.scoring import rescore
+from kpsvd_tune.evaluation.scoring import score_completions
 from kpsvd_tune.recipe import Columns, EvaluationRecipe
 
 
@@ -37,7 +37,7 @@ def test_an_evaluation_answers_every_row_and_can_be_scored_again(
     assert sorted(each.id for each in read_completions(file)) == list(range(8))
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
     assert set(row) == {"id", "prompt", "completion", "gold"}
-    assert rescore(file, "exact_match") == scores
+    assert score_completions("exact_match", read_completions(file)) == scores
     assert {each.name for each in (tmp_path / "eval").iterdir()} == {
         "completions.jsonl",
         "evaluation.json",
@@ -234,7 +234,7 @@ def test_code_is_refused_before_the_data_is_read(tiny_model, tokenizer, tmp_path
 
 def test_scoring_again_needs_no_torch():
     code = (
-        "import sys; from kpsvd_tune.evaluation.scoring import rescore;"
+        "import sys; from kpsvd_tune.evaluation.scoring import score_completions;"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     package = str(Path(module.__file__).parents[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from kpsvd_tune.data import Encoder
 from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.loss import TokenLoss, completion_loss, forgetting, text_loss
+from kpsvd_tune.recipe import Columns, EvaluationRecipe
 
 TEMPLATE = "Question: {prompt}\nAnswer: {completion}"
-COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+def recipe(rows: Path, **keys: Any) -> EvaluationRecipe:
+    columns: Columns = {"prompt": "question", "completion": "answer"}
+    return EvaluationRecipe(task="loss", path=str(rows), columns=columns, **keys)
 
 
 def token_losses(model, ids: list[int]) -> list[float]:
@@ -42,11 +48,8 @@ def test_completion_loss_is_the_mean_over_completion_tokens(
     loss = completion_loss(
         tiny_model,
         tokenizer,
-        str(rows_file),
-        template=TEMPLATE,
-        columns=COLUMNS,
-        batch_size=batch_size,
-        limit=4,
+        recipe(rows_file, batch_size=batch_size, limit=4),
+        TEMPLATE,
     )
     assert loss.n == len(losses)
     assert loss.value == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -135,6 +138,4 @@ def test_texts_without_a_loss_are_refused(
 
 def test_rows_without_a_completion_are_refused(tiny_model, tokenizer, rows_file: Path):
     with pytest.raises(DataError, match="holds no completion .* within the first 4 tokens"):
-        completion_loss(
-            tiny_model, tokenizer, str(rows_file), template=TEMPLATE, columns=COLUMNS, max_length=4
-        )
+        completion_loss(tiny_model, tokenizer, recipe(rows_file, window=4), TEMPLATE)

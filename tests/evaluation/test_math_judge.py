@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune.errors import InputError, ResourceError
-from kpsvd_tune.evaluation import math_judge
-from kpsvd_tune.evaluation.math_judge import judge_by_value, math_verify_available
+from kpsvd_tune.evaluation import math_answer
+from kpsvd_tune.evaluation.math_answer import judge_by_value, math_verify_available
 
 # Answers are texts; "hang" never ends, "die" ends the process, "fail" raises.
 STAND_IN = """
@@ -36,7 +36,7 @@ def verify(gold, answer):
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "math_verify.py").write_text(STAND_IN)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(math_judge, "math_verify_available", lambda: True)
+    monkeypatch.setattr(math_answer, "math_verify_available", lambda: True)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -59,19 +59,19 @@ def test_a_judgement_that_never_ends_counts_as_wrong():
 def test_a_worker_that_cannot_start_is_reported(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "math_verify.py").write_text("raise SystemExit(1)")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(math_judge, "math_verify_available", lambda: True)
+    monkeypatch.setattr(math_answer, "math_verify_available", lambda: True)
     with pytest.raises(ResourceError, match="worker process of the scorer math_verify ended"):
         judge_by_value([("1", "1")])
 
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(math_judge, "math_verify_available", lambda: False)
+    monkeypatch.setattr(math_answer, "math_verify_available", lambda: False)
     with pytest.raises(InputError, match=r"Run: pip install 'kpsvd-tune\[math\]'"):
         judge_by_value([("1", "1")])
 
 
 def test_no_pairs_start_no_process(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(math_judge, "math_verify_available", lambda: True)
+    monkeypatch.setattr(math_answer, "math_verify_available", lambda: True)
     assert judge_by_value([]) == []
 
 

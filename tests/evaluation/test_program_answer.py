@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.evaluation.program_answer import pass_at_k, program_text, program_with_tests
+from kpsvd_tune.evaluation.scoring import pass_at_k
+from kpsvd_tune.evaluation.tasks import program_text, program_with_tests
 
 ONE_TEST = {"test_list": ["assert f(1) == 2"]}
 

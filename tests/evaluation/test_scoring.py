@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation import scoring
-from kpsvd_tune.evaluation.completions import Completion
-from kpsvd_tune.evaluation.permission import CodePermission, permission_for
-from kpsvd_tune.evaluation.sandbox.run import Program, RunResult, Status
+from kpsvd_tune.evaluation import tasks
+from kpsvd_tune.evaluation.completions import Completion, read_completions
+from kpsvd_tune.evaluation.sandbox.run import CodePermission, Program, RunResult, Status
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
-    rescore,
+    permission_for,
     score_completions,
 )
 from kpsvd_tune.report.results import Score
@@ -29,7 +28,7 @@ def scores_of(task: str, pairs: Sequence[tuple[str, object]], **options) -> dict
 
 @pytest.fixture
 def without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "math_verify_available", lambda: False)
+    monkeypatch.setattr(tasks, "math_verify_available", lambda: False)
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def run_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         words: dict[str, Status] = {"right": "passed", "broken": "invalid"}
         return [RunResult(words.get(program.source, "failed")) for program in programs]
 
-    monkeypatch.setattr(scoring, "run_programs", run)
+    monkeypatch.setattr(tasks, "run_programs", run)
 
 
 def test_gsm8k_has_three_scorers_that_see_different_answers():
@@ -131,7 +130,7 @@ def test_several_samples_of_a_question_count_once():
 
 
 def test_code_is_refused_before_anything_is_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(scoring, "run_programs", lambda *_, **__: pytest.fail("ran a program"))
+    monkeypatch.setattr(tasks, "run_programs", lambda *_, **__: pytest.fail("ran a program"))
     with pytest.raises(InputError, match="Type --allow-code-execution"):
         scores_of("mbpp", [("right", ["assert True"])])
 
@@ -164,11 +163,13 @@ def test_nothing_to_score_is_refused():
         score_completions("gsm8k", [])
 
 
-def test_rescore_reads_what_an_evaluation_wrote(tmp_path: Path):
+def test_scoring_again_reads_what_an_evaluation_wrote(tmp_path: Path):
     file = tmp_path / "completions.jsonl"
     rows = [{"id": i, "prompt": "?", "completion": f"#### {i}", "gold": "#### 1"} for i in range(4)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(s.scorer, s.value, s.n) for s in rescore(file, "gsm8k")] == [
+    assert [
+        (s.scorer, s.value, s.n) for s in score_completions("gsm8k", read_completions(file))
+    ] == [
         ("strict", 0.25, 4),
         ("flexible", 0.25, 4),
         ("metamath", 0.0, 4),

@@ -149,7 +149,7 @@ STAGES = {
         "reading and tokenising the data",
         "a lower dataset.max_length (now 512)",
     ),
-    "kpsvd_tune.decompose.start.decompose": (
+    "kpsvd_tune.training.initialise.decompose": (
         "decomposing the base model",
         "a lower adapter.rank.window (now 8)",
     ),
@@ -195,7 +195,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
          "batch_size of the evaluation"),
         (["eval", "--task", "gsm8k", "--path", "rows"],
          "transformers.AutoModelForCausalLM.from_pretrained", "loading the model", "--dtype"),
-        (["generate"], "kpsvd_tune.evaluation.generate.generate_text", "answering",
+        (["generate"], "kpsvd_tune.evaluation.generation.generate_text", "answering",
          "--max-new-tokens"),
         (["report"], "kpsvd_tune.commands.report.read_run", "running report", ""),
     ],

@@ -102,9 +102,31 @@ class RunResult:
         return self.status == "passed"
 
 
-def sandbox_available() -> bool:
-    """Whether bubblewrap is installed and may start a sandbox on this machine."""
-    return _sandbox_fault() is None
+@dataclass(frozen=True)
+class CodePermission:
+    """Whether programs that a model wrote may run; made and checked once, by the command.
+
+    Attributes:
+        sandbox: what programs run in, "none" for no protection; None where they may not run.
+    """
+
+    sandbox: Sandbox | None = None
+
+    def for_task(self, task: str) -> Sandbox:
+        """What the programs of a task run in.
+
+        Raises:
+            InputError: they may not run.
+        """
+        if self.sandbox is None:
+            raise InputError(
+                f"the task {task} runs programs the model wrote, and that was not allowed. Type "
+                "--allow-code-execution to run them in a sandbox."
+            )
+        return self.sandbox
+
+
+NO_CODE = CodePermission()
 
 
 def check_sandbox(sandbox: str) -> None:
@@ -119,7 +141,7 @@ def check_sandbox(sandbox: str) -> None:
     """
     if sandbox not in ("bwrap", "none"):
         raise InputError(f"--sandbox must be bwrap or none, got {sandbox!r}.")
-    if sandbox == "bwrap" and (fault := _sandbox_fault()):
+    if sandbox == "bwrap" and (fault := sandbox_fault()):
         raise InputError(f"{fault} {_INSTALL}")
 
 
@@ -329,7 +351,7 @@ def _code_for(module: str) -> bytes:
 
 
 @cache
-def _sandbox_fault() -> str | None:
+def sandbox_fault() -> str | None:
     """What stands in the way of a sandbox, found by starting one; None where nothing does."""
     if find_bubblewrap() is None:
         return "Generated code runs in bubblewrap, which is not installed: found no bwrap."

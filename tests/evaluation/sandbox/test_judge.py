@@ -14,11 +14,11 @@ from kpsvd_tune.evaluation.sandbox.run import (
     RunResult,
     Sandbox,
     run_program,
-    sandbox_available,
+    sandbox_fault,
 )
 
 # Without bubblewrap the judge is a process of its own too, so the same must hold.
-SANDBOX: Sandbox = "bwrap" if sandbox_available() else "none"
+SANDBOX: Sandbox = "bwrap" if sandbox_fault() is None else "none"
 
 
 def judge(source: str, *tests: str) -> RunResult:

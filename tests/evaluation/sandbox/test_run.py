@@ -28,10 +28,10 @@ from kpsvd_tune.evaluation.sandbox.run import (
     check_sandbox,
     run_program,
     run_programs,
-    sandbox_available,
+    sandbox_fault,
 )
 
-needs_bubblewrap = pytest.mark.skipif(not sandbox_available(), reason="needs bubblewrap")
+needs_bubblewrap = pytest.mark.skipif(sandbox_fault() is not None, reason="needs bubblewrap")
 SHORT = Limits(cpu_seconds=1, wall_seconds=1.5)
 
 
@@ -572,13 +572,13 @@ def test_a_sandbox_that_does_not_start_scores_nothing(monkeypatch: pytest.Monkey
 
 def test_without_bubblewrap_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    module._sandbox_fault.cache_clear()
+    module.sandbox_fault.cache_clear()
     try:
-        assert not sandbox_available()
+        assert sandbox_fault() is not None
         with pytest.raises(InputError) as caught:
             run_programs([Program("", ())])
     finally:
-        module._sandbox_fault.cache_clear()
+        module.sandbox_fault.cache_clear()
     for part in ("found no bwrap", "sudo apt-get install bubblewrap", "--sandbox none"):
         assert part in str(caught.value)
 

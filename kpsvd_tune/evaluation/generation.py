@@ -1,31 +1,36 @@
 """Text from a model: batched greedy or sampled decoding with a key/value cache.
 
 A loop of our own instead of `transformers.generate`, for four reasons: nothing hidden in a model's
-generation_config (repetition penalties, top-k) may change a score; a row that is finished leaves
-the batch at once and is handed over at once; sampling does not depend on which rows share a
-batch; and only the logits of the last position are ever computed.
+generation_config (repetition penalties, top-k) may change a score; a finished row leaves the batch,
+and is yielded, at once; sampling does not depend on which rows share a batch; and only the logits
+of the last position are computed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.data import Encoder
-from kpsvd_tune.errors import InputError, KpsvdTuneError
+from kpsvd_tune.errors import InputError, ModelError, NonFiniteError
 from kpsvd_tune.evaluation.completions import Completion, RowId
-from kpsvd_tune.evaluation.decode import Answer, Ending, LanguageModel, decode_batch, decode_text
-from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.storage.memory import explained_memory
 
-_NO_LIMIT = 2**31  # a prompt is never cut: one that does not fit is refused by name
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
+NO_LIMIT = 2**31  # a prompt is never cut: one that does not fit is refused by its id
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,17 @@ class GenerationProgress:
 ProgressCallback = Callable[[GenerationProgress], None]
 
 
+@dataclass
+class _Answer:
+    """One answer being written: at most `max_new_tokens`, drawn from `draws` or greedy."""
+
+    prompt: Prompt
+    sample: int
+    max_new_tokens: int
+    draws: torch.Generator | None
+    token_ids: list[int] = field(default_factory=list)  # without an end token
+
+
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the earliest stop string in it; the whole text where there is none."""
     ends = [position for word in stop if (position := text.find(word)) >= 0]
@@ -133,47 +149,29 @@ def generate_completions(
         NonFiniteError: the model's logits hold NaN.
         ResourceError: the memory of host or device does not hold a batch.
     """
-    wanted = [
-        (prompt, sample)
+    end_token_ids = _end_token_ids(model, tokenizer, options)
+    options = replace(options, end_token_ids=end_token_ids)
+    answers = [
+        _Answer(prompt, sample, _room(model, prompt, options), _draws(options, prompt.id, sample))
         for prompt in sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
         for sample in range(options.num_samples)
         if (prompt.id, sample) not in done
     ]
-    answers = [
-        Answer(
-            prompt.id,
-            prompt.input_ids,
-            _room(model, prompt, options.max_new_tokens),
-            _draws(options, prompt.id, sample),
-        )
-        for prompt, sample in wanted
-    ]
-    ending = Ending(_end_token_ids(model, tokenizer, options), options.stop)
-    meter = _Meter(len(wanted), progress)
+    meter = _Meter(len(answers), progress)
     with evaluation_mode(model):
-        for start in range(0, len(wanted), options.batch_size):
+        for start in range(0, len(answers), options.batch_size):
             batch = answers[start : start + options.batch_size]
-            try:
-                for index in decode_batch(
-                    model, tokenizer, batch, options.temperature, ending, meter.tick
-                ):
-                    prompt, sample = wanted[start + index]
-                    text = _completion_text(tokenizer, batch[index], options.stop)
-                    yield Completion(prompt.id, prompt.text, text, prompt.gold, sample)
-            except Exception as error:
-                if isinstance(error, KpsvdTuneError) or not is_out_of_memory(error):
-                    raise
-                raise out_of_memory(
-                    error,
-                    f"answering {len(batch)} prompts of up to {len(batch[0].prompt_ids)} tokens "
-                    f"with up to {options.max_new_tokens} new ones (finished completions are kept)",
-                    [
-                        f"a lower batch_size of the evaluation (now {options.batch_size}): fewer "
-                        "questions at a time",
-                        f"a lower max_new_tokens (now {options.max_new_tokens}), or fewer shots",
-                        "--dtype bfloat16 of `eval`: the model in half of float32's memory",
-                    ],
-                ) from error
+            with explained_memory(
+                f"answering {len(batch)} prompts of up to {len(batch[0].prompt.input_ids)} tokens "
+                f"with up to {options.max_new_tokens} new ones (finished completions are kept)",
+                f"a lower batch_size of the evaluation (now {options.batch_size}): fewer "
+                "questions at a time",
+                f"a lower max_new_tokens (now {options.max_new_tokens}), or fewer shots",
+                "--dtype bfloat16 of `eval`: the model in half of float32's memory",
+            ):
+                for answer in _decode_batch(model, tokenizer, batch, options, meter):
+                    prompt, text = answer.prompt, _completion_text(tokenizer, answer, options.stop)
+                    yield Completion(prompt.id, prompt.text, text, prompt.gold, answer.sample)
 
 
 def generate_text(
@@ -195,25 +193,152 @@ def generate_text(
         options: how to decode; greedy and 256 tokens by default.
     """
     options = options or GenerationOptions()
-    encoder = Encoder(tokenizer, template or "{prompt}{completion}", max_length=_NO_LIMIT)
+    encoder = Encoder(tokenizer, template or "{prompt}{completion}", max_length=NO_LIMIT)
     question = Prompt(0, prompt, tuple(encoder.encode_prompt(prompt)))
     options = replace(options, end_token_ids=(*options.end_token_ids, *encoder.end_token_ids))
     return next(iter(generate_completions(model, tokenizer, [question], options))).completion
 
 
+def _decode_batch(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[_Answer],
+    options: GenerationOptions,
+    meter: _Meter,
+) -> Iterator[_Answer]:
+    """Write the answers of one batch; each is yielded as soon as it is finished."""
+    device = model.device
+    tokens, mask = _left_padded(answers, tokenizer, options)
+    tokens, mask = tokens.to(device), mask.to(device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    known = _forward_parameters(model)
+    extra: dict[str, Tensor | int] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    cache = None
+    active = list(answers)
+    while True:
+        if "position_ids" in known:
+            extra["position_ids"] = positions
+        with torch.no_grad():
+            output = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **extra,
+            )
+        cache = output.past_key_values
+        if cache is None:
+            raise ModelError(
+                f"{type(model).__name__} returned no key/value cache. Expected a causal language "
+                "model of transformers that supports use_cache=True."
+            )
+        chosen = _choose(output.logits[:, -1], active, options.temperature)
+        going = [
+            place
+            for place, (answer, token) in enumerate(zip(active, chosen, strict=True))
+            if _goes_on(answer, token, tokenizer, options)
+        ]
+        meter.tick(len(active), len(active) - len(going))
+        if len(going) < len(active):
+            staying = set(going)
+            yield from (each for place, each in enumerate(active) if place not in staying)
+            if not going:
+                return
+            # A finished row costs nothing any more.
+            kept = torch.tensor(going, device=device)
+            cache.batch_select_indices(kept)
+            mask, positions = mask[kept], positions[kept]
+            active, chosen = [active[p] for p in going], [chosen[p] for p in going]
+        tokens = torch.tensor(chosen, device=device)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+
+
+def _left_padded(
+    answers: Sequence[_Answer], tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
+) -> tuple[Tensor, Tensor]:
+    """Prompts and their mask, (rows, longest) int64, the next token's place at the right."""
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = min(options.end_token_ids, default=0)  # masked, so any token does
+    prompts = [answer.prompt.input_ids for answer in answers]
+    width = max(map(len, prompts))
+    gaps = [width - len(each) for each in prompts]
+    rows = [[padding] * gap + list(each) for gap, each in zip(gaps, prompts, strict=True)]
+    real = [[0] * gap + [1] * (width - gap) for gap in gaps]
+    return torch.tensor(rows), torch.tensor(real)
+
+
+def _goes_on(
+    answer: _Answer, token: int, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
+) -> bool:
+    """Add the token; whether more may follow."""
+    if token in options.end_token_ids:
+        return False
+    answer.token_ids.append(token)
+    if len(answer.token_ids) >= answer.max_new_tokens:
+        return False
+    if not options.stop:
+        return True
+    # A byte-level tokenizer may spend one token a byte; a little more covers split characters.
+    window = max(len(text.encode()) for text in options.stop) + 8
+    tail = _text(tokenizer, answer.token_ids[-window:])
+    return not any(text in tail for text in options.stop)
+
+
+def _choose(logits: Tensor, answers: Sequence[_Answer], temperature: float) -> list[int]:
+    """The next token of each row, from logits (rows, vocabulary)."""
+    if bool(logits.isnan().any()):
+        answer = answers[int(logits.isnan().any(dim=-1).nonzero()[0])]
+        raise NonFiniteError(
+            f"the model's logits are NaN for the prompt with id {answer.prompt.id!r} after "
+            f"{len(answer.token_ids)} new tokens. Expected finite numbers: the adapter may have "
+            "diverged, or the dtype may be too narrow; try model.dtype=float32."
+        )
+    if temperature == 0:
+        return [int(token) for token in logits.argmax(dim=-1).tolist()]
+    # float32 on the CPU: one generator a row gives the same draws in every batch.
+    scaled = logits.float().cpu() / temperature
+    if not bool((scaled.isfinite() | ~logits.cpu().isfinite()).all()):
+        # So low a temperature leaves the range of float32; relative to the largest none does.
+        logits = logits.double().cpu()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    shares = torch.softmax(scaled, dim=-1)
+    return [
+        int(torch.multinomial(share, 1, generator=answer.draws))
+        for share, answer in zip(shares, answers, strict=True)
+    ]
+
+
+def _forward_parameters(model: LanguageModel) -> frozenset[str]:
+    # An adapter's wrapper takes **kwargs; what it passes them to is the model that counts.
+    unwrap = getattr(model, "get_base_model", None)
+    base = model if unwrap is None else unwrap()
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
 def _completion_text(
-    tokenizer: PreTrainedTokenizerBase, answer: Answer, stop: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, answer: _Answer, stop: Sequence[str]
 ) -> str:
-    # Decoded behind its prompt: alone, a SentencePiece tokenizer drops the first space, which
-    # is indentation when the answer is code.
-    before = decode_text(tokenizer, answer.prompt_ids)
-    whole = decode_text(tokenizer, [*answer.prompt_ids, *answer.token_ids])
+    # Decoded together with its prompt: alone, a SentencePiece tokenizer drops the first space,
+    # which is indentation when the answer is code.
+    prompt_ids = answer.prompt.input_ids
+    before = _text(tokenizer, prompt_ids)
+    whole = _text(tokenizer, [*prompt_ids, *answer.token_ids])
     is_behind = whole.startswith(before)
-    text = whole[len(before) :] if is_behind else decode_text(tokenizer, answer.token_ids)
+    text = whole[len(before) :] if is_behind else _text(tokenizer, answer.token_ids)
     return cut_at_stop(text, stop)
 
 
-def _room(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> int:
+def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The tokens' text without special tokens, no space tidied away."""
+    text = tokenizer.decode(
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return str(text)
+
+
+def _room(model: LanguageModel, prompt: Prompt, options: GenerationOptions) -> int:
     """New tokens this prompt may get within the model's context."""
     if not prompt.input_ids:
         raise InputError(
@@ -221,14 +346,14 @@ def _room(model: LanguageModel, prompt: Prompt, max_new_tokens: int) -> int:
         )
     context = getattr(model.config, "max_position_embeddings", None)
     if context is None:
-        return max_new_tokens
+        return options.max_new_tokens
     room = int(context) - len(prompt.input_ids)
     if room < 1:
         raise InputError(
             f"the prompt with id {prompt.id!r} is {len(prompt.input_ids)} tokens long, but the "
             f"model's context holds {context}. Shorten it, or use fewer worked examples."
         )
-    return min(max_new_tokens, room)
+    return min(options.max_new_tokens, room)
 
 
 def _draws(options: GenerationOptions, identifier: RowId, sample: int) -> torch.Generator | None:
@@ -241,12 +366,12 @@ def _draws(options: GenerationOptions, identifier: RowId, sample: int) -> torch.
 
 def _end_token_ids(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
-) -> frozenset[int]:
+) -> tuple[int, ...]:
     """Every token that ends an answer: the tokenizer's, and the model's, which may be a list."""
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = of_model if isinstance(of_model, list) else [of_model]
     found = [tokenizer.eos_token_id, *listed, *options.end_token_ids]
-    return frozenset(token for token in found if token is not None)
+    return tuple({token for token in found if token is not None})
 
 
 @contextmanager

@@ -13,8 +13,15 @@ import pytest
 from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.prompts import build_prompts, num_shots, read_shots, stop_strings
-from kpsvd_tune.evaluation.tasks import SOURCES, Question, read_questions
+from kpsvd_tune.evaluation.questions import (
+    Question,
+    build_prompts,
+    num_shots,
+    read_questions,
+    read_shots,
+    stop_strings,
+)
+from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.recipe import EvaluationRecipe
 
 CODE_ROWS = [
@@ -80,9 +87,7 @@ def test_a_missing_column_is_told_by_the_key_that_eval_takes(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", [{"q": "1 + 1?", "a": "2"}])
     with pytest.raises(DataError) as got:
         read_questions(recipe("gsm8k", path))
-    assert str(got.value).endswith(
-        "which columns to use: columns={prompt: COLUMN, completion: COLUMN}"
-    )
+    assert str(got.value).endswith("for example columns={prompt: q, completion: a}")
 
 
 def test_rows_that_share_an_id_are_numbered(tmp_path: Path):
@@ -199,7 +204,7 @@ def test_the_default_prompt_is_what_the_shipped_recipe_trains_on(
 
     dataset = load_recipe(shipped_recipes()[f"{task}_llama2"]).dataset
     assert dataset is not None
-    assert (dataset.template, dataset.path) == (SOURCES[task].template, SOURCES[task].path)
+    assert (dataset.template, dataset.path) == (TASKS[task].template, TASKS[task].path)
     path = write(tmp_path / "rows.jsonl", [SHIPPED_ROWS[task]])
     template = "chat" if is_chat else dataset.template
     columns = {role: str(name) for role, name in dataset.columns.items()}
@@ -216,7 +221,7 @@ def test_worked_examples_stand_before_the_question(tokenizer, rows_file: Path, t
     shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}] * 5)
     task = recipe("gsm8k", str(rows_file), limit=1, shots=2, shots_path=shots_file)
     shots = read_shots(task)
-    text = SOURCES["gsm8k"].template
+    text = TASKS["gsm8k"].template
     ((prompt,), _) = build_prompts(read_questions(task), tokenizer, text, task, shots)
     example = "Question: 0 + 0?\nAnswer: 0\n\n"
     assert prompt.text == (
@@ -247,7 +252,7 @@ def test_a_harness_has_its_own_number_of_worked_examples():
 
 
 def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
-    text = SOURCES["mbpp"].template
+    text = TASKS["mbpp"].template
 
     def prompt(style: str) -> str:
         task = recipe("mbpp", code_file, limit=1, prompt=style)

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.errors import InputError, ModelError, NonFiniteError, ResourceError
-from kpsvd_tune.evaluation.generate import (
+from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
     GenerationProgress,
     Prompt,

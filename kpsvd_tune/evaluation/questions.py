@@ -1,0 +1,326 @@
+"""The rows of a task as questions, and the questions as prompts for the model.
+
+By default a prompt is exactly what a model trained with our recipes saw before its answer, with
+worked examples before it where the recipe asks for some. "lm-eval" and "bigcode" are the prompts
+of those two harnesses, for comparison with published figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kpsvd_tune.data import Encoder, read_examples
+from kpsvd_tune.data.encode.format import Chat, Pair
+from kpsvd_tune.data.encode.templates import TextTemplate
+from kpsvd_tune.data.read.sources import is_local_file, load_rows
+from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation.completions import RowId
+from kpsvd_tune.evaluation.generation import NO_LIMIT, Prompt
+from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold
+from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.recipe import EvaluationRecipe
+
+Message = Mapping[str, Any]
+# The first and last task_id of each split, for local files, which hold all splits together.
+_MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
+_LM_EVAL_CODE_SHOTS = (2, 3, 4)  # the task_id of MBPP rows
+# Worked examples of a harness, where the recipe says nothing.
+_HARNESS_SHOTS = {("lm-eval", "mbpp"): 3, ("lm-eval", "gsm8k"): 5}
+_HARNESS_STOPS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("lm-eval", "gsm8k"): ("Question:",),
+    ("lm-eval", "mbpp"): ("[DONE]",),
+    ("bigcode", "mbpp"): ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a task.
+
+    Attributes:
+        id: its id in the source, or its number from 0.
+        prompt: the question's text, or chat messages up to a user's.
+        answer: the right answer as a model would write it, for worked examples.
+        gold: what scorers compare with.
+        system: the row's system prompt.
+        tests: for code, the tests as texts.
+        tools: beside messages, what the assistant may call.
+    """
+
+    id: RowId
+    prompt: str | tuple[Message, ...]
+    answer: str
+    gold: Any
+    system: str | None = None
+    tests: tuple[str, ...] = field(default=())
+    tools: tuple[Any, ...] | None = None
+
+
+def read_questions(recipe: EvaluationRecipe) -> list[Question]:
+    """The rows of a task, the first `limit` of them.
+
+    Raises:
+        DataError: the source cannot be read, has other columns, or holds no row.
+    """
+    source = TASKS[recipe.task]
+    path = recipe.path or source.path
+    name = recipe.name if recipe.path or recipe.name else source.name
+    if path is None:
+        raise InputError(f"the task {recipe.task} has no data of its own: give evaluation.path.")
+    questions = _read_rows(recipe, path, name, recipe.split)
+    if not questions:
+        raise DataError(
+            f"evaluation of {recipe.task}: {path} holds no row of the split {recipe.split!r}. "
+            "Expected at least one; check evaluation.path and evaluation.split."
+        )
+    return questions[: recipe.limit]
+
+
+def _read_rows(
+    recipe: EvaluationRecipe,
+    path: str | Sequence[str],
+    name: str | Sequence[str] | None,
+    split: str,
+) -> list[Question]:
+    """All rows of one source, in their order.
+
+    A local MBPP file holds all splits: of it the rows whose ids are those of the split are taken.
+
+    Raises:
+        DataError: the source cannot be read or has other columns.
+    """
+    if recipe.task == "mbpp":
+        return _read_code(recipe, path, name, split)
+    found = read_examples(
+        path,
+        name=name,
+        split=split,
+        columns=_columns(recipe),
+    )
+    questions = []
+    for number, (row, example) in enumerate(found):
+        if isinstance(example, Pair) and (example.history or example.tools):
+            example = example.as_chat()
+        if isinstance(example, Pair):
+            gold = example.completion
+            questions.append(
+                Question(_id(row.values, number), example.prompt, gold, gold, example.system)
+            )
+        elif isinstance(example, Chat):
+            questions.append(_chat_question(example, _id(row.values, number)))
+        # A row with an empty field is no example.
+        _check_gold(recipe.task, "" if example is None else questions[-1].gold, row.where)
+    return _with_unique_ids(questions)
+
+
+def _check_gold(task: str, gold: Any, where: str) -> None:
+    """Refuse a right answer in which the task's scorers find none: every answer would be wrong."""
+    if task == "gsm8k" and isinstance(gold, str) and gsm8k_gold(gold) is None:
+        raise DataError(
+            f"{where}: the right answer {gold[-60:]!r} holds no number, so that every answer would "
+            "count as wrong. Expected one behind '####', or as the last number of the text"
+        )
+
+
+def _read_code(
+    recipe: EvaluationRecipe,
+    path: str | Sequence[str],
+    name: str | Sequence[str] | None,
+    split: str,
+) -> list[Question]:
+    questions = []
+    columns = _columns(recipe)
+    for row in load_rows(path, name=name, split=split).rows:
+        # The sanitized rows call their text "prompt".
+        text = row.values.get(columns.get("prompt", "text"), row.values.get("prompt"))
+        tests = row.values.get("test_list")
+        if not isinstance(text, str) or not isinstance(tests, list):
+            raise DataError(
+                f"{row.where} is no row of MBPP: got the columns {', '.join(row.values)}. Expected "
+                "text (or prompt), code, test_list and, where needed, test_setup_code."
+            )
+        identifier = row.values.get("task_id", row.number)
+        if Path(row.source).suffix and not _is_in_split(identifier, split):
+            continue
+        gold = {
+            "test_list": tests,
+            "test_setup_code": row.values.get("test_setup_code") or "",
+            "test_imports": row.values.get("test_imports") or [],
+        }
+        code = str(row.values.get(columns["completion"]) or "")
+        questions.append(Question(identifier, text, code, gold, tests=tuple(map(str, tests))))
+    return questions
+
+
+def _columns(recipe: EvaluationRecipe) -> dict[str, str]:
+    given = {role: str(column) for role, column in recipe.columns.items()}
+    return {**TASKS[recipe.task].columns, **given}
+
+
+def _is_in_split(identifier: RowId, split: str) -> bool:
+    if split not in _MBPP_SPLITS or not isinstance(identifier, int):
+        return True
+    first, last = _MBPP_SPLITS[split]
+    return first <= identifier <= last
+
+
+def _chat_question(chat: Chat, identifier: RowId) -> Question:
+    """The last answer of a conversation is asked for, all before it is given."""
+    last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+    answer = str(chat.messages[last]["content"])
+    return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)
+
+
+def _id(values: Mapping[str, Any], number: int) -> RowId:
+    identifier = values.get("id")
+    is_usable = isinstance(identifier, int | str) and not isinstance(identifier, bool)
+    return identifier if is_usable and identifier is not None else number
+
+
+def _with_unique_ids(questions: list[Question]) -> list[Question]:
+    """The questions, numbered afresh where two share an id, as rows of several files may."""
+    if len({question.id for question in questions}) == len(questions):
+        return questions
+    return [replace(question, id=number) for number, question in enumerate(questions)]
+
+
+def num_shots(recipe: EvaluationRecipe) -> int:
+    """Worked examples before each question: the recipe's number, else as the prompt has it."""
+    if recipe.shots is not None:
+        return recipe.shots
+    return _HARNESS_SHOTS.get((recipe.prompt, recipe.task), 0)
+
+
+def read_shots(recipe: EvaluationRecipe) -> list[Question]:
+    """The worked examples to put before each question, never rows that are scored.
+
+    Raises:
+        InputError: there are no other rows to take them from; the message says what to give.
+        DataError: the source holds too few.
+    """
+    wanted = num_shots(recipe)
+    if wanted == 0:
+        return []
+    source = TASKS[recipe.task]
+    path = recipe.shots_path or recipe.path or source.path
+    is_file = isinstance(path, str) and is_local_file(path)
+    if path is None or (recipe.task != "mbpp" and is_file and path == recipe.path):
+        raise InputError(
+            f"worked examples for {recipe.task} must be other rows than those that are scored. "
+            "Give a file of examples (shots_path), or shots=0."
+        )
+    name = recipe.name if path == recipe.path or recipe.name else source.name
+    shots = _read_rows(recipe, path, name, source.shots_split)
+    if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
+        shots = [shot for shot in shots if shot.id in _LM_EVAL_CODE_SHOTS]
+    if len(shots) < wanted:
+        raise DataError(
+            f"{path} holds {len(shots)} worked examples, but {wanted} are wanted: set shots to "
+            f"{len(shots)} or less, or shots_path to a source with more."
+        )
+    return shots[:wanted]
+
+
+def build_prompts(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    recipe: EvaluationRecipe,
+    shots: Sequence[Question] = (),
+) -> tuple[list[Prompt], tuple[int, ...]]:
+    """What the model is given for each question.
+
+    Args:
+        questions: the rows.
+        tokenizer: the model's tokenizer.
+        template: text with {prompt} and {completion}, or "chat".
+        recipe: the task and whose prompt to use.
+        shots: worked examples.
+
+    Returns:
+        The prompts, and the tokens that end an answer.
+
+    Raises:
+        DataError: the template does not work with the tokenizer.
+    """
+    is_chat = any(not isinstance(question.prompt, str) for question in questions)
+    if is_chat or (template == "chat" and recipe.prompt == "template"):
+        chat = Encoder(tokenizer, "chat", NO_LIMIT)
+        prompts = []
+        for question in questions:
+            ids = chat.encode_prompt(_messages(question, recipe.task, shots), tools=question.tools)
+            prompts.append(Prompt(question.id, chat.decode(ids), tuple(ids), question.gold))
+        return prompts, chat.end_token_ids
+    plain = Encoder(tokenizer, "{prompt}{completion}", NO_LIMIT)
+    before = "".join(
+        text + answer + "\n\n" for text, answer in (_render(s, template, recipe) for s in shots)
+    )
+    prompts = []
+    for question in questions:
+        text = before + _render(question, template, recipe)[0]
+        ids = plain.encode_prompt(text)
+        prompts.append(Prompt(question.id, text, tuple(ids), question.gold))
+    return prompts, plain.end_token_ids
+
+
+def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
+    """Texts that end an answer besides the end token.
+
+    By default the start of the training template: a model that was never taught to stop goes on
+    with a next question of its own, which is no part of its answer.
+    """
+    if recipe.stop is not None:
+        return tuple(recipe.stop)
+    if recipe.prompt != "template":
+        return _HARNESS_STOPS[recipe.prompt, recipe.task]
+    head = "" if template == "chat" else template.split("{")[0].strip()
+    return ("\n" + head,) if head else ()
+
+
+def _asked(question: Question, task: str) -> str:
+    """The question as the template takes it.
+
+    Without its tests a program's name is unknown. They stand as in training, where the recipe
+    reads the text as an instruction and the tests as its input.
+    """
+    assert isinstance(question.prompt, str)
+    if task != "mbpp" or not question.tests:
+        return question.prompt
+    return question.prompt + "\n\n" + "\n".join(question.tests)
+
+
+def _render(question: Question, template: str, recipe: EvaluationRecipe) -> tuple[str, str]:
+    """Prompt text and answer text of one row."""
+    assert isinstance(question.prompt, str)
+    if recipe.prompt == "bigcode":
+        return f'"""\n{question.prompt}\n{question.tests[0]}\n"""\n', question.answer
+    if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
+        # The sentence of the MBPP paper (Austin et al. 2021, section 3), which fixes the protocol.
+        tests = "\n".join(question.tests[:3])
+        return (
+            "You are an expert Python programmer, and here is your task: "
+            f"{question.prompt} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
+            question.answer + "\n[DONE]",
+        )
+    if recipe.prompt == "lm-eval":
+        template = TASKS[recipe.task].template
+    pair = Pair(_asked(question, recipe.task), question.answer, question.system)
+    return TextTemplate(template).render(pair)
+
+
+def _messages(question: Question, task: str, shots: Sequence[Question]) -> list[Message]:
+    if not isinstance(question.prompt, str):
+        return list(question.prompt)
+    messages: list[Message] = []
+    if question.system:
+        messages.append({"role": "system", "content": question.system})
+    for shot in shots:
+        messages.append({"role": "user", "content": _asked(shot, task)})
+        messages.append({"role": "assistant", "content": shot.answer})
+    messages.append({"role": "user", "content": _asked(question, task)})
+    return messages

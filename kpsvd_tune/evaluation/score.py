@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,30 @@ from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 from kpsvd_tune.evaluation.evaluate import (
     COMPLETIONS_FILE,
     SETTINGS_FILE,
-    Watch,
     check_task,
     conditions,
     rows_source,
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
-from kpsvd_tune.evaluation.generation import GenerationProgress
 from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.scoring import missing_scorers
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_model, load_tokenizer
 from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
-from kpsvd_tune.processes import device, end_processes, num_processes, on_main_process
+from kpsvd_tune.processes import device, end_processes, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_label, score_text
 from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.runs.find import find, load_adapter, resolve_base
+from kpsvd_tune.runs.find import Found, find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
-from kpsvd_tune.units import time_left
+
+RESULTS_FILE = "results.json"
+_OUR_FILES = (COMPLETIONS_FILE, SETTINGS_FILE, RESULTS_FILE)
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
@@ -50,10 +50,7 @@ def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
     return named
 
 
-def check_tasks(
-    tasks: Sequence[EvaluationRecipe],
-    dataset: DatasetRecipe | None,
-) -> None:
+def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None) -> None:
     """Refuse now what would stop the scoring after a training.
 
     Raises:
@@ -61,7 +58,7 @@ def check_tasks(
         DataError: A task's rows or text cannot be read.
     """
     for task in tasks:
-        check_task(_as_trained(task, dataset))
+        check_task(as_trained(task, dataset))
 
 
 class Scorer:
@@ -107,13 +104,13 @@ class Scorer:
 
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
-        return {name: conditions(_as_trained(task, self._dataset)) for name, task in tasks.items()}
+        return {name: conditions(as_trained(task, self._dataset)) for name, task in tasks.items()}
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
     ) -> list[Score]:
         """Run one task; an interrupted one goes on from the completions in ``folder``."""
-        task = _as_trained(task, self._dataset)
+        task = as_trained(task, self._dataset)
         self._events.stage(f"scoring {task.task}: {conditions(task)}")
         model.to(self._place)
         scores = run_task(
@@ -121,26 +118,14 @@ class Scorer:
             self._tokenizer,
             task,
             folder,
+            self._events,
             permission=self._permission,
             set_aside=set_aside,
-            watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
         self._events.end_progress()
         for note in missing_scorers(task.task):
             self._events.note(note)
         return scores
-
-    def _answering(self, progress: GenerationProgress) -> None:
-        others = num_processes()
-        phase = "answering" if others == 1 else f"answering, one share of {others},"
-        detail = f"{progress.tokens_per_second:.0f} tokens/s"
-        if left := time_left(progress.seconds_left):
-            detail += f", {left}"
-        self._events.advance(phase, progress.done, progress.total, detail)
-
-    def _counting(self, task: str) -> Callable[[int, int], None]:
-        phase = "running programs" if task == "mbpp" else "measuring"
-        return lambda done, total: self._events.advance(phase, done, total)
 
 
 def evaluate(
@@ -182,88 +167,88 @@ def evaluate(
         DataError: The task's rows or text cannot be read.
     """
     found = find(source)
-    dataset = found.dataset
     if task.task == "forgetting" and (found.adapter is None or base_only):
         raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
-    if output is None:
-        if found.recipe is None:
-            raise InputError(f"{source} is no run, so say where completions go: --output DIR")
-        output = _folder(expand(source), task, base_only)
-    else:
-        refuse_inside_run(output, "--output")
-        _check_ours(output)
-    check_writable(output)
-    check_replaceable(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json"))
-    if found.recipe is not None:
+    output = _output_folder(found, source, task, base_only, output)
+    is_run = found.recipe is not None
+    if is_run:
         # The scores lie in the output folder all the same.
         try:
             check_writable(expand(source))
         except InputError as error:
             events.note(f"the scores will not be added to the run: {error}")
-    check_tasks(
-        [task],
-        dataset,
-    )
+    check_tasks([task], found.dataset)
     phase = Phase()
     with watched(phase), ExitStack() as stack:
-        # Several processes end cleanly only when they take leave of each other.
+        # Processes that do not destroy their group may end with SIGABRT after all work is done.
         stack.callback(end_processes)
         place = device()
         model_source = on_main_process(lambda: resolve_base(found, source, base))
         events.stage(f"loading {model_source.path}")
-        known = found.recipe.model.dtype if found.recipe else "float32"
-        phase.enter("loading the model", loading_cures(dtype or known, "--dtype"))
-        model: Any = load_model(model_source, dtype or known)
-        others: list[str] = []
+        dtype = dtype or (found.recipe.model.dtype if found.recipe else "float32")
+        phase.enter("loading the model", loading_cures(dtype, "--dtype"))
+        model: Any = load_model(model_source, dtype)
+        other = None
         if found.adapter is not None and not base_only:
             model, other = load_adapter(model, found.adapter, allow_other_base)
-            others = [] if other is None else [other]
-        scorer = Scorer(
-            load_tokenizer(model_source, found.adapter),
-            dataset,
-            place,
-            events,
-            permission,
-        )
+        tokenizer = load_tokenizer(model_source, found.adapter)
+        scorer = Scorer(tokenizer, found.dataset, place, events, permission)
         phase.enter(
             f"scoring {task.task}",
             answering_cures([task]),
             f"completions that are finished are kept in {output}",
         )
-        scores = as_mapping(scorer.score(model, task, output))
-        asked = scorer.conditions({task.task: task})[task.task]
-        for other in others:
+        scores = scorer.score(model, task, output)
+        result: dict[str, Any] = {
+            "task": task.task,
+            "model": "base model" if base_only else "adapter" if found.adapter else "model",
+            "file": rows_source(task),
+            "scores": as_mapping(scores),
+            "conditions": scorer.conditions({task.task: task})[task.task],
+        }
+        if other is not None:
             events.note(f"scored {other}")
             # The conditions stand in results.json and in the card of a run.
-            asked += "; on another base model than the adapter's"
-        scored = "base model" if base_only else "adapter" if found.adapter else "model"
-        result = {
-            "task": task.task,
-            "model": scored,
-            "file": rows_source(task),
-            "scores": scores,
-            "conditions": asked,
-        }
-        if others:
-            result["other_base"] = f"scored {others[0]}"
-        if (file := output / "completions.jsonl").exists():
+            result["conditions"] += "; on another base model than the adapter's"
+            result["other_base"] = f"scored {other}"
+        if (file := output / COMPLETIONS_FILE).exists():
             result["completions"] = str(file)
 
         def keep() -> None:
             durable.make_folder(output)
-            durable.replace_file(output / "results.json", to_json(result))
-            if found.recipe is not None:
+            durable.replace_file(output / RESULTS_FILE, to_json(result))
+            if is_run:
                 _record(RunDirectory(source), result, base_only, events)
 
         on_main_process(keep)
         return result
 
 
+def _output_folder(
+    found: Found, source: str, task: EvaluationRecipe, base_only: bool, output: Path | None
+) -> Path:
+    """Where the completions go: the folder asked for, or one inside the run.
+
+    Raises:
+        InputError: there is neither, or the folder may not be written to, or it holds other files.
+    """
+    if output is not None:
+        refuse_inside_run(output, "--output")
+        _check_ours(output)
+    elif found.recipe is None:
+        raise InputError(f"{source} is no run, so say where completions go: --output DIR")
+    else:
+        output = _folder(expand(source), task, base_only)
+    check_writable(output)
+    check_replaceable(output, _OUR_FILES)
+    return output
+
+
 def _check_ours(output: Path) -> None:
     """Refuse an output folder that holds anything but an earlier evaluation."""
     kept = (each.name for each in output.glob("previous-*"))
-    refuse_foreign(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json", *kept), "--output")
-    file = output / "results.json"
+    refuse_foreign(output, (*_OUR_FILES, *kept), "--output")
+    file = output / RESULTS_FILE
     if file.exists() and not {"task", "scores"} <= read_json(file).keys():
         raise InputError(
             f"--output: {file} is not of an evaluation, and would be replaced; name another folder"
@@ -278,7 +263,7 @@ def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:
     return run / "evaluation" / f"{'base-' if base_only else ''}{name}"
 
 
-def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
+def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
     """The task with what it leaves open taken from the training."""
     if dataset is None:
         return task

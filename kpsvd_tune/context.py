@@ -15,7 +15,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
 from kpsvd_tune.recipe import DatasetRecipe, Recipe
-from kpsvd_tune.runs import RunDirectory, Start
+from kpsvd_tune.runs.directory import RunDirectory, Start
 
 
 @dataclass(frozen=True)

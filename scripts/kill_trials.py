@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.live import ConsoleEvents
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.storage.json_files import read_json

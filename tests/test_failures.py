@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.live import ConsoleEvents
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 
 # A program, for the console script of an environment may be that of another checkout.
 COMMAND = [sys.executable, "-m", "kpsvd_tune"]

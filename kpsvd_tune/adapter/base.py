@@ -53,31 +53,17 @@ _MOST_NUMBERS = 4096
 
 
 @dataclass(frozen=True)
-class Unchecked:
-    """What a layer was told of its base by an adapter's configuration, and has not seen proved.
-
-    Args:
-        name: The module's name in the base model.
-        fingerprint: <W, A0_1 kron B0_1> of the base that the adapter was made for; None where the
-            adapter does not start from the weight's own terms.
-        made_for: The name of that base.
-    """
-
-    name: str
-    fingerprint: float | None
-    made_for: str
-
-
-@dataclass(frozen=True)
 class Place:
-    """Where a layer is, for comparing the base around it.
+    """Where a layer is and what its adapter says of the base, for comparing the base with it.
 
     Args:
         name: The layer's name in the base model.
-        model: Of the model among those that live.
+        model: The number of the model, by :func:`remember`.
         saved_whole: The adapter's ``modules_to_save``.
         task: PEFT's task type.
         made_for: The name of the base, as the adapter has it.
+        fingerprint: <W, A0_1 kron B0_1> of the base that the adapter was made for; None where the
+            adapter does not start from the weight's own terms.
     """
 
     name: str
@@ -85,6 +71,7 @@ class Place:
     saved_whole: tuple[str, ...]
     task: str | None
     made_for: str
+    fingerprint: float | None
 
 
 @contextmanager
@@ -211,17 +198,17 @@ def check_record(
     record: Tensor,
     given: str = "",
     factors: tuple[Tensor, Tensor] | None = None,
-    unchecked: Unchecked | None = None,
+    unchecked: Place | None = None,
 ) -> None:
     """Compare the weight beneath an adapter with the one that the adapter was made for.
 
     Args:
-        layer: The adapted layer; one whose weight is not here, on meta or shared out, passes.
+        layer: The adapted layer; one whose weight is on the meta device or sharded passes.
         adapter_name: The adapter.
         record: (2, SIZE) int32, as it was stored.
         given: The name of the model at hand.
         factors: A0 and B0, where the layer has not got them yet.
-        unchecked: What the adapter's configuration says of the layer.
+        unchecked: What the adapter says of the base, where it was not compared before.
 
     Raises:
         AdapterError: The weights are others, and :func:`other_base_allowed` is not at work; or
@@ -376,7 +363,7 @@ def _key(record: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[float, ...]:
 def check_base(
     layer: Any,
     adapter_name: str,
-    expected: Unchecked,
+    expected: Place,
     factors: tuple[Tensor, Tensor] | None = None,
     given: str = "",
 ) -> None:
@@ -385,9 +372,9 @@ def check_base(
     All that there is in adapters of older versions: one number a layer.
 
     Args:
-        layer: The adapted layer; one whose weight is not here, on meta or shared out, passes.
+        layer: The adapted layer; one whose weight is on the meta device or sharded passes.
         adapter_name: The adapter.
-        expected: What its configuration says.
+        expected: What the adapter says of the base.
         factors: A0 and B0, where the layer has not got them yet.
         given: The name of the model at hand.
 

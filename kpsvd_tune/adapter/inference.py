@@ -27,8 +27,8 @@ FACTORS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 class ReadyUpdate:
     """The stacked factors of a layer's only active adapter, for inputs of one size.
 
-    Holds while the factors are the same frozen tensors at the same versions and addresses. Writes
-    past the version, as through ``.data``, are met by the layer, which drops this at every
+    Valid while the factors are the same frozen tensors at the same versions and addresses. For
+    writes that change no version, as through ``.data``, the layer drops this at every
     differentiated call and whenever it is moved, cast, or put into a mode.
     """
 

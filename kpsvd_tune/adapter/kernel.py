@@ -83,10 +83,10 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def no_view(y: Tensor) -> Tensor:
-    """Return y, no longer a view in autograd's eyes, without a copy.
+    """Return y as a tensor that autograd does not take for a view, without a copy.
 
-    What it is a view of must belong to nobody else. Autograd lets nobody change a view in place
-    that left a function of ours, as ``y += bias`` and ``nn.ReLU(inplace=True)`` do.
+    Autograd refuses to change a view in place that a custom function returned, as ``y += bias``
+    and ``nn.ReLU(inplace=True)`` do. The tensor behind y must have no other user.
     """
     owned: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
     return owned

@@ -12,7 +12,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.adapter.base import RECORD, Place, Unchecked, base_sizes, check_loaded
+from kpsvd_tune.adapter.base import RECORD, Place, base_sizes, check_loaded
 from kpsvd_tune.adapter.forms import Factors, Offsets
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
@@ -59,9 +59,10 @@ class KpsvdLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
         self.kpsvd_path: dict[str, str] = {}
-        self.kpsvd_unchecked: dict[str, Unchecked] = {}
-        # What the base was known by when the adapter was made, zeros where nobody said, and what
-        # of it has been compared with this base.
+        # Places of adapters whose base was not compared yet.
+        self.kpsvd_unchecked: dict[str, Place] = {}
+        # The record of the base that the adapter was made on, zeros where none was stored, and
+        # what of it has been compared with this base.
         self.kpsvd_base = BufferDict(persistent=True)
         self.kpsvd_seen: dict[str, tuple[float, ...]] = {}
         self.kpsvd_place: dict[str, Place] = {}
@@ -112,9 +113,9 @@ class KpsvdLayer(BaseTunerLayer):
             )
         self.kpsvd_left[adapter_name] = nn.Parameter(left)
         self.kpsvd_right[adapter_name] = nn.Parameter(right)
-        # What a file fills is nowhere until then, where PEFT wants to spare the memory.
-        is_nowhere = factors is None and self.kpsvd_left[adapter_name].is_meta
-        place = torch.device("meta") if is_nowhere else left0.device
+        # Factors that a file fills stay on the meta device where PEFT saves that memory.
+        is_meta = factors is None and self.kpsvd_left[adapter_name].is_meta
+        place = torch.device("meta") if is_meta else left0.device
         self.kpsvd_left0[adapter_name] = left0.detach().float().clone().to(place)
         self.kpsvd_right0[adapter_name] = right0.detach().float().clone().to(place)
         self.kpsvd_base[adapter_name] = torch.zeros(RECORD, dtype=torch.int32, device=place)

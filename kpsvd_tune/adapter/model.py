@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.base import (
     Place,
-    Unchecked,
     check_base,
     check_record,
     check_rest,
@@ -141,19 +140,17 @@ class KpsvdModel(BaseTuner):
             path=config.path,
             is_at_base=config.init_weights,
         )
-        made_for = str(config.base_model_name_or_path or "an unnamed model")
-        target.kpsvd_place[adapter_name] = Place(
+        place = target.kpsvd_place[adapter_name] = Place(
             name,
             remember(self.model),
             tuple(config.modules_to_save or ()),
             config.task_type,
-            made_for,
+            str(config.base_model_name_or_path or "an unnamed model"),
+            layer.get("fingerprint"),
         )
         if name not in self._factors:
             # Factors are to come from a file.
-            target.kpsvd_unchecked[adapter_name] = Unchecked(
-                name, layer.get("fingerprint"), made_for
-            )
+            target.kpsvd_unchecked[adapter_name] = place
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -307,7 +304,7 @@ def base_weight(module: nn.Module | KpsvdLayer, name: str = "a layer") -> Tensor
     """The weight of an adapted or plain layer as (out, in), dequantised; fetched if offloaded.
 
     Raises:
-        AdapterError: The weight is nowhere: the model was made on the meta device and not loaded.
+        AdapterError: The model was made on the meta device and its weights were not loaded.
     """
     # A throw-away wrapper finds the dequantisation of the layer's kind.
     layer = module if isinstance(module, KpsvdLayer) else KpsvdLinear(module, "default")
@@ -319,7 +316,7 @@ def base_weight(module: nn.Module | KpsvdLayer, name: str = "a layer") -> Tensor
                 f"{name} has no weight to decompose, it is on the meta device: load the model's "
                 "weights first (from_pretrained), or add the adapter before the model is offloaded"
             )
-        # What is fetched is let go of again.
+        # An offloaded weight is freed again, so a copy is returned.
         weight = weight.clone() if has_offloaded_params(base) else weight
     return weight.T if isinstance(base, Conv1D) else weight
 
@@ -339,12 +336,12 @@ def _named_as_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
 
 
 def _check_all_found(model: nn.Module, config: KpsvdConfig, adapter_name: str) -> None:
-    """Refuse a configuration that tells of layers which the model has not got."""
+    """Refuse a configuration with layers that the model does not have."""
     found = {name for name, _ in kpsvd_layers(model, adapter_name)}
     lost = sorted(set(config.layers or {}) - found)
     if lost:
         raise AdapterError(
-            f"the adapter's configuration tells of {some_of(lost)}, and the model has no such "
+            f"the adapter's configuration names {some_of(lost)}, and the model has no such "
             f"layers to adapt; {len(found)} others fit. Expected the base model that the adapter "
             "was made for, and adapter_config.json as it was saved"
         )
@@ -394,8 +391,8 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
 
     if extra := told(given - own - optional):
         raise AdapterError(
-            f"the adapter's weights hold {some_of(extra)}, which the configuration does not tell "
-            "of and which would replace what the base model has; expected the tensors of its "
+            f"the adapter's weights hold {some_of(extra)}, which the configuration does not name "
+            "and which would replace what the base model has; expected the tensors of its "
             "layers alone: was the file changed, or is it of another adapter_config.json? PEFT "
             "adds embeddings where it saves with save_embedding_layers=True, or after they were "
             "resized: these are not the base's. Save with save_embedding_layers=False, or name "
@@ -404,7 +401,7 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
     if missing := told(own - given):
         raise AdapterError(
             f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
-            "configuration tells of; expected the file that was saved with it"
+            "configuration names; expected the file that was saved with it"
         )
 
 

@@ -1,7 +1,7 @@
-"""What a base model is known by: random projections of its weights, small and hard to fool.
+"""How an adapter recognises its base model: random projections of the base's weights.
 
 A tensor's sketch is its inner products with eight random vectors of signs, which are the same for
-every tensor of a size and come from a hash, so that every machine draws the same. The mean square
+every tensor of a size and come from a hash, so that all machines use equal ones. The mean square
 of the differences of two sketches estimates the squared distance of the tensors: two that differ by
 d in norm have sketches that differ by less than 0.45 d once in a hundred times. Whatever the
 difference is, noise, a fine-tuning or one entry, no direction is spared by design; who knows the
@@ -159,7 +159,7 @@ def sketch_rest(
         with_buffers: Whether floating buffers that are saved with the model count as weights.
 
     Returns:
-        None where weights are shared out or not here.
+        None where weights are sharded or not loaded.
     """
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
     left_out = {f"{name}.weight" for name in adapted}
@@ -253,7 +253,7 @@ def _weights(
 ) -> Iterator[tuple[str, Tensor | None, bool]]:
     """A module's own floating weights as (name, weight, whether it is dequantised).
 
-    Offloaded ones are fetched; None stands for one that is shared out or nowhere.
+    Offloaded ones are fetched; None stands for one that is sharded or not loaded.
     """
     backend = resolve_quantization_backend(module)
     with align_module_device(module):

@@ -40,7 +40,7 @@ from kpsvd_tune.recipe import AdapterRecipe, Recipe
 from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_bytes, to_json
@@ -118,7 +118,7 @@ def compare(
                     rows.append(row)
                     watcher.finished(row, num_left(grid, rows))
         except StoppedBySignal:
-            # What is known so far is worth a look.
+            # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):
                 _conclude(recipe, grid, rows, base, jobs, events)
             raise

@@ -29,8 +29,7 @@ from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics, TrainResult
-from kpsvd_tune.runs import RunDirectory
-from kpsvd_tune.runs.directory import RunRecord
+from kpsvd_tune.runs.directory import RunDirectory, RunRecord
 from kpsvd_tune.runs.identity import changes
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json

@@ -76,7 +76,7 @@ def run_setups(
     Args:
         setups: The trials, started in this order.
         material: What they share.
-        jobs: Trials at a time, at least 1; threads and GPUs are shared out among them.
+        jobs: Trials at a time, at least 1; they share the threads, and the GPUs in turn.
         stepped: Called after each step of each.
 
     Raises:

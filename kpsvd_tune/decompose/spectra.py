@@ -69,7 +69,7 @@ class SpectraWorker:
         self.cache = SpectraCache(settings.cache_dir)
 
     def run(self, plans: Sequence[LayerPlan], report: Callable[[Found], None]) -> None:
-        """Decompose every layer, in order but for those that another process has in hand.
+        """Decompose every layer; those that another process is computing come last.
 
         Args:
             plans: The layers.

@@ -62,7 +62,8 @@ def run_processes(
                 daemon=True,
             )
             process.start()
-            sender.close()  # ours; the end of the worker's copy is how its death is seen
+            # Only the worker's copy stays open, so that the pipe ends when the worker does.
+            sender.close()
             workers[receiver] = process
         _listen(workers, report)
     finally:
@@ -111,7 +112,7 @@ def _work(
         reader = WeightReader(source, [plan.name for plan in plans])
         SpectraWorker(reader, settings).run(plans, sender.send)
     except BrokenPipeError:
-        return  # the parent is gone; what is finished is in the cache
+        return  # the parent has ended; finished matrices are in the cache
     except Exception as error:
         error.add_note("in a decomposition worker:\n" + traceback.format_exc())
         sender.send(error)

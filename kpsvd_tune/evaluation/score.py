@@ -29,10 +29,10 @@ from kpsvd_tune.processes import device, end_processes, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_label, score_text
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.adapter_card import update_card
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.find import Found, find, load_adapter, resolve_base
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
-from kpsvd_tune.runs.save_adapter import update_card
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand

@@ -214,7 +214,7 @@ class AdapterRecipe(Section):
     from_: PathText | None = Field(
         default=None,
         alias="from",
-        description="a run or an adapter folder of ours to go on training; its ranks, shapes and "
+        description="a run or a KPSVD adapter folder to go on training; its ranks, shapes and "
         "factors are taken as they are",
     )
 

@@ -34,7 +34,7 @@ class Base:
 
     @property
     def place(self) -> str:
-        """What stands in code that loads it."""
+        """What code that loads it names."""
         return self.name if self.is_on_hub else "PATH_OF_THE_BASE_MODEL"
 
 

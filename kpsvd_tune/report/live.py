@@ -43,7 +43,7 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         self._task: Any = None
         self._phase = ""
         self._last = 0.0
-        # Tenths of the phase that the log has heard of.
+        # Tenths of the phase that were reported to the log.
         self._told = 0
         self._validated = -PLAIN_SECONDS
         # Number and time of the first training step that was seen here.
@@ -58,7 +58,7 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         print_line(self._console, Text(f"· {text}", style="bold"))
 
     def note(self, text: str) -> None:
-        """Say something in passing."""
+        """Say a remark that belongs to the stage."""
         self.end_progress()
         print_line(self._console, Text(f"  {text}", style="dim"), 4)
 

@@ -124,6 +124,12 @@ class RankReport(Result):
     rule: Mapping[str, Any] = field(default_factory=dict)
     probes: tuple[Probe, ...] = ()
 
+    @property
+    def lora_parameters(self) -> int:
+        """What LoRA or PiSSA of rank 1 trains on the layers that have an adapter."""
+        adapted = (layer for layer in self.layers if layer.rank > 0)
+        return sum(layer.out_features + layer.in_features for layer in adapted)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the content of rank_report.json."""
         untouched = [{"name": name, "reason": reason} for name, reason in self.untouched]
@@ -192,13 +198,13 @@ class PreflightReport(Result):
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PreflightReport:
-        """Read back what `to_dict` gave."""
-        found = {
-            "warnings": tuple(content["warnings"]),
-            "sample": tuple((text, is_trained) for text, is_trained in content["sample"]),
-            "sources": tuple(SourceCount(**each) for each in content["sources"]),
-        }
-        return cls(**{**content, **found})
+        """Read back what `to_dict` gave.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        report: PreflightReport = check_types(dict(content), cls)
+        return report
 
 
 @dataclass(frozen=True)
@@ -284,7 +290,7 @@ class MergeReport(Result):
         relative_update: For each layer the Frobenius norm of the update over the weight's.
         min_kept_share: The smallest kept share; 1 without layers.
         passed: Whether the difference is within the tolerance.
-        warnings: What passed and deserves a look all the same.
+        warnings: What passed and should be looked at nevertheless.
         adapter_logit_difference: Largest absolute difference that the adapter makes to a logit of
             its base model; 0: it changes nothing. None in reports of older versions.
     """

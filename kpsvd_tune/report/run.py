@@ -123,9 +123,9 @@ def losses(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 
 def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of results.json, those that a reader looks for first in front.
+    """The figures of results.json, the most important ones first.
 
-    A loss that repeats one above it is left out, and so is what a run was not: worse.
+    A loss that repeats one above it is left out, and so is "worse than ..." where it is not.
     """
     order = [key for key in _NAMES if key in results]
     shown: dict[str, Any] = {}
@@ -273,7 +273,7 @@ def score_table(results: Mapping[str, Any]) -> list[str]:
 def score_label(results: Mapping[str, Any], task: str, source: str) -> str:
     """The name under which a run keeps the scores of a task on one source of rows.
 
-    Scores of the same source share a name, so that the base model's stand beside the adapter's and
+    Scores of the same source share a name, so that the base model's are next to the adapter's and
     a later one replaces an earlier one; those of another source never do.
 
     Args:

@@ -23,7 +23,8 @@ from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 from kpsvd_tune.processes import gather_numbers, is_lost_process, peak_memory_bytes
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
-from kpsvd_tune.runs import RunDirectory, load_random_state, random_state
+from kpsvd_tune.runs.directory import RunDirectory
+from kpsvd_tune.runs.state import load_random_state, random_state
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.batches import MicroBatch, make_micro_batch, stream_steps

@@ -20,7 +20,7 @@ from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.loop import Training

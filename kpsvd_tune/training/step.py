@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs import load_optimizer_state, optimizer_state
+from kpsvd_tune.runs.state import load_optimizer_state, optimizer_state
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.engines.deepspeed import ZeroEngine

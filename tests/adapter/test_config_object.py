@@ -233,3 +233,19 @@ def test_a_broken_adapter_is_not_merged_in_pefts_words(
         layer.kpsvd_right["default"].fill_(value)
     with pytest.raises(ValueError, match=f"{kind} detected in the merged weights. The adapter def"):
         model.merge_and_unload(safe_merge=True)
+
+
+def test_an_adapter_whose_shapes_an_earlier_version_chose_is_loaded(
+    model_factory: Make, tmp_path: Path
+) -> None:
+    """Its layers say which shapes those are; a new adapter has to name a shape that exists."""
+    model = adapt(model_factory())
+    perturb(model)
+    model.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"factor_shape": "auto"}))
+    loaded = PeftModel.from_pretrained(model_factory(), str(tmp_path))
+    torch.testing.assert_close(logits(loaded), logits(model))
+    config = KpsvdConfig(target_modules=["q_proj"], factor_shape="auto")
+    with pytest.raises(AdapterError, match="unknown factor shape 'auto': expected one of balanced"):
+        get_peft_model(model_factory(), config)

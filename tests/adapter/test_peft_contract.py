@@ -1,7 +1,7 @@
 """What PEFT's own tests ask of every method, in our words.
 
 Read for it: tests/testing_common.py and tests/test_custom_models.py of PEFT 0.21. Covered here, in
-test_contract.py and in test_doors.py, of the checks that are not about one other method:
+test_contract.py and test_peft_entry_points.py, of the checks that are not about one other method:
 
 - attributes; the adapter's name in parameters; names of any kind; duplicate and unknown names
 - files of save_pretrained, equal state after loading, selected adapters, a config object given

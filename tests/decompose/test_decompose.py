@@ -11,8 +11,11 @@ import architectures
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.decompose import (
     Decomposition,
     Progress,
@@ -397,3 +400,22 @@ def test_a_model_of_zeros_is_called_that(tmp_path: Path) -> None:
     save_file(zeros, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="all 14 target weights of .* are zero, so there"):
         decompose(resolve_model(str(tmp_path)), recipe(min=1))
+
+
+@pytest.mark.parametrize("factor_shape", ["balanced", "thin"])
+def test_a_model_in_memory_is_decomposed_as_its_files_are(
+    source: ModelSource, factor_shape: str
+) -> None:
+    rank = {"window": 6, "max": 6, "energy": 0.4, "tolerance": 0.0}
+    pattern = {"q_proj": 3, "down_proj": {"max": 1}}
+    streamed = decompose(
+        source, recipe(**rank, min=1, factor_shape=factor_shape, overrides=pattern)
+    )
+    config = KpsvdConfig(
+        target_modules="all-linear", factor_shape=factor_shape, rank=rank, rank_pattern=pattern
+    )
+    model = get_peft_model(load_model(source, "float32"), config)
+    assert config.layers == streamed.layers
+    for name, layer in kpsvd_layers(model):
+        assert torch.equal(layer.kpsvd_left0["default"], streamed.factors[name][0])
+        assert torch.equal(layer.kpsvd_right0["default"], streamed.factors[name][1])

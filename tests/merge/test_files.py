@@ -186,7 +186,7 @@ def test_a_file_that_the_system_cuts_leaves_nothing(adapter: Path, tmp_path: Pat
     output = tmp_path / "out" / "merged"
     program = (
         "import resource, signal, sys\n"
-        "from kpsvd_tune import cli\n"
+        "from kpsvd_tune.commands import main as cli\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         f"sys.exit(cli.run(['merge', {str(adapter)!r}, '--output', {str(output)!r}]))\n"

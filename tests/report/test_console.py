@@ -177,7 +177,25 @@ def test_every_score_says_whose_it_is_and_how_it_was_asked(capsys: pytest.Captur
         (line,) = (line for line in lines if line.startswith(f"{whose}, gsm8k, strict: {value}"))
         assert "of 200" in line
         assert line.endswith("; own.jsonl, the first 200, greedy")
-    assert "gsm8k, in this training    9.0 % before, 47.0 % after, of 200" in lines
+    assert not any("in this training" in line for line in lines)
+
+
+def test_scores_of_the_training_are_shown_where_a_later_eval_replaced_them(
+    capsys: pytest.CaptureFixture[str],
+):
+    view.show_results(RESULTS | {"gsm8k": {"before": 0.1, "after": 0.47, "n": 200}})
+    lines = capsys.readouterr().out.splitlines()
+    assert "gsm8k, in this training    10.0 % before, 47.0 % after, of 200" in lines
+
+
+def test_the_report_of_a_run_says_the_trained_parameters_once(
+    capsys: pytest.CaptureFixture[str],
+):
+    run = {"results": RESULTS | {"trainable_parameters": 20}, "ranks": ranks().to_dict()}
+    view.show_run(run)
+    shown = capsys.readouterr().out
+    assert shown.count("trainable parameters") == 1
+    assert "20 trainable parameters; offsets" in shown
 
 
 def test_losses_are_not_repeated_and_only_a_bad_end_is_told(capsys: pytest.CaptureFixture[str]):

@@ -14,6 +14,7 @@ from kpsvd_tune.report.results import (
     PreflightReport,
     RankReport,
     Score,
+    SourceCount,
     StepMetrics,
     TrainResult,
 )
@@ -166,3 +167,13 @@ def test_every_result_is_plain_json_and_frozen(result):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(result, name, None)
     assert getattr(result, name) == content[name]
+
+
+def test_a_preflight_report_comes_back_equal_from_json():
+    found = RESULTS[1]
+    assert isinstance(found, PreflightReport)
+    sources = (SourceCount("a.jsonl", 2.0, 16, 80, "chat"),)
+    report = dataclasses.replace(found, sources=sources)
+    assert PreflightReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    with pytest.raises(ValueError, match="num_rows: input should be a valid integer"):
+        PreflightReport.from_dict({**report.to_dict(), "num_rows": "many"})

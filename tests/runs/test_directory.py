@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from kpsvd_tune.errors import CheckpointError, ResourceError
-from kpsvd_tune.runs import RunDirectory, TrainingState
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.identity import changes
+from kpsvd_tune.runs.state import TrainingState
 
 RECIPE: dict[str, Any] = {
     "train": {"learning_rate": 1e-3, "save_every": 50, "seed": 0},

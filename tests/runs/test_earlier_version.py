@@ -78,7 +78,7 @@ def test_ranks_come_from_the_spectra_cache(earlier: Path, monkeypatch: pytest.Mo
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("decomposed although the cache holds it")
 
-    monkeypatch.setattr("kpsvd_tune.decompose.spectra.kpsvd", refuse)
+    monkeypatch.setattr("kpsvd_tune.linalg.plan.kpsvd", refuse)
     before = json.loads((WRITTEN / "initialised/init/rank_report.json").read_text())
     assert cli.run(["init-only", "recipe.yaml", "output_dir=initialised"]) == 0
     after = json.loads((earlier / "initialised/init/rank_report.json").read_text())

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.runs import RunDirectory, TrainingState
+from kpsvd_tune.runs.directory import RunDirectory
+from kpsvd_tune.runs.state import TrainingState
 from kpsvd_tune.storage import durable
 
 SAVE_EVERY = 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kpsvd_tune.commands import main as cli
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 
 
 @pytest.fixture

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
-from kpsvd_tune.runs import (
+from kpsvd_tune.runs.state import (
     TrainingState,
+    from_files,
     load_optimizer_state,
     load_random_state,
     optimizer_state,
+    pack,
     random_state,
+    to_files,
+    unpack,
 )
-from kpsvd_tune.runs.state import from_files, pack, to_files, unpack
 
 
 def assert_same(left: Any, right: Any) -> None:

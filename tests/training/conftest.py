@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs import RunDirectory, Start
+from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.training import Training, make_accelerator
 
 IDENTITY = {"recipe": {"train": {"seed": 0}}}

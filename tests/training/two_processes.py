@@ -23,7 +23,7 @@ from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.processes import end_processes, on_main_process
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs import RunDirectory
+from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.optim import SHARDABLE
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kpsvd_tune.errors import CheckpointError, RecipeError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs import load_optimizer_state, optimizer_state
+from kpsvd_tune.runs.state import load_optimizer_state, optimizer_state
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
 
 

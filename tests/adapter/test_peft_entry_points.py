@@ -1,4 +1,4 @@
-"""Every door by which PEFT's users come in: each opens, or says why not."""
+"""Every way in which PEFT loads or changes an adapter works, or says why not."""
 
 from __future__ import annotations
 

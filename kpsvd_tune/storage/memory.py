@@ -1,4 +1,4 @@
-"""Out of memory, on the host or on a device: told from other errors, and said with figures."""
+"""Recognises that memory ran out, on the host or on a device, and says so with figures."""
 
 from __future__ import annotations
 

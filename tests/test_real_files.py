@@ -96,8 +96,8 @@ REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
         lines([{"frage": "1?", "Answer": "2"}, {"frage": "3?", "Answer": "4"}]),
         "",
         "w.jsonl, line 1: the column 'prompt' is missing; found the columns frage, Answer; "
-        "expected prompt and completion (format prompt-completion); say which columns to use: "
-        "dataset.columns={prompt: COLUMN, completion: Answer}",
+        "expected prompt and completion (format prompt-completion); for example "
+        "dataset.columns={prompt: frage, completion: Answer}",
     ),
     "duplicate keys": (
         "d.jsonl",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,22 +26,34 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.completions import read_completions
-from kpsvd_tune.evaluation.sandbox.run import Sandbox
+from kpsvd_tune.evaluation.sandbox.run import CodePermission, Sandbox
 from kpsvd_tune.evaluation.scoring import (
     missing_scorers,
     permission_for,
     score_completions,
     stored_task,
 )
+from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.run import as_mapping
-from kpsvd_tune.storage.paths import expand, kind_of, siblings
+from kpsvd_tune.storage.paths import check_writable, expand, kind_of, siblings
 
 # Keys of an evaluation that belong to its rows.
 _OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Which model is scored, as it was typed."""
+
+    source: str
+    base: str | None
+    dtype: str | None
+    base_only: bool
+    allow_other_base: bool
 
 
 def evaluate(
@@ -119,21 +133,62 @@ def evaluate(
     permission = permission_for([wanted.task], allow_code_execution, sandbox)
     launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
-    from kpsvd_tune.evaluation.score import evaluate as score
-
+    model = _Model(source, base, dtype, base_only, allow_other_base)
     with ConsoleEvents() as events:
-        result = score(
-            source,
-            wanted,
-            events,
-            output=output,
-            base_only=base_only,
-            dtype=dtype,
-            base=base,
-            allow_other_base=allow_other_base,
-            permission=permission,
-        )
+        result = _score(model, wanted, output, permission, events)
         emit(result, as_json, view.show_scores)
+
+
+def _score(
+    model: _Model,
+    wanted: EvaluationRecipe,
+    output: Path | None,
+    permission: CodePermission,
+    events: Events,
+) -> dict[str, Any]:
+    """Score one model on one task, and keep the scores."""
+    from kpsvd_tune.evaluation.output import keep_scores, output_folder
+    from kpsvd_tune.evaluation.score import Scorer, check_tasks
+    from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
+    from kpsvd_tune.processes import device, end_processes, on_main_process
+    from kpsvd_tune.runs.find import find, load, resolve_base
+
+    found = find(model.source)
+    if wanted.task == "forgetting" and (found.adapter is None or model.base_only):
+        raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
+    folder = output_folder(model.source, found, wanted, output, model.base_only)
+    run = None if found.recipe is None else expand(model.source)
+    if run is not None:
+        # The scores lie in the output folder all the same.
+        try:
+            check_writable(run)
+        except InputError as error:
+            events.note(f"the scores will not be added to the run: {error}")
+    check_tasks([wanted], found.dataset)
+    phase = Phase()
+    with watched(phase), ExitStack() as stack:
+        stack.callback(end_processes)
+        place = device()
+        model_source = on_main_process(lambda: resolve_base(found, model.source, model.base))
+        events.stage(f"loading {model_source.path}")
+        known = model.dtype or found.dtype
+        phase.enter("loading the model", loading_cures(known, "--dtype"))
+        loaded = load(
+            found,
+            model_source,
+            known,
+            base_only=model.base_only,
+            allow_other_base=model.allow_other_base,
+        )
+        kept = f"completions that are finished are kept in {folder}"
+        phase.enter(f"scoring {wanted.task}", answering_cures([wanted]), kept)
+        scorer = Scorer(loaded.tokenizer, found.dataset, place, events, permission)
+        result = scorer.result(loaded, wanted, folder)
+        result["model"] = (
+            "base model" if model.base_only else "adapter" if found.adapter else "model"
+        )
+        on_main_process(lambda: keep_scores(folder, result, run, events))
+    return result
 
 
 def _task(source: str, options: Mapping[str, Any], overrides: Sequence[str]) -> EvaluationRecipe:

@@ -20,8 +20,7 @@ _T_INFINITE = 1.960
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean, standard deviation and 95 % confidence interval of the mean, by Student's t.
 
-    Args:
-        values: One a seed, at least one. Seeds are taken as independent and normal.
+    The values are one a seed, at least one; seeds are taken as independent and normal.
     """
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
@@ -34,26 +33,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def variation(norms: Sequence[float], num_warmup: int) -> float:
-    """Coefficient of variation of the gradient norm after warm-up: deviation over mean.
-
-    Args:
-        norms: Of every step, before clipping.
-        num_warmup: Steps to leave out.
-
-    Returns:
-        0 where fewer than two steps are left.
-    """
+    """Deviation over mean of the gradient norms after warm-up; 0 where fewer than two are left."""
     rest = norms[num_warmup:]
     mean = statistics.fmean(rest) if rest else 0.0
     return statistics.stdev(rest) / mean if len(rest) > 1 and mean > 0 else 0.0
 
 
 def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """The mean over seeds at the steps that all of them validated at.
-
-    Args:
-        curves: (step, validation loss) of each seed.
-    """
+    """The mean over seeds of (step, validation loss), at the steps that all of them have."""
     shared = set.intersection(*({step for step, _ in curve} for curve in curves))
     losses = [dict(curve) for curve in curves]
     return [
@@ -62,14 +49,9 @@ def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int,
 
 
 def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
-    """Steps until a validation curve first falls to a loss.
+    """Steps until a curve of (step, validation loss) first falls to a loss.
 
-    Args:
-        curve: (step, validation loss), in order of steps.
-        loss: The loss to reach.
-
-    Returns:
-        The step, on straight lines between validations; None where it never falls so far.
+    The step is on straight lines between validations; None where the curve never falls so far.
     """
     for (step, before), (later, after) in zip(curve, curve[1:], strict=False):
         if before <= loss:

@@ -1,44 +1,28 @@
-"""Scoring: the tasks of a recipe around training, one task on anything, and what is kept of it."""
+"""Scoring a model on tasks: those of a recipe around training, or one of `eval`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
 from kpsvd_tune.evaluation.evaluate import (
     COMPLETIONS_FILE,
-    SETTINGS_FILE,
-    Watch,
     check_task,
     conditions,
     rows_source,
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
-from kpsvd_tune.evaluation.generation import GenerationProgress
-from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.sandbox.run import CodePermission
 from kpsvd_tune.evaluation.scoring import missing_scorers
 from kpsvd_tune.events import Events
-from kpsvd_tune.models import load_model, load_tokenizer
-from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
-from kpsvd_tune.processes import device, end_processes, num_processes, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
-from kpsvd_tune.report.run import as_mapping, score_label, score_text
-from kpsvd_tune.runs.directory import RunDirectory
-from kpsvd_tune.runs.find import find, load_adapter, resolve_base
-from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
-from kpsvd_tune.runs.save_adapter import update_card
-from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.json_files import read_json, to_json
-from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
-from kpsvd_tune.units import time_left
+from kpsvd_tune.report.run import as_mapping, score_text
+from kpsvd_tune.runs.find import Loaded
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
@@ -50,10 +34,7 @@ def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
     return named
 
 
-def check_tasks(
-    tasks: Sequence[EvaluationRecipe],
-    dataset: DatasetRecipe | None,
-) -> None:
+def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None) -> None:
     """Refuse now what would stop the scoring after a training.
 
     Raises:
@@ -61,7 +42,7 @@ def check_tasks(
         DataError: A task's rows or text cannot be read.
     """
     for task in tasks:
-        check_task(_as_trained(task, dataset))
+        check_task(as_trained(task, dataset))
 
 
 class Scorer:
@@ -107,13 +88,13 @@ class Scorer:
 
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
-        return {name: conditions(_as_trained(task, self._dataset)) for name, task in tasks.items()}
+        return {name: conditions(as_trained(task, self._dataset)) for name, task in tasks.items()}
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
     ) -> list[Score]:
         """Run one task; an interrupted one goes on from the completions in ``folder``."""
-        task = _as_trained(task, self._dataset)
+        task = as_trained(task, self._dataset)
         self._events.stage(f"scoring {task.task}: {conditions(task)}")
         model.to(self._place)
         scores = run_task(
@@ -121,164 +102,42 @@ class Scorer:
             self._tokenizer,
             task,
             folder,
+            self._events,
             permission=self._permission,
             set_aside=set_aside,
-            watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
         self._events.end_progress()
         for note in missing_scorers(task.task):
             self._events.note(note)
         return scores
 
-    def _answering(self, progress: GenerationProgress) -> None:
-        others = num_processes()
-        phase = "answering" if others == 1 else f"answering, one share of {others},"
-        detail = f"{progress.tokens_per_second:.0f} tokens/s"
-        if left := time_left(progress.seconds_left):
-            detail += f", {left}"
-        self._events.advance(phase, progress.done, progress.total, detail)
+    def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
+        """Score one task, and say what its scores are of.
 
-    def _counting(self, task: str) -> Callable[[int, int], None]:
-        phase = "running programs" if task == "mbpp" else "measuring"
-        return lambda done, total: self._events.advance(phase, done, total)
+        Args:
+            loaded: The model.
+            task: The task with its data and sizes.
+            folder: Takes the completions.
 
-
-def evaluate(
-    source: str,
-    task: EvaluationRecipe,
-    events: Events,
-    *,
-    output: Path | None = None,
-    base_only: bool = False,
-    dtype: str | None = None,
-    base: str | None = None,
-    allow_other_base: bool = False,
-    permission: CodePermission = NO_CODE,
-) -> dict[str, Any]:
-    """Score a run, an adapter or a model on a task.
-
-    The scores also go to results.json beside the completions; those of a run to its results.json
-    and its model card as well.
-
-    Args:
-        source: A run, an adapter folder, or a model.
-        task: The task with its data and sizes.
-        events: Told of progress.
-        output: Folder of the completions; by default one inside the run.
-        base_only: Score the base model without the adapter.
-        dtype: Of the weights; by default the recipe's, else float32.
-        base: Another place of the same base model.
-        allow_other_base: Take a base that is not the adapter's; the results say so.
-        permission: To run programs, which mbpp needs.
-
-    Returns:
-        ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
-        interval, the task, what was scored (adapter, base model or model), where the rows are from,
-        how they were asked, and where the completions lie.
-
-    Raises:
-        InputError: Code may not be run, a model was given without an output folder, or what a
-            model forgot was asked without an adapter.
-        DataError: The task's rows or text cannot be read.
-    """
-    found = find(source)
-    dataset = found.dataset
-    if task.task == "forgetting" and (found.adapter is None or base_only):
-        raise InputError("forgetting compares an adapter with its base: give a run or an adapter")
-    if output is None:
-        if found.recipe is None:
-            raise InputError(f"{source} is no run, so say where completions go: --output DIR")
-        output = _folder(expand(source), task, base_only)
-    else:
-        refuse_inside_run(output, "--output")
-        _check_ours(output)
-    check_writable(output)
-    check_replaceable(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json"))
-    if found.recipe is not None:
-        # The scores lie in the output folder all the same.
-        try:
-            check_writable(expand(source))
-        except InputError as error:
-            events.note(f"the scores will not be added to the run: {error}")
-    check_tasks(
-        [task],
-        dataset,
-    )
-    phase = Phase()
-    with watched(phase), ExitStack() as stack:
-        # Several processes end cleanly only when they take leave of each other.
-        stack.callback(end_processes)
-        place = device()
-        model_source = on_main_process(lambda: resolve_base(found, source, base))
-        events.stage(f"loading {model_source.path}")
-        known = found.recipe.model.dtype if found.recipe else "float32"
-        phase.enter("loading the model", loading_cures(dtype or known, "--dtype"))
-        model: Any = load_model(model_source, dtype or known)
-        others: list[str] = []
-        if found.adapter is not None and not base_only:
-            model, other = load_adapter(model, found.adapter, allow_other_base)
-            others = [] if other is None else [other]
-        scorer = Scorer(
-            load_tokenizer(model_source, found.adapter),
-            dataset,
-            place,
-            events,
-            permission,
-        )
-        phase.enter(
-            f"scoring {task.task}",
-            answering_cures([task]),
-            f"completions that are finished are kept in {output}",
-        )
-        scores = as_mapping(scorer.score(model, task, output))
-        asked = scorer.conditions({task.task: task})[task.task]
-        for other in others:
-            events.note(f"scored {other}")
+        Returns:
+            ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
+            interval, the task, where the rows are from, how they were asked, and where the
+            completions lie.
+        """
+        scores = as_mapping(self.score(loaded.model, task, folder))
+        asked = self.conditions({task.task: task})[task.task]
+        result = {"task": task.task, "file": rows_source(task), "scores": scores}
+        if (other := loaded.other_base) is not None:
+            self._events.note(f"scored {other}")
             # The conditions stand in results.json and in the card of a run.
             asked += "; on another base model than the adapter's"
-        scored = "base model" if base_only else "adapter" if found.adapter else "model"
-        result = {
-            "task": task.task,
-            "model": scored,
-            "file": rows_source(task),
-            "scores": scores,
-            "conditions": asked,
-        }
-        if others:
-            result["other_base"] = f"scored {others[0]}"
-        if (file := output / "completions.jsonl").exists():
+            result["other_base"] = f"scored {other}"
+        if (file := folder / COMPLETIONS_FILE).exists():
             result["completions"] = str(file)
-
-        def keep() -> None:
-            durable.make_folder(output)
-            durable.replace_file(output / "results.json", to_json(result))
-            if found.recipe is not None:
-                _record(RunDirectory(source), result, base_only, events)
-
-        on_main_process(keep)
-        return result
+        return {**result, "conditions": asked}
 
 
-def _check_ours(output: Path) -> None:
-    """Refuse an output folder that holds anything but an earlier evaluation."""
-    kept = (each.name for each in output.glob("previous-*"))
-    refuse_foreign(output, (COMPLETIONS_FILE, SETTINGS_FILE, "results.json", *kept), "--output")
-    file = output / "results.json"
-    if file.exists() and not {"task", "scores"} <= read_json(file).keys():
-        raise InputError(
-            f"--output: {file} is not of an evaluation, and would be replaced; name another folder"
-        )
-
-
-def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:
-    """Where a run keeps the completions of a task: one folder for each source of rows."""
-    results = RunDirectory(run).results_file
-    known = read_json(results) if results.exists() else {}
-    name = re.sub(r"[^\w.-]+", "-", score_label(known, task.task, rows_source(task)))
-    return run / "evaluation" / f"{'base-' if base_only else ''}{name}"
-
-
-def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
+def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
     """The task with what it leaves open taken from the training."""
     if dataset is None:
         return task
@@ -290,26 +149,3 @@ def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evalua
         # They have no columns of their own; those of the training are the likeliest.
         update["columns"] = dataset.columns
     return task.model_copy(update=update)
-
-
-def _record(run: RunDirectory, result: Mapping[str, Any], base_only: bool, events: Events) -> None:
-    """Put scores among the results of a finished run; the latest of a task on a file stand there.
-
-    Scores on another file get a name of their own.
-    """
-    if not (run.run_file.exists() and run.results_file.exists()):
-        events.note(f"{run.path} has no results.json to add the scores to")
-        return
-    try:
-        with run.lock():
-            results = read_json(run.results_file)
-            place, name = "base_scores" if base_only else "scores", result["task"]
-            name = score_label(results, name, result["file"])
-            asked = f"{name}, base model" if base_only else name
-            results.setdefault(place, {})[name] = result["scores"]
-            results.setdefault("score_files", {})[name] = result["file"]
-            results.setdefault("score_conditions", {})[asked] = result["conditions"]
-            run.finish(results)
-            update_card(run.adapter, results)
-    except (CheckpointError, ResourceError) as error:
-        events.note(f"the scores were not added to {run.results_file}: {error}")

@@ -33,7 +33,7 @@ from kpsvd_tune.report.run import (
 )
 
 # The summary names at most this many matrices.
-LISTED = 3
+_LISTED = 3
 _SOURCES = 20
 # Columns that hold the whole table of a comparison.
 _WIDE = 140
@@ -53,7 +53,7 @@ _METHOD_COLUMNS = {
     "forgetting": Column("forgetting"),
     "time a step": Column("step time", goes=3),
 }
-RANK_COLUMNS = (
+_RANK_COLUMNS = (
     Column("module", is_text=True),
     Column("out x in", goes=1),
     Column("A", goes=4),
@@ -70,7 +70,8 @@ RANK_COLUMNS = (
 def show_ranks(report: RankReport) -> None:
     """The rank table and its totals."""
     out = output()
-    print_table(out, RANK_COLUMNS, rank_rows(report), where="rank_report.csv")
+    rows = [_cells(layer) for layer in report.layers]
+    print_table(out, _RANK_COLUMNS, rows, where="rank_report.csv")
     for line in rank_summary(report):
         print_line(out, line)
 
@@ -107,8 +108,21 @@ def show_sweep(reports: Mapping[str, RankReport | Mapping[str, str]]) -> None:
 
 def show_merge(report: MergeReport) -> None:
     """What the proof of the merge found."""
-    for line in merge_lines(report):
-        print_line(output(), line)
+    out, verdict = output(), "equal" if report.passed else "NOT equal"
+    proof = (
+        f"merged and adapter-on-base are {verdict}: largest logit difference "
+        f"{report.max_logit_difference:.3g} (tolerance {report.tolerance:g}), top-1 agreement "
+        f"{100 * report.top1_agreement:.1f} %"
+    )
+    print_line(out, Text(proof, style="green" if report.passed else "bold red"))
+    if report.adapter_logit_difference is not None:
+        change = f"{report.adapter_logit_difference:.3g}"
+        print_line(out, f"the adapter changes a logit of its base by at most {change}")
+    kept = f"{100 * report.min_kept_share:.1f} %"
+    rounding = f"survived the rounding to {report.dtype}"
+    print_line(out, f"of every layer's update at least {kept} {rounding}")
+    for warning in report.warnings:
+        print_line(out, Text(f"warning: {warning}", style="yellow"))
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -189,12 +203,8 @@ def purpose(path: Path) -> str:
     return words.removeprefix("Purpose: ")
 
 
-def rank_rows(report: RankReport) -> list[tuple[str, ...]]:
-    """The rank of every layer, a cell for each of RANK_COLUMNS."""
-    return [_cells(layer) for layer in report.layers]
-
-
 def _cells(layer: LayerReport) -> tuple[str, ...]:
+    """A cell for each of _RANK_COLUMNS."""
     m, n, p, q = layer.factor_shape
     return (
         layer.name,
@@ -215,12 +225,12 @@ def rank_summary(report: RankReport) -> list[str]:
     totals = report.totals
     ranks = [layer.rank for layer in report.layers]
     adapted = sum(rank > 0 for rank in ranks)
-    lora = sum(layer.out_features + layer.in_features for layer in report.layers if layer.rank > 0)
     lines = [
         f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
         f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
         f"{totals['trainable_parameters']:,} trainable parameters; offsets and frozen factors are "
-        f"stored, twice as many; LoRA of rank 1 on the same layers: {lora:,}",
+        f"stored, twice as many; LoRA of rank 1 on the same layers: "
+        f"{report.lora_parameters:,}",
         f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
     lines += [
@@ -229,8 +239,8 @@ def rank_summary(report: RankReport) -> list[str]:
         for probe in report.probes
     ]
     if report.untouched:
-        names = [f"{name} ({reason})" for name, reason in report.untouched[:LISTED]]
-        more = "; all of them: rank_report.json" if len(report.untouched) > LISTED else ""
+        names = [f"{name} ({reason})" for name, reason in report.untouched[:_LISTED]]
+        more = "; all of them: rank_report.json" if len(report.untouched) > _LISTED else ""
         lines.append(
             f"{len(report.untouched)} weight matrices left alone: {', '.join(names)}{more}"
         )
@@ -257,33 +267,6 @@ def preflight_lines(report: PreflightReport) -> list[str]:
     if len(report.sources) > _SOURCES:
         lines.append(f"and {len(report.sources) - _SOURCES} more sources")
     return lines + [f"note: {warning}" for warning in report.warnings]
-
-
-def merge_lines(report: MergeReport) -> list[Text]:
-    """What the proof of a merge found."""
-    verdict = "equal" if report.passed else "NOT equal"
-    lines = [
-        Text(
-            f"merged and adapter-on-base are {verdict}: largest logit difference "
-            f"{report.max_logit_difference:.3g} (tolerance {report.tolerance:g}), top-1 agreement "
-            f"{100 * report.top1_agreement:.1f} %",
-            style="green" if report.passed else "bold red",
-        )
-    ]
-    if report.adapter_logit_difference is not None:
-        lines.append(
-            Text(
-                "the adapter changes a logit of its base by at most "
-                f"{report.adapter_logit_difference:.3g}"
-            )
-        )
-    lines.append(
-        Text(
-            f"of every layer's update at least {100 * report.min_kept_share:.1f} % survived the "
-            f"rounding to {report.dtype}"
-        )
-    )
-    return lines + [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
 
 
 def show_grid(grid: Mapping[str, Any]) -> None:

@@ -85,27 +85,24 @@ def print_line(out: Console, text: Text | str, indent: int = 2) -> None:
         text: What to print.
         indent: Columns that a terminal's continuation lines are moved to the right by.
     """
-    line = text if isinstance(text, Text) else Text(text)
-    room = out.width - indent
-    longest = max((cell_len(each) for each in line.plain.split("\n")), default=0)
-    if not out.is_terminal or longest <= out.width or room < _LEAST_ROOM:
-        out.print(line, soft_wrap=True)
-        return
-    for number, piece in enumerate(line.wrap(out, room)):
-        piece.rstrip()
-        out.print((Text(" " * indent) if number else Text()) + piece, soft_wrap=True)
+    _print_hanging(out, "", text if isinstance(text, Text) else Text(text), indent)
 
 
 def print_pair(out: Console, name: str, value: str) -> None:
     """Print a name and its value; the values of several are aligned."""
     start = f"{name:<{_NAME_WIDTH}} "
-    room = out.width - len(start)
-    if not out.is_terminal or cell_len(start + value) <= out.width or room < _LEAST_ROOM:
-        out.print(Text(start + value), soft_wrap=True)
+    _print_hanging(out, start, Text(value), len(start))
+
+
+def _print_hanging(out: Console, start: str, text: Text, indent: int) -> None:
+    room = out.width - indent
+    longest = max((cell_len(each) for each in text.plain.split("\n")), default=0)
+    if not out.is_terminal or cell_len(start) + longest <= out.width or room < _LEAST_ROOM:
+        out.print(Text(start) + text, soft_wrap=True)
         return
-    for number, piece in enumerate(Text(value).wrap(out, room)):
+    for number, piece in enumerate(text.wrap(out, room)):
         piece.rstrip()
-        out.print(Text(" " * len(start) if number else start) + piece, soft_wrap=True)
+        out.print(Text(" " * indent if number else start) + piece, soft_wrap=True)
 
 
 def print_table(

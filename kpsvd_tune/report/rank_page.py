@@ -152,7 +152,7 @@ def _cards(report: RankReport) -> list[dict[str, str]]:
     """The totals above the heat map."""
     ranks = [layer.rank for layer in report.layers]
     trainable, base = report.totals["trainable_parameters"], report.totals["base_parameters"]
-    lora = _lora_rank_one(report)
+    lora = report.lora_parameters
     mean = f"{sum(ranks) / max(1, len(ranks)):.2f}"
     cards = (
         (f"{sum(rank > 0 for rank in ranks)} of {len(ranks)}", "", "matrices with an adapter"),
@@ -167,7 +167,7 @@ def _cards(report: RankReport) -> list[dict[str, str]]:
 def _budget(report: RankReport) -> list[tuple[str, ...]]:
     """Rows that compare the parameters with those of LoRA and PiSSA, which cost the same."""
     ranks = [layer.rank for layer in report.layers]
-    trainable, lora = int(report.totals["trainable_parameters"]), _lora_rank_one(report)
+    trainable, lora = int(report.totals["trainable_parameters"]), report.lora_parameters
     lines = [("this adapter", _spread(ranks), trainable)]
     if lora:
         within = trainable // lora
@@ -185,10 +185,6 @@ def _budget(report: RankReport) -> list[tuple[str, ...]]:
 def _spread(ranks: Sequence[int]) -> str:
     low, high = min(ranks, default=0), max(ranks, default=0)
     return f"{low} everywhere" if low == high else f"{low} to {high}"
-
-
-def _lora_rank_one(report: RankReport) -> int:
-    return sum(layer.out_features + layer.in_features for layer in report.layers if layer.rank > 0)
 
 
 def _cells(layer: LayerReport) -> dict[str, tuple[str | float, str]]:

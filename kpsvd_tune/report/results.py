@@ -124,6 +124,12 @@ class RankReport(Result):
     rule: Mapping[str, Any] = field(default_factory=dict)
     probes: tuple[Probe, ...] = ()
 
+    @property
+    def lora_parameters(self) -> int:
+        """What LoRA or PiSSA of rank 1 trains on the layers that have an adapter."""
+        adapted = (layer for layer in self.layers if layer.rank > 0)
+        return sum(layer.out_features + layer.in_features for layer in adapted)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the content of rank_report.json."""
         untouched = [{"name": name, "reason": reason} for name, reason in self.untouched]

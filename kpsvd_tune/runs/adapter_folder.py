@@ -1,14 +1,19 @@
-"""adapter_config.json as it must be: read and checked before PEFT builds anything of it."""
+"""The adapter folder: saved whole, and checked before PEFT builds anything of it."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.errors import AdapterError, CheckpointError
+from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
 from kpsvd_tune.storage.json_files import check_regular, check_types, read_json
 from kpsvd_tune.storage.patterns import check_patterns
@@ -103,7 +108,41 @@ def check_adapter(folder: Path, names: list[str]) -> None:
         raise AdapterError(f"{folder / WEIGHTS} cannot be read: {error}") from error
 
 
-def seal(folder: Path) -> bytes:
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter's configuration and weights."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def save_adapter(
+    model: PeftModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+) -> None:
+    """Write the adapter folder; it appears whole under its name.
+
+    Args:
+        model: The trained model.
+        weights: Its trained tensors by name, whole where the model holds only this process's part.
+        tokenizer: Kept beside the adapter, as PEFT's users expect.
+        folder: Replaced if it exists.
+        card: The model card.
+
+    Raises:
+        ResourceError: The disk refused; an adapter that was there stays.
+    """
+    with durable.write_folder(folder, replace=True) as aside:
+        # No embedding is ever adapted; "auto" would ask the hub about the base model.
+        model.save_pretrained(
+            str(aside), state_dict={**model.state_dict(), **weights}, save_embedding_layers=False
+        )
+        tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        durable.write_file(aside / MANIFEST, _seal(aside))
+
+
+def _seal(folder: Path) -> bytes:
     """A manifest of all that an adapter's folder holds but the model card, which takes scores."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}

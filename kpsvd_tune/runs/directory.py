@@ -310,7 +310,7 @@ class RunDirectory:
         state = self.load(checkpoint)
         if durable.sync_file(self.metrics_file) < state.metrics_bytes:
             _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
-        # First, for a checkpoint that can still be chosen needs its lines of the log.
+        # Before the log is cut: a newer checkpoint that could still be chosen needs those lines.
         abandon_newer(self.checkpoints, checkpoint)
         durable.truncate_file(self.metrics_file, state.metrics_bytes)
         clean(self.checkpoints, checkpoint)
@@ -346,7 +346,7 @@ class RunDirectory:
 
     def _read(self, checkpoint: Path) -> dict[str, bytes]:
         files = read_committed(checkpoint)
-        # Of the same name and whole, and yet copied here: its offsets belong to other factors.
+        # A checkpoint that was copied from another run is whole, but belongs to other factors.
         if run_of(checkpoint) != self._id():
             raise CheckpointError(f"{checkpoint} is of another run; was it copied here?")
         return files
@@ -355,7 +355,7 @@ class RunDirectory:
         self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
-        # First, as the rest is known for ours by it.
+        # First, because this file shows that the others belong to a run.
         self._write_run(
             {"status": "running", **about, "id": run_id(identity), "identity": identity}
         )

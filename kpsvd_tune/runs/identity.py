@@ -1,4 +1,4 @@
-"""What makes a run that run: the settings it began with, compared key by key with those of now."""
+"""Tells runs apart: compares the settings a run began with, key by key, with those of now."""
 
 from __future__ import annotations
 

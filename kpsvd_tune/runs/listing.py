@@ -1,9 +1,10 @@
 """What checkpoints lie in a folder: their names, and which of them is the newer one.
 
-A checkpoint of a step whose validation a signal put off is named `step-000100-pending`. The run
-that goes on from it makes the validation up and, where a run without the signal would have saved
-that step, commits `step-000100` beside it; only then the pending one goes. So the run ends with the
-checkpoint of one that was never stopped, and there is a whole one at every moment.
+A signal can stop a run between a step and its validation; the checkpoint is then named
+`step-000100-pending`. The run that goes on from it first makes that validation. Where a run without
+the signal would have saved the step, it commits `step-000100` beside the pending checkpoint, and
+only then deletes that one. So it ends with the checkpoints of a run that was never stopped, and
+there is a whole one at every moment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a disk refuses, told with what was tried and what to do; one place for every command."""
+"""Puts what a disk refuses into words: what was tried, why it failed, and what to do."""
 
 from __future__ import annotations
 

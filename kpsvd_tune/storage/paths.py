@@ -1,8 +1,7 @@
 """What lies at a path of this machine: a run, an adapter, a comparison, a model, rows.
 
 Commands take paths of several kinds, and a user mixes them up; whoever refuses a path says what it
-is, and what to do with it. A path that cannot be looked at
-holds nothing.
+is, and what to do with it. A path that this user may not look at counts as one where nothing lies.
 """
 
 from __future__ import annotations

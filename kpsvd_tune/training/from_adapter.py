@@ -23,10 +23,9 @@ from kpsvd_tune.models import load_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.runs.adapter_folder import WEIGHTS, holds_adapter
 from kpsvd_tune.runs.find import COMPARED, find, load_adapter
 from kpsvd_tune.storage.disk import explained
-
-_FILE = "adapter_model.safetensors"
 
 
 def find_adapter(recipe: Recipe) -> Path | None:
@@ -49,14 +48,9 @@ def find_adapter(recipe: Recipe) -> Path | None:
     if folder is None or not holds_adapter(folder):
         raise RecipeError(
             f"adapter.from: {path} holds no adapter; expected a finished run, or a folder with "
-            f"adapter_config.json and {_FILE}"
+            f"adapter_config.json and {WEIGHTS}"
         )
     return folder
-
-
-def holds_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter's configuration and weights."""
-    return (folder / "adapter_config.json").is_file() and (folder / _FILE).is_file()
 
 
 def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftModel, str | None]:

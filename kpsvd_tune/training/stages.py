@@ -46,15 +46,15 @@ from kpsvd_tune.processes import end_processes, name_lost_process, on_main_proce
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
-from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own
+from kpsvd_tune.runs.adapter_card import adapter_card
+from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own, holds_adapter, save_adapter
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
-from kpsvd_tune.runs.save_adapter import save_adapter
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training.accelerator import make_accelerator
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
-from kpsvd_tune.training.from_adapter import find_adapter, holds_adapter, load_adapted, write_ranks
+from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.loop import Training
 from kpsvd_tune.training.schedule import run_length
@@ -264,9 +264,8 @@ def finish_run(
 
     def save() -> None:
         found = _with_earlier_scores(run, results)
-        save_adapter(
-            started.model, weights, data.tokenizer, run.adapter, recipe, started.ranks, found
-        )
+        card = adapter_card(started.model, recipe, started.ranks, found)
+        save_adapter(started.model, weights, data.tokenizer, run.adapter, card)
         run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
         run.finish(found)
 

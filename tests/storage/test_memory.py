@@ -149,7 +149,7 @@ STAGES = {
         "reading and tokenising the data",
         "a lower dataset.max_length (now 512)",
     ),
-    "kpsvd_tune.decompose.start.decompose": (
+    "kpsvd_tune.training.initialise.decompose": (
         "decomposing the base model",
         "a lower adapter.rank.window (now 8)",
     ),

@@ -425,7 +425,10 @@ def test_evaluating_a_finished_run_keeps_the_scores_with_it(
     assert cli.run(["train", str(recipe), tasks, "train.max_steps=2"]) == 0
     assert "is finished; nothing was done" in capsys.readouterr().err
     assert cli.run(["report", str(run)]) == 0
-    assert "loss, in this training" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    # The same figures as in the training, so they are shown once.
+    assert "base model, loss, loss" in shown
+    assert "loss, in this training" not in shown
     # Another file's scores stand beside, under a name of their own.
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"question": "How many?", "answer": "One"}) + "\n")

@@ -1,4 +1,4 @@
-"""The adapter folder: a PEFT adapter with a model card that says how to use it."""
+"""The model card of an adapter: what it is, how to use it, and its scores."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune import __version__
 from kpsvd_tune.data import source_names
@@ -17,48 +15,22 @@ from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.run import result_figures, score_table, worse_line
-from kpsvd_tune.runs.adapter_folder import seal
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.commit import MANIFEST
 
 _EVALUATION = "## Evaluation"
 
 
-def save_adapter(
-    model: PeftModel,
-    weights: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    recipe: Recipe,
-    report: RankReport,
-    results: Mapping[str, Any],
-) -> None:
-    """Write the adapter folder; it appears whole under its name.
+def adapter_card(
+    model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]
+) -> str:
+    """The card of a trained adapter.
 
     Args:
-        model: The trained model.
-        weights: Its trained tensors by name, whole where the model holds only this process's part.
-        tokenizer: Kept beside the adapter, as PEFT's users expect.
-        folder: Replaced if it exists.
-        recipe: For the model card.
-        report: For the model card.
-        results: For the model card.
-
-    Raises:
-        ResourceError: The disk refused; an adapter that was there stays.
+        model: The base with the adapter.
+        recipe: What it was trained by.
+        report: Its ranks.
+        results: The content of results.json.
     """
-    card = _card(model, recipe, report, results)
-    with durable.write_folder(folder, replace=True) as aside:
-        # No embedding is ever adapted; "auto" would ask the hub about the base model.
-        model.save_pretrained(
-            str(aside), state_dict={**model.state_dict(), **weights}, save_embedding_layers=False
-        )
-        tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        durable.write_file(aside / MANIFEST, seal(aside))
-
-
-def _card(model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]) -> str:
     # The path stays in adapter_config.json, by which PEFT finds the base; a card is published.
     source = Path(getattr(model.config, "_name_or_path", "") or ".nowhere")
     base = describe_base(recipe.model.path, source if source.is_dir() else None)

@@ -34,7 +34,8 @@ from types import FrameType
 from typing import Any
 
 from kpsvd_tune.commands import main as cli
-from kpsvd_tune.evaluation.sandbox.run import Limits, Program, run_program
+from kpsvd_tune.evaluation.sandbox.capture import Limits
+from kpsvd_tune.evaluation.sandbox.run import Program, run_program
 from kpsvd_tune.recipe import shipped_recipes
 
 # For tests/programs.py, which the tests of the sandbox use as well.

@@ -8,8 +8,8 @@ under the very same settings and weights: a score is never made of two models' a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from kpsvd_tune.evaluation.completions import (
 )
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
+    GenerationProgress,
     LanguageModel,
-    ProgressCallback,
     Prompt,
     generate_completions,
 )
@@ -39,32 +39,18 @@ from kpsvd_tune.evaluation.questions import (
 from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
 from kpsvd_tune.evaluation.scoring import score_completions
 from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.events import Events
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import make_folder, rename, replace_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
+from kpsvd_tune.units import time_left
 
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"
 _SAMPLED_WEIGHTS = 64
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who is told how an evaluation goes.
-
-    Attributes:
-        answering: called as completions are finished, with tokens per second and time left; of
-            several processes each counts its own share.
-        running: called with (done, total): programs run, or rows and windows whose loss is known.
-        note: told what a person should know.
-    """
-
-    answering: ProgressCallback | None = None
-    running: Callable[[int, int], None] | None = None
-    note: Callable[[str], None] | None = None
 
 
 def evaluate(
@@ -72,11 +58,10 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     recipe: EvaluationRecipe,
     output_folder: Path,
+    events: Events,
     *,
-    template: str | None = None,
     permission: CodePermission = NO_CODE,
     set_aside: bool = False,
-    watch: Watch | None = None,
 ) -> list[Score]:
     """Run one task on a model and score it; an interrupted run goes on where it stopped.
 
@@ -88,29 +73,27 @@ def evaluate(
         tokenizer: the model's tokenizer.
         recipe: the task, its data, its prompt and how to answer.
         output_folder: where completions.jsonl and evaluation.json lie.
-        template: the training template, used where the recipe's section has none.
+        events: told of progress; of several processes each counts its own share.
         permission: to run programs, which mbpp needs.
         set_aside: move completions of another model or with other settings out of the way,
             instead of refusing to go on.
-        watch: who is told of progress.
 
     Returns:
         One score a scorer of the task.
 
     Raises:
-        InputError: code execution is not allowed or has no sandbox (before any work is done), or
-            the folder holds completions of another evaluation.
+        InputError: programs would be run and may not be (before any work is done), or the folder
+            holds completions of another evaluation.
         DataError: the data cannot be read or do not fit the task.
     """
-    if recipe.task == "mbpp":
+    if TASKS[recipe.task].runs_code:
         permission.for_task(recipe.task)
-    watch = watch or Watch()
-    template = recipe.template or template or default_template(recipe.task)
+    template = recipe.template or TASKS[recipe.task].template
     if recipe.task in LOSS_TASKS:
-        return score_loss(model, tokenizer, recipe, template, watch.running)
-    questions = read_questions(recipe)
-    shots = read_shots(recipe)
-    prompts, end_token_ids = build_prompts(questions, tokenizer, template, recipe, shots)
+        return score_loss(model, tokenizer, recipe, template, partial(events.advance, "measuring"))
+    prompts, end_token_ids = build_prompts(
+        read_questions(recipe), tokenizer, template, recipe, read_shots(recipe)
+    )
     options = GenerationOptions(
         max_new_tokens=recipe.max_new_tokens,
         batch_size=recipe.batch_size,
@@ -130,12 +113,12 @@ def evaluate(
     on_main_process(make_ready)
     done = {each.key for each in read_completions(file)} if file.exists() else set()
     wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
-    if watch.note is not None and (found := len(wanted & done)):
-        watch.note(f"{found} of {len(wanted)} answers are in {file} already")
+    if found := len(wanted & done):
+        events.note(f"{found} of {len(wanted)} answers are in {file} already")
     wait_for_all()  # nobody appends before everybody has read
     mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: num_processes()]
     for completion in generate_completions(
-        model, tokenizer, mine, options, done=done, progress=watch.answering
+        model, tokenizer, mine, options, done=done, progress=partial(_tell, events)
     ):
         append_completion(file, completion)
     wait_for_all()
@@ -145,9 +128,18 @@ def evaluate(
             recipe.task,
             completions,
             permission=permission,
-            progress=watch.running,
+            progress=partial(events.advance, "running programs"),
         )
     )
+
+
+def _tell(events: Events, progress: GenerationProgress) -> None:
+    others = num_processes()
+    phase = "answering" if others == 1 else f"answering, one share of {others},"
+    detail = f"{progress.tokens_per_second:.0f} tokens/s"
+    if left := time_left(progress.seconds_left):
+        detail += f", {left}"
+    events.advance(phase, progress.done, progress.total, detail)
 
 
 def check_task(recipe: EvaluationRecipe) -> None:
@@ -179,7 +171,7 @@ def conditions(recipe: EvaluationRecipe) -> str:
     parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
     if recipe.task in LOSS_TASKS:
         return ", ".join([*parts, f"{recipe.window} tokens at a time"])
-    template = recipe.template or default_template(recipe.task)
+    template = recipe.template or TASKS[recipe.task].template
     harness = f"{recipe.prompt} prompt"
     parts.append(f"template {template!r}" if recipe.prompt == "template" else harness)
     parts.append(f"{num_shots(recipe)} worked examples")
@@ -193,13 +185,8 @@ def conditions(recipe: EvaluationRecipe) -> str:
     return ", ".join([*parts, f"at most {recipe.max_new_tokens} new tokens"])
 
 
-def default_template(task: str) -> str:
-    """The template of a task, where neither its section nor the training has one."""
-    return TASKS[task].template if task in TASKS else "{prompt}{completion}"
-
-
 def weights_fingerprint(model: LanguageModel) -> str:
-    """A hash of up to 64 evenly spaced values of every parameter: fast, and other after any step.
+    """A hash of up to 64 evenly spaced values of every parameter: fast, and each step changes it.
 
     It tells a trained model from its base and from itself a step later. It is no proof of
     equality: an edit of single weights may escape it.

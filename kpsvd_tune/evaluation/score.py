@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.evaluation.evaluate import (
     COMPLETIONS_FILE,
-    Watch,
     check_task,
     conditions,
     rows_source,
 )
 from kpsvd_tune.evaluation.evaluate import evaluate as run_task
-from kpsvd_tune.evaluation.generation import GenerationProgress
 from kpsvd_tune.evaluation.sandbox.run import CodePermission
 from kpsvd_tune.evaluation.scoring import missing_scorers
 from kpsvd_tune.events import Events
-from kpsvd_tune.processes import num_processes
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_text
 from kpsvd_tune.runs.find import Loaded
-from kpsvd_tune.units import time_left
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
@@ -46,7 +42,7 @@ def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None
         DataError: A task's rows or text cannot be read.
     """
     for task in tasks:
-        check_task(_as_trained(task, dataset))
+        check_task(as_trained(task, dataset))
 
 
 class Scorer:
@@ -92,13 +88,13 @@ class Scorer:
 
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
-        return {name: conditions(_as_trained(task, self._dataset)) for name, task in tasks.items()}
+        return {name: conditions(as_trained(task, self._dataset)) for name, task in tasks.items()}
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
     ) -> list[Score]:
         """Run one task; an interrupted one goes on from the completions in ``folder``."""
-        task = _as_trained(task, self._dataset)
+        task = as_trained(task, self._dataset)
         self._events.stage(f"scoring {task.task}: {conditions(task)}")
         model.to(self._place)
         scores = run_task(
@@ -106,9 +102,9 @@ class Scorer:
             self._tokenizer,
             task,
             folder,
+            self._events,
             permission=self._permission,
             set_aside=set_aside,
-            watch=Watch(self._answering, self._counting(task.task), self._events.note),
         )
         self._events.end_progress()
         for note in missing_scorers(task.task):
@@ -140,20 +136,8 @@ class Scorer:
             result["completions"] = str(file)
         return {**result, "conditions": asked}
 
-    def _answering(self, progress: GenerationProgress) -> None:
-        others = num_processes()
-        phase = "answering" if others == 1 else f"answering, one share of {others},"
-        detail = f"{progress.tokens_per_second:.0f} tokens/s"
-        if left := time_left(progress.seconds_left):
-            detail += f", {left}"
-        self._events.advance(phase, progress.done, progress.total, detail)
 
-    def _counting(self, task: str) -> Callable[[int, int], None]:
-        phase = "running programs" if task == "mbpp" else "measuring"
-        return lambda done, total: self._events.advance(phase, done, total)
-
-
-def _as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
+def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
     """The task with what it leaves open taken from the training."""
     if dataset is None:
         return task

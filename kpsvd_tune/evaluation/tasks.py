@@ -2,8 +2,8 @@
 
 To add a scorer, write what it makes of one answer as a function of (completion, gold), and add it
 to `TASKS` with :func:`each`. A scorer that has to see all answers at once, because it starts
-processes for them, is a :class:`Scorer` with a function of its own. To add a task, add an entry to
-`TASKS` and its name to `EvaluationRecipe.task`.
+processes for them, is a :class:`ScoringRule` with a function of its own. To add a task, add an
+entry to `TASKS` and its name to `EvaluationRecipe.task`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Judge = Callable[[Sequence[Completion], Sandbox | None, Progress | None], list[V
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ScoringRule:
     """One way to judge the answers of a task.
 
     Attributes:
@@ -84,13 +84,13 @@ class Task:
     columns: Mapping[str, str] = field(default_factory=dict)
     template: str = "{prompt}{completion}"
     shots_split: str = "train"
-    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    scorers: Mapping[str, ScoringRule] = field(default_factory=dict)
     runs_code: bool = False
 
 
-def each(verdict: Callable[[str, str], Verdict]) -> Scorer:
+def each(verdict: Callable[[str, str], Verdict]) -> ScoringRule:
     """A scorer that judges completions one by one, each as (its text, its gold text)."""
-    return Scorer(lambda found, *_: [verdict(one.completion, gold_text(one)) for one in found])
+    return ScoringRule(lambda found, *_: [verdict(one.completion, gold_text(one)) for one in found])
 
 
 def gold_text(completion: Completion) -> str:
@@ -110,7 +110,7 @@ def gold_text(completion: Completion) -> str:
     return gold
 
 
-def _same(extract: Callable[[str], Any], of_gold: Callable[[str], Any]) -> Scorer:
+def _same(extract: Callable[[str], Any], of_gold: Callable[[str], Any]) -> ScoringRule:
     """Extracts an answer from the completion and compares it with the one in the gold."""
 
     def verdict(completion: str, gold: str) -> Verdict:
@@ -128,7 +128,7 @@ def _metamath_gold(gold: str) -> float | None:
         return None
 
 
-def _same_spelling(extract: Callable[[str], str | None]) -> Scorer:
+def _same_spelling(extract: Callable[[str], str | None]) -> ScoringRule:
     """Compares answers of MATH by the benchmark's string rules."""
 
     def verdict(completion: str, gold: str) -> Verdict:
@@ -229,7 +229,7 @@ TASKS: Mapping[str, Task] = {
         scorers={
             "is_equiv": _same_spelling(boxed_answer),
             "metamath": _same_spelling(stated_answer),
-            "math_verify": Scorer(
+            "math_verify": ScoringRule(
                 _same_value, missing=lambda: None if math_verify_available() else INSTALL
             ),
         },
@@ -240,7 +240,7 @@ TASKS: Mapping[str, Task] = {
         columns={"completion": "code"},
         template="Task: {prompt}\nPython:\n{completion}",
         shots_split="prompt",
-        scorers={"pass": Scorer(_passes_tests, is_pass_at_k=True)},
+        scorers={"pass": ScoringRule(_passes_tests, is_pass_at_k=True)},
         runs_code=True,
     ),
     "exact_match": Task(

@@ -87,11 +87,17 @@ def out_of_memory(error: BaseException, doing: str, cures: Sequence[str]) -> Res
 
 def host_memory() -> str:
     """What is free for this process, as the end of a sentence; which limit is the tightest."""
-    bounds = [each for each in (_of_machine(), _of_cgroup(), _of_address_space()) if each]
-    if not bounds:
+    tightest = _tightest()
+    if tightest is None:
         return "what is free is not known here"
-    free, total, whose = min(bounds)
+    free, total, whose = tightest
     return f"{size(max(0, free))} of {whose} {size(total)} are free now"
+
+
+def free_memory() -> int | None:
+    """Bytes that this process could still get, by the tightest limit; None where not known."""
+    tightest = _tightest()
+    return None if tightest is None else max(0, tightest[0])
 
 
 def device_memory() -> str:
@@ -133,6 +139,11 @@ def _size(text: str) -> str:
     unit = (match[2] or "bytes").lower()
     power = {"k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}.get(unit[0], 0)
     return size(float(match[1].replace(",", "")) * (1024 if "i" in unit else 1000) ** power)
+
+
+def _tightest() -> tuple[int, int, str] | None:
+    bounds = (_of_machine(), _of_cgroup(), _of_address_space())
+    return min((each for each in bounds if each), default=None)
 
 
 def _of_machine() -> tuple[int, int, str] | None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,27 @@ import torch
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import evaluate as module
 from kpsvd_tune.evaluation.completions import append_completion, read_completions
-from kpsvd_tune.evaluation.evaluate import evaluate, weights_fingerprint
+from kpsvd_tune.evaluation.evaluate import weights_fingerprint
+from kpsvd_tune.evaluation.score import as_trained
 from kpsvd_tune.evaluation.scoring import score_completions
-from kpsvd_tune.recipe import Columns, EvaluationRecipe
+from kpsvd_tune.recipe import Columns, DatasetRecipe, EvaluationRecipe
+
+
+class Notes:
+    """Events of which only the notes are kept."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def evaluate(model, tokenizer, recipe, folder, events: Any = None, **options):
+    return module.evaluate(model, tokenizer, recipe, folder, events or Notes(), **options)
 
 
 @pytest.fixture
@@ -47,11 +66,12 @@ def test_an_evaluation_answers_every_row_and_can_be_scored_again(
 def test_the_template_of_the_dataset_is_used_where_the_section_has_none(
     tiny_model, tokenizer, recipe, tmp_path: Path
 ):
-    evaluate(tiny_model, tokenizer, recipe, tmp_path / "a", template="Say: {prompt}|{completion}")
+    dataset = DatasetRecipe(path="rows.jsonl", template="Say: {prompt}|{completion}")
+    evaluate(tiny_model, tokenizer, as_trained(recipe, dataset), tmp_path / "a")
     first = read_completions(tmp_path / "a" / "completions.jsonl")[0]
     assert first.prompt.startswith("Say: Tom")
     own = recipe.model_copy(update={"template": "My: {prompt}|{completion}"})
-    evaluate(tiny_model, tokenizer, own, tmp_path / "b", template="Say: {prompt}|{completion}")
+    evaluate(tiny_model, tokenizer, as_trained(own, dataset), tmp_path / "b")
     assert read_completions(tmp_path / "b" / "completions.jsonl")[0].prompt.startswith("My: Tom")
 
 
@@ -126,10 +146,9 @@ def test_other_settings_do_not_continue_the_completions(
     longer = recipe.model_copy(update={"max_new_tokens": 7})
     with pytest.raises(InputError, match="made with max_new_tokens 6, but now it is 7"):
         evaluate(tiny_model, tokenizer, longer, tmp_path)
+    other = recipe.model_copy(update={"template": "Question: {prompt} {completion}"})
     with pytest.raises(DataError, match="answers another prompt under the id"):
-        evaluate(
-            tiny_model, tokenizer, recipe, tmp_path, template="Question: {prompt} {completion}"
-        )
+        evaluate(tiny_model, tokenizer, other, tmp_path)
     (tmp_path / "evaluation.json").unlink()
     with pytest.raises(InputError, match="but no evaluation.json, so nobody knows"):
         evaluate(tiny_model, tokenizer, recipe, tmp_path)
@@ -148,12 +167,12 @@ def test_completions_of_another_model_can_be_set_aside(
 
 
 def test_going_on_says_how_many_answers_are_there(tiny_model, tokenizer, recipe, tmp_path: Path):
-    notes: list[str] = []
+    told = Notes()
     some = recipe.model_copy(update={"limit": 3})
-    evaluate(tiny_model, tokenizer, some, tmp_path, watch=module.Watch(note=notes.append))
-    assert notes == []
-    evaluate(tiny_model, tokenizer, recipe, tmp_path, watch=module.Watch(note=notes.append))
-    assert [note.startswith("3 of 8 answers are in") for note in notes] == [True]
+    evaluate(tiny_model, tokenizer, some, tmp_path, events=told)
+    assert told.notes == []
+    evaluate(tiny_model, tokenizer, recipe, tmp_path, events=told)
+    assert [note.startswith("3 of 8 answers are in") for note in told.notes] == [True]
 
 
 def test_loss_and_forgetting_are_tasks_too(tiny_model, tokenizer, recipe, tmp_path: Path):
@@ -249,7 +268,11 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import make_model, make_tokenizer
 from kpsvd_tune.evaluation.evaluate import evaluate
+from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
+
+class Silent(Events):
+    pass
 
 rank = int(sys.argv[1])
 torch.distributed.init_process_group(
@@ -260,7 +283,7 @@ recipe = EvaluationRecipe(
     task="exact_match", path={rows!r}, max_new_tokens=6, batch_size=3,
     columns={{"prompt": "question", "completion": "answer"}},
 )
-scores = evaluate(make_model(tokenizer), tokenizer, recipe, Path({folder!r}) / "eval")
+scores = evaluate(make_model(tokenizer), tokenizer, recipe, Path({folder!r}) / "eval", Silent())
 (Path({folder!r}) / f"scores-{{rank}}").write_text(repr(scores))
 torch.distributed.destroy_process_group()
 """

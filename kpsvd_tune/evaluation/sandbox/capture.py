@@ -1,4 +1,8 @@
-"""Run a program and its judge with a deadline and limits; nothing of them is left behind."""
+"""Run a program and its judge with a deadline and limits; nothing of them is left behind.
+
+Resource limits hold for each process, and no option of bubblewrap limits the number of files. So
+what all processes of a run use together is watched from outside, many times a second.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,40 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Literal
 
 from kpsvd_tune.evaluation.sandbox.bubblewrap import ENVIRONMENT, memory_file
-from kpsvd_tune.evaluation.sandbox.usage import Usage
 
 _LOOK_SECONDS = 0.02
+_MIB = 2**20
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 Stop = Literal["timeout", "output", "memory", "files"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    Attributes:
+        cpu_seconds: processor time of each process; a busy machine does not use it up.
+        wall_seconds: time from start to end.
+        memory_bytes: address space of each process.
+        total_bytes: memory of all its processes and files in /tmp, those of its judge included;
+            looked at fifty times a second, so that it may be passed for a moment.
+        num_processes: processes and threads.
+        file_bytes: size of each file.
+        scratch_bytes: size of /tmp.
+        num_files: files and folders in /tmp, counted in the same way.
+        output_bytes: what it may print.
+    """
+
+    cpu_seconds: int = 10
+    wall_seconds: float = 40.0
+    memory_bytes: int = 512 * _MIB
+    total_bytes: int = 1024 * _MIB
+    num_processes: int = 16
+    file_bytes: int = 16 * _MIB
+    scratch_bytes: int = 64 * _MIB
+    num_files: int = 10_000
+    output_bytes: int = _MIB
 
 
 @dataclass(frozen=True)
@@ -38,17 +72,6 @@ class Start:
     passed: tuple[BinaryIO | socket.socket, ...]
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What a program and its judge may use together; `Limits` describes each."""
-
-    cpu_seconds: int
-    wall_seconds: float
-    output_bytes: int
-    total_bytes: int
-    num_files: int
-
-
 @dataclass
 class Capture:
     """What came out of one run.
@@ -57,27 +80,22 @@ class Capture:
         verdict: what the judge wrote to standard output.
         output: what the program wrote, and the judge to standard error.
         stopped: why it was ended; None where the judge came to an end.
-        exit_code: how the program ended, minus the signal's number where one ended it; None where
-            it was still running.
-        cpu_seconds: the most processor time seen of any one process of the program.
     """
 
     verdict: bytearray = field(default_factory=bytearray)
     output: bytearray = field(default_factory=bytearray)
     stopped: Stop | None = None
-    exit_code: int | None = None
-    cpu_seconds: float = 0.0
 
 
 def capture_run(
-    program: Start, judge: Start, bounds: Bounds, scratch: Sequence[socket.socket]
+    program: Start, judge: Start, limits: Limits, scratch: Sequence[socket.socket]
 ) -> Capture:
     """Run a program and its judge, each in a session of its own.
 
     Args:
         program: starts the program under test.
         judge: starts its judge.
-        bounds: what they may use.
+        limits: what they may use.
         scratch: what each sends its /tmp over; see `Usage`.
     """
     capture = Capture()
@@ -86,13 +104,12 @@ def capture_run(
         judging = stack.enter_context(_started(judge, subprocess.PIPE))
         usage = Usage((tried.pid, judging.pid), scratch)
         stack.callback(usage.close)
-        capture.stopped = _collect(tried, judging, capture, usage, bounds)
-        capture.exit_code = _exit_code(tried, wait=b"\ncrashed " in capture.verdict)
+        capture.stopped = _collect(tried, judging, capture, usage, limits)
+        exit_code = _exit_code(tried, wait=b"\ncrashed " in capture.verdict)
         judge_exit_code = _exit_code(judging, wait=False)
-        capture.cpu_seconds = usage.cpu_seconds
-    overran = capture.exit_code == -signal.SIGKILL and capture.cpu_seconds >= bounds.cpu_seconds
-    # The judge overruns too, where what the program returns has no end.
-    warned = -signal.SIGXCPU in (capture.exit_code, judge_exit_code)
+    overran = exit_code == -signal.SIGKILL and usage.cpu_seconds >= limits.cpu_seconds
+    # The judge runs out of time as well, where what the program returns has no end.
+    warned = -signal.SIGXCPU in (exit_code, judge_exit_code)
     if capture.stopped is None and (overran or warned):
         capture.stopped = "timeout"
     return capture
@@ -131,10 +148,10 @@ def _collect(
     judging: subprocess.Popen[bytes],
     capture: Capture,
     usage: Usage,
-    bounds: Bounds,
+    limits: Limits,
 ) -> Stop | None:
     """Read verdict and output until the judge ends, a limit is broken or time is up."""
-    deadline = time.monotonic() + bounds.wall_seconds
+    deadline = time.monotonic() + limits.wall_seconds
     next_look = 0.0
     with selectors.DefaultSelector() as selector:
         streams = ((judging.stdout, capture.verdict), (judging.stderr, capture.output))
@@ -149,7 +166,7 @@ def _collect(
             if now >= deadline and not has_ended:
                 return "timeout"
             if now >= next_look and not has_ended:
-                if (broken := _broken_limit(usage, bounds)) is not None:
+                if (broken := _broken_limit(usage, limits)) is not None:
                     return broken
                 next_look = now + _LOOK_SECONDS
             events = selector.select(0 if has_ended else min(deadline - now, _LOOK_SECONDS))
@@ -159,21 +176,21 @@ def _collect(
                 chunk = os.read(key.fd, 65536)
                 if not chunk:
                     selector.unregister(key.fileobj)
-                key.data.extend(chunk[: bounds.output_bytes - len(key.data)])
-                if len(key.data) >= bounds.output_bytes:
+                key.data.extend(chunk[: limits.output_bytes - len(key.data)])
+                if len(key.data) >= limits.output_bytes:
                     return "output"
 
 
-def _broken_limit(usage: Usage, bounds: Bounds) -> Stop | None:
+def _broken_limit(usage: Usage, limits: Limits) -> Stop | None:
     usage.look()
-    if usage.num_files > bounds.num_files:
+    if usage.num_files > limits.num_files:
         return "files"
-    if usage.memory_bytes <= bounds.total_bytes:
+    if usage.memory_bytes <= limits.total_bytes:
         return None
     # A look counts pages that processes share more than once; and of a process that forks while
     # shares are counted, a part is counted twice: what holds a moment later too is true.
     for _ in range(2):
-        if usage.shared_memory_bytes() <= bounds.total_bytes:
+        if usage.shared_memory_bytes() <= limits.total_bytes:
             return None
         time.sleep(0.005)
     return "memory"
@@ -186,3 +203,93 @@ def _exit_code(process: subprocess.Popen[bytes], *, wait: bool) -> int | None:
         # 128 + the signal is how bubblewrap passes on what ended its program.
         return 128 - code if code > 128 else code
     return None
+
+
+class Usage:
+    """Watches processes and all that descend from them.
+
+    What is used between two looks goes unseen, so look often.
+
+    Args:
+        pids: the processes that were started.
+        scratch: where their /tmp comes from, as an open folder that `limits` sends before
+            anything foreign runs, so that no right to look into their processes is needed.
+            Nothing ever comes without a sandbox.
+
+    Attributes:
+        cpu_seconds: the most processor time seen of any one process.
+        memory_bytes: memory of all processes and files in /tmp, when last looked at.
+        num_files: files and folders in /tmp, when last looked at.
+    """
+
+    def __init__(self, pids: Sequence[int], scratch: Sequence[socket.socket]) -> None:
+        self.cpu_seconds = 0.0
+        self.memory_bytes = 0
+        self.num_files = 0
+        self._pids = pids
+        self._senders = list(scratch)
+        for sender in scratch:
+            sender.setblocking(False)
+        self._folders: list[int] = []
+
+    def look(self) -> None:
+        """Bring the attributes up to date."""
+        memory = 0
+        for pid in _descendants(self._pids):
+            with suppress(OSError, ValueError, IndexError):
+                # Behind the command's name, which may hold spaces and brackets.
+                fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+                self.cpu_seconds = max(
+                    self.cpu_seconds, (int(fields[11]) + int(fields[12])) / _TICKS
+                )
+                memory += int(fields[21]) * _PAGE
+        self.memory_bytes = memory + self._scratch_memory_bytes()
+
+    def shared_memory_bytes(self) -> int:
+        """Memory of all processes with shared pages counted once; slower than a look.
+
+        Falls back to what the last look counted where the system does not tell.
+        """
+        total = self._scratch_memory_bytes()
+        for pid in _descendants(self._pids):
+            try:
+                text = _read(f"/proc/{pid}/smaps_rollup")
+            except PermissionError:
+                return self.memory_bytes
+            except OSError:
+                continue  # it has just ended
+            for line in text.splitlines():
+                if line.startswith(b"Pss:"):
+                    total += int(line.split()[1]) * 1024
+        return total
+
+    def _scratch_memory_bytes(self) -> int:
+        """Memory of the files in /tmp; counts them as well."""
+        for sender in tuple(self._senders):
+            with suppress(BlockingIOError):
+                self._folders += socket.recv_fds(sender, 1, 1)[1]
+                self._senders.remove(sender)
+        found = [os.fstatvfs(folder) for folder in self._folders]
+        self.num_files = sum(each.f_files - each.f_ffree for each in found)
+        return sum((each.f_blocks - each.f_bfree) * each.f_frsize for each in found)
+
+    def close(self) -> None:
+        """Let the sandbox's files go."""
+        while self._folders:
+            os.close(self._folders.pop())
+
+
+def _descendants(pids: Sequence[int]) -> list[int]:
+    found = [*pids]
+    for each in found:
+        with suppress(OSError):
+            for thread in os.listdir(f"/proc/{each}/task"):
+                with suppress(OSError):
+                    text = _read(f"/proc/{each}/task/{thread}/children")
+                    found += [int(word) for word in text.split()]
+    return found
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()

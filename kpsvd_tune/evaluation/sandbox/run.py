@@ -32,16 +32,17 @@ from kpsvd_tune.evaluation.sandbox.bubblewrap import (
     is_root,
     open_filter,
 )
-from kpsvd_tune.evaluation.sandbox.capture import Bounds, Capture, Start, capture_run
+from kpsvd_tune.evaluation.sandbox.capture import Capture, Limits, Start, Stop, capture_run
+from kpsvd_tune.storage.memory import free_memory
 
 Sandbox = Literal["bwrap", "none"]
-Status = Literal["passed", "failed", "invalid", "timeout", "output", "memory", "files", "crashed"]
+Status = Literal["passed", "failed", "invalid", "crashed"] | Stop
+_FAULTS: tuple[Status, ...] = ("failed", "invalid", "crashed")
 
 _INSTALL = (
     "Install bubblewrap 0.8 or newer (Debian, Ubuntu: sudo apt-get install bubblewrap; Fedora: "
     "sudo dnf install bubblewrap), or type --sandbox none to run the code without protection."
 )
-_MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,34 +51,6 @@ class Program:
 
     source: str
     tests: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one program may use.
-
-    Attributes:
-        cpu_seconds: processor time of each process; a busy machine does not use it up.
-        wall_seconds: time from start to end.
-        memory_bytes: address space of each process.
-        total_bytes: memory of all its processes and files in /tmp, those of its judge included;
-            looked at fifty times a second, so that it may be passed for a moment.
-        num_processes: processes and threads.
-        file_bytes: size of each file.
-        scratch_bytes: size of /tmp.
-        num_files: files and folders in /tmp, counted in the same way.
-        output_bytes: what it may print.
-    """
-
-    cpu_seconds: int = 10
-    wall_seconds: float = 40.0
-    memory_bytes: int = 512 * _MEBIBYTE
-    total_bytes: int = 1024 * _MEBIBYTE
-    num_processes: int = 16
-    file_bytes: int = 16 * _MEBIBYTE
-    scratch_bytes: int = 64 * _MEBIBYTE
-    num_files: int = 10_000
-    output_bytes: int = _MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -208,14 +181,7 @@ def run_program(
             stack.enter_context(_start(module, content, end, sender, sandbox, limits))
             for (module, content), end, (_, sender) in zip(contents, ends, scratch, strict=True)
         ]
-        bounds = Bounds(
-            cpu_seconds=limits.cpu_seconds,
-            wall_seconds=limits.wall_seconds,
-            output_bytes=limits.output_bytes,
-            total_bytes=limits.total_bytes,
-            num_files=limits.num_files,
-        )
-        capture = capture_run(starts[0], starts[1], bounds, [ours for ours, _ in scratch])
+        capture = capture_run(starts[0], starts[1], limits, [ours for ours, _ in scratch])
     return _result(capture, sandbox)
 
 
@@ -285,15 +251,10 @@ def _num_own_threads() -> int:
 
 
 def _num_workers(limits: Limits) -> int:
-    """Programs at a time: a processor for each, and memory if all use what they may."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass  # what is free altogether, then; it leaves out what the system could give back
-    return max(1, min(os.cpu_count() or 1, available // limits.total_bytes))
+    """Programs at a time: one for each processor, as far as there is memory if each uses all."""
+    processors = os.cpu_count() or 1
+    free = free_memory()
+    return processors if free is None else max(1, min(processors, free // limits.total_bytes))
 
 
 def _result(capture: Capture, sandbox: Sandbox) -> RunResult:
@@ -314,12 +275,9 @@ def _result(capture: Capture, sandbox: Sandbox) -> RunResult:
         return RunResult("passed", "", output)
     if capture.stopped is not None:
         return RunResult(capture.stopped, "", output)
-    if status == "failed":
-        return RunResult("failed", detail, output)
-    if status == "invalid":
-        return RunResult("invalid", detail, output)
-    if status == "crashed":
-        return RunResult("crashed", detail, output)
+    for told_as in _FAULTS:
+        if status == told_as:
+            return RunResult(told_as, detail, output)
     return RunResult("crashed", "its judge ended before the tests did", output)
 
 

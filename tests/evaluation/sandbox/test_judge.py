@@ -8,8 +8,8 @@ import time
 import pytest
 from programs import BOMBS, CHEATS, CHEATS_OF_HELPERS, ESCAPES, HONEST, TESTS
 
+from kpsvd_tune.evaluation.sandbox.capture import Limits
 from kpsvd_tune.evaluation.sandbox.run import (
-    Limits,
     Program,
     RunResult,
     Sandbox,

@@ -20,8 +20,8 @@ import pytest
 
 from kpsvd_tune.errors import InputError, ResourceError
 from kpsvd_tune.evaluation.sandbox import run as module
+from kpsvd_tune.evaluation.sandbox.capture import Limits
 from kpsvd_tune.evaluation.sandbox.run import (
-    Limits,
     Program,
     RunResult,
     Sandbox,

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from kpsvd_tune.evaluation.sandbox.syscall_filter import syscall_filter
+from kpsvd_tune.evaluation.sandbox.bubblewrap import syscall_filter
 
 ALLOW = 0x7FFF0000
 PERMISSION = 0x00050000 | errno.EPERM

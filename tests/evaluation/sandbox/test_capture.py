@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kpsvd_tune.evaluation.sandbox.usage import Usage
+from kpsvd_tune.evaluation.sandbox.capture import Usage
 
 
 def test_the_files_of_a_folder_that_was_sent_are_counted():

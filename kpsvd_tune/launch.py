@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -97,50 +97,11 @@ def check_gpus(count: int) -> None:
     )
 
 
-def deepspeed_environment(file: str, num_processes: int) -> dict[str, str]:
-    """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
-
-    Args:
-        file: A configuration of Accelerate, as `accelerate config` writes it.
-        num_processes: Used instead of the file's.
-
-    Raises:
-        InputError: The file cannot be used, or asks for something other than DeepSpeed.
-    """
-    # Accelerate's own reading of its file, so that a key means here what it means there.
-    from accelerate.commands.launch import (  # type: ignore[import-untyped]
-        _validate_launch_command,
-        launch_command_parser,
-    )
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env  # type: ignore[import-untyped]
-
-    if not Path(file).is_file():
-        raise InputError(f"--accelerate-config {file}: no such file")
-    words = ["--config_file", file, "--num_processes", str(num_processes)]
-    try:
-        options = launch_command_parser().parse_args([*words, "--main_process_port", "0", "train"])
-        options, defaults, _ = _validate_launch_command(options)
-        fields = ",".join(defaults.deepspeed_config)
-        options.deepspeed_fields_from_accelerate_config = fields
-        if options.use_deepspeed and (options.num_machines or 1) == 1:
-            environment: dict[str, str] = prepare_deepspeed_cmd_env(options)[1]
-            return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
-    except Exception as error:
-        # Whatever a file can hold that Accelerate does not expect.
-        raise InputError(
-            f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
-        ) from error
-    raise InputError(
-        f"--accelerate-config {file}: expected DeepSpeed on one machine; plain processes need no "
-        "configuration, and several machines are started by accelerate launch on each"
-    )
-
-
 def launch(
     arguments: Sequence[str],
     num_processes: int,
     use_cpu: bool,
-    accelerate_config: str | None = None,
+    deepspeed: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
 
@@ -152,7 +113,7 @@ def launch(
         arguments: What follows `kpsvd-tune` on the command line.
         num_processes: Number of ranks.
         use_cpu: Whether the ranks compute on the CPU.
-        accelerate_config: A configuration of Accelerate that asks for DeepSpeed.
+        deepspeed: Variables by which Accelerate's launcher tells its ranks of DeepSpeed.
 
     Returns:
         The exit code of the first rank that failed, 128 + the number of a signal that killed it,
@@ -166,19 +127,16 @@ def launch(
     }
     for name, value in _LOOPBACK.items():
         environment.setdefault(name, value)
-    if accelerate_config is not None:
-        environment |= deepspeed_environment(accelerate_config, num_processes)
+    environment |= deepspeed or {}
     if use_cpu:
         # To Accelerate its own switch means no DeepSpeed.
-        is_plain = accelerate_config is None
-        switch = {"ACCELERATE_USE_CPU": "true"} if is_plain else {"CUDA_VISIBLE_DEVICES": ""}
-        environment |= switch
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} if deepspeed else {"ACCELERATE_USE_CPU": "true"}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # Every rank with all threads is slower than one rank alone.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_processes)))
     with tempfile.TemporaryDirectory(prefix="kpsvd-tune-") as folder:
         phases = [Path(folder, str(rank)) for rank in range(num_processes)]
-        if accelerate_config is None:
+        if not deepspeed:
             # A store on a port would listen on every interface; DeepSpeed knows no other.
             environment[RENDEZVOUS] = str(Path(folder, "store"))
         ranks = [

@@ -34,54 +34,40 @@ class Phase:
 
 
 @contextmanager
-def watched(phase: Phase, *, goes_on: bool = True) -> Iterator[None]:
+def watched(*, goes_on: bool = True) -> Iterator[Phase]:
     """Let a command end well that is stopped by a signal or runs out of memory.
 
     SIGINT and SIGTERM stop it at once, for its stages have nothing to finish; a training inside
     takes over meanwhile.
 
     Args:
-        phase: Where the command is.
         goes_on: Whether the same command goes on where this one was stopped.
 
     Raises:
         StoppedBySignal: Either came; the message says in which phase, and what is kept of it.
-        ResourceError: As by :func:`memory_explained`.
+        ResourceError: Memory ran out; the message says what was asked for, what is free, and what
+            helps in that phase.
     """
+    phase = Phase()
     signals = StopSignals(
         lambda: f"stopping as soon as the computation in progress returns ({phase.name})",
         lambda: phase.kept or "nothing that was finished is lost",
         is_immediate=True,
     )
     try:
-        with signals, memory_explained(phase):
-            yield
+        with signals:
+            yield phase
     except StoppedBySignal:
         raise
     except (KeyboardInterrupt, Exception) as error:
         # Where one process has stopped the others fail for that reason.
         if isinstance(error, Exception) and not signals.requested:
-            raise
+            if isinstance(error, KpsvdTuneError) or not is_out_of_memory(error):
+                raise
+            raise out_of_memory(error, phase.name, phase.cures) from error
         kept = f"; {phase.kept}" if phase.kept else ""
         number = signals.requested or signal.SIGINT
         raise StoppedBySignal(number, f" while {phase.name}{kept}", goes_on) from error
-
-
-@contextmanager
-def memory_explained(phase: Phase) -> Iterator[None]:
-    """Turn what libraries raise without memory into a message of the phase.
-
-    Raises:
-        ResourceError: What was asked for, what is free, and what helps.
-    """
-    try:
-        yield
-    except KpsvdTuneError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(error, phase.name, phase.cures) from error
 
 
 def loading_cures(dtype: str, key: str = "model.dtype") -> list[str]:

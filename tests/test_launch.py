@@ -16,6 +16,7 @@ import pytest
 from kpsvd_tune import launch
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.training.engines.deepspeed_config import launch_environment
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_configuration_of_accelerate_reaches_every_rank(program: Path, tmp_pat
         "assert 'ACCELERATE_USE_CPU' not in os.environ\n"
         f"pathlib.Path({str(tmp_path)!r}, 'rank' + os.environ['RANK']).write_text(text)\n"
     )
-    assert launch.launch([], 2, use_cpu=True, accelerate_config=str(file)) == 0
+    assert launch.launch([], 2, use_cpu=True, deepspeed=launch_environment(str(file), 2)) == 0
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text() == "2 true 3"
 
 
@@ -85,7 +86,7 @@ def test_a_configuration_that_is_not_for_deepspeed_is_refused(
     if text is not None:
         file.write_text(text)
     with pytest.raises(InputError, match=f"--accelerate-config {file}: .*{message}"):
-        launch.launch([], 2, use_cpu=True, accelerate_config=str(file))
+        launch_environment(str(file), 2)
 
 
 def test_a_configuration_needs_a_number_of_processes(capsys: pytest.CaptureFixture[str]) -> None:

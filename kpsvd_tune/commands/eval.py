@@ -149,7 +149,7 @@ def _score(
     """Score one model on one task, and keep the scores."""
     from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks
     from kpsvd_tune.evaluation.output import keep_scores, output_folder
-    from kpsvd_tune.phase import Phase, answering_cures, loading_cures, watched
+    from kpsvd_tune.phase import answering_cures, loading_cures, watched
     from kpsvd_tune.processes import device, end_processes, on_main_process
     from kpsvd_tune.runs.find import find, load, resolve_base
 
@@ -165,8 +165,7 @@ def _score(
         except InputError as error:
             events.note(f"the scores will not be added to the run: {error}")
     check_tasks([wanted], found.dataset)
-    phase = Phase()
-    with watched(phase), ExitStack() as stack:
+    with watched() as phase, ExitStack() as stack:
         stack.callback(end_processes)
         place = device()
         model_source = on_main_process(lambda: resolve_base(found, model.source, model.base))

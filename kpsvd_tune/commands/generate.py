@@ -39,15 +39,14 @@ def generate(
     """Show what a model says to a prompt."""
     prepare_libraries(offline, debug)
     from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
-    from kpsvd_tune.phase import Phase, loading_cures, watched
+    from kpsvd_tune.phase import loading_cures, watched
     from kpsvd_tune.processes import device
     from kpsvd_tune.runs.find import find, load, resolve_base
 
     with ConsoleEvents() as events:
         found = find(source)
         place = resolve_base(found, source, base)
-        phase = Phase()
-        with watched(phase, goes_on=False):
+        with watched(goes_on=False) as phase:
             events.stage(f"loading {place.path}")
             phase.enter("loading the base model", loading_cures(found.dtype))
             loaded = load(

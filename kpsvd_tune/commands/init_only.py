@@ -71,7 +71,7 @@ def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> Ra
     """
     from kpsvd_tune.decompose import decompose, report_decomposition
     from kpsvd_tune.models import resolve_model
-    from kpsvd_tune.phase import Phase, decomposition_cures, watched
+    from kpsvd_tune.phase import decomposition_cures, watched
     from kpsvd_tune.report.rank_page import write_rank_report
     from kpsvd_tune.runs.directory import RunDirectory
     from kpsvd_tune.runs.ownership import refuse_inside_run
@@ -82,9 +82,8 @@ def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> Ra
     source = resolve_model(recipe.model.path, recipe.model.revision)
     refuse_inside_run(run.path, "output_dir")
     run.check_ours()
-    phase = Phase()
-    phase.enter("decomposing the base model", decomposition_cures(recipe), KEPT)
-    with run.lock(), watched(phase):
+    with watched() as phase, run.lock():
+        phase.enter("decomposing the base model", decomposition_cures(recipe), KEPT)
         events.stage(f"decomposing {recipe.model.path}")
         progress, seed = report_decomposition(events), recipe.train.seed
         found = decompose(source, recipe.adapter, seed=seed, progress=progress, **workers)
@@ -127,13 +126,12 @@ def _sweep(
     from kpsvd_tune.decompose import collect_spectra, report_decomposition
     from kpsvd_tune.decompose.sweep import check_sweep, sweep_ranks
     from kpsvd_tune.models import resolve_model
-    from kpsvd_tune.phase import Phase, decomposition_cures, watched
+    from kpsvd_tune.phase import decomposition_cures, watched
 
     widest = check_sweep(variants)
     events.stage(f"decomposing {widest.model.path}")
-    phase = Phase()
-    phase.enter("decomposing the base model", decomposition_cures(widest), KEPT)
-    with watched(phase):
+    with watched() as phase:
+        phase.enter("decomposing the base model", decomposition_cures(widest), KEPT)
         source = resolve_model(widest.model.path, widest.model.revision)
         progress, seed = report_decomposition(events), widest.train.seed
         spectra = collect_spectra(source, widest.adapter, seed=seed, progress=progress, **workers)

@@ -40,7 +40,7 @@ def merge(
     """Bake an adapter into plain weights and prove that they are the same model."""
     prepare_libraries(offline, debug)
     from kpsvd_tune.merge import merging
-    from kpsvd_tune.phase import Phase, merging_cures, watched
+    from kpsvd_tune.phase import merging_cures, watched
     from kpsvd_tune.runs.find import compare_files, find, load, resolve_base
     from kpsvd_tune.storage.disk import explained
 
@@ -50,8 +50,7 @@ def merge(
         base_model = resolve_base(found, source, base)
         own = [base_model.folder] if base_model.kind == "folder" else []
         place = merging.check_output(output, [adapter, Path(source), *own])
-        phase = Phase()
-        with watched(phase, goes_on=False):
+        with watched(goes_on=False) as phase:
             phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
             events.stage(f"loading {base_model.path}")
             loaded = load(found, base_model, "float32", allow_other_base=allow_other_base)

@@ -133,4 +133,9 @@ def launch_processes(
         return
     from kpsvd_tune.launch import launch
 
-    raise RanksEnded(launch(sys.argv[1:], count, processes is not None, accelerate_config))
+    deepspeed = None
+    if accelerate_config:
+        from kpsvd_tune.training.engines.deepspeed_config import launch_environment
+
+        deepspeed = launch_environment(accelerate_config, count)
+    raise RanksEnded(launch(sys.argv[1:], count, processes is not None, deepspeed))

@@ -35,7 +35,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.phase import Phase, data_cures, watched
+from kpsvd_tune.phase import data_cures, watched
 from kpsvd_tune.recipe import AdapterRecipe, Recipe
 from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow
 from kpsvd_tune.report.comparison_page import comparison_page
@@ -95,9 +95,8 @@ def compare(
         # The record of a comparison is the first file of its folder.
         refuse_inside_run(run.path, "output_dir")
         refuse_foreign(run.path, ())
-    phase = Phase()
-    phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
-    with watched(phase), run.lock():
+    with watched() as phase, run.lock():
+        phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
         material, shared = _material(recipe, source, skeleton, events)

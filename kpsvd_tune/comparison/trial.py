@@ -92,11 +92,12 @@ def run_trial(
     accelerator = make_accelerator(recipe.train)
     run = RunDirectory(setup.folder)
     with run.lock():
+        known = known_identity(run, setup.identity)
         begun = run.begin(
             recipe_to_yaml(recipe),
-            setup.identity,
+            known or setup.identity,
             {"trial": setup.trial.folder_name},
-            resume="auto" if _is_same(run, setup.identity) else "never",
+            resume="auto" if known else "never",
         )
         if begun.is_finished:
             # It ended, and whoever started it was gone before the row could be written down.
@@ -168,17 +169,23 @@ def _row(
     )
 
 
-def _is_same(run: RunDirectory, identity: Mapping[str, Any]) -> bool:
-    """Whether the folder holds this trial, and not one of the same name with other settings."""
+def known_identity(run: RunDirectory, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The identity of a trial as its folder has it; None where the folder holds another trial.
+
+    The recipe may have got or lost keys since an earlier version began the trial: what they did
+    then is what their defaults do, so the trial goes on under the identity that it began with.
+    """
     if not run.run_file.exists():
-        return True
-    held = read_json(run.run_file, RunRecord).get("identity")
-    now = as_read_back(dict(identity))
+        return identity
+    held, now = read_json(run.run_file, RunRecord).get("identity"), as_read_back(dict(identity))
     if not held or not held.get("shared"):
-        return False
-    # Of `shared` as a run of its own, for its recipe may have got keys since.
-    rest = [{k: v for k, v in each.items() if k != "shared"} for each in (held, now)]
-    return rest[0] == rest[1] and not changes(held["shared"], now["shared"])
+        return None
+    is_same = all(held.get(key) == now[key] for key in ("method", "schedule"))
+    # Each as a part of a recipe, whose keys have defaults.
+    adapters = [{"recipe": {"adapter": each.get("adapter") or {}}} for each in (held, now)]
+    if is_same and not changes(held["shared"], now["shared"]) and not changes(*adapters):
+        return held
+    return None
 
 
 def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:

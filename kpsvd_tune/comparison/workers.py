@@ -26,7 +26,7 @@ from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
 from kpsvd_tune.events import Events
-from kpsvd_tune.phase import Phase, memory_explained, training_cures
+from kpsvd_tune.phase import training_cures
 from kpsvd_tune.processes import how_it_ended
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Trial, TrialRow
@@ -34,6 +34,7 @@ from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
+from kpsvd_tune.storage.memory import explained_memory
 
 Stepped = Callable[[Trial, int, int, float], None]
 # A trial that was asked to stop saves first; then it is killed.
@@ -212,14 +213,13 @@ def _work(
     def report(metrics: StepMetrics, total: int) -> None:
         sender.send((trial, metrics.step, total, metrics.loss))
 
-    phase = Phase()
     if isinstance(arguments[0], Setup):
         recipe, doing = arguments[0].recipe, f"running the trial {arguments[0].trial.folder_name}"
     else:
         recipe, doing = arguments[1], "measuring the base model"
-    phase.enter(doing, ["fewer --jobs: trials at a time", *training_cures(recipe)])
+    cures = ["fewer --jobs: trials at a time", *training_cures(recipe)]
     try:
-        with memory_explained(phase):
+        with explained_memory(doing, *cures):
             if trial is None:
                 sender.send(function(*arguments))
             else:

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 from kpsvd_tune.recipe.reading import Document, Fault, Path
 from kpsvd_tune.recipe.values import show
 
+_FINISH = "; a run that began with it is finished by the version that began it"
+
 
 class _Removed(NamedTuple):
     """A key that is gone, or a value that a key had.
 
     Attributes:
-        value: The old default, which changes nothing; of a key that stays, the value that is gone.
+        value: Of a key, the old default, which changes nothing. Of a value, what stands for it in
+            the recipe of a run that has ended; None for the default of now.
         advice: Why it is gone and what to use instead.
     """
 
@@ -26,25 +29,59 @@ class _Removed(NamedTuple):
 
 _KEYS: dict[Path, _Removed] = {
     ("adapter", "gradient_batches"): _Removed(
-        4, "it belonged to adapter.init: gradient, which is gone; leave it out"
+        4, f"it belonged to adapter.init: gradient, which is gone; leave it out{_FINISH}"
     ),
     ("adapter", "rate_ratio"): _Removed(
         1.0,
         "a ratio of 4 raised the validation loss (0.8154 against 0.8041); leave it out and choose "
-        "train.learning_rate, or adapter.rate: relative",
+        f"train.learning_rate, or adapter.rate: relative{_FINISH}",
     ),
 }
-_VALUES: dict[Path, _Removed] = {
-    ("adapter", "init"): _Removed(
-        "gradient",
-        "it trained to a higher validation loss (0.8486 against 0.8041); use weight, or random to "
-        "compare with",
-    ),
-    ("adapter", "factor_shape"): _Removed(
-        "auto", "no gain of it was ever measured; use balanced, thin, pissa or {n, p}"
+
+
+def _optimizer(name: str) -> _Removed:
+    return _Removed(
+        f"torch.optim.{name}",
+        f"write torch.optim.{name}, which is the same optimiser; a run that began with the short "
+        "name goes on with --allow-change train.optimizer",
+    )
+
+
+# Values of single keys, and of lists, whose other items stay.
+_VALUES: dict[Path, dict[str, _Removed]] = {
+    ("adapter", "init"): {
+        "gradient": _Removed(
+            None,
+            "it trained to a higher validation loss (0.8486 against 0.8041); use weight, or random "
+            f"to compare with{_FINISH}",
+        )
+    },
+    ("adapter", "factor_shape"): {
+        "auto": _Removed(
+            None, f"no gain of it was ever measured; use balanced, thin, pissa or {{n, p}}{_FINISH}"
+        )
+    },
+    ("train", "optimizer"): {
+        each.lower(): _optimizer(each)
+        for each in (
+            *("Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"),
+        )
+    }
+    | {
+        "rprop": _Removed(
+            "torch.optim.Rprop",
+            f"it follows no schedule of the learning rate; use adamw or sgd{_FINISH}",
+        )
+    },
+    ("tracking",): dict.fromkeys(
+        ("mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"),
+        _Removed(
+            None,
+            "it is not among the trackers that the tests run; use tensorboard or wandb, or read "
+            "metrics.jsonl in the run's folder, which holds the same numbers",
+        ),
     ),
 }
-_FINISH = "; a run that began with it is finished by the version that began it"
 
 
 def take_removed(document: Document, *, of_run: bool = False) -> None:
@@ -62,12 +99,21 @@ def take_removed(document: Document, *, of_run: bool = False) -> None:
         value = section.pop(path[-1])
         if not of_run and value != removed.value:
             _refuse(document, path, f"this key was removed (got {show(value)})", removed)
-    for path, removed in _VALUES.items():
+    for path, values in _VALUES.items():
         section = _section(document, path)
-        if section.get(path[-1]) == removed.value:
+        given = section.get(path[-1])
+        listed = given if isinstance(given, list) else [given]
+        gone = [each for each in listed if isinstance(each, str) and each in values]
+        if not gone:
+            continue
+        if isinstance(given, list):
+            section[path[-1]] = [each for each in given if each not in gone]
+        elif (instead := values[gone[0]].value) is None:
             del section[path[-1]]
-            if not of_run:
-                _refuse(document, path, f"{removed.value} was removed", removed)
+        else:
+            section[path[-1]] = instead
+        for each in () if of_run else gone:
+            _refuse(document, path, f"{each} was removed", values[each])
 
 
 def had_no_effect(key: str, value: object) -> bool:
@@ -94,4 +140,4 @@ def _section(document: Document, path: Path) -> dict[Any, Any]:
 def _refuse(document: Document, path: Path, said: str, removed: _Removed) -> None:
     origins = [document.origins.get(path[:length]) for length in range(len(path), -1, -1)]
     origin = next((found for found in origins if found is not None), None)
-    document.faults.append(Fault(origin, path, f"{said}: {removed.advice}{_FINISH}"))
+    document.faults.append(Fault(origin, path, f"{said}: {removed.advice}"))

@@ -230,19 +230,9 @@ class Recipe(Section):
         default_factory=CompareRecipe, description="what `compare` measures besides"
     )
     output_dir: OutputFolder = Field(description="folder of the run, such as runs/my_run")
-    tracking: list[
-        Literal[
-            "tensorboard",
-            "wandb",
-            "mlflow",
-            "aim",
-            "clearml",
-            "comet_ml",
-            "dvclive",
-            "swanlab",
-            "trackio",
-        ]
-    ] = Field(default_factory=list, description="trackers of accelerate to log to")
+    tracking: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="trackers to log to"
+    )
 
     @field_validator("train")
     @classmethod

@@ -1,4 +1,4 @@
-"""The Accelerator that the loop expects, checked against what the recipe asks for."""
+"""The Accelerator and the engine of a run, checked against what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.engines import deepspeed_config as zero_config
+from kpsvd_tune.training.engines import Engine, deepspeed_config
+from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
+from kpsvd_tune.training.engines.plain import PlainEngine
+from kpsvd_tune.training.engines.sharded import ShardedEngine
 from kpsvd_tune.training.recovery import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
 
@@ -52,8 +56,8 @@ def make_accelerator(
         # The frozen factors are buffers; they are equal everywhere and need no sending.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
-    if zero_config.is_requested():
-        zero_config.prepare()
+    if deepspeed_config.is_requested():
+        deepspeed_config.prepare()
         if not torch.accelerator.is_available():
             # Accelerate knows no backend for DeepSpeed on CPUs.
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -70,7 +74,7 @@ def make_accelerator(
         kwargs_handlers=handlers,
     )
     check_optimizer(recipe, accelerator.num_processes)
-    check_halving(recipe, accelerator.num_processes, zero_config.is_requested())
+    check_halving(recipe, accelerator.num_processes, deepspeed_config.is_requested())
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -79,15 +83,23 @@ def make_accelerator(
             "MULTI_CPU): take it out of the configuration, and set train.parallel: fsdp to share "
             "out the weights"
         )
-    zero_config.check_parallel(accelerator, recipe)
+    deepspeed_config.check_parallel(accelerator, recipe)
     meet()
     return accelerator
+
+
+def engine_class(recipe: TrainRecipe, accelerator: Accelerator) -> type[Engine]:
+    """The engine for the way in which a run shares its work."""
+    if zero_stage(accelerator) is not None:
+        return DeepSpeedEngine
+    is_sharded = recipe.parallel == "fsdp" and accelerator.num_processes > 1
+    return ShardedEngine if is_sharded else PlainEngine
 
 
 def _accelerator(**settings: Any) -> Accelerator:
     try:
         return Accelerator(**settings)
     except ValueError as error:
-        if not zero_config.is_requested():
+        if not deepspeed_config.is_requested():
             raise
         raise RecipeError(f"Accelerate refuses its own DeepSpeed settings: {error}") from error

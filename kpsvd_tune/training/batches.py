@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from kpsvd_tune.data import IGNORED, StatelessSampler, TokenizedRow, collate, pack
 from kpsvd_tune.signals import ignore_signals, signals_held
 
+_EXAMPLE_TOKENS = 16
+
 
 class MicroBatch(NamedTuple):
     """One forward pass of one process.
@@ -50,6 +52,12 @@ def make_micro_batch(
     return MicroBatch(inputs, sum(len(row.input_ids) for row in rows))
 
 
+def first_tokens(row: TokenizedRow) -> TokenizedRow:
+    """The start of a row, enough to reach all layers that any text reaches."""
+    ids = row.input_ids[:_EXAMPLE_TOKENS]
+    return TokenizedRow(ids, [IGNORED, *ids[1:]], row.row)
+
+
 def stream_steps(
     rows: Sequence[TokenizedRow],
     sampler: StatelessSampler,
@@ -61,8 +69,8 @@ def stream_steps(
 ) -> Generator[list[MicroBatch], None, None]:
     """Give the micro batches of each step of `steps` for one process.
 
-    Nothing of it has a position that would have to be saved, and no global random number is
-    drawn, so the batches of a step are the same however a run got there. Batches of more than
+    There is no position that a checkpoint would have to save, and no global random number is
+    drawn: the batches of a step are the same in a resumed run. Batches of more than
     `rows_at_once` rows are given as several.
     """
     size = rows_at_once or sampler.batch_size

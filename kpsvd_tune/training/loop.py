@@ -1,7 +1,7 @@
 """The training loop: what happens around each optimiser step, in which order, and where it goes on.
 
 The order is fixed, and each part leaves a state from which the rest can be done again: take the
-step, validate if it is time, log the line, commit a checkpoint if it is time, obey a signal.
+step, validate if it is time, log the line, commit a checkpoint if it is time, stop for a signal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.state import load_random_state, random_state
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.batches import MicroBatch, make_micro_batch, stream_steps
-from kpsvd_tune.training.idle import allow_unused_parameters
+from kpsvd_tune.training.batches import MicroBatch, first_tokens, make_micro_batch, stream_steps
 from kpsvd_tune.training.loss import validation_loss
 from kpsvd_tune.training.packing import attend_by_rows, prove_packing
 from kpsvd_tune.training.recovery import (
@@ -74,7 +73,7 @@ class Training:
     Raises:
         AdapterError: Nothing is trainable.
         CheckpointError: The checkpoint is damaged or does not fit the model.
-        RecipeError: The recipe asks for what shared-out weights (fsdp) cannot do.
+        RecipeError: The recipe asks for what cannot be done with sharded weights (fsdp).
     """
 
     def __init__(
@@ -112,9 +111,8 @@ class Training:
         )
         if self._is_packed:
             attend_by_rows(model)
-        if accelerator.num_processes > 1:
-            allow_unused_parameters(model, train_rows, self._make_batch, accelerator)
-        self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors)
+        example = self._make_batch([first_tokens(train_rows[0])]) if train_rows else None
+        self._stepper = Stepper(model, recipe, accelerator, self.num_steps, rate_factors, example)
         self._signals = StopSignals(self._outlook, self._loss)
         self._signal = 0
         self._doing, self._doing_since = "", 0.0
@@ -142,7 +140,7 @@ class Training:
             try:
                 yield from self._steps()
             except RuntimeError as error:
-                # The others may have got the signal just before or after they could catch it.
+                # Another process may have been ended by the signal before it could handle it.
                 if self._signals.requested and is_lost_process(error):
                     raise StoppedBySignal(self._signals.requested) from error
                 raise
@@ -196,19 +194,19 @@ class Training:
         self._stepper.token_loss.train()
         if self._validation_rows and progress.step == 0 and progress.validation_loss_before is None:
             progress.validation_loss_before = progress.validation_loss = self._validate()
-            self._obey()
+            self._stop_if_signalled()
         if self._recipe.on_nonfinite == "retry" and progress.step == 0:
-            # To go back to if one of the first steps fails.
+            # One of the first steps may fail, and needs a checkpoint to return to.
             self._save()
         batches, size = self._batches(), self._rows_at_once
         while True:
             if size != self._rows_at_once:
-                # Out here nothing leads to the frames that hold the tensors of the failed pass.
+                # Outside the except block, whose traceback keeps the tensors of the failed pass.
                 give_memory_back()
                 batches.close()
                 batches, size = self._batches(), self._rows_at_once
             try:
-                # Of a step before a signal; a return to its checkpoint leaves it to do once more.
+                # A signal may have come between a step and its validation, which is done now.
                 pending = self.progress.pending_metrics()
                 if pending is None and self._is_over:
                     break
@@ -221,9 +219,9 @@ class Training:
                 halve(error, self._recipe, self.progress)
             else:
                 yield metrics
-        # One that came while the last checkpoint was written.
+        # A signal may have come while the last checkpoint was written.
         self._agree_on_signal()
-        self._obey()
+        self._stop_if_signalled()
         best = self.progress.best_step
         if self._recipe.keep == "best" and best is not None and best != self.progress.step:
             self._saving.take_weights(best)
@@ -247,7 +245,7 @@ class Training:
     def _take_step(self, batches: list[MicroBatch]) -> StepMetrics:
         began = time.monotonic()
         step = self.progress.step + 1
-        self._does("step")
+        self._begin("step")
         halves = self._recipe.on_oom == "halve"
         random = random_state(self._stepper.devices()) if halves else None
         try:
@@ -289,7 +287,7 @@ class Training:
             loss = None if self._signal else self._validate()
             if loss is None:
                 self._save()
-                self._obey()
+                self._stop_if_signalled()
             else:
                 progress.count_validation(loss, recipe.early_stopping)
                 metrics = replace(metrics, validation_loss=loss)
@@ -301,12 +299,12 @@ class Training:
         if self._is_over or self._signal or is_best or _divides(recipe.save_every, step):
             self._save()
         progress.seconds = time.monotonic() - self._began
-        self._obey()
-        self._does("end" if self._is_over else "step")
+        self._stop_if_signalled()
+        self._begin("end" if self._is_over else "step")
         return metrics
 
     def _validate(self) -> float | None:
-        self._does("validation")
+        self._begin("validation")
         loss = self._measure()
         if loss is None:
             self._agree_on_signal()
@@ -342,13 +340,13 @@ class Training:
         own = [float(self._signals.requested)]
         self._signal = int(max(each for (each,) in gather_numbers(self._accelerator, own)))
 
-    def _does(self, what: str) -> None:
+    def _begin(self, what: str) -> None:
         self._doing, self._doing_since = what, time.monotonic()
 
     def _outlook(self) -> str:
         """What a signal leads to now; asked by another thread."""
         if self._doing == "validation":
-            return "leaving this validation to the run that goes on"
+            return "stopping this validation; the resumed run does it again"
         if self._doing != "step":
             return f"saving step {self.progress.step}"
         if not self._step_seconds:
@@ -366,7 +364,7 @@ class Training:
             return f"{steps} and the running one are lost, for there is no checkpoint yet"
         return f"{steps} since the checkpoint of step {saved}, and the running one, are lost"
 
-    def _obey(self) -> None:
+    def _stop_if_signalled(self) -> None:
         if self._signal:
             raise StoppedBySignal(self._signal)
 
@@ -384,7 +382,7 @@ class Training:
         self._tracking.log({k: v for k, v in numbers.items() if k != "step"}, metrics.step)
 
     def _save(self) -> None:
-        self._does("saving")
+        self._begin("saving")
         self.progress.seconds = time.monotonic() - self._began
         self._saving.save(self.progress)
 

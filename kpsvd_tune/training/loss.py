@@ -6,7 +6,8 @@ V vocabulary size. Packed rows are one row (B = 1) of all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.batches import MicroBatch
-from kpsvd_tune.training.engines.sharded import free, is_sharded
 
 
 class SummedTokenLoss(nn.Module):
@@ -31,11 +32,16 @@ class SummedTokenLoss(nn.Module):
 
     Args:
         model: A causal language model of transformers, or a PEFT model around one.
+
+    Attributes:
+        is_sharded: Each process holds a part of the weights, so that all of them must call the
+            model equally often.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.is_sharded = False
 
     def forward(
         self,
@@ -96,6 +102,20 @@ def _select_positions(
     return (hidden.unsqueeze(0), *arguments[1:])
 
 
+@contextmanager
+def evaluating(token_loss: SummedTokenLoss) -> Iterator[None]:
+    """Evaluation mode inside, the mode of before afterwards."""
+    was_training = token_loss.training
+    token_loss.eval()
+    try:
+        yield
+    finally:
+        token_loss.train(was_training)
+        if isinstance(token_loss, FSDPModule):
+            # A forward pass without a backward pass leaves the weights whole on each process.
+            token_loss.reshard()
+
+
 def validation_loss(
     token_loss: SummedTokenLoss,
     rows: Sequence[TokenizedRow],
@@ -104,7 +124,7 @@ def validation_loss(
     make_batch: Callable[[Sequence[TokenizedRow]], MicroBatch],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss over the supervised tokens of all rows, shared out over the processes.
+    """Mean loss over the supervised tokens of all rows, divided over the processes.
 
     The model is in evaluation mode meanwhile and comes back in the mode it was in. No random
     number is drawn.
@@ -123,10 +143,8 @@ def validation_loss(
     # Rows of like length share a batch, which spares padding; padding changes no result.
     ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     stride = batch_size * accelerator.num_processes
-    was_training = token_loss.training
-    token_loss.eval()
     loss, num_supervised = 0.0, 0
-    try:
+    with evaluating(token_loss):
         for first in range(0, len(ordered), stride):
             if any(each for (each,) in gather_numbers(accelerator, [stop_requested()])):
                 return None
@@ -134,16 +152,13 @@ def validation_loss(
             part = ordered[own : own + batch_size]
             # The last round may leave a process without rows. It still answers the question above,
             # and computes something where others need its part of the weights.
-            if part or is_sharded(token_loss):
+            if part or token_loss.is_sharded:
                 batch = make_batch(part or ordered[-1:])
                 with torch.no_grad():
                     found = token_loss(**batch.to(accelerator.device)).item()
             if part:
                 loss += found
                 num_supervised += batch.num_supervised
-    finally:
-        token_loss.train(was_training)
-        free(token_loss)
     sums = gather_numbers(accelerator, [loss, num_supervised])
     # In the order of processes, so that all of them get the same bits.
     return sum(each for each, _ in sums) / max(1.0, sum(each for _, each in sums))

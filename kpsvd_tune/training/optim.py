@@ -14,25 +14,20 @@ from kpsvd_tune.errors import RecipeError, closest, did_you_mean
 from kpsvd_tune.recipe import TrainRecipe
 
 # Whose update of an entry needs nothing but that entry's own history, so that they can work on
-# parts of tensors. Rprop would be one, but its masks are not implemented for DTensors.
-SHARDABLE = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.AdamW,
-    torch.optim.ASGD,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.SGD,
-)
+# shards of tensors; each is tested with sharded weights.
+SHARDABLE = {
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "torch.optim.Adam": torch.optim.Adam,
+    "torch.optim.RMSprop": torch.optim.RMSprop,
+}
 _CANNOT = {
     "LBFGS": "evaluates the loss several times a step, which the training loop does once",
     "SparseAdam": "takes sparse gradients, and those of the factors are dense",
     "Muon": "takes matrices, and the factors are stacks of matrices, one for each term",
     "Adafactor": "scales its steps by the size of a weight, and offsets start at zero: they would "
     "hardly move; adafactor is transformers' one, set to absolute steps",
+    "Rprop": "looks at the rate in its first step only, so that no schedule would change it",
     "Optimizer": "is the base of all optimisers, and none itself",
 }
 _OWN_KEYS = {
@@ -56,14 +51,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimiser of `train.optimizer` over all `parameters`.
 
-    Args:
-        recipe: Names the optimiser and its settings.
-        parameters: What to train.
-        rate_factors: What the learning rate of each parameter is multiplied with; empty: 1.
-            Parameters of equal factor make a group, which knows it as ``rate_factor``.
-
-    Raises:
-        RecipeError: There is no such optimiser, it cannot train factors, or it refuses an argument.
+    Parameters of equal factor of the learning rate (all 1 where none is given) make a group, which
+    knows it as ``rate_factor``.
     """
     groups = _groups(recipe, parameters, rate_factors)
     kind = optimizer_class(recipe)
@@ -94,48 +83,39 @@ def make_optimizer(
 
 
 def optimizer_class(recipe: TrainRecipe) -> type[torch.optim.Optimizer]:
-    """The class that `train.optimizer` names.
-
-    Raises:
-        RecipeError: torch has no such class, or it cannot train factors.
-    """
-    if recipe.optimizer == "adafactor":
+    """The class that `train.optimizer` names; refuse one that torch lacks or that cannot train."""
+    name = recipe.optimizer
+    if name in ("adamw", "sgd"):
+        return SHARDABLE[name]
+    if name == "adafactor":
         return Adafactor
-    known = {
-        name: kind
-        for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-    }
-    # Short names are those of classes in lower case.
-    name = recipe.optimizer.removeprefix("torch.optim.")
-    name = next((each for each in known if each.lower() == name), name)
-    usable = [each for each in known if each not in _CANNOT]
-    if name in _CANNOT and name in known:
-        raise RecipeError(
-            f"train.optimizer: torch.optim.{name} {_CANNOT[name]}; expected one of "
-            f"{', '.join(usable)}"
-        )
-    if name not in known:
-        near = closest(name, usable)
-        advice = f"; did you mean torch.optim.{near}?" if near else ""
-        raise RecipeError(
-            f"train.optimizer: torch.optim of torch {torch.__version__} has no optimiser {name}; "
-            f"expected one of {', '.join(usable)}{advice}"
-        )
-    return known[name]
+    name = name.removeprefix("torch.optim.")
+    usable = sorted(
+        each
+        for each, kind in vars(torch.optim).items()
+        if isinstance(kind, type)
+        and issubclass(kind, torch.optim.Optimizer)
+        and each not in _CANNOT
+    )
+    if name in usable:
+        found: type[torch.optim.Optimizer] = getattr(torch.optim, name)
+        return found
+    if hasattr(torch.optim, name) and name in _CANNOT:
+        reason = f"torch.optim.{name} {_CANNOT[name]}"
+    else:
+        reason = f"torch.optim of torch {torch.__version__} has no optimiser {name}"
+    near = closest(name, usable)
+    advice = f"; did you mean torch.optim.{near}?" if near else ""
+    raise RecipeError(f"train.optimizer: {reason}; expected one of {', '.join(usable)}{advice}")
 
 
 def knows_state(
     recipe: TrainRecipe, state: Mapping[str, Mapping[str, Any]], num_dims: Mapping[str, int]
 ) -> bool:
-    """Whether a saved state is of the kind that the optimiser of `train.optimizer` keeps.
+    """Whether a saved state, by parameter and key, is of the kind that `train.optimizer` keeps.
 
     It is not where another optimiser was allowed, or arguments that make it keep something else.
-
-    Args:
-        recipe: The `train` section.
-        state: What was kept of each parameter, by name and then by key; without what has none yet.
-        num_dims: Dimensions of every trained parameter.
+    What has no state yet is left out of `state`; `num_dims` are those of every trained parameter.
     """
     known: dict[int, list[set[Any]]] = {}
     for each in set(num_dims.values()):

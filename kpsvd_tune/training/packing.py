@@ -24,8 +24,7 @@ from kpsvd_tune.data import IGNORED, TokenizedRow
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.batches import make_micro_batch
-from kpsvd_tune.training.engines.sharded import free
-from kpsvd_tune.training.loss import SummedTokenLoss
+from kpsvd_tune.training.loss import SummedTokenLoss, evaluating
 
 # Rows that are tried; the model's code treats the fifth like the fourth.
 _NUM_ROWS = 4
@@ -39,18 +38,10 @@ _TOLERANCES = {32: (1e-5, 1e-4), 16: (1e-2, 5e-2)}
 def prove_packing(
     token_loss: SummedTokenLoss, rows: Sequence[TokenizedRow], accelerator: Accelerator
 ) -> None:
-    """Try that packed rows have the losses they have alone, and that no row changes another's.
+    """Refuse a model in which packed rows have other losses than alone, or change each other's.
 
-    Every token of the rows counts, prompts too. The model is in evaluation mode meanwhile and
-    comes back in the mode it was in. No random number is drawn.
-
-    Args:
-        token_loss: The model with its loss, not wrapped for several processes.
-        rows: Rows to try it on; with a single row nothing is packed and nothing tried.
-        accelerator: The processes, each with as many rows; all of them must ask.
-
-    Raises:
-        RecipeError: Rows see each other, or their positions are not counted from their starts.
+    Every token of the rows counts, prompts too. Nothing is tried where there is one row. All
+    processes must ask, with as many rows. No random number is drawn.
     """
     rows = [_all_learnt(row) for row in rows[:_NUM_ROWS]]
     if len(rows) < 2:
@@ -60,15 +51,10 @@ def prove_packing(
     name = type(base).__name__
     if not _takes_positions(base):
         raise _refusal(f"{name} takes no position_ids, by which packed rows are told apart")
-    was_training = token_loss.training
-    token_loss.eval()
-    try:
+    with evaluating(token_loss):
         alone = torch.cat([_losses(token_loss, [row], accelerator, False) for row in rows])
         packed = _losses(token_loss, rows, accelerator, True)
         changed = _losses(token_loss, [_changed(rows[0], rows), *rows[1:]], accelerator, True)
-    finally:
-        token_loss.train(was_training)
-        free(token_loss)
     first = rows[0].num_supervised
     own = [_distance(changed[first:], packed[first:]), _distance(packed, alone)]
     # The largest of all processes, so that all refuse or none.
@@ -151,9 +137,6 @@ def attend_by_rows(model: nn.Module) -> None:
     """Let a model that uses torch's attention (sdpa) compute packed rows one by one.
 
     Models with another attention are left alone. Nothing else that the model computes changes.
-
-    Args:
-        model: Of transformers, PEFT's wrapper allowed.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(getattr(base, "config", None), "_attn_implementation", None) != "sdpa":

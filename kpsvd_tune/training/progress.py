@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -96,12 +95,3 @@ class Progress:
         """Mean loss over the supervised tokens of the last steps."""
         num_supervised = sum(each for _, each in self.recent)
         return sum(each for each, _ in self.recent) / max(1.0, num_supervised)
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the counters as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Progress:
-        """Take back what `to_json` gave."""
-        return cls(**values)

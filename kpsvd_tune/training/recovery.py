@@ -36,16 +36,9 @@ def find_fault(
     grad_norm: float | None,
     rows_of: Callable[[int], Sequence[int]],
 ) -> str | None:
-    """Say what is not finite in a step.
+    """What is not finite in a step (from 1), and in which rows; None where all is finite.
 
-    Args:
-        step: The step, counted from 1.
-        losses: Summed loss of each process.
-        grad_norm: Norm of the whole gradient; None where the loss scaler judges it.
-        rows_of: Row numbers of the step on one process, for the message.
-
-    Returns:
-        A sentence without its full stop that names step, process and rows; None if all is finite.
+    `losses` are those of each process; `grad_norm` is None where the loss scaler judges it.
     """
     for process, loss in enumerate(losses):
         if not math.isfinite(loss):
@@ -64,17 +57,7 @@ def find_fault(
 
 
 def skip_or_refuse(fault: str, progress: Progress, recipe: TrainRecipe, is_main: bool) -> None:
-    """Count a step that was left out, or end the run, as `train.on_nonfinite` says.
-
-    Args:
-        fault: From `find_fault`.
-        progress: Its counters of skipped steps are raised.
-        recipe: The `train` section.
-        is_main: Whether this process is the one that writes the log.
-
-    Raises:
-        NonFiniteError: Steps are not to be skipped, or too many were.
-    """
+    """Count a step that was left out for `fault`, or end the run, as `train.on_nonfinite` says."""
     if recipe.on_nonfinite != "skip":
         raise NonFiniteError(f"{fault}. {_CURE}")
     limits = recipe.nonfinite
@@ -102,19 +85,7 @@ def skip_or_refuse(fault: str, progress: Progress, recipe: TrainRecipe, is_main:
 def retry_or_refuse(
     error: NonFiniteError, progress: Progress, recipe: TrainRecipe
 ) -> tuple[int, float]:
-    """Allow another try from the last checkpoint, or end the run.
-
-    Args:
-        error: What ended the last try.
-        progress: Where that try stood.
-        recipe: The `train` section.
-
-    Returns:
-        The number of the try, from 1, and what the recipe's learning rate is multiplied by in it.
-
-    Raises:
-        NonFiniteError: `train.nonfinite.max_retries` are used up, or none are wanted.
-    """
+    """The number of the next try, from 1, and its factor of the learning rate; or end the run."""
     limits = recipe.nonfinite
     if recipe.on_nonfinite != "retry":
         raise error
@@ -137,16 +108,7 @@ class MicroStepOutOfMemory(ResourceError):
 
 
 def check_halving(recipe: TrainRecipe, num_processes: int, is_zero: bool) -> None:
-    """Refuse `train.on_oom: halve` where it cannot work.
-
-    Args:
-        recipe: The `train` section.
-        num_processes: Of the run.
-        is_zero: Whether DeepSpeed takes the steps.
-
-    Raises:
-        RecipeError: There are several processes, or DeepSpeed's.
-    """
+    """Refuse `train.on_oom: halve` with several processes, or DeepSpeed's."""
     if recipe.on_oom != "halve" or (num_processes == 1 and not is_zero):
         return
     got = "DeepSpeed takes the steps" if is_zero else f"there are {num_processes}"
@@ -163,16 +125,7 @@ def rows_at_once(recipe: TrainRecipe, progress: Progress) -> int:
 
 
 def halve(error: ResourceError, recipe: TrainRecipe, progress: Progress) -> None:
-    """Count another halving and log it.
-
-    Args:
-        error: Says what ran out, in its first line.
-        recipe: The `train` section.
-        progress: Its counters change.
-
-    Raises:
-        ResourceError: The passes take one row already.
-    """
+    """Count another halving and log it; refuse where the passes take one row already."""
     now = rows_at_once(recipe, progress)
     if now == 1:
         raise ResourceError(
@@ -185,7 +138,7 @@ def halve(error: ResourceError, recipe: TrainRecipe, progress: Progress) -> None
     progress.micro_batch_size = (now + 1) // 2
     progress.num_halvings += 1
     _log.warning(
-        "%s. From here on passes take %d of %d rows at a time (train.on_oom: halve); the "
+        "%s. From here on forward passes take %d of %d rows at a time (train.on_oom: halve); the "
         "rows of a step and its update stay the same, up to rounding",
         error,
         progress.micro_batch_size,

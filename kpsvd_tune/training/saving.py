@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,6 @@ class Saving:
 
         One whose validation is still to come (`progress.pending`) is kept apart, and does not
         stand in for that of the finished step.
-
-        Raises:
-            NonFiniteError: A tensor is infinite or NaN.
-            ResourceError: The disk refused.
         """
         is_pending = progress.pending is not None
         name = checkpoint_name(progress.step, is_pending)
@@ -74,7 +71,7 @@ class Saving:
 
         def commit() -> None:
             state = TrainingState(
-                step=progress.step, random=generators, progress=progress.to_json(), **parts
+                step=progress.step, random=generators, progress=asdict(progress), **parts
             )
             keep, best = self._recipe.keep_checkpoints, progress.best_step
             self._run.save(state, keep, best, is_pending=is_pending)
@@ -83,18 +80,7 @@ class Saving:
         self._newest, self.saved_step = name, progress.step
 
     def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
-        """Return to the newest checkpoint with a lower learning rate.
-
-        Args:
-            progress: Where the training stood when it failed.
-            error: What it failed of.
-
-        Returns:
-            Where it stands now.
-
-        Raises:
-            NonFiniteError: The recipe wants no retry, or all of them are used up.
-        """
+        """Return to the newest checkpoint with a lower learning rate, or raise `error`."""
         num_retries, rate_factor = retry_or_refuse(error, progress, self._recipe)
         checkpoint = on_main_process(self._run.rewind)
         if self._accelerator.is_main_process:
@@ -108,17 +94,13 @@ class Saving:
             )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
-        # What memory taught since then still holds.
+        # The machine has no more memory than before.
         restored.micro_batch_size = progress.micro_batch_size
         restored.num_halvings = progress.num_halvings
         return restored
 
     def take_weights(self, step: int) -> None:
-        """Give the model the trained weights of an earlier step; all processes must ask.
-
-        Raises:
-            CheckpointError: Its checkpoint is not there or damaged.
-        """
+        """Give the model the trained weights of an earlier step; all processes must ask."""
         try:
             state = self._run.load(self._run.checkpoints / checkpoint_name(step))
         except CheckpointError as error:
@@ -131,16 +113,16 @@ class Saving:
 
     def _restore(self, checkpoint: Path, rate_factor: float | None) -> Progress:
         state = self._run.load(checkpoint)
-        progress = Progress.from_json(state.progress)
+        progress = Progress(**state.progress)
         factor = progress.rate_factor if rate_factor is None else rate_factor
         optimizer: dict[str, Any] | None = state.optimizer
-        num_dims = {name: parameter.ndim for parameter, name in self._stepper.names.items()}
+        num_dims = {name: len(shape) for name, shape in self._stepper.shapes.items()}
         if not knows_state(self._recipe, state.optimizer["state"], num_dims):
             optimizer = None
             if self._accelerator.is_main_process:
                 _log.warning(
-                    "what %s holds of its optimiser does not serve train.optimizer: %s with the "
-                    "arguments of now, which begins anew",
+                    "the optimiser state of %s does not fit train.optimizer: %s with its present "
+                    "arguments, so the optimiser starts with a fresh state",
                     checkpoint.name,
                     self._recipe.optimizer,
                 )
@@ -150,7 +132,7 @@ class Saving:
         if len(state.random) == self._accelerator.num_processes:
             load_random_state(state.random[index])
         else:
-            # Another number of processes was allowed: no generator's state is theirs.
+            # Another number of processes was allowed: none of the saved states fits.
             _seed_everything(self._recipe.seed, index, state.step)
         return progress
 

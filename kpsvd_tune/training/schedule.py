@@ -212,16 +212,8 @@ def make_scheduler(
 
     A warm-up of w steps gives step k (from 1) the k-th of w equal parts of the way: its first step
     has a rate, and its last one the whole. Transformers' own warm-up starts at rate 0, so that the
-    first step changes nothing, and a run of one step nothing at all.
-
-    Args:
-        recipe: The `train` section.
-        optimizer: Whose rates the schedule sets.
-        num_steps: Length of the run.
-        starts_at_zero: Transformers' warm-up, for runs that began with it.
-
-    Raises:
-        RecipeError: The schedule refuses an argument.
+    first step changes nothing, and a run of one step nothing at all; `starts_at_zero` is for runs
+    that began with it.
     """
     name, arguments = recipe.scheduler, dict(recipe.scheduler_args)
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
@@ -250,14 +242,19 @@ def make_scheduler(
         scheduler.lr_lambdas = [
             _one_step_ahead(factor, num_warmup) for factor in scheduler.lr_lambdas
         ]
-        rates = [
-            base * factor(0)
-            for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
+        set_rates(scheduler)
     return scheduler
+
+
+def set_rates(scheduler: LambdaLR) -> None:
+    """Give the optimiser the rates of the step at which the schedule stands."""
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable[[int], float]:
@@ -272,11 +269,7 @@ def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable
 
 
 def schedule_factors(recipe: TrainRecipe, num_steps: int) -> list[float]:
-    """What the schedule of a run multiplies `train.learning_rate` with, step by step.
-
-    Raises:
-        RecipeError: The schedule refuses an argument.
-    """
+    """What the schedule of a run multiplies `train.learning_rate` with, step by step."""
     scheduler = make_scheduler(recipe, make_optimizer(recipe, [stand_in(3)]), num_steps)
     return [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
 
@@ -290,31 +283,18 @@ def num_warmup_steps(recipe: TrainRecipe, num_steps: int, *, starts_at_zero: boo
 
 
 def check_optimizer(recipe: TrainRecipe, num_processes: int = 1) -> None:
-    """Refuse an optimiser, a schedule or arguments of theirs that cannot work, before any work.
-
-    Args:
-        recipe: The `train` section.
-        num_processes: Processes that share the work.
-
-    Raises:
-        RecipeError: Names the key.
-    """
-    is_shared_out = recipe.parallel == "fsdp" and num_processes > 1
-    if is_shared_out and optimizer_class(recipe) not in SHARDABLE:
+    """Refuse an optimiser, a schedule or arguments of theirs that cannot work, before any work."""
+    is_sharded = recipe.parallel == "fsdp" and num_processes > 1
+    if is_sharded and optimizer_class(recipe) not in SHARDABLE.values():
         raise RecipeError(
-            f"train.optimizer: {recipe.optimizer} needs whole tensors, which train.parallel: fsdp "
-            "shares out; expected one of "
-            f"{', '.join(kind.__name__.lower() for kind in SHARDABLE)}, or train.parallel: ddp"
+            f"train.optimizer: {recipe.optimizer} has not been shown to work on shards of weights "
+            f"(train.parallel: fsdp); expected one of {', '.join(SHARDABLE)}, or train.parallel: "
+            "ddp"
         )
     # Of the form of stacked factors. Some classes look at an argument in their first step only.
     optimizer = make_optimizer(recipe, [stand_in(3)])
     num_steps = recipe.max_steps or 100
     scheduler = make_scheduler(recipe, optimizer, num_steps)
-    if isinstance(optimizer, torch.optim.Rprop) and scheduler.lr_lambdas[0](0) < 1:
-        raise RecipeError(
-            f"train.optimizer: {recipe.optimizer} looks at the rate in its first step only, where "
-            "a warm-up has it low; set train.warmup_steps: 0, or choose another optimiser"
-        )
     factors = map(scheduler.lr_lambdas[0], range(num_steps + 1))
     trials: dict[str, Callable[[], object]] = {
         "optimizer_args": lambda: optimizer.step(),

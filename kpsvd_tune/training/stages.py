@@ -33,7 +33,6 @@ from kpsvd_tune.models import (
     resolve_model,
 )
 from kpsvd_tune.phase import (
-    Phase,
     answering_cures,
     data_cures,
     decomposition_cures,
@@ -109,8 +108,8 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`; the message says what to do.
     """
     _check(recipe)
-    run, phase = RunDirectory(recipe.output_dir), Phase()
-    with watched(phase), ExitStack() as stack:
+    run = RunDirectory(recipe.output_dir)
+    with watched() as phase, ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
         accelerator = make_accelerator(

@@ -12,8 +12,9 @@ from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.tracking import (  # type: ignore[import-untyped]
-    LOGGER_TYPE_TO_CLASS,
     GeneralTracker,
+    TensorBoardTracker,
+    WandBTracker,
 )
 
 _log = logging.getLogger(__name__)
@@ -76,22 +77,11 @@ class Tracking:
 
 
 def make_tracker(name: str, folder: str | Path) -> GeneralTracker:
-    """Make one of Accelerate's trackers, named after the run and with its files in its folder.
-
-    Args:
-        name: As in the recipe's `tracking`.
-        folder: The run's folder of logs.
-    """
-    kind = LOGGER_TYPE_TO_CLASS[name]
-    if kind.requires_logging_directory:
-        return kind(_PROJECT, folder)
+    """Make a tracker of Accelerate, named after the run, with its files in its logs."""
+    if name == "tensorboard":
+        return TensorBoardTracker(_PROJECT, folder)
     run_name = Path(folder).absolute().parent.name
-    options: dict[str, dict[str, Any]] = {
-        "mlflow": {"run_name": run_name},
-        "trackio": {"name": run_name},
-        "wandb": {"name": run_name, "dir": str(folder)},
-    }
-    return kind(_PROJECT, **options.get(name, {}))
+    return WandBTracker(_PROJECT, name=run_name, dir=str(folder))
 
 
 def _plain(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

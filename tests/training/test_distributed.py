@@ -201,7 +201,7 @@ def test_both_processes_go_back_together(folder):
     assert seen(folder, "retry", 0)["weights"] == seen(folder, "retry", 1)["weights"]
 
 
-@pytest.mark.parametrize("name", [kind.__name__.lower() for kind in SHARDABLE])
+@pytest.mark.parametrize("name", SHARDABLE)
 def test_every_shardable_optimiser_trains_and_resumes(folder, name):
     """The resumed sharded run ends where the run with whole tensors ends."""
     whole, parts = seen(folder, f"ddp-{name}"), seen(folder, f"fsdp-{name}+resumed")

@@ -126,7 +126,7 @@ def test_a_stopped_second_run_goes_on_to_the_same_bits(
     import signal
 
     # A run stands for its adapter.
-    start = ["train", str(recipe), f"adapter.from={first}", "train.optimizer=radam"]
+    start = ["train", str(recipe), f"adapter.from={first}", "train.optimizer=torch.optim.RAdam"]
     assert cli.run([*start, f"output_dir={tmp_path / 'whole'}"]) == 0
     original = ConsoleEvents.step
 

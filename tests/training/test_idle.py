@@ -14,10 +14,12 @@ from torch import nn
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.training import Training
-from kpsvd_tune.training.batches import make_micro_batch
-from kpsvd_tune.training.idle import allow_unused_parameters
+from kpsvd_tune.training.batches import first_tokens, make_micro_batch
+from kpsvd_tune.training.engines.plain import allow_unused_parameters
+from kpsvd_tune.training.loss import SummedTokenLoss
 
 ROWS = [TokenizedRow(tuple(range(1, 30)), (-100,) * 25 + (26, 27, 28, 29), 0)]
+EXAMPLE = make_micro_batch([first_tokens(ROWS[0])], 0)
 
 
 def with_extra(make: Callable[..., Any], name: str, targets: list[str]) -> Any:
@@ -42,7 +44,7 @@ def test_ddp_looks_for_unused_parameters_where_there_are_some(
     handler = SimpleNamespace(find_unused_parameters=None)
     accelerator = SimpleNamespace(ddp_handler=handler, device=torch.device("cpu"))
     state = torch.get_rng_state()
-    allow_unused_parameters(model, ROWS, lambda rows: make_micro_batch(rows, 0), accelerator)
+    allow_unused_parameters(SummedTokenLoss(model), EXAMPLE, accelerator)
     assert handler.find_unused_parameters is expected
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -72,7 +74,7 @@ def test_experts_of_their_own_are_looked_for_though_the_probe_reached_them(
     )
     handler = SimpleNamespace(find_unused_parameters=None)
     accelerator = SimpleNamespace(ddp_handler=handler, device=torch.device("cpu"))
-    allow_unused_parameters(adapted, ROWS, lambda rows: make_micro_batch(rows, 0), accelerator)
+    allow_unused_parameters(SummedTokenLoss(adapted), EXAMPLE, accelerator)
     assert handler.find_unused_parameters is True
 
 

@@ -184,7 +184,7 @@ def test_retries_before_the_first_checkpoint_and_their_end(start_training, lora_
         steps.extend(metrics.step for metrics in training.steps())
     assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
     # Step 1 was taken three times from the same start, each time with a lower rate.
-    rates = [group["lr"] for group in training._stepper._optimizer.param_groups]
+    rates = [group["lr"] for group in training._stepper._engine.optimizer.param_groups]
     assert rates[0] < 1e-2
     assert any(bool((weights(model)[name] != tensor).any()) for name, tensor in before.items())
 

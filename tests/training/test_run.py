@@ -360,11 +360,12 @@ def test_a_configuration_of_accelerate_trains_under_deepspeed(
         f"num_processes: 2\ndeepspeed_config: {{deepspeed_config_file: {settings}}}\n"
     )
     from kpsvd_tune.launch import launch
+    from kpsvd_tune.training.engines.deepspeed_config import launch_environment
 
     arguments = ["train", str(recipe), f"output_dir={two}", "train.batch_size=1", "--json"]
     arguments += ["--processes", "2", "--accelerate-config", str(file)]
     capfd.readouterr()
-    assert launch(arguments, 2, True, str(file)) == 0
+    assert launch(arguments, 2, True, launch_environment(str(file), 2)) == 0
     # Standard output holds the results and nothing of DeepSpeed's.
     assert json.loads(capfd.readouterr().out)["steps"] == len(metrics(two))
     first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
@@ -372,12 +373,12 @@ def test_a_configuration_of_accelerate_trains_under_deepspeed(
         torch.testing.assert_close(second[key], value, rtol=1e-5, atol=1e-5)
     # Another stage sums in another order: the run does not go on under it unnoticed.
     settings.write_text(settings.read_text().replace('"stage": 3', '"stage": 2'))
-    assert launch(arguments, 2, True, str(file)) == 1
+    assert launch(arguments, 2, True, launch_environment(str(file), 2)) == 1
     assert "deepspeed_zero_stage: 3 in the run, 2 now" in capfd.readouterr().err
     # Allowed, the same checkpoint serves the other stage.
     allowed = [*arguments, "--allow-change", "deepspeed_zero_stage"]
     allowed += ["train.max_steps=9", "--allow-change", "train.max_steps"]
-    assert launch(allowed, 2, True, str(file)) == 0
+    assert launch(allowed, 2, True, launch_environment(str(file), 2)) == 0
     assert json.loads(capfd.readouterr().out)["steps"] == 9
 
 

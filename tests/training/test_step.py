@@ -223,7 +223,7 @@ def test_what_shared_out_weights_cannot_do_is_refused(
 
 
 def test_one_process_shares_nothing_out(start_training):
-    assert not start_training(parallel="fsdp")._stepper.is_sharded
+    assert not start_training(parallel="fsdp")._stepper.token_loss.is_sharded
 
 
 def test_a_missing_tracker_is_refused_with_the_line_that_installs_it(monkeypatch):

@@ -13,8 +13,9 @@ from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training import make_accelerator
 from kpsvd_tune.training.engines import deepspeed_config as zero_config
-from kpsvd_tune.training.engines.deepspeed import ZeroEngine
+from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
+from kpsvd_tune.training.loss import SummedTokenLoss
 
 RECIPE = TrainRecipe(batch_size=2, gradient_accumulation=3, max_grad_norm=0.5, precision="bf16")
 # As Accelerate makes it of its own configuration file, for a recipe in bf16.
@@ -125,6 +126,8 @@ def test_deepspeed_that_is_not_installed_is_named_with_the_cure(monkeypatch):
 
 class FakeAccelerator:
     distributed_type = DistributedType.MULTI_CPU
+    scaler = None
+    device = torch.device("cpu")
 
 
 def test_deepspeed_on_accelerates_cpu_setting_is_refused_rather_than_left_out(monkeypatch):
@@ -137,7 +140,7 @@ def test_fsdp_and_deepspeed_exclude_each_other(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(zero_config, "zero_stage", lambda _: 2)
     recipe = RECIPE.model_copy(update={"parallel": "fsdp"})
-    with pytest.raises(RecipeError, match="both share out the weights"):
+    with pytest.raises(RecipeError, match="both shard the weights"):
         zero_config.check_parallel(FakeAccelerator(), recipe)
 
 
@@ -158,7 +161,6 @@ def test_recipes_that_the_engine_cannot_follow_exactly_are_refused(monkeypatch, 
 
 def test_trained_weights_in_half_precision_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", object())
-    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    loss = SummedTokenLoss(torch.nn.Linear(1, 1, dtype=torch.bfloat16))
     with pytest.raises(RecipeError, match=r"needs float32 for all .*, got torch\.bfloat16"):
-        ZeroEngine(torch.nn.Linear(1, 1), optimizer, {weight: "w"}, RECIPE, FakeAccelerator())
+        DeepSpeedEngine(loss, RECIPE, FakeAccelerator(), {}, None)

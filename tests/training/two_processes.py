@@ -186,7 +186,7 @@ def main(folder: Path) -> None:
     train(folder, "sharded-packed", **sharded, packing=True)
     train(folder, "sharded-parts", **sharded, stop_after=3)
     train(folder, "sharded-parts+resumed", **sharded)
-    for name in (each.__name__.lower() for each in SHARDABLE):
+    for name in SHARDABLE:
         arguments: dict[str, Any] = {"batch_size": 2, "optimizer": name, "max_steps": 3}
         arguments |= {"save_every": 1, "eval_every": 0}
         train(folder, f"ddp-{name}", **arguments)

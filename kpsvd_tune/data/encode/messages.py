@@ -43,6 +43,8 @@ _FOREIGN_SWITCHES = (
     "is_masked",
     "learn",
 )
+# Keys by which APIs are asked to go on with an assistant's unfinished turn.
+_UNFINISHED = ("prefix", "partial")
 
 
 def read_message(
@@ -83,6 +85,7 @@ def read_message(
                 "expected the call in its text alone: remove the key"
             )
         message["tool_calls"], content = _called(row, name, content), ""
+    _check_finished(row, name, message, role)
     is_learnt = _read_switches(row, name, message, role)
     notes: list[str] = []
     if calls := read_calls(row, name, message, tools, notes):
@@ -143,6 +146,19 @@ def _called(row: Row, name: str, content: str) -> list[dict[str, Any]]:
                 "list of these: correct it, or let it come from gpt if it is text"
             )
     return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def _check_finished(row: Row, name: str, message: dict[str, Any], role: str) -> None:
+    """Refuse a turn that is marked as a beginning: it would be learnt with an end behind it."""
+    for key in _UNFINISHED:
+        if role == "assistant" and message.get(key) is True:
+            raise DataError(
+                f"{row.where}: a message in {name!r} has {key}: true, so it is the beginning of an "
+                "answer, and would be learnt as a whole one that stops there; expected whole "
+                "answers: join it with the message that goes on, or remove the key if it is whole"
+            )
+        if message.get(key) is False:
+            del message[key]
 
 
 def _read_switches(row: Row, name: str, message: dict[str, Any], role: str) -> bool:

@@ -12,6 +12,7 @@ from kpsvd_tune.data.read.columns import (
     SYSTEM_NAMES,
     check_preference,
     column,
+    ends_with_question,
     is_empty,
     message_kind,
     nearest,
@@ -50,6 +51,11 @@ _TOOLS = {
     *("tooldefinitions", "toolschemas", "functionlist", "functionschemas"),
 }
 _MASKS = {"mask", "lossmask", "completionmask", "assistantmasks", "assistantmask"}
+# Plain names of columns that hold the answer to a chat that ends with a question.
+_ANSWERS = {
+    *("completion", "answer", "response", "output", "target", "reply", "assistant", "choices"),
+    *("groundtruth", "reference", "modelresponse", "finalanswer", "solution", "generation"),
+}
 _SHOWN = 12
 _SETTING = "dataset.columns"
 
@@ -135,6 +141,7 @@ class UnusedColumns:
                     f"out with dataset.ignore_columns: [{name}]"
                 )
         if not self._form.is_named:
+            self._check_answer(row, name, plain)
             check_preference(row, _SETTING)
             if message_kind(value):
                 raise self._unused_messages(row, name)
@@ -145,7 +152,9 @@ class UnusedColumns:
             self._context[name] = None
         self._unused[name] = None
         # Columns of these names are looked at in every row: a later value may change its meaning.
-        telling = _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
+        telling = (
+            _ANSWERS | _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
+        )
         if plain not in telling:
             self._settled.add(name)
 
@@ -160,6 +169,19 @@ class UnusedColumns:
                 "split, so rows for tests would be learnt with the others; expected one split in "
                 "a file: make a file of each (dataset.validation takes the held-out one), or, if "
                 f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
+            )
+
+    def _check_answer(self, row: Row, name: str, plain: str) -> None:
+        """Refuse an answer beside a chat that ends with a question: it would not be learnt."""
+        if plain not in _ANSWERS:
+            return
+        taken = self._form.columns.get("messages") or self._form.columns.get("conversations")
+        if taken is not None and ends_with_question(column(row, taken)):
+            raise DataError(
+                f"{row.where}: the chat in {taken!r} ends without an answer and the column "
+                f"{name!r} seems to hold it, which would not be learnt; expected the answer as the "
+                f"chat's last message: put it there, or leave it out with "
+                f"dataset.ignore_columns: [{name}]"
             )
 
     def _check_plain_text(self, row: Row, name: str) -> None:

@@ -162,6 +162,8 @@ class WrittenCheck:
             if rendered.count(mark) >= (2 if doubt.is_content else 1):
                 if marked and doubt.is_learnt and mark not in learnt:
                     self._refuse_unmarked(doubt)
+                if doubt.is_content and not doubt.is_learnt:
+                    self._note_change(doubt, chat, rendered.split(mark)[1])
                 continue
             if doubt.is_reasoning and not doubt.is_learnt:
                 self._notes[
@@ -170,6 +172,20 @@ class WrittenCheck:
                 ] = None
             elif not self._changes(doubt, mark, chat):
                 raise DataError(doubt.message(is_last=doubt.place == last))
+
+    def _note_change(self, doubt: _Doubt, chat: _Rendered, written: str) -> None:
+        """Note a text that the template changes between its two ends."""
+        content = str(chat.messages[doubt.place]["content"])
+        is_assistant = doubt.role == "assistant"  # its reasoning may be left out, as in use
+        if is_assistant or written.strip() in {each.strip() for each in _text_forms(content)}:
+            return
+        # Once for each role: the texts of other rows would make notes without end.
+        about = f"the chat template changes texts of {doubt.role} messages"
+        if not any(note.startswith(about) for note in self._notes):
+            self._notes[
+                f"{about}, so the model sees others than the rows hold (first: {content!r:.80} is "
+                f"written as {written.strip()!r:.80})"
+            ] = None
 
     def _refuse_unmarked(self, doubt: _Doubt) -> None:
         """Tell of a part of a learnt turn that stands outside of what the template marks."""
@@ -437,6 +453,13 @@ def _json_forms(value: Any) -> Iterable[str]:
     for ascii_only in (False, True):
         for separators in ((", ", ": "), (",", ":")):
             yield json.dumps(value, ensure_ascii=ascii_only, separators=separators, default=str)
+
+
+def _text_forms(text: str) -> Iterable[str]:
+    """A text as it is, and as it stands inside of JSON."""
+    yield text
+    for ascii_only in (False, True):
+        yield json.dumps(text, ensure_ascii=ascii_only)[1:-1]
 
 
 def _replaced(value: Any, path: Sequence[str | int], mark: str) -> Any:

@@ -43,7 +43,7 @@ _FILLERS = re.compile(
     "\U000e0000-\U000e0fff]"
 )
 # Texts that are no content of an example.
-_IDENTIFIERS = re.compile(r"(^|[._-])(id|uid|uuid|idx|index|url|uri)$", re.IGNORECASE)
+_IDENTIFIERS = re.compile(r"(^|[._-])(id|uid|uuid|idx|index|url|uri|role|lang)$", re.IGNORECASE)
 SYSTEM_NAMES = {"system", "systemprompt", "systemmessage"}
 
 
@@ -106,6 +106,22 @@ def from_struct_of_lists(value: Any) -> Any:
         lengths = ", ".join(f"{key}: {len(each)}" for key, each in lists.items())
         raise ValueError(f"its lists have different lengths ({lengths})")
     return [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
+
+
+def ends_with_question(value: Any) -> bool:
+    """Whether the last message of a chat is the user's; False where it cannot be told."""
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return False
+    try:
+        value = from_struct_of_lists(value)
+    except ValueError:
+        return False
+    if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
+        return False
+    return (value[-1].get("role") or value[-1].get("from")) in ("user", "human")
 
 
 def is_python_list(text: str) -> bool:
@@ -289,9 +305,14 @@ def _text_paths(row: Row) -> list[str]:
     for name, value in row.values.items():
         if isinstance(value, Mapping):
             paths += [f"{name}.{key}" for key in value]
-        else:
+        elif not _is_token_ids(value):
             paths.append(name)
     return paths
+
+
+def _is_token_ids(value: Any) -> bool:
+    """Whether a value is a list of numbers, as rows that were tokenised elsewhere hold them."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
 def _kind(value: Any) -> str:

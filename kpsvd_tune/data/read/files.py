@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -216,8 +216,16 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
             )
             yield number, fault
             continue
-        cure = "; rename the file to .json if it is one array" if line.startswith("[") else ""
-        yield number, _object(values, f"{path}, line {number}", cure)
+        yield number, _object(values, f"{path}, line {number}", _line_cure(values))
+
+
+def _line_cure(values: Any) -> str:
+    """What to do with a line of a .jsonl file that is an array."""
+    if not isinstance(values, list):
+        return ""
+    if values and isinstance(values[0], dict) and {"role", "from"} & set(values[0]):
+        return '; if each line is a chat, write {"messages": [...]} around each'
+    return "; rename the file to .json if it is one array of rows"
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
@@ -233,16 +241,31 @@ def _read_json(path: Path) -> Iterator[Numbered]:
             f"{path}: {_json_fault(error)}; expected one JSON array of objects{cure}"
         ) from error
     if isinstance(content, dict):
-        keys = [key for key, value in content.items() if isinstance(value, list)]
-        cure = f"; save the array under {keys[0]!r} as the whole file" if keys else ""
         raise DataError(
             f"{path}: expected a JSON array of objects, found one object with the keys "
-            f"{_names(content)}{cure}"
+            f"{_names(content)}{_json_cure(content)}"
         )
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
     for number, values in enumerate(content, start=1):
         yield number, _object(values, f"{path}, row {number}")
+
+
+def _json_cure(content: Mapping[str, Any]) -> str:
+    """What to do with a .json file that holds one object."""
+    arrays = {key: value for key, value in content.items() if isinstance(value, list)}
+    rows = [
+        key
+        for key, value in arrays.items()
+        if not value or (isinstance(value[0], dict) and not {"role", "from"} & set(value[0]))
+    ]
+    if rows:
+        return f"; save the array under {rows[0]!r} as the whole file"
+    if len(arrays) > 1 and len(arrays) == len(content):
+        return "; these seem to be columns: write one object for each row"
+    if content and all(isinstance(value, dict) for value in content.values()):
+        return "; these seem to be rows by number: save them as an array, without the numbers"
+    return "; if this is one row, write [...] around it"
 
 
 def _object(values: Any, place: str, cure: str = "") -> dict[str, Any] | DataError:
@@ -262,20 +285,33 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
     first = next(lines, "")
     # A first line such as sep=; tells Excel the separator of the lines that follow.
     told = re.fullmatch(r'"?sep=([,;\t|])"?\s*', first, re.IGNORECASE)
-    reader = csv.reader(
-        lines if told else chain([first], lines), delimiter=told[1] if told else ",", strict=True
-    )
+    separator = told[1] if told else ","
+    names = first.split(separator)
+    # A header such as `prompt, completion`: the space belongs to the separator.
+    is_spaced = len(names) > 1 and all(name.startswith(" ") for name in names[1:])
     header: list[str] | None = None
+    taken: list[str] = []  # the lines of one record as they stand in the file
     start = before = 2 if told else 1
+    reader = csv.reader(
+        _recorded(lines if told else chain([first], lines), taken),
+        delimiter=separator,
+        skipinitialspace=is_spaced,
+        strict=True,
+    )
     try:
         for fields in reader:
             number, start = start, reader.line_num + before
+            record, taken[:] = list(taken), []
             if not any(field.strip() for field in fields):
                 continue
+            quoted = _quote_behind_spaces(fields, record, separator)
             if header is None:
+                if quoted is not None:
+                    raise _not_at_start(path, number, quoted)
                 header = _csv_header(path, fields)
-                continue
-            if len(fields) != len(header):
+            elif quoted is not None:
+                yield number, _not_at_start(path, number, quoted)
+            elif len(fields) != len(header):
                 fault = DataError(
                     f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
                     f'({_names(header)}): put double quotes (") around a text with a comma in it'
@@ -288,6 +324,31 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
             f"{path}, line {start}: not valid csv: {error}; expected comma-separated fields, "
             'a text with commas or quotes in double quotes, each quote in it doubled ("")'
         ) from error
+
+
+def _recorded(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _quote_behind_spaces(fields: list[str], record: list[str], separator: str) -> str | None:
+    """A field whose quotes are not at its start, so that csv takes them for a part of the text."""
+    for place, field in enumerate(fields):
+        if field[:1] == " " and field.lstrip(" ").startswith('"'):
+            # In `" ""a"""` space and quotes are the text; in ` "a"` they only surround it.
+            other = next(csv.reader(record, delimiter=separator, skipinitialspace=True))
+            if other[place : place + 1] != [field]:
+                return field
+    return None
+
+
+def _not_at_start(path: Path, number: int, field: str) -> DataError:
+    return DataError(
+        f"{path}, line {number}: a field has spaces before its quotes ({_shorten(field, 40)}), so "
+        "the quotes would be learnt as a part of the text; expected quotes right behind the "
+        "separator: remove the spaces (pandas reads such files with skipinitialspace=True)"
+    )
 
 
 def _csv_header(path: Path, fields: list[str]) -> list[str]:

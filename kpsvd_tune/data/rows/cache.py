@@ -30,7 +30,7 @@ from kpsvd_tune.storage.locks import hold, is_shared, share
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536

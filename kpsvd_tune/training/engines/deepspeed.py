@@ -1,6 +1,6 @@
 """DeepSpeed's engine, driven one call at a time so that the loop's rules stay what they are.
 
-The engine shares out optimiser state (ZeRO 1), gradients (2) and weights (3). It sums gradients,
+The engine shards optimiser state (ZeRO 1), gradients (2) and weights (3). It sums gradients,
 clips and steps; the loop decides whether a step is taken, moves the schedule, and keeps whole
 tensors in its own checkpoints. DeepSpeed's own files are pickles; none is written or read.
 """
@@ -12,73 +12,62 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.errors import CheckpointError, RecipeError
 from kpsvd_tune.processes import gather_numbers
-from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs.state import load_optimizer_state, optimizer_state
+from kpsvd_tune.training.engines import Engine
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
+from kpsvd_tune.training.loss import SummedTokenLoss
 
 
-class ZeroEngine:
-    """The loss in DeepSpeed's engine, with the optimiser's state shared out.
+class DeepSpeedEngine(Engine):
+    """The loss in DeepSpeed's engine, with the optimiser's state sharded.
 
-    Args:
-        loss: What is called in training; its parameters are shared out in place at stage 3.
-        optimizer: An element-wise one over parameters in float32; its groups keep their rates.
-        names: The name of each trained parameter.
-        recipe: The `train` section.
-        accelerator: Set up by Accelerate's configuration.
-
-    Raises:
-        RecipeError: The configuration or what is trained does not fit.
+    The optimiser is an element-wise one over parameters in float32. At stage 3 the parameters are
+    sharded in place.
     """
 
-    def __init__(
-        self,
-        loss: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        names: Mapping[Tensor, str],
-        recipe: TrainRecipe,
-        accelerator: Accelerator,
-    ) -> None:
+    keeps_gradients = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         import deepspeed
 
+        _check_dtype(self._names)
         self._deepspeed = deepspeed
-        _check_dtype(names)
-        given = accelerator.deepspeed_plugin.deepspeed_config
-        config = engine_config(given, recipe, accelerator.num_processes)
+        given = self._accelerator.deepspeed_plugin.deepspeed_config
+        config = engine_config(given, self._recipe, self._accelerator.num_processes)
         self.stage: int = config["zero_optimization"]["stage"]
-        self._names, self._accelerator = names, accelerator
-        self._base = optimizer
-        self._group_names = [[names[p] for p in each["params"]] for each in optimizer.param_groups]
-        if recipe.precision == "bf16":
-            cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
-            loss.forward = cast(loss.forward)
+        self._group_names = [
+            [self._names[p] for p in each["params"]] for each in self.optimizer.param_groups
+        ]
+        # Only now, as it takes the parameters' data away at stage 3.
         if self.stage == 3:
             # Weight by weight, for the engine would first put the whole base on every device.
-            deepspeed.zero.Init(module=loss, config_dict_or_path=config)
-            loss.to(accelerator.device)
+            deepspeed.zero.Init(module=self._module, config_dict_or_path=config)
+            self._module.to(self._accelerator.device)
+            self._module.is_sharded = True  # type: ignore[assignment]
         self._engine: Any
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=loss, optimizer=optimizer, config=config, dist_init_required=False
+            model=self._module, optimizer=self.optimizer, config=config, dist_init_required=False
         )
 
-    def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
-        """Compute a micro batch's loss and its gradients, times `scale`; summed with the last.
+    def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
+        if self._recipe.precision == "bf16":
+            cast: Any = torch.autocast(self._accelerator.device.type, torch.bfloat16)
+            token_loss.forward = cast(token_loss.forward)  # type: ignore[method-assign]
+        return token_loss
 
-        Returns:
-            The loss, a float32 scalar, before it is scaled.
-        """
+    def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
+        """Compute the loss of a micro batch and add its gradient."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         summed: Tensor = self._engine(**inputs)
         self._engine.backward(summed * scale, scale_wrt_gas=False)
         return summed.detach()
 
-    def grad_norm(self) -> float:
-        """Norm of the whole gradient before clipping, equal on all processes."""
+    def clip(self) -> float:
+        """The norm of the whole gradient; DeepSpeed's engine clips as it steps."""
         if self.stage == 0:
             gradients = [p.grad for p in self._names if p.grad is not None]
             return float(torch.nn.utils.get_total_norm(gradients))
@@ -91,8 +80,8 @@ class ZeroEngine:
         """Clip, and move the weights."""
         self._engine.step()
 
-    def discard(self) -> None:
-        """Forget the gradients instead."""
+    def skip(self) -> None:
+        """Forget the gradient."""
         if self.stage == 0:
             self._engine.zero_grad()
             return
@@ -104,14 +93,14 @@ class ZeroEngine:
             self._zero.overflow = False
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trained tensor by name, whole; all processes must ask."""
+        """Every trained tensor by name, whole."""
         if self.stage == 0:
-            return {name: parameter.detach() for parameter, name in self._names.items()}
+            return super().weights()
         get = self._deepspeed.utils.safe_get_full_fp32_param
         return {name: get(parameter) for parameter, name in self._names.items()}
 
     def load_weights(self, values: Mapping[str, Tensor]) -> None:
-        """Put back whole tensors, equal on all processes."""
+        """Put back the trained tensors."""
         gathered = self._deepspeed.zero.GatheredParameters
         parameters = list(self._names)
         with torch.no_grad(), gathered(parameters, modifier_rank=0, enabled=self.stage == 3):
@@ -124,23 +113,19 @@ class ZeroEngine:
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimiser's state as without DeepSpeed, tensors whole; all processes must ask."""
+        """The optimiser's state as without DeepSpeed, tensors whole."""
         if self.stage == 0:
-            return optimizer_state(self._base, self._names)
+            return super().optimizer_state()
         groups = [
             {**group, "params": names}
-            for group, names in zip(self._base.param_groups, self._group_names, strict=True)
+            for group, names in zip(self.optimizer.param_groups, self._group_names, strict=True)
         ]
         return {"state": self._whole_state(), "groups": groups}
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Put back the state of each parameter; settings of groups stay.
-
-        Raises:
-            CheckpointError: The checkpoint is of other parameters.
-        """
+        """Put back the state of each parameter."""
         if self.stage == 0:
-            load_optimizer_state(self._base, state, self._names)
+            super().load_optimizer_state(state)
             return
         saved = [group["params"] for group in state["groups"]]
         if saved != self._group_names:
@@ -150,10 +135,10 @@ class ZeroEngine:
                 "names differ"
             )
         values: Mapping[str, Mapping[str, Any]] = state["state"]
-        self._base.state.clear()
+        self.optimizer.state.clear()
         one = next(iter(values.values()), {})
         for part in self._parts() if one else ():
-            self._base.state[part] = {
+            self.optimizer.state[part] = {
                 key: torch.zeros_like(part) if _is_per_entry(value) else _copy(value, part.device)
                 for key, value in one.items()
             }
@@ -165,12 +150,12 @@ class ZeroEngine:
                     put(parameter, value.to(parameter.device), key)
 
     def _whole_state(self) -> dict[str, dict[str, Any]]:
-        if not any(self._base.state.values()):
+        if not any(self.optimizer.state.values()):
             return {}
         self._link_state()
         get = self._deepspeed.utils.safe_get_full_optimizer_state
         # All parts have taken the same steps, so what is one number for a part holds for all.
-        one: Mapping[str, Any] = self._base.state[self._parts()[0]]
+        one: Mapping[str, Any] = self.optimizer.state[self._parts()[0]]
         return {
             name: {
                 key: get(parameter, key) if _is_per_entry(value) else _copy(value)
@@ -187,7 +172,7 @@ class ZeroEngine:
         """
         if self.stage < 3:
             self._zero._hp_optimizer_states_linked = False
-            if self._base.state:
+            if self.optimizer.state:
                 self._zero._lazy_init_hp_params_optimizer_state()
 
     def _parts(self) -> list[Tensor]:

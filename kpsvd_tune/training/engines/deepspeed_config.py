@@ -1,7 +1,7 @@
 """What Accelerate's configuration asks of DeepSpeed, checked against the recipe and completed.
 
-The recipe decides everything that changes a result. DeepSpeed is asked for one thing: to share out
-optimiser state, gradients and weights over the processes (ZeRO).
+The recipe decides everything that changes a result. DeepSpeed is asked for one thing: to
+shard optimiser state, gradients and weights over the processes (ZeRO).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.recipe import TrainRecipe
 
 # How ZeRO moves data about; none of it changes what is computed.
@@ -48,17 +49,52 @@ _IGNORED = (
 )
 
 
+def launch_environment(file: str, num_processes: int) -> dict[str, str]:
+    """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
+
+    Args:
+        file: A configuration of Accelerate, as `accelerate config` writes it.
+        num_processes: Used instead of the file's.
+
+    Raises:
+        InputError: The file cannot be used, or asks for something other than DeepSpeed.
+    """
+    # Accelerate's own reading of its file, so that a key means here what it means there.
+    from accelerate.commands.launch import (  # type: ignore[import-untyped]
+        _validate_launch_command,
+        launch_command_parser,
+    )
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env  # type: ignore[import-untyped]
+
+    if not Path(file).is_file():
+        raise InputError(f"--accelerate-config {file}: no such file")
+    words = ["--config_file", file, "--num_processes", str(num_processes)]
+    try:
+        options = launch_command_parser().parse_args([*words, "--main_process_port", "0", "train"])
+        options, defaults, _ = _validate_launch_command(options)
+        fields = ",".join(defaults.deepspeed_config)
+        options.deepspeed_fields_from_accelerate_config = fields
+        if options.use_deepspeed and (options.num_machines or 1) == 1:
+            environment: dict[str, str] = prepare_deepspeed_cmd_env(options)[1]
+            return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
+    except Exception as error:
+        # Whatever a file can hold that Accelerate does not expect.
+        raise InputError(
+            f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
+        ) from error
+    raise InputError(
+        f"--accelerate-config {file}: expected DeepSpeed on one machine; plain processes need no "
+        "configuration, and several machines are started by accelerate launch on each"
+    )
+
+
 def is_requested() -> bool:
     """Whether `accelerate launch` started this process for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def prepare() -> None:
-    """Get DeepSpeed ready to be imported.
-
-    Raises:
-        RecipeError: It is not installed.
-    """
+    """Get DeepSpeed ready to be imported; refuse where it is not installed."""
     if find_spec("deepspeed") is None:
         raise RecipeError(
             "Accelerate's configuration asks for DeepSpeed, which is not installed; install it "
@@ -85,12 +121,7 @@ def zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
-    """Make sure that DeepSpeed runs where it was asked for, and that nothing else shares out.
-
-    Raises:
-        RecipeError: The recipe asks for another way of sharing out, or for what DeepSpeed lacks;
-            or the configuration contradicts it.
-    """
+    """Refuse what DeepSpeed cannot do, and what the recipe and the configuration contradict."""
     if not is_requested():
         return
     if zero_stage(accelerator) is None:
@@ -100,7 +131,7 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
         )
     if recipe.parallel == "fsdp":
         raise RecipeError(
-            "train.parallel: fsdp and DeepSpeed both share out the weights; expected ddp in the "
+            "train.parallel: fsdp and DeepSpeed both shard the weights; expected ddp in the "
             "recipe, or a configuration of Accelerate without DeepSpeed"
         )
     if recipe.optimizer not in _ELEMENTWISE:
@@ -116,7 +147,7 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
         )
     # Faults of the configuration show now, and not after the base is decomposed.
     engine_config(accelerator.deepspeed_plugin.deepspeed_config, recipe, accelerator.num_processes)
-    # Set by Accelerate, it would make transformers load a base whose weights are shared out
+    # Set by Accelerate, it would make transformers load a base whose weights are sharded
     # already; the adapter is compared with whole ones first.
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     accelerator.deepspeed_plugin.dschf = None
@@ -125,27 +156,18 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
 def engine_config(
     given: Mapping[str, Any], recipe: TrainRecipe, num_processes: int
 ) -> dict[str, Any]:
-    """Complete DeepSpeed's configuration from the recipe.
+    """DeepSpeed's configuration, completed from the recipe.
 
-    Args:
-        given: What Accelerate made of its own settings or of DeepSpeed's file; the word "auto"
-            leaves a value to the recipe.
-        recipe: The `train` section.
-        num_processes: Of the whole run.
-
-    Returns:
-        The configuration for `deepspeed.initialize`.
-
-    Raises:
-        RecipeError: It contradicts the recipe, or asks for what cannot be resumed exactly; every
-            fault is named.
+    `given` is what Accelerate made of its own settings or of DeepSpeed's file; the word "auto"
+    leaves a value to the recipe. Every fault is named: what contradicts the recipe, or cannot be
+    resumed exactly.
     """
     if faults := list(_faults(given, recipe, num_processes)):
         raise RecipeError(
             "DeepSpeed's configuration does not fit the recipe:\n  "
             + "\n  ".join(faults)
             + '\nChange these in the file that `accelerate launch` was given ("auto" leaves a '
-            "value to the recipe), or share out the weights without DeepSpeed: train.parallel: fsdp"
+            "value to the recipe), or shard the weights without DeepSpeed: train.parallel: fsdp"
         )
     zero = {
         key: value

@@ -339,3 +339,15 @@ def test_older_calls_without_a_name_are_refused(read: Read) -> None:
     rows = [{"messages": [ASKED[3], say("assistant", "", function_call="auto")]}]
     with pytest.raises(DataError, match=r"'function_call' of a message in 'messages' is 'auto'"):
         read(rows)
+
+
+@pytest.mark.parametrize("key", ["prefix", "partial"])
+def test_a_turn_that_is_marked_as_unfinished_is_refused(read: Read, key: str) -> None:
+    rows = [{"messages": [*ASKED, say("assistant", "It is", **{key: True})]}]
+    with pytest.raises(
+        DataError, match=rf"line 1: .*{key}: true, .*beginning of an answer.*join it"
+    ):
+        read(rows)
+    finished = read([{"messages": [*ASKED, say("assistant", "5", **{key: False})]}])
+    assert learnt(finished) == ["2</s>", "5</s>"]
+    assert not any(key in note for note in finished.report.warnings)

@@ -481,3 +481,38 @@ def test_rows_that_were_set_aside_are_refused(
 def test_a_set_of_held_out_rows_among_others_is_refused(read: Read) -> None:
     with pytest.raises(DataError, match="the column 'set' is 'dev' and earlier rows"):
         read({**PAIR, "set": "train"}, {**PAIR, "set": "dev"})
+
+
+@pytest.mark.parametrize("form", ["chat", "sharegpt", "lists", "text"])
+def test_an_answer_beside_a_chat_that_ends_with_a_question_is_refused(
+    read: Read, form: str
+) -> None:
+    talk = [*CHAT["messages"], {"role": "user", "content": "And 2 + 2?"}]
+    rows: dict[str, dict[str, Any]] = {
+        "chat": {"messages": talk},
+        "sharegpt": {
+            "conversations": [
+                {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+                for m in talk
+            ]
+        },
+        "lists": {"messages": {key: [m[key] for m in talk] for key in ("role", "content")}},
+        "text": {"messages": json.dumps(talk)},
+    }
+    row = {**rows[form], "response": "4"}
+    with pytest.raises(DataError, match=r"ends without an answer and the column 'response'"):
+        read(row)
+    assert learnt(read(row, ignore_columns=["response"])) == learnt(read(rows[form]))
+    # Where the chat has its answer, or the recipe names its column, a note is enough.
+    assert "response" in unused(read({**CHAT, "response": "4"}))[0]
+    with pytest.raises(DataError, match="line 2: the chat in 'messages' ends without an answer"):
+        read({**CHAT, "response": "4"}, {"messages": talk, "response": "4"})
+
+
+def test_columns_of_token_ids_and_roles_are_not_advised(read: Read) -> None:
+    with pytest.raises(DataError, match=r"\{prompt: COLUMN, completion: COLUMN\}"):
+        read({"input_ids": [1, 2], "labels": [-100, 2]})
+    tree = {"prompt": {"text": "q", "role": "prompter", "replies": []}}
+    with pytest.raises(DataError, match=r"the column 'completion' is missing") as got:
+        read(tree)
+    assert "prompt.role" not in str(got.value)

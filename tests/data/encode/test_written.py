@@ -409,3 +409,23 @@ def test_reasoning_in_the_text_of_an_earlier_turn_may_be_left_out(read: Read) ->
     earlier = {**ANSWER, "content": "<think>Rome lies further south.</think>Rome."}
     data = read([{"messages": [USER, earlier, USER, ANSWER]}], template, learn="last")
     assert learnt(data) == ["Rome is warmer.</s>"]
+
+
+def test_a_text_that_the_template_changes_inside_is_told_of(read: Read) -> None:
+    template = (
+        LOOP + "{% if m.role == 'user' %}{{ m.content | replace('<image>', '') }}"
+        "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
+        + END
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": f"Look: <image> number {i}"}, ANSWER]}
+        for i in range(2)
+    ]
+    notes = [note for note in read(rows, template).report.warnings if "changes texts" in note]
+    assert len(notes) == 1
+    assert "of user messages" in notes[0]
+    assert "(first: 'Look: <image> number 0' is written as 'Look:  number 0')" in notes[0]
+    # Text inside of JSON is the same text, and trimming changes nothing that is said.
+    whole = [USER, ANSWER, {"role": "tool", "content": 'It is "ü"\n<12 degrees> '}, ANSWER]
+    report = read([{"messages": whole}], template).report
+    assert not any("changes texts" in note for note in report.warnings)

@@ -69,6 +69,18 @@ def test_line_separator_inside_a_string_does_not_cut_the_line(tmp_path: Path) ->
     assert read_file(path)[0].values["prompt"] == "a\u2028b\x85c"
 
 
+def test_csv_spaces_behind_commas_are_no_text_where_the_header_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.csv", 'prompt, completion\nq, a\n"q, 2", "a ""b"""\n"r"," c"\n')
+    rows = [dict(row.values) for row in files.read_file(path)]
+    assert rows == [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q, 2", "completion": 'a "b"'},
+        {"prompt": "r", "completion": " c"},
+    ]
+    plain = write(tmp_path, "p.csv", 'prompt,completion\nq, a\nr," ""b"""\n')
+    assert [row.values["completion"] for row in files.read_file(plain)] == [" a", ' "b"']
+
+
 def test_csv_keeps_line_ends_inside_quotes(tmp_path: Path) -> None:
     path = write(tmp_path, "rows.csv", 'prompt,completion\r\n"a\r\nb",c\r\n')
     assert read_file(path)[0].values == {"prompt": "a\r\nb", "completion": "c"}
@@ -90,6 +102,36 @@ def test_csv_keeps_line_ends_inside_quotes(tmp_path: Path) -> None:
         ("r.jsonl", "[" * 100_000, r"line 1: the nesting is too deep"),
         ("r.json", PAIR + "\n" + PAIR, r"r\.json: not valid JSON .* rename it to \.jsonl"),
         ("r.json", '{"data": []}', r"found one object with the keys data; save the array under"),
+        ("r.json", '{"train": [{"a": 1}], "n": 2}', r"save the array under 'train' as the whole"),
+        (
+            "r.json",
+            '{"a": ["x"], "b": ["y"]}',
+            r"seem to be columns: write one object for each row",
+        ),
+        ("r.json", '{"0": {"a": "x"}}', r"seem to be rows by number: save them as an array"),
+        (
+            "r.json",
+            PAIR,
+            r"keys prompt, completion; if this is one row, write \[\.\.\.\] around it",
+        ),
+        (
+            "r.json",
+            '{"messages": [{"role": "user"}]}',
+            r"if this is one row, write \[\.\.\.\] around",
+        ),
+        ("r.jsonl", '[{"role": "user"}]', r'line is a chat, write {"messages": \[\.\.\.\]} around'),
+        (
+            "r.jsonl",
+            '[["q", "a"]]',
+            r"found an array; rename the file to \.json if it is one array",
+        ),
+        (
+            "r.csv",
+            'a,b\n"x", "y"\n',
+            r"line 2: a field has spaces before its quotes \('\"y\"'\), so",
+        ),
+        ("r.csv", 'a,b\nx, "y, z"\n', r"line 2: a field has spaces before its quotes"),
+        ("r.csv", 'a, "b",c\nx,y,z\n', r"line 1: a field has spaces before its quotes"),
         ("r.json", "[1]", r"r\.json, row 1: expected a JSON object .* found a number"),
         ("r.json", "7", r"expected a JSON array of objects, found a number"),
         ("r.json", "[]", r"holds no rows"),

@@ -147,8 +147,8 @@ def _score(
     events: Events,
 ) -> dict[str, Any]:
     """Score one model on one task, and keep the scores."""
+    from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks
     from kpsvd_tune.evaluation.output import keep_scores, output_folder
-    from kpsvd_tune.evaluation.score import Scorer, check_tasks
     from kpsvd_tune.phase import answering_cures, loading_cures, watched
     from kpsvd_tune.processes import device, end_processes, on_main_process
     from kpsvd_tune.runs.find import find, load, resolve_base

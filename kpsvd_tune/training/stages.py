@@ -22,8 +22,7 @@ from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.evaluation.evaluate import rows_source
-from kpsvd_tune.evaluation.score import Scorer, check_tasks, labelled
+from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (

@@ -16,8 +16,7 @@ import torch
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import evaluate as module
 from kpsvd_tune.evaluation.completions import append_completion, read_completions
-from kpsvd_tune.evaluation.evaluate import weights_fingerprint
-from kpsvd_tune.evaluation.score import as_trained
+from kpsvd_tune.evaluation.evaluate import as_trained, weights_fingerprint
 from kpsvd_tune.evaluation.scoring import score_completions
 from kpsvd_tune.recipe import Columns, DatasetRecipe, EvaluationRecipe
 

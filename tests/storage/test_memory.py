@@ -191,7 +191,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
         (["merge", "-o", "merged"], "transformers.AutoModelForCausalLM.from_pretrained", "merging",
          "a machine with more memory"),
         (["eval", "--task", "gsm8k", "--limit", "1", "--path", "rows"],
-         "kpsvd_tune.evaluation.score.Scorer.score", "scoring gsm8k",
+         "kpsvd_tune.evaluation.evaluate.Scorer.score", "scoring gsm8k",
          "batch_size of the evaluation"),
         (["eval", "--task", "gsm8k", "--path", "rows"],
          "transformers.AutoModelForCausalLM.from_pretrained", "loading the model", "--dtype"),

@@ -51,12 +51,8 @@ class Offsets:
     def terms(factors: Factors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return the 2r terms of Delta, (2r, m, n) and (2r, p, q), in ``dtype``.
 
-        The sums are taken in the factors' own dtype. The first r left factors are the trained
-        A0 + a, so that a projection on all of them serves the gradients too.
-
-        Args:
-            factors: a, b, A0, B0.
-            dtype: Of the result; by default that of the factors.
+        The sums are taken in the factors' own dtype, which is the default too. The first r left
+        factors are the trained A0 + a, so that a projection on all of them serves the gradients.
         """
         a, b, left0, right0 = factors
         left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])

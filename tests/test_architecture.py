@@ -80,6 +80,7 @@ def test_the_scan_tells_unsafe_from_safe(source: str, found: list[str]):
     assert unsafe_uses(source) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted({*MODULES} - RUNS_CODE), ids=name_of)
 def test_nothing_runs_code_hidden_in_data(module: Path):
     assert unsafe_uses(module.read_text(encoding="utf-8")) == []
@@ -94,6 +95,7 @@ def test_names_say_what_is_inside():
         assert not said_nothing & {part.strip("_") for part in file.with_suffix("").parts[-3:]}
 
 
+@pytest.mark.slow
 def test_imports_keep_their_contracts():
     program = "from importlinter.cli import lint_imports_command as main; main()"
     run = subprocess.run(
@@ -122,6 +124,7 @@ def heavy_after(program: str, cwd: Path) -> set[str]:
     return HEAVY & set(run.stdout.split("loaded:")[-1].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [
@@ -136,6 +139,7 @@ def test_importing_stays_light(module: str, tmp_path: Path):
     assert heavy_after(f"import {module}", tmp_path) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["--help", "train --help", "recipes list", "validate smollm2_gsm8k"]
 )
@@ -146,6 +150,7 @@ def test_commands_that_only_read_stay_light(command: str, tmp_path: Path):
     assert heavy_after(program, tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(tmp_path: Path):
     def output(*command: str) -> str:
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -53,6 +53,7 @@ def test_the_readme_shows_commands():
     assert {"train", "merge"} <= {line.split()[1] for _, line in documented_commands()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "line"), documented_commands())
 def test_documented_commands_exist(page: str, line: str):
     words = shlex.split(line, comments=True)[1:]

@@ -126,6 +126,7 @@ def at_step(number: int, action: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_disk_that_turns_read_only_is_named(
     recipe: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_disk_that_turns_read_only_is_named(
     assert cli.run(command) == 0
 
 
+@pytest.mark.slow
 def test_a_vanished_folder_is_named(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,6 +334,7 @@ def test_a_second_signal_says_what_is_lost_and_has_a_code_of_its_own(
     assert cli.run(words) == 0
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_says_where_it_came(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +362,7 @@ def test_a_signal_before_the_first_step_says_where_it_came(
     )
 
 
+@pytest.mark.slow
 def test_the_first_signal_is_answered_with_what_happens_now(
     recipe: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

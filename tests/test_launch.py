@@ -97,6 +97,7 @@ def test_a_configuration_needs_a_number_of_processes(capsys: pytest.CaptureFixtu
 VERBS = (["train", "gsm8k_llama2"], ["eval", "a-model", "--task", "gsm8k", "-o", "out"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, ["init-only", "quickstart"]], ids=lambda verb: verb[0])
 @pytest.mark.parametrize(("asked", "found"), [(1, 0), (2, 0), (2, 1), (8, 4)])
 def test_more_gpus_than_there_are_are_refused_before_anything_starts(
@@ -240,6 +241,7 @@ def test_two_signals_at_once_are_one_request(
     sender.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [True, False], ids=["ranks end", "ranks hang"])
 def test_a_second_signal_ends_the_ranks_with_a_code_of_its_own(
     program: Path,

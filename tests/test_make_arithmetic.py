@@ -52,6 +52,7 @@ def steps(row: dict[str, str]) -> list[tuple[int, str, int, int]]:
     return [(int(a), sign, int(b), int(c)) for a, sign, b, c in EQUATION.findall(row["answer"])]
 
 
+@pytest.mark.slow
 def test_sizes_columns_and_ids(splits: dict[str, Rows]):
     assert {name: len(rows) for name, rows in splits.items()} == {
         "train": 2000,
@@ -107,6 +108,7 @@ def test_a_split_holds_every_sign_and_both_lengths(splits: dict[str, Rows], spli
     assert 0.3 < sum(len(steps(row)) == 2 for row in rows) / len(rows) < 0.5
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path):
     sizes = ["--num-train", "50", "--num-validation", "5", "--num-test", "20"]
 

@@ -51,6 +51,7 @@ def test_a_bar_prints_brackets_as_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     assert "[dim]left" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_every_console_is_made_by_the_function_that_reads_no_markup() -> None:
     made = {}
     for file in PACKAGE.rglob("*.py"):
@@ -64,6 +65,7 @@ def test_every_console_is_made_by_the_function_that_reads_no_markup() -> None:
     assert made == {"layout.py": "Console"}
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_on_the_command_line_are_refused() -> None:
     for arguments in ([b"validate", b"r\xff.yaml"], [b"generate", b"m", b"caf\xe9"]):
         done = subprocess.run(
@@ -74,6 +76,7 @@ def test_bytes_that_are_not_utf8_on_the_command_line_are_refused() -> None:
         assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_terminal_of_another_encoding_ends_no_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kpsvd_tune", "validate", "smollm2_gsm8k", "output_dir=fü→r"],

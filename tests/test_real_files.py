@@ -149,6 +149,7 @@ def command(folder: Path, model: Path, name: str, content: str | bytes, more: st
     return ["train", str(folder / "recipe.yaml"), "--json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRAIN.values(), ids=TRAIN)
 def test_it_trains(
     case: Any, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]

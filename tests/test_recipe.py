@@ -839,6 +839,7 @@ RECIPES = st.builds(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(content=RECIPES)
 def test_any_recipe_comes_back_equal_from_yaml(write, content: dict[str, object]):
@@ -857,6 +858,7 @@ SCRAPS = st.sampled_from(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     base=st.sampled_from([SECTIONS, (ROOT / "recipes" / "math_llama2.yaml").read_text("utf-8")]),
@@ -916,6 +918,7 @@ def test_no_value_of_any_key_escapes_as_anything_but_a_recipe_error(write, key: 
     assert load_recipe(write(recipe_to_yaml(recipe))) == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["[]", "[1, x]", "{}", "{a: 1}", "-1", "''", "null", "[[1]]"])
 def test_every_key_refuses_or_takes_every_kind_of_value(write, value: str):
     path = write(SECTIONS)
@@ -929,6 +932,7 @@ def test_every_key_refuses_or_takes_every_kind_of_value(write, value: str):
     assert all(refused)
 
 
+@pytest.mark.slow
 def test_importing_the_recipe_loads_neither_torch_nor_transformers():
     code = (
         "import sys, kpsvd_tune.recipe, kpsvd_tune.errors, kpsvd_tune.report.results;"

@@ -72,6 +72,7 @@ def test_of_several_processes_the_first_alone_answers():
     assert (done.returncode, done.stderr) == (5, "")
 
 
+@pytest.mark.slow
 def test_both_signals_are_answered_while_a_computation_keeps_python_busy():
     program = """
 with signals.StopSignals(lambda: "finishing step 3") as stop:

@@ -28,19 +28,10 @@ PROMPTS = (
 
 
 class Proof:
-    """What the adapter on its base says to some prompts, for the merged model to be held against.
+    """What the adapter on its float32 base says to some prompts, to hold the merged model against.
 
-    Args:
-        model: The base model in float32 with its adapter, before it is merged.
-        tokenizer: Encodes the prompts.
-        prompts: Texts to compare the two models on.
-
-    Attributes:
-        change: Largest logit difference between the adapter on its base and the base alone.
-        num_positions: Positions that are compared.
-
-    Raises:
-        MergeError: Logits are not finite or all equal, so that nothing can be proved by them.
+    `change` is the largest logit difference between the adapter on its base and the base alone.
+    Raises MergeError where logits are not finite or all equal, so that they prove nothing.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from kpsvd_tune.adapter import KpsvdConfig
 PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_the_examples_run(

@@ -17,6 +17,7 @@ from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("name", ZOO)
 def test_an_adapter_lives_on_every_architecture(name: str, tmp_path: Path) -> None:

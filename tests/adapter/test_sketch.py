@@ -145,6 +145,7 @@ def test_a_wrong_base_is_refused_on_every_road(
             road(other, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("made_on", "at_hand"), list(itertools.product(DTYPES, DTYPES)))
 def test_the_right_base_in_another_dtype_passes_and_a_wrong_one_does_not(
     model_factory: Make, tmp_path: Path, made_on: torch.dtype, at_hand: torch.dtype

@@ -120,6 +120,7 @@ def check(module: KpsvdLinear, x: Tensor, gy: Tensor) -> None:
         assert_close(module(x), expected[0], tolerance, "y in inference mode")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plan", [None, *WAYS], ids=str)

@@ -79,6 +79,7 @@ def make_trainer(kind: str, model: Any, tokenizer: Any, folder: Path, **changes:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
 def test_ten_steps_save_and_resume(
@@ -116,6 +117,7 @@ def test_ten_steps_save_and_resume(
     assert torch.equal(logits(PeftModel.from_pretrained(model_factory(), last)), expected)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded_at_the_end(
     model_factory: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(
     assert torch.equal(logits(trainer.model), logits(loaded))
 
 
+@pytest.mark.slow
 def test_trl_evaluates_against_the_base_with_the_adapter_disabled(
     model_factory: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def partly_compiled(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [compiled, partly_compiled])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "model.layers.1.mlp.up_proj"]])
 def test_compiled_bases_take_adapters(
@@ -82,6 +83,7 @@ def test_a_compiled_base_runs_compiled(model_factory: Make) -> None:
         assert torch.allclose(logits(model), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_offloaded_bases_are_fetched_layer_by_layer(
     where: str, model_factory: Make, tmp_path: Path

@@ -114,6 +114,7 @@ def test_the_options_are_those_decided_on() -> None:
     assert options() == OPTIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["train", "--help"], ["validate", "smollm2_gsm8k"], ["recipes", "list"]],

@@ -112,6 +112,7 @@ def test_gpus_where_there_are_none_are_refused(
     assert "--gpus 1: PyTorch sees no CUDA GPUs here" in said
 
 
+@pytest.mark.slow
 def test_ranks_that_training_chooses_otherwise_are_noted(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_sweep_that_cannot_be_is_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_one_impossible_value_of_a_sweep_is_shown_in_its_row(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

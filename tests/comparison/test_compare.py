@@ -77,6 +77,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kpsvd_tune.comparison.workers._run", run)
 
 
+@pytest.mark.slow
 def test_every_kind_of_method_trains_through_the_same_loop(
     recipe: Path, tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

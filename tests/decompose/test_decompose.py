@@ -65,6 +65,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor_shape", ["balanced", "thin", "pissa", {"n": 4, "p": 2}])
 def test_factors_and_report_agree_with_the_weights(
     source: ModelSource, factor_shape: str | dict[str, int]
@@ -141,6 +142,7 @@ def test_overrides_reach_the_rules_in_both_forms(source: ModelSource) -> None:
     assert max(ranks[f"model.layers.{i}.self_attn.o_proj"] for i in (0, 1)) == 1
 
 
+@pytest.mark.slow
 def test_a_second_run_and_other_thresholds_decompose_nothing(
     source: ModelSource, computed: list[int]
 ) -> None:
@@ -222,6 +224,7 @@ def stop_after(matrices: int) -> Callable[[Progress], None]:
     return stop
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_after_the_last_matrix(
     source: ModelSource, computed: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +271,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
         decompose(resolve_model(str(tmp_path)), recipe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures.CONFIGS)
 def test_every_weight_matrix_is_decomposed_or_listed_with_a_reason(
     architecture: str, tmp_path: Path
@@ -301,6 +305,7 @@ def spoilt(folder: Path) -> RankReport:
     return decompose(resolve_model(str(folder)), recipe(**rank)).report
 
 
+@pytest.mark.slow
 def test_spectra_that_no_rule_can_cut_fall_back_and_the_report_says_so(tmp_path: Path) -> None:
     report = spoilt(tmp_path)
     layers = {layer.name: layer for layer in report.layers}

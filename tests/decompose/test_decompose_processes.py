@@ -82,6 +82,7 @@ def assert_same(one: Decomposition, other: Decomposition) -> None:
         assert torch.equal(one.factors[name][1], right), name
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_the_last_matrix_with_the_same_end(
     tiny_model_dir: Path, undisturbed: Decomposition
 ) -> None:

@@ -35,6 +35,7 @@ def test_rows_come_back_as_they_were_written(file: Path):
     assert [set(row) for row in rows] == [{"id", "prompt", "completion", "gold"}] * 2
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(exclude_categories=())))
 def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, text: str):
     path = tmp_path_factory.mktemp("any") / "completions.jsonl"

@@ -153,6 +153,7 @@ def test_other_settings_do_not_continue_the_completions(
         evaluate(tiny_model, tokenizer, recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_completions_of_another_model_can_be_set_aside(
     model_factory, tokenizer, recipe, tmp_path: Path
 ):
@@ -250,6 +251,7 @@ def test_code_is_refused_before_the_data_is_read(tiny_model, tokenizer, tmp_path
     assert not (tmp_path / "eval").exists()
 
 
+@pytest.mark.slow
 def test_scoring_again_needs_no_torch():
     code = (
         "import sys; from kpsvd_tune.evaluation.scoring import score_completions;"

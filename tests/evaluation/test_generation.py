@@ -54,11 +54,13 @@ def test_an_adapter_in_training_is_asked_as_a_frozen_one(tiny_model, tokenizer, 
     assert model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 4, 6, 64])
 def test_batched_equals_one_by_one(answer, batch_size: int):
     assert answer(batch_size=batch_size) == answer(batch_size=1)
 
 
+@pytest.mark.slow
 def test_rows_that_end_early_leave_the_others_as_they_were(answer, tiny_model, tokenizer, prompts):
     # Taking as end token one that some answers contain makes the rows end at different steps.
     alone = answer(batch_size=1)
@@ -69,6 +71,7 @@ def test_rows_that_end_early_leave_the_others_as_they_were(answer, tiny_model, t
     assert sum(batched[key] != alone[key] for key in alone) in range(1, len(TEXTS))
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(answer, tiny_model, tokenizer, prompts):
     completions = answer(batch_size=3)
     for prompt in prompts:
@@ -87,6 +90,7 @@ def test_a_model_with_another_generation_config_is_still_greedy(answer, tiny_mod
     assert answer() == plain
 
 
+@pytest.mark.slow
 def test_the_list_of_end_tokens_of_a_model_counts(answer, tiny_model, tokenizer):
     whole = answer(batch_size=1)[1, 0]
     letter = next(each for each in whole if each.isascii() and each.isalpha())
@@ -95,6 +99,7 @@ def test_the_list_of_end_tokens_of_a_model_counts(answer, tiny_model, tokenizer)
     assert answer(batch_size=1)[1, 0] == whole.split(letter)[0]
 
 
+@pytest.mark.slow
 def test_an_answer_ends_before_its_stop_string(answer):
     whole = answer(batch_size=1)
     stop = next(text[5:7] for text in whole.values() if text[5:7].isascii() and len(text[5:7]) == 2)
@@ -103,6 +108,7 @@ def test_an_answer_ends_before_its_stop_string(answer):
     assert stopped != whole
 
 
+@pytest.mark.slow
 def test_generation_stops_at_a_stop_string(tiny_model, tokenizer, prompts):
     first = next(
         iter(generate_completions(tiny_model, tokenizer, prompts[:1], GenerationOptions()))
@@ -128,6 +134,7 @@ def test_cut_at_stop(text: str, stop: tuple[str, ...], expected: str):
     assert cut_at_stop(text, stop) == expected
 
 
+@pytest.mark.slow
 def test_samples_differ_and_depend_on_neither_batch_nor_order(answer, prompts):
     options = {"temperature": 1.0, "num_samples": 3, "max_new_tokens": 12}
     samples = answer(**options, batch_size=1)
@@ -139,6 +146,7 @@ def test_samples_differ_and_depend_on_neither_batch_nor_order(answer, prompts):
     assert answer(**options, seed=1) != samples
 
 
+@pytest.mark.slow
 def test_a_low_temperature_is_nearly_greedy(answer):
     # Those below float32's smallest number leave its range on the way.
     for temperature in (1e-6, 1e-40, 5e-324):

@@ -34,6 +34,7 @@ def token_losses(model, ids: list[int]) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_completion_loss_is_the_mean_over_completion_tokens(
     tiny_model, tokenizer, rows_file: Path, batch_size: int

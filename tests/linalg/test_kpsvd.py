@@ -165,6 +165,7 @@ def test_a_matrix_of_one_entry_is_found(path):
     oracle.assert_close(approximation(terms, 1), weight, "float32")
 
 
+@pytest.mark.slow
 @small
 @given(sizes)
 def test_eckart_young(sizes):

@@ -44,6 +44,7 @@ def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:
     return peft
 
 
+@pytest.mark.slow
 def test_merged_folder_is_the_adapted_model(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_merged_folder_is_the_adapted_model(
     assert f"| largest logit difference | {report.max_logit_difference:.3g} |" in card
 
 
+@pytest.mark.slow
 def test_files_of_a_merge(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -87,6 +89,7 @@ def _umask() -> int:
     return mask
 
 
+@pytest.mark.slow
 def test_modules_to_save_reach_the_merged_weights(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -95,6 +98,7 @@ def test_modules_to_save_reach_the_merged_weights(
     assert report.passed
 
 
+@pytest.mark.slow
 def test_small_updates_lost_in_bf16_are_told(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -126,6 +130,7 @@ def test_kept_share_is_measured_by_the_rule(tiny_model: Any) -> None:
     assert 0 < share < 1.5
 
 
+@pytest.mark.slow
 def test_a_wrong_merge_fails_the_proof(
     tiny_model: Any,
     tokenizer: PreTrainedTokenizerFast,
@@ -211,6 +216,7 @@ def test_logits_that_prove_nothing_fail_the_proof(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_merged_logits_that_are_not_finite_leave_nothing(
     tiny_model: Any,
     tokenizer: PreTrainedTokenizerFast,
@@ -230,6 +236,7 @@ def test_merged_logits_that_are_not_finite_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_adapted_and_not_finite_is_named(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -242,6 +249,7 @@ def test_a_weight_that_is_not_adapted_and_not_finite_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "words"),
     [(0.0, "the adapter changes nothing"), (1e-4, "could not tell the merged model from the base")],
@@ -255,6 +263,7 @@ def test_an_adapter_that_the_proof_cannot_see_is_told(
     assert report.adapter_logit_difference == 0 if scale == 0 else report.adapter_logit_difference
 
 
+@pytest.mark.slow
 def test_files_that_transformers_4_reads(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -302,6 +311,7 @@ def test_scaled_rotary_embeddings_and_parts_have_the_keys_of_both_versions() -> 
     assert found["text_config"]["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
 
 
+@pytest.mark.slow
 def test_what_a_killed_merge_left_is_removed_and_one_at_work_is_not(
     tiny_model: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -331,6 +341,7 @@ def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
         merging.check_output(tmp_path / "out", [tmp_path / "base"])
 
 
+@pytest.mark.slow
 def test_conv1d_layers_merge(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -354,6 +365,7 @@ def test_conv1d_layers_merge(
     assert report.max_logit_difference < 1e-4
 
 
+@pytest.mark.slow
 def test_tokens_that_were_added_for_the_adapter_come_along(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -146,6 +147,7 @@ def gguf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_gguf_model_is_saved_like_any_other(gguf_path: Path, tmp_path: Path) -> None:
     model = load_model(resolve_model(str(gguf_path)), "float32")
     model.save_pretrained(tmp_path)

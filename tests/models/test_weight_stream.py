@@ -41,6 +41,7 @@ def refuse_to_load(*args: object) -> None:
     raise AssertionError("the model was loaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures.CONFIGS)
 def test_weights_are_streamed_bit_for_bit_without_loading_the_model(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -242,6 +243,7 @@ def with_header(folder: Path, **changed: object) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

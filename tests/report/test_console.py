@@ -82,6 +82,7 @@ def step(number: int, validation_loss: float | None = None) -> StepMetrics:
     )
 
 
+@pytest.mark.slow
 def test_a_fast_training_fills_no_log(clock: Clock, capsys: pytest.CaptureFixture[str]):
     with ConsoleEvents() as events:
         for number in range(1, 10_001):

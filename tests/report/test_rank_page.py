@@ -105,6 +105,7 @@ def budget_of(page: str) -> list[list[str]]:
     return [row[1:] for row in rows if row and row[0].startswith("LoRA")]
 
 
+@pytest.mark.slow
 def test_every_layer_has_its_cell_by_number_and_kind(report: RankReport):
     data = data_of(rank_page(report))
     assert data["columns"] == ["0", "1", "10"]

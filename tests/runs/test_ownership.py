@@ -39,6 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -74,6 +75,7 @@ def test_a_folder_with_files_of_the_user_is_refused_and_left_alone(
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_recipe_in_its_own_output_dir_is_not_overwritten(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +88,7 @@ def test_a_recipe_in_its_own_output_dir_is_not_overwritten(
     assert cli.run(["train", str(own), f"output_dir={own.parent / 'new'}"]) == 0
 
 
+@pytest.mark.slow
 def test_hidden_files_and_what_init_only_wrote_are_fine(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".gitignore").write_text("*\n")
@@ -103,6 +106,7 @@ def test_a_file_in_the_way_is_named(
     assert f"output_dir: {tmp_path / 'run'} is a file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_but_the_run_writes_into_a_run(
     recipe: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +132,7 @@ def test_nothing_but_the_run_writes_into_a_run(
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_into_a_folder_of_its_own(
     recipe: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +152,7 @@ def test_an_evaluation_goes_into_a_folder_of_its_own(
     assert cli.run(score) == 0
 
 
+@pytest.mark.slow
 def test_checkpoints_without_the_record_of_their_run_are_not_trained_over(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +169,7 @@ def test_checkpoints_without_the_record_of_their_run_are_not_trained_over(
     assert len(list((run / "previous" / "001" / "checkpoints").iterdir())) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_set_aside_and_then_killed_begins_again(recipe: Path) -> None:
     assert cli.run(["train", str(recipe)]) == 0
     run = RunDirectory(recipe.parent / "run")
@@ -171,6 +178,7 @@ def test_a_run_that_was_set_aside_and_then_killed_begins_again(recipe: Path) -> 
     assert cli.run(["train", str(recipe)]) == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_deleted_is_rebuilt_by_the_same_command(
     recipe: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_whole_copy_and_one_without_a_seal_are_read(
     assert cli.run(generate) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["factors.safetensors", "rank_report.json"])
 def test_one_flipped_bit_of_the_factors_is_refused(
     recipe: Path, run: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -126,6 +127,7 @@ def test_one_flipped_bit_of_the_factors_is_refused(
     assert cli.run(["train", str(recipe)]) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_not_taken(
     recipe: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +152,7 @@ def test_what_changes_nothing_leaves_a_run_the_same() -> None:
     assert run_id(identity) == run_id(moved) != run_id(other)
 
 
+@pytest.mark.slow
 def test_files_follow_the_umask(recipe: Path, tmp_path: Path) -> None:
     mask = os.umask(0o027)
     try:

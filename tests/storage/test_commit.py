@@ -118,6 +118,7 @@ def test_every_kind_of_operation_goes_through_the_hook(two, monkeypatch):
     assert calls.index("unlink") > calls.index("replace")
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_operation_leaves_a_whole_folder(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.mkdir()

@@ -69,6 +69,7 @@ def full_in_rust(*args: Any, **options: Any) -> None:
 TOKENIZER = "transformers.PreTrainedTokenizerFast.save_pretrained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "place", "action", "attempt"),
     [
@@ -128,6 +129,7 @@ def test_what_no_stage_put_into_words_has_file_and_cure(
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_written_is_told_of_before_the_scoring(
     recipe: Path,
     rows_file: Path,

@@ -167,6 +167,7 @@ STAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", STAGES, ids=lambda place: place.rpartition(".")[2])
 def test_every_stage_of_a_training_says_what_helps_there(
     place: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -182,6 +183,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "place", "doing", "cure"),
     [

@@ -61,6 +61,7 @@ def first(recipe: Path, tmp_path: Path) -> Path:
     return tmp_path / "first"
 
 
+@pytest.mark.slow
 def test_the_second_run_begins_where_the_first_ended(
     recipe: Path,
     first: Path,
@@ -119,6 +120,7 @@ def test_the_second_run_begins_where_the_first_ended(
     torch.testing.assert_close(found_logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stopped_second_run_goes_on_to_the_same_bits(
     recipe: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_stopped_second_run_goes_on_to_the_same_bits(
     assert results(tmp_path / "whole")["train_loss"] == results(tmp_path / "parts")["train_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["{run}", "{run}/adapter", "{run}/../first"])
 def test_a_run_does_not_go_on_from_what_it_would_replace(
     recipe: Path, first: Path, capsys: pytest.CaptureFixture[str], path: str
@@ -157,6 +160,7 @@ def test_a_run_does_not_go_on_from_what_it_would_replace(
     assert not (first / "previous").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_is_named(
     recipe: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +189,7 @@ def test_a_damaged_adapter_is_named(
             assert ("damaged" if damage == "cut" else "adapter's weights lack") in err
 
 
+@pytest.mark.slow
 def test_another_adapter_in_the_same_place_is_noticed(
     recipe: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +200,7 @@ def test_another_adapter_in_the_same_place_is_noticed(
     assert "adapter: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_refused(
     recipe: Path,
     first: Path,

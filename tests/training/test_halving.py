@@ -54,6 +54,7 @@ def weights(training: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in training.trained_weights().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_halved_steps_are_the_same_steps(
     start_training: Callable[..., Any], rows: Any, tmp_path: Any, packing: bool, caplog: Any
@@ -89,6 +90,7 @@ def test_halved_steps_are_the_same_steps(
     assert "micro_batch_size" not in (tmp_path / "whole/metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_odd_batches_are_halved_upwards(start_training: Callable[..., Any]) -> None:
     training = start_training(batch_size=5, max_steps=1, on_oom="halve")
     with room_for(3) as seen:
@@ -96,6 +98,7 @@ def test_odd_batches_are_halved_upwards(start_training: Callable[..., Any]) -> N
     assert seen == [5, 3, 2]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_halved_batch_to_the_same_bits(
     start_training: Callable[..., Any], lora_model: Callable[..., Any], rows: Any, tmp_path: Any
 ) -> None:
@@ -123,6 +126,7 @@ def test_a_resumed_run_goes_on_with_the_halved_batch_to_the_same_bits(
     assert json.loads(states[0]["state.json"])["progress"]["micro_batch_size"] == 2
 
 
+@pytest.mark.slow
 def test_where_memory_ran_out_leaves_no_trace_in_what_dropout_draws(
     start_training: Callable[..., Any], lora_model: Callable[..., Any]
 ) -> None:
@@ -142,6 +146,7 @@ def test_where_memory_ran_out_leaves_no_trace_in_what_dropout_draws(
         assert torch.equal(weights(late)[name], value)
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_fit_ends_the_run_with_what_helps(
     start_training: Callable[..., Any],
 ) -> None:
@@ -155,6 +160,7 @@ def test_a_row_that_does_not_fit_ends_the_run_with_what_helps(
     assert training.progress.step == 0
 
 
+@pytest.mark.slow
 def test_validations_are_halved_too(start_training: Callable[..., Any], rows: Any) -> None:
     training = start_training(validation=rows[:5], max_steps=2, **CHANGES)
     with room_for(2, training=False) as seen:

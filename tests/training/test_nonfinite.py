@@ -116,6 +116,7 @@ def test_skipped_steps_move_nothing_and_are_logged(start_training, lora_model, t
     assert math.isfinite(training.result().train_loss)
 
 
+@pytest.mark.slow
 def test_a_run_with_skips_resumes_to_the_same_bits(start_training, lora_model, tmp_path):
     changes = {"on_nonfinite": "skip", "save_every": 3, "max_steps": 8}
     steps = {2, 4}
@@ -189,6 +190,7 @@ def test_retries_before_the_first_checkpoint_and_their_end(start_training, lora_
     assert any(bool((weights(model)[name] != tensor).any()) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_a_resumed_retry_keeps_its_lower_rate(start_training, lora_model):
     changes = {"on_nonfinite": "retry", "save_every": 1, "scheduler": "constant"}
     training = run_spoiled(start_training, lora_model(), "run", {3}, times=1, **changes)

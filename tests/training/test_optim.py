@@ -25,6 +25,7 @@ def recipe(**values: object) -> TrainRecipe:
     return TrainRecipe.model_validate(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "scheduler"),
     [(name, "cosine") for name in (*OPTIMIZERS, *OTHERS)]

@@ -72,6 +72,7 @@ def loss_and_gradients(model: nn.Module, rows: list[TokenizedRow], packing: bool
     return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "attention"), CASES)
 def test_loss_and_gradients_are_those_of_padded_rows(architecture, attention):
     model, rows = model_of(ARCHITECTURES[architecture](), attention), byte_rows()
@@ -86,6 +87,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(architecture, attention):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "attention"), CASES)
 def test_no_logit_of_a_row_changes_with_another_row(architecture, attention):
     model, rows = model_of(ARCHITECTURES[architecture](), attention), byte_rows()
@@ -227,6 +229,7 @@ def test_gradient_checkpointing_recomputes_the_same():
         torch.testing.assert_close(found[1][name], gradient)
 
 
+@pytest.mark.slow
 def test_a_packed_run_is_the_padded_run(start_training, rows):
     results = {}
     for packing in (False, True):
@@ -251,6 +254,7 @@ def test_a_model_that_cannot_pack_is_refused_before_the_first_step(start_trainin
         next(training.steps())
 
 
+@pytest.mark.slow
 def test_grouped_steps_hold_rows_of_similar_length(start_training):
     lengths = [6 + 7 * index % 40 for index in range(40)]
     rows = byte_rows(tuple(lengths))

@@ -64,6 +64,7 @@ output_dir: {tmp_path / "run"}
     return path
 
 
+@pytest.mark.slow
 def test_a_run_chooses_its_threshold_and_reports_the_probes(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_run_chooses_its_threshold_and_reports_the_probes(
     assert "probe of energy 0.2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_probes_that_are_done_are_not_run_again(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_without_held_out_rows_nothing_can_be_chosen(
     )
 
 
+@pytest.mark.slow
 def test_init_only_says_that_a_default_stands_in(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +132,7 @@ def test_init_only_says_that_a_default_stands_in(
     assert "energy: auto is chosen by `train`; here 0.5 stands in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_probes_leave_neither_models_nor_traces_in_trackers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

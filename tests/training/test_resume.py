@@ -47,6 +47,7 @@ def assert_same_run(folder: Path, other: Path, step: int) -> None:
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "arguments", "stop_at"),
     [("adamw", {}, 2)]
@@ -128,6 +129,7 @@ def test_data_workers_change_nothing(start_training, lora_model, tmp_path):
     assert_same_run(tmp_path / "with", tmp_path / "without", step=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_packed_and_grouped_runs_resume_to_the_same_bits(
     start_training, lora_model, rows, tmp_path, num_workers
@@ -179,6 +181,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(start_training, rows, tmp_pa
     assert_same_run(tmp_path / "parts", tmp_path / "whole", step=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "amid"])
 def test_a_signal_before_or_amid_a_validation_leaves_it_to_the_resumed_run(
     start_training, rows, tmp_path, monkeypatch, when
@@ -213,6 +216,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(each.name for each in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [2, 4, 6], ids=["middle", "unsaved", "last"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_put_off_validation_leaves_the_checkpoints_of_an_uninterrupted_run(
@@ -241,6 +245,7 @@ def test_a_put_off_validation_leaves_the_checkpoints_of_an_uninterrupted_run(
         assert_same_run(tmp_path / "parts", tmp_path / "whole", step=int(name[5:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["before", "after"])
 def test_a_kill_while_the_pending_checkpoint_is_replaced_loses_nothing(
     start_training, rows, tmp_path, monkeypatch, end
@@ -283,6 +288,7 @@ def test_a_signal_during_the_first_validation_stops_before_any_step(start_traini
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on_after_a_resume(start_training, rows, tmp_path):
     # A rate of next to nothing: no validation is a gain.
     changes = {
@@ -318,6 +324,7 @@ def test_an_allowed_change_of_the_rate_counts_from_the_checkpoint_on(start_train
     assert rates == pytest.approx([2e-2 * 3 / 6, 2e-2 * 2 / 6, 2e-2 * 1 / 6])
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_whose_warm_up_began_at_zero_keeps_its_schedule(
     start_training, tmp_path, monkeypatch
 ):
@@ -393,6 +400,7 @@ def test_the_best_checkpoint_stays_however_old(start_training, rows, tmp_path, m
     assert (again.progress.best_step, again.progress.best_step_loss) == (2, 3.0)
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept_where_that_is_wanted(start_training, rows, tmp_path, monkeypatch):
     changes = {"validation": rows[:3], "eval_every": 1, "max_steps": 4, "keep_checkpoints": 1}
     # Of the whole run, then of the stopped one and of its rest.

@@ -55,6 +55,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
+@pytest.mark.slow
 def test_train_report_merge_generate(
     recipe: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_train_report_merge_generate(
     assert "is finished; nothing was done" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert metrics(whole) == metrics(stopped)
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_the_model_worse_says_so_and_has_a_code_of_its_own(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +183,7 @@ def test_a_run_that_makes_the_model_worse_says_so_and_has_a_code_of_its_own(
     assert kept["adapter_step"] < kept["steps"]
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused_before_the_first_step(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +208,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(
     assert any(bool(value.any()) for key, value in saved.items() if key.endswith("_right"))
 
 
+@pytest.mark.slow
 def test_scores_before_and_after(
     recipe: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +308,7 @@ def test_mistakes_end_in_one_message(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_merge_refuses_an_unfinished_run_and_its_own_input(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +323,7 @@ def test_merge_refuses_an_unfinished_run_and_its_own_input(
     assert "a run without a finished adapter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_merge_above_the_tolerance_fails(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +389,7 @@ def test_a_configuration_of_accelerate_trains_under_deepspeed(
     assert json.loads(capfd.readouterr().out)["steps"] == 9
 
 
+@pytest.mark.slow
 def test_evaluating_a_finished_run_keeps_the_scores_with_it(
     recipe: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,6 +490,7 @@ def test_two_processes_answer_as_one(
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_another_start_trains_saves_and_merges(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_three_steps_equal_plain_torch(lora_model, start_training, rows):
         torch.testing.assert_close(trained(model)[name], tensor, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_large_batch(lora_model, start_training):
     results = {}
     for folder, sizes in {

@@ -132,6 +132,7 @@ def test_a_run_outlives_its_tracker(start_training, monkeypatch, caplog):
     assert caplog.text.count("tracking by tensorboard stopped, training goes on") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of a library that is not ours
 @pytest.mark.parametrize("how", ["ends", "stops"])
 def test_wandb_writes_into_the_run_without_a_network(start_training, tmp_path, monkeypatch, how):

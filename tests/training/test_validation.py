@@ -54,6 +54,7 @@ def test_a_run_validates_before_on_time_and_at_its_end(start_training, lora_mode
     assert result.validation_loss < before
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_the_training(start_training, lora_model, rows):
     results = []
     for folder, validation in (("with", rows[:3]), ("without", None)):

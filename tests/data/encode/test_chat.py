@@ -54,6 +54,7 @@ def trained(encoder: Encoder, chat: Chat | Pair) -> list[str]:
 TEXT = st.text(min_size=1, max_size=12).filter(lambda text: not is_blank(text))
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(texts=st.lists(TEXT, min_size=2, max_size=6))
 def test_all_assistant_turns_are_trained_and_nothing_else(

@@ -142,6 +142,7 @@ def test_a_completion_without_an_answer_is_dropped_though_its_prompt_has_one(rea
     assert any("1 row dropped: empty, or without a comp" in note for note in data.report.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["plain", "marked"])
 @pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
 @pytest.mark.parametrize("on", [{}, {"weight": 1}, {"train": True}, {"weight": None}])

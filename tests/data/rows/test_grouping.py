@@ -24,6 +24,7 @@ def step_rows(sampler: StatelessSampler, step: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, batch=SMALL, processes=SMALL, accumulation=SMALL, seed=SMALL)
 def test_every_row_comes_once_an_epoch(

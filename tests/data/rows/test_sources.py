@@ -158,6 +158,7 @@ def test_a_validation_file_that_is_listed_to_train_on_is_not_trained(
     assert any("10 rows that are held out too" in each for each in data.report.warnings)
 
 
+@pytest.mark.slow
 def test_hundreds_of_sources_need_few_open_files_and_no_quadratic_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -122,6 +122,7 @@ def test_facts_that_are_not_ours_are_noticed(tmp_path: Path, text: str | None) -
     assert TokenStore.verified(tmp_path / "s") is None
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.lists(

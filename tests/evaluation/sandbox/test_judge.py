@@ -32,6 +32,7 @@ def test_there_are_enough_cheats():
     assert judge("def f(x): return x + 1", *TESTS).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_cheat_passes(name: str):
     result = judge(CHEATS[name], *TESTS)
@@ -39,6 +40,7 @@ def test_no_cheat_passes(name: str):
     assert result.status in ("failed", "crashed", "timeout"), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHEATS_OF_HELPERS)
 def test_no_cheat_reaches_what_the_tests_compare_with(name: str):
     source, test = CHEATS_OF_HELPERS[name]
@@ -50,6 +52,7 @@ def test_cheats_fail_without_a_sandbox_too():
         assert not run_program(Program(CHEATS[name], TESTS), "none").passed, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_programs_pass(name: str):
     source, *tests = HONEST[name]
@@ -80,6 +83,7 @@ def test_a_message_that_cannot_be_read_is_told():
     assert "a message that cannot be read" in result.detail
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SANDBOX == "none", reason="needs bubblewrap")
 @pytest.mark.parametrize("name", ESCAPES)
 def test_no_escape_succeeds(name: str):

@@ -62,6 +62,7 @@ def marker() -> Iterator[str]:
     assert num_processes_holding(word) == 0
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 @pytest.mark.parametrize(
     ("source", "tests", "status"),
@@ -215,6 +216,7 @@ def test_a_fork_bomb_is_stopped(marker: str):
     assert counted.passed, counted
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 @pytest.mark.parametrize(
     "source",
@@ -390,6 +392,7 @@ def test_kernel_memory_without_limit_is_refused():
     assert result.passed, result
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 @pytest.mark.parametrize(
     "source",
@@ -412,6 +415,7 @@ def test_a_kill_without_an_overrun_is_no_time_out():
     assert result.status == "crashed"
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 @pytest.mark.parametrize(
     "source",
@@ -432,6 +436,7 @@ def test_endless_programs_end(source: str):
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 def test_processor_time_is_limited_on_a_busy_machine_too():
     limits = Limits(cpu_seconds=1, wall_seconds=60)
@@ -528,6 +533,7 @@ def test_no_new_namespace_and_no_debugger():
     assert result.passed, result
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 def test_a_killed_evaluation_leaves_no_program_running(marker: str):
     code = textwrap.dedent(
@@ -588,6 +594,7 @@ def test_another_sandbox_is_refused():
         check_sandbox("docker")
 
 
+@pytest.mark.slow
 def test_without_a_sandbox_programs_run_under_the_limits_alone():
     programs = [
         Program("def f(x): return x + 1", ("assert f(1) == 2",)),

@@ -40,6 +40,7 @@ def open_results(
     A folder without a finished trial holds nothing to protect, and takes the settings of now. A
     CheckpointError says that rows, model, loop or a method's settings were others: ``shared`` is
     what is equal in all trials, ``adapters`` has each KPSVD method's adapter section by its name.
+    An InputError says that a line of results.jsonl is no row.
     """
     file, results = folder / COMPARISON, folder / RESULTS
     rows = _read(results)

@@ -22,7 +22,7 @@ SETTLED_SECONDS = 2.0
 
 
 def weight_hash(weight: Tensor) -> str:
-    """Sha256 of a weight's dtype, sizes and bytes; it is (out, in), of any dtype, on the CPU.
+    """Hexadecimal sha256 of dtype, sizes and bytes of a weight (out, in), any dtype, on the CPU.
 
     A transposed view is hashed as it is stored, so that no copy is made, and never equals the hash
     of its transpose.

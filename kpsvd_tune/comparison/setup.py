@@ -71,9 +71,7 @@ class Setups:
     def prepare(self, source: ModelSource, budgets: Sequence[int], events: Events) -> None:
         """Choose the rank rules and fill the spectra cache, so that no trial spends time on it.
 
-        Raises:
-            InputError: A budget that a method of PEFT cannot meet: rank 1 already costs more.
-            AdapterError: A budget that a method's rank rule cannot meet.
+        Refuses a budget below rank 1 of a PEFT method (InputError) or a rank rule (AdapterError).
         """
         # What cannot be met is refused before the first trial, not after hours.
         for name, method in self._methods.items():

@@ -96,7 +96,7 @@ class LayerRule:
 
     rule: RankRule  # with the layer's own values
     is_pooled: bool  # it takes part in the pooled energy threshold
-    rank: int | None  # that an override fixes
+    rank: int | None  # the rank that an override fixes; None: the rule chooses
 
     @property
     def least(self) -> int:

@@ -21,8 +21,7 @@ def check(document: Document, *, of_run: bool = False) -> Recipe | None:
     """Validate the document, a mapping; the recipe counts only if the document has no fault then.
 
     A key with a likely meaning is renamed in the value, so that what it holds is checked as well;
-    faults keep the user's spelling. With `of_run` keys without effect and of earlier versions
-    stand.
+    faults keep the user's spelling. With `of_run` keys that are old or have no effect may stand.
     """
     if not of_run and (fault := _two_lengths(document)):
         document.faults.append(fault)

@@ -238,9 +238,8 @@ class RunDirectory:
         """Commit a checkpoint and give its folder, then delete the oldest beyond the newest `keep`.
 
         The one of `best_step` stays, however old. One that `is_pending` waits for a validation of
-        its step; the same step may be saved again after it, and any newer checkpoint replaces it.
-        Raises NonFiniteError for a bad tensor; ResourceError leaves the earlier checkpoints as they
-        were.
+        its step, may be saved again after it, and is replaced by any newer one. NonFiniteError: a
+        tensor is infinite or NaN; ResourceError leaves the earlier checkpoints as they were.
         """
         durable.make_folder(self.checkpoints)
         # The log reaches the disk before the checkpoint that counts on its length.

@@ -221,8 +221,7 @@ class Encoder:
     ) -> list[TokenizedRow]:
         """Tokenise many rows in one call, which a fast tokenizer shares out over its threads.
 
-        Each row equals what `encode` gives; one with nothing left to learn is empty, with
-        `FULL_PROMPT`.
+        Each row is as from `encode`; one with nothing left to learn is empty, with `FULL_PROMPT`.
         """
         pieces = list(self._segment_tokenizer.rows([layout.segments for layout in layouts]))
         learnt = [

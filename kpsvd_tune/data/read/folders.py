@@ -74,8 +74,7 @@ class Listing:
     def choose(self, name: str, *, is_held_out: bool = False) -> tuple[list[Path], str]:
         """The files of a split, and a sentence on what is read and what is left out.
 
-        Files that tell no split are `train`. Held-out rows come from validation files, or else
-        test.
+        Files that tell no split are `train`. Held-out rows are validation's, or else test's.
         """
         splits = self.splits
         wanted = name if name in splits else _SPLITS.get(name.lower(), name)

@@ -39,9 +39,8 @@ _OPEN_FILES = 65_536
 class TokenCache:
     """Stores of tokenised rows, by default under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
 
-    A store is renamed to its name when it is whole, so a killed run leaves none half-written; a
-    lock keeps two runs from making the same one. Above `max_bytes` the least recently used are
-    removed.
+    A store gets its name when it is whole, so a killed run leaves none half-written; a lock keeps
+    two runs from making the same one. Above `max_bytes` the least recently used are removed.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:

@@ -74,30 +74,18 @@ class Start:
 
 @dataclass
 class Capture:
-    """What came out of one run.
+    """What came out of one run."""
 
-    Attributes:
-        verdict: what the judge wrote to standard output.
-        output: what the program wrote, and the judge to standard error.
-        stopped: why it was ended; None where the judge came to an end.
-    """
-
-    verdict: bytearray = field(default_factory=bytearray)
+    verdict: bytearray = field(default_factory=bytearray)  # the judge's standard output
+    # What the program wrote, and the judge to standard error.
     output: bytearray = field(default_factory=bytearray)
-    stopped: Stop | None = None
+    stopped: Stop | None = None  # None: the judge came to an end
 
 
 def capture_run(
     program: Start, judge: Start, limits: Limits, scratch: Sequence[socket.socket]
 ) -> Capture:
-    """Run a program and its judge, each in a session of its own.
-
-    Args:
-        program: starts the program under test.
-        judge: starts its judge.
-        limits: what they may use.
-        scratch: what each sends its /tmp over; see `Usage`.
-    """
+    """Run a program and its judge, each in a session of its own; for `scratch` see `Usage`."""
     capture = Capture()
     with ExitStack() as stack:
         tried = stack.enter_context(_started(program, subprocess.STDOUT))
@@ -206,26 +194,16 @@ def _exit_code(process: subprocess.Popen[bytes], *, wait: bool) -> int | None:
 
 
 class Usage:
-    """Watches processes and all that descend from them.
+    """Watches processes and all that descend from them; what is used between two looks goes unseen.
 
-    What is used between two looks goes unseen, so look often.
-
-    Args:
-        pids: the processes that were started.
-        scratch: where their /tmp comes from, as an open folder that `limits` sends before
-            anything foreign runs, so that no right to look into their processes is needed.
-            Nothing ever comes without a sandbox.
-
-    Attributes:
-        cpu_seconds: the most processor time seen of any one process.
-        memory_bytes: memory of all processes and files in /tmp, when last looked at.
-        num_files: files and folders in /tmp, when last looked at.
+    `scratch` is where their /tmp comes from, as an open folder that `limits` sends before anything
+    foreign runs, so that no right to look into them is needed. Without a sandbox nothing comes.
     """
 
     def __init__(self, pids: Sequence[int], scratch: Sequence[socket.socket]) -> None:
-        self.cpu_seconds = 0.0
-        self.memory_bytes = 0
-        self.num_files = 0
+        self.cpu_seconds = 0.0  # the most seen of any one process
+        self.memory_bytes = 0  # of all processes and files in /tmp, at the last look
+        self.num_files = 0  # files and folders in /tmp, at the last look
         self._pids = pids
         self._senders = list(scratch)
         for sender in scratch:

@@ -156,11 +156,9 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
 def engine_config(
     given: Mapping[str, Any], recipe: TrainRecipe, num_processes: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, completed from the recipe.
+    """DeepSpeed's configuration, completed from the recipe where `given` has the word "auto".
 
-    `given` is what Accelerate made of its own settings or of DeepSpeed's file; the word "auto"
-    leaves a value to the recipe. Every fault is named: what contradicts the recipe, or cannot be
-    resumed exactly.
+    Every fault is named: what contradicts the recipe, or cannot be resumed exactly.
     """
     if faults := list(_faults(given, recipe, num_processes)):
         raise RecipeError(

@@ -303,10 +303,7 @@ def conditions(recipe: EvaluationRecipe) -> str:
 
 
 def weights_fingerprint(model: LanguageModel) -> str:
-    """A hash of up to 64 evenly spaced values of every parameter: fast, and each step changes it.
-
-    It is no proof of equality: an edit of single weights may escape it.
-    """
+    """A fast hash of up to 64 values a parameter: each step changes it, single edits may not."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

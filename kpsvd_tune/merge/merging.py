@@ -57,11 +57,7 @@ class MergeSettings:
 
 
 def check_source(source: str, found: Found) -> Path:
-    """The adapter that is merged.
-
-    Raises:
-        InputError: What was typed is no adapter.
-    """
+    """The adapter that is merged; InputError where what was typed is none."""
     if found.adapter is not None:
         return found.adapter
     if kind_of(source) in ("merged", "model"):

@@ -51,11 +51,7 @@ class Proof:
         return TOLERANCES[dtype] * min(float(logits.abs().max()) for logits in self._expected)
 
     def compare(self, merged: Any) -> tuple[float, float]:
-        """Largest logit difference, and the share of positions with the same likeliest token.
-
-        Raises:
-            MergeError: Logits of the merged model are not finite or all equal.
-        """
+        """Largest logit difference, and the share of positions with the same likeliest token."""
         merged.eval()
         return _difference(self._expected, _logits(merged, self._batches, "the merged model"))
 

@@ -110,12 +110,7 @@ def take_removed(document: Document, *, of_run: bool = False) -> None:
 
 
 def had_no_effect(key: str, value: object) -> bool:
-    """Whether a setting that a run began with is a removed key at its old default.
-
-    Args:
-        key: Dotted, as in the recipe (``recipe.adapter.rate_ratio``) or in its adapter section.
-        value: What it was.
-    """
+    """Whether a setting (dotted key) that a run began with is a removed key at its old default."""
     return any(
         f".{'.'.join(map(str, path))}".endswith(f".{key.removeprefix('recipe.')}")
         and value == removed.value

@@ -73,10 +73,7 @@ def read_adapter_config(folder: Path) -> AdapterFile:
 
 
 def check_adapter(folder: Path, names: list[str]) -> None:
-    """Refuse an adapter that is not as it was saved, or that would make PEFT wait for ever.
-
-    `names` are the base's modules, on which its patterns are tried; raises AdapterError.
-    """
+    """Refuse an adapter that is not as saved, or whose patterns take for ever on these modules."""
     check_seal(folder)
     config = read_adapter_config(folder)
     patterns = {

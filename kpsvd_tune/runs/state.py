@@ -95,11 +95,7 @@ def from_files(files: Mapping[str, bytes]) -> TrainingState:
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Turn a state tree into JSON values, its tensors put into `tensors` under readable names.
-
-    Raises:
-        TypeError: A leaf is neither tensor, number, string, bool nor None.
-    """
+    """Turn a state tree into JSON values, its tensors put into `tensors` under readable names."""
     if isinstance(tree, Tensor):
         tensors[name] = tree
         return {_TENSOR: name}

@@ -49,10 +49,7 @@ _OWN_KEYS = {
 def make_optimizer(
     recipe: TrainRecipe, parameters: Sequence[Tensor], rate_factors: Sequence[float] = ()
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of `train.optimizer`; one group a factor of the learning rate (default 1).
-
-    Each group knows its factor as ``rate_factor``.
-    """
+    """Make the optimiser of `train.optimizer`, with a group for each `rate_factor` (else 1)."""
     groups = _groups(recipe, parameters, rate_factors)
     kind = optimizer_class(recipe)
     arguments: dict[str, Any] = dict(recipe.optimizer_args)

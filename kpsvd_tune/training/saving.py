@@ -29,10 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Saving:
-    """Commits checkpoints of one training, and puts it back to where one was taken.
-
-    The main process writes in the run's folder.
-    """
+    """Commits checkpoints of one training and puts it back to one; the main process writes."""
 
     def __init__(
         self, stepper: Stepper, run: RunDirectory, accelerator: Accelerator, recipe: TrainRecipe

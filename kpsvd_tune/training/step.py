@@ -52,10 +52,6 @@ class Stepper:
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
         example: A batch that reaches all that any text reaches, the same on every process.
 
-    Attributes:
-        token_loss: The model with its loss, not wrapped for several processes.
-        shapes: Shape of each trained parameter by its name in the model.
-
     Raises:
         AdapterError: Nothing is trainable.
         RecipeError: The recipe asks for what cannot be done with sharded weights.
@@ -75,10 +71,10 @@ class Stepper:
         if recipe.gradient_checkpointing:
             _enable_checkpointing(model)
         self._recipe, self._accelerator, self._num_steps = recipe, accelerator, num_steps
-        self.token_loss = SummedTokenLoss(model)
+        self.token_loss = SummedTokenLoss(model)  # not wrapped for several processes
         engine = engine_class(recipe, accelerator)
         self._engine = engine(self.token_loss, recipe, accelerator, rate_factors or {}, example)
-        self.shapes = self._engine.shapes
+        self.shapes = self._engine.shapes  # of each trained parameter, by its name in the model
         self._schedule_from(starts_at_zero=False)
         self._base_rates = list(self._scheduler.base_lrs)
 

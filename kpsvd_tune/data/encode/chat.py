@@ -217,11 +217,7 @@ class ChatRenderer:
         add_generation_prompt: bool = False,
         template: Template | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of messages, and the stretches of it that the template marks.
-
-        Raises:
-            TemplateError: The template refuses the messages.
-        """
+        """The text of messages, and its marked stretches; TemplateError if the template refuses."""
         try:
             program = self._program(tools, template)
             found = render_calls(

@@ -408,10 +408,7 @@ class SegmentTokenizer:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def rows(self, rows: Sequence[Sequence[Segment]]) -> Iterator[list[list[int]]]:
-        """The ids of every segment of every row.
-
-        The tokenizer is called once, and a fast one shares the texts out over its threads.
-        """
+        """The ids of every segment of every row, in one call that a fast tokenizer shares out."""
         lead = "\n" if self._adds_space else ""
         texts = [
             (lead if index else "") + segment.text

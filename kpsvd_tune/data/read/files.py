@@ -134,9 +134,7 @@ def _open(path: Path) -> BinaryIO:
 def parse_json(text: str) -> Any:
     """`json.loads` that refuses an object with the same key twice instead of keeping the last.
 
-    Raises:
-        ValueError: Not JSON (the position counts from this text's start), a repeated key, or
-            nesting too deep to read.
+    Raises ValueError, also for nesting too deep; a position counts from this text's start.
     """
     try:
         return json.loads(text, object_pairs_hook=_object_without_repeats)

@@ -193,10 +193,7 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
 
 
 def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
-    """An object without some keys, of which `found` gets those that it has.
-
-    "a.b" leaves the key b out of the object a.
-    """
+    """An object without some keys ("a.b": b of a), of which `found` gets those that it has."""
     found.update(name for name in names if name in values)
     kept = {name: value for name, value in values.items() if name not in names}
     for name in names:

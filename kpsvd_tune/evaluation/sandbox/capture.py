@@ -30,45 +30,32 @@ Stop = Literal["timeout", "output", "memory", "files"]
 class Limits:
     """What one program may use.
 
-    Attributes:
-        cpu_seconds: processor time of each process; a busy machine does not use it up.
-        wall_seconds: time from start to end.
-        memory_bytes: address space of each process.
-        total_bytes: memory of all its processes and files in /tmp, those of its judge included;
-            looked at fifty times a second, so that it may be passed for a moment.
-        num_processes: processes and threads.
-        file_bytes: size of each file.
-        scratch_bytes: size of /tmp.
-        num_files: files and folders in /tmp, counted in the same way.
-        output_bytes: what it may print.
+    `total_bytes` and `num_files` are looked at fifty times a second, so may be passed for a moment.
     """
 
-    cpu_seconds: int = 10
-    wall_seconds: float = 40.0
-    memory_bytes: int = 512 * _MIB
+    cpu_seconds: int = 10  # of each process; a busy machine does not use it up
+    wall_seconds: float = 40.0  # from start to end
+    memory_bytes: int = 512 * _MIB  # address space of each process
+    # Memory of all its processes and files in /tmp, its judge's included.
     total_bytes: int = 1024 * _MIB
-    num_processes: int = 16
-    file_bytes: int = 16 * _MIB
-    scratch_bytes: int = 64 * _MIB
-    num_files: int = 10_000
-    output_bytes: int = _MIB
+    num_processes: int = 16  # and threads
+    file_bytes: int = 16 * _MIB  # of each file
+    scratch_bytes: int = 64 * _MIB  # of /tmp
+    num_files: int = 10_000  # files and folders in /tmp
+    output_bytes: int = _MIB  # what it may print
 
 
 @dataclass(frozen=True)
 class Start:
     """What to start.
 
-    Attributes:
-        command: its words.
-        folder: where it is started.
-        job: its standard input.
-        passed: open files to pass on; closed here once it has them, so that each side of a
-            connection notices the end of the other.
+    `passed` are open files, closed here once the command has them, so that each side of a
+    connection notices the end of the other.
     """
 
-    command: list[str]
-    folder: str
-    job: bytes
+    command: list[str]  # its words
+    folder: str  # where it is started
+    job: bytes  # its standard input
     passed: tuple[BinaryIO | socket.socket, ...]
 
 
@@ -224,10 +211,7 @@ class Usage:
         self.memory_bytes = memory + self._scratch_memory_bytes()
 
     def shared_memory_bytes(self) -> int:
-        """Memory of all processes with shared pages counted once; slower than a look.
-
-        Falls back to what the last look counted where the system does not tell.
-        """
+        """Memory with shared pages counted once, or as the last look had it; slower than a look."""
         total = self._scratch_memory_bytes()
         for pid in _descendants(self._pids):
             try:

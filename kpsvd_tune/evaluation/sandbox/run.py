@@ -73,13 +73,9 @@ class RunResult:
 
 @dataclass(frozen=True)
 class CodePermission:
-    """Whether programs that a model wrote may run; made and checked once, by the command.
+    """Whether programs that a model wrote may run; made and checked once, by the command."""
 
-    Attributes:
-        sandbox: what programs run in, "none" for no protection; None where they may not run.
-    """
-
-    sandbox: Sandbox | None = None
+    sandbox: Sandbox | None = None  # "none" for no protection; None: they may not run
 
     def for_task(self, task: str) -> Sandbox:
         """What the programs of a task run in; InputError where they may not run."""
@@ -95,10 +91,7 @@ NO_CODE = CodePermission()
 
 
 def check_sandbox(sandbox: str) -> None:
-    """Make sure that programs can be run in "bwrap", or with the user's own rights in "none".
-
-    Raises InputError before any work is done; the message says how to install bubblewrap.
-    """
+    """Refuse a sandbox that is not "none" or a working "bwrap"; the message says how to get one."""
     if sandbox not in ("bwrap", "none"):
         raise InputError(f"--sandbox must be bwrap or none, got {sandbox!r}.")
     if sandbox == "bwrap" and (fault := sandbox_fault()):
@@ -137,11 +130,7 @@ def run_programs(
 def run_program(
     program: Program, sandbox: Sandbox = "bwrap", limits: Limits | None = None
 ) -> RunResult:
-    """Run one program; nothing of it is left when the call returns.
-
-    Raises:
-        ResourceError: the sandbox did not start.
-    """
+    """Run one program, leaving nothing of it; ResourceError where the sandbox did not start."""
     limits = limits or Limits()
     with ExitStack() as stack:
         ends = [stack.enter_context(end) for end in socket.socketpair()]

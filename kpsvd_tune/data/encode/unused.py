@@ -71,7 +71,7 @@ class UnusedColumns:
         self._splits: dict[str, bool] = {}
 
     def check(self, row: Row) -> None:
-        """Look at a row's columns; DataError where one changes what the row means, or is part of it."""
+        """Look at a row; DataError where a column changes its meaning or surely belongs to it."""
         for name, value in row.values.items():
             if name in self._settled:
                 continue

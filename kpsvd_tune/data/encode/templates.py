@@ -256,10 +256,11 @@ def with_chat_template(
 ) -> tuple[T, list[str]]:
     """Do `work` with the tokenizer's chat template, or with a shipped one where that fails.
 
-    A shipped one is tried only where the recipe names none, and used only where it asks exactly as
-    the tokenizer's own does in every row, so that inference sees the same. `work` is given None, or
-    the own template to compare with. Gives what `work` returned, and notes; the tokenizer keeps the
-    template used. The TemplateError, where neither can be trained, is that of the own one.
+    A shipped one marks the answers, or takes messages that the own one refuses. It is tried only
+    where the recipe names none, and used only where it asks exactly as the tokenizer's own does in
+    every row, so that inference sees the same. `work` is given None, or the own template to compare
+    with. Gives what `work` returned, and notes; the tokenizer keeps the template used. The
+    TemplateError, where neither can be trained, is that of the own one.
     """
     use_recipe_template(tokenizer, dataset)
     own: Template | None = tokenizer.chat_template

@@ -80,8 +80,9 @@ def row_unit(path: Path) -> str:
 def read_file(path: Path) -> Iterator[Row]:
     """Read a local UTF-8 file row by row; a row that cannot be read has its `fault`.
 
-    Memory holds one row of a .jsonl or .csv file, a thousand of a .parquet file, and all of a .json
-    file. DataError: it is missing, of another kind, empty, or has no rows to tell apart.
+    Blank lines are no rows; a byte order mark and all line ends are read. Memory holds one row of a
+    .jsonl or .csv file, a thousand of a .parquet file, and all of a .json file. DataError: it is
+    missing, of another kind, empty, or has no rows to tell apart.
     """
     check_file(path)
     unit = row_unit(path)

@@ -397,9 +397,10 @@ class Part:
         return f"[{':'.join(sides)}]"
 
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
-        """First row and one past the last, from 0 (None: to the end); per cent are rounded.
+        """First row and one past the last, from 0 (None: to the end).
 
-        `count` gives the number of rows; it may take long, and is called only where it is needed.
+        Per cent go to the nearest row, as in `datasets`. `count`, the number of rows, may take long
+        and is called only where it is needed.
         """
         sides = (self.start, self.stop)
         if not self.is_percent and all(side is None or side >= 0 for side in sides):

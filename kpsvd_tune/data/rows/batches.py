@@ -194,7 +194,10 @@ class StatelessSampler:
 
 
 def permutation(num_rows: int, key: str) -> array[int]:
-    """A shuffled [0, num_rows), the same for a key on every machine and version."""
+    """A shuffled [0, num_rows), the same for a key on every machine and version.
+
+    The standard library promises this of its generator; torch and numpy do not of theirs.
+    """
     order = array("q", range(num_rows))  # a fifth of a list's memory
     random.Random(key).shuffle(order)
     return order

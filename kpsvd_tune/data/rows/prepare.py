@@ -46,7 +46,8 @@ class PreparedData:
     train: StoredRows  # never empty; rows of a weighted source repeat
     validation: StoredRows  # held out; may be empty
     report: PreflightReport
-    sha256: str  # of every id and label in order: equal hashes train the same
+    # Of every id and label in order, through which all settings act: equal hashes train the same.
+    sha256: str
     encoder: Encoder  # as for the rows of the first source
     template: str  # "chat", or text; of the first source
     cache_note: str  # where the tokenised rows lie, and if they were found there

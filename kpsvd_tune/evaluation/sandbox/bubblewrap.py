@@ -79,7 +79,7 @@ def is_root() -> bool:
 def find_bubblewrap() -> str | None:
     """The full path of bubblewrap, None where it is not installed.
 
-    Folders of PATH that are relative or that all may write to are skipped: they could plant one.
+    Folders of PATH that are relative or writable by all are skipped: others could plant a file.
     """
     for folder in os.get_exec_path():
         file = Path(folder, "bwrap")

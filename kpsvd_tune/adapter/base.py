@@ -54,23 +54,14 @@ _MOST_NUMBERS = 4096
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is and what its adapter says of the base, for comparing the base with it.
+    """Where a layer is and what its adapter says of the base, for comparing the base with it."""
 
-    Args:
-        name: The layer's name in the base model.
-        model: The number of the model, by :func:`remember`.
-        saved_whole: The adapter's ``modules_to_save``.
-        task: PEFT's task type.
-        made_for: The name of the base, as the adapter has it.
-        fingerprint: <W, A0_1 kron B0_1> of the base that the adapter was made for; None where the
-            adapter does not start from the weight's own terms.
-    """
-
-    name: str
-    model: int
-    saved_whole: tuple[str, ...]
-    task: str | None
-    made_for: str
+    name: str  # of the layer in the base model
+    model: int  # its number, by remember
+    saved_whole: tuple[str, ...]  # the adapter's modules_to_save
+    task: str | None  # PEFT's task type
+    made_for: str  # name of the base, as the adapter has it
+    # <W, A0_1 kron B0_1> of the adapter's base; None: its factors are not W's own terms
     fingerprint: float | None
 
 
@@ -155,11 +146,7 @@ def record_base(
 def check_loaded(layer: Any) -> None:
     """Check what came past PEFT's hooks: transformers' load_adapter asks none, and sets the mode.
 
-    Args:
-        layer: The adapted layer; adapters whose factors are not here yet stay unchecked.
-
-    Raises:
-        AdapterError: See :func:`check_record` and :func:`check_base`.
+    Adapters whose factors are not here yet stay unchecked.
     """
     for name in list(layer.kpsvd_left0):
         left0: Tensor = layer.kpsvd_left0[name]
@@ -195,24 +182,15 @@ def check_loaded(layer: Any) -> None:
 def check_record(
     layer: Any,
     adapter_name: str,
-    record: Tensor,
-    given: str = "",
-    factors: tuple[Tensor, Tensor] | None = None,
-    unchecked: Place | None = None,
+    record: Tensor,  # (2, SIZE) int32, as it was stored
+    given: str = "",  # name of the model at hand
+    factors: tuple[Tensor, Tensor] | None = None,  # A0 and B0, where the layer has not got them yet
+    unchecked: Place | None = None,  # where it was not compared before
 ) -> None:
-    """Compare the weight beneath an adapter with the one that the adapter was made for.
+    """Refuse a weight that the adapter was not made for, and factors that are not of that weight.
 
-    Args:
-        layer: The adapted layer; one whose weight is on the meta device or sharded passes.
-        adapter_name: The adapter.
-        record: (2, SIZE) int32, as it was stored.
-        given: The name of the model at hand.
-        factors: A0 and B0, where the layer has not got them yet.
-        unchecked: What the adapter says of the base, where it was not compared before.
-
-    Raises:
-        AdapterError: The weights are others, and :func:`other_base_allowed` is not at work; or
-            they are the same, and the frozen factors are not theirs.
+    A weight on the meta device or sharded passes. With :func:`other_base_allowed` another weight
+    passes too.
     """
     found = sketch_module(layer.get_base_layer())
     if found is None:
@@ -231,25 +209,16 @@ def check_record(
 @torch.no_grad()
 def check_rest(
     model: nn.Module | None,
-    layers: Mapping[str, Any],
+    layers: Mapping[str, Any],  # by their names in the base
     adapter_name: str,
-    record: Tensor,
+    record: Tensor,  # as stored in any of the layers
     config: Any = None,
-    given: str = "",
+    given: str = "",  # name of the model at hand
 ) -> None:
-    """Compare all that no adapter lies on, and the configuration.
+    """Refuse other weights where no adapter lies, and another configuration of the model.
 
-    Args:
-        model: The model.
-        layers: The adapted layers by their names in the base.
-        adapter_name: The adapter.
-        record: As stored in any of the layers.
-        config: The adapter's configuration.
-        given: The name of the model at hand.
-
-    Raises:
-        AdapterError: Embeddings, norms, biases, layers left alone, buffers or values of the
-            configuration are others, and :func:`other_base_allowed` is not at work.
+    Weights are embeddings, norms, biases, layers left alone and buffers. With
+    :func:`other_base_allowed` all may be others.
     """
     if model is None or not layers:
         return
@@ -364,22 +333,13 @@ def check_base(
     layer: Any,
     adapter_name: str,
     expected: Place,
-    factors: tuple[Tensor, Tensor] | None = None,
-    given: str = "",
+    factors: tuple[Tensor, Tensor] | None = None,  # A0 and B0, where the layer has not got them yet
+    given: str = "",  # name of the model at hand
 ) -> None:
-    """Compare <W, A0_1 kron B0_1> with the number stored when the adapter was made.
+    """Refuse a weight whose <W, A0_1 kron B0_1> is not what it was when the adapter was made.
 
-    All that there is in adapters of older versions: one number a layer.
-
-    Args:
-        layer: The adapted layer; one whose weight is on the meta device or sharded passes.
-        adapter_name: The adapter.
-        expected: What the adapter says of the base.
-        factors: A0 and B0, where the layer has not got them yet.
-        given: The name of the model at hand.
-
-    Raises:
-        AdapterError: The numbers differ.
+    One number a layer is all that there is in adapters of older versions. A weight on the meta
+    device or sharded passes.
     """
     if expected.fingerprint is None or not math.isfinite(expected.fingerprint):
         refuse(
@@ -410,19 +370,12 @@ def check_base(
 def check_terms(
     layer: Any,
     adapter_name: str,
-    is_quantised: bool,
-    factors: tuple[Tensor, Tensor] | None = None,
+    is_quantised: bool,  # the weight is of few bits, here or when the adapter was made
+    factors: tuple[Tensor, Tensor] | None = None,  # A0 and B0, where the layer has not got them yet
 ) -> None:
     """Refuse frozen factors that are not the terms of the weight beneath, in their order.
 
-    Args:
-        layer: The adapted layer, on its own base.
-        adapter_name: The adapter.
-        is_quantised: Whether the weight, here or when the adapter was made, is of few bits.
-        factors: A0 and B0, where the layer has not got them yet.
-
-    Raises:
-        AdapterError: Factors of layers or of terms were exchanged.
+    Factors of layers or of terms may have been exchanged; the layer must be on its own base.
     """
     wrong = _wrong_term(layer, adapter_name, is_quantised, factors)
     if wrong:

@@ -25,8 +25,7 @@ _BOOKKEEPING = re.compile(
 def values_of(model: nn.Module) -> dict[str, Any]:
     """What of a model's configuration decides its outputs, by key; nested keys have dots.
 
-    Args:
-        model: Of transformers, or with one of transformers in it; any other gives no values.
+    A model that is not of transformers and holds none of transformers has no values.
     """
     configs = (getattr(module, "config", None) for module in model.modules())
     config: Any = next((each for each in configs if hasattr(each, "to_dict")), None)

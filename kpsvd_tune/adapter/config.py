@@ -21,19 +21,12 @@ Names = set[str] | list[str] | str | None
 
 @dataclass(frozen=True)
 class Filling:
-    """How a configuration came to its layers, where a decomposition of this process made them.
+    """How a configuration came to its layers, where a decomposition of this process made them."""
 
-    Args:
-        tuner: The model that they are of, if it lives.
-        base_name: The name of its base.
-        asked: ``target_modules`` as the user gave them.
-        left: ``target_modules`` as PEFT left them in the configuration.
-    """
-
-    tuner: weakref.ref[Any] | None
+    tuner: weakref.ref[Any] | None  # the model that they are of, if it lives
     base_name: str | None
-    asked: Names
-    left: Names
+    asked: Names  # target_modules as the user gave them
+    left: Names  # target_modules as PEFT left them in the configuration
 
 
 @dataclass

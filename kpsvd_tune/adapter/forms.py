@@ -21,15 +21,10 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call of a layer is computed.
+    """How one call of a layer is computed."""
 
-    Args:
-        update: ``Flat`` and ``Batched`` apply the factors to x, ``Dense`` builds W + Delta.
-        gradient: How the trained factors are differentiated.
-    """
-
-    update: Way
-    gradient: Way
+    update: Way  # Flat and Batched apply the factors to x, Dense builds W + Delta
+    gradient: Way  # how the trained factors are differentiated
 
 
 @dataclass(frozen=True)
@@ -38,25 +33,17 @@ class Offsets:
 
     Delta = sum_k (A0_k + a_k) kron (B0_k + b_k) - A0_k kron B0_k
           = sum_k (A0_k + a_k) kron b_k + a_k kron B0_k.
-
-    Attributes:
-        shape: The Kronecker shape.
-        rank: r, the number of pairs of factors.
     """
 
     shape: KroneckerShape
-    rank: int
+    rank: int  # r, the number of pairs of factors
 
     @staticmethod
     def terms(factors: Factors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return the 2r terms of Delta, (2r, m, n) and (2r, p, q), in ``dtype``.
 
-        The sums are taken in the factors' own dtype. The first r left factors are the trained
-        A0 + a, so that a projection on all of them serves the gradients too.
-
-        Args:
-            factors: a, b, A0, B0.
-            dtype: Of the result; by default that of the factors.
+        The sums are taken in the factors' own dtype, which is the default too. The first r left
+        factors are the trained A0 + a, so that a projection on all of them serves the gradients.
         """
         a, b, left0, right0 = factors
         left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])
@@ -71,15 +58,11 @@ class Offsets:
     def plan(
         self, tokens: int, path: str = "auto", is_training: bool = True, can_add: bool = True
     ) -> Plan:
-        """Choose the cheapest way for one call: a pure function of sizes.
+        """Choose the cheapest way for one call on ``tokens`` rows of x: a pure function of sizes.
 
-        Args:
-            tokens: Number of rows of x.
-            path: auto, activations or weight; the last two force the way of the update.
-            is_training: Whether the call is differentiated.
-            can_add: Whether W + Delta may stand for W: not in 16 bits, which would round Delta
-                away, nor where the base layer computes for itself. Delta then costs a product of
-                its own.
+        A path of activations or weight forces the way of the update. ``can_add`` says that
+        W + Delta may stand for W: not in 16 bits, which would round Delta away, nor where the base
+        layer computes for itself. Delta then costs a product of its own.
         """
         shape, rank, terms = self.shape, self.rank, 2 * self.rank
         flat = Flat.update_cost(tokens, terms, shape)

@@ -34,36 +34,21 @@ class KpsvdFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x: Tensor,  # (.., in)
+        # the base layer's output (.., out), or None to compute it from weight
         result: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        left0: Tensor,
-        right0: Tensor,
+        weight: Tensor | None,  # W (out, in), or None when result is given
+        bias: Tensor | None,  # (out,)
+        a: Tensor,  # (r, m, n), offset of the left factors
+        b: Tensor,  # (r, p, q), offset of the right factors
+        left0: Tensor,  # A0, as a
+        right0: Tensor,  # B0, as b
         form: Offsets,
         plan: Plan,
-        dtype: torch.dtype,
-        base_dtype: torch.dtype,
+        dtype: torch.dtype,  # in which the update is computed
+        base_dtype: torch.dtype,  # in which the base layer computes
     ) -> Tensor:
-        """Compute y, (.., out).
-
-        Args:
-            ctx: Autograd's context.
-            x: (.., in).
-            result: The base layer's output (.., out), or None to compute it from ``weight``.
-            weight: W (out, in), or None when ``result`` is given.
-            bias: (out,) or None.
-            a: Offset of the left factors, (r, m, n).
-            b: Offset of the right factors, (r, p, q).
-            left0: A0, as a.
-            right0: B0, as b.
-            form: What the factors are the update of.
-            plan: From the form.
-            dtype: In which the update is computed.
-            base_dtype: In which the base layer computes.
-        """
+        """Compute y, (.., out)."""
         ctx.save_for_backward(x, weight, a, b, left0, right0)
         ctx.form, ctx.plan, ctx.dtype, ctx.base_dtype = form, plan, dtype, base_dtype
         ctx.is_autocast = ambient_autocast(x) is not None

@@ -95,14 +95,9 @@ def idle_message(idle: Sequence[str], adapted: Sequence[str]) -> str:
 
 
 def exclusion(idle: Sequence[str], adapted: Sequence[str]) -> str:
-    """What to give ``exclude_modules`` so that the idle layers are left out, and no other.
+    """What to give ``exclude_modules``, as YAML, so that the idle layers are left out and no other.
 
-    Args:
-        idle: Names of idle layers.
-        adapted: Names of all adapted layers.
-
-    Returns:
-        A list of names, or a quoted regular expression where that is shorter, as YAML has it.
+    A list of names, or a quoted regular expression where that is shorter.
     """
     if len(idle) > LISTED:
         # Layers that differ in their numbers alone are one pattern.

@@ -26,14 +26,11 @@ _scratch = threading.local()
 def dense_update(
     left: Tensor, right: Tensor, base: Tensor | None, rows: slice, out: Tensor | None = None
 ) -> Tensor:
-    """Return rows of base + Delta, or of Delta, without any Kronecker product.
+    """Return rows of base + Delta, or of Delta without a base, without any Kronecker product.
 
-    Args:
-        left: A, (s, m, n).
-        right: B, (s, p, q), same dtype.
-        base: W (out, in), or None for Delta alone.
-        rows: Rows of the left factors; rows i of A are rows i*p to (i+1)*p of W.
-        out: Where to put the result, ((i1 - i0)*p, in), contiguous.
+    left is A (s, m, n) and right is B (s, p, q) of the same dtype; base is W (out, in). ``rows``
+    are those of A: row i of A stands for rows i*p to (i+1)*p of W. ``out``, ((i1 - i0)*p, in), must
+    be contiguous.
     """
     (terms, _, n), (_, p, q) = left.shape, right.shape
     part = left[:, rows].permute(1, 2, 0)

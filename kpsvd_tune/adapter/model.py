@@ -365,13 +365,7 @@ def _without_the_bases(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[
 
 
 def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps.
-
-    Args:
-        model: The model with the adapter's layers.
-        adapter_name: The adapter.
-        state_dict: What is to be loaded, by the names of the model.
-    """
+    """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps."""
     own, optional = set(), set()
     for name, module in model.named_modules():
         if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:

@@ -14,11 +14,7 @@ NAME = "KPSVD"
 
 
 def add_peft_type() -> bool:
-    """Add PeftType.KPSVD.
-
-    Returns:
-        True when the member is new, False when it was there already.
-    """
+    """Add PeftType.KPSVD; False where it was there already."""
     if NAME in PeftType.__members__:
         return False
     member = str.__new__(PeftType, NAME)

@@ -54,17 +54,11 @@ _HEADS = {
 
 @dataclass(frozen=True)
 class Sketch:
-    """Projections of one tensor, or of the sum of several.
+    """Projections of one tensor, or of the sum of several."""
 
-    Attributes:
-        kind: The narrowest dtype that holds its values.
-        values: (forms, projections), float64, on the CPU.
-        norm: Of what was projected; 0 where a stored sketch does not say.
-    """
-
-    kind: int
-    values: Tensor
-    norm: float = 0.0
+    kind: int  # the narrowest dtype that holds its values
+    values: Tensor  # (forms, projections), float64, on the CPU
+    norm: float = 0.0  # of what was projected; 0 where a stored sketch does not say
 
     def packed(self) -> Tensor:
         """As int32, which no cast to another dtype touches: the kind, then bits of float32."""
@@ -82,12 +76,7 @@ def unpacked(stored: Tensor) -> Sketch:
 
 @torch.no_grad()
 def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
-    """Project one weight.
-
-    Args:
-        weight: Floating point, any size, on any device.
-        is_quantised: Whether it was dequantised from fewer bits.
-    """
+    """Project one floating-point weight of any size, which may be dequantised from fewer bits."""
     flat = weight.detach().reshape(-1)
     signs = _block_signs()
     if flat.device.type not in ("cpu", "mps"):
@@ -131,36 +120,21 @@ def sketch_module(module: nn.Module) -> Sketch | None:
 
 @dataclass(frozen=True)
 class Rest:
-    """All weights of a base that no adapter lies on.
+    """All weights of a base that no adapter lies on."""
 
-    Attributes:
-        sketch: The sum of their sketches, each with random signs of its name.
-        numbers: Of each tensor by name the sum of its first projection and its norm, and the norm.
-    """
-
-    sketch: Sketch
+    sketch: Sketch  # the sum of their sketches, each with random signs of its name
+    # by name: the sum of its first projection and its norm, and the norm
     numbers: dict[str, tuple[float, float]]
 
 
 def sketch_rest(
     model: nn.Module,
-    adapted: Sequence[str],
-    saved_whole: Sequence[str],
-    task: str | None,
-    with_buffers: bool = True,
+    adapted: Sequence[str],  # names of the layers whose weights are left out
+    saved_whole: Sequence[str],  # modules_to_save, left out too
+    task: str | None,  # PEFT's task type, some of which save a head whole
+    with_buffers: bool = True,  # floating buffers that are saved with the model count as weights
 ) -> Rest | None:
-    """Project all weights of a base but those of adapted layers and of modules saved whole.
-
-    Args:
-        model: The model, with adapters or without.
-        adapted: Names of the layers whose weights are left out.
-        saved_whole: ``modules_to_save``.
-        task: PEFT's task type, some of which save a head whole.
-        with_buffers: Whether floating buffers that are saved with the model count as weights.
-
-    Returns:
-        None where weights are sharded or not loaded.
-    """
+    """Project all weights of a base but the adapted; None where some are sharded or not loaded."""
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
     left_out = {f"{name}.weight" for name in adapted}
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
@@ -188,15 +162,7 @@ def sketch_rest(
 
 
 def distance(stored: Sketch, found: Sketch) -> tuple[float, float]:
-    """How far a weight is from the one that a sketch was stored of, relative to its norm.
-
-    Args:
-        stored: Of the base that the adapter was made for.
-        found: Of the base at hand.
-
-    Returns:
-        The estimated distance, and the largest that passes.
-    """
+    """The estimated distance of two sketches, relative to the norm, and the largest that passes."""
     pair = {stored.kind, found.kind}
     forms = [0]
     # Of equal dtypes one form decides; rounding again would only hide a difference.

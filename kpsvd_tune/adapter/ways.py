@@ -59,11 +59,7 @@ class Flat:
     def add_update(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
         """Add x Delta^T to y in place.
 
-        Args:
-            y: (t, out), contiguous.
-            x: (t, in), contiguous.
-            left: A as arranged.
-            right: B, (s, p, q).
+        y (t, out) and x (t, in) are contiguous, left is A as arranged, right is B (s, p, q).
         """
         terms, p, q = right.shape
         inner = torch.mm(x.view(-1, q), right.reshape(terms * p, q).T)
@@ -78,8 +74,7 @@ class Flat:
     def add_transposed(cls, gx: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
         """Add gy Delta to gx (t, in) in place.
 
-        Returns:
-            The projection of gy on the left factors, (t, n*s, p), when it was made in one piece.
+        Returns the projection of gy on the left factors (t, n*s, p), if it was made in one piece.
         """
         terms, p, q = right.shape
         inner = cls.project(gy, left, p)
@@ -90,18 +85,10 @@ class Flat:
     def gradients(
         cls, x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the trained factors.
+        """Gradients of the trained factors A (r, m, n) and B (r, p, q), of the same sizes.
 
-        Args:
-            x: (t, in), contiguous.
-            gy: (t, out), same dtype, contiguous.
-            left: A, (r, m, n).
-            right: B, (r, p, q).
-            projected: gy projected on left factors of which A are the first, (t, n*s, p), if it is
-                at hand.
-
-        Returns:
-            ga (r, m, n) and gb (r, p, q).
+        x (t, in) and gy (t, out) are contiguous and of one dtype. ``projected``, if it is at hand,
+        is gy projected on left factors of which A are the first, (t, n*s, p).
         """
         (r, m, n), (_, p, q) = left.shape, right.shape
         if projected is None:

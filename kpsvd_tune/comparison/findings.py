@@ -18,22 +18,10 @@ Key = tuple[str, int]
 class Findings:
     """The trials by method and budget, each at its best learning rate.
 
-    Args:
-        rows: The trials; at least one that did not fail.
-        base: Losses of the base model.
-        steps: Optimiser steps of a trial.
-        num_warmup: Warm-up steps, left out of the gradients' variation.
-        max_grad_norm: Where gradients were clipped; None: nowhere.
-        price_per_hour: Of one device; None: no costs.
-
-    Attributes:
-        best: The rows of the best rate of each method at each budget, by seed.
-        base_loss: Validation loss of the base model; None where it is not known.
-        reference: The method that the others are compared with: plain LoRA if it is there, else a
-            variant of it, else any baseline.
-
-    Raises:
-        InputError: No trial ended with a loss.
+    ``best`` holds the rows of the best rate of each method at each budget, by seed. ``base_loss``
+    is the base model's validation loss, None where it is not known. ``reference`` is the method
+    that the others are compared with: plain LoRA if it is there, else a variant of it, else any
+    baseline. An InputError says that no trial ended with a loss.
     """
 
     def __init__(

@@ -34,15 +34,12 @@ _KEYS: dict[Kind, dict[str, str]] = {
 class Method:
     """One method of a comparison.
 
-    Attributes:
-        name: As typed; it names the method in every table.
-        kind: Which code trains it: kpsvd, or one of PEFT's lora, pissa and lokr.
-        settings: Its settings. Of kpsvd, recipe keys to values as YAML; of the others, alpha (a
-            number, or a multiple of the rank such as 2r), ratio (LoRA+: rate of B over that of A),
-            rslora, niter (0: exact SVD), factor (LoKr's decompose_factor).
+    Settings of kpsvd are recipe keys to values as YAML. Those of the others are alpha (a number,
+    or a multiple of the rank such as 2r), ratio (LoRA+: rate of B over that of A), rslora, niter
+    (0: exact SVD) and factor (LoKr's decompose_factor).
     """
 
-    name: str
+    name: str  # as typed; it names the method in every table
     kind: Kind
     settings: Mapping[str, str]
 

@@ -59,20 +59,13 @@ class Grid:
 
 
 def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
-    """Trials to run now; after them more may follow, until none is left.
+    """Trials of the first stage that is not done, without those that are; empty at the end.
 
     The full plan is every combination. The staged one has three stages: every rate with one seed
     at the middle budget; then all seeds at each method's two best rates there; then the other
     budgets with all seeds at each method's best rate. Every method gets the same number of trials
     in either. The plan done runs nothing: it judges what is there. Methods take turns, so that a
     comparison that is stopped early has some trials of each.
-
-    Args:
-        grid: What is compared.
-        rows: Trials that are done.
-
-    Returns:
-        The trials of the first stage that is not done, without those that are; empty at the end.
     """
     return _stage(grid, rows)[1]
 

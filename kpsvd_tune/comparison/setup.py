@@ -28,64 +28,39 @@ Sizes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Baseline:
-    """One of PEFT's methods, ready to be put on a model.
-
-    Attributes:
-        config: PEFT's configuration.
-        rank: Its rank, the same for every layer.
-        trainable_parameters: What it trains.
-        rate_ratios: Parts of parameter names to what their learning rate is multiplied with.
-    """
+    """One of PEFT's methods, ready to be put on a model."""
 
     config: PeftConfig
-    rank: int
+    rank: int  # the same for every layer
     trainable_parameters: int
+    # parts of parameter names to what their learning rate is multiplied with
     rate_ratios: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One trial, ready to run.
-
-    Attributes:
-        trial: What it is.
-        method: Its method.
-        recipe: With the trial's rate and seed, and for KPSVD its rank rule and budget.
-        baseline: PEFT's configuration; None for KPSVD.
-        folder: Of the run.
-        base: Losses of the base model.
-        identity: What must be equal for a stopped trial to go on, as JSON values.
-    """
+    """One trial, ready to run."""
 
     trial: Trial
     method: Method
-    recipe: Recipe
-    baseline: Baseline | None
-    folder: Path
-    base: Mapping[str, float | None]
-    identity: Mapping[str, Any]
+    recipe: Recipe  # with the trial's rate and seed, and for KPSVD its rank rule and budget
+    baseline: Baseline | None  # None for KPSVD
+    folder: Path  # of the run
+    base: Mapping[str, float | None]  # losses of the base model
+    identity: Mapping[str, Any]  # what must be equal for a stopped trial to go on, as JSON values
 
 
 class Setups:
-    """Turns the trials of a comparison into setups.
-
-    Args:
-        recipe: What all methods share.
-        recipes: The recipe of each method by its name.
-        methods: The methods.
-        sizes: Of each target module.
-        folder: Of the comparison.
-        shared: What is equal in all trials, as JSON values.
-    """
+    """Turns the trials of a comparison into setups."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        recipes: Mapping[str, Recipe],
+        recipe: Recipe,  # what all methods share
+        recipes: Mapping[str, Recipe],  # the recipe of each method by its name
         methods: Sequence[Method],
         sizes: Sizes,
         folder: Path,
-        shared: Mapping[str, Any],
+        shared: Mapping[str, Any],  # what is equal in all trials, as JSON values
     ) -> None:
         self._recipe, self._shared = recipe, shared
         self._sizes, self._folder = sizes, folder
@@ -96,9 +71,7 @@ class Setups:
     def prepare(self, source: ModelSource, budgets: Sequence[int], events: Events) -> None:
         """Choose the rank rules and fill the spectra cache, so that no trial spends time on it.
 
-        Raises:
-            InputError: A budget that a method of PEFT cannot meet: rank 1 already costs more.
-            AdapterError: A budget that a method's rank rule cannot meet.
+        Refuses a budget below rank 1 of a PEFT method (InputError) or a rank rule (AdapterError).
         """
         # What cannot be met is refused before the first trial, not after hours.
         for name, method in self._methods.items():
@@ -167,16 +140,10 @@ def _rank_rule(method: Method, rank: RankRecipe, spectra: Spectra, budget: int) 
 
 
 def baseline(method: Method, sizes: Sizes, budget: int, dropout: float = 0.0) -> Baseline:
-    """Choose the largest rank of a PEFT method within a budget.
+    """Choose the largest rank of lora, pissa or lokr within a budget of trainable parameters.
 
-    Args:
-        method: One of the kinds lora, pissa and lokr.
-        sizes: Module name to (out_features, in_features) of each target module.
-        budget: Trainable parameters; a rank that costs at most 2 % more still fits.
-        dropout: Probability of dropping an input of the update.
-
-    Raises:
-        InputError: Rank 1 already costs more than the budget, or the method has no such dropout.
+    A rank that costs at most 2 % more still fits. An InputError says that rank 1 already costs
+    more, or that the method has no such dropout.
     """
     if dropout and method.kind == "lokr":
         raise InputError(

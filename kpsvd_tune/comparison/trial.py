@@ -43,23 +43,14 @@ WINDOW_TOKENS = 256
 
 @dataclass(frozen=True)
 class Material:
-    """What every trial of a comparison shares.
-
-    Attributes:
-        source: The base model.
-        train: Rows to learn from.
-        validation: Held-out rows, which choices are made by.
-        test: Rows that no choice looks at; may be empty.
-        forgetting: A text of another kind; None: not measured.
-        pad_token_id: Fills short rows.
-    """
+    """What every trial of a comparison shares."""
 
     source: ModelSource
     train: Sequence[TokenizedRow]
-    validation: Sequence[TokenizedRow]
-    test: Sequence[TokenizedRow]
-    forgetting: Path | None
-    pad_token_id: int
+    validation: Sequence[TokenizedRow]  # held-out rows, which choices are made by
+    test: Sequence[TokenizedRow]  # rows that no choice looks at; may be empty
+    forgetting: Path | None  # a text of another kind; None: not measured
+    pad_token_id: int  # fills short rows
 
 
 def measure_base(material: Material, recipe: Recipe) -> dict[str, float | None]:
@@ -74,19 +65,10 @@ def measure_base(material: Material, recipe: Recipe) -> dict[str, float | None]:
 def run_trial(
     setup: Setup, material: Material, report: Callable[[StepMetrics, int], None]
 ) -> TrialRow:
-    """Train one method once and measure it.
+    """Train one method once and measure it; ``report`` gets each step's metrics and the step count.
 
-    A trial that was stopped goes on from its checkpoint; its folder keeps the metrics and the
-    adapter.
-
-    Args:
-        setup: The trial.
-        material: Model and rows.
-        report: Called after each step with its metrics and the number of steps.
-
-    Raises:
-        StoppedBySignal: SIGINT or SIGTERM; the state was saved.
-        KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
+    SIGINT and SIGTERM raise StoppedBySignal once the state is saved; the trial later goes on from
+    its checkpoint. Its folder keeps the metrics and the adapter.
     """
     recipe = setup.recipe
     accelerator = make_accelerator(recipe.train)

@@ -37,16 +37,10 @@ def open_results(
 ) -> list[TrialRow]:
     """Give the rows that are done, and refuse a folder of trials that are not comparable.
 
-    A folder without a finished trial holds nothing to protect, and takes the settings of now.
-
-    Args:
-        folder: Of the comparison.
-        shared: What is equal in all trials, as JSON values.
-        adapters: Adapter section of each KPSVD method of this call, by name.
-
-    Raises:
-        CheckpointError: Rows, model, loop or a method's settings were others.
-        InputError: A line of results.jsonl is no row.
+    A folder without a finished trial holds nothing to protect, and takes the settings of now. A
+    CheckpointError says that rows, model, loop or a method's settings were others: ``shared`` is
+    what is equal in all trials, ``adapters`` has each KPSVD method's adapter section by its name.
+    An InputError says that a line of results.jsonl is no row.
     """
     file, results = folder / COMPARISON, folder / RESULTS
     rows = _read(results)
@@ -76,11 +70,7 @@ def open_results(
 
 
 def check_schedule(folder: Path) -> None:
-    """Refuse more trials where those that are done had another schedule of the rate.
-
-    Raises:
-        CheckpointError: An earlier version made them, whose warm-up began at rate 0.
-    """
+    """Refuse more trials beside those of an earlier version, whose warm-up began at rate 0."""
     if read_json(folder / COMPARISON).get("schedule") != SCHEDULE:
         raise CheckpointError(
             f"{folder} holds trials of an earlier version, whose warm-up gave the first step no "

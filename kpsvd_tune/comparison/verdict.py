@@ -16,38 +16,23 @@ from kpsvd_tune.report.comparison import (
 
 
 def compare_rows(
-    rows: Sequence[TrialRow],
+    rows: Sequence[TrialRow],  # at least one that did not fail
     *,
     model: str,
-    steps: int,
-    base: Mapping[str, float | None],
-    num_warmup: int,
-    max_grad_norm: float | None,
-    price_per_hour: float | None = None,
+    steps: int,  # optimiser steps of a trial
+    base: Mapping[str, float | None],  # losses of the base model
+    num_warmup: int,  # steps left out of the gradients' variation
+    max_grad_norm: float | None,  # where gradients were clipped; None: nowhere
+    price_per_hour: float | None = None,  # of one device; None: no costs
     currency: str = "USD",
-    num_missing: int = 0,
-    jobs: int = 1,
+    num_missing: int = 0,  # trials still to come; with any, no claim is judged
+    jobs: int = 1,  # trials that ran at a time
 ) -> Comparison:
-    """Draw the verdict.
+    """Draw the verdict; an InputError says that no trial ended with a loss.
 
     Each method is judged at each budget by its best learning rate: the lowest mean validation
     loss among the rates that were run with the most seeds there and failed on none. Test losses
     are reported for those and never looked at in a choice.
-
-    Args:
-        rows: The trials; at least one that did not fail.
-        model: The base model.
-        steps: Optimiser steps of a trial.
-        base: Losses of the base model.
-        num_warmup: Warm-up steps, left out of the gradients' variation.
-        max_grad_norm: Where gradients were clipped; None: nowhere.
-        price_per_hour: Of one device; None: no costs.
-        currency: Of the price.
-        num_missing: Trials that are still to come; with any, no claim is judged.
-        jobs: Trials that ran at a time.
-
-    Raises:
-        InputError: No trial ended with a loss.
     """
     found = Findings(
         rows,

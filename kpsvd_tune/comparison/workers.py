@@ -72,18 +72,12 @@ def run_base(
 def run_setups(
     setups: Sequence[Setup], material: Material, jobs: int, stepped: Stepped
 ) -> Iterator[TrialRow]:
-    """Run trials and give each row as its trial ends.
+    """Run trials in order, at most ``jobs`` at a time, and give each row as its trial ends.
 
-    Args:
-        setups: The trials, started in this order.
-        material: What they share.
-        jobs: Trials at a time, at least 1; they share the threads, and the GPUs in turn.
-        stepped: Called after each step of each.
-
-    Raises:
-        StoppedBySignal: SIGINT or SIGTERM came here; running trials saved and ended.
-        ResourceError: A trial was killed, most likely for its memory.
-        KpsvdTuneError: What a trial raised; the others were stopped and saved.
+    Trials share the threads, and take the GPUs in turn; ``stepped`` is called after each step. On
+    SIGINT or SIGTERM here running trials save and end, and StoppedBySignal is raised. When a trial
+    raises, the others are stopped and saved. A ResourceError says that one was killed, most likely
+    for its memory.
     """
     calls = [(run_trial, (setup, material)) for setup in setups]
     yield from _run([setup.trial for setup in setups], calls, jobs, stepped)

@@ -32,30 +32,17 @@ def default_cache_dir() -> Path:
 
 
 def entry_key(weight: str, shape: KroneckerShape, tolerance: float, seed: int) -> str:
-    """Name an entry by everything its numbers depend on, except how many terms it holds.
-
-    Args:
-        weight: From :func:`~kpsvd_tune.decompose.hashes.weight_hash`.
-        shape: The Kronecker shape.
-        tolerance: What kpsvd was asked for.
-        seed: Its seed.
-    """
+    """Name an entry by all that its numbers depend on (a weight by its hash) but its term count."""
     parts = [ALGORITHM_VERSION, weight, shape.as_tuple(), float(tolerance).hex(), seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class SpectraCache:
-    """Finished matrices on disk.
+    """Finished matrices on disk; ``damaged`` lists keys whose entries did not match their hash.
 
     An entry with more terms serves for fewer, since the leading terms are a prefix. Entries are
     written to a temporary file, synced and renamed, so a killed run leaves none half-written; a
     lock held while a matrix is computed keeps two runs from computing the same one.
-
-    Args:
-        folder: The cache folder; by default :func:`default_cache_dir`.
-
-    Attributes:
-        damaged: Keys whose entries did not match their hash.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -85,11 +72,7 @@ class SpectraCache:
         return cut, seconds
 
     def write(self, key: str, terms: KPSVD, seconds: float) -> None:
-        """Commit terms and the seconds they took. The caller holds :meth:`lock`.
-
-        Raises:
-            ResourceError: The disk is full or the folder cannot be written.
-        """
+        """Commit terms and the seconds they took; the caller holds :meth:`lock`."""
         file = self._file(key)
         with explained(f"write {file}", CACHE_PLACE):
             make_folder(file.parent)
@@ -97,15 +80,9 @@ class SpectraCache:
 
     @contextmanager
     def lock(self, key: str, *, wait: bool) -> Iterator[bool]:
-        """Hold the lock of an entry.
+        """Hold the lock of an entry, and yield whether it is held: always True with ``wait``.
 
-        Args:
-            key: The entry; entries whose keys begin alike share a lock, and a process holds one
-                lock at a time.
-            wait: Whether to wait for another process that holds it.
-
-        Yields:
-            Whether the lock is held; always True with ``wait``.
+        Entries whose keys begin alike share a lock, and a process holds one lock at a time.
         """
         file = self.folder / "locks" / f"{key[:2]}.lock"
         with ExitStack() as stack:

@@ -105,13 +105,7 @@ class Spectra:
         )
 
     def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
-        """Read the initial factors of the chosen ranks from the cache.
-
-        Args:
-            report: From :meth:`report`.
-
-        Returns:
-            Module name to A0 (rank, m, n) and B0 (rank, p, q), without modules of rank 0.
+        """Read A0 (rank, m, n) and B0 (rank, p, q) of each module of rank 1 or more from the cache.
 
         Raises:
             AdapterError: Every rank is 0, or a cache entry was removed meanwhile.

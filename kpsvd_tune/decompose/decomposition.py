@@ -102,10 +102,7 @@ class Decomposition:
         return cls(report, factors, is_of_weight)
 
     def energy(self, folder: Path) -> float:
-        """The threshold that its ranks were chosen by.
-
-        Args:
-            folder: Where it was read from, for the message.
+        """The threshold that its ranks were chosen by; ``folder`` is where it was read from.
 
         Raises:
             CheckpointError: The report holds no such number.

@@ -22,14 +22,10 @@ SETTLED_SECONDS = 2.0
 
 
 def weight_hash(weight: Tensor) -> str:
-    """Hash a weight's dtype, sizes and bytes.
+    """Hexadecimal sha256 of dtype, sizes and bytes of a weight (out, in), any dtype, on the CPU.
 
-    Args:
-        weight: (out, in), any dtype, on the CPU; a transposed view is hashed as it is stored, so
-            that no copy is made, and never equals the hash of its transpose.
-
-    Returns:
-        The hexadecimal sha256.
+    A transposed view is hashed as it is stored, so that no copy is made, and never equals the hash
+    of its transpose.
     """
     transposed = weight.T.is_contiguous() and not weight.is_contiguous()
     stored = weight.T if transposed else weight.contiguous()
@@ -52,9 +48,6 @@ class HashIndex:
     trusted while path, size, times of modification and of change, and inode of its files and the
     place of the tensor in them are unchanged, as git trusts them. A program can reset the time of
     modification, and the system sets the time of change when it does.
-
-    Args:
-        folder: Where the index lies; made when first written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,12 +55,7 @@ class HashIndex:
         self._known: dict[Path, dict[str, str]] = {}
 
     def get(self, files: Sequence[Path], label: str) -> str | None:
-        """Return the hash noted for a tensor, or None.
-
-        Args:
-            files: The files the tensor comes from.
-            label: Its place in them.
-        """
+        """Return the hash noted for the tensor at the place ``label`` in its files, or None."""
         place, _ = self._place(files)
         if place not in self._known:
             self._known[place] = _read(place)

@@ -19,26 +19,17 @@ def rank_rule(rank: RankRecipe) -> RankRule:
 
 def rank_report(
     model: str,
-    plans: Sequence[LayerPlan],
+    plans: Sequence[LayerPlan],  # in model order
     rank: RankRecipe,
     *,
-    base_parameters: int,
+    base_parameters: int,  # how many the base model has
+    # (name, reason) of the weight matrices that are not targeted
     left_alone: Sequence[tuple[str, str]],
 ) -> RankReport:
     """Choose the ranks of all layers and describe them.
 
-    Args:
-        model: The base model, as the recipe names it.
-        plans: The layers with their spectra, in model order.
-        rank: The rule; its window may be smaller than the one that was computed.
-        base_parameters: Parameters of the base model.
-        left_alone: (name, reason) of the weight matrices that are not targeted.
-
-    Returns:
-        Ranks, energies and totals of all target modules.
-
-    Raises:
-        AdapterError: A budget below the minima, or an override that matches nothing.
+    The window of the rule may be smaller than the one that was computed. An AdapterError says that
+    the budget is below the minima, or that an override matches nothing.
     """
     try:
         plans = choose_ranks(plans, rank_rule(rank))
@@ -90,9 +81,7 @@ def layer_report(plan: LayerPlan) -> LayerReport:
 def layers_of(report: RankReport, *, has_fingerprints: bool = True) -> dict[str, dict[str, Any]]:
     """What ``KpsvdConfig.layers`` keeps of each adapted layer: :meth:`LayerPlan.settings`.
 
-    Args:
-        report: The ranks of all layers.
-        has_fingerprints: Whether the factors are the weight's own terms.
+    Only factors that are the weight's own terms have fingerprints.
     """
     plans = [
         LayerPlan(

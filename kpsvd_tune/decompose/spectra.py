@@ -24,44 +24,26 @@ ITERATION_PASSES = 500
 
 @dataclass(frozen=True)
 class Settings:
-    """How every matrix is decomposed.
-
-    Attributes:
-        cache_dir: The cache folder.
-        num_terms: Leading terms wanted; a matrix that has fewer gives all it has.
-        tolerance: Accepted missing share of the leading energy.
-        seed: Seeds the iteration.
-        device: Where the decomposition runs.
-    """
+    """How every matrix is decomposed."""
 
     cache_dir: Path
-    num_terms: int
-    tolerance: float
-    seed: int
+    num_terms: int  # leading terms wanted; a matrix that has fewer gives all it has
+    tolerance: float  # accepted missing share of the leading energy
+    seed: int  # of the iteration
     device: str = "cpu"
 
 
 class Found(NamedTuple):
-    """One layer with its spectrum; its factors stay in the cache.
-
-    Attributes:
-        plan: The layer.
-        key: Its cache entry.
-        origin: Whether the entry was there, was computed now, or replaces a damaged one.
-    """
+    """One layer with its spectrum; its factors stay in the cache."""
 
     plan: LayerPlan
-    key: str
+    key: str  # of its cache entry
+    # the entry was there, was computed now, or replaces a damaged one
     origin: Literal["cached", "computed", "repaired"]
 
 
 class SpectraWorker:
-    """Decomposes matrices, or finds them in the cache.
-
-    Args:
-        reader: Gives the weights.
-        settings: How to decompose.
-    """
+    """Decomposes matrices, or finds them in the cache."""
 
     def __init__(self, reader: WeightReader, settings: Settings) -> None:
         self._reader = reader
@@ -69,14 +51,9 @@ class SpectraWorker:
         self.cache = SpectraCache(settings.cache_dir)
 
     def run(self, plans: Sequence[LayerPlan], report: Callable[[Found], None]) -> None:
-        """Decompose every layer; those that another process is computing come last.
+        """Decompose and report every layer; those that another process is computing come last.
 
-        Args:
-            plans: The layers.
-            report: Called after each.
-
-        Raises:
-            ModelError: A weight is missing, damaged or not finite.
+        A ModelError says that a weight is missing, damaged or not finite.
         """
         waiting: list[LayerPlan] = []
         for plan in plans:
@@ -171,16 +148,9 @@ def work(plan: LayerPlan) -> float:
 
 
 def divide(plans: Sequence[LayerPlan], num_parts: int) -> list[list[LayerPlan]]:
-    """Divide layers into parts of about the same work.
+    """Divide layers into parts of about the same work, each in model order.
 
     The costliest layer goes first, each to the part that has least so far.
-
-    Args:
-        plans: The layers, in model order.
-        num_parts: How many parts, at least 1.
-
-    Returns:
-        The parts, each in model order.
     """
     loads = [0.0] * num_parts
     parts: list[list[int]] = [[] for _ in range(num_parts)]

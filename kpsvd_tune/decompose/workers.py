@@ -31,20 +31,10 @@ def run_processes(
 ) -> None:
     """Decompose every layer on worker processes, each with an equal part of the threads.
 
-    With the device ``cuda`` worker i takes GPU i. Workers are spawned, so a script that calls
-    this needs the usual ``if __name__ == "__main__"``. When a worker fails the others stop;
+    Every worker reads the model for itself; with the device ``cuda`` worker i takes GPU i. Workers
+    are spawned, so a script that calls this needs the usual ``if __name__ == "__main__"``. When one
+    fails, with an error as of :meth:`SpectraWorker.run` or killed (ResourceError), the others stop;
     matrices finished by then are in the cache.
-
-    Args:
-        source: The base model; every worker reads it for itself.
-        plans: The layers, in model order.
-        settings: How to decompose.
-        num_processes: Workers, at least 1.
-        report: Called here after each matrix.
-
-    Raises:
-        ModelError: As :meth:`SpectraWorker.run`.
-        ResourceError: A worker was killed or ended without a reason.
     """
     num_processes = min(num_processes, len(plans))
     if num_processes == 0:

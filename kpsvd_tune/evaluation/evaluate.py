@@ -196,8 +196,7 @@ class Scorer:
     ) -> dict[str, list[Score]]:
         """Scores by name, told as they are found; completions go to a folder of the task's name.
 
-        Completions there that another model wrote, as those of an earlier run in this place, are
-        set aside.
+        Completions there that another model wrote are set aside.
         """
         found = {}
         for name, task in tasks.items():
@@ -232,17 +231,11 @@ class Scorer:
         return scores
 
     def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
-        """Score one task, and say what its scores are of.
-
-        Args:
-            loaded: The model.
-            task: The task with its data and sizes.
-            folder: Takes the completions.
+        """Score one task and say what its scores are of; the completions go to `folder`.
 
         Returns:
             ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
-            interval, the task, where the rows are from, how they were asked, and where the
-            completions lie.
+            interval, the task, the place of the rows and completions, and how they were asked.
         """
         scores = as_mapping(self.score(loaded.model, task, folder))
         asked = self.conditions({task.task: task})[task.task]
@@ -272,12 +265,7 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
 
 
 def check_task(recipe: EvaluationRecipe) -> None:
-    """Find now what would stop the task later: rows that cannot be read, a missing file.
-
-    Raises:
-        InputError: worked examples are wanted, and there are no rows to take them from.
-        DataError: the data cannot be read or do not fit the task.
-    """
+    """Find now what would stop the task later, such as unreadable rows or a missing file."""
     if recipe.task in LOSS_TASKS:
         check_loss(recipe)
     else:
@@ -315,11 +303,7 @@ def conditions(recipe: EvaluationRecipe) -> str:
 
 
 def weights_fingerprint(model: LanguageModel) -> str:
-    """A hash of up to 64 evenly spaced values of every parameter: fast, and each step changes it.
-
-    It tells a trained model from its base and from itself a step later. It is no proof of
-    equality: an edit of single weights may escape it.
-    """
+    """A fast hash of up to 64 values a parameter: each step changes it, single edits may not."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)

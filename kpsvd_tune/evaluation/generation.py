@@ -66,12 +66,7 @@ class GenerationOptions:
     end_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot mean anything.
-
-        Raises:
-            InputError: a size below 1, a negative temperature, an empty stop string, or several
-                samples of a greedy answer, which would all be equal.
-        """
+        """Refuse what cannot mean anything, such as several samples of a greedy answer."""
         for name in ("max_new_tokens", "batch_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be 1 or more, got {getattr(self, name)}.")
@@ -126,22 +121,12 @@ def generate_completions(
     done: Collection[tuple[RowId, int]] = frozenset(),
     progress: ProgressCallback | None = None,
 ) -> Iterator[Completion]:
-    """Answer every prompt, each completion handed over as soon as it is finished.
+    """Answer every prompt not `done`, giving each completion as soon as it is finished.
 
-    Prompts are decoded longest first, so that rows of a batch have like lengths and the largest
-    batch, the one that may not fit into memory, comes first. In float32 the result does not depend
-    on the batch size; in 16-bit dtypes rounding may differ between batch sizes.
-
-    Args:
-        model: a causal language model, adapter included; its training mode is restored.
-        tokenizer: the model's tokenizer.
-        prompts: what to answer; ids must be unique.
-        options: how to decode.
-        done: (id, sample) pairs that exist already and are left out.
-        progress: called about once a second and after every finished row.
-
-    Yields:
-        Completions in the order they are finished, each (id, sample) once.
+    Prompts, of unique ids, are decoded longest first, so that rows of a batch have like lengths and
+    the largest batch, which may not fit into memory, comes first. In float32 the result does not
+    depend on the batch size; in 16-bit dtypes rounding may. `progress` is called about once a
+    second and after every row. The model's training mode is restored.
 
     Raises:
         InputError: a prompt is empty or leaves no room in the model's context.
@@ -378,8 +363,7 @@ def _end_token_ids(
 def evaluation_mode(model: LanguageModel) -> Iterator[None]:
     """Switch dropout and the like off, and afterwards back to what it was.
 
-    What is trained counts as frozen meanwhile: an adapter keeps what it stacked of factors that
-    nobody may change, which makes answers faster.
+    Trained weights count as frozen meanwhile, so that an adapter may keep stacked factors: faster.
     """
     was_training = model.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

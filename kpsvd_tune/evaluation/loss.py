@@ -28,17 +28,11 @@ from kpsvd_tune.storage.json_files import check_regular
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Mean negative log likelihood of tokens, in nats.
-
-    Attributes:
-        value: the mean over all counted tokens.
-        n: tokens counted.
-        stderr: standard error of the mean.
-    """
+    """Mean negative log likelihood of tokens, in nats."""
 
     value: float
-    n: int
-    stderr: float
+    n: int  # tokens counted
+    stderr: float  # standard error of the mean
 
     @property
     def perplexity(self) -> float:
@@ -48,19 +42,12 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How an adapter changed the loss on text it was not trained for.
-
-    Attributes:
-        base: the base model's loss.
-        adapted: the loss with the adapter.
-        change: adapted minus base; above 0 where the model got worse.
-        stderr: standard error of the change, token by token.
-    """
+    """How an adapter changed the loss on text it was not trained for."""
 
     base: TokenLoss
     adapted: TokenLoss
-    change: float
-    stderr: float
+    change: float  # adapted minus base; above 0 where the model got worse
+    stderr: float  # standard error of the change, token by token
 
 
 def score_loss(
@@ -72,21 +59,12 @@ def score_loss(
 ) -> list[Score]:
     """The scores of the tasks loss and forgetting; `n` counts tokens, nothing is unextractable.
 
-    Args:
-        model: a causal language model, adapter included, on its device.
-        tokenizer: its tokenizer.
-        recipe: the task, its file and the sizes. A .txt or .md file is one running text, every
-            other source of the task loss holds rows with a prompt and a completion.
-        template: text with {prompt} and {completion}, or "chat".
-        progress: called with (done, total) rows or windows.
+    `template` is text or "chat"; `progress` is told (done, total) rows or windows. A .txt or .md
+    file is one running text, other sources of loss hold a prompt and a completion a row.
 
     Returns:
         For loss: loss and perplexity. For forgetting: the change of the loss against the base,
         and both losses. The standard error of a perplexity is that of its loss times itself.
-
-    Raises:
-        DataError: the file cannot be read or holds nothing to measure.
-        InputError: forgetting was asked of a model without an adapter.
     """
     text = Path(str(recipe.path))
     sizes: dict[str, Any] = {
@@ -114,11 +92,7 @@ def score_loss(
 
 
 def check_loss(recipe: EvaluationRecipe) -> None:
-    """Read what the task measures, so that a fault is found before the work begins.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Read what the task measures, so that a fault is found before the work begins."""
     if recipe.task == "forgetting" or _is_text(recipe):
         _read_text(str(recipe.path))
     else:
@@ -134,15 +108,7 @@ def completion_loss(
 ) -> TokenLoss:
     """Loss on the completions of a file, encoded and masked exactly as in training.
 
-    Args:
-        model: a causal language model, adapter included.
-        tokenizer: its tokenizer.
-        recipe: the rows, their columns and how many; `window` tokens are left of each row.
-        template: the training template, or "chat".
-        progress: called with (done, total) rows.
-
-    Raises:
-        DataError: the file cannot be read or no token of a completion is left in it.
+    `recipe.window` tokens are left of each row; DataError where no token of a completion is.
     """
     found = _read_rows(recipe, template)
     # Chats take the chat template, as in training.
@@ -205,20 +171,10 @@ def forgetting(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Forgetting:
-    """Loss of a model with an adapter and of its base on a text the user cares about.
+    """Loss of a PEFT model and of its base on a UTF-8 text that the user cares about.
 
-    Args:
-        model: a PEFT model, whose adapter can be switched off.
-        tokenizer: its tokenizer.
-        path: a UTF-8 text.
-        window: tokens a window.
-        batch_size: windows at a time.
-        limit: windows to take; None: all.
-        progress: called with (done, total) windows, for the base and then for the adapter.
-
-    Raises:
-        DataError: as for `text_loss`.
-        InputError: the model has no adapter to switch off.
+    It is read in windows of `window` tokens, `limit` at most; `progress` is told (done, total)
+    windows, for the base and then for the adapter. InputError without an adapter.
     """
     disable_adapter: Any = getattr(model, "disable_adapter", None)
     if disable_adapter is None:

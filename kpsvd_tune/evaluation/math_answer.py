@@ -47,12 +47,9 @@ _UNIT = "\\text{ "
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What stands in the last \boxed{} or \fbox{} of the text, braces matched.
+    r"""What stands in the last \boxed{} or \fbox{}, braces matched; None where it never closes.
 
     ``\boxed 5$`` without braces is read up to the next dollar sign.
-
-    Returns:
-        None where there is no box, or where the last one is never closed.
     """
     boxes = list(_BOX.finditer(text))
     if not boxes:
@@ -91,8 +88,7 @@ def is_equiv(first: str, second: str) -> bool:
 def normalize(answer: str) -> str:
     r"""One spelling for many of an answer: units, spaces, degree signs and short fractions unified.
 
-    Raises:
-        ValueError: a unit stands in the middle, or a root or a fraction has no argument.
+    ValueError: a unit stands in the middle, or a root or a fraction has no argument.
     """
     for spelling, replacement in _SPELLINGS:
         answer = answer.replace(spelling, replacement)
@@ -167,19 +163,10 @@ def math_verify_available() -> bool:
 def judge_by_value(
     pairs: Sequence[tuple[str, str]], *, seconds: float = 10.0, num_workers: int | None = None
 ) -> list[tuple[bool, bool]]:
-    r"""Whether answers equal their gold answers in value.
+    r"""For each (gold, completion): whether an answer was found, and whether it is right in value.
 
-    Args:
-        pairs: (gold, completion); the gold is a solution with a \boxed{} or the bare answer.
-        seconds: the longest a judgement may take; one that takes longer counts as wrong.
-        num_workers: processes; the number of processors by default.
-
-    Returns:
-        For each pair (an answer was found in the completion, it is right).
-
-    Raises:
-        InputError: math-verify is not installed.
-        ResourceError: a worker process could not be started.
+    The gold is a solution with a \boxed{} or the bare answer. More than `seconds` counts as wrong.
+    InputError: math-verify is missing; ResourceError: a worker did not start.
     """
     if not math_verify_available():
         raise InputError(INSTALL)

@@ -46,8 +46,7 @@ def strict_answer(text: str) -> str | None:
 def flexible_answer(text: str) -> str | None:
     """The last number in the text, as a text without commas, $ and trailing dots.
 
-    Departs from the source in: a run of dots and commas without a digit, such as an ellipsis at
-    the end, is no number, and all trailing dots go instead of one.
+    Unlike in the source, dots and commas without a digit are no number; all trailing dots go.
     """
     numbers = [bare for found in _FLEXIBLE.findall(text) if (bare := _bare(found))]
     return numbers[-1] if numbers else None
@@ -60,10 +59,9 @@ def gsm8k_gold(gold: str) -> str | None:
 
 
 def metamath_answer(text: str) -> int | None:
-    """The first number behind the last "The answer is: ", rounded to a whole number.
+    """The first number behind the last "The answer is: ", rounded half to even.
 
-    The published rule reads one comma at most, so "1,234,567" is 1234, and rounds halves to even.
-    It is kept for comparison with published figures; `flexible_answer` reads such numbers right.
+    The published rule, kept for comparison, reads one comma at most: "1,234,567" is 1234.
     """
     before, mark, answer = text.rpartition(_METAMATH_MARK)
     match = _METAMATH.search(answer) if mark else None
@@ -81,13 +79,10 @@ def metamath_answer(text: str) -> int | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The value of the last number in the text, exactly.
+    """The exact value of the last number in the text; None without one of at most 300 characters.
 
     Reads signs (the Unicode minus too), thousands commas, a leading $, decimals, plain fractions
     such as 3/4 and short exponents, so that "1,200", "$1200.00" and "1.2e3" are one value.
-
-    Returns:
-        None where the text holds no number, or the last one has more than 300 characters.
     """
     matches = list(_NUMBER.finditer(text))
     match = matches[-1] if matches else None

@@ -40,25 +40,15 @@ _HARNESS_STOPS: Mapping[tuple[str, str], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One row of a task.
+    """One row of a task."""
 
-    Attributes:
-        id: its id in the source, or its number from 0.
-        prompt: the question's text, or chat messages up to a user's.
-        answer: the right answer as a model would write it, for worked examples.
-        gold: what scorers compare with.
-        system: the row's system prompt.
-        tests: for code, the tests as texts.
-        tools: beside messages, what the assistant may call.
-    """
-
-    id: RowId
-    prompt: str | tuple[Message, ...]
-    answer: str
-    gold: Any
+    id: RowId  # in the source, or its number from 0
+    prompt: str | tuple[Message, ...]  # a text, or chat messages up to a user's
+    answer: str  # as a model would write it, for worked examples
+    gold: Any  # what scorers compare with
     system: str | None = None
     tests: tuple[str, ...] = field(default=())
-    tools: tuple[Any, ...] | None = None
+    tools: tuple[Any, ...] | None = None  # beside messages, what the assistant may call
 
 
 def read_questions(recipe: EvaluationRecipe) -> list[Question]:
@@ -90,9 +80,6 @@ def _read_rows(
     """All rows of one source, in their order.
 
     A local MBPP file holds all splits: of it the rows whose ids are those of the split are taken.
-
-    Raises:
-        DataError: the source cannot be read or has other columns.
     """
     if recipe.task == "mbpp":
         return _read_code(recipe, path, name, split)
@@ -197,12 +184,7 @@ def num_shots(recipe: EvaluationRecipe) -> int:
 
 
 def read_shots(recipe: EvaluationRecipe) -> list[Question]:
-    """The worked examples to put before each question, never rows that are scored.
-
-    Raises:
-        InputError: there are no other rows to take them from; the message says what to give.
-        DataError: the source holds too few.
-    """
+    """The worked examples to put before each question, never rows that are scored."""
     wanted = num_shots(recipe)
     if wanted == 0:
         return []
@@ -233,20 +215,9 @@ def build_prompts(
     recipe: EvaluationRecipe,
     shots: Sequence[Question] = (),
 ) -> tuple[list[Prompt], tuple[int, ...]]:
-    """What the model is given for each question.
+    """What the model is given for each question, and the tokens that end an answer.
 
-    Args:
-        questions: the rows.
-        tokenizer: the model's tokenizer.
-        template: text with {prompt} and {completion}, or "chat".
-        recipe: the task and whose prompt to use.
-        shots: worked examples.
-
-    Returns:
-        The prompts, and the tokens that end an answer.
-
-    Raises:
-        DataError: the template does not work with the tokenizer.
+    `template`, a text or "chat", must work with the tokenizer: else DataError.
     """
     is_chat = any(not isinstance(question.prompt, str) for question in questions)
     if is_chat or (template == "chat" and recipe.prompt == "template"):
@@ -269,10 +240,9 @@ def build_prompts(
 
 
 def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
-    """Texts that end an answer besides the end token.
+    """Texts that end an answer besides the end token; by default the start of the template.
 
-    By default the start of the training template: a model that was never taught to stop goes on
-    with a next question of its own, which is no part of its answer.
+    A model that was never taught to stop goes on with a next question of its own.
     """
     if recipe.stop is not None:
         return tuple(recipe.stop)
@@ -283,10 +253,9 @@ def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
 
 
 def _asked(question: Question, task: str) -> str:
-    """The question as the template takes it.
+    """The question as the template takes it, with the tests that tell the name of the program.
 
-    Without its tests a program's name is unknown. They stand as in training, where the recipe
-    reads the text as an instruction and the tests as its input.
+    They stand as in training, where the recipe has the text as instruction and the tests as input.
     """
     assert isinstance(question.prompt, str)
     if task != "mbpp" or not question.tests:

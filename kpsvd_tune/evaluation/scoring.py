@@ -89,14 +89,9 @@ def score_completions(
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that k of the samples, drawn without putting back, hold a right one.
+    """The chance that k of the samples, drawn without putting back, hold a right one; k in [1, n].
 
-    Unbiased: 1 - C(num_samples - num_correct, k) / C(num_samples, k).
-
-    Source: Chen et al. 2021, section 2.1.
-
-    Raises:
-        ValueError: k is not within 1 and num_samples.
+    Unbiased: 1 - C(n - num_correct, k) / C(n, k), n samples. Source: Chen et al. 2021, section 2.1.
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"k must be 1 to {num_samples}, the number of samples, got {k}")

@@ -51,41 +51,24 @@ Judge = Callable[[Sequence[Completion], Sandbox | None, Progress | None], list[V
 
 @dataclass(frozen=True)
 class ScoringRule:
-    """One way to judge the answers of a task.
+    """One way to judge the answers of a task."""
 
-    Attributes:
-        judge: gives one verdict for each completion, in their order, from the completions, the
-            sandbox that the user allowed to run programs in, and whom to tell of progress.
-        is_pass_at_k: whether it gives pass@k instead of the share of right answers.
-        missing: why the scorer cannot be used here, with what to do about it; else None.
-    """
-
-    judge: Judge
-    is_pass_at_k: bool = False
-    missing: Callable[[], str | None] = lambda: None
+    judge: Judge  # from completions, the sandbox and progress: one verdict each, in order
+    is_pass_at_k: bool = False  # instead of the share of right answers
+    missing: Callable[[], str | None] = lambda: None  # why not to be used here and what to do
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is known of a task beside what the recipe says.
+    """What is known of a task beside what the recipe says."""
 
-    Attributes:
-        path: hub id of its rows, used when the recipe names none.
-        name: configuration on the hub, or several.
-        columns: column of each role in these rows.
-        template: the prompt, where neither the recipe's section nor the training has one.
-        shots_split: the split that worked examples are taken from.
-        scorers: by the name that their scores are reported under.
-        runs_code: whether scoring runs programs that the model wrote.
-    """
-
-    path: str | None = None
-    name: str | tuple[str, ...] | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    template: str = "{prompt}{completion}"
-    shots_split: str = "train"
-    scorers: Mapping[str, ScoringRule] = field(default_factory=dict)
-    runs_code: bool = False
+    path: str | None = None  # hub id of its rows, used when the recipe names none
+    name: str | tuple[str, ...] | None = None  # configuration on the hub, or several
+    columns: Mapping[str, str] = field(default_factory=dict)  # of each role in these rows
+    template: str = "{prompt}{completion}"  # where neither the recipe nor the training has one
+    shots_split: str = "train"  # of worked examples
+    scorers: Mapping[str, ScoringRule] = field(default_factory=dict)  # by reported name
+    runs_code: bool = False  # scoring runs what the model wrote
 
 
 def each(verdict: Callable[[str, str], Verdict]) -> ScoringRule:
@@ -94,11 +77,7 @@ def each(verdict: Callable[[str, str], Verdict]) -> ScoringRule:
 
 
 def gold_text(completion: Completion) -> str:
-    """The gold of a completion as a text.
-
-    Raises:
-        DataError: it is neither a text nor a number.
-    """
+    """The gold of a completion as a text; DataError where it is neither a text nor a number."""
     gold = completion.gold
     if isinstance(gold, int | float) and not isinstance(gold, bool):
         return str(gold)
@@ -179,13 +158,8 @@ def program_text(completion: str) -> str:
 def program_with_tests(completion: str, gold: Any) -> Program:
     """The program of a completion with the tests of its row.
 
-    Args:
-        completion: what the model wrote.
-        gold: ``{"test_list": [...], "test_setup_code": "", "test_imports": [...]}`` with the last
-            two optional, or a list of tests, or one text of tests.
-
-    Raises:
-        DataError: `gold` is none of these.
+    `gold` is ``{"test_list": [...], "test_setup_code": "", "test_imports": [...]}``, the last two
+    optional, a list of tests, or one text of tests; anything else raises DataError.
     """
     if isinstance(gold, str):
         gold = {"test_list": [gold]}

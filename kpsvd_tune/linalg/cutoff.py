@@ -26,15 +26,9 @@ def num_usable(values: Sequence[float]) -> int:
 
 
 def energy_count(values: Sequence[float], energy: float, whole: float) -> tuple[int, bool]:
-    """Find the fewest terms that hold a share of ``whole``.
+    """Find the fewest terms that hold a share ``energy``, in (0, 1], of ``whole``.
 
-    Args:
-        values: KP singular values.
-        energy: The share, in (0, 1].
-        whole: What it is a share of: the window's energy or ||W||_F^2.
-
-    Returns:
-        The number of terms, all when the window holds less; and whether it was reached.
+    ``whole`` is the window's energy or ||W||_F^2. Gives all terms and False when they hold less.
     """
     target, held = energy * whole * (1 - SLACK), 0.0
     for count, value in enumerate(values):
@@ -47,12 +41,7 @@ def energy_count(values: Sequence[float], energy: float, whole: float) -> tuple[
 def pooled_counts(shares: Sequence[Sequence[float]], energy: float) -> list[int]:
     """Find the fewest terms of all layers together that hold a share of their pooled windows.
 
-    Args:
-        shares: For each layer sigma_k^2 / ||W||_F^2, descending.
-        energy: The threshold, in (0, 1].
-
-    Returns:
-        The number of terms of each layer.
+    ``shares`` are sigma_k^2 / ||W||_F^2 of each layer, descending; ``energy`` is in (0, 1].
     """
     terms = [
         (share, -layer, -term)
@@ -74,11 +63,7 @@ def pooled_counts(shares: Sequence[Sequence[float]], energy: float) -> list[int]
 def elbow_count(values: Sequence[float]) -> tuple[int, str | None]:
     """Count the terms up to the point of the curve farthest below its chord, itself included.
 
-    Args:
-        values: KP singular values.
-
-    Returns:
-        The number of terms; all of them, and a sentence, when there is no elbow.
+    Gives all terms, and a sentence, when there is no elbow.
 
     Source: Satopaa, Albrecht, Irwin and Raghavan, "Finding a kneedle in a haystack" (2011).
     Departs from the source in: no smoothing, since singular values are already monotone.
@@ -102,16 +87,9 @@ def noise_edge_count(
 ) -> tuple[int, str | None]:
     """Count the terms above the largest singular value that noise like the residual would have.
 
-    The edge is s (sqrt(rows) + sqrt(columns)) of R(W), s^2 = residual energy / (out*in). Signal
-    below the window counts as noise, so the edge is too high rather than too low.
-
-    Args:
-        values: KP singular values.
-        squared_norm: ||W||_F^2.
-        shape: The Kronecker shape.
-
-    Returns:
-        The number of terms; all of them, and a sentence, when the window leaves no residual.
+    The edge is s (sqrt(rows) + sqrt(columns)) of R(W), s^2 = residual energy / (out*in), from
+    ``squared_norm`` = ||W||_F^2. Signal below the window counts as noise, so the edge is too high
+    rather than too low. Gives all terms, and a sentence, when the window leaves no residual.
 
     Source: the idea of a threshold from the noise level, Gavish and Donoho (2014); the edge is
     that of a Gaussian matrix.

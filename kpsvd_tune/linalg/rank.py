@@ -142,10 +142,8 @@ def _within_budget(plans: Sequence[LayerPlan], minima: Sequence[int], budget: in
     """Ranks from the minima up to those of the plans that cost at most a budget.
 
     The next whole term with the most energy share per parameter is taken, in order within a
-    layer, ties to the earlier layer, until no further term fits.
-
-    Raises:
-        ValueError: The minima alone cost more than the budget.
+    layer, ties to the earlier layer, until no further term fits. Minima above the budget give a
+    ValueError.
     """
     ranks = list(minima)
     costs = [plan.shape.num_parameters for plan in plans]

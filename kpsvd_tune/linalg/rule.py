@@ -92,17 +92,11 @@ class RankRule:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """The rule of one layer.
+    """The rule of one layer."""
 
-    Attributes:
-        rule: The rule with the layer's own values.
-        is_pooled: Whether the layer takes part in the pooled energy threshold.
-        rank: The rank that an override fixes, or None.
-    """
-
-    rule: RankRule
-    is_pooled: bool
-    rank: int | None
+    rule: RankRule  # with the layer's own values
+    is_pooled: bool  # it takes part in the pooled energy threshold
+    rank: int | None  # the rank that an override fixes; None: the rule chooses
 
     @property
     def least(self) -> int:

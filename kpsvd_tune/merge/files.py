@@ -38,11 +38,8 @@ def keep_base_files(
 ) -> None:
     """Give a merged model the base's own files where the merge changed nothing in them.
 
-    Args:
-        folder: Of the merged model, as transformers saved it; its chat template stays.
-        base: Folder of the base model; None where it is a single file such as GGUF.
-        dtype: Of the stored weights.
-        has_own_tokenizer: Whether the tokenizer that was written is another than the base's.
+    The chat template that transformers saved stays. `base` is None for a single file such as GGUF;
+    `has_own_tokenizer` says that the tokenizer written is another than the base's.
     """
     written = read_json(folder / "config.json")
     config = written
@@ -63,14 +60,7 @@ def keep_base_files(
 
 
 def tokenizer_for_both_versions(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A tokenizer's configuration as transformers 4 reads it too.
-
-    Args:
-        config: As either version wrote it.
-
-    Returns:
-        The changed one; None where nothing has to be changed.
-    """
+    """A tokenizer's configuration as transformers 4 reads it too; None where nothing changes."""
     content = dict(config)
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in version 4
@@ -84,12 +74,7 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def for_both_versions(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A configuration with the keys of transformers 4 and 5, of weights that are plain.
-
-    Args:
-        config: As either version wrote it.
-        dtype: Of the stored weights.
-    """
+    """A configuration with the keys of transformers 4 and 5, for plain weights of `dtype`."""
     content = {key: value for key, value in config.items() if key != "quantization_config"}
     content |= {"dtype": dtype, "torch_dtype": dtype}
     rope = content.get("rope_parameters")

@@ -43,35 +43,21 @@ KEPT_SHARE_WARNING = 0.9
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """How an adapter is merged.
+    """How an adapter is merged."""
 
-    Attributes:
-        adapter: Where the adapter came from, for the report.
-        dtype: float32, bfloat16 or float16: the dtype the weights are stored in.
-        base: The base model, for the card.
-        base_folder: Of the base model, whose configuration and tokenizer files are kept; None
-            where it is a single file.
-        tolerance: Largest logit difference that passes; None takes the dtype's share of the
-            largest logit: 1e-5 in float32, 5e-3 in float16, 4e-2 in bfloat16.
-        prompts: Texts to compare the two models on.
-        warnings: For the report, before its own.
-    """
-
-    adapter: str
-    dtype: str
-    base: Base = UNKNOWN_BASE
+    adapter: str  # where it came from, for the report
+    dtype: str  # of the stored weights: float32, bfloat16 or float16
+    base: Base = UNKNOWN_BASE  # for the card
+    # Its configuration and tokenizer files are kept; None where the base is a single file.
     base_folder: Path | None = None
+    # Largest logit difference that passes; None: the dtype's share of the largest logit.
     tolerance: float | None = None
-    prompts: tuple[str, ...] = PROMPTS
-    warnings: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = PROMPTS  # texts to compare the two models on
+    warnings: tuple[str, ...] = ()  # for the report, before its own
 
 
 def check_source(source: str, found: Found) -> Path:
-    """The adapter that is merged.
-
-    Raises:
-        InputError: What was typed is no adapter.
-    """
+    """The adapter that is merged; InputError where what was typed is none."""
     if found.adapter is not None:
         return found.adapter
     if kind_of(source) in ("merged", "model"):
@@ -86,12 +72,7 @@ def check_source(source: str, found: Found) -> Path:
 
 
 def check_output(output: Path, inputs: Sequence[Path]) -> Path:
-    """The folder to write, which a link may name.
-
-    Raises:
-        InputError: The folder is not empty, cannot be written, is part of a run, or lies in, around
-            or on one of the inputs.
-    """
+    """The folder to write, which a link may name, if it is empty and apart from runs and inputs."""
     resolved = Path(os.path.realpath(output))
     if resolved.is_symlink():
         raise InputError(f"--output {output} is a link that leads nowhere: name another folder")
@@ -113,14 +94,7 @@ def check_output(output: Path, inputs: Sequence[Path]) -> Path:
 
 
 def settings_for(found: Found, source: ModelSource, base: str | None, dtype: str) -> MergeSettings:
-    """The settings for an adapter that was found.
-
-    Args:
-        found: The adapter.
-        source: Its base model.
-        base: The place of the base, where one was typed.
-        dtype: Of the stored weights.
-    """
+    """The settings for an adapter that was found; `base` is its place where one was typed."""
     named = describe_base(found.base or source.path, source.folder)
     if base and not named.is_on_hub:
         named = describe_base(base, source.folder)
@@ -216,8 +190,8 @@ def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | N
 def _survival(model: PeftModel, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Per layer the share of the update that rounding keeps, and ||Delta||_F / ||W||_F.
 
-    The share is <W' - W, Delta> / ||Delta||^2 with W' the stored weight. It falls far below 1
-    where W is itself a 16-bit number and Delta is smaller than half the spacing around it.
+    The share is <W' - W, Delta> / ||Delta||^2 with W' the stored weight: far below 1 where W has 16
+    bits and Delta is smaller than half the spacing around it.
     """
     kept: dict[str, float] = {}
     sizes: dict[str, float] = {}

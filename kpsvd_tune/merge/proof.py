@@ -28,19 +28,10 @@ PROMPTS = (
 
 
 class Proof:
-    """What the adapter on its base says to some prompts, for the merged model to be held against.
+    """What the adapter on its float32 base says to some prompts, to hold the merged model against.
 
-    Args:
-        model: The base model in float32 with its adapter, before it is merged.
-        tokenizer: Encodes the prompts.
-        prompts: Texts to compare the two models on.
-
-    Attributes:
-        change: Largest logit difference between the adapter on its base and the base alone.
-        num_positions: Positions that are compared.
-
-    Raises:
-        MergeError: Logits are not finite or all equal, so that nothing can be proved by them.
+    `change` is the largest logit difference between the adapter on its base and the base alone.
+    Raises MergeError where logits are not finite or all equal, so that they prove nothing.
     """
 
     def __init__(
@@ -60,11 +51,7 @@ class Proof:
         return TOLERANCES[dtype] * min(float(logits.abs().max()) for logits in self._expected)
 
     def compare(self, merged: Any) -> tuple[float, float]:
-        """Largest logit difference, and the share of positions with the same likeliest token.
-
-        Raises:
-            MergeError: Logits of the merged model are not finite or all equal.
-        """
+        """Largest logit difference, and the share of positions with the same likeliest token."""
         merged.eval()
         return _difference(self._expected, _logits(merged, self._batches, "the merged model"))
 

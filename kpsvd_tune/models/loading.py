@@ -104,13 +104,7 @@ def load_model(
 def refuse_more_layers(source: ModelSource, extra: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a configuration that counts fewer layers or experts than its files hold.
 
-    Args:
-        source: The model.
-        extra: Names in the files that no weight of the model came from.
-        known: Names of those that it came from, or of the model's weights.
-
-    Raises:
-        ModelError: Weights have names of known ones, with other numbers.
+    Names in `extra`, from which no weight came, must not be `known` ones with other numbers.
     """
     kinds = {_NUMBER.sub("#", name) for name in known}
     more = sorted(name for name in extra if _NUMBER.sub("#", name) in kinds)
@@ -203,15 +197,7 @@ def _rules(tokenizer: Any) -> dict[str, Any]:
 
 
 def _of_adapter(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer that an adapter was trained with: its own where it has one that differs.
-
-    Args:
-        adapter: The adapter's folder.
-        tokenizer: The base's.
-
-    Raises:
-        ModelError: The adapter's tokenizer cannot be read.
-    """
+    """The tokenizer that an adapter was trained with: its own where it has one that differs."""
     from transformers import AutoTokenizer
 
     template = adapter / "chat_template.jinja"
@@ -270,11 +256,7 @@ def _config(source: ModelSource) -> PretrainedConfig:
 
 
 def _check_sizes(source: ModelSource, config: PretrainedConfig) -> None:
-    """Refuse numbers of modules that no model has: building them would take for ever.
-
-    Raises:
-        ModelError: Names the key.
-    """
+    """Refuse numbers of modules that no model has: building them would take for ever."""
     configs = [config, *(each for each in vars(config).values() if hasattr(each, "model_type"))]
     for each in configs:
         for key, value in vars(each).items():

@@ -31,22 +31,13 @@ FLOATS = {
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor's bytes lie.
-
-    Attributes:
-        file: A safetensors file.
-        key: The tensor's name in the file.
-        begin: First byte, counted from the start of the file.
-        end: One past the last byte.
-        dtype: safetensors' name of the dtype.
-        size: The stored size.
-    """
+    """Where a tensor's bytes lie in a safetensors file."""
 
     file: Path
-    key: str
-    begin: int
-    end: int
-    dtype: str
+    key: str  # the tensor's name in the file
+    begin: int  # counted from the start of the file
+    end: int  # one past the last byte
+    dtype: str  # as safetensors names it
     size: tuple[int, ...]
 
 
@@ -111,13 +102,9 @@ class WeightReader:
 
 
 def read_tensor(location: TensorLocation) -> Tensor:
-    """Read one tensor with plain file reads.
+    """Read one tensor with plain file reads; ModelError where the file is too short.
 
-    A memory map would do as well, but its pages count as resident memory of the process for as
-    long as the file is open; bytes read this way are gone with the tensor.
-
-    Raises:
-        ModelError: The file is shorter than its header says.
+    A memory map's pages would count as resident memory for as long as the file is open.
     """
     data = torch.empty(location.end - location.begin, dtype=torch.uint8)
     array: Any = data.numpy()
@@ -240,10 +227,8 @@ def _are_counts(value: object) -> bool:
 def _names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, str]:
     """Map parameter names to the stored tensors that become them unchanged.
 
-    This follows transformers' own loader (core_model_loading): rename by the architecture's
-    conversion mapping, add or strip the base prefix, and keep a key as it is where renaming
-    leads nowhere. Tensors that a converter splits, joins or transposes are left out, and so are
-    names that two stored tensors claim.
+    As transformers' core_model_loading renames them. Tensors that a converter splits, joins or
+    transposes are left out, and so are names that two stored tensors claim.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (

@@ -18,17 +18,10 @@ MAX_FAULTS = 100
 
 
 def check(document: Document, *, of_run: bool = False) -> Recipe | None:
-    """Validate, below misspelt keys too.
+    """Validate the document, a mapping; the recipe counts only if the document has no fault then.
 
-    A key with a likely meaning is renamed in the data and all is validated again, so that what it
-    holds is checked as well; every fault keeps the user's spelling.
-
-    Args:
-        document: A document whose value is a mapping; its value is changed and its faults grow.
-        of_run: Let keys without an effect stand, and those of earlier versions.
-
-    Returns:
-        The recipe, which counts only if the document has no fault, or None.
+    A key with a likely meaning is renamed in the value, so that what it holds is checked as well;
+    faults keep the user's spelling. With `of_run` keys that are old or have no effect may stand.
     """
     if not of_run and (fault := _two_lengths(document)):
         document.faults.append(fault)
@@ -67,9 +60,8 @@ def check(document: Document, *, of_run: bool = False) -> Recipe | None:
 def _two_lengths(document: Document) -> Fault | None:
     """Of `epochs` beside `max_steps`, which would have no effect.
 
-    What is typed wins over what the file says, so a typed `max_steps` may stand beside the file's
-    `epochs`: that is how a long recipe is tried out. Where only the file speaks, the default of
-    `epochs` may stand there too, as it does in every recipe that was written out with its defaults.
+    A typed `max_steps` may stand beside the file's `epochs`: so a long recipe is tried out. The
+    default of `epochs` may stand too, as in every recipe written out with its defaults.
     """
     train = document.value.get("train") if isinstance(document.value, dict) else None
     if not isinstance(train, dict) or train.get("max_steps") is None:

@@ -94,11 +94,7 @@ LEVELS = _levels(Recipe)
 
 
 def near_key(path: Path) -> tuple[str | None, str]:
-    """Find what an unknown key was meant to be.
-
-    Returns:
-        The key of the same mapping that it was meant to be, if any, and the advice to print.
-    """
+    """The key of the same mapping that an unknown one was meant for, if any; advice to print."""
     level = _level(path[:-1])
     key = str(path[-1]).replace("-", "_").lower()
     here = list(LEVELS.get(level, ()))

@@ -12,14 +12,10 @@ _EXAMPLE = "expected key=value, for example train.learning_rate=1e-3"
 
 
 def apply_override(document: Document, text: str) -> None:
-    """Set one value in the document; what is wrong with the text becomes a fault of the document.
+    """Set one value in the document, which holds a mapping; a wrong text becomes its fault.
 
-    A key inside something that is not yet a mapping makes it one; list items are reached by their
-    number, `evaluation.0.limit=5`. An empty value is null.
-
-    Args:
-        document: A document whose value is a mapping; it is changed.
-        text: The override as typed.
+    A key in what is no mapping yet makes it one; `evaluation.0.limit=5` reaches list items; an
+    empty value is null.
     """
     key, equals, value_text = text.partition("=")
     keys = _INDEX.sub(r".\1", key.strip()).split(".")

@@ -24,12 +24,7 @@ _FILE = re.compile(r"\.(jsonl|json|csv|parquet|arrow|txt|md|gguf|safetensors|gz|
 
 
 def path_faults(document: Document, sections: Collection[str] = SECTIONS) -> list[Fault]:
-    """Faults of the local paths in some sections, with no origin yet.
-
-    Args:
-        document: Its value is a mapping, possibly with faults of other kinds, which are skipped.
-        sections: Top-level keys to look at.
-    """
+    """Faults of the local paths in some top-level sections, with no origin yet."""
     faults = []
     for path, value, kind in _named_paths(document.value):
         if path[0] in sections and (problem := _PROBLEMS[kind](value)):

@@ -24,17 +24,11 @@ Path = tuple[str | int, ...]
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        origin: The line in the file, the override as typed, or None where neither is known.
-        path: The keys that lead to the value, as the user wrote them.
-        message: What was got, what was expected, what to do.
-    """
-
-    origin: int | str | None
-    path: Path
-    message: str
+    origin: int | str | None  # line of the file, the override as typed, or unknown
+    path: Path  # keys as the user wrote them
+    message: str  # what was got, what was expected, what to do
 
 
 @dataclass
@@ -48,16 +42,10 @@ class Document:
 
 
 def read_yaml(text: str) -> Document:
-    """Read one YAML document.
+    """Read one YAML document of at most a mebibyte, a limit that the caller keeps.
 
-    Text that is not YAML gives a document without a value and with one fault; duplicate keys and
-    unusable scalars are faults beside a value, so that the rest can still be checked.
-
-    Args:
-        text: The text, of at most a mebibyte; the caller limits it.
-
-    Returns:
-        The values (None, bool, int, float, str, list, dict), with the line of each.
+    Text that is not YAML gives one fault and no value; duplicate keys and unusable scalars are
+    faults beside a value, so that the rest can still be checked.
     """
     document = Document()
     try:

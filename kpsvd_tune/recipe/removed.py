@@ -15,16 +15,12 @@ _FINISH = "; a run that began with it is finished by the version that began it"
 
 
 class _Removed(NamedTuple):
-    """A key that is gone, or a value that a key had.
+    """A key that is gone, or a value that a key had."""
 
-    Attributes:
-        value: Of a key, the old default, which changes nothing. Of a value, what stands for it in
-            the recipe of a run that has ended; None for the default of now.
-        advice: Why it is gone and what to use instead.
-    """
-
+    # Of a key its old default, which changes nothing; of a value what stands for it in the recipe
+    # of a run that has ended, None for the default of now.
     value: Any
-    advice: str
+    advice: str  # why it is gone and what to use instead
 
 
 _KEYS: dict[Path, _Removed] = {
@@ -85,12 +81,9 @@ _VALUES: dict[Path, dict[str, _Removed]] = {
 
 
 def take_removed(document: Document, *, of_run: bool = False) -> None:
-    """Take what earlier versions had out of a recipe, with a fault where it had an effect.
+    """Take what earlier versions had out of the document, with a fault where it had an effect.
 
-    Args:
-        document: A document whose value is a mapping; its value is changed and its faults grow.
-        of_run: The file is what a run wrote down, read to know the run and not to train: its
-            adapter is as it is, so nothing of this is a fault.
+    With `of_run` nothing is a fault: the recipe is read to know a run, whose adapter is as it is.
     """
     for path, removed in _KEYS.items():
         section = _section(document, path)
@@ -117,12 +110,7 @@ def take_removed(document: Document, *, of_run: bool = False) -> None:
 
 
 def had_no_effect(key: str, value: object) -> bool:
-    """Whether a setting that a run began with is a removed key at its old default.
-
-    Args:
-        key: Dotted, as in the recipe (``recipe.adapter.rate_ratio``) or in its adapter section.
-        value: What it was.
-    """
+    """Whether a setting (dotted key) that a run began with is a removed key at its old default."""
     return any(
         f".{'.'.join(map(str, path))}".endswith(f".{key.removeprefix('recipe.')}")
         and value == removed.value

@@ -131,11 +131,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def show_results(results: Mapping[str, Any]) -> None:
-    """The results of a run: its figures, then a line for every score of the base and the adapter.
-
-    Args:
-        results: The content of results.json.
-    """
+    """A run's figures of results.json, then a line for every score of the base and the adapter."""
     _show_pairs(result_figures(results))
     for line in score_lines(results):
         _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
@@ -168,12 +164,7 @@ def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: st
 
 
 def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
-    """A run again: its results, the totals of its ranks, and every layer where that was asked for.
-
-    Args:
-        run: What `read_run` gave.
-        layers: Show the rank of every layer too.
-    """
+    """What `read_run` gave: results, totals of the ranks and, where asked for, every layer."""
     results = dict(run["results"] or {"results": "the run is not finished"})
     report = None if run["ranks"] is None else RankReport.from_dict(run["ranks"])
     if report and results.get("trainable_parameters") == report.totals["trainable_parameters"]:

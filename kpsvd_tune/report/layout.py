@@ -32,18 +32,14 @@ _LEAST_ROOM = 20
 class Column:
     """A column of a table.
 
-    Attributes:
-        name: Its title.
-        is_text: Whether it is aligned to the left, as words are.
-        goes: Order in which columns are left out where the width does not hold all of them: the
-            largest number first; a column with 0 is never left out.
-        style: Of its cells.
+    ``goes`` orders what is left out where the width does not hold all columns: the largest number
+    first, and a column with 0 never.
     """
 
     name: str
-    is_text: bool = False
+    is_text: bool = False  # aligned to the left, as words are
     goes: int = 0
-    style: str = ""
+    style: str = ""  # of its cells
 
 
 def make_console(**options: Any) -> Console:
@@ -110,11 +106,8 @@ def print_table(
 ) -> None:
     """Print rows below titles, with as many of the columns as the width holds.
 
-    Args:
-        out: Where to.
-        columns: The columns. Where those that must stay are too wide, every row becomes a block.
-        rows: A cell for each column.
-        where: What holds the columns that were left out.
+    ``where`` says what holds those left out. Where the columns that must stay are too wide, every
+    row becomes a block.
     """
     widths = [
         max(cell_len(text) for text in (column.name, *(row[place] for row in rows)))

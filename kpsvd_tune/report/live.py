@@ -83,11 +83,7 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
     def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
         """Report progress of a phase; a new phase begins a new bar.
 
-        Args:
-            phase: What is done.
-            done: How much of it is.
-            total: How much there is; 0 where nobody knows.
-            detail: What else is worth knowing, in parts with commas between them.
+        ``total`` is 0 where nobody knows it; ``detail`` has parts with commas between them.
         """
         if not self._main:
             return
@@ -161,12 +157,7 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
 
 
 def fitting(detail: str, room: int) -> str:
-    """As many of the parts between commas as there is room for, and the last of all first.
-
-    Args:
-        detail: The parts; the time left comes last.
-        room: Columns.
-    """
+    """The parts between commas that ``room`` columns hold; the last, the time left, is cut last."""
     parts = detail.split(", ")
     while len(", ".join(parts)) > room and parts:
         parts.pop(-2 if len(parts) > 1 else -1)
@@ -190,13 +181,7 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
             self._live.stop()
 
     def begin(self, rows: Sequence[TrialRow], num_left: int, jobs: int) -> None:
-        """Show the trials that are done already.
-
-        Args:
-            rows: Those.
-            num_left: Trials that are to come.
-            jobs: Trials at a time.
-        """
+        """Show the trials that are done, and how many are to come, ``jobs`` at a time."""
         self._rows, self._num_left, self._jobs = list(rows), num_left, jobs
         if rows:
             print_line(self._console, f"· {len(rows)} trials are done already")

@@ -21,19 +21,11 @@ from kpsvd_tune.storage.durable import replace_file
 
 
 def render(template: str, what: str, data: Any, **parts: Any) -> str:
-    """Fill in a template of the folder templates/, with plotly.js.
+    """Fill in the template templates/``template``.html.j2 as a whole HTML document with plotly.js.
 
-    Args:
-        template: Its name without .html.j2.
-        what: What the page is, for the message where plotly is missing.
-        data: What the page's script draws, as JSON values; what is not finite becomes null.
-        **parts: What the template names; every text is escaped.
-
-    Returns:
-        A whole HTML document of about 2 MB, nearly all of it plotly.js.
-
-    Raises:
-        InputError: If plotly is not installed.
+    Nearly all of its about 2 MB is plotly.js. ``data`` is what the page's script draws, as JSON
+    values, where what is not finite becomes null; texts among ``parts`` are escaped. ``what`` names
+    the page in the InputError where plotly is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]

@@ -68,11 +68,7 @@ def write_rank_report(report: RankReport, folder: Path) -> str | None:
 
 
 def rank_page(report: RankReport) -> str:
-    """Render the ranks of all layers as a page with a heat map, spectra, totals and a table.
-
-    Raises:
-        InputError: If plotly is not installed.
-    """
+    """Render the ranks of all layers as a page with a heat map, spectra, totals and a table."""
     # Columns that say nothing here: proposals that the rank rule does not ask for, no notes.
     method = str(report.rule.get("method", "energy+elbow"))
     unused = {f"by {name}" for name in ("energy", "elbow") if name not in method}
@@ -101,11 +97,9 @@ def rank_page(report: RankReport) -> str:
 
 
 def heat_map_place(name: str) -> tuple[str, int | None, str]:
-    """Split a module's name at its first number.
+    """Split a module's name at its first number, into stack, layer and kind of the module.
 
-    Returns:
-        What is before the number, the number, and what is behind it: the stack, the layer and the
-        kind of the module. A name without a number is all kind, in no layer.
+    A name without a number is all kind, in no layer.
     """
     words = name.split(".")
     for index, word in enumerate(words):

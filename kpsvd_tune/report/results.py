@@ -139,14 +139,8 @@ class RankReport(Result):
     def from_dict(cls, data: Mapping[str, Any]) -> RankReport:
         """Read the content of rank_report.json.
 
-        Args:
-            data: What `to_dict` gave, possibly by way of JSON.
-
-        Returns:
-            A report equal to the one that was written.
-
         Raises:
-            InputError: If a key is missing or unknown.
+            InputError: A key is missing or unknown, or a value is of another type.
         """
         _check_keys(data, _names(cls), {"untouched", "rule", "probes"}, "rank report")
         totals, layers = data["totals"], data["layers"]

@@ -160,29 +160,18 @@ def _figure(key: str, value: Any) -> str:
 
 
 class ScoreLine(NamedTuple):
-    """One score with all that one has to know to read it.
+    """One score with all that one has to know to read it."""
 
-    Attributes:
-        model: Whose score it is: adapter, or base model.
-        name: The task, with its file where several were scored.
-        scorer: Name of the rule.
-        score: Its value, n, stderr and unextractable.
-        conditions: File, rows and how it was asked; None where an older version did not say.
-    """
-
-    model: str
-    name: str
-    scorer: str
-    score: Mapping[str, Any]
+    model: str  # whose score it is: adapter, or base model
+    name: str  # the task, with its file where several were scored
+    scorer: str  # name of the rule
+    score: Mapping[str, Any]  # value, n, stderr and unextractable
+    # file, rows and how it was asked; None where an older version did not say
     conditions: str | None
 
 
 def score_lines(results: Mapping[str, Any]) -> Iterator[ScoreLine]:
-    """Every score of a run, the base model's first.
-
-    Args:
-        results: The content of results.json.
-    """
+    """Every score of results.json, the base model's first."""
     conditions = results.get("score_conditions", {})
     for place, model in (("base_scores", "base model"), ("scores", "adapter")):
         for name, by_scorer in results.get(place, {}).items():
@@ -193,14 +182,10 @@ def score_lines(results: Mapping[str, Any]) -> Iterator[ScoreLine]:
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share, by Wilson's score method.
+    """The 95 % confidence interval of a share of n answers, n >= 1, by Wilson's score method.
 
     It never leaves 0 to 1, and says how little a share of 0 or 1 in few answers means, where the
     standard error is 0.
-
-    Args:
-        share: Of right answers, 0 to 1.
-        n: Answers, at least 1.
     """
     weight = _Z**2 / n
     middle = (share + weight / 2) / (1 + weight)

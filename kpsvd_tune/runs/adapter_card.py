@@ -23,14 +23,7 @@ _EVALUATION = "## Evaluation"
 def adapter_card(
     model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]
 ) -> str:
-    """The card of a trained adapter.
-
-    Args:
-        model: The base with the adapter.
-        recipe: What it was trained by.
-        report: Its ranks.
-        results: The content of results.json.
-    """
+    """The card of a trained adapter; `results` is the content of results.json."""
     # The path stays in adapter_config.json, by which PEFT finds the base; a card is published.
     source = Path(getattr(model.config, "_name_or_path", "") or ".nowhere")
     base = describe_base(recipe.model.path, source if source.is_dir() else None)
@@ -77,12 +70,7 @@ def adapter_card(
 
 
 def update_card(folder: Path, results: Mapping[str, Any]) -> None:
-    """Bring the evaluation section of a model card up to date; the rest stays as it is.
-
-    Args:
-        folder: An adapter folder; nothing happens where it has no card.
-        results: The content of results.json.
-    """
+    """Bring a card's evaluation section up to date from results.json; without a card do nothing."""
     card = folder / "README.md"
     if not card.is_file():
         return

@@ -56,11 +56,7 @@ class AdapterFile(BaseModel):
 
 
 def read_adapter_config(folder: Path) -> AdapterFile:
-    """Read the configuration of a KPSVD adapter.
-
-    Raises:
-        AdapterError: It cannot be read, holds something else, or is of another method.
-    """
+    """Read the configuration of a KPSVD adapter; AdapterError for any other file."""
     file = folder / CONFIG
     cure = "expected the file that was saved with the adapter's weights"
     content = read_json(file, error=AdapterError, cure=cure)
@@ -77,16 +73,7 @@ def read_adapter_config(folder: Path) -> AdapterFile:
 
 
 def check_adapter(folder: Path, names: list[str]) -> None:
-    """Refuse an adapter that is not as it was saved, or that would make PEFT wait for ever.
-
-    Args:
-        folder: The adapter.
-        names: The base's modules.
-
-    Raises:
-        AdapterError: A file is damaged, a pattern takes too long, or the weights are no regular
-            file.
-    """
+    """Refuse an adapter that is not as saved, or whose patterns take for ever on these modules."""
     check_seal(folder)
     config = read_adapter_config(folder)
     patterns = {
@@ -177,13 +164,7 @@ def check_own(folder: Path, saved: Any) -> None:
 
 
 def check_seal(folder: Path) -> None:
-    """Refuse an adapter of which a file is another than the one that was saved.
-
-    Adapters without a manifest, of older versions and of PEFT itself, pass.
-
-    Raises:
-        AdapterError: Names the file.
-    """
+    """Refuse an adapter with a changed file; those without a manifest (PEFT's, old ones) pass."""
     try:
         check_sealed(folder, _KIND)
     except CheckpointError as error:

@@ -235,21 +235,11 @@ class RunDirectory:
         *,
         is_pending: bool = False,
     ) -> Path:
-        """Commit a checkpoint, then delete the oldest beyond `keep`.
+        """Commit a checkpoint and give its folder, then delete the oldest beyond the newest `keep`.
 
-        Args:
-            state: What to save.
-            keep: How many of the newest stay.
-            best_step: The step of one more that stays, however old.
-            is_pending: A validation of the step is still to come, after which the same step may
-                be saved again. Any newer checkpoint replaces such a one.
-
-        Returns:
-            Its folder.
-
-        Raises:
-            NonFiniteError: A tensor is infinite or NaN.
-            ResourceError: The disk refused; the earlier checkpoints are as they were.
+        The one of `best_step` stays, however old. One that `is_pending` waits for a validation of
+        its step, may be saved again after it, and is replaced by any newer one. NonFiniteError: a
+        tensor is infinite or NaN; ResourceError leaves the earlier checkpoints as they were.
         """
         durable.make_folder(self.checkpoints)
         # The log reaches the disk before the checkpoint that counts on its length.
@@ -263,11 +253,7 @@ class RunDirectory:
         return folder
 
     def rewind(self) -> Path:
-        """Go back to the newest whole checkpoint and give it; later ones are moved away.
-
-        Raises:
-            CheckpointError: There is none.
-        """
+        """Go back to the newest whole checkpoint and give it; later ones are moved away."""
         checkpoint = self.newest_checkpoint()
         if checkpoint is None:
             raise CheckpointError(f"{self.checkpoints} holds no checkpoint to go back to")
@@ -283,11 +269,7 @@ class RunDirectory:
         return from_files(self._read(checkpoint))
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; a damaged newer one is named in a warning.
-
-        Raises:
-            CheckpointError: There are checkpoints, and every one is damaged.
-        """
+        """The newest whole checkpoint; warns of damaged newer ones, CheckpointError if all are."""
         faults: list[str] = []
         for _, _, folder in list_saved(self.checkpoints):
             try:

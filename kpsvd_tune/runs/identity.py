@@ -71,9 +71,7 @@ def run_id(identity: Mapping[str, Any]) -> str:
 def refusal(found: Mapping[str, Change], allowed: Collection[str]) -> str | None:
     """Say which changes the run cannot go on with, and what to do; None where it can.
 
-    Args:
-        found: What has changed.
-        allowed: Keys that may; `train` covers `train.seed`.
+    A key in `allowed` covers those below it: `train` covers `train.seed`.
     """
     fixed = [key for key in found if key == "adapter" or _covers(FIXED, key)]
     unwanted = [key for key in found if key in fixed or not _covers(allowed, key)]

@@ -19,16 +19,10 @@ _NAME = re.compile(r"step-(\d{6,})(-pending)?")
 
 
 class Saved(NamedTuple):
-    """One checkpoint, whole or not; the larger one is the newer.
+    """One checkpoint, whole or not; the larger one is the newer."""
 
-    Attributes:
-        step: Optimiser steps done.
-        is_settled: Nothing of the step is left to do; False for a pending one.
-        folder: Where it lies.
-    """
-
-    step: int
-    is_settled: bool
+    step: int  # optimiser steps done
+    is_settled: bool  # False for a pending one: its step is not done
     folder: Path
 
 
@@ -52,11 +46,7 @@ def list_saved(checkpoints: Path) -> list[Saved]:
 
 
 def clean(checkpoints: Path, newest: Path) -> None:
-    """Delete pending checkpoints that a whole newer one has replaced, and what kills left behind.
-
-    Raises:
-        ResourceError: The disk refused.
-    """
+    """Delete pending checkpoints that a whole newer one replaced, and what kills left behind."""
     for old in list_saved(checkpoints):
         if not old.is_settled and old.folder.name != newest.name:
             durable.remove_folder(old.folder)
@@ -66,11 +56,7 @@ def clean(checkpoints: Path, newest: Path) -> None:
 
 
 def abandon_newer(checkpoints: Path, chosen: Path) -> None:
-    """Move newer checkpoints than `chosen` away: damaged ones, or of a path not taken.
-
-    Raises:
-        ResourceError: The disk refused.
-    """
+    """Move newer checkpoints than `chosen` away: damaged ones, or of a path not taken."""
     until = as_saved(chosen)
     for newer in list_saved(checkpoints):
         if until is None or newer[:2] <= until[:2]:

@@ -50,11 +50,7 @@ class TrainingState:
 
 
 def to_files(state: TrainingState) -> Iterable[tuple[str, bytes]]:
-    """The files of a checkpoint, made one at a time.
-
-    Raises:
-        NonFiniteError: A trained tensor or a tensor of the optimiser is infinite or NaN.
-    """
+    """The files of a checkpoint, made one at a time; NonFiniteError if one is infinite or NaN."""
     optimizer_tensors: dict[str, Tensor] = {}
     random_tensors: dict[str, Tensor] = {}
     content = {
@@ -78,11 +74,7 @@ def to_files(state: TrainingState) -> Iterable[tuple[str, bytes]]:
 
 
 def from_files(files: Mapping[str, bytes]) -> TrainingState:
-    """The state that `to_files` was given, its tensors on the CPU.
-
-    Raises:
-        CheckpointError: A file is missing or has another form.
-    """
+    """The state that `to_files` was given, on the CPU; CheckpointError if a file is not right."""
     try:
         content = parse_json(files["state.json"])
         return TrainingState(
@@ -103,11 +95,7 @@ def from_files(files: Mapping[str, bytes]) -> TrainingState:
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Turn a state tree into JSON values, its tensors put into `tensors` under readable names.
-
-    Raises:
-        TypeError: A leaf is neither tensor, number, string, bool nor None.
-    """
+    """Turn a state tree into JSON values, its tensors put into `tensors` under readable names."""
     if isinstance(tree, Tensor):
         tensors[name] = tree
         return {_TENSOR: name}

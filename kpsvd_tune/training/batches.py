@@ -67,11 +67,9 @@ def stream_steps(
     num_workers: int = 0,
     rows_at_once: int | None = None,
 ) -> Generator[list[MicroBatch], None, None]:
-    """Give the micro batches of each step of `steps` for one process.
+    """Give the micro batches of each step for one process, at most `rows_at_once` rows in each.
 
-    There is no position that a checkpoint would have to save, and no global random number is
-    drawn: the batches of a step are the same in a resumed run. Batches of more than
-    `rows_at_once` rows are given as several.
+    No position must be saved and no global random number is drawn, so a resumed run has the same.
     """
     size = rows_at_once or sampler.batch_size
     firsts = range(0, sampler.batch_size, size)

@@ -14,9 +14,7 @@ _USUAL_NORM = 1.0
 def worse_message(results: Mapping[str, Any], recipe: Recipe) -> str | None:
     """What to say at the end of a run that made the model worse; None where it did not.
 
-    Args:
-        results: The content of results.json.
-        recipe: What the run was asked for, which tells the likely causes.
+    `results` is the content of results.json; the recipe tells the likely causes.
     """
     line = worse_line(results)
     if line is None:

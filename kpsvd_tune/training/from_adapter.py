@@ -29,13 +29,7 @@ from kpsvd_tune.storage.disk import explained
 
 
 def find_adapter(recipe: Recipe) -> Path | None:
-    """The adapter folder that `adapter.from` names; None where it names none.
-
-    Raises:
-        RecipeError: It names no folder with an adapter, or the adapter of `output_dir`.
-        AdapterError: The adapter is of another method.
-        InputError: It is a run that has not ended.
-    """
+    """The adapter folder that `adapter.from` names; None where it names none."""
     path = recipe.adapter.from_
     if path is None:
         return None
@@ -56,18 +50,8 @@ def find_adapter(recipe: Recipe) -> Path | None:
 def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftModel, str | None]:
     """Load the base model with a saved adapter on it, ready to be trained on.
 
-    Factors, offsets, ranks and shapes are the adapter's; dropout and path are the recipe's.
-
-    Args:
-        context: The training.
-        data: With the base model.
-        folder: The adapter.
-
-    Returns:
-        As :func:`kpsvd_tune.runs.find.load_adapter`.
-
-    Raises:
-        AdapterError: The adapter was trained on another base model, or is damaged.
+    Factors, offsets, ranks and shapes are the adapter's, dropout and path are the recipe's. The
+    result is as of :func:`kpsvd_tune.runs.find.load_adapter`; AdapterError if of another base.
     """
     recipe, events, base_files = context.recipe, context.events, data.base_files
     base = load_model(data.source, recipe.model.dtype, recipe.model.attn_implementation)
@@ -111,8 +95,7 @@ def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) 
 def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     """What the adapter's layers are, in the form of the decomposition's report.
 
-    The k-th factors have the norms sqrt(sigma_k) by construction, so the singular values of the
-    kept terms can be told without a decomposition.
+    The k-th factors have the norms sqrt(sigma_k), which gives the singular values without an SVD.
     """
     base = model.get_base_model()
     layers = tuple(

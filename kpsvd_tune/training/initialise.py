@@ -17,12 +17,7 @@ from kpsvd_tune.training.probes import EnergyProbes, with_energy
 def initialise(context: Context, data: RunInput) -> tuple[Recipe, Decomposition]:
     """Decompose, choose the ranks and give the factors; a run that goes on reads its own back.
 
-    Args:
-        context: The training; the main process decomposes and writes init/ of the run.
-        data: The base model, the rows, and where the run begins or goes on.
-
-    Returns:
-        The recipe with a threshold in place of auto, and ranks and factors.
+    The main process writes init/ of the run; the recipe given has a threshold in place of auto.
     """
     recipe, run, events, start = context.recipe, context.run, context.events, data.start
     is_ours = start.checkpoint is not None or start.is_same

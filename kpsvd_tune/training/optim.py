@@ -49,11 +49,7 @@ _OWN_KEYS = {
 def make_optimizer(
     recipe: TrainRecipe, parameters: Sequence[Tensor], rate_factors: Sequence[float] = ()
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of `train.optimizer` over all `parameters`.
-
-    Parameters of equal factor of the learning rate (all 1 where none is given) make a group, which
-    knows it as ``rate_factor``.
-    """
+    """Make the optimiser of `train.optimizer`, with a group for each `rate_factor` (else 1)."""
     groups = _groups(recipe, parameters, rate_factors)
     kind = optimizer_class(recipe)
     arguments: dict[str, Any] = dict(recipe.optimizer_args)
@@ -114,8 +110,8 @@ def knows_state(
 ) -> bool:
     """Whether a saved state, by parameter and key, is of the kind that `train.optimizer` keeps.
 
-    It is not where another optimiser was allowed, or arguments that make it keep something else.
-    What has no state yet is left out of `state`; `num_dims` are those of every trained parameter.
+    Not so where another optimiser was allowed, or arguments that make it keep something else.
+    `state` leaves out what has none yet; `num_dims` are those of every trained parameter.
     """
     known: dict[int, list[set[Any]]] = {}
     for each in set(num_dims.values()):
@@ -148,11 +144,7 @@ def _groups(
 
 
 def check_arguments(key: str, function: Any, name: str, given: dict[str, Any]) -> set[str]:
-    """Refuse arguments that `function` does not take or that are not the recipe's to give here.
-
-    Returns:
-        All that it takes.
-    """
+    """Give all that `function` takes; refuse other arguments, and those not to be given here."""
     accepted = set(inspect.signature(function).parameters)
     own = [argument for argument in given if argument in _OWN_KEYS]
     if own:

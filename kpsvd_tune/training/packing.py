@@ -40,8 +40,7 @@ def prove_packing(
 ) -> None:
     """Refuse a model in which packed rows have other losses than alone, or change each other's.
 
-    Every token of the rows counts, prompts too. Nothing is tried where there is one row. All
-    processes must ask, with as many rows. No random number is drawn.
+    Every token counts, prompts too. All processes must ask, with as many rows.
     """
     rows = [_all_learnt(row) for row in rows[:_NUM_ROWS]]
     if len(rows) < 2:
@@ -161,8 +160,7 @@ def sdpa_by_rows(
         query: (B, heads, T, head size).
         key: (B, key heads, T, head size).
         value: (B, key heads, T, value size).
-        attention_mask: (B, 1, T, T) bool, True where a query sees a key; or anything that
-            transformers may give.
+        attention_mask: (B, 1, T, T) bool, True where a query sees a key; or another one.
         **kwargs: Passed on.
 
     Returns:

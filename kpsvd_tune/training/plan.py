@@ -18,12 +18,7 @@ from kpsvd_tune.training.schedule import run_length
 
 
 def plan(recipe: Recipe, events: Events) -> dict[str, Any]:
-    """Say what `train` would do, without loading weights or writing anything.
-
-    Args:
-        recipe: The recipe.
-        events: Told of progress.
-    """
+    """Say what `train` would do, without loading weights or writing anything."""
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     source = resolve_model(recipe.model.path, recipe.model.revision)

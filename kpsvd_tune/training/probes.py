@@ -38,28 +38,17 @@ FEWEST_STEPS = 5
 class EnergyProbes:
     """Short trainings of one run's recipe, which differ in their energy threshold alone.
 
-    Attributes:
-        context: The training, whose recipe has ``adapter.rank.energy`` auto; finished probes are
-            kept in probes/ of the run.
-        data: Every probe sees the rows in the same order, the held-out ones judge; the run's steps
-            cap those of the probes.
+    Every probe sees the rows in the same order; the held-out ones judge.
     """
 
-    context: Context
-    data: RunInput
+    context: Context  # its recipe has energy auto; done probes stay in probes/
+    data: RunInput  # its number of steps caps that of the probes
 
     def choose(self) -> tuple[float, tuple[Probe, ...]]:
-        """Train candidates of the energy threshold for a few steps and choose one.
+        """Train candidates of the energy threshold for a few steps; give the best and all probes.
 
-        Probes that are done are kept, so that a stopped choice goes on.
-
-        Returns:
-            The threshold, and every probe in the order run.
-
-        Raises:
-            DataError: There are no held-out rows.
-            NonFiniteError: Every candidate diverged.
-            StoppedBySignal: The probes done so far are kept.
+        Probes that are done are kept, so that a stopped choice goes on. DataError: no held-out
+        rows; NonFiniteError: every candidate diverged.
         """
         events = self.context.events
         if not self.data.validation:
@@ -193,12 +182,7 @@ class EnergyProbes:
 
 
 def round_lengths(num_candidates: int, num_steps: int) -> list[int]:
-    """Steps of a probe in each round: doubling, while the candidates halve.
-
-    Args:
-        num_candidates: At least 1; one candidate needs no round.
-        num_steps: Steps of the whole run.
-    """
+    """Steps of a probe in each round: doubling, while the candidates halve; one needs no round."""
     num_rounds = max(0, num_candidates - 1).bit_length()
     # Every round costs about num_candidates times the first length.
     budget = STEP_SHARE * num_steps
@@ -207,11 +191,7 @@ def round_lengths(num_candidates: int, num_steps: int) -> list[int]:
 
 
 def best_first(probes: Sequence[Probe]) -> list[Probe]:
-    """Order probes of one round: those that keep the best fall by parameters, others by loss.
-
-    Args:
-        probes: Of equal numbers of steps.
-    """
+    """Order probes of equal steps: those that keep the best fall by parameters, others by loss."""
     fall = max(probe.loss_before - probe.loss for probe in probes)
     keeps = [p for p in probes if p.loss_before - p.loss >= KEPT_FALL * fall and fall > 0]
     rest = [probe for probe in probes if probe not in keeps]

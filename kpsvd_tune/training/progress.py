@@ -15,47 +15,27 @@ _RECENT_STEPS = 10
 
 @dataclass
 class Progress:
-    """Counters after `step` optimiser steps; JSON values only.
+    """Counters after `step` optimiser steps; JSON values only."""
 
-    Attributes:
-        step: Optimiser steps done.
-        seconds: Time spent in this run, over all its sessions.
-        recent: (summed loss, supervised tokens) of the last steps.
-        validation_loss: The newest one.
-        validation_loss_before: The one before the first step.
-        best_validation_loss: The lowest one that early stopping counted as a gain.
-        num_stale: Validations since then.
-        is_stopped_early: Early stopping ended the run.
-        best_step: The step with the lowest validation loss of all, whose checkpoint is kept.
-        best_step_loss: That loss.
-        num_skipped: Steps that were skipped because something was not finite.
-        skip_streak: Those of them since the last step that was taken.
-        num_retries: Returns to a checkpoint because something was not finite.
-        rate_factor: What they left of the learning rate.
-        micro_batch_size: Rows of a forward pass, where memory asked for fewer than
-            `train.batch_size`.
-        num_halvings: How often it did.
-        pending: Metrics of a step that is done but neither validated nor logged, for a signal
-            came in between.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
+    step: int = 0  # optimiser steps done
+    seconds: float = 0.0  # spent in this run, over all its sessions
+    # (summed loss, supervised tokens) of the last steps.
     recent: list[list[float]] = field(default_factory=list)
-    validation_loss: float | None = None
-    validation_loss_before: float | None = None
-    best_validation_loss: float | None = None
-    num_stale: int = 0
-    is_stopped_early: bool = False
-    best_step: int | None = None
-    best_step_loss: float | None = None
-    num_skipped: int = 0
-    skip_streak: int = 0
-    num_retries: int = 0
-    rate_factor: float = 1.0
+    validation_loss: float | None = None  # the newest one
+    validation_loss_before: float | None = None  # the one before the first step
+    best_validation_loss: float | None = None  # the lowest that early stopping counted as a gain
+    num_stale: int = 0  # validations since then
+    is_stopped_early: bool = False  # early stopping ended the run
+    best_step: int | None = None  # of the lowest validation loss of all; its checkpoint is kept
+    best_step_loss: float | None = None  # that loss
+    num_skipped: int = 0  # steps skipped because something was not finite
+    skip_streak: int = 0  # those of them since the last step that was taken
+    num_retries: int = 0  # returns to a checkpoint because something was not finite
+    rate_factor: float = 1.0  # what they left of the learning rate
+    # Rows a pass, where memory asked for fewer than `batch_size`.
     micro_batch_size: int | None = None
-    num_halvings: int = 0
-    pending: dict[str, Any] | None = None
+    num_halvings: int = 0  # how often it did
+    pending: dict[str, Any] | None = None  # of a step that a signal left to be validated and logged
 
     def count_step(self, loss: float, num_supervised: float, metrics: StepMetrics) -> None:
         """Count a step that was just taken, or skipped."""

@@ -29,17 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Saving:
-    """Commits checkpoints of one training, and puts it back to where one was taken.
-
-    Args:
-        stepper: The model and its optimiser.
-        run: The run's folder; the main process writes there.
-        accelerator: The processes.
-        recipe: The `train` section.
-
-    Attributes:
-        saved_step: The step of the newest checkpoint; None before there is one.
-    """
+    """Commits checkpoints of one training and puts it back to one; the main process writes."""
 
     def __init__(
         self, stepper: Stepper, run: RunDirectory, accelerator: Accelerator, recipe: TrainRecipe
@@ -47,7 +37,7 @@ class Saving:
         self._stepper, self._run = stepper, run
         self._accelerator, self._recipe = accelerator, recipe
         self._newest: str | None = None
-        self.saved_step: int | None = None
+        self.saved_step: int | None = None  # of the newest checkpoint
 
     def start(self, checkpoint: Path | None) -> Progress:
         """Seed all generators, or put everything back to a checkpoint."""
@@ -59,8 +49,7 @@ class Saving:
     def save(self, progress: Progress) -> None:
         """Commit a checkpoint of this step, unless there is one; all processes must ask.
 
-        One whose validation is still to come (`progress.pending`) is kept apart, and does not
-        stand in for that of the finished step.
+        One whose validation is to come (`progress.pending`) does not stand in for the finished.
         """
         is_pending = progress.pending is not None
         name = checkpoint_name(progress.step, is_pending)

@@ -36,19 +36,12 @@ _LOWEST_RATE = 1e-7
 
 @dataclass(frozen=True)
 class RunLength:
-    """What a run amounts to.
+    """What a run amounts to."""
 
-    Attributes:
-        num_steps: Optimiser steps.
-        passes: Passes over the training rows.
-        faults: Why it should not begin: key, what it is, what to do.
-        notes: What a person should know before the first step; the first one is its length.
-    """
-
-    num_steps: int
-    passes: float
-    faults: tuple[str, ...]
-    notes: tuple[str, ...]
+    num_steps: int  # optimiser steps
+    passes: float  # over the training rows
+    faults: tuple[str, ...]  # why it should not begin: key, what it is, what to do
+    notes: tuple[str, ...]  # to know before the first step; the first is its length
 
 
 def run_length(
@@ -210,10 +203,8 @@ def make_scheduler(
 ) -> LambdaLR:
     """Make the schedule of `train.scheduler`, to be stepped once an optimiser step.
 
-    A warm-up of w steps gives step k (from 1) the k-th of w equal parts of the way: its first step
-    has a rate, and its last one the whole. Transformers' own warm-up starts at rate 0, so that the
-    first step changes nothing, and a run of one step nothing at all; `starts_at_zero` is for runs
-    that began with it.
+    A warm-up of w steps gives step k (from 1) k/w of the rate. Transformers' own starts at rate 0,
+    so that the first step changes nothing; `starts_at_zero` is for runs that began with it.
     """
     name, arguments = recipe.scheduler, dict(recipe.scheduler_args)
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]

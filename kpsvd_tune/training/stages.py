@@ -67,46 +67,25 @@ _KEPT = "the training and finished completions are kept"
 
 @dataclass(frozen=True)
 class StartedModel:
-    """The model as training finds it.
-
-    Attributes:
-        model: The base with its adapter.
-        recipe: With the energy threshold that was chosen in place of auto.
-        ranks: The rank report.
-        other_base: Says so where the adapter gone on from is of another base; None elsewhere.
-    """
+    """The model as training finds it, the base with its adapter."""
 
     model: PeftModel
-    recipe: Recipe
+    recipe: Recipe  # with the energy threshold chosen in place of auto
     ranks: RankReport
-    other_base: str | None = None
+    other_base: str | None = None  # says so where the adapter gone on from is of another base
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What training leaves.
+    """What training leaves."""
 
-    Attributes:
-        training: The loop, which knows how it went.
-        scores_before: Scores of the model before training, by the name of the task.
-    """
-
-    training: Training
-    scores_before: Mapping[str, Sequence[Score]]
+    training: Training  # the loop, which knows how it went
+    scores_before: Mapping[str, Sequence[Score]]  # before training, by name of the task
 
 
 @contextmanager
 def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator[Context]:
-    """Refuse what cannot work, gather the processes and take the run's folder.
-
-    Args:
-        recipe: The recipe.
-        events: Told of stages and progress.
-        options: What was typed beside it.
-
-    Raises:
-        KpsvdTuneError: See :mod:`kpsvd_tune.errors`; the message says what to do.
-    """
+    """Refuse what cannot work, gather the processes and take the run's folder."""
     _check(recipe)
     run = RunDirectory(recipe.output_dir)
     with watched() as phase, ExitStack() as stack:

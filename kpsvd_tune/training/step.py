@@ -30,25 +30,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepSums:
-    """What one step amounted to, over all processes and equal on each.
+    """What one step amounted to, over all processes and equal on each."""
 
-    Attributes:
-        loss: Summed over supervised tokens, in nats.
-        num_supervised: Those tokens.
-        num_tokens: All tokens but padding.
-        learning_rate: The rate of this step.
-        grad_norm: Global norm of the gradient before clipping.
-        signal: Number of a signal that came to any process, 0 for none.
-        fault: What was not finite, for which reason no weight was moved; None for a step taken.
-    """
-
-    loss: float
-    num_supervised: float
-    num_tokens: int
+    loss: float  # summed over supervised tokens, in nats
+    num_supervised: float  # those tokens
+    num_tokens: int  # all but padding
     learning_rate: float
-    grad_norm: float
-    signal: int
-    fault: str | None
+    grad_norm: float  # global norm before clipping
+    signal: int  # one that came to any process, 0 for none
+    fault: str | None  # what was not finite, so that no weight moved
 
 
 class Stepper:
@@ -61,10 +51,6 @@ class Stepper:
         num_steps: Length of the schedule.
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
         example: A batch that reaches all that any text reaches, the same on every process.
-
-    Attributes:
-        token_loss: The model with its loss, not wrapped for several processes.
-        shapes: Shape of each trained parameter by its name in the model.
 
     Raises:
         AdapterError: Nothing is trainable.
@@ -85,10 +71,10 @@ class Stepper:
         if recipe.gradient_checkpointing:
             _enable_checkpointing(model)
         self._recipe, self._accelerator, self._num_steps = recipe, accelerator, num_steps
-        self.token_loss = SummedTokenLoss(model)
+        self.token_loss = SummedTokenLoss(model)  # not wrapped for several processes
         engine = engine_class(recipe, accelerator)
         self._engine = engine(self.token_loss, recipe, accelerator, rate_factors or {}, example)
-        self.shapes = self._engine.shapes
+        self.shapes = self._engine.shapes  # of each trained parameter, by its name in the model
         self._schedule_from(starts_at_zero=False)
         self._base_rates = list(self._scheduler.base_lrs)
 
@@ -104,19 +90,11 @@ class Stepper:
         rows_of: Callable[[int], Sequence[int]],
         signal: Callable[[], int],
     ) -> StepSums:
-        """Move the weights once, unless a loss or the gradient is not finite.
+        """Move the weights once, unless a loss or the gradient is not finite; `step` counts from 1.
 
-        Args:
-            step: Number of the step, from 1.
-            batches: This process's micro batches.
-            rows_of: Row numbers of the step on one process, for messages.
-            signal: The number of a signal that came to this process, or 0.
-
-        Returns:
-            Sums that are equal on all processes; a `fault` in them says that no weight has moved.
-
-        Raises:
-            MicroStepOutOfMemory: Memory ran out and `train.on_oom` is halve; nothing has changed.
+        `rows_of` names the rows on one process for messages; `signal` gives this process's or 0.
+        The sums are equal on all processes; a `fault` in them says that no weight has moved. Raises
+        MicroStepOutOfMemory, with nothing changed, where `train.on_oom` is halve.
         """
         engine, accelerator = self._engine, self._accelerator
         own = sum(batch.num_supervised for batch in batches)
@@ -209,11 +187,8 @@ class Stepper:
     ) -> None:
         """Put back what `state` gave, with the recipe's learning rate times `rate_factor`.
 
-        Settings (rates, decay) are the recipe's: equal to the saved ones unless the user allowed
-        a change, which then counts from here on. Without a state the optimiser is left as it is.
-
-        Raises:
-            CheckpointError: The checkpoint is of another model or adapter.
+        Rates and decay are the recipe's: a change that the user allowed counts from here on.
+        Without a state the optimiser is left as it is. CheckpointError: it is of another model.
         """
         self.load_weights(offsets)
         # A checkpoint that says nothing of it is of a version whose warm-up began at rate 0, and
@@ -228,11 +203,7 @@ class Stepper:
         self._engine.load_scaler_state(scheduler["scaler"])
 
     def load_weights(self, offsets: Mapping[str, Tensor]) -> None:
-        """Put back trained tensors by name, whole, and nothing else; all processes must ask.
-
-        Raises:
-            CheckpointError: They are of another model or adapter.
-        """
+        """Put back trained tensors by name, whole, and nothing else; all processes must ask."""
         if found := _difference(self.shapes, offsets):
             raise CheckpointError(f"the checkpoint does not fit the model: {found}")
         self._engine.load_weights(offsets)

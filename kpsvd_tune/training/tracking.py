@@ -22,15 +22,10 @@ _PROJECT = "kpsvd-tune"
 
 
 class Tracking:
-    """Sends numbers to the trackers that the accelerator was made with.
+    """Sends numbers to the trackers that the accelerator was made with (`log_with`, `project_dir`).
 
-    A tracker that fails is reported once and then left alone, for the run matters more; the others
-    go on.
-
-    Args:
-        accelerator: Made with `log_with` and a `project_dir` in the run's folder.
-        config: What to show as the run's settings; sections within become dotted names. None: this
-            is no run to be shown, and no tracker is started.
+    A tracker that fails is reported once and then left alone, for the run matters more. `config` is
+    shown as the run's settings, with dotted names; without it no tracker is started.
     """
 
     def __init__(self, accelerator: Accelerator, config: Mapping[str, Any] | None) -> None:

@@ -54,14 +54,7 @@ class Segment:
 class ChatRenderer:
     """The chat template of one tokenizer, whose special tokens are given as texts.
 
-    Another template may be given to compare it with, which must ask as this one does wherever it
-    asks at all.
-
-    Attributes:
-        notes: What a user should know about the template, collected while rendering.
-
-    Raises:
-        DataError: The tokenizer has no chat template.
+    Another template may be given to compare with; it must ask as this one does, wherever it asks.
     """
 
     def __init__(
@@ -84,6 +77,7 @@ class ChatRenderer:
         self._special_tokens = tuple(special_tokens)
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
+        # What a user should know.
         self.notes: dict[str, None] = {}  # a set that keeps its order
         self._written = WrittenCheck(self.render, self.notes)
 
@@ -103,13 +97,9 @@ class ChatRenderer:
         return asked
 
     def segments(self, chat: Chat, *, only_last: bool = False) -> list[Segment]:
-        """Split the rendered chat into learnt and other text.
+        """Split the rendered chat into learnt and other text, up to its last learnt turn.
 
-        The turns that the chat gives to learn are, or the last of them only, each with the special
-        token that ends it. What follows the last one is left out.
-
-        Raises:
-            TemplateError: The template refuses the messages, or its text is not theirs.
+        Learnt are the chat's `learnt` turns, or only the last, each with the token that ends it.
         """
         answers = chat.learnt[-1:] if only_last else chat.learnt
         messages = chat.messages[: answers[-1] + 1]
@@ -227,11 +217,7 @@ class ChatRenderer:
         add_generation_prompt: bool = False,
         template: Template | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of messages, and the stretches of it that the template marks.
-
-        Raises:
-            TemplateError: The template refuses the messages.
-        """
+        """The text of messages, and its marked stretches; TemplateError if the template refuses."""
         try:
             program = self._program(tools, template)
             found = render_calls(
@@ -303,12 +289,10 @@ class _Finder:
         return len(before), end
 
     def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
-        """Find an answer of a long chat by rendering only the messages near it.
+        """Find an answer of a long chat by rendering only the messages near it, which is faster.
 
-        Rendering everything before each answer takes time with the square of their number. What
-        stands between two answers, and the second one, are taken from a short chat around them,
-        and must stand in the long one at this very place: else None, and all is rendered. The
-        previous answer ends at `position`.
+        The text after `previous`, which ends at `position`, is taken from a short chat around both
+        and must stand there in the long one; None where it does not, and then all must be rendered.
         """
         near = self._around(previous, index)
         if near is None:

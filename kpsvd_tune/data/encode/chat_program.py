@@ -51,16 +51,10 @@ class TemplateMismatch(TemplateError):
 
 
 class ChatProgram:
-    """One compiled chat template.
-
-    Attributes:
-        has_markers: Whether it marks what the assistant writes with `{% generation %}`.
-
-    Raises:
-        jinja2.TemplateError: It does not compile.
-    """
+    """One compiled chat template; raises jinja2.TemplateError where it does not compile."""
 
     def __init__(self, template: str) -> None:
+        # It marks what the assistant writes with {% generation %}
         self.has_markers = bool(_MARKER.search(template))
         self._environment = _Environment()
         with _time_limit(MAX_SECONDS):
@@ -266,11 +260,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 def with_reasoning_names(
     messages: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The messages with their reasoning under each of the names that templates read.
-
-    As `transformers` hands them to a template: `reasoning_content`, and `thinking` for those
-    families that call it so.
-    """
+    """The messages with their reasoning under both names that families of templates read."""
     named = []
     for message in messages:
         found = [message[key] for key in ("reasoning_content", "thinking", "reasoning")

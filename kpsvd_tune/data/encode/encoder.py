@@ -203,11 +203,7 @@ class Encoder:
         return self.encode_laid_out([self.lay_out(example)], [row])[0]
 
     def lay_out(self, example: Pair | Chat) -> Layout:
-        """Write an example out as text, before any tokenising.
-
-        Raises:
-            DataError: The chat template does not give the messages back.
-        """
+        """Write an example out as text; DataError where the template does not give it back."""
         if isinstance(example, Pair) and (template := self._text_template(example)) is not None:
             _refuse_chat_parts(example)
             texts = zip(template.render(example), (False, True), strict=True)
@@ -225,8 +221,7 @@ class Encoder:
     ) -> list[TokenizedRow]:
         """Tokenise many rows in one call, which a fast tokenizer shares out over its threads.
 
-        The rows, with their numbers, equal what `encode` gives one by one. One in which nothing is
-        left to learn has no tokens, and the mark `FULL_PROMPT`.
+        Each row is as from `encode`; one with nothing left to learn is empty, with `FULL_PROMPT`.
         """
         pieces = list(self._segment_tokenizer.rows([layout.segments for layout in layouts]))
         learnt = [
@@ -396,11 +391,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 class SegmentTokenizer:
-    """A tokenizer that adds nothing of its own, at the start of a row or inside it.
+    """A tokenizer that adds nothing of its own but `start_ids`, which it puts before a whole text.
 
-    SentencePiece tokenizers put a space before whatever they are given. Inside a row that space
-    would be wrong, so a segment is then read behind a newline, which is cut off. `start_ids` are
-    what the tokenizer itself puts before a text.
+    SentencePiece puts a space before whatever it is given, which is wrong inside a row: there a
+    segment is read behind a newline, which is cut off.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -414,10 +408,7 @@ class SegmentTokenizer:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def rows(self, rows: Sequence[Sequence[Segment]]) -> Iterator[list[list[int]]]:
-        """The ids of every segment of every row.
-
-        The tokenizer is called once, and a fast one shares the texts out over its threads.
-        """
+        """The ids of every segment of every row, in one call that a fast tokenizer shares out."""
         lead = "\n" if self._adds_space else ""
         texts = [
             (lead if index else "") + segment.text

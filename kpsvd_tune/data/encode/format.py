@@ -261,8 +261,7 @@ def find_format(
     """Take the named form, or detect it: from the recipe's columns, then from the rows' own.
 
     The first row that shows a form decides. `columns` gives the column of each role whose name
-    differs from the role's; `setting` is where a user writes them, for messages. Where no form fits
-    the error lists what was found, what was expected and the nearest `columns` to write.
+    differs from the role's; `setting` is where a user writes them, for messages.
     """
     filled = [row for row in rows[:_LOOKED_AT] if any(row.values.values())] or [rows[0]]
     first, reason, named = filled[0], _NAMED, columns

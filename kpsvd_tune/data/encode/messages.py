@@ -50,14 +50,9 @@ _UNFINISHED = ("prefix", "partial")
 def read_message(
     row: Row, name: str, entry: Any, kind: str, tools: tuple[Any, ...] | None
 ) -> tuple[dict[str, Any], bool, list[str]]:
-    """Read one entry of the list of messages in the column `name`.
+    """Read one entry of the messages in the column `name`, of the kind "chat" or "sharegpt".
 
-    Its keys are those of its kind: "chat" (role and content) or "sharegpt" (from and value). The
-    row's tools say what its calls may hold.
-
-    Returns:
-        The message as chat templates take it, whether an assistant's turn is learnt as far as
-        the entry's own switches say, and what a user should know.
+    Gives the message as templates take it, whether its own switches let it be learnt, and notes.
     """
     speaker, text = ("role", "content") if kind == "chat" else ("from", "value")
     if not isinstance(entry, Mapping) or speaker not in entry:

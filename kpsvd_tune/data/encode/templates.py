@@ -97,13 +97,9 @@ def family_of(template: Template | None) -> str | None:
 
 
 def use_recipe_template(tokenizer: PreTrainedTokenizerBase, dataset: DatasetRecipe) -> None:
-    """Give a tokenizer the chat template and the arguments that the recipe names.
+    """Give a tokenizer the chat template and arguments of the recipe, where it names any.
 
-    Nothing changes where it names none, or where the tokenizer has them already.
-
-    Raises:
-        DataError: There is no such template, the tokenizer lacks its tokens, or the template does
-            not read an argument.
+    Raises DataError for an unknown template, missing tokens, or an argument that it does not read.
     """
     template: Template | None = tokenizer.chat_template
     if dataset.chat_template is not None:
@@ -258,20 +254,13 @@ def with_chat_template(
     *,
     keeps_template: bool = False,
 ) -> tuple[T, list[str]]:
-    """Do something with the tokenizer's chat template, or with a shipped one where that fails.
+    """Do `work` with the tokenizer's chat template, or with a shipped one where that fails.
 
-    A shipped template is tried only where the recipe names none, and is used only where it asks
-    exactly as the tokenizer's own does, in every row: what a model sees at inference is then the
-    same with both. What differs is that the answers can be told from the rest, or that the own
-    template refuses a form such as system messages.
-
-    `work` is called with None, or with the tokenizer's own template, which the one that the
-    tokenizer has now must be compared with. Gives what `work` returned and what a user should
-    know; the tokenizer keeps the template that was used.
-
-    Raises:
-        TemplateError: Neither can be trained; the message is that of the tokenizer's own.
-        DataError: The template that the recipe names does not exist, or fits not.
+    A shipped one marks the answers, or takes messages that the own one refuses. It is tried only
+    where the recipe names none, and used only where it asks exactly as the tokenizer's own does in
+    every row, so that inference sees the same. `work` is given None, or the own template to compare
+    with. Gives what `work` returned, and notes; the tokenizer keeps the template used. The
+    TemplateError, where neither can be trained, is that of the own one.
     """
     use_recipe_template(tokenizer, dataset)
     own: Template | None = tokenizer.chat_template

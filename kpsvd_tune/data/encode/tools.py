@@ -71,14 +71,11 @@ def read_calls(
     tools: Sequence[Any] | None,
     notes: list[str],
 ) -> list[Any]:
-    """Take the calls out of a message: those of `tool_calls`, or OpenAI's older `function_call`.
+    """Take the calls of `tool_calls`, or of OpenAI's older `function_call`, out of a message.
 
-    Arguments that are JSON text, as OpenAI writes them, become objects: templates write them with
-    `tojson`, which puts such a text into quotes a second time, and the model would learn those.
-
-    Nulls in arguments that are objects are left out unless the tool's schema allows them: files
-    exported through Arrow hold the arguments of all tools in each call, null where a call has none.
-    The message loses both keys; `notes` gets what a user should know.
+    Arguments that are JSON text become objects, for `tojson` would quote such a text a second time.
+    Nulls that the tool's schema does not allow are left out: Arrow fills each call with the
+    arguments of all tools. `notes` gets what a user should know.
     """
     calls = message.pop("tool_calls", None) or []
     legacy = message.pop("function_call", None)
@@ -198,8 +195,7 @@ def render_calls(
 ) -> Rendered:
     """Render a chat with the arguments of calls as objects, or as text where a template needs it.
 
-    Some templates join arguments with other text, as OpenAI gives them: with objects they fail,
-    or write them as Python shows them. `render` gives the text, and where it marks what.
+    Some templates join arguments with text: with objects they fail or write them as Python does.
     """
     objects = [
         arguments

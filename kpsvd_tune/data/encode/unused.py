@@ -71,11 +71,7 @@ class UnusedColumns:
         self._splits: dict[str, bool] = {}
 
     def check(self, row: Row) -> None:
-        """Look at the columns of one row.
-
-        Raises:
-            DataError: A column changes what the row means, or surely belongs to the example.
-        """
+        """Look at a row; DataError where a column changes its meaning or surely belongs to it."""
         for name, value in row.values.items():
             if name in self._settled:
                 continue

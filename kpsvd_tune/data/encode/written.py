@@ -203,8 +203,8 @@ class WrittenCheck:
     def _changes(self, doubt: _Doubt, mark: str, chat: _Rendered) -> bool:
         """Whether the rendering is another with a mark in place of the part.
 
-        A text is tested at both of its ends, as templates may cut it. An assistant's, which is not
-        learnt here, is tested at its end only: reasoning at its beginning may be left out.
+        Tested at both ends, as templates may cut a text; an assistant's, not learnt here, at its
+        end only: reasoning at its beginning may be left out.
         """
         message = chat.messages[doubt.place]
         changes = [doubt.replaced(message, mark)]

@@ -88,13 +88,9 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
 
 
 def from_struct_of_lists(value: Any) -> Any:
-    """Messages as a list of objects, where they stand as one object of lists; else as they are.
+    """Messages that Arrow holds as one object of lists as a list of objects; else as they are.
 
-    Arrow and older versions of the `datasets` library hold messages as {"role": [...],
-    "content": [...]}.
-
-    Raises:
-        ValueError: The lists have different lengths.
+    Raises ValueError where the lists have different lengths.
     """
     if not isinstance(value, Mapping):
         return value
@@ -195,8 +191,7 @@ def missing_column(
 ) -> DataError:
     """The error for a column that a role of the form needs, with what to write to use another.
 
-    `setting` is where a user names columns; `names_format` says whether the recipe names the form,
-    so that another form has to be named too.
+    `setting` is where users name columns; with `names_format` another form must be named too.
     """
     advised, mapping, is_guess = _advice(row, form, required)
     what = f"the column {name!r}" + (f" for {role}" if name != role else "")
@@ -212,11 +207,7 @@ def missing_column(
 
 
 def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str, str], bool]:
-    """The form and columns that use all that seems to belong to the example.
-
-    Returns:
-        Form, columns by role, and whether some are taken for no more than the order they come in.
-    """
+    """The form and columns by role that use all of the row; whether some are guessed by order."""
     paths = _text_paths(row)
     for path in paths:
         kind = message_kind(column(row, path))

@@ -78,15 +78,11 @@ def row_unit(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Read a local file row by row; a row that cannot be read has its `fault`.
+    """Read a local UTF-8 file row by row; a row that cannot be read has its `fault`.
 
-    Blank lines are no rows. Text is UTF-8, with or without a byte order mark, with any line ends.
-    Memory holds one row of a .jsonl or .csv file, a thousand of a .parquet file, and all of a
-    .json file, which is one value.
-
-    Raises:
-        DataError: The file is missing, of another kind, empty or damaged, so that it has no rows
-            to tell apart.
+    Blank lines are no rows; a byte order mark and all line ends are read. Memory holds one row of a
+    .jsonl or .csv file, a thousand of a .parquet file, and all of a .json file. DataError: it is
+    missing, of another kind, empty, or has no rows to tell apart.
     """
     check_file(path)
     unit = row_unit(path)
@@ -139,9 +135,7 @@ def _open(path: Path) -> BinaryIO:
 def parse_json(text: str) -> Any:
     """`json.loads` that refuses an object with the same key twice instead of keeping the last.
 
-    Raises:
-        ValueError: Not JSON (the position counts from this text's start), a repeated key, or
-            nesting too deep to read.
+    Raises ValueError, also for nesting too deep; a position counts from this text's start.
     """
     try:
         return json.loads(text, object_pairs_hook=_object_without_repeats)
@@ -392,11 +386,9 @@ def _shorten(text: str, length: int = 60) -> str:
 
 
 def without_filled_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without the nulls inside its columns.
+    """A row without the nulls inside its columns, with which Arrow gives all objects the same keys.
 
-    Arrow gives all objects of a column the same keys and fills those that an object never had
-    with null. Templates that write tools or the arguments of calls as JSON would write them, and
-    the model would learn arguments that nobody gave.
+    Templates would write them as JSON, and the model would learn arguments that nobody gave.
     """
     return {name: _clean(value) for name, value in values.items()}
 

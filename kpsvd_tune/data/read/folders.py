@@ -74,9 +74,8 @@ class Listing:
     def choose(self, name: str, *, is_held_out: bool = False) -> tuple[list[Path], str]:
         """The files of a split, and a sentence on what is read and what is left out.
 
-        Where no name tells a split, all files are `train`; where some do, those that tell none
-        are `train` unless others say it. Rows to hold out come from the files that say
-        validation, or else test, where there are such.
+        Files that tell no split are `train`, unless others say that they are. Held-out rows come
+        from the files that say validation, or else test.
         """
         splits = self.splits
         wanted = name if name in splits else _SPLITS.get(name.lower(), name)

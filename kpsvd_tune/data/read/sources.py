@@ -40,17 +40,12 @@ _HUB_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RowSource:
-    """One file, or one configuration of a hub dataset, found and not yet read.
-
-    At every call `read` gives the rows one at a time, from the first. `fingerprint` gives a text
-    that changes when the rows do: the hash of a file's bytes, or what the `datasets` library knows
-    a hub dataset by.
-    """
+    """One file, or one configuration of a hub dataset, found and not yet read."""
 
     label: str  # file or hub dataset, as messages name it
     unit: str  # what its rows are numbered by: line or row
-    read: Callable[[], Iterator[Row]]
-    fingerprint: Callable[[], str]
+    read: Callable[[], Iterator[Row]]  # gives the rows from the first, at every call
+    fingerprint: Callable[[], str]  # a text that changes when the rows do
     part: str = ""  # which of the rows are read
     notes: tuple[str, ...] = ()  # what a user should know about the reading
 
@@ -101,16 +96,10 @@ def open_sources(
 ) -> list[RowSource]:
     """Find the files of a path, or a hub dataset in each of its configurations.
 
-    A local file holds no splits: `split` then may only slice it ("train[:100]"), and a name
-    other than "train" is ignored with a note, as `name` is. Of a folder or a pattern the files of
-    the split are read, each a source of its own.
-
-    With `streaming` a hub dataset is read over the network as it is needed, and no copy is kept.
-    Of a folder whose rows are held out (`is_held_out`) those of its validation or test files are
-    read, where it has such.
-
-    Raises:
-        DataError: There is no such source.
+    A local file holds no splits: `split` then may only slice it ("train[:100]"), and another name
+    is ignored with a note, as `name` is. Each file of a folder or pattern is a source of its own;
+    with `is_held_out` those of its validation or test are read. With `streaming` a hub dataset is
+    read over the network and no copy is kept. Raises DataError where there is no such source.
     """
     names = [name] if name is None or isinstance(name, str) else list(name)
     place = expand(path)
@@ -408,10 +397,10 @@ class Part:
         return f"[{':'.join(sides)}]"
 
     def bounds(self, count: Callable[[], int]) -> tuple[int, int | None]:
-        """First row and one past the last, counted from 0; None: up to the end.
+        """First row and one past the last, from 0 (None: to the end).
 
-        Per cent are rounded to the nearest row, as the datasets library does. `count` gives the
-        number of rows, and is called only where that is needed.
+        Per cent go to the nearest row, as in `datasets`. `count`, the number of rows, may take long
+        and is called only where it is needed.
         """
         sides = (self.start, self.stop)
         if not self.is_percent and all(side is None or side >= 0 for side in sides):

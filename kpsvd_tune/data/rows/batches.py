@@ -143,18 +143,9 @@ class StatelessSampler:
         return self.batch_size * self.num_processes * self.gradient_accumulation
 
     def batch(self, step: int, micro_step: int, process_index: int) -> list[int]:
-        """Rows of one micro step on one process.
+        """The `batch_size` rows of one micro step on one process, all counted from 0.
 
-        Args:
-            step: Optimiser step, from 0.
-            micro_step: In [0, gradient_accumulation).
-            process_index: In [0, num_processes).
-
-        Returns:
-            `batch_size` row indices in [0, num_rows).
-
-        Raises:
-            IndexError: An argument is out of its range.
+        Raises IndexError for a step, micro step or process that is out of its range.
         """
         for name, value, end in (
             ("step", step, math.inf),
@@ -203,10 +194,9 @@ class StatelessSampler:
 
 
 def permutation(num_rows: int, key: str) -> array[int]:
-    """A shuffled [0, num_rows), the same for the same key on every machine and version.
+    """A shuffled [0, num_rows), the same for a key on every machine and version.
 
-    The standard library's generator and shuffle give the same numbers across Python versions and
-    platforms, which torch and numpy do not promise of theirs.
+    The standard library promises this of its generator; torch and numpy do not of theirs.
     """
     order = array("q", range(num_rows))  # a fifth of a list's memory
     random.Random(key).shuffle(order)
@@ -232,10 +222,8 @@ def group_by_length(
 ) -> list[int]:
     """Rearrange one epoch's shuffled rows so that each whole batch has rows of similar length.
 
-    The shuffled rows are cut into windows of up to 50 batches, each window is sorted by length
-    and cut into batches, and the batches of all windows are shuffled. Rows that share a batch
-    with a neighbouring epoch, at either end, stay as they are: `num_head` rows at the start belong
-    to the last batch of the epoch before. The key decides the order of the batches.
+    Windows of up to 50 batches are sorted by length, and the batches of all windows shuffled by
+    `key`. Batches shared with a neighbouring epoch stay: `num_head` rows belong to the one before.
     """
     head, rest = list(order[:num_head]), order[num_head:]
     num_batches = len(rest) // batch_size

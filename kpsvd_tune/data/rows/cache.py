@@ -37,14 +37,10 @@ _OPEN_FILES = 65_536
 
 
 class TokenCache:
-    """Stores of tokenised rows under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
+    """Stores of tokenised rows, by default under ``$XDG_CACHE_HOME/kpsvd-tune/tokens``.
 
-    A store is written under another name and renamed when it is whole, so that a killed run leaves
-    none half-written; a lock held meanwhile keeps two runs from making the same one.
-
-    Args:
-        folder: Another folder than the usual one.
-        max_bytes: Size above which the least recently used stores are removed.
+    A store gets its name when it is whole, so a killed run leaves none half-written; a lock keeps
+    two runs from making the same one. Above `max_bytes` the least recently used are removed.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -57,13 +53,9 @@ class TokenCache:
     def find_or_make(
         self, key: str, make: Callable[[StoreWriter], dict[str, Any]]
     ) -> tuple[TokenStore, bool]:
-        """Open the store of a key, or make it.
+        """Open the store of a key, or have `make` add its rows; and whether it was there before.
 
-        `make` adds all rows and returns the facts to keep; what it raises is passed on, and no
-        store is left. Returns the store, and whether it was there before.
-
-        Raises:
-            ResourceError: The disk is full or the folder cannot be written.
+        `make` returns the facts to keep; what it raises is passed on, and no store is left.
         """
         folder = self.folder / key
         place = f"use the cache of tokenised rows {self.folder}"

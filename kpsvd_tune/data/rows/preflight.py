@@ -68,10 +68,9 @@ def check_lengths(
     max_length: int,
     where: Callable[[int], str],
 ) -> list[str]:
-    """Refuse rows that have more tokens than the model has positions.
+    """Refuse rows with more tokens than the model has positions; `where` names a row by its place.
 
-    Gives what a user should know: rows beyond the length that a rotary model is meant for. `where`
-    names a row by its place in `lengths`.
+    Gives notes on rows beyond the length that a rotary model is meant for.
     """
     limit = limits.positions
     if limit is None or not (is_longer := lengths > limit).any():

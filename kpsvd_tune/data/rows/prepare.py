@@ -41,26 +41,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Rows ready for the sampler.
+    """Rows ready for the sampler."""
 
-    Attributes:
-        train: Rows to train on, never empty; those of a source with a weight as often as it says.
-        validation: Held-out rows, may be empty.
-        report: What the preflight found.
-        sha256: Hash of every id and label in order: equal hashes train the same. Content,
-            template, tokenizer, lengths and split all act through them, the files' place not.
-        encoder: Encodes prompts for generation as the rows of the first source were.
-        template: What the rows of the first source were written with: "chat", or text.
-        cache_note: Where the tokenised rows lie, and whether they were found there.
-    """
-
-    train: StoredRows
-    validation: StoredRows
+    train: StoredRows  # never empty; rows of a weighted source repeat
+    validation: StoredRows  # held out; may be empty
     report: PreflightReport
+    # Of every id and label in order, through which all settings act: equal hashes train the same.
     sha256: str
-    encoder: Encoder
-    template: str
-    cache_note: str
+    encoder: Encoder  # as for the rows of the first source
+    template: str  # "chat", or text; of the first source
+    cache_note: str  # where the tokenised rows lie, and if they were found there
 
 
 @dataclass(frozen=True)

@@ -185,12 +185,10 @@ def split_rows(
 ) -> tuple[Places, Places]:
     """Places to train on and to validate on: disjoint, both ascending; a function of the seed.
 
-    `groups` are the rows that the places belong to, ascending from 0 without a gap: a row is held
-    out with all of its places, as the turns of one chat are. `twins` are equal numbers for what
-    must not be on both sides: such rows are held out together, and those that the number wanted
-    cuts off are neither held out nor trained. Rows that are not `usable` are never held out and do
-    not count. `validation` is a number of rows (int), or a share of them (float) that holds out at
-    least one as long as one is left to train on.
+    `groups` are the places' rows, ascending from 0 without a gap: a row is held out with all of its
+    places. Rows with equal `twins` are held out together; those beyond the number wanted are then
+    on neither side. Rows not `usable` are never held out. `validation` is a number (int) or share
+    (float) of rows; a share holds out at least one as long as one is left to train on.
     """
     num_places = int(groups[-1]) + 1
     candidates = np.ones(num_places, dtype=bool)
@@ -238,11 +236,10 @@ def source_rows(sources: Sequence[TokenizedSource]) -> NDArray[np.int64]:
 
 
 def mix(places: Places, weight: float, key: str) -> Places:
-    """Repeat or thin out the rows of a source by its weight.
+    """Repeat or thin out the rows of a source by its weight; a function of the key alone.
 
-    Each row occurs floor(weight) times, side by side; round(fraction * rows) rows chosen at random
-    occur once more. A weight that would keep no row keeps one. The choice is a function of the key
-    alone, so it is the same in every epoch and after a resume.
+    Each row occurs floor(weight) times, side by side; round(fraction * rows) random ones occur once
+    more. A weight that would keep no row keeps one.
     """
     whole = int(weight)
     num_more = round((weight - whole) * len(places))

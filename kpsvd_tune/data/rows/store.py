@@ -114,17 +114,7 @@ class StoreWriter:
 
 
 class TokenStore:
-    """A finished store, mapped read-only.
-
-    Attributes:
-        folder: Its folder.
-        facts: What was kept with it.
-        max_token_id: Largest id in it, -1 where there is none.
-        token_ids, is_learnt, ends, numbers, num_supervised, marks, hashes: Its arrays.
-
-    Raises:
-        DataError: The folder is gone, or a file in it cannot be read.
-    """
+    """A finished store, mapped read-only; raises DataError where its files cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -137,7 +127,7 @@ class TokenStore:
                 "run see, and start again"
             ) from error
         self.facts: dict[str, Any] = content["facts"]
-        self.max_token_id = int(content["max_token_id"])
+        self.max_token_id = int(content["max_token_id"])  # -1 where there is none
         self.token_ids: NDArray[np.int32] = self._map("token_ids")
         self.is_learnt: NDArray[np.uint8] = self._map("is_learnt")
         self.ends: NDArray[np.int64] = self._map("ends")
@@ -211,10 +201,6 @@ class StoredRows(Sequence[TokenizedRow]):
     Args:
         stores: The stores; places count through all of them, one after the other.
         order: (rows,) int64, a place for each row; a place may occur several times.
-
-    Attributes:
-        stores: The stores.
-        order: The places.
     """
 
     def __init__(self, stores: Sequence[TokenStore], order: NDArray[np.int64]) -> None:

@@ -70,12 +70,7 @@ class Tokeniser:
         return tokenizer_fingerprint(self.tokenizer)
 
     def tokenise(self, source: RowSource, settings: SourceSettings) -> TokenizedSource:
-        """Give the store of a source.
-
-        Raises:
-            DataError: A row, its form or the template is not as it must be.
-            ResourceError: The cache cannot be written.
-        """
+        """Give the store of a source, made where the cache does not hold it."""
         fingerprint = source.fingerprint()
         key = store_key(
             *(fingerprint, source.part, self._fingerprint, settings.format, dict(settings.columns)),
@@ -198,10 +193,7 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
 
 
 def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
-    """An object without some keys, of which `found` gets those that it has.
-
-    "a.b" leaves the key b out of the object a.
-    """
+    """An object without some keys ("a.b": b of a), of which `found` gets those that it has."""
     found.update(name for name in names if name in values)
     kept = {name: value for name, value in values.items() if name not in names}
     for name in names:
@@ -311,14 +303,10 @@ def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder)
 
 
 class Faults:
-    """Counts the faulty rows of one source that are left out, by reason.
-
-    Attributes:
-        num_rows: Rows read so far, faulty ones among them.
-    """
+    """Counts the faulty rows of one source that are left out, by reason."""
 
     def __init__(self) -> None:
-        self.num_rows = 0
+        self.num_rows = 0  # read so far, faulty ones too
         self._reasons: Counter[str] = Counter()
         self._first: list[tuple[int, str]] = []
         self._of_template = 0
@@ -348,10 +336,8 @@ def faulty_rows_note(
 ) -> str | None:
     """Say which rows of a source were left out, from `Faults.facts`; None where none were.
 
-    Raises:
-        TemplateError: They are a larger share of the rows than `max_share`, by the chat
-            template's fault alone: with another template they may be fine.
-        DataError: They are a larger share of the rows.
+    Above `max_share` of the rows raises DataError, or TemplateError where only the chat template is
+    at fault: with another one they may be fine.
     """
     rows, faulty = int(facts["rows"]), int(facts["faulty"])
     if not faulty:

@@ -79,8 +79,7 @@ def is_root() -> bool:
 def find_bubblewrap() -> str | None:
     """The full path of bubblewrap, None where it is not installed.
 
-    Folders of PATH that are relative, or that everybody may write to, are skipped: whoever can put
-    a file there would run it with our rights.
+    Folders of PATH that are relative or writable by all are skipped: others could plant a file.
     """
     for folder in os.get_exec_path():
         file = Path(folder, "bwrap")
@@ -94,12 +93,9 @@ def find_bubblewrap() -> str | None:
 
 
 def bubblewrap_command(program: str, scratch_bytes: int, syscalls: BinaryIO | None) -> list[str]:
-    """The words to put before a command.
+    """The words to put before a command, with /tmp as the only place that can be written to.
 
-    Args:
-        program: bubblewrap's own file, as `find_bubblewrap` gives it.
-        scratch_bytes: size of /tmp, the only place that can be written to.
-        syscalls: what `open_filter` gave; must be passed on to the process.
+    `syscalls` is what `open_filter` gave; it must be passed on to the process.
     """
     command = [program, "--die-with-parent", "--new-session", "--clearenv"]
     for name, value in ENVIRONMENT.items():
@@ -154,14 +150,7 @@ def _readable_folders() -> tuple[str, ...]:
 
 
 def syscall_filter(machine: str) -> bytes | None:
-    """The filter as `bwrap --seccomp` reads it.
-
-    Args:
-        machine: the architecture, as `platform.machine()` names it.
-
-    Returns:
-        The program, or None for an architecture whose call numbers we do not hold.
-    """
+    """The filter as `bwrap --seccomp` reads it; None where its call numbers are unknown."""
     if machine not in _ARCHITECTURES:
         return None
     architecture, column = _ARCHITECTURES[machine]

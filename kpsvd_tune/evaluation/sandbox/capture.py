@@ -30,74 +30,49 @@ Stop = Literal["timeout", "output", "memory", "files"]
 class Limits:
     """What one program may use.
 
-    Attributes:
-        cpu_seconds: processor time of each process; a busy machine does not use it up.
-        wall_seconds: time from start to end.
-        memory_bytes: address space of each process.
-        total_bytes: memory of all its processes and files in /tmp, those of its judge included;
-            looked at fifty times a second, so that it may be passed for a moment.
-        num_processes: processes and threads.
-        file_bytes: size of each file.
-        scratch_bytes: size of /tmp.
-        num_files: files and folders in /tmp, counted in the same way.
-        output_bytes: what it may print.
+    `total_bytes` and `num_files` are looked at fifty times a second, so may be passed for a moment.
     """
 
-    cpu_seconds: int = 10
-    wall_seconds: float = 40.0
-    memory_bytes: int = 512 * _MIB
+    cpu_seconds: int = 10  # of each process; a busy machine does not use it up
+    wall_seconds: float = 40.0  # from start to end
+    memory_bytes: int = 512 * _MIB  # address space of each process
+    # Memory of all its processes and files in /tmp, its judge's included.
     total_bytes: int = 1024 * _MIB
-    num_processes: int = 16
-    file_bytes: int = 16 * _MIB
-    scratch_bytes: int = 64 * _MIB
-    num_files: int = 10_000
-    output_bytes: int = _MIB
+    num_processes: int = 16  # and threads
+    file_bytes: int = 16 * _MIB  # of each file
+    scratch_bytes: int = 64 * _MIB  # of /tmp
+    num_files: int = 10_000  # files and folders in /tmp
+    output_bytes: int = _MIB  # what it may print
 
 
 @dataclass(frozen=True)
 class Start:
     """What to start.
 
-    Attributes:
-        command: its words.
-        folder: where it is started.
-        job: its standard input.
-        passed: open files to pass on; closed here once it has them, so that each side of a
-            connection notices the end of the other.
+    `passed` are open files, closed here once the command has them, so that each side of a
+    connection notices the end of the other.
     """
 
-    command: list[str]
-    folder: str
-    job: bytes
+    command: list[str]  # its words
+    folder: str  # where it is started
+    job: bytes  # its standard input
     passed: tuple[BinaryIO | socket.socket, ...]
 
 
 @dataclass
 class Capture:
-    """What came out of one run.
+    """What came out of one run."""
 
-    Attributes:
-        verdict: what the judge wrote to standard output.
-        output: what the program wrote, and the judge to standard error.
-        stopped: why it was ended; None where the judge came to an end.
-    """
-
-    verdict: bytearray = field(default_factory=bytearray)
+    verdict: bytearray = field(default_factory=bytearray)  # the judge's standard output
+    # What the program wrote, and the judge to standard error.
     output: bytearray = field(default_factory=bytearray)
-    stopped: Stop | None = None
+    stopped: Stop | None = None  # None: the judge came to an end
 
 
 def capture_run(
     program: Start, judge: Start, limits: Limits, scratch: Sequence[socket.socket]
 ) -> Capture:
-    """Run a program and its judge, each in a session of its own.
-
-    Args:
-        program: starts the program under test.
-        judge: starts its judge.
-        limits: what they may use.
-        scratch: what each sends its /tmp over; see `Usage`.
-    """
+    """Run a program and its judge, each in a session of its own; for `scratch` see `Usage`."""
     capture = Capture()
     with ExitStack() as stack:
         tried = stack.enter_context(_started(program, subprocess.STDOUT))
@@ -206,26 +181,16 @@ def _exit_code(process: subprocess.Popen[bytes], *, wait: bool) -> int | None:
 
 
 class Usage:
-    """Watches processes and all that descend from them.
+    """Watches processes and all that descend from them; what is used between two looks goes unseen.
 
-    What is used between two looks goes unseen, so look often.
-
-    Args:
-        pids: the processes that were started.
-        scratch: where their /tmp comes from, as an open folder that `limits` sends before
-            anything foreign runs, so that no right to look into their processes is needed.
-            Nothing ever comes without a sandbox.
-
-    Attributes:
-        cpu_seconds: the most processor time seen of any one process.
-        memory_bytes: memory of all processes and files in /tmp, when last looked at.
-        num_files: files and folders in /tmp, when last looked at.
+    `scratch` is where their /tmp comes from, as an open folder that `limits` sends before anything
+    foreign runs, so that no right to look into them is needed. Without a sandbox nothing comes.
     """
 
     def __init__(self, pids: Sequence[int], scratch: Sequence[socket.socket]) -> None:
-        self.cpu_seconds = 0.0
-        self.memory_bytes = 0
-        self.num_files = 0
+        self.cpu_seconds = 0.0  # the most seen of any one process
+        self.memory_bytes = 0  # of all processes and files in /tmp, at the last look
+        self.num_files = 0  # files and folders in /tmp, at the last look
         self._pids = pids
         self._senders = list(scratch)
         for sender in scratch:
@@ -246,10 +211,7 @@ class Usage:
         self.memory_bytes = memory + self._scratch_memory_bytes()
 
     def shared_memory_bytes(self) -> int:
-        """Memory of all processes with shared pages counted once; slower than a look.
-
-        Falls back to what the last look counted where the system does not tell.
-        """
+        """Memory with shared pages counted once, or as the last look had it; slower than a look."""
         total = self._scratch_memory_bytes()
         for pid in _descendants(self._pids):
             try:

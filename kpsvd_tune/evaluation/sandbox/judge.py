@@ -124,9 +124,9 @@ def _is_of_the_tests(value: Any) -> bool:
 class Namespace(dict[str, object]):
     """Global names of the tests; the rest are the program's.
 
-    A name of Python's own stays Python's, so that a program cannot put its own `set` or `sorted`
-    into the comparison; only where the tests use no other name of the program may the function
-    under test have such a name. In the same way `math.isclose` means Python's `math`.
+    A name of Python's own stays Python's, `math.isclose` too, so that a program cannot put its own
+    `sorted` into the comparison. The function under test has such a name only where the tests use
+    no other name of the program.
     """
 
     def __init__(self, peer: Peer, tests: Sequence[str]) -> None:

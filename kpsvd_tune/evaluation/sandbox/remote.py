@@ -29,16 +29,13 @@ class ConversationError(BaseException):
 
 
 class Peer:
-    """One side of the conversation.
+    """One side of the conversation over a connected stream socket.
 
     Args:
-        descriptor: a connected stream socket.
+        descriptor: the socket.
         first_id: 0 on one side, 1 on the other.
         serve: answers what the other side asks: (name of the question, its arguments).
         is_judge: whether this side judges the other; see `Codec` for what that changes.
-
-    Attributes:
-        fault: what ended the conversation, or None.
     """
 
     def __init__(
@@ -54,7 +51,7 @@ class Peer:
             # A name without dots, under which pickle finds it in a bare interpreter.
             _unpickle.__module__ = "kpsvd_tune_remote"
             sys.modules[_unpickle.__module__] = sys.modules[__name__]
-        self.fault: str | None = None
+        self.fault: str | None = None  # what ended the conversation
         self._descriptor = descriptor
         self._serve = serve
         # A thread of the program may ask while another waits; one question at a time.
@@ -68,14 +65,7 @@ class Peer:
         )
 
     def ask(self, name: str, *args: Any) -> Any:
-        """Ask the other side, and answer what it asks meanwhile.
-
-        Returns:
-            Its answer.
-
-        Raises:
-            BaseException: what it raised, or `ConversationError`.
-        """
+        """Ask the other side, answering what it asks meanwhile; raises what it raised."""
         with self._lock:
             if self.codec.is_reading:
                 raise self._end("a message that asks for more before it is read")
@@ -180,11 +170,7 @@ class Remote:
 
     @staticmethod
     def plain(value: Any) -> Any:
-        """A value to compute with: an object's content in an exact built-in type.
-
-        Raises:
-            TypeError: the object's class derives from no container.
-        """
+        """A value to compute with: an object's content in an exact built-in type, or TypeError."""
         if type(value) is not Remote:
             return value
         if not value.__has_base:

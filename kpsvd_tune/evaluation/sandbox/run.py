@@ -57,17 +57,13 @@ class Program:
 class RunResult:
     """How a program went.
 
-    Attributes:
-        status: "passed"; "failed": an assert or another error; "invalid": it does not compile;
-            "timeout"; "output", "memory", "files": it used more than it may; "crashed": it ended
-            before its tests did.
-        detail: the error, as the judge tells it.
-        output: the beginning of what it printed.
+    "failed": an assert or another error; "invalid": it does not compile; "output", "memory",
+    "files": it used more than it may; "crashed": it ended before its tests did.
     """
 
     status: Status
-    detail: str = ""
-    output: str = ""
+    detail: str = ""  # the error, as the judge tells it
+    output: str = ""  # the beginning of what it printed
 
     @property
     def passed(self) -> bool:
@@ -77,20 +73,12 @@ class RunResult:
 
 @dataclass(frozen=True)
 class CodePermission:
-    """Whether programs that a model wrote may run; made and checked once, by the command.
+    """Whether programs that a model wrote may run; made and checked once, by the command."""
 
-    Attributes:
-        sandbox: what programs run in, "none" for no protection; None where they may not run.
-    """
-
-    sandbox: Sandbox | None = None
+    sandbox: Sandbox | None = None  # "none" for no protection; None: they may not run
 
     def for_task(self, task: str) -> Sandbox:
-        """What the programs of a task run in.
-
-        Raises:
-            InputError: they may not run.
-        """
+        """What the programs of a task run in; InputError where they may not run."""
         if self.sandbox is None:
             raise InputError(
                 f"the task {task} runs programs the model wrote, and that was not allowed. Type "
@@ -103,15 +91,7 @@ NO_CODE = CodePermission()
 
 
 def check_sandbox(sandbox: str) -> None:
-    """Make sure that programs can be run as asked, before any work is done for it.
-
-    Args:
-        sandbox: "bwrap", or "none" to run programs with the user's own rights.
-
-    Raises:
-        InputError: another word than these, or bubblewrap is missing, too old or forbidden here;
-            the message says how to install it.
-    """
+    """Refuse a sandbox that is not "none" or a working "bwrap"; the message says how to get one."""
     if sandbox not in ("bwrap", "none"):
         raise InputError(f"--sandbox must be bwrap or none, got {sandbox!r}.")
     if sandbox == "bwrap" and (fault := sandbox_fault()):
@@ -126,22 +106,10 @@ def run_programs(
     num_workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RunResult]:
-    """Run many programs, several at a time.
+    """Run many programs, several at a time, and give their results in their order.
 
-    Args:
-        programs: what to run; nothing is shared between them.
-        sandbox: "bwrap", or "none" for no protection but the limits.
-        limits: what each program may use.
-        num_workers: programs at a time; by default as many as there are processors, and memory
-            for if each uses all it may.
-        progress: called with (done, total) after each program.
-
-    Returns:
-        One result a program, in their order.
-
-    Raises:
-        InputError: the sandbox cannot be had (see `check_sandbox`).
-        ResourceError: a sandbox did not start.
+    By default as many run at once as there are processors, and memory for if each uses all it may.
+    `progress` is told (done, total) after each. ResourceError: a sandbox did not start.
     """
     check_sandbox(sandbox)
     limits = limits or Limits()
@@ -162,11 +130,7 @@ def run_programs(
 def run_program(
     program: Program, sandbox: Sandbox = "bwrap", limits: Limits | None = None
 ) -> RunResult:
-    """Run one program; nothing of it is left when the call returns.
-
-    Raises:
-        ResourceError: the sandbox did not start.
-    """
+    """Run one program, leaving nothing of it; ResourceError where the sandbox did not start."""
     limits = limits or Limits()
     with ExitStack() as stack:
         ends = [stack.enter_context(end) for end in socket.socketpair()]

@@ -259,11 +259,7 @@ class Codec:
     # Reading ------------------------------------------------------------------------------------
 
     def read(self, message: bytes) -> Any:
-        """The value of a message, after the changes that come with it.
-
-        Raises:
-            WireError: The message is not what `write` writes.
-        """
+        """The value of a message, after the changes with it; WireError if `write` wrote none."""
         self.is_reading = True
         touched: list[int] = []
         try:

@@ -27,7 +27,7 @@ class Engine(ABC):
     """A model with its loss and its optimiser, on one or several processes.
 
     Each method is called on all processes at the same time, and gives equal results on all unless
-    it says otherwise.
+    it says otherwise. RecipeError: the recipe asks for what the engine cannot do.
 
     Args:
         token_loss: The model with its loss; goes to the accelerator's device.
@@ -35,17 +35,9 @@ class Engine(ABC):
         accelerator: From `make_accelerator`, with the same section.
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
         example: A batch that reaches all that any text reaches, the same on every process.
-
-    Attributes:
-        optimizer: The optimiser; the schedule sets the rates of its groups.
-        shapes: Shape of each trained parameter by its name in the model.
-        keeps_gradients: Whether each parameter holds its gradient after the backward pass.
-
-    Raises:
-        RecipeError: The recipe asks for what the engine cannot do.
     """
 
-    keeps_gradients = True
+    keeps_gradients = True  # whether parameters hold their gradients after the backward pass
 
     def __init__(
         self,
@@ -62,8 +54,10 @@ class Engine(ABC):
         self._names: dict[Tensor, str] = {
             p: name for name, p in token_loss.model.named_parameters() if p.requires_grad
         }
+        # Of each trained parameter, by its name in the model.
         self.shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
         factors = [rate_factors.get(name, 1.0) for name in self.shapes]
+        # The schedule sets its groups' rates.
         self.optimizer = make_optimizer(recipe, list(self._names), factors)
 
     @abstractmethod
@@ -72,15 +66,10 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
-        """Compute the loss of a micro batch and add its gradient, times `scale`.
+        """Add a micro batch's gradient, times `scale`, and give its loss of this process.
 
-        Args:
-            inputs: What `SummedTokenLoss` takes, on the device.
-            scale: Factor of the gradient.
-            is_last: The last micro batch of a step, with which gradients are summed over processes.
-
-        Returns:
-            The summed loss of this process before it is scaled, a float32 scalar.
+        The loss is summed and not scaled, a float32 scalar. `is_last` is the last micro batch of a
+        step, with which gradients are summed over processes.
         """
 
     @abstractmethod
@@ -115,11 +104,7 @@ class Engine(ABC):
         return optimizer_state(self.optimizer, self._names)
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Put back the state of each parameter; settings of groups stay as the recipe has them.
-
-        Raises:
-            CheckpointError: The checkpoint is of other parameters.
-        """
+        """Put back the state of each parameter; settings of groups stay as the recipe has them."""
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups

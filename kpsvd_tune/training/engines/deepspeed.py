@@ -24,8 +24,7 @@ from kpsvd_tune.training.loss import SummedTokenLoss
 class DeepSpeedEngine(Engine):
     """The loss in DeepSpeed's engine, with the optimiser's state sharded.
 
-    The optimiser is an element-wise one over parameters in float32. At stage 3 the parameters are
-    sharded in place.
+    The optimiser is an element-wise one over float32 parameters, sharded in place at stage 3.
     """
 
     keeps_gradients = False
@@ -167,8 +166,7 @@ class DeepSpeedEngine(Engine):
     def _link_state(self) -> None:
         """Let the engine look at the state that there is now.
 
-        Below stage 3 it looks once, after the first group's first step, when the other groups have
-        none yet.
+        Below stage 3 it looks only once, after the first group's step, before others have any.
         """
         if self.stage < 3:
             self._zero._hp_optimizer_states_linked = False

@@ -156,12 +156,7 @@ def check_parallel(accelerator: Accelerator, recipe: TrainRecipe) -> None:
 def engine_config(
     given: Mapping[str, Any], recipe: TrainRecipe, num_processes: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, completed from the recipe.
-
-    `given` is what Accelerate made of its own settings or of DeepSpeed's file; the word "auto"
-    leaves a value to the recipe. Every fault is named: what contradicts the recipe, or cannot be
-    resumed exactly.
-    """
+    """DeepSpeed's configuration, each "auto" from the recipe; the error names every fault."""
     if faults := list(_faults(given, recipe, num_processes)):
         raise RecipeError(
             "DeepSpeed's configuration does not fit the recipe:\n  "

@@ -60,8 +60,8 @@ def allow_unused_parameters(
 ) -> None:
     """Make DDP look for parameters without gradients, where the example leaves some out.
 
-    DDP otherwise waits for them for ever, and ends in an error; looking costs time in each step.
-    To be called before the model is prepared, with the same example on every process.
+    DDP otherwise waits for them for ever; looking costs time in each step. To be called before the
+    model is prepared, with the same example on every process.
     """
     token_loss.to(accelerator.device)
     with evaluating(token_loss):  # draws no random numbers

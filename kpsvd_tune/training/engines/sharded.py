@@ -25,10 +25,9 @@ Tree = TypeVar("Tree")
 
 
 class ShardedEngine(PlainEngine):
-    """The plain engine over DTensors: each process holds a shard of every parameter.
+    """The plain engine over DTensors; every process must call the loss equally often.
 
-    A block's weights are whole on a process only while that block computes. Buffers, the frozen
-    factors among them, stay whole everywhere. Every process must call the loss equally often.
+    A block's weights are whole only while it computes; buffers, with the frozen factors, always.
     """
 
     def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:

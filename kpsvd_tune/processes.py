@@ -31,7 +31,7 @@ _LOST = ("connection closed", "connection reset", "broken pipe", "socket", "remo
 
 
 class _Patient:
-    """The group in which processes wait with that patience, and the world that it is a group of."""
+    """The process group with the long time limit, and the default group that it was made for."""
 
     world: Any = None
     group: Any = None
@@ -71,7 +71,7 @@ def wait_for_all() -> None:
 
 
 def device() -> torch.device:
-    """Where this process computes, which first meets the others where there are any."""
+    """The device of this process; of several processes, after the process group is initialised."""
     is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return torch.device("cuda" if torch.cuda.is_available() and not is_cpu else "cpu")

@@ -33,7 +33,8 @@ def values_of(model: nn.Module) -> dict[str, Any]:
         return {}
     values: dict[str, Any] = json.loads(json.dumps(dict(_leaves(config.to_dict())), default=str))
     if all(value in (None, "default") for key, value in values.items() if "rope_type" in key):
-        # Rotations that are not scaled know no longest text, and tables show in the weights.
+        # Unscaled rotary embeddings do not depend on the longest text, and position tables are
+        # weights, which are compared as such.
         values = {k: v for k, v in values.items() if not k.endswith("max_position_embeddings")}
     return values
 

@@ -1,8 +1,8 @@
 """Forms of an adapter: the terms of its update, what of them is trained, and what that costs.
 
-A form holds all that is particular to it; the layer, the differentiable operation and the update
-kept for inference ask it. Another form (frozen or shared factors) is another class of these
-methods.
+A form says which terms make the update, what of them is trained and how a call is computed; the
+layer, the differentiable operation and the update kept for inference ask it. All forms so far have
+the four tensors a, b, A0 and B0 of a layer; one with others needs a place for them in the layer.
 """
 
 from __future__ import annotations

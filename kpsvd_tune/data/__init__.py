@@ -7,9 +7,10 @@ A line of a file is trained on this way; each step names what it gives:
     encode.encoder  Layout: the text as the template writes it, learnt or not; then TokenizedRow
     rows.store      flat arrays on disk, and StoredRows, whose TokenizedRows are slices of them
     rows.split      which rows are trained and which held out
-    rows.batches    which rows a step takes, and the tensors of a batch
+    rows.batches    which rows a step takes, and how they are padded or packed
 
-`rows.prepare` calls these in order.
+`rows.prepare` calls these in order. Training goes on from there: `training.batches` makes the
+tensors of a batch, and `training.loss` gives the sum of the cross-entropies of its learnt tokens.
 """
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, TokenizedRow

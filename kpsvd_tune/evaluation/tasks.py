@@ -3,7 +3,8 @@
 To add a scorer, write what it makes of one answer as a function of (completion, gold), and add it
 to `TASKS` with :func:`each`. A scorer that has to see all answers at once, because it starts
 processes for them, is a :class:`ScoringRule` with a function of its own. To add a task, add an
-entry to `TASKS` and its name to `EvaluationRecipe.task`.
+entry to `TASKS` and its name to `EvaluationRecipe.task` (and to `_NEED_A_PATH` there, where it has
+no rows of its own). The first scorer of a task is its headline figure.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class ScoringRule:
 
     judge: Judge  # from completions, the sandbox and progress: one verdict each, in order
     is_pass_at_k: bool = False  # instead of the share of right answers
-    missing: Callable[[], str | None] = lambda: None  # why not to be used here and what to do
+    missing: Callable[[], str | None] = lambda: None  # why it cannot be used here, and what to do
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,9 @@ def merge(
     plain: Any = model.merge_and_unload()
     plain.to(DTYPES[dtype])
     _check_finite(plain, dtype)
-    _check_room(plain, output)
     with write_folder(output) as partial:
+        # What a killed merge left is gone by now, and its room is free.
+        _check_room(plain, output)
         stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

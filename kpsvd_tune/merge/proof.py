@@ -47,7 +47,7 @@ class Proof:
 
     def tolerance(self, dtype: str) -> float:
         """Largest logit difference that passes for weights stored in that dtype."""
-        # Of the prompt with the smallest logits, so that large ones of another excuse nothing.
+        # The prompt with the smallest logits counts: large logits of another excuse nothing.
         return TOLERANCES[dtype] * min(float(logits.abs().max()) for logits in self._expected)
 
     def compare(self, merged: Any) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def _logits(model: torch.nn.Module, batches: Sequence[Tensor], whose: str) -> li
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
     """Largest absolute logit difference, and the share of positions with the same top token."""
     pairs = list(zip(expected, found, strict=True))
-    # Of tensors and not of floats: Python's max() forgets what is not a number.
+    # torch's max keeps a NaN, which Python's max() of floats may lose.
     difference = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
     return difference, same / sum(len(a) for a in expected)

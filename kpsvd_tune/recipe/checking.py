@@ -58,7 +58,7 @@ def check(document: Document, *, of_run: bool = False) -> Recipe | None:
 
 
 def _two_lengths(document: Document) -> Fault | None:
-    """Of `epochs` beside `max_steps`, which would have no effect.
+    """The fault of `epochs` beside `max_steps`, where `epochs` would have no effect.
 
     A typed `max_steps` may stand beside the file's `epochs`: so a long recipe is tried out. The
     default of `epochs` may stand too, as in every recipe written out with its defaults.

@@ -56,7 +56,7 @@ def _not_blank(value: str) -> str:
 
 
 def _check_path(value: str) -> str:
-    """Refuse what no file can be called, and the home of a user who is not there."""
+    """Refuse what no file can be called."""
     if "\0" in value:
         raise ValueError(f"got {show(value)}; a path that holds a NUL character names no file")
     return value

@@ -74,7 +74,8 @@ class LayerReport(Result):
         rank: Kronecker rank chosen; 0 leaves the module untouched.
         rank_energy: Rank that the energy threshold alone asks for.
         rank_elbow: Rank that the elbow alone asks for.
-        bound_by: The rule that decided: energy, elbow, fixed, min, max, budget, override, ...
+        bound_by: The rule that decided: energy, elbow, noise_edge, fixed, window, min, max,
+            budget or override.
         energy_window: Share of the window's energy that the chosen terms hold, 0 to 1.
         energy_total: Share of the squared Frobenius norm of the weight they hold, 0 to 1.
         parameters: Trainable parameters, rank * (m*n + p*q).

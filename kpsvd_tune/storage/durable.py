@@ -182,7 +182,7 @@ def remove_leftovers(folder: Path, name: str | None = None, *, is_alone: bool = 
 
 @contextlib.contextmanager
 def _aside(path: Path, is_folder: bool) -> Iterator[tuple[Path, int]]:
-    """A new file or folder beside `path` and its descriptor; removed if it still has its name."""
+    """A new file or folder beside `path` and its descriptor; removed unless it was renamed."""
     remove_leftovers(path.parent, path.name)
     temporary, descriptor = _claim(path, is_folder)
     try:
@@ -219,7 +219,7 @@ def _settle(folder: Path) -> None:
             continue
         now = stat.S_IMODE(path.stat().st_mode)
         usual = (0o777 if path.is_dir() else 0o666) & ~mask
-        # Bits are only added: a folder has the group of its parent by one of the others.
+        # Bits are only added: the setgid bit, which passes on the group of the parent, stays.
         if now | usual != now:
             os.chmod(path, now | usual)
         if path.is_dir():

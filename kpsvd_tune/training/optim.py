@@ -13,8 +13,8 @@ from transformers import Adafactor
 from kpsvd_tune.errors import RecipeError, closest, did_you_mean
 from kpsvd_tune.recipe import TrainRecipe
 
-# Whose update of an entry needs nothing but that entry's own history, so that they can work on
-# shards of tensors; each is tested with sharded weights.
+# Optimisers that update each entry by its own history alone, so that they can work on shards of
+# tensors; each is tested with sharded weights.
 SHARDABLE = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,

@@ -120,7 +120,8 @@ def read_data(context: Context) -> RunInput:
     train, validation, sha256, template = on_main_process(
         lambda: _read_rows(context, dataset, tokenizer, source)
     )
-    # Only the first process has read the rows, which decide on it where the recipe does not.
+    # Only the first process has read the rows, and where the recipe names no chat template the
+    # rows decide which one is used.
     tokenizer.chat_template = on_main_process(lambda: tokenizer.chat_template)
     length = run_length(
         recipe.train, len(train), len(validation), context.accelerator.num_processes
@@ -151,7 +152,7 @@ def read_data(context: Context) -> RunInput:
 
 
 def earlier_results(context: Context) -> dict[str, Any]:
-    """The content of results.json of a run that is finished, which is said."""
+    """Say that the run is finished, and return the content of its results.json."""
     run, missing = context.run, ""
     if holds_adapter(run.adapter):
         check_own(run.adapter, read_json(run.run_file).get(ADAPTER_KEY))
@@ -223,7 +224,7 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
 def finish_run(
     context: Context, data: RunInput, started: StartedModel, trained: TrainedModel
 ) -> dict[str, Any]:
-    """Score the trained model, save its adapter and write results.json, whose content is given."""
+    """Score the trained model, save its adapter, write results.json and return its content."""
     recipe, run, training = started.recipe, context.run, trained.training
     context.phase.enter("scoring and saving", answering_cures(recipe.evaluation), _KEPT)
     outcome = training.result()

@@ -50,7 +50,7 @@ class Stepper:
         accelerator: The processes.
         num_steps: Length of the schedule.
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that reaches all that any text reaches, the same on every process.
+        example: A batch that uses every weight that text can use, the same on every process.
 
     Raises:
         AdapterError: Nothing is trainable.

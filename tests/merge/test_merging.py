@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,6 +326,24 @@ def test_what_a_killed_merge_left_is_removed_and_one_at_work_is_not(
     merge_into(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
     os.close(held)
     assert {each.name for each in tmp_path.iterdir()} == {"m", at_work.name, other.name}
+
+
+@pytest.mark.slow
+def test_the_room_that_a_killed_merge_took_counts_as_free(
+    tiny_model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = tmp_path / ".m.aaaaaaaa.tmp"
+    left.mkdir()
+
+    def usage(path: object) -> Any:
+        return SimpleNamespace(free=0 if left.exists() else 10**9)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    merge_into(adapted(tiny_model), tokenizer, tmp_path / "m", adapter="r", dtype="float32")
+    assert [each.name for each in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("place", ["base", "base/inside", "."])

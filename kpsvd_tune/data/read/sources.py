@@ -284,7 +284,7 @@ def _hub_access(source: str) -> tuple[bool, str, tuple[str, ...]]:
 
 
 def _reaches_hub(source: str) -> bool:
-    """Whether the hub answers: the `datasets` library asks one that does not for half a minute."""
+    """Whether the hub answers; `datasets` itself would try for half a minute before it gives up."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

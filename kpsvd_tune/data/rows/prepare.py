@@ -46,7 +46,7 @@ class PreparedData:
     train: StoredRows  # never empty; rows of a weighted source repeat
     validation: StoredRows  # held out; may be empty
     report: PreflightReport
-    # Of every id and label in order, through which all settings act: equal hashes train the same.
+    # Hash of every id and label in order: whatever the settings, equal hashes train the same.
     sha256: str
     encoder: Encoder  # as for the rows of the first source
     template: str  # "chat", or text; of the first source
@@ -243,7 +243,7 @@ def _report(
 
 
 def _turns(dataset: DatasetRecipe, groups: NDArray[np.int64]) -> list[str]:
-    """How many of the data's rows the rows to train on come from, where these are turns."""
+    """With `learn: each`, from how many rows of the data the trained turns come; else nothing."""
     if dataset.learn != "each":
         return []
     return [

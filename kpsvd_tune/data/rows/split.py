@@ -215,7 +215,7 @@ def split_rows(
     if twins is None:
         twins = groups
     else:
-        # By the first row of each set in this order, which changes nothing where all differ.
+        # Sets of equal rows stand where their first row stands; without equal rows nothing moves.
         _, starts = np.unique(groups, return_index=True)
         _, first, inverse = np.unique(twins[starts][order], return_index=True, return_inverse=True)
         order = order[np.argsort(first[inverse], kind="stable")]

@@ -62,7 +62,7 @@ class Tokeniser:
     tokenizer: PreTrainedTokenizerBase
     cache: TokenCache
     advance: Callable[[int], None]  # called with the number of rows read just now
-    # The tokenizer's own chat template, where another is tried in its place and must ask alike.
+    # The tokenizer's own chat template where another one is tried: both must write prompts alike.
     own_template: Template | None = None
 
     @cached_property

@@ -34,7 +34,7 @@ class Engine(ABC):
         recipe: The `train` section.
         accelerator: From `make_accelerator`, with the same section.
         rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that reaches all that any text reaches, the same on every process.
+        example: A batch that uses every weight that text can use, the same on every process.
     """
 
     keeps_gradients = True  # whether parameters hold their gradients after the backward pass

@@ -15,6 +15,11 @@ def go_offline() -> None:
     os.environ["WANDB_MODE"] = "offline"
 
 
-def is_offline() -> bool:
-    """Whether only what earlier runs fetched may be used."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+def is_offline(*variables: str) -> bool:
+    """Whether only what earlier runs fetched may be used.
+
+    Args:
+        variables: Any of which says so; by default HF_HUB_OFFLINE. `datasets` has one of its own.
+    """
+    names = variables or ("HF_HUB_OFFLINE",)
+    return any(os.environ.get(name, "").upper() in _TRUE for name in names)

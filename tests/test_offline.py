@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from kpsvd_tune.data.read.sources import _hub_access
 from kpsvd_tune.offline import go_offline, is_offline
 
 
@@ -26,3 +27,10 @@ def test_going_offline_tells_every_library(monkeypatch):
     go_offline()
     assert [os.environ[name] for name in names] == ["1", "1", "offline"]
     assert is_offline()
+
+
+def test_datasets_have_a_variable_of_their_own(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    assert not is_offline()
+    assert _hub_access("some/set")[0], "no call of the network"

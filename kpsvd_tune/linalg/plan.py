@@ -71,7 +71,8 @@ class LayerPlan:
     def energy(self, num_terms: int) -> float:
         """Share of ||W||_F^2 that the leading terms hold; 0 for a zero matrix.
 
-        Exact without further terms, since ||W||_F is known; rounding never takes it above 1.
+        Exact without further terms, since ||W||_F is known; rounding never takes it above 1. Of
+        terms that were not computed nothing is counted.
         """
         if self.squared_norm == 0:
             return 0.0

@@ -177,7 +177,7 @@ _DECIDED = (
 class AdapterRecipe(Section):
     """The Kronecker adapter.
 
-    What is not the default was measured (docs/study, one seed, validation loss against 0.8041):
+    What is not the default was measured (docs/study.md, one seed, validation loss against 0.8041):
     ``init: random`` 0.8076, so the start from the weight's terms is worth 0.0035; ``rate:
     relative`` 0.8013, which over three seeds is a tie, and carries a rate to other models and
     ranks.

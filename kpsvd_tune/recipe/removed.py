@@ -39,7 +39,8 @@ def _optimizer(name: str) -> _Removed:
     return _Removed(
         f"torch.optim.{name}",
         f"write torch.optim.{name}, which is the same optimiser; a run that began with the short "
-        "name goes on with --allow-change train.optimizer",
+        "name goes on with --allow-change train.optimizer (with train.parallel: fsdp only where it "
+        "is Adam or RMSprop)",
     )
 
 

@@ -275,7 +275,7 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
 
 def _hub_access(source: str) -> tuple[bool, str, tuple[str, ...]]:
     """Whether the local cache alone is read, where rows come from in words, and notes on that."""
-    if is_offline():
+    if is_offline("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         return True, "the local cache (offline)", ()
     if _reaches_hub(source):
         return False, "the hub", ()

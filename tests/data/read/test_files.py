@@ -197,7 +197,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError("name or service not known")
 
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
     monkeypatch.setattr("datasets.load_dataset", load)
@@ -227,7 +228,8 @@ def test_a_hub_that_has_no_such_data_set_is_believed(monkeypatch: pytest.MonkeyP
         assert not constants.HF_HUB_OFFLINE
         raise ValueError("doesn't exist on the Hub")
 
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", refuse)
     monkeypatch.setattr("datasets.load_dataset", load)

@@ -188,8 +188,12 @@ def test_a_file_that_the_system_cuts_leaves_nothing(adapter: Path, tmp_path: Pat
         "import resource, signal, sys\n"
         "from kpsvd_tune.commands import main as cli\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        f"sys.exit(cli.run(['merge', {str(adapter)!r}, '--output', {str(output)!r}]))\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))\n"
+        f"code = cli.run(['merge', {str(adapter)!r}, '--output', {str(output)!r}])\n"
+        # What measures the coverage of this process writes a file at its end.
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\n"
+        "sys.exit(code)\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120

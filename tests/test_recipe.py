@@ -307,7 +307,8 @@ def test_a_removed_value_on_the_command_line_is_refused_by_its_words(write):
             [
                 "x.yaml:4: train.optimizer: rmsprop was removed: write torch.optim.RMSprop, which "
                 "is the same optimiser; a run that began with the short name goes on with "
-                "--allow-change train.optimizer"
+                "--allow-change train.optimizer (with train.parallel: fsdp only where it is Adam "
+                "or RMSprop)"
             ],
             "train",
             "torch.optim.RMSprop",

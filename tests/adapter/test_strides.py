@@ -53,7 +53,8 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "empty batch": lambda: torch.randn(0, 5, WIDTH),
     "no tokens": lambda: torch.randn(3, 0, WIDTH).transpose(0, 1),
 }
-# Of the largest entry: float32 sums of a few hundred products; bf16 keeps 8 bits.
+# Of the largest entry, or where products cancel of a tenth of what they add up to without their
+# signs: float32 sums of a few hundred products; bf16 keeps 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -74,50 +75,63 @@ def offsets(module: KpsvdLinear) -> tuple[nn.Parameter, nn.Parameter]:
     return module.kpsvd_left["default"], module.kpsvd_right["default"]
 
 
-def dense(module: KpsvdLinear, x: Tensor, gy: Tensor) -> list[Tensor]:
-    """y and the gradients of x, a and b in float64, with Delta built whole."""
-    x = x.detach().double().contiguous().requires_grad_()
-    a, b = (factor.detach().double().requires_grad_() for factor in offsets(module))
-    left0, right0 = module.kpsvd_left0["default"].double(), module.kpsvd_right0["default"].double()
+def dense(module: KpsvdLinear, x: Tensor, gy: Tensor, unsigned: bool = False) -> list[Tensor]:
+    """y and the gradients of x, a and b in float64, with Delta built whole.
+
+    `unsigned` takes all numbers without their signs, so that nothing cancels: rounding errors are
+    in proportion to that (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
+    """
+
+    def given(tensor: Tensor) -> Tensor:
+        exact = tensor.detach().double()
+        return exact.abs() if unsigned else exact
+
+    x = given(x).contiguous().requires_grad_()
+    a, b = (given(factor).requires_grad_() for factor in offsets(module))
+    left0, right0 = given(module.kpsvd_left0["default"]), given(module.kpsvd_right0["default"])
     base: Any = module.base_layer
     delta = kron_sum(left0 + a, right0 + b) - kron_sum(left0, right0)
-    y = x @ (base.weight.double() + delta).T + base.bias.double()
-    y.backward(gy.double())
+    y = x @ (given(base.weight) + delta).T + given(base.bias)
+    y.backward(given(gy))
     found = [y.detach(), x.grad, a.grad, b.grad]
     assert all(tensor is not None for tensor in found)
     return [tensor for tensor in found if tensor is not None]
 
 
-def assert_close(got: Tensor | None, expected: Tensor, tolerance: float, what: str) -> None:
+def assert_close(
+    got: Tensor | None, expected: Tensor, tolerance: float, what: str, unsigned: Tensor
+) -> None:
     assert got is not None, what
     assert got.shape == expected.shape, what
     if expected.numel():
-        error = (got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-9)
+        size = torch.maximum(expected.abs().max(), unsigned.max() / 10).clamp_min(1e-9)
+        error = (got.double() - expected).abs().max() / size
         assert float(error) <= tolerance, f"{what}: relative error {float(error):.2e}"
 
 
 def check(module: KpsvdLinear, x: Tensor, gy: Tensor) -> None:
     """Outputs and gradients, differentiated, without gradients, and kept ready for inference."""
     tolerance = TOLERANCE[x.dtype]
-    expected = dense(module, x, gy)
+    expected, unsigned = dense(module, x, gy), dense(module, x, gy, unsigned=True)
     x = x.detach().requires_grad_()
     module.zero_grad()
     y = module(x)
     y.backward(gy)
     left, right = offsets(module)
-    for got, wanted, what in zip(
+    for got, wanted, what, size in zip(
         (y.detach(), x.grad, left.grad, right.grad),
         expected,
         ("y", "gradient of x", "gradient of a", "gradient of b"),
+        unsigned,
         strict=True,
     ):
-        assert_close(got, wanted, tolerance, what)
+        assert_close(got, wanted, tolerance, what, size)
     with torch.no_grad():
         # The second call is answered by what the first one kept.
         for what in ("y without gradients", "y again"):
-            assert_close(module(x), expected[0], tolerance, what)
+            assert_close(module(x), expected[0], tolerance, what, unsigned[0])
     with torch.inference_mode():
-        assert_close(module(x), expected[0], tolerance, "y in inference mode")
+        assert_close(module(x), expected[0], tolerance, "y in inference mode", unsigned[0])
 
 
 @pytest.mark.slow
@@ -151,6 +165,7 @@ def test_every_layout_is_the_dense_formula(
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_any_strides_are_the_dense_formula(data: st.DataObject) -> None:
+    torch.manual_seed(0)  # the same numbers when a failure is tried again
     sizes = data.draw(st.lists(st.integers(0, 3), max_size=3), label="sizes")
     order = data.draw(st.permutations(range(len(sizes) + 1)), label="order in memory")
     steps = data.draw(

@@ -8,9 +8,7 @@ from typing import Any
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.data import prepare, source_names
 from kpsvd_tune.data.rows.preflight import model_limits
-from kpsvd_tune.errors import (
-    RecipeError,
-)
+from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_skeleton, load_tokenizer, resolve_model
 from kpsvd_tune.recipe import Recipe
@@ -28,6 +26,7 @@ def plan(recipe: Recipe, events: Events) -> dict[str, Any]:
         recipe.dataset,
         load_tokenizer(source),
         seed=recipe.train.seed,
+        progress=lambda done, total: events.advance("tokenising", done, total),
         limits=model_limits(skeleton),
     )
     events.note(data.cache_note)

@@ -168,6 +168,7 @@ class MethodSummary(Result):
         init_seconds: Median over seeds.
         peak_memory_bytes: Largest over seeds.
         cost: Device time of one run, init included, times the price; None without a price.
+        is_ours: Whether it is a baseline of this project's own, for PEFT has no such method.
     """
 
     method: str
@@ -189,6 +190,7 @@ class MethodSummary(Result):
     init_seconds: float
     peak_memory_bytes: int
     cost: float | None
+    is_ours: bool = False
 
     def in_words(self, currency: str = "") -> dict[str, str]:
         """The cell of every column of the tables, on the console and on the page."""
@@ -201,7 +203,7 @@ class MethodSummary(Result):
         if steps is not None and steps.n != num_seeds:
             reached += f" ({steps.n} of {num_seeds})"
         return {
-            "method": self.method,
+            "method": f"{self.method} (ours)" if self.is_ours else self.method,
             "budget": f"{self.budget:,}",
             "trained": f"{self.trainable_parameters:,}",
             "stored": f"{self.stored_parameters:,}",

@@ -32,7 +32,7 @@ class RunOptions:
 class Context:
     """One training in this process."""
 
-    recipe: Recipe  # the recipe
+    recipe: Recipe
     run: RunDirectory  # the run's folder; the main process holds its lock
     accelerator: Accelerator  # the processes and their devices
     events: Events  # told of stages, notes and progress
@@ -44,7 +44,7 @@ class Context:
 class RunInput:
     """What a run is made of."""
 
-    source: ModelSource  # the base model
+    source: ModelSource  # of the base model
     base_files: Mapping[str, str]  # hashes of its files
     # The base's, with the chat template that the rows were written with.
     tokenizer: PreTrainedTokenizerBase

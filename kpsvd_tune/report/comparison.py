@@ -6,12 +6,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.results import Result
+from kpsvd_tune.report.results import CLOSED, Result
 from kpsvd_tune.storage.json_files import check_types, read_json
 from kpsvd_tune.units import duration, size
 
@@ -20,7 +20,7 @@ from kpsvd_tune.units import duration, size
 class Trial:
     """One training run of a comparison."""
 
-    method: str  # the method's name
+    method: str
     budget: int  # trainable parameters it may have
     learning_rate: float  # its highest learning rate
     seed: int  # seeds the order of the rows, dropout, and whatever the method draws
@@ -43,7 +43,8 @@ _FORMER = {"cpu_seconds_per_step"}
 class TrialRow(Result):
     """One training run of a comparison: a line of results.jsonl."""
 
-    method: str  # the method's name
+    __pydantic_config__ = CLOSED
+    method: str
     budget: int  # trainable parameters it might have
     learning_rate: float  # its highest learning rate
     seed: int  # seed of the order of the rows and of whatever the method draws
@@ -76,16 +77,13 @@ class TrialRow(Result):
             InputError: A key is missing or unknown, or a value is of another type.
         """
         found = {key: value for key, value in data.items() if key not in _FORMER}
-        names = {each.name for each in fields(cls)}
-        if wrong := sorted((names - {"failed"} - found.keys()) | (found.keys() - names)):
-            raise InputError(
-                f"a row of results.jsonl lacks or has the unknown {', '.join(wrong)}; expected "
-                "rows of this version: choose another output_dir"
-            )
         try:
             row: TrialRow = check_types(found, cls)
         except ValueError as error:
-            raise InputError(f"a row of results.jsonl {error}") from error
+            raise InputError(
+                f"a row of results.jsonl {error}; expected rows of this version: choose another "
+                "output_dir"
+            ) from error
         return row
 
 
@@ -93,11 +91,10 @@ class TrialRow(Result):
 class Estimate(Result):
     """A mean over seeds."""
 
-    mean: float  # the mean
+    mean: float
     deviation: float | None  # standard deviation over seeds; None for one seed
-    # Lower end of the 95 % confidence interval of the mean (Student's t); None for one.
-    low: float | None
-    high: float | None  # its upper end
+    low: float | None  # ends of the 95 % confidence interval (Student's t); None for one seed
+    high: float | None
     n: int  # seeds
 
     def interval(self, digits: int = 4) -> str:
@@ -111,7 +108,7 @@ class Estimate(Result):
 class MethodSummary(Result):
     """One method at one budget, at its best learning rate."""
 
-    method: str  # the method's name
+    method: str
     budget: int  # trainable parameters it might have
     trainable_parameters: int  # what it trained
     stored_parameters: int  # what an adapter for the unmodified base holds
@@ -138,11 +135,8 @@ class MethodSummary(Result):
 
     def in_words(self, currency: str = "") -> dict[str, str]:
         """The cell of every column of the tables, on the console and on the page."""
-        steps, num_seeds, seconds = (
-            self.steps_to_reference,
-            self.validation_loss.n,
-            self.seconds_to_reference,
-        )
+        steps, num_seeds = self.steps_to_reference, self.validation_loss.n
+        seconds = self.seconds_to_reference
         reached = "–" if steps is None else f"{steps.mean:.0f}"
         if steps is not None and steps.n != num_seeds:
             reached += f" ({steps.n} of {num_seeds})"
@@ -172,7 +166,7 @@ class MethodSummary(Result):
 class Difference(Result):
     """A method against another, seed by seed, each at its best rate."""
 
-    method: str  # the method
+    method: str
     budget: int  # its budget
     other: str  # the method it is compared with
     other_budget: int  # that one's budget
@@ -183,7 +177,7 @@ class Difference(Result):
 class Claim(Result):
     """One claim about KPSVD, and what the trials say."""
 
-    text: str  # the claim
+    text: str
     verdict: str  # held, not held, or undecided
     figure: str  # the figures behind the verdict
 
@@ -200,14 +194,14 @@ class Recommendation(Result):
 class Comparison(Result):
     """The verdict of a comparison: the content of comparison.json."""
 
-    model: str  # the base model
+    model: str
     steps: int  # optimiser steps of every trial
     # Losses of the base model: validation_loss, test_loss, forgetting_loss.
     base: Mapping[str, float | None]
     recommendation: Recommendation  # what to do, in words
     reference: str  # the method that the others are compared with
     summaries: tuple[MethodSummary, ...]  # every method at every budget that has trials
-    differences: tuple[Difference, ...]  # paired differences
+    differences: tuple[Difference, ...]
     claims: tuple[Claim, ...]  # the claims that these trials can test
     notes: tuple[str, ...]  # what a reader must know
     currency: str  # of the costs

@@ -1,6 +1,6 @@
 """What each stage found, as frozen values: the same objects feed tables, JSON, CSV and pages.
 
-Nothing is computed here and no library is imported, so that reading a report stays instant.
+Nothing is computed here and no heavy library is imported: reading a report stays instant.
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ from typing import Any
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.storage.json_files import check_types
+from kpsvd_tune.units import duration
+
+_REWRITE = "expected a rank_report.json of this version: write it again with `kpsvd-tune init-only`"
+_TOTALS = {"modules", "trainable_parameters", "base_parameters", "energy"}
+# Of a record that is read back: a key that this version does not know is a fault.
+CLOSED = {"extra": "forbid"}
 
 
 class Result:
@@ -49,6 +55,7 @@ class SourceCount(Result):
 class LayerReport(Result):
     """The Kronecker rank of one target module, and why."""
 
+    __pydantic_config__ = CLOSED
     name: str  # full module name in the base model
     out_features: int  # rows of the weight
     in_features: int  # columns of the weight
@@ -68,13 +75,35 @@ class LayerReport(Result):
     seconds: float  # time the decomposition of this module took
     note: str | None = None  # what was out of the ordinary, such as a prime size; None otherwise
 
+    def in_words(self) -> dict[str, tuple[str | float, str]]:
+        """What every column of the tables is sorted by, and the text of its cell."""
+        m, n, p, q = self.factor_shape
+        out, into = self.out_features, self.in_features
+        return {
+            "module": (self.name, self.name),
+            "out × in": (out * into, f"{out} × {into}"),
+            "A": (m * n, f"{m} × {n}"),
+            "B": (p * q, f"{p} × {q}"),
+            "by energy": (self.rank_energy, str(self.rank_energy)),
+            "by elbow": (self.rank_elbow, str(self.rank_elbow)),
+            "rank": (self.rank, str(self.rank)),
+            "bound by": (self.bound_by, self.bound_by),
+            "energy kept": (self.energy_total, f"{100 * self.energy_total:.1f} %"),
+            "parameters": (self.parameters, f"{self.parameters:,}"),
+            "relative error": (self.relative_error, f"{self.relative_error:.3f}"),
+            "stable rank": (self.stable_rank, f"{self.stable_rank:.1f}"),
+            "time": (self.seconds, duration(self.seconds)),
+            "note": (self.note or "", self.note or ""),
+        }
+
 
 @dataclass(frozen=True)
 class RankReport(Result):
     """The ranks of all layers: the content of rank_report.json."""
 
+    __pydantic_config__ = CLOSED
     model: str  # the base model, as the recipe names it
-    # modules, trainable_parameters, base_parameters (counts) and energy (share of the pooled
+    # modules, trainable_parameters and base_parameters (counts), and energy (share of the pooled
     # window's energy that the chosen terms hold, 0 to 1).
     totals: Mapping[str, int | float]
     layers: tuple[LayerReport, ...]  # one report for each target module, in the model's order
@@ -101,17 +130,13 @@ class RankReport(Result):
         Raises:
             InputError: A key is missing or unknown, or a value is of another type.
         """
-        _check_keys(data, _names(cls), {"untouched", "rule", "probes"}, "rank report")
-        totals, layers = data["totals"], data["layers"]
-        # Totals may grow; those that every table prints must be there.
-        known = _TOTALS | set(totals if isinstance(totals, Mapping) else ())
-        _check_keys(totals, known, set(), "totals of the rank report")
-        for layer in layers if isinstance(layers, list | tuple) else ():
-            _check_keys(layer, _names(LayerReport), {"note"}, "layer of the rank report")
         try:
             untouched = check_types(data.get("untouched", []), list[dict[str, str]])
             pairs = [(each.get("name"), each.get("reason")) for each in untouched]
             report: RankReport = check_types({**data, "untouched": pairs}, cls)
+            # Totals may grow; those that every table prints must be there.
+            if missing := _TOTALS - report.totals.keys():
+                raise ValueError(f"lacks the totals {', '.join(sorted(missing))}")
         except ValueError as error:
             raise InputError(f"the rank report {error}; {_REWRITE}") from error
         return report
@@ -219,27 +244,6 @@ class Score(Result):
     n: int  # questions judged; for a loss the tokens
     stderr: float  # standard error of the value; of a share sqrt(value * (1 - value) / n)
     unextractable: int = 0  # answers in which the rule found nothing to judge; they count as wrong
-
-
-_REWRITE = "expected a rank_report.json of this version: write it again with `kpsvd-tune init-only`"
-_TOTALS = {"modules", "trainable_parameters", "base_parameters", "energy"}
-
-
-def _names(of: type[Any]) -> set[str]:
-    return {each.name for each in fields(of)}
-
-
-def _check_keys(data: object, known: set[str], optional: set[str], what: str) -> None:
-    """Refuse what is no mapping, lacks a key, or has one that this version does not know."""
-    if not isinstance(data, Mapping):
-        raise InputError(f"the {what} is no mapping; {_REWRITE}")
-    problems = {
-        "lacks": sorted(known - optional - data.keys()),
-        "has the unknown": sorted(data.keys() - known),
-    }
-    for problem, keys in problems.items():
-        if keys:
-            raise InputError(f"the {what} {problem} {', '.join(keys)}; {_REWRITE}")
 
 
 def _plain(value: Any) -> Any:

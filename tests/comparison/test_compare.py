@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,15 @@ from kpsvd_tune.report.results import StepMetrics
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
+def recipe(tmp_path: Path, rows_file: Path, write_recipe: Callable[..., Path]) -> Path:
     text = tmp_path / "other.txt"
     text.write_text("A text of another kind, about boats and the sea.", encoding="utf-8")
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""# Purpose: a tiny comparison.
-model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{window: 4, max: 4}}}}
-train:
-  max_steps: 4
-  batch_size: 2
-  eval_every: 2
-  precision: "no"
-compare: {{test: {rows_file}, forgetting: {text}, price_per_hour: 2}}
-output_dir: {tmp_path / "comparison"}
-""",
-        encoding="utf-8",
+    return write_recipe(
+        adapter={"rank": {"window": 4, "max": 4}},
+        train={"max_steps": 4, "eval_every": 2},
+        compare={"test": str(rows_file), "forgetting": str(text), "price_per_hour": 2},
+        output_dir=str(tmp_path / "comparison"),
     )
-    return path
 
 
 ARGUMENTS = (

@@ -295,7 +295,7 @@ def _is_read_by_encoder(name: str, modules: Mapping[str, nn.Module]) -> bool:
     parent = modules.get(name.rpartition(".")[0])
     if not isinstance(parent, nn.TransformerEncoderLayer):
         return False
-    attention = parent.self_attn
+    attention: Any = parent.self_attn
     # What torch asks of the layer itself; the rest depends on the call.
     return bool(
         type(parent).forward is nn.TransformerEncoderLayer.forward

@@ -80,7 +80,7 @@ def test_a_model_that_is_cast_while_merged_unmerges_to_the_cast_base(dtype: torc
     model.merge_adapter()
     model.to(dtype)
     model.unmerge_adapter()
-    weights = [layer.get_base_layer().weight for _, layer in kpsvd_layers(model)]
+    weights = [layer.get_base_weight() for _, layer in kpsvd_layers(model)]
     plain: Any = base(dtype)
     assert all(map(torch.equal, weights, (plain[0].weight, plain[2].weight)))
     assert model(torch.randn(3, 16, dtype=dtype)).dtype == dtype

@@ -22,7 +22,7 @@ from kpsvd_tune.comparison.trial_log import (
     open_results,
 )
 from kpsvd_tune.comparison.verdict import compare_rows
-from kpsvd_tune.comparison.workers import run_base, run_setups
+from kpsvd_tune.comparison.workers import Workers
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
@@ -114,15 +114,16 @@ def compare(
         rows = open_results(run.path, shared, plan.adapters())
         if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, num_steps):
             check_schedule(run.path)
-        base = run_base(material, recipe, run.path / "base.json", events)
-        watcher.begin(rows, num_left(grid, rows), jobs)
+        base: Mapping[str, float | None] = {}
         try:
-            while pending := next_trials(grid, rows):
-                setups = [plan.setup(trial, base) for trial in pending]
-                for row in run_setups(setups, material, jobs, watcher.stepped):
-                    append_row(run.path, row)
-                    rows.append(row)
-                    watcher.finished(row, num_left(grid, rows))
+            with Workers(material, recipe, jobs, watcher.stepped) as workers:
+                base = workers.base(run.path / "base.json", events)
+                watcher.begin(rows, num_left(grid, rows), jobs)
+                while pending := next_trials(grid, rows):
+                    for row in workers.rows([plan.setup(trial, base) for trial in pending]):
+                        append_row(run.path, row)
+                        rows.append(row)
+                        watcher.finished(row, num_left(grid, rows))
         except StoppedBySignal:
             # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):

@@ -1,4 +1,4 @@
-"""One training run of a comparison, in a process of its own: any method, the same loop."""
+"""One training run of a comparison: any method, the same loop."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from kpsvd_tune.adapter.rates import rate_factors
+from kpsvd_tune.comparison.kept_base import KeptBase
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.decompose import decompose
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
-from kpsvd_tune.models import ModelSource, load_model, load_tokenizer
-from kpsvd_tune.processes import device
+from kpsvd_tune.models import ModelSource, load_tokenizer
+from kpsvd_tune.processes import device, reset_peak_memory
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics, TrainResult
@@ -53,22 +54,24 @@ class Material:
     pad_token_id: int  # fills short rows
 
 
-def measure_base(material: Material, recipe: Recipe) -> dict[str, float | None]:
+def measure_base(material: Material, recipe: Recipe, base: KeptBase) -> dict[str, float | None]:
     """Losses of the base model: validation_loss, test_loss and forgetting_loss."""
-    accelerator = make_accelerator(recipe.train)
-    model = load_model(material.source, recipe.model.dtype, recipe.model.attn_implementation)
-    model.to(accelerator.device)
-    losses = _Losses(model, material, recipe, accelerator)
+    losses = _Losses(base.fresh(), material, recipe, make_accelerator(recipe.train))
     return {"validation_loss": losses.of(material.validation)} | losses.others()
 
 
 def run_trial(
-    setup: Setup, material: Material, report: Callable[[StepMetrics, int], None]
+    setup: Setup,
+    material: Material,
+    base: KeptBase,
+    report: Callable[[StepMetrics, int], None],
 ) -> TrialRow:
     """Train one method once and measure it; ``report`` gets each step's metrics and the step count.
 
-    SIGINT and SIGTERM raise StoppedBySignal once the state is saved; the trial later goes on from
-    its checkpoint. Its folder keeps the metrics and the adapter.
+    What ran in this process before changes nothing: the row is bit for bit that of a trial in a
+    process of its own, times and memory aside. SIGINT and SIGTERM raise StoppedBySignal once the
+    state is saved; the trial later goes on from its checkpoint. Its folder keeps the metrics and
+    the adapter.
     """
     recipe = setup.recipe
     accelerator = make_accelerator(recipe.train)
@@ -84,8 +87,8 @@ def run_trial(
         if begun.is_finished:
             # It ended, and whoever started it was gone before the row could be written down.
             return TrialRow.from_dict(read_json(run.results_file))
-        torch.manual_seed(recipe.train.seed)
-        model, rank, init_seconds = _adapted(setup, material)
+        reset_peak_memory(accelerator.device)
+        model, rank, init_seconds = _adapted(setup, material, base.fresh())
         training = Training(
             model,
             material.train,
@@ -170,11 +173,12 @@ def known_identity(run: RunDirectory, identity: Mapping[str, Any]) -> Mapping[st
     return None
 
 
-def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
+def _adapted(setup: Setup, material: Material, base: Any) -> tuple[PeftModel, str, float]:
     """The model with its adapter, its rank as text, and the seconds the adapter's start took."""
     recipe, source = setup.recipe, material.source
+    # Last, so that nothing that came before has drawn from it.
+    torch.manual_seed(recipe.train.seed)
     if setup.baseline is not None:
-        base: Any = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
         began = time.monotonic()
         baseline: Any = get_peft_model(base, setup.baseline.config)
         for name, parameter in baseline.named_parameters():
@@ -187,7 +191,7 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
         source, recipe.adapter, start_seed=recipe.train.seed, device=str(device())
     )
     took = time.monotonic() - began
-    model = adapt(recipe, source, decomposition, None)
+    model = adapt(recipe, source, decomposition, None, base)
     ranks = [layer.rank for layer in decomposition.report.layers]
     low, high = min(ranks), max(ranks)
     # What the cache spared is counted all the same.

@@ -1,7 +1,8 @@
-"""Trials in processes of their own: a few at a time, each with its memory, its GPU and its end."""
+"""Processes that run trial after trial: each with its GPU, and the base model loaded once."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -9,8 +10,9 @@ import threading
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -22,6 +24,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
+from kpsvd_tune.comparison.kept_base import KeptBase
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
@@ -37,6 +40,8 @@ from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.memory import explained_memory
 
 Stepped = Callable[[Trial, int, int, float], None]
+# What a worker is given to do: a trial, or the measurement of the base model.
+Task = Setup | None
 # A trial that was asked to stop saves first; then it is killed.
 GRACE_SECONDS = 60.0
 # A trial whose parent was killed notices at its next step, and gives its folder back then.
@@ -44,153 +49,156 @@ _LOCK_SECONDS = 60.0
 
 
 @dataclass
-class _Running:
-    """A trial in its process."""
+class _Worker:
+    """A process, and what it does now."""
 
     process: ForkServerProcess
-    trial: Trial | None
     slot: int
-    is_done: bool = False
+    task: Task = None
+    is_busy: bool = False
 
 
-def run_base(
-    material: Material, recipe: Recipe, file: Path, events: Events
-) -> dict[str, float | None]:
-    """The base model's losses, measured once for a comparison and kept in ``file``."""
-    if file.exists():
-        cure = "remove it, and the base model is measured again"
-        known = read_json(file, dict[str, float | None], cure=cure)
-        if {"validation_loss", "test_loss", "forgetting_loss"} <= known.keys():
-            return known
-    events.stage("measuring the base model")
-    found = next(_run([None], [(measure_base, (material, recipe))], 1, lambda *_: None))
-    replace_file(file, to_json(found))
-    base: dict[str, float | None] = found
-    return base
+class Workers(AbstractContextManager["Workers", None]):
+    """At most ``jobs`` processes that take trials in turn; they end with the context.
 
-
-def run_setups(
-    setups: Sequence[Setup], material: Material, jobs: int, stepped: Stepped
-) -> Iterator[TrialRow]:
-    """Run trials in order, at most ``jobs`` at a time, and give each row as its trial ends.
-
-    Trials share the threads, and take the GPUs in turn; ``stepped`` is called after each step. On
+    They share the threads, and take the GPUs in turn; ``stepped`` is called after each step. On
     SIGINT or SIGTERM here running trials save and end, and StoppedBySignal is raised. When a trial
-    raises, the others are stopped and saved. A ResourceError says that one was killed, most likely
-    for its memory.
+    raises, the others are stopped and saved. A ResourceError says that a process was killed, most
+    likely for its memory.
     """
-    calls = [(run_trial, (setup, material)) for setup in setups]
-    yield from _run([setup.trial for setup in setups], calls, jobs, stepped)
 
+    def __init__(self, material: Material, recipe: Recipe, jobs: int, stepped: Stepped) -> None:
+        self._material, self._recipe, self._stepped = material, recipe, stepped
+        self._jobs, self._workers = jobs, dict[Connection, _Worker]()
 
-def _run(
-    trials: Sequence[Trial | None],
-    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]],
-    jobs: int,
-    stepped: Stepped,
-) -> Iterator[Any]:
-    # Forked from a process that has the libraries and nothing else: a trial starts at once, and
-    # no thread or GPU context is forked.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
-    threads = max(1, torch.get_num_threads() // jobs)
-    waiting = list(zip(trials, calls, strict=True))
-    running: dict[Connection, _Running] = {}
-    signals = StopSignals(
-        lambda: f"asking {len(running)} running trials to save, at most {GRACE_SECONDS:.0f} s",
-        lambda: "running trials go back to their last checkpoints, finished ones are kept",
-    )
-    with signals:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs and not signals.requested:
-                    trial, call = waiting.pop(0)
-                    taken = {each.slot for each in running.values()}
-                    slot = next(each for each in range(jobs) if each not in taken)
-                    receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(
-                        target=_work, args=(*call, slot, threads, sender), daemon=True
-                    )
-                    _start(process)
-                    sender.close()
-                    running[receiver] = _Running(process, trial, slot)
+    def __exit__(self, *_: object) -> None:
+        _stop(self._workers)
+
+    def base(self, file: Path, events: Events) -> dict[str, float | None]:
+        """The base model's losses, measured once for a comparison and kept in ``file``."""
+        if file.exists():
+            cure = "remove it, and the base model is measured again"
+            known = read_json(file, dict[str, float | None], cure=cure)
+            if {"validation_loss", "test_loss", "forgetting_loss"} <= known.keys():
+                return known
+        events.stage("measuring the base model")
+        (found,) = self._run([None])
+        replace_file(file, to_json(found))
+        base: dict[str, float | None] = found
+        return base
+
+    def rows(self, setups: Sequence[Setup]) -> Iterator[TrialRow]:
+        """Run trials in order, and give each row as its trial ends."""
+        yield from self._run(setups)
+
+    def _run(self, tasks: Sequence[Task]) -> Iterator[Any]:
+        waiting = deque(tasks)
+        signals = StopSignals(
+            lambda: (
+                f"asking {len(self._busy())} running trials to save, at most {GRACE_SECONDS:.0f} s"
+            ),
+            lambda: "running trials go back to their last checkpoints, finished ones are kept",
+        )
+        with signals:
+            while waiting or self._busy():
                 if signals.requested:
                     raise StoppedBySignal(signals.requested)
+                while waiting and len(self._busy()) < self._jobs:
+                    self._give(waiting.popleft())
                 # Looks up now and then, for a signal may have come while it slept.
-                for end in wait(list(running), timeout=0.5):
+                for end in wait(self._busy(), timeout=0.5):
                     assert isinstance(end, Connection)
-                    message = _receive(end, running[end])
-                    if message is None:
-                        del running[end]
-                    elif isinstance(message, tuple):
-                        stepped(*message)
+                    message = _receive(end, self._workers[end])
+                    if isinstance(message, tuple):
+                        self._stepped(*message)
                     elif isinstance(message, BaseException):
                         raise message
                     else:
-                        running[end].is_done = True
+                        self._workers[end].is_busy = False
                         yield message
+
+    def _busy(self) -> list[Connection]:
+        return [end for end, worker in self._workers.items() if worker.is_busy]
+
+    def _give(self, task: Task) -> None:
+        """Give a task to a worker that has none, or to a new one."""
+        idle = (end for end, worker in self._workers.items() if not worker.is_busy)
+        end = next(idle, None) or self._start()
+        worker = self._workers[end]
+        worker.task, worker.is_busy = task, True
+        # One that has died meanwhile says nothing any more, which is seen when it is listened to.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            end.send(task)
+
+    def _start(self) -> Connection:
+        # Forked from a process that has the libraries and nothing else: a worker starts at once,
+        # and no thread or GPU context is forked.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
+        own, other = context.Pipe()
+        slot, threads = len(self._workers), max(1, torch.get_num_threads() // self._jobs)
+        arguments = (self._material, self._recipe, slot, threads, other)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        # The server that forks never sees the terminal's Ctrl-C. Running already it leaves the
+        # mask alone; started by the server it would lift it.
+        resource_tracker.ensure_running()
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        except (EOFError, ConnectionError) as error:
+            raise ResourceError(
+                "the process that starts trials was killed; run the same command again: finished "
+                "trials are kept"
+            ) from error
         finally:
-            _stop(running)
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+            other.close()
+        self._workers[own] = _Worker(process, slot)
+        return own
 
 
-def _start(process: ForkServerProcess) -> None:
-    """Start a trial; the server that forks it never sees the terminal's Ctrl-C."""
-    # Running already it leaves the mask alone; started by the server it would lift it.
-    resource_tracker.ensure_running()
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    except (EOFError, ConnectionError) as error:
-        raise ResourceError(
-            "the process that starts trials was killed; run the same command again: finished "
-            "trials are kept"
-        ) from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-
-
-def _receive(end: Connection, running: _Running) -> Any:
-    """The next message of a trial; None when it has ended as it should."""
+def _receive(end: Connection, worker: _Worker) -> Any:
+    """The next message of a worker that has something to do."""
     try:
         return end.recv()
-    except EOFError:
-        running.process.join()
-        if running.is_done:
-            return None
-        name = running.trial.folder_name if running.trial else "the base model's measurement"
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        name = "the base model's measurement" if worker.task is None else _name(worker.task)
         raise ResourceError(
-            f"{name} {how_it_ended(running.process)}. Run the same command again, with fewer "
+            f"{name} {how_it_ended(worker.process)}. Run the same command again, with fewer "
             "--jobs: finished trials are kept"
         ) from None
 
 
-def _stop(running: dict[Connection, _Running]) -> None:
-    """Ask what still runs to save and end; nothing is left behind."""
-    for each in running.values():
-        if each.process.is_alive() and each.process.pid is not None:
+def _name(setup: Setup) -> str:
+    return setup.trial.folder_name
+
+
+def _stop(workers: dict[Connection, _Worker]) -> None:
+    """Ask what still runs to save, and end all; nothing is left behind."""
+    for end, worker in workers.items():
+        if not worker.is_busy:
+            end.close()  # which tells it that there is no more to do
+        elif worker.process.is_alive() and worker.process.pid is not None:
             with suppress(ProcessLookupError):
-                os.kill(each.process.pid, signal.SIGTERM)
+                os.kill(worker.process.pid, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    for end, each in running.items():
+    for end, worker in workers.items():
         # A full pipe would keep a trial from ending.
-        while each.process.is_alive() and time.monotonic() < deadline:
+        while worker.process.is_alive() and time.monotonic() < deadline:
             with suppress(EOFError, OSError):
                 if end.poll(0.1):
-                    end.recv()
+                    if not isinstance(end.recv(), tuple):
+                        end.close()  # it ended before it could hear, and waits for more
                     continue
-            each.process.join(0.1)
-        if each.process.is_alive():
-            each.process.kill()
-        each.process.join()
+            worker.process.join(0.1)
+        if worker.process.is_alive():
+            worker.process.kill()
+        worker.process.join()
+    workers.clear()
 
 
-def _work(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    slot: int,
-    threads: int,
-    sender: Connection,
-) -> None:
+def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: Connection) -> None:
     # Out of the terminal's group: its Ctrl-C reaches the parent alone, which passes it on once.
     os.setsid()
     torch.set_num_threads(threads)
@@ -202,33 +210,48 @@ def _work(
     tqdm.set_lock(threading.RLock())
     if torch.cuda.is_available():
         torch.cuda.set_device(slot % torch.cuda.device_count())
-    trial = arguments[0].trial if isinstance(arguments[0], Setup) else None
+    base = KeptBase(material.source, recipe)
+    # The parent is gone, or has no more to do; what a trial saved is kept.
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            answer = _answer(parent.recv(), material, recipe, base, parent.send)
+            if answer is None:
+                return
+            parent.send(answer)
+            if isinstance(answer, BaseException):
+                return
+
+
+def _answer(
+    task: Task, material: Material, recipe: Recipe, base: KeptBase, send: Callable[[Any], None]
+) -> Any:
+    """What came of a task: its result, or the error that ended it; None where it was stopped."""
 
     def report(metrics: StepMetrics, total: int) -> None:
-        sender.send((trial, metrics.step, total, metrics.loss))
+        assert task is not None
+        send((task.trial, metrics.step, total, metrics.loss))
 
-    if isinstance(arguments[0], Setup):
-        recipe, doing = arguments[0].recipe, f"running the trial {arguments[0].trial.folder_name}"
-    else:
-        recipe, doing = arguments[1], "measuring the base model"
-    cures = ["fewer --jobs: trials at a time", *training_cures(recipe)]
+    doing = "measuring the base model" if task is None else f"running the trial {_name(task)}"
+    cures = ["fewer --jobs: trials at a time", *training_cures(task.recipe if task else recipe)]
     try:
         with explained_memory(doing, *cures):
-            if trial is None:
-                sender.send(function(*arguments))
-            else:
-                sender.send(_patiently(lambda: function(*arguments, report)))
-    except BrokenPipeError:
-        return  # the parent is gone; what the trial saved is kept
+            if task is None:
+                return measure_base(material, recipe, base)
+            return _patiently(lambda: run_trial(task, material, base, report))
     except StoppedBySignal:
-        return
+        return None
+    except (BrokenPipeError, ConnectionResetError):
+        raise
     except KpsvdTuneError as error:
-        sender.send(error)
+        return error
     except Exception as error:
         error.add_note("in a trial:\n" + traceback.format_exc())
-        sender.send(error)
+        return error
     finally:
-        sender.close()
+        # The trial's model, in whose modules and hooks there are circles.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _patiently(function: Callable[[], Any]) -> Any:

@@ -19,6 +19,7 @@ def adapt(
     source: ModelSource,
     decomposition: Decomposition,
     base_files: Mapping[str, str] | None,
+    base: Any = None,
 ) -> PeftModel:
     """Load the base model and inject the adapter with the factors of the decomposition.
 
@@ -27,8 +28,10 @@ def adapt(
         source: The base model.
         decomposition: Layers and factors.
         base_files: Hashes of the base's files, where the adapter is to know them.
+        base: The base model, where it is loaded already.
     """
-    base = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
+    if base is None:
+        base = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
     adapter = recipe.adapter
     shape = adapter.factor_shape
     config = KpsvdConfig(

@@ -17,8 +17,9 @@ import pytest
 from safetensors.torch import load_file
 
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.comparison.kept_base import KeptBase
+from kpsvd_tune.comparison.workers import Workers, _answer
 from kpsvd_tune.report.comparison import TrialRow
-from kpsvd_tune.report.results import StepMetrics
 
 
 @pytest.fixture
@@ -53,15 +54,16 @@ def without_times(row: TrialRow) -> dict[str, Any]:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials one after the other here, for a look at what they do rather than at processes."""
 
-    def run(trials: Any, calls: Any, jobs: int, stepped: Any) -> Iterator[Any]:
-        for trial, (function, arguments) in zip(trials, calls, strict=True):
+    def run(workers: Any, tasks: Any) -> Iterator[Any]:
+        material, recipe = workers._material, workers._recipe
+        base = KeptBase(material.source, recipe)
+        for task in tasks:
+            answer = _answer(task, material, recipe, base, lambda step: workers._stepped(*step))
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
 
-            def report(metrics: StepMetrics, total: int, trial: Any = trial) -> None:
-                stepped(trial, metrics.step, total, metrics.loss)
-
-            yield function(*arguments, *([] if trial is None else [report]))
-
-    monkeypatch.setattr("kpsvd_tune.comparison.workers._run", run)
+    monkeypatch.setattr(Workers, "_run", run)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from kpsvd_tune.commands import main as cli
@@ -50,20 +52,72 @@ def without_times(row: TrialRow) -> dict[str, Any]:
     return {k: v for k, v in row.to_dict().items() if not any(word in k for word in measured)}
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials one after the other here, for a look at what they do rather than at processes."""
+def run_here(monkeypatch: pytest.MonkeyPatch, *, keeps: bool) -> list[int]:
+    """Let trials run one after the other here, with one base model or with one for each.
+
+    Returns:
+        Filled as trials end: how many tensors are alive then.
+    """
+    alive: list[int] = []
 
     def run(workers: Any, tasks: Any) -> Iterator[Any]:
         material, recipe = workers._material, workers._recipe
         base = KeptBase(material.source, recipe)
         for task in tasks:
+            if not keeps:
+                base = KeptBase(material.source, recipe)
             answer = _answer(task, material, recipe, base, lambda step: workers._stepped(*step))
             if isinstance(answer, BaseException):
                 raise answer
+            # Asked for its type by its class, for some objects of others answer with a warning.
+            alive.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
             yield answer
 
     monkeypatch.setattr(Workers, "_run", run)
+    return alive
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a look at what trials do rather than at processes."""
+    run_here(monkeypatch, keeps=True)
+
+
+@pytest.mark.slow
+def test_what_ran_before_in_a_process_changes_no_trial_and_leaves_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PiSSA overwrites weights, IA3 and VeRA replace layers in other ways; LoRA comes twice.
+    methods = "lora,pissa,ia3,vera,kpsvd,lora-fa,lora:alpha=4,hira,kpsvd:init=random,lora+"
+    command = ["compare", str(recipe), "--offline", "--methods", methods, "--budgets", "3k"]
+    command += ["--learning-rates", "1e-2", "--seeds", "1", "train.max_steps=2"]
+    command += ["adapter.dropout=0", "train.eval_every=0"]
+    with monkeypatch.context() as patch:
+        alive = run_here(patch, keeps=True)
+        assert cli.run(command) == 0
+    with monkeypatch.context() as patch:
+        run_here(patch, keeps=False)
+        assert cli.run([*reversed_methods(command), f"output_dir={tmp_path / 'alone'}"]) == 0
+    together, alone = (
+        {row.method: without_times(row) for row in rows_of(tmp_path / name)}
+        for name in ("comparison", "alone")
+    )
+    assert together == alone
+    for name in ("lora-3000", "kpsvd_init=random-3000", "vera-3000"):
+        files = [
+            next((tmp_path / folder / "trials").glob(f"{name}-*/adapter/*.safetensors"))
+            for folder in ("comparison", "alone")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    # Of the base and of what is loaded once for all; trials differ by none.
+    assert max(alive[2:]) <= alive[1] + 5
+
+
+def reversed_methods(command: list[str]) -> list[str]:
+    """The same command with its methods in the other order."""
+    place = command.index("--methods") + 1
+    order = ",".join(reversed(command[place].split(",")))
+    return [*command[:place], order, *command[place + 1 :]]
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
-from kpsvd_tune.evaluation.evaluate import COMPLETIONS_FILE, SETTINGS_FILE, rows_source
+from kpsvd_tune.evaluation.completions import COMPLETIONS_FILE, SETTINGS_FILE
+from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
 from kpsvd_tune.report.run import score_label

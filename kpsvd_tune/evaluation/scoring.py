@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.completions import Completion, RowId
+from kpsvd_tune.evaluation.completions import SETTINGS_FILE, Completion
 from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission, Sandbox, check_sandbox
 from kpsvd_tune.evaluation.tasks import TASKS, Progress, Verdict
 from kpsvd_tune.report.results import Score
@@ -101,7 +101,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def stored_task(file: Path) -> str | None:
     """The task of stored completions, where the evaluation left its settings beside them."""
     try:
-        task = parse_json(read_bytes(file.parent / "evaluation.json")).get("task")
+        task = parse_json(read_bytes(file.parent / SETTINGS_FILE)).get("task")
     except (OSError, ValueError):
         return None
     return task if isinstance(task, str) and task in TASKS and TASKS[task].scorers else None
@@ -111,10 +111,9 @@ def _counts(
     completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[tuple[int, int]]:
     """(samples, right ones) of each question."""
-    questions: dict[RowId, list[bool]] = defaultdict(list)
-    for completion, verdict in zip(completions, verdicts, strict=True):
-        questions[completion.id].append(verdict.is_correct)
-    return [(len(samples), sum(samples)) for samples in questions.values()]
+    pairs = list(zip(completions, verdicts, strict=True))
+    right = Counter(each.id for each, verdict in pairs if verdict.is_correct)
+    return [(total, right[row]) for row, total in Counter(each.id for each, _ in pairs).items()]
 
 
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:

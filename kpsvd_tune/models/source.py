@@ -34,21 +34,13 @@ class _Index(TypedDict):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model whose files are on this machine.
+    """A base model whose files are on this machine."""
 
-    Attributes:
-        path: What the user wrote.
-        kind: ``hub``, ``folder`` or ``gguf``.
-        folder: Where the files lie; for a GGUF file the folder that holds it.
-        weight_files: The files with the weights, in the order of their names.
-        revision: The commit on the hub, else None.
-    """
-
-    path: str
+    path: str  # what the user wrote
     kind: Literal["hub", "folder", "gguf"]
-    folder: Path
-    weight_files: tuple[Path, ...]
-    revision: str | None = None
+    folder: Path  # where the files lie; for a GGUF file the folder that holds it
+    weight_files: tuple[Path, ...]  # in the order of their names
+    revision: str | None = None  # the commit on the hub
 
     @property
     def gguf_file(self) -> str | None:
@@ -89,17 +81,12 @@ def resolve_model(path: str, revision: str | None = None) -> ModelSource:
 
 
 def base_fingerprint(source: ModelSource) -> dict[str, str]:
-    """Hash the weight files, so that an adapter knows the base it was made for.
-
-    Returns:
-        File name to the hexadecimal sha256 of its bytes.
-    """
-    return {file.name: _sha256(file) for file in source.weight_files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """The hexadecimal sha256 of each weight file, by which an adapter knows its base, by name."""
+    found = {}
+    for file in source.weight_files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _local(path: str, local: Path, revision: str | None) -> ModelSource:
@@ -113,7 +100,11 @@ def _local(path: str, local: Path, revision: str | None) -> ModelSource:
     if kind_of(local) in ("run", "adapter", "comparison", "special"):
         raise ModelError(f"model.path: {model_problem(path)}")
     if local.is_dir():
-        _refuse_special(path, local)
+        for entry in sorted(local.iterdir()):
+            if kind_of(entry) == "special":  # a library that opens one waits for ever
+                raise ModelError(
+                    f"model.path {path!r}: {entry} is {named('special')}, and a file is expected"
+                )
         return ModelSource(path, "folder", local.resolve(), _weight_files(path, local.resolve()))
     if local.suffix != ".gguf":
         raise ModelError(
@@ -160,63 +151,44 @@ def _inside_package(path: str) -> Path:
 
 
 def _from_hub(path: str, revision: str | None) -> ModelSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
-                path,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=HUB_IGNORED,
-                local_files_only=is_offline(),
-            )
+        folder = snapshot_download(
+            path,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=HUB_IGNORED,
+            local_files_only=is_offline(),
         )
+        return Path(folder)
 
     at = f" at revision {revision!r}" if revision else ""
     try:
         folder = fetch(HUB_FILES)
         if not any(folder.glob("*.safetensors")):
             folder = fetch(HUB_FILES + PICKLED)
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise ModelError(
             f"model.path {path!r}: the hub gives this model only after its terms are accepted; "
             f"accept them at https://huggingface.co/{path}, then run: hf auth login"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise ModelError(f"model.revision {revision!r}: {path} has no such revision") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(
             f"model.path {path!r}: there is no such folder here and no such model on the hub; "
             "check the spelling, or run: hf auth login, if it is private" + siblings(path)
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelError(
             f"model.path {path!r}{at}: there is no such folder here, nothing of it is in the local "
             "hub cache, and the hub cannot be asked; run once with a connection and without "
             "--offline, or give the path of a folder" + siblings(path)
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error
     return ModelSource(path, "hub", folder, _weight_files(path, folder), revision=folder.name)
-
-
-def _refuse_special(path: str, folder: Path) -> None:
-    """Refuse a folder with pipes or devices in it: a library that opens one waits for ever."""
-    for entry in sorted(folder.iterdir()):
-        if kind_of(entry) == "special":
-            raise ModelError(
-                f"model.path {path!r}: {entry} is {named('special')}, and a file is expected"
-            )
 
 
 def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:

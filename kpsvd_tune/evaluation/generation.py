@@ -149,15 +149,10 @@ def generate_text(
     template: str | None = None,
     options: GenerationOptions | None = None,
 ) -> str:
-    """The model's answer to one prompt, without the prompt.
+    """The model's answer to one prompt, without the prompt; by default greedy, up to 256 tokens.
 
-    Args:
-        model: a causal language model, adapter included.
-        tokenizer: the model's tokenizer.
-        prompt: what to answer.
-        template: the training template, text or "chat", to put the prompt in; None: the prompt
-            is continued as it is.
-        options: how to decode; greedy and 256 tokens by default.
+    `template` is that of the training, a text or "chat", to put the prompt in; without one the
+    prompt is continued as it is.
     """
     options = options or GenerationOptions()
     encoder = Encoder(tokenizer, template or "{prompt}{completion}", max_length=NO_LIMIT)

@@ -20,10 +20,7 @@ _USUAL_K = (1, 5, 10, 25, 50, 100)
 def permission_for(tasks: Iterable[str], is_allowed: bool, sandbox: Sandbox) -> CodePermission:
     """The permission that a command gives, checked before any work is done for its tasks.
 
-    Args:
-        tasks: names of the tasks that will be scored.
-        is_allowed: whether the user typed --allow-code-execution.
-        sandbox: "bwrap", or "none" to run programs without protection.
+    `is_allowed` says whether the user typed --allow-code-execution.
 
     Raises:
         InputError: a task runs programs, and they may not run or there is no sandbox for them.
@@ -47,18 +44,12 @@ def score_completions(
     permission: CodePermission = NO_CODE,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """All scores of a task on its completions, without a model.
-
-    Args:
-        task: one that judges answers; `TASKS` lists its scorers. One that is missing on this
-            machine gives no score.
-        completions: several samples of a prompt count as one question.
-        permission: to run programs, which mbpp needs.
-        progress: called with (done, total) programs.
+    """All scores of a task on its completions, without a model; `progress` counts programs.
 
     Returns:
-        One score a scorer (pass@k: one for each usual k up to the number of samples); n is the
-        number of questions and the standard error that of a share, sqrt(value (1 - value) / n).
+        One score for each scorer of the task in `TASKS` that is there on this machine (pass@k: one
+        for each usual k up to the number of samples). n is the number of questions, however many
+        samples each has; the standard error is that of a share, sqrt(value (1 - value) / n).
 
     Raises:
         InputError: the task is unknown, or it runs programs and may or can not.

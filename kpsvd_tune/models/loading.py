@@ -39,15 +39,10 @@ _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError,
 def load_model(
     source: ModelSource, dtype: str | torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Load the base model with its weights, on the CPU and in evaluation mode.
+    """Load the base model on the CPU in evaluation mode, in float32, bfloat16 or float16.
 
     A GGUF file is dequantised, and the result counts as an ordinary model, so that
-    ``save_pretrained`` writes it.
-
-    Args:
-        source: From :func:`~kpsvd_tune.models.resolve_model`.
-        dtype: float32, bfloat16 or float16, as a name or a torch dtype.
-        attn_implementation: transformers' name of the attention; None lets it choose.
+    ``save_pretrained`` writes it. Without `attn_implementation` transformers chooses the attention.
 
     Raises:
         ModelError: The files are damaged or not a causal language model, weights are missing, or
@@ -139,13 +134,10 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
 
 
 def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer.
+    """Load the model's tokenizer, or that of an adapter trained on it, whose folder is given.
 
-    Args:
-        source: The model.
-        adapter: Folder of an adapter trained on it, whose chat template is taken where it has one:
-            the training may have used another than the model's. So is its tokenizer where that
-            splits texts otherwise.
+    The chat template is the adapter's where it has one: the training may have used another than
+    the model's. So is the tokenizer where that splits texts otherwise.
 
     Raises:
         ModelError: The source holds no tokenizer, or the adapter's cannot be read.

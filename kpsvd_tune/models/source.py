@@ -1,4 +1,8 @@
-"""Where a base model lies: a hub id, a local folder, a GGUF file, or a file in a package."""
+"""Where a base model lies, and how others know it.
+
+It is a hub id, a local folder, a GGUF file, or a file in a package; others know it by its id on the
+hub and by the licence that its card states.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from typing_extensions import TypedDict
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe.paths import model_problem
+from kpsvd_tune.report.card import Base
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 
@@ -26,6 +31,8 @@ HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.m
 HUB_IGNORED = ["*/*", "consolidated*"]
 PICKLED = ["pytorch_model*.bin"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
+_MOST_BYTES = 1_000_000  # that are read of a card or a configuration
 
 
 class _Index(TypedDict):
@@ -56,13 +63,8 @@ class ModelSource:
 def resolve_model(path: str, revision: str | None = None) -> ModelSource:
     """Find a base model and, for a hub id, fetch it.
 
-    Args:
-        path: A hub id, a local folder, ``file.gguf``, or ``package:NAME/FILE.gguf`` for a file
-            inside an installed Python package.
-        revision: Branch, tag or commit; hub ids only.
-
-    Returns:
-        The model's files on this machine.
+    The path is a hub id, a local folder, ``file.gguf``, or ``package:NAME/FILE.gguf`` for a file
+    inside an installed Python package; `revision` is a branch, tag or commit of a hub id.
 
     Raises:
         ModelError: Nothing is there, the format is not supported, or the hub refused.
@@ -246,3 +248,60 @@ def _indexed(path: str, index: Path) -> tuple[Path, ...]:
             f"first is {missing[0]}; fetch the model again"
         )
     return files
+
+
+def describe_base(path: str, folder: Path | None = None) -> Base:
+    """Name a base model without a path of this machine.
+
+    A hub id is what the user wrote, what a folder of the hub's cache is called, or what the model's
+    config.json says it came from. `path` is what the user wrote, `folder` where its files lie, None
+    where only the path is known.
+    """
+    if path.startswith("package:"):
+        return Base(path, False)
+    if path.endswith(".gguf"):
+        return Base(Path(path).name, False)
+    local = Path(path).expanduser()
+    if folder is None and local.is_dir():
+        folder = local
+    licence = _licence(folder) if folder is not None else None
+    if not local.exists() and HUB_ID.fullmatch(path):
+        return Base(path, True, licence)
+    known = _cached(local) or (_configured(folder) if folder is not None else None)
+    if known is not None:
+        return Base(known, True, licence)
+    return Base(Path(path).name or local.resolve().name, False, licence)
+
+
+def _cached(path: Path) -> str | None:
+    """The id in models--OWNER--NAME, as the hub's cache names its folders."""
+    for part in path.absolute().parts:
+        name = part.removeprefix("models--").replace("--", "/")
+        if part.startswith("models--") and HUB_ID.fullmatch(name):
+            return name
+    return None
+
+
+def _configured(folder: Path) -> str | None:
+    """The id that config.json remembers; what may as well be a folder here is none."""
+    try:
+        name = parse_json(_read(folder / "config.json")).get("_name_or_path")
+    except ValueError:
+        return None
+    if not isinstance(name, str) or "/" not in name or not HUB_ID.fullmatch(name):
+        return None
+    return None if Path(name).exists() or (folder.parent / name).exists() else name
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence in the first lines of the folder's README.md."""
+    parts = _read(folder / "README.md").split("---\n", 2)
+    found = _LICENCE.search(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    return found[1] if found else None
+
+
+def _read(file: Path) -> str:
+    """A small text file; empty where there is none."""
+    if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+        return ""
+    return file.read_text(encoding="utf-8", errors="replace")

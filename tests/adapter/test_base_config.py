@@ -106,7 +106,7 @@ def test_what_sounds_like_bookkeeping_and_changes_outputs_is_compared(
     ids = torch.arange(12)[None] % 7 + 1
     assert not torch.equal(base(ids)[0], other(ids)[0])
     targets = ".*(query|query_proj)"
-    get_peft_model(base, KpsvdConfig(target_modules=targets, rank=1)).save_pretrained(tmp_path)
+    get_peft_model(base, KpsvdConfig(target_modules=targets, rank=1)).save_pretrained(str(tmp_path))
     with pytest.raises(AdapterError, match=f"{key} {value} instead of {settings.get(key, False)}"):
         PeftModel.from_pretrained(other, str(tmp_path))
 

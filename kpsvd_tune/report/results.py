@@ -110,12 +110,14 @@ class RankReport(Result):
 
     Attributes:
         model: The base model, as the recipe names it.
-        totals: modules, trainable_parameters, base_parameters (counts) and energy (share of the
-            pooled window's energy that the chosen terms hold, 0 to 1).
+        totals: modules, trainable_parameters, base_parameters (counts), energy (share of the
+            pooled window's energy that the chosen terms hold, 0 to 1), and stored_parameters, what
+            the adapter's file holds (not in files of older versions).
         layers: One report for each target module, in the model's order.
         untouched: (name, reason) of every weight matrix that gets no adapter.
         rule: The rank rule, with the recipe's keys.
         probes: Trainings that chose the energy threshold, where it is auto.
+        form: What of the terms is trained: both, left, right or core.
     """
 
     model: str
@@ -124,6 +126,12 @@ class RankReport(Result):
     untouched: tuple[tuple[str, str], ...] = ()
     rule: Mapping[str, Any] = field(default_factory=dict)
     probes: tuple[Probe, ...] = ()
+    form: str = "both"
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers in the adapter's file: what is trained, and what is frozen beside it."""
+        return int(self.totals.get("stored_parameters", 2 * self.totals["trainable_parameters"]))
 
     @property
     def lora_parameters(self) -> int:
@@ -143,7 +151,7 @@ class RankReport(Result):
         Raises:
             InputError: A key is missing or unknown, or a value is of another type.
         """
-        _check_keys(data, _names(cls), {"untouched", "rule", "probes"}, "rank report")
+        _check_keys(data, _names(cls), {"untouched", "rule", "probes", "form"}, "rank report")
         totals, layers = data["totals"], data["layers"]
         # Totals may grow; those that every table prints must be there.
         known = _TOTALS | set(totals if isinstance(totals, Mapping) else ())

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Set before any Hugging Face library is imported: tests never look for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -107,3 +109,31 @@ def rows_file(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Callable[..., Path]:
+    """Writes a recipe that trains the tiny model on six of the eight rows into `run`.
+
+    Keys that a test gives to a section come beside those that are there already.
+    """
+
+    def write(**sections: Any) -> Path:
+        content: dict[str, Any] = {
+            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+            "dataset": {
+                "path": str(rows_file),
+                "columns": {"prompt": "question", "completion": "answer"},
+                "validation": 2,
+            },
+            "train": {"batch_size": 2, "precision": "no"},
+            "output_dir": str(tmp_path / "run"),
+        }
+        for name, value in sections.items():
+            known = content.get(name)
+            content[name] = {**known, **value} if isinstance(known, dict) else value
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,11 @@ COMMAND = [sys.executable, "-m", "kpsvd_tune"]
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{window: 8, max: 4}}}}
-train: {{max_steps: 6, batch_size: 2, eval_every: 3, save_every: 2, precision: "no"}}
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        adapter={"rank": {"window": 8, "max": 4}},
+        train={"max_steps": 6, "eval_every": 3, "save_every": 2},
     )
-    return path
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,10 @@ COLUMNS = "columns={prompt: question, completion: answer}"
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
+def recipe(tmp_path: Path, tiny_model_dir: Path, write_recipe: Callable[..., Path]) -> Path:
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""# Purpose: a tiny test.
-model: {{path: {base}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-train: {{max_steps: 4, batch_size: 2, precision: "no", learning_rate: 1.0e-2}}
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_recipe(model={"path": str(base)}, train={"max_steps": 4, "learning_rate": 1e-2})
 
 
 @pytest.fixture

@@ -47,7 +47,9 @@ class ReadyUpdate:
         self.parts = (*form.trained, *form.frozen)
         self.factors = tuple(_held(layer, part, name) for part in self.parts)
         self.versions = [_version(factor) for factor in self.factors]
-        self.state = (layer.training, layer._active_adapter)
+        # Its mode alone counts: it may be set without the layer's, to sample with dropout.
+        self.dropout = layer.kpsvd_dropout[name]
+        self.state = (self.dropout.training, layer._active_adapter)
         # Kept tensors must not be inference tensors: a later call may be outside that mode.
         with torch.inference_mode(False), torch.no_grad():
             left, self.right = form.terms(self.factors, dtype)
@@ -66,7 +68,7 @@ class ReadyUpdate:
             return False
         if layer._disable_adapters or layer.merged_adapters:
             return False
-        if (layer.training, layer._active_adapter) != self.state:
+        if (self.dropout.training, layer._active_adapter) != self.state:
             return False
         base = layer._modules["base_layer"]
         if base is not self.base or base._forward_hooks or base._forward_pre_hooks:

@@ -200,7 +200,9 @@ class KpsvdLayer(BaseTunerLayer):
             if name not in self.kpsvd_form:
                 continue
             weight = self.get_base_weight()
-            merged = (weight.float() + self.get_delta_weight(name).to(weight.device)).to(
+            delta = self.get_delta_weight(name).to(weight.device)
+            # Wider than both, and rounded once.
+            merged = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(
                 weight.dtype
             )
             if safe_merge and not torch.isfinite(merged).all():
@@ -219,7 +221,8 @@ class KpsvdLayer(BaseTunerLayer):
         if not self.merged or self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._weight_before_merge)
+        # The model may have been moved or cast since.
+        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight()))
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -270,7 +273,8 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
         weight = base.weight
         if type(weight) not in PLAIN or any(p.requires_grad for p in base.parameters()):
             return False
-        if self.training and isinstance(self.kpsvd_dropout[name], nn.Dropout):
+        dropout = self.kpsvd_dropout[name]
+        if isinstance(dropout, nn.Dropout) and dropout.training:
             return False
         return weight.dtype == x.dtype or ambient_autocast(x) is not None
 

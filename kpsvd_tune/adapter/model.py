@@ -13,6 +13,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     align_module_device,
     has_offloaded_params,
 )
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
@@ -75,6 +76,13 @@ class KpsvdModel(BaseTuner):
                 f"adapter name {adapter_name!r}: expected one that is not empty and has no dot, "
                 "for names of parameters are made of it"
             )
+        if isinstance(model, PeftModel):
+            raise AdapterError(
+                "this model has adapters of PEFT already: expected a plain model. Put another "
+                "adapter beside them with add_adapter, or get the plain model back with unload or "
+                "merge_and_unload"
+            )
+        _unmerge(model)
         config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         if config.is_to_decompose:
@@ -183,6 +191,7 @@ class KpsvdModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         # Every way to load an adapter passes here, with the base and the stored factors at hand.
+        _unmerge(model)
         state_dict = _named_as_in(model, state_dict)
         _expect_records(model, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
@@ -276,14 +285,34 @@ def _decompose(
             raise AdapterError(f"{name}: {error}") from error
         plans.append(plan)
     try:
-        chosen = [plan for plan in choose_ranks(plans, rule) if plan.rank > 0]
+        ranked = choose_ranks(plans, rule)
     except ValueError as error:
         raise AdapterError(str(error)) from error
+    chosen = [plan for plan in ranked if plan.rank > 0]
+    if zero := [plan.name for plan in ranked if plan.squared_norm == 0]:
+        warnings.warn(
+            f"{some_of(zero)}: the weight is zero, which has no terms to start from; no adapter "
+            "goes there",
+            stacklevel=2,
+        )
     if not chosen:
         raise AdapterError("every layer got rank 0: raise rank.min, rank.energy or rank.budget")
     factors = {plan.name: terms[plan.name].factors(plan.rank) for plan in chosen}
     is_drawn = config.frozen_seed is not None
     return {plan.name: plan.settings(is_of_weight=not is_drawn) for plan in chosen}, factors
+
+
+def _unmerge(model: nn.Module) -> None:
+    """Give the base its own weights back: with an update in them it is another base."""
+    merged = [m for m in model.modules() if isinstance(m, KpsvdLayer) and m.merged]
+    if merged:
+        # The words are PEFT's, which does the same later.
+        warnings.warn(
+            "Adapter cannot be set when the model is merged. Unmerging the model first.",
+            stacklevel=3,
+        )
+    for layer in merged:
+        layer.unmerge()
 
 
 def _norm(module: nn.Module | KpsvdLayer, name: str) -> float:

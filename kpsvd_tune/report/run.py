@@ -46,21 +46,21 @@ def read_run(run: Path) -> dict[str, Any]:
     ranks, results = run / "init" / "rank_report.json", run / "results.json"
     if not (os.path.isfile(ranks) or os.path.isfile(results)):
         kind = kind_of(run)
-        found = f"; it is {named(kind)}" if kind else "; nothing lies there"
+        got = f"; it is {named(kind)}" if kind else "; nothing lies there"
         if within := _runs_in(run):
-            found += f" with {', '.join(within)} in it: name one of them"
+            got += f" with {', '.join(within)} in it: name one of them"
         raise InputError(
-            f"{run} holds neither init/rank_report.json nor results.json{found}; expected the "
+            f"{run} holds neither init/rank_report.json nor results.json{got}; expected the "
             "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"
             f"{'' if kind else siblings(run)}"
         )
     cure = "was it edited or cut? Write it again with `kpsvd-tune init-only`"
-    return {
-        "ranks": RankReport.from_dict(read_json(ranks, error=InputError, cure=cure)).to_dict()
-        if os.path.isfile(ranks)
-        else None,
-        "results": read_json(results, error=InputError) if os.path.isfile(results) else None,
-    }
+    found: dict[str, Any] = {"ranks": None, "results": None}
+    if os.path.isfile(ranks):
+        found["ranks"] = RankReport.from_dict(read_json(ranks, error=InputError, cure=cure))
+    if os.path.isfile(results):
+        found["results"] = read_json(results, error=InputError)
+    return found
 
 
 def _runs_in(folder: Path) -> list[str]:

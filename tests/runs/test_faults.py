@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_os import FaultyOs, kill
 
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.runs.directory import RunDirectory
@@ -19,47 +20,12 @@ from kpsvd_tune.storage import durable
 
 SAVE_EVERY = 2
 IDENTITY = {"recipe": {"train": {"seed": 0}}}
-OPERATIONS = (
-    "makedirs",
-    "open",
-    "write",
-    "fsync",
-    "close",
-    "replace",
-    "unlink",
-    "rmdir",
-    "truncate",
-)
 
 pytestmark = [
     pytest.mark.slow,
     # The child of a process with threads does little and is killed.
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
-
-
-class KillingOs:
-    """The `os` module, in which the process is killed at one of the disk operations."""
-
-    def __init__(self, kill_at: int, after: bool) -> None:
-        self.kill_at, self.after, self.names = kill_at, after, list[str]()
-
-    def __getattr__(self, name: str) -> Any:
-        function: Callable[..., Any] = getattr(os, name)
-        if name not in OPERATIONS:
-            return function
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.names.append(name)
-            is_it = len(self.names) == self.kill_at
-            if is_it and not self.after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*arguments, **options)
-            if is_it:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return call
 
 
 def state(step: int) -> TrainingState:
@@ -113,19 +79,19 @@ def run(tmp_path: Path) -> Path:
 
 def operations(work: Callable[[Path], None], source: Path, monkeypatch: Any) -> list[str]:
     folder = Path(shutil.copytree(source, source.with_name("count")))
-    counting = KillingOs(0, after=False)
+    counting = FaultyOs(kill, -1, "before")
     with monkeypatch.context() as patch:
         patch.setattr(durable, "os", counting)
         work(folder)
-    return counting.names
+    return counting.calls
 
 
-def killed(work: Callable[[Path], None], folder: Path, number: int, after: bool) -> int:
+def killed(work: Callable[[Path], None], folder: Path, number: int, moment: str) -> int:
     """Do the work in a child that is killed; its exit code as Python gives it."""
     pid = os.fork()
     if pid == 0:
         try:
-            durable.os = KillingOs(number, after)  # type: ignore[assignment,attr-defined]
+            durable.os = FaultyOs(kill, number, moment)  # type: ignore[assignment,attr-defined]
             work(folder)
         finally:
             os._exit(0)
@@ -139,11 +105,11 @@ def test_a_kill_at_any_disk_operation_loses_at_most_save_every_steps(run, monkey
     if work is two_steps_and_a_save:
         kinds |= {"makedirs", "unlink", "rmdir"}
     assert kinds <= set(names)
-    for number in range(1, len(names) + 1):
-        for after in (False, True):
-            folder = Path(shutil.copytree(run, run.with_name(f"{number}-{after}")))
-            where = f"{'after' if after else 'before'} {names[number - 1]} ({number})"
-            assert killed(work, folder, number, after) == -signal.SIGKILL, where
+    for number in range(len(names)):
+        for moment in ("before", "after"):
+            folder = Path(shutil.copytree(run, run.with_name(f"{number}-{moment}")))
+            where = f"{moment} {names[number]} ({number})"
+            assert killed(work, folder, number, moment) == -signal.SIGKILL, where
             start = RunDirectory(folder).begin("recipe", IDENTITY, {})
             assert start.checkpoint is not None, f"nothing to go on from after a kill {where}"
             found = RunDirectory(folder).load(start.checkpoint)
@@ -166,11 +132,11 @@ def test_a_kill_while_a_pending_checkpoint_is_replaced_loses_no_step(run, monkey
     names = operations(settle, run, monkeypatch)
     assert {"write", "replace", "unlink", "rmdir"} <= set(names)
     found = set()
-    for number in range(1, len(names) + 1):
-        for after in (False, True):
-            folder = Path(shutil.copytree(run, run.with_name(f"{number}-{after}")))
-            where = f"{'after' if after else 'before'} {names[number - 1]} ({number})"
-            assert killed(settle, folder, number, after) == -signal.SIGKILL, where
+    for number in range(len(names)):
+        for moment in ("before", "after"):
+            folder = Path(shutil.copytree(run, run.with_name(f"{number}-{moment}")))
+            where = f"{moment} {names[number]} ({number})"
+            assert killed(settle, folder, number, moment) == -signal.SIGKILL, where
             start = RunDirectory(folder).begin("recipe", IDENTITY, {})
             assert start.checkpoint is not None, where
             assert RunDirectory(folder).load(start.checkpoint).step == 5, where

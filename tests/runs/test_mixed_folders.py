@@ -16,20 +16,9 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture
-def train(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Train:
+def train(tmp_path: Path, write_recipe: Callable[..., Path]) -> Train:
     """Train a run of some name and seed; gives its folder."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{window: 8, max: 4}}}}
-train: {{max_steps: 2, batch_size: 2, precision: "no"}}
-output_dir: {tmp_path / "run"}
-"""
-    )
+    recipe = write_recipe(adapter={"rank": {"window": 8, "max": 4}}, train={"max_steps": 2})
 
     def run(name: str = "run", *words: str, code: int = 0) -> Path:
         folder = tmp_path / name

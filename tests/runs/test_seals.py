@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.runs.identity import run_id
@@ -17,23 +18,11 @@ FACTORS = "init/factors.safetensors"
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""# Purpose: a tiny test.
-model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter:
-  rank: {{window: 4, max: 2}}
-train: {{max_steps: 4, batch_size: 2, save_every: 2, precision: "no", learning_rate: 1.0e-2}}
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        adapter={"rank": {"window": 4, "max": 2}},
+        train={"max_steps": 4, "save_every": 2, "learning_rate": 1e-2},
     )
-    return path
 
 
 @pytest.fixture
@@ -57,9 +46,10 @@ def commands(adapter: Path, recipe: Path, tmp_path: Path) -> Iterator[list[str]]
     columns = "columns={prompt: question, completion: answer}"
     yield ["eval", str(adapter), columns, *score]
     start = [f"adapter.from={adapter}", f"output_dir={tmp_path / 'next'}"]
-    text = recipe.read_text().replace("adapter:\n  rank: {window: 4, max: 2}\n", "")
+    content = yaml.safe_load(recipe.read_text())
+    del content["adapter"]
     other = recipe.with_name("next.yaml")
-    other.write_text(text)
+    other.write_text(yaml.safe_dump(content))
     yield ["train", str(other), *start]
 
 

@@ -7,11 +7,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from faulty_os import FaultyOs, raising
 
 from kpsvd_tune.errors import CheckpointError, ResourceError
 from kpsvd_tune.storage import durable
@@ -19,50 +18,15 @@ from kpsvd_tune.storage.commit import MANIFEST, commit, read_committed
 from kpsvd_tune.storage.json_files import to_json
 
 FILES = {"a.bin": b"alpha" * 20, "b.json": b'{"b": 1}', "empty": b""}
-OPERATIONS = (
-    "makedirs",
-    "open",
-    "write",
-    "fsync",
-    "close",
-    "replace",
-    "unlink",
-    "rmdir",
-    "truncate",
-)
 
 
 class Killed(BaseException):
     """Stands for the end of the process: no `except Exception` may catch it."""
 
 
-class FaultyOs:
-    """The `os` module, failing at one of the disk operations."""
-
-    def __init__(self, fail_at: int, moment: str, fault: BaseException) -> None:
-        self.fail_at, self.moment, self.fault = fail_at, moment, fault
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        function: Callable[..., Any] = getattr(os, name)
-        if name not in OPERATIONS:
-            return function
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls.append(name)
-            fails = len(self.calls) - 1 == self.fail_at
-            # A descriptor is closed even where its close reports a failure.
-            if fails and self.moment == "before" and name != "close":
-                raise self.fault
-            if name == "write":
-                # A disk may take less than it is given; the rest has to follow.
-                arguments = (arguments[0], bytes(arguments[1])[:40])
-            result = function(*arguments, **options)
-            if fails:
-                raise self.fault
-            return result
-
-        return call
+def failing_os(number: int, moment: str, fault: BaseException) -> FaultyOs:
+    # Writes that the disk takes only a part of: the rest has to follow.
+    return FaultyOs(raising(fault), number, moment, largest_write=40)
 
 
 def save_two(folder: Path) -> None:
@@ -89,7 +53,7 @@ def whole(folder: Path) -> list[str]:
 
 
 def count_operations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    counting = FaultyOs(-1, "before", Killed())
+    counting = failing_os(-1, "before", Killed())
     with monkeypatch.context() as patch:
         patch.setattr(durable, "os", counting)
         save_two(folder)
@@ -131,7 +95,7 @@ def test_a_kill_at_any_operation_leaves_a_whole_folder(tmp_path, monkeypatch):
         for moment in ("before", "after"):
             folder = Path(shutil.copytree(source, tmp_path / f"{number}-{moment}"))
             with monkeypatch.context() as patch:
-                patch.setattr(durable, "os", FaultyOs(number, moment, Killed()))
+                patch.setattr(durable, "os", failing_os(number, moment, Killed()))
                 with pytest.raises(Killed):
                     save_two(folder)
             found = whole(folder)
@@ -162,7 +126,7 @@ def test_a_failing_disk_is_named_with_path_size_and_cure(
     fault = OSError(number, os.strerror(number))
     copy = Path(shutil.copytree(two, tmp_path_factory.mktemp("count") / "two"))
     first_write = count_operations(copy, monkeypatch).index("write")
-    monkeypatch.setattr(durable, "os", FaultyOs(first_write, "before", fault))
+    monkeypatch.setattr(durable, "os", failing_os(first_write, "before", fault))
     with pytest.raises(ResourceError) as caught:
         commit(two / "step-2", FILES.items())
     pattern = rf"could not write 100 bytes to {two}/\.step-2\.[0-9a-f]{{8}}\.tmp/a\.bin: "
@@ -233,7 +197,7 @@ def test_replaced_file_is_old_or_new(tmp_path, monkeypatch):
     for number in range(20):
         for moment in ("before", "after"):
             with monkeypatch.context() as patch:
-                patch.setattr(durable, "os", FaultyOs(number, moment, Killed()))
+                patch.setattr(durable, "os", failing_os(number, moment, Killed()))
                 try:
                     durable.replace_file(path, b"new")
                 except Killed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,8 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{window: 8, max: 4}}}}
-train: {{max_steps: 2, batch_size: 2, precision: "no"}}
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
-    )
-    return path
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(adapter={"rank": {"window": 8, "max": 4}}, train={"max_steps": 2})
 
 
 def full(*args: Any, **options: Any) -> None:

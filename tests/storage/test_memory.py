@@ -123,21 +123,11 @@ def test_the_device_tells_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{window: 8, max: 4}}}}
-train: {{max_steps: 2, batch_size: 4, precision: "no"}}
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        adapter={"rank": {"window": 8, "max": 4}},
+        train={"max_steps": 2, "batch_size": 4},
     )
-    return path
 
 
 def full(*args: Any, **options: Any) -> None:

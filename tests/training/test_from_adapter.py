@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,11 @@ from kpsvd_tune.report.live import ConsoleEvents
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""# Purpose: a tiny test.
-model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-train:
-  max_steps: 10
-  batch_size: 2
-  save_every: 2
-  eval_every: 5
-  precision: "no"
-  learning_rate: 1.0e-2
-output_dir: {tmp_path / "first"}
-""",
-        encoding="utf-8",
+def recipe(tmp_path: Path, write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        train={"max_steps": 10, "save_every": 2, "eval_every": 5, "learning_rate": 1e-2},
+        output_dir=str(tmp_path / "first"),
     )
-    return path
 
 
 PREFIX = "base_model.model."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,11 @@ def test_rounds_double_within_a_quarter_of_the_run(
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""# Purpose: a tiny run whose threshold is chosen.
-model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{method: energy, energy: auto, window: 8, max: 8}}}}
-train: {{max_steps: 4, batch_size: 2, precision: "no", learning_rate: 1.0e-2}}
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        adapter={"rank": {"method": "energy", "energy": "auto", "window": 8, "max": 8}},
+        train={"max_steps": 4, "learning_rate": 1e-2},
     )
-    return path
 
 
 @pytest.mark.slow

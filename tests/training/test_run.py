@@ -25,28 +25,11 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_model_dir: Path, rows_file: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""# Purpose: a tiny test.
-model: {{path: {tiny_model_dir}, dtype: float32}}
-dataset:
-  path: {rows_file}
-  columns: {{prompt: question, completion: answer}}
-  validation: 2
-adapter: {{rank: {{window: 8, max: 4}}}}
-train:
-  max_steps: 6
-  batch_size: 2
-  eval_every: 3
-  save_every: 2
-  precision: "no"
-  learning_rate: 1.0e-2
-output_dir: {tmp_path / "run"}
-""",
-        encoding="utf-8",
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    return write_recipe(
+        adapter={"rank": {"window": 8, "max": 4}},
+        train={"max_steps": 6, "eval_every": 3, "save_every": 2, "learning_rate": 1e-2},
     )
-    return path
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

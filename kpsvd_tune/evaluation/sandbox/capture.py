@@ -20,6 +20,7 @@ from typing import BinaryIO, Literal
 from kpsvd_tune.evaluation.sandbox.bubblewrap import ENVIRONMENT, memory_file
 
 _LOOK_SECONDS = 0.02
+_MOST_FOLDERS = 2  # of the program and of its judge
 _MIB = 2**20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -69,9 +70,7 @@ class Capture:
     stopped: Stop | None = None  # None: the judge came to an end
 
 
-def capture_run(
-    program: Start, judge: Start, limits: Limits, scratch: Sequence[socket.socket]
-) -> Capture:
+def capture_run(program: Start, judge: Start, limits: Limits, scratch: socket.socket) -> Capture:
     """Run a program and its judge, each in a session of its own; for `scratch` see `Usage`."""
     capture = Capture()
     with ExitStack() as stack:
@@ -183,18 +182,18 @@ def _exit_code(process: subprocess.Popen[bytes], *, wait: bool) -> int | None:
 class Usage:
     """Watches processes and all that descend from them; what is used between two looks goes unseen.
 
-    `scratch` is where their /tmp comes from, as an open folder that `limits` sends before anything
-    foreign runs, so that no right to look into them is needed. Without a sandbox nothing comes.
+    `scratch` is where the /tmp of each comes from, as an open folder that `limits` sends before
+    anything foreign runs, so that no right to look into them is needed. Without a sandbox nothing
+    comes.
     """
 
-    def __init__(self, pids: Sequence[int], scratch: Sequence[socket.socket]) -> None:
+    def __init__(self, pids: Sequence[int], scratch: socket.socket) -> None:
         self.cpu_seconds = 0.0  # the most seen of any one process
         self.memory_bytes = 0  # of all processes and files in /tmp, at the last look
         self.num_files = 0  # files and folders in /tmp, at the last look
         self._pids = pids
-        self._senders = list(scratch)
-        for sender in scratch:
-            sender.setblocking(False)
+        self._scratch = scratch
+        scratch.setblocking(False)
         self._folders: list[int] = []
 
     def look(self) -> None:
@@ -227,10 +226,11 @@ class Usage:
 
     def _scratch_memory_bytes(self) -> int:
         """Memory of the files in /tmp; counts them as well."""
-        for sender in tuple(self._senders):
-            with suppress(BlockingIOError):
-                self._folders += socket.recv_fds(sender, 1, 1)[1]
-                self._senders.remove(sender)
+        with suppress(BlockingIOError):
+            while len(self._folders) < _MOST_FOLDERS and (
+                received := socket.recv_fds(self._scratch, 1, 1)[1]
+            ):
+                self._folders += received
         found = [os.fstatvfs(folder) for folder in self._folders]
         self.num_files = sum(each.f_files - each.f_ffree for each in found)
         return sum((each.f_blocks - each.f_bfree) * each.f_frsize for each in found)

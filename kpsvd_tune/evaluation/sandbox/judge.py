@@ -31,9 +31,6 @@ def main(job: dict[str, Any]) -> None:
     """Judge the job; tell "started", then "<status> <detail>"."""
     verdict = os.dup(1)
     os.dup2(2, 1)
-    nothing = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
     set_limits(job)
     peer = _JudgingPeer(job["socket"])
     peer.ask("hello")
@@ -79,7 +76,7 @@ class _JudgingPeer(Peer):
     """The judge's side: the program may only use what the tests handed to it."""
 
     def __init__(self, descriptor: int) -> None:
-        super().__init__(descriptor, 0, self._serve_program, is_judge=True)
+        super().__init__(descriptor, self._serve_program, is_judge=True)
         self._stdout = sys.stdout
 
     def ask(self, name: str, *args: Any) -> Any:
@@ -106,7 +103,8 @@ class _JudgingPeer(Peer):
             return getattr(builtins, name)(target)
         if name == "getitem":
             return target[rest[0]]
-        if name in ("getattr", "setattr") and _is_of_the_tests(target):
+        kind = target if isinstance(target, type) else type(target)
+        if name in ("getattr", "setattr") and kind.__module__ == _TESTS:
             attribute = rest[0]
             if not isinstance(attribute, str) or attribute.startswith("_"):
                 raise AttributeError(f"{attribute!r} is out of the program's reach")
@@ -114,11 +112,6 @@ class _JudgingPeer(Peer):
         if name == "eq":
             return target is rest[0]
         raise TypeError(f"the program may not use {name} on an object of the tests")
-
-
-def _is_of_the_tests(value: Any) -> bool:
-    kind = value if isinstance(value, type) else type(value)
-    return kind.__module__ == _TESTS
 
 
 class Namespace(dict[str, object]):

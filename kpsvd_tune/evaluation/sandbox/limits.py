@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def set_limits(job: dict[str, Any]) -> None:
-    """Send /tmp out to be watched, become nobody where we are root, take the job's limits."""
+    """Send /tmp out to be watched, become nobody where we are root, take the job's limits.
+
+    What is read from standard input afterwards is empty.
+    """
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     if job["scratch"] is not None:
         _send_folder("/tmp", job["scratch"])
     if job["uid"] is not None:

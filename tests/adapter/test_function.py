@@ -67,41 +67,52 @@ def values(module: KpsvdLinear) -> list[np.ndarray]:
 
 def oracle_delta(module: KpsvdLinear) -> np.ndarray:
     """Written out from each form's definition, one np.kron a term."""
-    form, found = module.kpsvd_form["default"], values(module)
-    if form.name == "both":
-        a, b, left0, right0 = found
-        return oracle.delta(left0, right0, a, b)
-    if form.name == "left":
-        return sum(np.kron(a, v) for a, v in zip(*found, strict=True))
-    if form.name == "right":
-        return sum(np.kron(u, b) for b, u in zip(*found, strict=True))
-    core, left0, right0 = found
-    pairs = itertools.product(range(form.rank), repeat=2)
-    return sum(core[k, j] * np.kron(left0[k], right0[j]) for k, j in pairs)
+    found = values(module)
+    match module.kpsvd_form["default"].name:
+        case "both":
+            a, b, left0, right0 = found
+            return oracle.delta(left0, right0, a, b)
+        case "left":
+            pairs = list(zip(*found, strict=True))
+        case "right":
+            pairs = [(u, b) for b, u in zip(*found, strict=True)]
+        case _:
+            core, left0, right0 = found
+            pairs = [
+                (core[k, j] * left0[k], right0[j])
+                for k, j in itertools.product(range(len(core)), repeat=2)
+            ]
+    return np.asarray(sum(np.kron(left, right) for left, right in pairs))
 
 
 def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.ndarray, ...]:
     """Contract the whole weight gradient block by block: d Delta[i*p+k, j*q+l] / d A_ij = B_kl."""
     form, found = module.kpsvd_form["default"], values(module)
-    m, n, p, q = form.shape.as_tuple()
     whole = (gy.double().flatten(0, -2).T @ x.detach().double().flatten(0, -2)).numpy()
-    if form.name == "core":
-        core, left0, right0 = found
-        found = np.zeros_like(core)
-        for k, j in itertools.product(range(form.rank), repeat=2):
-            found[k, j] = (whole * np.kron(left0[k], right0[j])).sum()
-        return (found,)
-    left, right = {
-        "both": lambda a, b, left0, right0: (a + left0, b + right0),
-        "left": lambda a, right0: (a, right0),
-        "right": lambda b, left0: (left0, b),
-    }[form.name](*found)
+    match form.name:
+        case "both":
+            return contracted(whole, found[0] + found[2], found[1] + found[3])
+        case "left":
+            return contracted(whole, *found)[:1]
+        case "right":
+            return contracted(whole, found[1], found[0])[1:]
+    core, left0, right0 = found
+    gradient = np.zeros_like(core)
+    for k, j in itertools.product(range(len(core)), repeat=2):
+        gradient[k, j] = (whole * np.kron(left0[k], right0[j])).sum()
+    return (gradient,)
+
+
+def contracted(
+    whole: np.ndarray, left: np.ndarray, right: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    (terms, m, n), (_, p, q) = left.shape, right.shape
     ga, gb = np.zeros_like(left), np.zeros_like(right)
-    for term, i, j in itertools.product(range(len(left)), range(m), range(n)):
+    for term, i, j in itertools.product(range(terms), range(m), range(n)):
         block = whole[i * p : (i + 1) * p, j * q : (j + 1) * q]
         ga[term, i, j] = (block * right[term]).sum()
         gb[term] += block * left[term, i, j]
-    return {"both": (ga, gb), "left": (ga,), "right": (gb,)}[form.name]
+    return ga, gb
 
 
 def use(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:

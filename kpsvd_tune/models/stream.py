@@ -114,7 +114,7 @@ def _load(source: ModelSource, skeleton: PreTrainedModel, name: str) -> PreTrain
         )
     # Dequantised numbers are exact in float32; pickled and fused checkpoints are nearly always
     # stored in the dtype of their configuration, and float32 holds those exactly too.
-    return load_model(source, torch.float32)
+    return load_model(source, "float32")
 
 
 def _locate(

@@ -40,8 +40,8 @@ from kpsvd_tune.evaluation.questions import (
     read_shots,
     stop_strings,
 )
-from kpsvd_tune.evaluation.sandbox.run import CodePermission
-from kpsvd_tune.evaluation.scoring import missing_scorers, score_completions
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
+from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers, score_completions
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
@@ -90,7 +90,7 @@ class Scorer:
     dataset: DatasetRecipe | None
     place: torch.device  # to compute on
     events: Events  # told of progress and scores
-    permission: CodePermission  # to run programs, which mbpp needs
+    sandbox: Sandbox | None  # for programs, which mbpp runs; None: they may not run
 
     def score_all(
         self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
@@ -126,8 +126,7 @@ class Scorer:
         """
         task = as_trained(task, self.dataset)
         self.events.stage(f"scoring {task.task}: {conditions(task)}")
-        if TASKS[task.task].runs_code:
-            self.permission.for_task(task.task)
+        check_code_execution([task.task], self.sandbox)
         model.to(self.place)
         template = task.template or TASKS[task.task].template
         if task.task in LOSS_TASKS:
@@ -138,7 +137,7 @@ class Scorer:
             progress = partial(self.events.advance, "running programs")
             scores = on_main_process(
                 lambda: score_completions(
-                    task.task, completions, permission=self.permission, progress=progress
+                    task.task, completions, sandbox=self.sandbox, progress=progress
                 )
             )
         self.events.end_progress()

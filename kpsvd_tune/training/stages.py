@@ -336,7 +336,7 @@ def _scorer(context: Context, data: RunInput) -> Scorer:
         data.dataset,
         context.accelerator.device,
         context.events,
-        context.options.permission,
+        context.options.sandbox,
     )
 
 

@@ -17,7 +17,6 @@ from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import evaluate as module
 from kpsvd_tune.evaluation.completions import append_completion, read_completions
 from kpsvd_tune.evaluation.evaluate import as_trained, weights_fingerprint
-from kpsvd_tune.evaluation.sandbox.run import CodePermission
 from kpsvd_tune.evaluation.scoring import score_completions
 from kpsvd_tune.recipe import Columns, DatasetRecipe, EvaluationRecipe
 
@@ -37,7 +36,7 @@ class Notes:
 
 def evaluate(model, tokenizer, recipe, folder, events: Any = None, **options):
     place = torch.device("cpu")
-    scorer = module.Scorer(tokenizer, None, place, events or Notes(), CodePermission())
+    scorer = module.Scorer(tokenizer, None, place, events or Notes(), None)
     return scorer.score(model, recipe, folder, **options)
 
 
@@ -272,7 +271,6 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import make_model, make_tokenizer
 from kpsvd_tune.evaluation.evaluate import Scorer
-from kpsvd_tune.evaluation.sandbox.run import CodePermission
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
 
@@ -288,7 +286,7 @@ recipe = EvaluationRecipe(
     task="exact_match", path={rows!r}, max_new_tokens=6, batch_size=3,
     columns={{"prompt": "question", "completion": "answer"}},
 )
-scorer = Scorer(tokenizer, None, torch.device("cpu"), Silent(), CodePermission())
+scorer = Scorer(tokenizer, None, torch.device("cpu"), Silent(), None)
 scores = scorer.score(make_model(tokenizer), recipe, Path({folder!r}) / "eval")
 (Path({folder!r}) / f"scores-{{rank}}").write_text(repr(scores))
 torch.distributed.destroy_process_group()

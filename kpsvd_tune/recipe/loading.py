@@ -12,9 +12,8 @@ import yaml
 from kpsvd_tune.errors import RecipeError, did_you_mean
 from kpsvd_tune.recipe.checking import MAX_FAULTS, check, origin_of, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
-from kpsvd_tune.recipe.overrides import apply_override
 from kpsvd_tune.recipe.paths import path_faults
-from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
+from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, apply_override, read_yaml
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
 from kpsvd_tune.storage.paths import Kind, expand, kind_of, named

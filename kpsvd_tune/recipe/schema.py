@@ -14,12 +14,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.recipe.dataset import DatasetRecipe
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
-from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
 from kpsvd_tune.recipe.values import (
+    Arguments,
     Number,
+    Optimizer,
     OutputFolder,
     PathText,
     Precision,
+    Scheduler,
     Section,
     Text,
     conflict,

@@ -203,16 +203,15 @@ def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def _not_a_recipe(file: FilePath, kind: Kind) -> str:
     """What is wrong with a folder or a special file that was given as a recipe."""
-    text = f"is {named(kind)}; expected a recipe file"
-    if kind == "run":
-        return f"{text}; that of the run is {_shown(file / 'recipe.yaml')}"
-    if kind == "comparison":
-        return f"{text}: the one that it was made with; to see it: kpsvd-tune report {_shown(file)}"
-    if kind in ("model", "merged"):
-        return f"{text}, which names it in model.path"
-    if kind == "adapter":
-        return f"{text}; to train on from an adapter, name it in adapter.from"
-    return f"{text}; shipped recipes: {', '.join(shipped_recipes())}"
+    model = ", which names it in model.path"
+    advice = {
+        "run": f"; that of the run is {_shown(file / 'recipe.yaml')}",
+        "comparison": f": the one it was made with; to see it: kpsvd-tune report {_shown(file)}",
+        "model": model,
+        "merged": model,
+        "adapter": "; to train on from an adapter, name it in adapter.from",
+    }.get(kind, f"; shipped recipes: {', '.join(shipped_recipes())}")
+    return f"is {named(kind)}; expected a recipe file{advice}"
 
 
 def _shown(file: FilePath) -> str:

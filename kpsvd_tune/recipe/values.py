@@ -226,6 +226,11 @@ class Section(BaseModel):
     model_config = CLOSED
 
 
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A key that may be left out: its default, what it means, and limits as pydantic names them."""
+    return Field(default=default, description=description, **limits)
+
+
 def conflict(message: str, *others: str) -> PydanticCustomError:
     """A fault between a key and the `others` of its section."""
     return PydanticCustomError("conflict", "{message}", {"message": message, "others": others})

@@ -194,6 +194,7 @@ class KpsvdModel(BaseTuner):
         )
         remapped = _without_the_bases(model, remapped)
         _check_names(model, adapter_name, remapped)
+        _check_sizes(model, remapped)
         _check_values(state_dict)
         _check_loaded(model, config, adapter_name, state_dict)
         return remapped
@@ -426,6 +427,18 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
             f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
             "configuration names; expected the file that was saved with it"
         )
+
+
+def _check_sizes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse factors of other sizes than the configuration gives them."""
+    own: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, value in state_dict.items():
+        if "kpsvd_" in key and key in own and own[key].shape != value.shape:
+            name = plain_name(key).removeprefix("base_model.model.").rpartition(".")[0]
+            raise AdapterError(
+                f"the adapter's weights hold {name} of size {tuple(value.shape)}, expected "
+                f"{tuple(own[key].shape)} by its configuration: was one of the two files changed?"
+            )
 
 
 def _check_values(state_dict: Mapping[str, Tensor]) -> None:

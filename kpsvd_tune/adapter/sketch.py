@@ -141,7 +141,9 @@ def sketch_rest(
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
     left_out = {f"{name}.weight" for name in adapted}
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
-    square, kinds, vague = 0.0, set(), set()
+    square = 0.0
+    kinds: set[int] = set()
+    vague: set[int] = set()
     numbers: dict[str, tuple[float, float]] = {}
     for path, module in _base_modules(model):
         if any(_is_under(path, end) for end in ends):

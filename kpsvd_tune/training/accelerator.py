@@ -1,4 +1,4 @@
-"""The Accelerator and the engine of a run, checked against what the recipe asks for."""
+"""The Accelerator of a run, checked against what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.engines import Engine, deepspeed_config
-from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
-from kpsvd_tune.training.engines.deepspeed_config import zero_stage
-from kpsvd_tune.training.engines.plain import PlainEngine
-from kpsvd_tune.training.engines.sharded import ShardedEngine
+from kpsvd_tune.training.engines import deepspeed_config
 from kpsvd_tune.training.recovery import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
 
@@ -86,14 +82,6 @@ def make_accelerator(
     deepspeed_config.check_parallel(accelerator, recipe)
     meet()
     return accelerator
-
-
-def engine_class(recipe: TrainRecipe, accelerator: Accelerator) -> type[Engine]:
-    """The engine for the way in which a run shares its work."""
-    if zero_stage(accelerator) is not None:
-        return DeepSpeedEngine
-    is_sharded = recipe.parallel == "fsdp" and accelerator.num_processes > 1
-    return ShardedEngine if is_sharded else PlainEngine
 
 
 def _accelerator(**settings: Any) -> Accelerator:

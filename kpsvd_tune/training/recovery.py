@@ -14,12 +14,14 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from kpsvd_tune.errors import NonFiniteError, RecipeError, ResourceError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -105,6 +107,21 @@ def _listed(rows: Sequence[int]) -> str:
 
 class MicroStepOutOfMemory(ResourceError):
     """Memory ran out in a forward or backward pass; no weight has moved and no gradient is left."""
+
+
+@contextmanager
+def memory_refused(recipe: TrainRecipe, doing: str) -> Iterator[None]:
+    """With `train.on_oom: halve`, raise MicroStepOutOfMemory where memory runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        if recipe.on_oom != "halve" or not is_out_of_memory(error):
+            raise
+        refusal = str(out_of_memory(error, doing, ()))
+    else:
+        return
+    # Outside the except block, whose traceback keeps the tensors of the failed pass.
+    raise MicroStepOutOfMemory(refusal)
 
 
 def check_halving(recipe: TrainRecipe, num_processes: int, is_zero: bool) -> None:

@@ -1,4 +1,7 @@
-"""The stages of `train`: prepare the run, read the data, start the model, train it, finish."""
+"""The stages of `train`: prepare the run, read the data, start the model, train it, finish.
+
+And what they would do, for `train --dry-run`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
+from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.context import Context, RunInput, RunOptions
-from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
@@ -26,7 +30,6 @@ from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_s
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
-    ModelSource,
     base_fingerprint,
     load_skeleton,
     load_tokenizer,
@@ -117,12 +120,13 @@ def read_data(context: Context) -> RunInput:
     phase.enter("reading and tokenising the data", data_cures(recipe))
     assert recipe.dataset is not None  # checked when the run was prepared
     dataset = recipe.dataset
-    train, validation, sha256, template = on_main_process(
-        lambda: _read_rows(context, dataset, tokenizer, source)
-    )
-    # Only the first process has read the rows, and where the recipe names no chat template the
-    # rows decide which one is used.
-    tokenizer.chat_template = on_main_process(lambda: tokenizer.chat_template)
+
+    def read() -> tuple[Any, ...]:
+        found = _read_rows(recipe, dataset, tokenizer, load_skeleton(source), context.events)
+        return found.train, found.validation, found.sha256, found.template, tokenizer.chat_template
+
+    # Where the recipe names no chat template the rows decide which one is used.
+    train, validation, sha256, template, tokenizer.chat_template = on_main_process(read)
     length = run_length(
         recipe.train, len(train), len(validation), context.accelerator.num_processes
     )
@@ -252,6 +256,41 @@ def finish_run(
     return results
 
 
+def plan(recipe: Recipe, events: Events) -> dict[str, Any]:
+    """Say what `train` would do, without loading weights or writing anything."""
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `train` needs")
+    source = resolve_model(recipe.model.path, recipe.model.revision)
+    skeleton = load_skeleton(source)
+    data = _read_rows(recipe, recipe.dataset, load_tokenizer(source), skeleton, events)
+    adapter = recipe.adapter
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    train = recipe.train
+    length = run_length(train, len(data.train), len(data.validation))
+    if length.faults:
+        raise RecipeError("\n".join(length.faults))
+    for note in length.notes:
+        events.note(note)
+    bytes_each = 4 if recipe.model.dtype == "float32" else 2
+    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    return {
+        "model": recipe.model.path,
+        "base_parameters": num_parameters,
+        "base_model_bytes": num_parameters * bytes_each,
+        "target_matrices": len(names),
+        "rank_rule": adapter.rank.method,
+        "training_rows": len(data.train),
+        "validation_rows": len(data.validation),
+        "steps": length.num_steps,
+        "passes_over_rows": length.passes,
+        "rows_per_step": train.batch_size * train.gradient_accumulation,
+        "output_dir": recipe.output_dir,
+        "output_dir_exists": Path(recipe.output_dir).exists(),
+    }
+
+
 def _check(recipe: Recipe) -> None:
     """Refuse before the first long stage whatever can be refused."""
     if recipe.dataset is None:
@@ -270,24 +309,23 @@ def _unscorable(sharding: str) -> RecipeError:
 
 
 def _read_rows(
-    context: Context,
+    recipe: Recipe,
     dataset: DatasetRecipe,
     tokenizer: PreTrainedTokenizerBase,
-    source: ModelSource,
-) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str, str]:
-    """Rows to train on, held-out rows, the hash of both, and the template of both."""
-    events = context.events
+    skeleton: PreTrainedModel,
+    events: Events,
+) -> PreparedData:
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
         tokenizer,
-        seed=context.recipe.train.seed,
+        seed=recipe.train.seed,
         progress=lambda done, total: events.advance("tokenising", done, total),
-        limits=model_limits(load_skeleton(source)),
+        limits=model_limits(skeleton),
     )
     events.note(data.cache_note)
     events.preflight(data.report)
-    return data.train, data.validation, data.sha256, data.template
+    return data
 
 
 def _identity(

@@ -1,123 +1,24 @@
 """What computes gradients and moves the weights: one engine for each way to share the work.
 
-The loop and the step know this interface alone. `plain` is one process, or several with whole
-weights (DDP); `sharded` is torch's fully_shard; `deepspeed` is DeepSpeed's ZeRO, and
-`deepspeed_config` what is asked of it.
+`plain` is one process, or several with whole weights (DDP), and what the others differ from;
+`sharded` is torch's fully_shard; `deepspeed` is DeepSpeed's ZeRO, and `deepspeed_config` what is
+asked of it.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from torch import Tensor, nn
 
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs.state import load_optimizer_state, optimizer_state
-from kpsvd_tune.training.batches import MicroBatch
-from kpsvd_tune.training.loss import SummedTokenLoss
-from kpsvd_tune.training.optim import make_optimizer
+from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
+from kpsvd_tune.training.engines.plain import Engine
+from kpsvd_tune.training.engines.sharded import ShardedEngine
 
 
-class Engine(ABC):
-    """A model with its loss and its optimiser, on one or several processes.
-
-    Each method is called on all processes at the same time, and gives equal results on all unless
-    it says otherwise. RecipeError: the recipe asks for what the engine cannot do.
-
-    Args:
-        token_loss: The model with its loss; goes to the accelerator's device.
-        recipe: The `train` section.
-        accelerator: From `make_accelerator`, with the same section.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that uses every weight that text can use, the same on every process.
-    """
-
-    keeps_gradients = True  # whether parameters hold their gradients after the backward pass
-
-    def __init__(
-        self,
-        token_loss: SummedTokenLoss,
-        recipe: TrainRecipe,
-        accelerator: Accelerator,
-        rate_factors: Mapping[str, float],
-        example: MicroBatch | None = None,
-    ) -> None:
-        self._accelerator, self._recipe, self._example = accelerator, recipe, example
-        self._scaler: torch.amp.GradScaler | None = accelerator.scaler
-        self._max_grad_norm = recipe.max_grad_norm or math.inf
-        self._module = self._prepare(token_loss)
-        self._names: dict[Tensor, str] = {
-            p: name for name, p in token_loss.model.named_parameters() if p.requires_grad
-        }
-        # Of each trained parameter, by its name in the model.
-        self.shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
-        factors = [rate_factors.get(name, 1.0) for name in self.shapes]
-        # The schedule sets its groups' rates.
-        self.optimizer = make_optimizer(recipe, list(self._names), factors)
-
-    @abstractmethod
-    def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
-        """What is called in training: the loss on its device, wrapped or sharded."""
-
-    @abstractmethod
-    def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:
-        """Add a micro batch's gradient, times `scale`, and give its loss of this process.
-
-        The loss is summed and not scaled, a float32 scalar. `is_last` is the last micro batch of a
-        step, with which gradients are summed over processes.
-        """
-
-    @abstractmethod
-    def clip(self) -> float:
-        """Clip the gradient as the recipe says; its norm before that."""
-
-    @property
-    def may_overflow(self) -> bool:
-        """Whether an infinite gradient only tells a loss scaler to scale less."""
-        return self._scaler is not None and self._scaler.get_scale() > 1
-
-    @abstractmethod
-    def step(self) -> None:
-        """Move the weights."""
-
-    @abstractmethod
-    def skip(self) -> None:
-        """Leave the weights as they are in this step."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """Every trained tensor by name, whole; not copied where a process holds it whole."""
-        return {name: parameter.detach() for parameter, name in self._names.items()}
-
-    def load_weights(self, values: Mapping[str, Tensor]) -> None:
-        """Put back whole tensors, equal on all processes."""
-        with torch.no_grad():
-            for parameter, name in self._names.items():
-                parameter.copy_(values[name])
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimiser's state in the form of `runs.optimizer_state`, tensors whole."""
-        return optimizer_state(self.optimizer, self._names)
-
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Put back the state of each parameter; settings of groups stay as the recipe has them."""
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        load_optimizer_state(self.optimizer, state, self._names)
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)
-
-    def scaler_state(self) -> dict[str, Any] | None:
-        """The state of the loss scaler; None where there is none."""
-        return None if self._scaler is None else self._scaler.state_dict()
-
-    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Put it back."""
-        if self._scaler is not None and state:
-            self._scaler.load_state_dict(state)
+def engine_class(recipe: TrainRecipe, accelerator: Accelerator) -> type[Engine]:
+    """The engine for the way in which a run shares its work."""
+    if zero_stage(accelerator) is not None:
+        return DeepSpeedEngine
+    is_sharded = recipe.parallel == "fsdp" and accelerator.num_processes > 1
+    return ShardedEngine if is_sharded else Engine

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.runs.state import check_groups
-from kpsvd_tune.training.engines import Engine
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
+from kpsvd_tune.training.engines.plain import Engine
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 

@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.engines.plain import PlainEngine
+from kpsvd_tune.training.engines.plain import Engine
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 Tree = TypeVar("Tree")
 
 
-class ShardedEngine(PlainEngine):
+class ShardedEngine(Engine):
     """The plain engine over DTensors; every process must call the loss equally often.
 
     A block's weights are whole only while it computes; buffers, with the frozen factors, always.

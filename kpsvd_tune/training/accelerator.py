@@ -30,17 +30,11 @@ def make_accelerator(
     logging_dir: Path | None = None,
     init_method: str | None = None,
 ) -> Accelerator:
-    """Make the Accelerator that `Training` expects.
+    """Make the Accelerator that `Training` expects, with trackers that write into `logging_dir`.
 
-    Args:
-        recipe: Its precision and its way of sharing work.
-        tracking: Names of trackers.
-        logging_dir: Where trackers that write files put them.
-        init_method: Where torch finds the other processes, if not by its environment.
-
-    Raises:
-        RecipeError: A tracker is not installed, or the device cannot do what the recipe asks, or
-            the optimiser or the schedule it names cannot work.
+    `init_method` is where torch finds the other processes, if not by its environment. RecipeError:
+    a tracker is not installed, or the device cannot do what the recipe asks, or the optimiser or
+    the schedule it names cannot work.
     """
     for name in tracking:
         if name not in [str(tracker) for tracker in get_available_trackers()]:

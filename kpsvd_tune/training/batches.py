@@ -17,15 +17,10 @@ _EXAMPLE_TOKENS = 16
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of one process.
+    """One forward pass of one process."""
 
-    Attributes:
-        inputs: What `SummedTokenLoss` takes.
-        num_tokens: Tokens without padding, supervised or not.
-    """
-
-    inputs: dict[str, Tensor]
-    num_tokens: int
+    inputs: dict[str, Tensor]  # what `SummedTokenLoss` takes
+    num_tokens: int  # without padding, supervised or not
 
     @property
     def num_supervised(self) -> int:

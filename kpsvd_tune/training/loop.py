@@ -53,18 +53,6 @@ class Training:
     the sum over the supervised tokens of its whole global batch (all micro steps, all processes)
     divided by their number.
 
-    Args:
-        model: A causal language model with some trainable parameters, usually a PEFT model.
-        train_rows: Rows to learn from.
-        validation_rows: Held-out rows; may be empty.
-        recipe: The `train` section.
-        accelerator: From `make_accelerator`, with the same section.
-        run: The run's folder; the main process writes there.
-        pad_token_id: Fills short rows; any id will do, since padding is masked.
-        checkpoint: Where to go on from, as `RunDirectory.begin` said; None: from the first step.
-        settings: Shown by trackers; None keeps them out of it.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-
     Raises:
         AdapterError: Nothing is trainable.
         CheckpointError: The checkpoint is damaged or does not fit the model.
@@ -73,17 +61,17 @@ class Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module,  # a causal language model, usually a PEFT model
         train_rows: Sequence[TokenizedRow],
-        validation_rows: Sequence[TokenizedRow],
+        validation_rows: Sequence[TokenizedRow],  # may be empty
         recipe: TrainRecipe,
-        accelerator: Accelerator,
-        run: RunDirectory,
+        accelerator: Accelerator,  # from `make_accelerator`, with the same section
+        run: RunDirectory,  # the main process writes there
         *,
-        pad_token_id: int,
-        checkpoint: Path | None = None,
-        settings: Mapping[str, Any] | None = None,
-        rate_factors: Mapping[str, float] | None = None,
+        pad_token_id: int,  # any id will do, since padding is masked
+        checkpoint: Path | None = None,  # as `RunDirectory.begin` said; None: from the first step
+        settings: Mapping[str, Any] | None = None,  # for trackers; None: they get nothing
+        rate_factors: Mapping[str, float] | None = None,  # of learning rates, by parameter; else 1
     ) -> None:
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
         self._train_rows, self._validation_rows = train_rows, validation_rows

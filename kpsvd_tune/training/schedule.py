@@ -47,14 +47,7 @@ class RunLength:
 def run_length(
     train: TrainRecipe, num_rows: int, num_validation_rows: int, num_processes: int = 1
 ) -> RunLength:
-    """Work out the length of a run and hold its settings against it.
-
-    Args:
-        train: The `train` section.
-        num_rows: Training rows, at least 1.
-        num_validation_rows: Held-out rows.
-        num_processes: Processes that share a step.
-    """
+    """Work out the length of a run of one or more rows, and compare its settings with it."""
     sampler = StatelessSampler(
         num_rows, train.batch_size, num_processes, train.gradient_accumulation, train.seed
     )

@@ -29,23 +29,17 @@ class Engine:
     Each method is called on all processes at the same time, and gives equal results on all unless
     it says otherwise. Engines that share the work in another way override what differs.
     RecipeError: the recipe asks for what the engine cannot do.
-
-    Args:
-        token_loss: The model with its loss; goes to the accelerator's device.
-        recipe: The `train` section.
-        accelerator: From `make_accelerator`, with the same section.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that uses every weight that text can use, the same on every process.
     """
 
     keeps_gradients = True  # whether parameters hold their gradients after the backward pass
 
     def __init__(
         self,
-        token_loss: SummedTokenLoss,
+        token_loss: SummedTokenLoss,  # goes to the accelerator's device
         recipe: TrainRecipe,
-        accelerator: Accelerator,
-        rate_factors: Mapping[str, float],
+        accelerator: Accelerator,  # from `make_accelerator`, with the same section
+        rate_factors: Mapping[str, float],  # of learning rates, by parameter; 1 elsewhere
+        # A batch that uses every weight that text can use, the same on every process.
         example: MicroBatch | None = None,
     ) -> None:
         self._accelerator, self._recipe, self._example = accelerator, recipe, example

@@ -20,7 +20,7 @@ from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines import deepspeed_config
-from kpsvd_tune.training.recovery import check_halving
+from kpsvd_tune.training.progress import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
 
 

@@ -28,7 +28,7 @@ from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.training.batches import MicroBatch, first_tokens, make_micro_batch, stream_steps
 from kpsvd_tune.training.loss import validation_loss
 from kpsvd_tune.training.packing import attend_by_rows, prove_packing
-from kpsvd_tune.training.recovery import (
+from kpsvd_tune.training.progress import (
     MicroStepOutOfMemory,
     give_memory_back,
     halve,

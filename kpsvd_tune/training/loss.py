@@ -47,7 +47,7 @@ class SummedTokenLoss(nn.Module):
         position_ids: Tensor | None = None,  # (1, T) int64, from 0 in each packed row; None: padded
         reduction: str = "sum",  # or "none"
     ) -> Tensor:
-        """The sum of the losses in nats, a float32 scalar, 0 where K is 0; or each, (K,) float32."""
+        """The summed loss in nats, a float32 scalar, 0 where K is 0; or each loss, (K,) float32."""
         # Without a mask, and only then, transformers finds the rows by their positions.
         inputs = {"attention_mask": attention_mask}
         if position_ids is not None:

@@ -17,12 +17,10 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs.directory import RunDirectory
-from kpsvd_tune.runs.listing import checkpoint_name
+from kpsvd_tune.runs.directory import RunDirectory, checkpoint_name
 from kpsvd_tune.runs.state import TrainingState, load_random_state, random_state
 from kpsvd_tune.training.optim import knows_state
-from kpsvd_tune.training.progress import Progress
-from kpsvd_tune.training.recovery import retry_or_refuse
+from kpsvd_tune.training.progress import Progress, retry_or_refuse
 from kpsvd_tune.training.step import Stepper
 
 _log = logging.getLogger(__name__)

@@ -98,8 +98,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             recipe.train, recipe.tracking, run.path / "logs", init_method()
         )
         stack.enter_context(name_lost_process(lambda: phase.name))
-        if recipe.evaluation and zero_stage(accelerator) == 3:
-            raise _unscorable("DeepSpeed's ZeRO 3")
+        _check_scorable(recipe, "DeepSpeed's ZeRO 3", zero_stage(accelerator) == 3)
 
         def claim() -> None:
             if not is_run(run.path):
@@ -295,17 +294,17 @@ def _check(recipe: Recipe) -> None:
     """Refuse before the first long stage whatever can be refused."""
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
-    if recipe.train.parallel == "fsdp" and recipe.evaluation:
-        raise _unscorable("train.parallel: fsdp")
+    _check_scorable(recipe, "train.parallel: fsdp", recipe.train.parallel == "fsdp")
     check_tasks(recipe.evaluation, recipe.dataset)
     find_adapter(recipe)
 
 
-def _unscorable(sharding: str) -> RecipeError:
-    return RecipeError(
-        f"evaluation: answers are not generated from sharded weights ({sharding}); "
-        "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
-    )
+def _check_scorable(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
+    if is_sharded and recipe.evaluation:
+        raise RecipeError(
+            f"evaluation: answers are not generated from sharded weights ({sharding}); "
+            "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
+        )
 
 
 def _read_rows(
@@ -381,17 +380,14 @@ def _scorer(context: Context, data: RunInput) -> Scorer:
 def _scores(
     before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]
 ) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    if after:
-        results["scores"] = {task: as_mapping(scores) for task, scores in after.items()}
-    if before:
-        results["base_scores"] = {task: as_mapping(scores) for task, scores in before.items()}
-    for task in before:
-        results[task] = {
-            "before": before[task][0].value,
-            "after": after[task][0].value,
-            "n": after[task][0].n,
-        }
+    results: dict[str, Any] = {
+        key: {task: as_mapping(scores) for task, scores in found.items()}
+        for key, found in (("scores", after), ("base_scores", before))
+        if found
+    }
+    for task, scores in before.items():
+        now = after[task][0]
+        results[task] = {"before": scores[0].value, "after": now.value, "n": now.n}
     return results
 
 

@@ -18,9 +18,12 @@ from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs.state import load_random_state, random_state
 from kpsvd_tune.training.batches import MicroBatch
-from kpsvd_tune.training.engines import engine_class
+from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
+from kpsvd_tune.training.engines.plain import Engine
+from kpsvd_tune.training.engines.sharded import ShardedEngine
 from kpsvd_tune.training.loss import SummedTokenLoss
-from kpsvd_tune.training.recovery import MicroStepOutOfMemory, find_fault, memory_refused
+from kpsvd_tune.training.progress import MicroStepOutOfMemory, find_fault, memory_refused
 from kpsvd_tune.training.schedule import make_scheduler, set_rates
 
 _log = logging.getLogger(__name__)
@@ -61,7 +64,11 @@ class Stepper:
             _enable_checkpointing(model)
         self._recipe, self._accelerator, self._num_steps = recipe, accelerator, num_steps
         self.token_loss = SummedTokenLoss(model)  # not wrapped for several processes
-        engine = engine_class(recipe, accelerator)
+        engine: type[Engine] = Engine
+        if zero_stage(accelerator) is not None:
+            engine = DeepSpeedEngine
+        elif recipe.parallel == "fsdp" and accelerator.num_processes > 1:
+            engine = ShardedEngine
         self._engine = engine(self.token_loss, recipe, accelerator, rate_factors or {}, example)
         self.shapes = self._engine.shapes  # of each trained parameter, by its name in the model
         self._schedule_from(starts_at_zero=False)

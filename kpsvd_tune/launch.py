@@ -91,6 +91,7 @@ def launch(
     arguments: Sequence[str],
     num_processes: int,
     use_cpu: bool,
+    # Variables by which Accelerate's launcher tells its ranks of DeepSpeed.
     deepspeed: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
@@ -99,15 +100,8 @@ def launch(
     second or more later, is passed on too and ends them at once, or they are killed. When this
     process is killed itself, Linux sends the ranks a SIGTERM, so none is left behind.
 
-    Args:
-        arguments: What follows `kpsvd-tune` on the command line.
-        num_processes: Number of ranks.
-        use_cpu: Whether the ranks compute on the CPU.
-        deepspeed: Variables by which Accelerate's launcher tells its ranks of DeepSpeed.
-
-    Returns:
-        The exit code of the first rank that failed, 128 + the number of a signal that killed it,
-        UNSAVED_EXIT_CODE where a second signal made us kill it, or 0.
+    Gives the exit code of the first rank that failed, 128 + the number of a signal that killed it,
+    UNSAVED_EXIT_CODE where a second signal made us kill it, or 0.
     """
     environment = os.environ | {
         "WORLD_SIZE": str(num_processes),

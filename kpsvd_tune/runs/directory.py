@@ -170,7 +170,6 @@ class RunDirectory:
         Raises:
             CheckpointError: The folder holds a run with other settings, or no whole checkpoint.
             InputError: The folder holds files that no run of ours wrote.
-            ResourceError: The disk refused.
         """
         self.check_ours(resume)
         durable.make_folder(self.path)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.base import RECORD, record_base
+from kpsvd_tune.adapter.layer import KpsvdLayer
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
 from kpsvd_tune.context import Context, RunInput
@@ -18,7 +18,7 @@ from kpsvd_tune.decompose import layer_report
 from kpsvd_tune.decompose.start import base_name
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
-from kpsvd_tune.linalg import KroneckerShape, LayerPlan
+from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import load_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
@@ -98,17 +98,7 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     The k-th factors have the norms sqrt(sigma_k), which gives the singular values without an SVD.
     """
     base = model.get_base_model()
-    layers = tuple(
-        layer_report(
-            _plan(
-                name,
-                layer.kpsvd_form["default"].shape,
-                (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
-                float(base_weight(layer).double().square().sum()),
-            )
-        )
-        for name, layer in kpsvd_layers(model)
-    )
+    layers = tuple(layer_report(_plan(name, layer)) for name, layer in kpsvd_layers(model))
     return RankReport(
         model=recipe.model.path,
         totals={
@@ -127,18 +117,17 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     )
 
 
-def _plan(
-    name: str, shape: KroneckerShape, factors: tuple[Tensor, Tensor], squared_norm: float
-) -> LayerPlan:
+def _plan(name: str, layer: KpsvdLayer) -> LayerPlan:
     """The layer as it was chosen; no term is known but those that are kept."""
+    factors = layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]
     left, right = (torch.linalg.vector_norm(each.double(), dim=(1, 2)) for each in factors)
     values = tuple((left * right).tolist())
     rank = len(values)
     return LayerPlan(
         name,
-        shape,
+        layer.kpsvd_form["default"].shape,
         values=values,
-        squared_norm=squared_norm,
+        squared_norm=float(base_weight(layer).double().square().sum()),
         rank=rank,
         rank_energy=rank,
         rank_elbow=rank,

@@ -102,6 +102,7 @@ class Stepper:
             engine.optimizer.zero_grad(set_to_none=True)
             load_random_state(random)
             raise
+        # The gradients tell, so before they are reset.
         if step == 1 and engine.keeps_gradients and accelerator.is_main_process:
             _warn_of_idle_layers(self.token_loss.model)
         grad_norm = engine.clip()
@@ -201,7 +202,6 @@ class Stepper:
 
 
 def _warn_of_idle_layers(model: nn.Module) -> None:
-    """Name the layers without gradients; to be called before those are reset."""
     if idle := idle_layers(model):
         _log.warning(idle_message(idle, list(trained_by_layer(model))))
 

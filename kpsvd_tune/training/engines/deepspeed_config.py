@@ -52,12 +52,8 @@ _IGNORED = (
 def launch_environment(file: str, num_processes: int) -> dict[str, str]:
     """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
 
-    Args:
-        file: A configuration of Accelerate, as `accelerate config` writes it.
-        num_processes: Used instead of the file's.
-
-    Raises:
-        InputError: The file cannot be used, or asks for something other than DeepSpeed.
+    `num_processes` counts instead of the file's. InputError: the file cannot be used, or asks for
+    something other than DeepSpeed.
     """
     # Accelerate's own reading of its file, so that a key means here what it means there.
     from accelerate.commands.launch import (  # type: ignore[import-untyped]

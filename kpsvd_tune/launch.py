@@ -36,8 +36,8 @@ _FORCED_SECONDS = 2.0
 PHASE_FILE = "KPSVD_TUNE_PHASE_FILE"
 # Names the file by which ranks of one machine find each other, where they need no port for it.
 RENDEZVOUS = "KPSVD_TUNE_RENDEZVOUS"
-# Ranks of one machine talk over the interface that no other machine sees; without these libraries
-# ask the name server for this machine's name, and listen on the address it gives.
+# Ranks of one machine talk over the interface that no other machine sees. Without these variables
+# the libraries look up this machine's name and listen on the address that they find.
 _INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": _INTERFACE, "NCCL_SOCKET_IFNAME": _INTERFACE}
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -113,7 +113,7 @@ def launch(
         environment.setdefault(name, value)
     environment |= deepspeed or {}
     if use_cpu:
-        # To Accelerate its own switch means no DeepSpeed.
+        # ACCELERATE_USE_CPU would keep Accelerate from using DeepSpeed.
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if deepspeed else {"ACCELERATE_USE_CPU": "true"}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # Every rank with all threads is slower than one rank alone.

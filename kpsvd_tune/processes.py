@@ -117,8 +117,8 @@ def end_processes() -> None:
     """
     _Patient.world = _Patient.group = None
     if is_distributed():
-        # A gloo thread needs the interpreter to put its last piece of work away, and DDP, which may
-        # be the last to hold the group, waits for that thread without letting it (torch 2.13).
+        # A gloo thread needs Python's interpreter lock to finish its last work. DDP, which may hold
+        # the group last, waits for that thread without giving the lock back (torch 2.13).
         time.sleep(0.1)
         PartialState().destroy_process_group()
 

@@ -178,7 +178,7 @@ class RunDirectory:
         if not self.run_file.exists():
             return self._anew(recipe_text, identity, about)
         recorded = read_json(self.run_file, RunRecord)
-        # By way of JSON, for what was read back must equal what was not.
+        # Through JSON first, so that it can be compared with what was read back.
         found = changes(recorded.get("identity", {}), as_read_back(identity))
         explicit = self._named(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()

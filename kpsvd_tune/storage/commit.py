@@ -114,7 +114,7 @@ def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
         )
     if not is_whole:
         raise CheckpointError(f"{path} is damaged: its own hash does not fit its content")
-    # A renamed folder is told from its content, so that no step is taken for another.
+    # The manifest holds the folder's name, so that a renamed step is not taken for another.
     if name != expected:
         raise CheckpointError(f"{path} is of {name}; expected {expected}")
     return content

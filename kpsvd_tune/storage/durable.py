@@ -174,7 +174,7 @@ def _claim(path: Path, is_folder: bool) -> tuple[Path, int]:
         if is_folder:
             os.makedirs(temporary)
         descriptor = os.open(temporary, _FOLDER if is_folder else _ANEW, 0o666)
-        # Between the two, another writer may have taken it for a leftover.
+        # Before it was locked, another writer may have removed it as a leftover.
         if lock_descriptor(descriptor) is not False and temporary.exists():
             return temporary, descriptor
         os.close(descriptor)

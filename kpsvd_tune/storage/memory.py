@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        # Errors of ours have been judged by those who raised them.
+        # Not our own errors: where those are raised, memory was looked for already.
         if isinstance(error, (RuntimeError, OSError)) or type(error).__name__ == "SafetensorError":
             words = str(error).lower()
             if any(each in words for each in _WORDS):

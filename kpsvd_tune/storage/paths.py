@@ -101,7 +101,7 @@ def siblings(path: str | os.PathLike[str]) -> str:
         if os.path.isfile(place.parent):
             return f"{looked}; {place.parent} is a file"
         return f"{looked}; there is no folder {place.parent} either"
-    # Suffixes are alike anyway: train.jsonl is not meant by test.jsonl.
+    # Compared without suffixes, whose letters would make test.jsonl look like train.jsonl.
     stems = {Path(name).stem: name for name in names}
     if near := closest(place.stem, stems):
         return f"{looked}; did you mean {place.with_name(stems[near])}?"

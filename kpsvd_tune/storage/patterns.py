@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Sane patterns take microseconds a name, and a large model has some ten thousand names.
+# Usual patterns take microseconds a name, and a large model has some ten thousand names.
 SECONDS = 5.0
 
 

@@ -57,7 +57,7 @@ def make_accelerator(
         mixed_precision=recipe.precision,
         log_with=list(tracking) or None,
         project_dir=logging_dir,
-        # Given outright, as an environment variable would otherwise win: the loop accumulates.
+        # The loop accumulates. Given here, because an environment variable would win otherwise.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_with_dataloader=False
         ),

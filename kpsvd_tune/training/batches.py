@@ -82,8 +82,8 @@ def stream_steps(
         collate_fn=make_batch,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        # Of its own: the loader draws a seed for its workers, and the model's dropout must not
-        # notice.
+        # The loader draws a seed for its workers: from a generator of its own, so that the model's
+        # dropout draws the same numbers with and without workers.
         generator=torch.Generator(),
     )
     with signals_held():

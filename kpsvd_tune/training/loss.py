@@ -123,8 +123,8 @@ def validation_loss(
                 return None
             own = first + accelerator.process_index * batch_size
             part = ordered[own : own + batch_size]
-            # The last round may leave a process without rows. It still answers the question above,
-            # and computes something where others need its part of the weights.
+            # The last round may leave a process without rows. It still takes part in the exchange
+            # above, and computes something where others need its part of the weights.
             if part or token_loss.is_sharded:
                 batch = make_batch(part or ordered[-1:])
                 with torch.no_grad():

@@ -81,7 +81,7 @@ def make_optimizer(
     try:
         return kind(groups, **arguments)
     except Exception as error:
-        # Whatever a class makes of an argument it did not expect: betas of one number, say.
+        # Of any type, as a class comes upon an argument that does not fit: betas of one number.
         raise RecipeError(f"train.optimizer_args: {recipe.optimizer}: {error}") from error
 
 

@@ -26,7 +26,7 @@ from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.loss import SummedTokenLoss, evaluating
 
-# Rows that are tried; the model's code treats the fifth like the fourth.
+# Rows that are tried; more would show nothing new.
 _NUM_ROWS = 4
 # By the bits that the model computes in, the mean difference a token, in nats, that rounding alone
 # may make: where one row is changed and all shapes stay (experts see other groups of tokens even

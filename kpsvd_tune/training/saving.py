@@ -81,7 +81,7 @@ class Saving:
             )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
-        # The machine has no more memory than before.
+        # There is no more memory after going back than before.
         restored.micro_batch_size = progress.micro_batch_size
         restored.num_halvings = progress.num_halvings
         return restored

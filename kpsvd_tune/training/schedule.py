@@ -203,7 +203,7 @@ def make_scheduler(
     num_warmup = num_warmup_steps(recipe, num_steps, starts_at_zero=starts_at_zero)
     try:
         with warnings.catch_warnings():
-            # That num_stable_steps wins over the length of the run, which it is given for.
+            # It warns that num_stable_steps overrides the length of the run, as it is meant to.
             warnings.simplefilter("ignore", UserWarning)
             scheduler = get_scheduler(
                 name,

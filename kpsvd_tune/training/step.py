@@ -102,7 +102,7 @@ class Stepper:
             engine.optimizer.zero_grad(set_to_none=True)
             load_random_state(random)
             raise
-        # The gradients tell, so before they are reset.
+        # They are found by their missing gradients, so before gradients are reset.
         if step == 1 and engine.keeps_gradients and accelerator.is_main_process:
             _warn_of_idle_layers(self.token_loss.model)
         grad_norm = engine.clip()

@@ -74,7 +74,7 @@ def launch_environment(file: str, num_processes: int) -> dict[str, str]:
             environment: dict[str, str] = prepare_deepspeed_cmd_env(options)[1]
             return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
     except Exception as error:
-        # Whatever a file can hold that Accelerate does not expect.
+        # Accelerate raises errors of any type for a file that it does not expect.
         raise InputError(
             f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
         ) from error

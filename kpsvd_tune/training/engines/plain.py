@@ -19,7 +19,7 @@ from kpsvd_tune.training.batches import MicroBatch
 from kpsvd_tune.training.loss import SummedTokenLoss, evaluating
 from kpsvd_tune.training.optim import make_optimizer
 
-# Experts that are layers of their own are called as the tokens of a step decide.
+# Names of experts that are layers of their own: a step's tokens decide which of them are called.
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 

@@ -38,7 +38,7 @@ class ShardedEngine(Engine):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         token_loss.is_sharded = True
-        # Sets up the precision; what is "evaluated" is not wrapped by DDP.
+        # Sets up the precision; in evaluation mode Accelerate does not wrap the module in DDP.
         module: nn.Module = self._accelerator.prepare_model(token_loss, evaluation_mode=True)
         return module
 

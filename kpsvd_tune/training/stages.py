@@ -47,8 +47,13 @@ from kpsvd_tune.processes import end_processes, name_lost_process, on_main_proce
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
-from kpsvd_tune.runs.adapter_card import adapter_card
-from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own, holds_adapter, save_adapter
+from kpsvd_tune.runs.adapter_folder import (
+    adapter_card,
+    adapter_hash,
+    check_own,
+    holds_adapter,
+    save_adapter,
+)
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run

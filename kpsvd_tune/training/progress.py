@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kpsvd_tune.errors import NonFiniteError, RecipeError, ResourceError
+from kpsvd_tune.errors import NonFiniteError, RecipeError, ResourceError, some_of
 from kpsvd_tune.recipe import EarlyStopping, TrainRecipe
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
@@ -116,14 +116,14 @@ def find_fault(
         if not math.isfinite(loss):
             return (
                 f"step {step}: the loss is {loss} on process {process}, in one of the rows "
-                f"{_listed(rows_of(process))}"
+                f"{some_of([*map(str, rows_of(process))], _MOST_ROWS)}"
             )
     if grad_norm is not None and not math.isfinite(grad_norm):
-        rows = [row for process in range(len(losses)) for row in rows_of(process)]
+        rows = [str(row) for process in range(len(losses)) for row in rows_of(process)]
         where = "process 0" if len(losses) == 1 else f"processes 0 to {len(losses) - 1}"
         return (
             f"step {step}: the gradient norm is {grad_norm} while every loss is finite; "
-            f"the step's rows on {where}: {_listed(rows)}"
+            f"the step's rows on {where}: {some_of(rows, _MOST_ROWS)}"
         )
     return None
 
@@ -167,12 +167,6 @@ def retry_or_refuse(
             f"{progress.rate_factor:g} times the learning rate (train.nonfinite.max_retries)"
         )
     return progress.num_retries + 1, progress.rate_factor * limits.retry_factor
-
-
-def _listed(rows: Sequence[int]) -> str:
-    shown = ", ".join(map(str, rows[:_MOST_ROWS]))
-    more = len(rows) - _MOST_ROWS
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 class MicroStepOutOfMemory(ResourceError):

@@ -40,6 +40,7 @@ class _Layer(BaseModel):
     shape: Annotated[list[_Size], Field(min_length=4, max_length=4)]
     rank: _Size
     fingerprint: float | None = None
+    norm: Annotated[float, Field(ge=0)] | None = None
 
 
 class AdapterFile(BaseModel):
@@ -59,6 +60,9 @@ class AdapterFile(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     path: str = "auto"
     seed: int = 0
+    form: str = "both"
+    factor_size: int | list[int] | None = None
+    frozen_seed: int | None = None
     rank: int | dict[str, Any] = Field(default_factory=dict)
     rank_pattern: dict[str, Any] = Field(default_factory=dict)
 
@@ -168,6 +172,14 @@ def check_seal(folder: Path) -> None:
         ) from error
 
 
+def _frozen(report: RankReport) -> str:
+    """What the file holds beside what was trained."""
+    frozen = report.stored_parameters - int(report.totals["trainable_parameters"])
+    if frozen == 0:
+        return "a seed in adapter_config.json gives the frozen Kronecker factors."
+    return f"the file holds {frozen:,} frozen ones beside them, Kronecker factors."
+
+
 def adapter_card(
     model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]
 ) -> str:
@@ -188,8 +200,7 @@ def adapter_card(
         f"Trained with kpsvd-tune {__version__} on {dataset}.{start} "
         f"{adapted} of {totals['modules']} target matrices are adapted with "
         f"{totals['trainable_parameters']:,} trainable "
-        "parameters; the file holds as many frozen ones, the Kronecker factors that training "
-        "started from.",
+        f"parameters (form {report.form}); {_frozen(report)}",
         "",
         *([f"**Warning: {other}**", ""] if (other := results.get("other_base")) else []),
         *([f"**Warning: {worse}.**", ""] if (worse := worse_line(results)) else []),

@@ -65,11 +65,10 @@ def train(
     from kpsvd_tune.context import RunOptions
     from kpsvd_tune.training import stages
     from kpsvd_tune.training.ending import worse_message
-    from kpsvd_tune.training.plan import plan
 
     with ConsoleEvents() as events:
         if dry_run:
-            emit(plan(resolved, events), as_json, view.show_plan)
+            emit(stages.plan(resolved, events), as_json, view.show_plan)
             return
         options = RunOptions(resume, tuple(allow_change or ()), allow_other_base, allowed)
         with stages.prepare_run(resolved, events, options) as context:

@@ -13,7 +13,7 @@ from peft.utils.peft_types import PeftType
 
 from kpsvd_tune.adapter.registration import NAME
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import RankRule
+from kpsvd_tune.linalg import FORMS, RankRule
 
 PATHS = ("auto", "activations", "weight")
 Names = set[str] | list[str] | str | None
@@ -37,7 +37,11 @@ class KpsvdConfig(PeftConfig):
         target_modules: ``all-linear``, a list of module names or suffixes, or a regular
             expression, with PEFT's meaning. Linear and Conv1D layers only.
         exclude_modules: Names or a regular expression of modules to leave alone.
+        form: What of the terms is trained: both, left, right or core; see
+            :mod:`kpsvd_tune.adapter.forms`.
         factor_shape: balanced, thin, pissa, or ``{"n": n, "p": p}``.
+        factor_size: Rows and columns of the trained factor in place of a shape, for the forms
+            left and right: a number, or two. The nearest divisors are taken.
         rank: A Kronecker rank for every layer, or a mapping with some of the fields of
             :class:`kpsvd_tune.linalg.RankRule`.
         rank_pattern: Patterns of module names to a rank or a mapping, for single layers.
@@ -49,8 +53,11 @@ class KpsvdConfig(PeftConfig):
             that the fresh adapter changes the outputs; for tests.
         path: How the update is applied: auto, activations or weight.
         seed: Seeds the truncated decomposition.
+        frozen_seed: Draws frozen factors of random directions in place of the weight's own terms,
+            for all forms but both. No file holds them: this seed gives them again.
         layers: Per adapted module its ``shape`` (m, n, p, q), ``rank`` and ``fingerprint``
-            <W, A0_1 kron B0_1>. Filled when the adapter is made; with it nothing is decomposed.
+            <W, A0_1 kron B0_1>, and with a ``frozen_seed`` its ``norm`` ||W||_F. Filled when the
+            adapter is made; with it nothing is decomposed.
         base_files: sha256 of the base model's weight files, where they are known.
         base_config: What of the base's configuration decides its outputs. Filled when the adapter
             is made; None in adapters of older versions.
@@ -63,7 +70,9 @@ class KpsvdConfig(PeftConfig):
 
     target_modules: Names = field(default=None)
     exclude_modules: Names = field(default=None)
+    form: str = field(default="both")
     factor_shape: str | dict[str, int] = field(default="balanced")
+    factor_size: int | list[int] | None = field(default=None)
     rank: int | dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, Any] = field(default_factory=dict)
     dropout: float = field(default=0.0)
@@ -72,6 +81,7 @@ class KpsvdConfig(PeftConfig):
     init_weights: bool = field(default=True)
     path: str = field(default="auto")
     seed: int = field(default=0)
+    frozen_seed: int | None = field(default=None)
     layers: dict[str, dict[str, Any]] | None = field(default=None)
     base_files: dict[str, str] | None = field(default=None)
     base_config: dict[str, Any] | None = field(default=None)
@@ -82,15 +92,57 @@ class KpsvdConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
         self._filling: Filling | None = None
+        self._check_kinds()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.form not in FORMS:
+            raise AdapterError(f"form {self.form!r}: expected one of {', '.join(FORMS)}")
+        if self.factor_size is not None and self.form not in ("left", "right"):
+            raise AdapterError(
+                f"factor_size is the size of the one factor that the forms left and right train, "
+                f"and form is {self.form}: set factor_shape instead"
+            )
+        if self.frozen_seed is not None and self.form == "both":
+            raise AdapterError(
+                "frozen_seed draws the frozen factors of the forms left, right and core; the form "
+                "both trains from the weight's own terms"
+            )
         if self.path not in PATHS:
             raise AdapterError(f"path {self.path!r}: expected one of {', '.join(PATHS)}")
         self.rank_rule()
+
+    def _check_kinds(self) -> None:
+        """Refuse values of other kinds, at which PEFT or torch would fail without a name."""
+        kinds = {
+            "target_modules": ("a string or a list of names", _is_names(self.target_modules, str)),
+            "exclude_modules": (
+                "a string or a list of names",
+                _is_names(self.exclude_modules, str),
+            ),
+            "modules_to_save": ("a list of names", _is_names(self.modules_to_save)),
+            "trainable_token_indices": (
+                "a list of token ids, or a mapping of names to such lists",
+                _is_rows(self.trainable_token_indices),
+            ),
+            "dropout": ("a number", isinstance(self.dropout, (int, float))),
+            "rank_pattern": (
+                "a mapping of patterns to ranks",
+                _is_patterns(self.rank_pattern),
+            ),
+            "layers": (
+                "a mapping of names to a shape of four sizes and a rank",
+                _is_layers(self.layers),
+            ),
+        }
+        for key, (expected, is_right) in kinds.items():
+            if not is_right:
+                value = repr(getattr(self, key))
+                shown = value if len(value) <= 200 else f"{value[:200]}..."
+                raise AdapterError(f"{key}: expected {expected}, got {shown}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the weak reference, which cannot be pickled or copied."""
@@ -168,3 +220,44 @@ class KpsvdConfig(PeftConfig):
             return RankRule(**self.rank, overrides=self.rank_pattern)
         except (TypeError, ValueError) as error:
             raise AdapterError(f"rank: {error}") from error
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: object, *others: type) -> bool:
+    """Whether a value is None, a collection of names, or of one of the other kinds."""
+    if value is None or isinstance(value, others):
+        return True
+    return isinstance(value, (list, tuple, set)) and all(map(_is_name, value))
+
+
+def _is_size(value: object, least: int = 1) -> bool:
+    # No matrix of any model is larger; torch counts in 64 bits.
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= 2**31
+
+
+def _is_patterns(value: object) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_name, value))
+
+
+def _is_rows(value: object) -> bool:
+    lists = list(value.values()) if isinstance(value, Mapping) else [() if value is None else value]
+    names = list(value) if isinstance(value, Mapping) else []
+    return all(map(_is_name, names)) and all(
+        isinstance(rows, (list, tuple)) and all(_is_size(row, 0) for row in rows) for rows in lists
+    )
+
+
+def _is_layers(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(
+        _is_name(name)
+        and isinstance(layer, Mapping)
+        and isinstance(layer.get("shape"), (list, tuple))
+        and len(layer["shape"]) == 4
+        and all(map(_is_size, (*layer["shape"], layer.get("rank"))))
+        for name, layer in value.items()
+    )

@@ -34,6 +34,7 @@ from kpsvd_tune.adapter.base import (
     say_uncompared,
 )
 from kpsvd_tune.adapter.config import KpsvdConfig
+from kpsvd_tune.adapter.forms import FORMS, FROZEN, LEFT, LEFT0, RIGHT, RIGHT0, Form
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
 from kpsvd_tune.adapter.targets import modules_by_name, plain_name, saved_whole_notes, target_names
 from kpsvd_tune.errors import AdapterError, some_of
@@ -44,8 +45,6 @@ from kpsvd_tune.linalg import (
     choose_ranks,
     decompose_layer,
 )
-
-_PARTS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 
 
 class KpsvdModel(BaseTuner):
@@ -86,10 +85,12 @@ class KpsvdModel(BaseTuner):
         _unmerge(model)
         config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._made: set[str] = set()  # the layers that are made here, of which no file tells
         if config.is_to_decompose:
             layers, self._factors = _decompose(model, config)
+            self._made = set(layers)
             config.take_layers(layers, self, adapter_name)
-        self._stated = _stated_layers(state_dict or {})
+        self._stated = _stated_layers(state_dict or {}, FORMS[config.form])
         overrides = config.rank_pattern
         try:
             # PEFT warns of patterns that match no adapted module; rank 0 is meant to adapt none.
@@ -102,11 +103,11 @@ class KpsvdModel(BaseTuner):
                     name: config.layers.get(name) or layer for name, layer in self._stated.items()
                 }
             _check_all_found(model, config, adapter_name)
-            if self._factors:
+            if self._made:
                 made = dict(kpsvd_layers(model, adapter_name))
                 record_base(model, made, adapter_name, config)
         finally:
-            self._factors, self._stated = {}, {}
+            self._factors, self._made, self._stated = {}, set(), {}
             config.rank_pattern = overrides
             config.note_targets()
 
@@ -138,15 +139,21 @@ class KpsvdModel(BaseTuner):
             new = KpsvdLinear(target, adapter_name)
             self._replace_module(parent, target_name, new, target)
             target = new
+        form = FORMS[config.form](KroneckerShape(*layer["shape"]), layer["rank"])
+        seed, frozen = config.frozen_seed, None
+        if seed is not None:
+            frozen = form.draw(seed, name, layer["norm"])
+        elif name in self._factors:
+            frozen = form.freeze(*self._factors[name], _norm(target, name))
         target.update_layer(
             adapter_name,
-            KroneckerShape(*layer["shape"]),
-            layer["rank"],
+            form,
             config.dropout,
-            factors=self._factors.get(name),
+            frozen,
             inference_mode=config.inference_mode,
             path=config.path,
             is_at_base=config.init_weights,
+            is_drawn=seed is not None,
         )
         place = target.kpsvd_place[adapter_name] = Place(
             name,
@@ -156,7 +163,7 @@ class KpsvdModel(BaseTuner):
             str(config.base_model_name_or_path or "an unnamed model"),
             layer.get("fingerprint"),
         )
-        if name not in self._factors:
+        if name not in self._made:
             # Factors are to come from a file.
             target.kpsvd_unchecked[adapter_name] = place
 
@@ -194,6 +201,7 @@ class KpsvdModel(BaseTuner):
         )
         remapped = _without_the_bases(model, remapped)
         _check_names(model, adapter_name, remapped)
+        _check_sizes(model, remapped)
         _check_values(state_dict)
         _check_loaded(model, config, adapter_name, state_dict)
         return remapped
@@ -206,22 +214,27 @@ def load_factors(
 
     Args:
         model: A model with KPSVD layers, wrapped by PEFT or not.
-        factors: Module name to A0 (r, m, n) and B0 (r, p, q).
+        factors: Module name to A0 (r, m, n) and B0 (r, p, q), the weight's terms, of which the
+            adapter's form takes what it freezes.
         adapter_name: The adapter.
 
     Raises:
         AdapterError: A layer has no factors, or factors of another size.
     """
     for name, layer in kpsvd_layers(model, adapter_name):
+        if layer.kpsvd_drawn[adapter_name]:
+            layer.kpsvd_unchecked.pop(adapter_name, None)
+            continue
         if name not in factors:
             raise AdapterError(f"{name}: no factors were given for this layer")
-        given = factors[name]
-        for buffers, value in zip((layer.kpsvd_left0, layer.kpsvd_right0), given, strict=True):
-            held = buffers[adapter_name]
-            if held.shape != value.shape:
+        form = layer.kpsvd_form[adapter_name]
+        for part, value in zip(FROZEN, factors[name], strict=True):
+            if value.shape != form.size(part):
                 raise AdapterError(
-                    f"{name}: factor of size {tuple(value.shape)}, expected {tuple(held.shape)}"
+                    f"{name}: factor of size {tuple(value.shape)}, expected {form.size(part)}"
                 )
+        frozen = form.freeze(*factors[name], _norm(layer, name))
+        for held, value in zip(layer.frozen(adapter_name), frozen, strict=True):
             held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
@@ -235,7 +248,7 @@ def kpsvd_layers(
 ) -> Iterator[tuple[str, KpsvdLayer]]:
     """Yield the adapted layers that hold an adapter, named as in the unwrapped model."""
     for name, module in model.named_modules():
-        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
+        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_form:
             yield plain_name(name).removeprefix("base_model.model."), module
 
 
@@ -267,10 +280,15 @@ def _decompose(
         weight = base_weight(modules[name], name)
         rows, columns = weight.shape
         try:
-            plan = LayerPlan.of_weight(name, (rows, columns), config.factor_shape)
-            plan, terms[name] = decompose_layer(
-                plan, weight, rule.window, tolerance=rule.tolerance, seed=config.seed
+            plan = LayerPlan.of_weight(
+                name, (rows, columns), config.factor_shape, config.form, config.factor_size
             )
+            if config.frozen_seed is not None:
+                plan = plan.with_random_terms(float(weight.float().square().sum()), rule.window)
+            else:
+                plan, terms[name] = decompose_layer(
+                    plan, weight, rule.window, tolerance=rule.tolerance, seed=config.seed
+                )
         except ValueError as error:
             raise AdapterError(f"{name}: {error}") from error
         plans.append(plan)
@@ -287,8 +305,10 @@ def _decompose(
         )
     if not chosen:
         raise AdapterError("every layer got rank 0: raise rank.min, rank.energy or rank.budget")
-    factors = {plan.name: terms[plan.name].factors(plan.rank) for plan in chosen}
-    return {plan.name: plan.settings() for plan in chosen}, factors
+    layers = {plan.name: plan.settings(is_of_weight=bool(terms)) for plan in chosen}
+    return layers, {
+        plan.name: terms[plan.name].factors(plan.rank) for plan in chosen if plan.name in terms
+    }
 
 
 def _unmerge(model: nn.Module) -> None:
@@ -304,20 +324,29 @@ def _unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _stated_layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Shape and rank of the layers that a state dict has both offsets of, by plain name."""
+def _norm(module: nn.Module | KpsvdLayer, name: str) -> float:
+    """||W||_F of a layer's weight."""
+    return float(torch.linalg.vector_norm(base_weight(module, name).float()))
+
+
+def _stated_layers(state_dict: Mapping[str, Tensor], form: type[Form]) -> dict[str, dict[str, Any]]:
+    """Shape and rank of the layers that a state dict trains, by plain name.
+
+    Empty for those whose shape it does not tell, since a seed gives their frozen factors.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         module, _, part = plain_name(key).rpartition(".")
         tensors.setdefault(module.removeprefix("base_model.model."), {})[part] = value
-    return {
-        name: {
-            "shape": [*parts["kpsvd_left"].shape[1:], *parts["kpsvd_right"].shape[1:]],
-            "rank": len(parts["kpsvd_left"]),
-        }
-        for name, parts in tensors.items()
-        if "kpsvd_left" in parts and "kpsvd_right" in parts
-    }
+    layers: dict[str, dict[str, Any]] = {}
+    for name, parts in tensors.items():
+        if not parts.keys() >= set(form.trained):
+            continue
+        left, right = parts.get(LEFT, parts.get(LEFT0)), parts.get(RIGHT, parts.get(RIGHT0))
+        layers[name] = {}
+        if left is not None and right is not None:
+            layers[name] = {"shape": [*left.shape[1:], *right.shape[1:]], "rank": len(left)}
+    return layers
 
 
 def _with_effect(overrides: Mapping[str, Any], names: Iterable[str] | None) -> dict[str, Any]:
@@ -397,8 +426,8 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
     """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps."""
     own, optional = set(), set()
     for name, module in model.named_modules():
-        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
-            own |= {f"{name}.{part}.{adapter_name}" for part in _PARTS}
+        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_form:
+            own |= {f"{name}.{part}.{adapter_name}" for part in module.stored(adapter_name)}
             if adapter_name in module.kpsvd_base:
                 own.add(f"{name}.kpsvd_base.{adapter_name}")
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -426,6 +455,18 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
             f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
             "configuration names; expected the file that was saved with it"
         )
+
+
+def _check_sizes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse factors of other sizes than the configuration gives them."""
+    own: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, value in state_dict.items():
+        if "kpsvd_" in key and key in own and own[key].shape != value.shape:
+            name = plain_name(key).removeprefix("base_model.model.").rpartition(".")[0]
+            raise AdapterError(
+                f"the adapter's weights hold {name} of size {tuple(value.shape)}, expected "
+                f"{tuple(own[key].shape)} by its configuration: was one of the two files changed?"
+            )
 
 
 def _check_values(state_dict: Mapping[str, Tensor]) -> None:
@@ -471,7 +512,9 @@ def _check_loaded(
     for name, layer in layers.items():
         unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
         record = plain.get(f"{name}.kpsvd_base")
-        factors = plain[f"{name}.kpsvd_left0"], plain[f"{name}.kpsvd_right0"]
+        parts = layer.kpsvd_form[adapter_name].frozen
+        held = zip(parts, layer.frozen(adapter_name), strict=True)
+        factors = tuple(plain.get(f"{name}.{part}", drawn) for part, drawn in held)
         if record is not None and record.any():
             check_record(layer, adapter_name, record, given, factors, unchecked)
             note_seen(layer, adapter_name, record, factors)

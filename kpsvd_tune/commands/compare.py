@@ -31,7 +31,7 @@ def compare(
         str,
         typer.Option(
             metavar="A,B,C",
-            help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, pissa, hira, lokr, randlora, "
+            help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, lora-xs, pissa, hira, lokr, randlora, "
             "vera, ia3; with settings as kpsvd:init=random, lora:on=q_proj+v_proj or "
             "vera:rates=1e-3+1e-2.",
         ),

@@ -27,6 +27,7 @@ class _Known:
 _KPSVD = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _LORA = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 _VECTORS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_LORA_XS = (1e-3, 4e-3, 1e-2, 2e-2, 4e-2)
 # LoRA's alpha of twice the rank and LoRA+'s ratio of 16 are the usual defaults of their users;
 # PiSSA's alpha is its rank, since it continues the weight itself.
 NAMES: dict[str, _Known] = {
@@ -36,6 +37,7 @@ NAMES: dict[str, _Known] = {
     "lora+": _Known("lora", (5e-5, 2e-4, 6e-4, 2e-3, 6e-3), {"alpha": "2r", "ratio": "16"}),
     "rslora": _Known("lora", _LORA, {"alpha": "2r", "rslora": "true"}),
     "lora-fa": _Known("lora-fa", (7e-5, 1e-3, 1e-2, 3e-2, 1e-1), {"alpha": "2r"}, is_ours=True),
+    "lora-xs": _Known("kpsvd", _LORA_XS, {"form": "core", "factor_shape": "pissa"}, is_ours=True),
     "pissa": _Known("pissa", (2e-5, 2e-4, 6e-4, 2e-3, 6e-3), {"alpha": "1r", "niter": "16"}),
     "hira": _Known("hira", _KPSVD),
     "lokr": _Known("lokr", _LORA, {"alpha": "1r", "factor": "8"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from kpsvd_tune.comparison.baselines import (
     best_size,
     check_training,
 )
-from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.methods import Method, is_ours
 from kpsvd_tune.comparison.trial_log import SCHEDULE
 from kpsvd_tune.decompose import Spectra, collect_spectra, report_decomposition
 from kpsvd_tune.errors import InputError
@@ -163,13 +164,22 @@ def _rank_rule(method: Method, rank: RankRecipe, spectra: Spectra, budget: int) 
     """The recipe's rule within the budget, where the method names one; else equal ranks.
 
     Equal ranks are what the baselines get: the same number of terms in every layer, and one more
-    where it holds the most energy for its parameters until the budget is used up.
+    where it holds the most energy for its parameters until the budget is used up. A baseline of
+    ours gets equal ranks alone, as its authors give it.
     """
     if any(key.startswith("rank") for key in method.settings):
         return rank.model_copy(update={"budget": budget})
-    one = rank.model_copy(update={"method": "fixed", "min": 1, "max": 1, "budget": None})
-    cost = int(spectra.report(one).totals["trainable_parameters"])
-    equal = min(budget // cost, rank.window)
-    return one.model_copy(
-        update={"min": equal, "max": min(equal + 1, rank.window), "budget": budget}
-    )
+
+    def equal(low: int, high: int, limit: int | None) -> RankRecipe:
+        rule = {"method": "fixed", "min": low, "max": high, "budget": limit}
+        return rank.model_copy(update=rule)
+
+    def cost(number: int) -> int:
+        report = spectra.report(equal(number, number, None))
+        return int(report.totals["trainable_parameters"])
+
+    # A core of r x r costs by the square of the rank, so the cost of one term says little.
+    fits = bisect_right(range(1, rank.window + 1), budget, key=cost)
+    if is_ours(method.name) and fits:
+        return equal(fits, fits, budget)
+    return equal(fits, min(fits + 1, rank.window), budget)

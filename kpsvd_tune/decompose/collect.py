@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Spectra:
         base_parameters: Parameters of the base model.
         left_alone: (name, reason) of the weight matrices that are not targeted.
         notes: What happened on the way.
+        is_drawn: Whether a seed gives the frozen factors.
     """
 
     source: ModelSource
@@ -78,6 +79,7 @@ class Spectra:
     base_parameters: int
     left_alone: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    is_drawn: bool = False
 
     def report(self, rank: RankRecipe) -> RankReport:
         """Apply a rank rule.
@@ -102,10 +104,13 @@ class Spectra:
             rank,
             base_parameters=self.base_parameters,
             left_alone=self.left_alone,
+            is_drawn=self.is_drawn,
         )
 
     def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
         """Read A0 (rank, m, n) and B0 (rank, p, q) of each module of rank 1 or more from the cache.
+
+        None where a seed gives the frozen factors.
 
         Raises:
             AdapterError: Every rank is 0, or a cache entry was removed meanwhile.
@@ -114,6 +119,9 @@ class Spectra:
         for (plan, key, _), layer in zip(self.found, report.layers, strict=True):
             if layer.rank == 0:
                 continue
+            if self.is_drawn:
+                # The adapter draws them itself.
+                return {}
             entry = self.cache.read(key, plan.shape, layer.rank)
             if entry is None:
                 raise AdapterError(
@@ -181,7 +189,14 @@ def collect_spectra(
     settings = Settings(default_cache_dir(), rank.window, rank.tolerance, seed, device)
     found = _Collected(plans, progress)
     worker = SpectraWorker(reader, settings)
-    if processes > 1:
+    if adapter.is_drawn:
+        for plan in plans:
+            began = time.perf_counter()
+            square = float(reader.load(plan.name).float().square().sum())
+            plan = plan.with_random_terms(square, rank.window)
+            plan = replace(plan, seconds=time.perf_counter() - began)
+            found.add(Found(plan, "", "computed"))
+    elif processes > 1:
         # Starting workers takes seconds: only for what the cache does not have.
         run_processes(source, worker.look_up(plans, found.add), settings, processes, found.add)
     else:
@@ -196,6 +211,7 @@ def collect_spectra(
         base_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         left_alone=tuple(untouched(skeleton, names)),
         notes=(*notes, *found.notes()),
+        is_drawn=adapter.is_drawn,
     )
 
 
@@ -205,7 +221,11 @@ def _plans(reader: WeightReader, adapter: AdapterRecipe) -> list[LayerPlan]:
     plans: list[LayerPlan] = []
     for name in reader.names:
         try:
-            plans.append(LayerPlan.of_weight(name, reader.size(name), rule))
+            plans.append(
+                LayerPlan.of_weight(
+                    name, reader.size(name), rule, adapter.form, adapter.factor_size
+                )
+            )
         except ValueError as error:
             raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
     return plans

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
+    COMPLETIONS_FILE,
+    SETTINGS_FILE,
+    Completion,
     append_completion,
     read_completions,
     repair_completions,
 )
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
-    GenerationProgress,
     LanguageModel,
     Prompt,
     generate_completions,
@@ -37,8 +40,8 @@ from kpsvd_tune.evaluation.questions import (
     read_shots,
     stop_strings,
 )
-from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
-from kpsvd_tune.evaluation.scoring import missing_scorers, score_completions
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
+from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers, score_completions
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
@@ -49,100 +52,8 @@ from kpsvd_tune.runs.find import Loaded
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import make_folder, rename, replace_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
-from kpsvd_tune.units import time_left
 
-COMPLETIONS_FILE = "completions.jsonl"
-SETTINGS_FILE = "evaluation.json"
 _SAMPLED_WEIGHTS = 64
-
-
-def evaluate(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: EvaluationRecipe,
-    output_folder: Path,
-    events: Events,
-    *,
-    permission: CodePermission = NO_CODE,
-    set_aside: bool = False,
-) -> list[Score]:
-    """Run one task on a model and score it; an interrupted run goes on where it stopped.
-
-    Under torch.distributed every process calls this: they share the prompts and all get the
-    scores; `output_folder` must be the same folder for all.
-
-    Args:
-        model: a causal language model, adapter included, on its device.
-        tokenizer: the model's tokenizer.
-        recipe: the task, its data, its prompt and how to answer.
-        output_folder: where completions.jsonl and evaluation.json lie.
-        events: told of progress; of several processes each counts its own share.
-        permission: to run programs, which mbpp needs.
-        set_aside: move completions of another model or with other settings out of the way,
-            instead of refusing to go on.
-
-    Returns:
-        One score a scorer of the task.
-
-    Raises:
-        InputError: programs would be run and may not be (before any work is done), or the folder
-            holds completions of another evaluation.
-        DataError: the data cannot be read or do not fit the task.
-    """
-    if TASKS[recipe.task].runs_code:
-        permission.for_task(recipe.task)
-    template = recipe.template or TASKS[recipe.task].template
-    if recipe.task in LOSS_TASKS:
-        return score_loss(model, tokenizer, recipe, template, partial(events.advance, "measuring"))
-    prompts, end_token_ids = build_prompts(
-        read_questions(recipe), tokenizer, template, recipe, read_shots(recipe)
-    )
-    options = GenerationOptions(
-        max_new_tokens=recipe.max_new_tokens,
-        batch_size=recipe.batch_size,
-        temperature=recipe.temperature,
-        num_samples=recipe.samples,
-        stop=stop_strings(recipe, template),
-        seed=recipe.sampling_seed,
-        end_token_ids=end_token_ids,
-    )
-    file = output_folder / COMPLETIONS_FILE
-    settings = _settings(model, recipe.task, options)
-
-    def make_ready() -> None:
-        with explained(f"write into {output_folder}", "an --output"):
-            _open_folder(output_folder, settings, prompts, set_aside)
-
-    on_main_process(make_ready)
-    done = {each.key for each in read_completions(file)} if file.exists() else set()
-    wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
-    if found := len(wanted & done):
-        events.note(f"{found} of {len(wanted)} answers are in {file} already")
-    wait_for_all()  # nobody appends before everybody has read
-    mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: num_processes()]
-    for completion in generate_completions(
-        model, tokenizer, mine, options, done=done, progress=partial(_tell, events)
-    ):
-        append_completion(file, completion)
-    wait_for_all()
-    completions = [each for each in read_completions(file) if each.key in wanted]
-    return on_main_process(
-        lambda: score_completions(
-            recipe.task,
-            completions,
-            permission=permission,
-            progress=partial(events.advance, "running programs"),
-        )
-    )
-
-
-def _tell(events: Events, progress: GenerationProgress) -> None:
-    others = num_processes()
-    phase = "answering" if others == 1 else f"answering, one share of {others},"
-    detail = f"{progress.tokens_per_second:.0f} tokens/s"
-    if left := time_left(progress.seconds_left):
-        detail += f", {left}"
-    events.advance(phase, progress.done, progress.total, detail)
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
@@ -155,41 +66,31 @@ def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
 
 
 def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None) -> None:
-    """Refuse now what would stop the scoring after a training.
+    """Find now what would stop the scoring after a training, by reading all rows.
 
     Raises:
         InputError: Worked examples are wanted, and there are no rows to take them from.
         DataError: A task's rows or text cannot be read.
     """
     for task in tasks:
-        check_task(as_trained(task, dataset))
+        recipe = as_trained(task, dataset)
+        if recipe.task in LOSS_TASKS:
+            check_loss(recipe)
+        else:
+            read_questions(recipe)
+            read_shots(recipe)
 
 
+@dataclass(frozen=True)
 class Scorer:
-    """Scores a model on tasks and reports progress.
+    """Scores a model on tasks and reports progress."""
 
-    Args:
-        tokenizer: The model's tokenizer.
-        dataset: What the model was trained on, whose template and columns hold where a task has
-            none; None: the tasks' own.
-        place: Device to compute on.
-        events: Told of progress and scores.
-        permission: To run programs, which mbpp needs.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: DatasetRecipe | None,
-        place: torch.device,
-        events: Events,
-        permission: CodePermission,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._dataset = dataset
-        self._place = place
-        self._events = events
-        self._permission = permission
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    # What the model was trained on: its template and columns hold where a task has none.
+    dataset: DatasetRecipe | None
+    place: torch.device  # to compute on
+    events: Events  # told of progress and scores
+    sandbox: Sandbox | None  # for programs, which mbpp runs; None: they may not run
 
     def score_all(
         self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
@@ -202,33 +103,87 @@ class Scorer:
         for name, task in tasks.items():
             found[name] = self.score(model, task, folder / name, set_aside=True)
             for score in found[name]:
-                self._events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
+                self.events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
         return found
 
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
-        return {name: conditions(as_trained(task, self._dataset)) for name, task in tasks.items()}
+        return {name: conditions(as_trained(task, self.dataset)) for name, task in tasks.items()}
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
     ) -> list[Score]:
-        """Run one task; an interrupted one goes on from the completions in ``folder``."""
-        task = as_trained(task, self._dataset)
-        self._events.stage(f"scoring {task.task}: {conditions(task)}")
-        model.to(self._place)
-        scores = evaluate(
-            model,
-            self._tokenizer,
-            task,
-            folder,
-            self._events,
-            permission=self._permission,
-            set_aside=set_aside,
-        )
-        self._events.end_progress()
+        """Run one task and give a score for each scorer; an interrupted one goes on in `folder`.
+
+        Under torch.distributed every process calls this with the same folder: they share the
+        prompts, each tells of its own share, and all get the scores. `set_aside` moves completions
+        of another model or with other settings out of the way, instead of refusing to go on.
+
+        Raises:
+            InputError: programs would be run and may not be (before any work is done), or the
+                folder holds completions of another evaluation.
+            DataError: the data cannot be read or do not fit the task.
+        """
+        task = as_trained(task, self.dataset)
+        self.events.stage(f"scoring {task.task}: {conditions(task)}")
+        check_code_execution([task.task], self.sandbox)
+        model.to(self.place)
+        template = task.template or TASKS[task.task].template
+        if task.task in LOSS_TASKS:
+            progress = partial(self.events.advance, "measuring")
+            scores = score_loss(model, self.tokenizer, task, template, progress)
+        else:
+            completions = self._answers(model, task, template, folder, set_aside)
+            progress = partial(self.events.advance, "running programs")
+            scores = on_main_process(
+                lambda: score_completions(
+                    task.task, completions, sandbox=self.sandbox, progress=progress
+                )
+            )
+        self.events.end_progress()
         for note in missing_scorers(task.task):
-            self._events.note(note)
+            self.events.note(note)
         return scores
+
+    def _answers(
+        self, model: Any, task: EvaluationRecipe, template: str, folder: Path, set_aside: bool
+    ) -> list[Completion]:
+        """Answer what is not yet answered in the folder; gives all answers that the task wants."""
+        prompts, end_token_ids = build_prompts(
+            read_questions(task), self.tokenizer, template, task, read_shots(task)
+        )
+        options = GenerationOptions(
+            max_new_tokens=task.max_new_tokens,
+            batch_size=task.batch_size,
+            temperature=task.temperature,
+            num_samples=task.samples,
+            stop=stop_strings(task, template),
+            seed=task.sampling_seed,
+            end_token_ids=end_token_ids,
+        )
+        file = folder / COMPLETIONS_FILE
+        settings = _settings(model, task.task, options)
+
+        def make_ready() -> None:
+            with explained(f"write into {folder}", "an --output"):
+                _open_folder(folder, settings, prompts, set_aside)
+
+        on_main_process(make_ready)
+        done = {each.key for each in read_completions(file)} if file.exists() else set()
+        wanted = {(prompt.id, sample) for prompt in prompts for sample in range(task.samples)}
+        if found := len(wanted & done):
+            self.events.note(f"{found} of {len(wanted)} answers are in {file} already")
+        wait_for_all()  # nobody appends before everybody has read
+        shares = num_processes()
+        mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: shares]
+        phase = "answering" if shares == 1 else f"answering, one share of {shares},"
+        progress = partial(self.events.advance, phase)
+        for completion in generate_completions(
+            model, self.tokenizer, mine, options, done=done, progress=progress
+        ):
+            append_completion(file, completion)
+        wait_for_all()
+        return [each for each in read_completions(file) if each.key in wanted]
 
     def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
         """Score one task and say what its scores are of; the completions go to `folder`.
@@ -241,7 +196,7 @@ class Scorer:
         asked = self.conditions({task.task: task})[task.task]
         result = {"task": task.task, "file": rows_source(task), "scores": scores}
         if (other := loaded.other_base) is not None:
-            self._events.note(f"scored {other}")
+            self.events.note(f"scored {other}")
             # The conditions stand in results.json and in the card of a run.
             asked += "; on another base model than the adapter's"
             result["other_base"] = f"scored {other}"
@@ -264,15 +219,6 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
     return task.model_copy(update=update)
 
 
-def check_task(recipe: EvaluationRecipe) -> None:
-    """Find now what would stop the task later, such as unreadable rows or a missing file."""
-    if recipe.task in LOSS_TASKS:
-        check_loss(recipe)
-    else:
-        read_questions(recipe)
-        read_shots(recipe)
-
-
 def rows_source(recipe: EvaluationRecipe) -> str:
     """Where a task's rows are from, in words: files, or a hub set with its split."""
     source = recipe.path or TASKS[recipe.task].path
@@ -292,13 +238,8 @@ def conditions(recipe: EvaluationRecipe) -> str:
     harness = f"{recipe.prompt} prompt"
     parts.append(f"template {template!r}" if recipe.prompt == "template" else harness)
     parts.append(f"{num_shots(recipe)} worked examples")
-    if recipe.temperature:
-        parts.append(
-            f"{recipe.samples} samples at temperature {recipe.temperature:g}, seed "
-            f"{recipe.sampling_seed}"
-        )
-    else:
-        parts.append("greedy")
+    samples = f"{recipe.samples} samples at temperature {recipe.temperature:g}"
+    parts.append(f"{samples}, seed {recipe.sampling_seed}" if recipe.temperature else "greedy")
     return ", ".join([*parts, f"at most {recipe.max_new_tokens} new tokens"])
 
 

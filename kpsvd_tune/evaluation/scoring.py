@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.completions import Completion, RowId
-from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission, Sandbox, check_sandbox
+from kpsvd_tune.evaluation.completions import SETTINGS_FILE, Completion
+from kpsvd_tune.evaluation.sandbox.run import Sandbox, check_sandbox
 from kpsvd_tune.evaluation.tasks import TASKS, Progress, Verdict
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
@@ -17,22 +17,22 @@ from kpsvd_tune.storage.json_files import parse_json, read_bytes
 _USUAL_K = (1, 5, 10, 25, 50, 100)
 
 
-def permission_for(tasks: Iterable[str], is_allowed: bool, sandbox: Sandbox) -> CodePermission:
-    """The permission that a command gives, checked before any work is done for its tasks.
+def check_code_execution(tasks: Iterable[str], sandbox: Sandbox | None) -> None:
+    """Refuse tasks that run programs, before any work is done, where these may not run.
 
-    Args:
-        tasks: names of the tasks that will be scored.
-        is_allowed: whether the user typed --allow-code-execution.
-        sandbox: "bwrap", or "none" to run programs without protection.
+    `sandbox` is None where --allow-code-execution was not typed, and "none" for no protection.
 
     Raises:
-        InputError: a task runs programs, and they may not run or there is no sandbox for them.
+        InputError: programs would run and may not, or there is no sandbox for them.
     """
-    permission = CodePermission(sandbox if is_allowed else None)
     for task in tasks:
         if task in TASKS and TASKS[task].runs_code:
-            check_sandbox(permission.for_task(task))
-    return permission
+            if sandbox is None:
+                raise InputError(
+                    f"the task {task} runs programs the model wrote, and that was not allowed. "
+                    "Type --allow-code-execution to run them in a sandbox."
+                )
+            check_sandbox(sandbox)
 
 
 def missing_scorers(task: str) -> tuple[str, ...]:
@@ -44,21 +44,15 @@ def score_completions(
     task: str,
     completions: Sequence[Completion],
     *,
-    permission: CodePermission = NO_CODE,
+    sandbox: Sandbox | None = None,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """All scores of a task on its completions, without a model.
-
-    Args:
-        task: one that judges answers; `TASKS` lists its scorers. One that is missing on this
-            machine gives no score.
-        completions: several samples of a prompt count as one question.
-        permission: to run programs, which mbpp needs.
-        progress: called with (done, total) programs.
+    """All scores of a task on its completions, without a model; `progress` counts programs.
 
     Returns:
-        One score a scorer (pass@k: one for each usual k up to the number of samples); n is the
-        number of questions and the standard error that of a share, sqrt(value (1 - value) / n).
+        One score for each scorer of the task in `TASKS` that is there on this machine (pass@k: one
+        for each usual k up to the number of samples). n is the number of questions, however many
+        samples each has; the standard error is that of a share, sqrt(value (1 - value) / n).
 
     Raises:
         InputError: the task is unknown, or it runs programs and may or can not.
@@ -67,7 +61,7 @@ def score_completions(
     scored = [name for name, each in TASKS.items() if each.scorers]
     if task not in scored:
         raise InputError(f"the task must be one of {', '.join(scored)}, got {task!r}.")
-    sandbox = permission.for_task(task) if TASKS[task].runs_code else None
+    check_code_execution([task], sandbox)
     if not completions:
         raise DataError(
             f"there is no completion to score for the task {task}: expected at least 1."
@@ -101,7 +95,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def stored_task(file: Path) -> str | None:
     """The task of stored completions, where the evaluation left its settings beside them."""
     try:
-        task = parse_json(read_bytes(file.parent / "evaluation.json")).get("task")
+        task = parse_json(read_bytes(file.parent / SETTINGS_FILE)).get("task")
     except (OSError, ValueError):
         return None
     return task if isinstance(task, str) and task in TASKS and TASKS[task].scorers else None
@@ -111,10 +105,9 @@ def _counts(
     completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[tuple[int, int]]:
     """(samples, right ones) of each question."""
-    questions: dict[RowId, list[bool]] = defaultdict(list)
-    for completion, verdict in zip(completions, verdicts, strict=True):
-        questions[completion.id].append(verdict.is_correct)
-    return [(len(samples), sum(samples)) for samples in questions.values()]
+    pairs = list(zip(completions, verdicts, strict=True))
+    right = Counter(each.id for each, verdict in pairs if verdict.is_correct)
+    return [(total, right[row]) for row, total in Counter(each.id for each, _ in pairs).items()]
 
 
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,7 @@ class WeightReader:
     A weight that lies in a safetensors file under a name of its own is read from there, in the
     stored dtype. The others (GGUF, pickled files, layouts that transformers splits or joins
     while loading) come from the loaded model, which is loaded when the first of them is asked
-    for.
-
-    Args:
-        source: The base model.
-        names: Full module names, as :func:`~kpsvd_tune.models.target_names` gives them.
-        skeleton: The model on the meta device, if the caller has it.
+    for. `names` are full module names; a `skeleton`, on the meta device, is not built again.
 
     Raises:
         ModelError: A file is damaged, or a stored weight does not fit the model.
@@ -78,14 +73,7 @@ class WeightReader:
         return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
     def load(self, name: str) -> Tensor:
-        """Read one weight.
-
-        Args:
-            name: A module name given to the constructor.
-
-        Returns:
-            The weight (out, in) in its stored dtype, on the CPU; a transposed view for Conv1D.
-        """
+        """The weight (out, in) in its stored dtype, on the CPU; a transposed view for Conv1D."""
         module = self._skeleton.get_submodule(name)
         location = self._locations.get(name)
         if location is not None:
@@ -108,18 +96,13 @@ def read_tensor(location: TensorLocation) -> Tensor:
     """
     data = torch.empty(location.end - location.begin, dtype=torch.uint8)
     array: Any = data.numpy()
-    view = memoryview(array)
-    with location.file.open("rb", buffering=0) as stream:
+    # Buffered, so that it reads until all is there, which a single call of the system may not.
+    with location.file.open("rb") as stream:
         stream.seek(location.begin)
-        done = 0
-        while done < len(view):
-            # One call reads at most 2 GiB, and fewer bytes when a signal interrupts it.
-            count = stream.readinto(view[done:])
-            if not count:
-                raise ModelError(
-                    f"{location.file} ends inside the tensor {location.key}; fetch it again"
-                )
-            done += count
+        if stream.readinto(array) < len(data):
+            raise ModelError(
+                f"{location.file} ends inside the tensor {location.key}; fetch it again"
+            )
     return data.view(FLOATS[location.dtype]).reshape(location.size)
 
 
@@ -131,7 +114,7 @@ def _load(source: ModelSource, skeleton: PreTrainedModel, name: str) -> PreTrain
         )
     # Dequantised numbers are exact in float32; pickled and fused checkpoints are nearly always
     # stored in the dtype of their configuration, and float32 holds those exactly too.
-    return load_model(source, torch.float32)
+    return load_model(source, "float32")
 
 
 def _locate(
@@ -183,11 +166,7 @@ def _header(file: Path) -> dict[str, TensorLocation]:
             entries, start = read_header(stream)
         entries.pop("__metadata__", None)
         found = {key: _entry(file, key, entry, start) for key, entry in entries.items()}
-    except KeyError as error:
-        raise ModelError(
-            f"{file} is not a safetensors file: an entry lacks {error}; fetch it again"
-        ) from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file} is not a safetensors file: {error}; fetch it again") from error
     # Before any work, and of every tensor: a cut file is found out now and not hours later.
     for place in found.values():
@@ -199,9 +178,11 @@ def _header(file: Path) -> dict[str, TensorLocation]:
     return found
 
 
-def _entry(file: Path, key: str, entry: dict[str, Any], start: int) -> TensorLocation:
+def _entry(file: Path, key: str, entry: Any, start: int) -> TensorLocation:
     """One entry of a header whose data begins at ``start``; ValueError for one that cannot be."""
-    offsets, size, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not isinstance(entry, dict) or not isinstance(dtype := entry.get("dtype"), str):
+        raise ValueError(f"the tensor {key} has no dtype")
+    offsets, size = entry.get("data_offsets"), entry.get("shape")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"the tensor {key} has the data_offsets {offsets!r}")
     if not _are_counts(size):
@@ -218,7 +199,7 @@ def _entry(file: Path, key: str, entry: dict[str, Any], start: int) -> TensorLoc
     )
 
 
-def _are_counts(value: object) -> bool:
+def _are_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
     )

@@ -178,9 +178,9 @@ def rank_summary(report: RankReport) -> list[str]:
     lines = [
         f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
         f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
-        f"{totals['trainable_parameters']:,} trainable parameters; offsets and frozen factors are "
-        f"stored, twice as many; LoRA of rank 1 on the same layers: "
-        f"{report.lora_parameters:,}",
+        f"{totals['trainable_parameters']:,} trainable parameters (form {report.form}), "
+        f"{report.stored_parameters:,} stored with the frozen factors; LoRA of rank 1 on the same "
+        f"layers: {report.lora_parameters:,}",
         f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
     lines += [

@@ -126,7 +126,8 @@ def test_every_kind_of_method_trains_through_the_same_loop(
 ) -> None:
     methods = (
         "kpsvd,kpsvd:init=random:rate=relative,kpsvd:rank.max=2,kpsvd:on=gate_proj,lora,lora+,"
-        "lora-fa,lora:on=q_proj+v_proj,pissa,hira,lokr,randlora,vera,ia3"
+        "lora-fa,lora-xs,kpsvd:form=left:factor_size=4,lora:on=q_proj+v_proj,pissa,hira,lokr,"
+        "randlora,vera,ia3"
     )
     command = ["compare", str(recipe), "--offline", "--methods", methods, "--budgets", "3k"]
     command += ["--learning-rates", "1e-2", "--seeds", "1"]
@@ -147,6 +148,9 @@ def test_every_kind_of_method_trains_through_the_same_loop(
         assert rows[name].stored_parameters == times * rows[name].trainable_parameters
     assert rows["lora-fa"].stored_parameters > rows["lora-fa"].trainable_parameters
     assert rows["ia3"].rank == "–"
+    # A core of 4 x 4, the whole window, in each of 14 layers.
+    assert (rows["lora-xs"].rank, rows["lora-xs"].trainable_parameters) == ("4", 14 * 16)
+    assert "lora-xs (ours)" in captured.out
     assert "lora-fa (ours)" in captured.out
     assert "lora-fa is this project's own code: PEFT has no such method" in captured.out
     assert "ia3 at 3,000 trains 480 parameters, the nearest below of the sizes" in captured.out

@@ -96,6 +96,7 @@ AUTHORS = {
     "lora+": 5e-5,
     "rslora": 2e-4,
     "lora-fa": 7e-5,
+    "lora-xs": 4e-3,
     "pissa": 2e-5,
     "hira": 1e-3,
     "lokr": 2e-4,
@@ -109,10 +110,17 @@ def test_every_method_has_as_many_rates_and_its_authors_own_among_them() -> None
     assert {len(known.rates) for known in NAMES.values()} == {5}
     assert all(list(known.rates) == sorted(known.rates) for known in NAMES.values())
     for name, known in NAMES.items():
-        if known.kind != "kpsvd":
+        if not name.startswith("kpsvd"):
             assert AUTHORS[name] in known.rates
 
 
 def test_baselines_of_our_own_are_known_by_name() -> None:
     assert is_ours("lora-fa:on=q_proj")
+    assert is_ours("lora-xs")
+    (method,) = read_methods("lora-xs:on=q_proj")
+    assert method.overrides == [
+        "adapter.form=core",
+        "adapter.factor_shape=pissa",
+        "adapter.target_modules=[q_proj]",
+    ]
     assert not any(is_ours(name) for name in ("kpsvd", "lora", "of another version"))

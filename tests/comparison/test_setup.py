@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kpsvd_tune.comparison.methods import read_methods
-from kpsvd_tune.comparison.setup import Setups
+from kpsvd_tune.comparison.setup import Setups, _rank_rule
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.recipe import RankRecipe, Recipe
 from kpsvd_tune.report.comparison import Trial
 
 SIZES = {f"model.layers.{layer}.self_attn.{name}": (32, 32) for layer in (0, 1) for name in "qk"}
@@ -77,3 +78,38 @@ def test_a_trial_draws_by_its_seed() -> None:
     assert config.projection_prng_key == 5
     assert setup.recipe.train.learning_rate == 1e-2
     assert setup.baseline.size.trainable_parameters == 4 * 32 + 4 * config.r
+
+
+@pytest.mark.parametrize(
+    ("name", "power", "budget", "expected"),
+    [
+        # 14 layers of r x r each: 4 x 4 fit into 300 parameters, and the window ends at 8.
+        ("kpsvd:form=core", 2, 300, (4, 5)),
+        ("lora-xs", 2, 300, (4, 4)),
+        ("lora-xs", 2, 10**6, (8, 8)),
+        ("kpsvd", 1, 14 * 3 + 5, (3, 4)),
+        # Less than a term a layer: some layers get one.
+        ("kpsvd", 1, 10, (0, 1)),
+    ],
+)
+def test_equal_ranks_fit_whatever_a_rank_costs(
+    name: str, power: int, budget: int, expected: tuple[int, int]
+) -> None:
+    class Costs:
+        def report(self, rule: RankRecipe) -> Any:
+            assert rule.min == rule.max
+            return SimpleNamespace(totals={"trainable_parameters": 14 * rule.min**power})
+
+    (method,) = read_methods(name)
+    spectra: Any = Costs()
+    rule = _rank_rule(method, RankRecipe(window=8, max=8), spectra, budget)
+    assert (rule.min, rule.max) == expected
+    assert rule.budget == budget
+    assert rule.method == "fixed"
+
+
+def test_a_rank_rule_of_its_own_is_kept() -> None:
+    (method,) = read_methods("kpsvd:rank.max=2")
+    nothing: Any = None
+    rule = _rank_rule(method, RankRecipe(max=2), nothing, 70)
+    assert rule == RankRecipe(max=2, budget=70)

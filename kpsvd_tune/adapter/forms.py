@@ -103,7 +103,8 @@ class Form(ABC):
         The update is then zero, or about as large as the weight.
         """
         make = torch.zeros if is_at_base else torch.randn
-        return tuple(make(self.size(part)) for part in self.trained)
+        # Whatever torch's default is: it may be in 16 bits while a model is loaded.
+        return tuple(make(self.size(part), dtype=torch.float32) for part in self.trained)
 
     def draw(self, seed: int, name: str, norm: float) -> tuple[Tensor, ...]:
         """Return frozen tensors of random directions, drawn for the layer of that name.
@@ -180,8 +181,7 @@ class Both(Form):
         serves the gradients.
         """
         a, b, left0, right0 = tensors
-        left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])
-        return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
+        return _in(dtype, torch.cat([left0 + a, a]), torch.cat([b, right0]))
 
     def gradients(
         self,
@@ -263,7 +263,8 @@ class Core(Form):
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`Form.terms`: U_k and sum_l c_kl s V_l."""
         core, left0, right0 = tensors
-        return _in(dtype, left0, (core @ right0.flatten(1)).view_as(right0))
+        wide = torch.promote_types(core.dtype, right0.dtype)
+        return _in(dtype, left0, (core.to(wide) @ right0.to(wide).flatten(1)).view_as(right0))
 
     def gradients(
         self,
@@ -285,11 +286,15 @@ FORMS: dict[str, type[Form]] = {form.name: form for form in (Both, Left, Right, 
 
 def _in(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     left, right = tensors
-    return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
+    # Trained values may have been cast without the frozen ones, as optimisers in 16 bits do.
+    dtype = dtype or torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype), right.to(dtype)
 
 
 def _unit(factors: Tensor) -> Tensor:
     """Scale each of (r, .., ..) to norm 1; zeros stay zeros."""
-    norms = torch.linalg.vector_norm(factors, dim=(1, 2), keepdim=True)
-    unit: Tensor = factors / norms.where(norms > 0, torch.ones_like(norms))
+    # In float64, so that the order of sums, which machines choose, does not show after rounding.
+    # On the CPU, since not every device knows float64.
+    norms = torch.linalg.vector_norm(factors.cpu(), dim=(1, 2), keepdim=True, dtype=torch.float64)
+    unit: Tensor = factors / norms.where(norms > 0, torch.ones_like(norms)).to(factors)
     return unit

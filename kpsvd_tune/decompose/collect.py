@@ -14,7 +14,7 @@ from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.ranks import rank_report, rank_rule
 from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, work
 from kpsvd_tune.decompose.workers import run_processes
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import LayerPlan, check_rule
 from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
@@ -193,7 +193,10 @@ def collect_spectra(
         for plan in plans:
             began = time.perf_counter()
             square = float(reader.load(plan.name).float().square().sum())
-            plan = plan.with_random_terms(square, rank.window)
+            try:
+                plan = plan.with_random_terms(square, rank.window)
+            except ValueError as error:
+                raise ModelError(f"{plan.name} cannot be adapted: {error}") from error
             plan = replace(plan, seconds=time.perf_counter() - began)
             found.add(Found(plan, "", "computed"))
     elif processes > 1:

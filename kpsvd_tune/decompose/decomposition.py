@@ -165,8 +165,9 @@ def start_from(spectra: Spectra, adapter: AdapterRecipe, seed: int = 0) -> Decom
     report = spectra.report(adapter.rank)
     found = Decomposition(report, spectra.factors(report), notes=spectra.notes)
     if adapter.is_drawn:
-        # The adapter draws them, from a seed that it keeps.
-        return replace(found, is_of_weight=False)
+        # The adapter draws them, from a seed that it keeps. So does the report: a run that goes on
+        # with another train.seed keeps the factors that its checkpoints were trained with.
+        return replace(found, report=replace(report, frozen_seed=seed), is_of_weight=False)
     return found if adapter.init == "weight" else _random(found, seed)
 
 
@@ -181,7 +182,7 @@ def _random(found: Decomposition, seed: int) -> Decomposition:
 
 
 def _drawn_like(factor: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(factor.shape, generator=generator)
+    drawn = torch.randn(factor.shape, generator=generator, dtype=torch.float32)
     wanted, given = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (factor, drawn))
     scale: Tensor = (wanted / given)[:, None, None]
     return drawn * scale

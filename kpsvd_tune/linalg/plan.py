@@ -84,7 +84,12 @@ class LayerPlan:
 
         Each holds the same share of ||W||_F^2 on average: one part in p*q of random right
         directions (form left), in m*n of left ones (right), in m*n*p*q of pairs (core).
+
+        Raises:
+            ValueError: The norm is not finite.
         """
+        if not math.isfinite(squared_norm):
+            raise ValueError("its norm is not finite, so it holds NaN or infinite entries")
         rows, columns = self.shape.m * self.shape.n, self.shape.p * self.shape.q
         parts = {"left": columns, "right": rows}.get(self.form, rows * columns)
         values = (math.sqrt(squared_norm / parts),) * min(num_terms, self.shape.max_rank)

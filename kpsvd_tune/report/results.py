@@ -113,6 +113,7 @@ class RankReport(Result):
     rule: Mapping[str, Any] = field(default_factory=dict)  # the rank rule, with the recipe's keys
     probes: tuple[Probe, ...] = ()  # trainings that chose the energy threshold, where it is auto
     form: str = "both"  # what of the terms is trained
+    frozen_seed: int | None = None  # draws the frozen factors, where no file holds them
 
     @property
     def stored_parameters(self) -> int:

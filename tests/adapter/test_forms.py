@@ -324,6 +324,12 @@ def test_what_no_tensor_tells_of_drawn_factors_must_be_in_the_configuration(
             del layers[name]
         else:
             del layers[name][key]
-    again = KpsvdConfig(form="core", frozen_seed=2, layers=layers, task_type="CAUSAL_LM")
+    again = KpsvdConfig(
+        target_modules="all-linear",
+        form="core",
+        frozen_seed=2,
+        layers=layers,
+        task_type="CAUSAL_LM",
+    )
     with pytest.raises(AdapterError, match=message):
         inject_adapter_in_model(again, model_factory(), state_dict=state)

@@ -33,6 +33,7 @@ from kpsvd_tune.data.rows.tokenise import (
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.report.results import PreflightReport, SourceCount
+from kpsvd_tune.storage.json_files import check_types
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def prepare(
         report = _report(train, validation, parts, rows, encoder, about)
         found = {"report": report.to_dict(), "sha256": rows_sha256(rows, others)}
         cache.write_note(known, found)
-    preflight = PreflightReport.from_dict(found["report"])
+    preflight: PreflightReport = check_types(found["report"], PreflightReport)
     if limits is not None:
         too_long = [
             *_check_limits(rows, train, limits, dataset.max_length),

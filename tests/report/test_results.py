@@ -83,7 +83,9 @@ def test_a_rank_report_comes_back_equal_from_json(report: RankReport):
 
 def test_a_rank_report_has_the_agreed_keys_in_order(report: RankReport):
     content = report.to_dict()
-    assert list(content) == ["model", "totals", "layers", "untouched", "rule", "probes"]
+    assert list(content) == [
+        *("model", "totals", "layers", "untouched", "rule", "probes", "form"),
+    ]
     assert list(content["layers"][0]) == LAYER_KEYS
     assert content["layers"][0]["factor_shape"] == [3, 2, 2, 2]
     assert content["layers"][0]["singular_values"] == [3.0, 2.0, 1.0]

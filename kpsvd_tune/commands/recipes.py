@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kpsvd_tune.commands.options import Json
+from kpsvd_tune.commands.options import Json, emit
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import shipped_recipes
-from kpsvd_tune.report import console as view
-from kpsvd_tune.report.layout import output, print_pair
+from kpsvd_tune.report.layout import print_pairs
 from kpsvd_tune.storage.paths import exists
 
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
@@ -22,12 +20,8 @@ recipes_app = typer.Typer(help="The recipes that come with the package.", no_arg
 @recipes_app.command("list")
 def list_recipes(as_json: Json = False) -> None:
     """List the shipped recipes with their purpose."""
-    purposes = {name: view.purpose(path) for name, path in shipped_recipes().items()}
-    if as_json:
-        typer.echo(json.dumps(purposes))
-        return
-    for name, purpose in purposes.items():
-        print_pair(output(), name, purpose)
+    purposes = {name: _purpose(path) for name, path in shipped_recipes().items()}
+    emit(purposes, as_json, lambda found: print_pairs(found.items()))
 
 
 @recipes_app.command("show")
@@ -68,3 +62,10 @@ def _shipped(name: str) -> Path:
     if key not in recipes:
         raise InputError(f"no shipped recipe {name!r}; there are: {', '.join(recipes)}")
     return recipes[key]
+
+
+def _purpose(path: Path) -> str:
+    """What the opening comment says between "Purpose:" and "Needs:", on one line."""
+    opening = path.read_text(encoding="utf-8").partition("# Needs:")[0]
+    words = " ".join(line.lstrip("# ") for line in opening.splitlines())
+    return words.removeprefix("Purpose: ")

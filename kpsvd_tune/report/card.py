@@ -19,17 +19,11 @@ _LOCAL = re.compile(r"""(?<![\w.:/<\\])(?:~\w*|\.{1,2})?/(?:[^\s,;'"`|/]+/)+([^\
 
 @dataclass(frozen=True)
 class Base:
-    """A base model as a card names it.
+    """A base model as a card names it."""
 
-    Attributes:
-        name: The id on the hub; else the name of its file or folder, without the path.
-        is_on_hub: Whether the name is an id on the hub.
-        licence: The licence that the base's own card states, as the hub writes it; None where it
-            states none.
-    """
-
-    name: str
-    is_on_hub: bool
+    name: str  # the id on the hub; else the name of its file or folder, without the path
+    is_on_hub: bool  # whether the name is an id on the hub
+    # The licence that the base's own card states, as the hub writes it; None where it states none.
     licence: str | None = None
 
     @property

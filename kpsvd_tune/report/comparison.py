@@ -6,31 +6,24 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.results import Result
+from kpsvd_tune.report.results import CLOSED, Result
 from kpsvd_tune.storage.json_files import check_types, read_json
 from kpsvd_tune.units import duration, size
 
 
 @dataclass(frozen=True, order=True)
 class Trial:
-    """One training run of a comparison.
-
-    Attributes:
-        method: The method's name.
-        budget: Trainable parameters it may have.
-        learning_rate: Its highest learning rate.
-        seed: Seeds the order of the rows, dropout, and whatever the method draws.
-    """
+    """One training run of a comparison."""
 
     method: str
-    budget: int
-    learning_rate: float
-    seed: int
+    budget: int  # trainable parameters it may have
+    learning_rate: float  # its highest learning rate
+    seed: int  # seeds the order of the rows, dropout, and whatever the method draws
 
     @property
     def folder_name(self) -> str:
@@ -48,47 +41,28 @@ _FORMER = {"cpu_seconds_per_step"}
 
 @dataclass(frozen=True)
 class TrialRow(Result):
-    """One training run of a comparison: a line of results.jsonl.
+    """One training run of a comparison: a line of results.jsonl."""
 
-    Attributes:
-        method: The method's name.
-        budget: Trainable parameters it might have.
-        learning_rate: Its highest learning rate.
-        seed: Seed of the order of the rows and of whatever the method draws.
-        rank: Rank, or smallest and largest one as 1-4.
-        trainable_parameters: What it trained.
-        stored_parameters: What an adapter for the unmodified base holds.
-        validation_loss: Loss on the held-out rows at the end; None where the run failed.
-        validation_losses: (step, loss) over the run, the first before any step.
-        test_loss: Loss on the test rows at the end, which no choice looks at.
-        forgetting: Loss on the forgetting text after training minus the base model's.
-        losses: Training loss of every step.
-        grad_norms: Norm of the gradient of every step, before clipping.
-        seconds_per_step: Median wall time of a step.
-        init_seconds: Time to make the adapter: decomposition, or PEFT's own start.
-        wall_seconds: Time of the training.
-        peak_memory_bytes: Most memory held: of the device, or resident on a CPU.
-        failed: Why the run ended early; None otherwise.
-    """
-
+    __pydantic_config__ = CLOSED
     method: str
-    budget: int
-    learning_rate: float
-    seed: int
-    rank: str
-    trainable_parameters: int
-    stored_parameters: int
-    validation_loss: float | None
+    budget: int  # trainable parameters it might have
+    learning_rate: float  # its highest learning rate
+    seed: int  # seed of the order of the rows and of whatever the method draws
+    rank: str  # rank, or smallest and largest one as 1-4
+    trainable_parameters: int  # what it trained
+    stored_parameters: int  # what an adapter for the unmodified base holds
+    validation_loss: float | None  # loss on the held-out rows at the end; None where the run failed
+    # (step, loss) over the run, the first before any step.
     validation_losses: tuple[tuple[int, float], ...]
-    test_loss: float | None
-    forgetting: float | None
-    losses: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-    seconds_per_step: float
-    init_seconds: float
-    wall_seconds: float
-    peak_memory_bytes: int
-    failed: str | None = None
+    test_loss: float | None  # loss on the test rows at the end, which no choice looks at
+    forgetting: float | None  # loss on the forgetting text after training minus the base model's
+    losses: tuple[float, ...]  # training loss of every step
+    grad_norms: tuple[float, ...]  # norm of the gradient of every step, before clipping
+    seconds_per_step: float  # median wall time of a step
+    init_seconds: float  # time to make the adapter: decomposition, or PEFT's own start
+    wall_seconds: float  # time of the training
+    peak_memory_bytes: int  # most memory held: of the device, or resident on a CPU
+    failed: str | None = None  # why the run ended early; None otherwise
 
     @property
     def trial(self) -> Trial:
@@ -103,36 +77,25 @@ class TrialRow(Result):
             InputError: A key is missing or unknown, or a value is of another type.
         """
         found = {key: value for key, value in data.items() if key not in _FORMER}
-        names = {each.name for each in fields(cls)}
-        if wrong := sorted((names - {"failed"} - found.keys()) | (found.keys() - names)):
-            raise InputError(
-                f"a row of results.jsonl lacks or has the unknown {', '.join(wrong)}; expected "
-                "rows of this version: choose another output_dir"
-            )
         try:
             row: TrialRow = check_types(found, cls)
         except ValueError as error:
-            raise InputError(f"a row of results.jsonl {error}") from error
+            raise InputError(
+                f"a row of results.jsonl {error}; expected rows of this version: choose another "
+                "output_dir"
+            ) from error
         return row
 
 
 @dataclass(frozen=True)
 class Estimate(Result):
-    """A mean over seeds.
-
-    Attributes:
-        mean: The mean.
-        deviation: Standard deviation over seeds; None for one seed.
-        low: Lower end of the 95 % confidence interval of the mean (Student's t); None for one.
-        high: Its upper end.
-        n: Seeds.
-    """
+    """A mean over seeds."""
 
     mean: float
-    deviation: float | None
-    low: float | None
+    deviation: float | None  # standard deviation over seeds; None for one seed
+    low: float | None  # ends of the 95 % confidence interval (Student's t); None for one seed
     high: float | None
-    n: int
+    n: int  # seeds
 
     def interval(self, digits: int = 4) -> str:
         """The confidence interval in words, with the number of seeds."""
@@ -143,65 +106,44 @@ class Estimate(Result):
 
 @dataclass(frozen=True)
 class MethodSummary(Result):
-    """One method at one budget, at its best learning rate.
-
-    Attributes:
-        method: The method's name.
-        budget: Trainable parameters it might have.
-        trainable_parameters: What it trained.
-        stored_parameters: What an adapter for the unmodified base holds.
-        rank: Rank, or smallest and largest one.
-        learning_rate: The rate with the lowest mean validation loss among those with most seeds.
-        is_edge: Whether that rate is the lowest or highest tried, so that a better one may lie
-            outside.
-        num_trials: Trials of this method at this budget.
-        validation_loss: Over seeds.
-        test_loss: Over seeds; None without test rows.
-        steps_to_reference: Steps until the validation loss is at the lowest point of the
-            reference's mean curve, interpolated between validations, over the seeds that get
-            there; None where none does.
-        seconds_to_reference: Those steps times the seconds of a step.
-        gradient_variation: Coefficient of variation of the gradient norm after warm-up.
-        clipped_share: Share of the steps whose gradient was clipped, 0 to 1.
-        forgetting: Loss change on the forgetting text; None without one.
-        seconds_per_step: Median over seeds.
-        init_seconds: Median over seeds.
-        peak_memory_bytes: Largest over seeds.
-        cost: Device time of one run, init included, times the price; None without a price.
-    """
+    """One method at one budget, at its best learning rate."""
 
     method: str
-    budget: int
-    trainable_parameters: int
-    stored_parameters: int
-    rank: str
+    budget: int  # trainable parameters it might have
+    trainable_parameters: int  # what it trained
+    stored_parameters: int  # what an adapter for the unmodified base holds
+    rank: str  # rank, or smallest and largest one
+    # The rate with the lowest mean validation loss among those with most seeds.
     learning_rate: float
+    # Whether that rate is the lowest or highest tried, so that a better one may lie outside.
     is_edge: bool
-    num_trials: int
-    validation_loss: Estimate
-    test_loss: Estimate | None
+    num_trials: int  # trials of this method at this budget
+    validation_loss: Estimate  # over seeds
+    test_loss: Estimate | None  # over seeds; None without test rows
+    # Steps until the validation loss is at the lowest point of the reference's mean curve,
+    # interpolated between validations, over the seeds that get there; None where none does.
     steps_to_reference: Estimate | None
-    seconds_to_reference: float | None
-    gradient_variation: Estimate
-    clipped_share: float
-    forgetting: Estimate | None
-    seconds_per_step: float
-    init_seconds: float
-    peak_memory_bytes: int
+    seconds_to_reference: float | None  # those steps times the seconds of a step
+    gradient_variation: Estimate  # coefficient of variation of the gradient norm after warm-up
+    clipped_share: float  # share of the steps whose gradient was clipped, 0 to 1
+    forgetting: Estimate | None  # loss change on the forgetting text; None without one
+    seconds_per_step: float  # median over seeds
+    init_seconds: float  # median over seeds
+    peak_memory_bytes: int  # largest over seeds
+    # Device time of one run, init included, times the price; None without a price.
     cost: float | None
+    # Whether it is a baseline of this project's own, for PEFT has no such method.
+    is_ours: bool = False
 
     def in_words(self, currency: str = "") -> dict[str, str]:
         """The cell of every column of the tables, on the console and on the page."""
-        steps, num_seeds, seconds = (
-            self.steps_to_reference,
-            self.validation_loss.n,
-            self.seconds_to_reference,
-        )
+        steps, num_seeds = self.steps_to_reference, self.validation_loss.n
+        seconds = self.seconds_to_reference
         reached = "–" if steps is None else f"{steps.mean:.0f}"
         if steps is not None and steps.n != num_seeds:
             reached += f" ({steps.n} of {num_seeds})"
         return {
-            "method": self.method,
+            "method": f"{self.method} (ours)" if self.is_ours else self.method,
             "budget": f"{self.budget:,}",
             "trained": f"{self.trainable_parameters:,}",
             "stored": f"{self.stored_parameters:,}",
@@ -224,78 +166,47 @@ class MethodSummary(Result):
 
 @dataclass(frozen=True)
 class Difference(Result):
-    """A method against another, seed by seed, each at its best rate.
-
-    Attributes:
-        method: The method.
-        budget: Its budget.
-        other: The method it is compared with.
-        other_budget: That one's budget.
-        loss: Validation loss of the method minus the other's; below 0 the method is better.
-    """
+    """A method against another, seed by seed, each at its best rate."""
 
     method: str
-    budget: int
-    other: str
-    other_budget: int
-    loss: Estimate
+    budget: int  # its budget
+    other: str  # the method it is compared with
+    other_budget: int  # that one's budget
+    loss: Estimate  # validation loss of the method minus the other's; below 0 the method is better
 
 
 @dataclass(frozen=True)
 class Claim(Result):
-    """One claim about KPSVD, and what the trials say.
-
-    Attributes:
-        text: The claim.
-        verdict: held, not held, or undecided.
-        figure: The figures behind the verdict.
-    """
+    """One claim about KPSVD, and what the trials say."""
 
     text: str
-    verdict: str
-    figure: str
+    verdict: str  # held, not held, or undecided
+    figure: str  # the figures behind the verdict
 
 
 @dataclass(frozen=True)
 class Recommendation(Result):
-    """What to do on this data.
+    """What to do on this data."""
 
-    Attributes:
-        text: The method with its size and rate, and why; or why none of them.
-        undecided: What the trials leave open, each as the end of "not decided: ...".
-    """
-
-    text: str
-    undecided: tuple[str, ...]
+    text: str  # the method with its size and rate, and why; or why none of them
+    undecided: tuple[str, ...]  # what the trials leave open, each as the end of "not decided: ..."
 
 
 @dataclass(frozen=True)
 class Comparison(Result):
-    """The verdict of a comparison: the content of comparison.json.
-
-    Attributes:
-        model: The base model.
-        steps: Optimiser steps of every trial.
-        base: Losses of the base model: validation_loss, test_loss, forgetting_loss.
-        recommendation: What to do, in words.
-        reference: The method that the others are compared with.
-        summaries: Every method at every budget that has trials.
-        differences: Paired differences.
-        claims: The claims that these trials can test.
-        notes: What a reader must know.
-        currency: Of the costs.
-    """
+    """The verdict of a comparison: the content of comparison.json."""
 
     model: str
-    steps: int
+    steps: int  # optimiser steps of every trial
+    # Losses of the base model: validation_loss, test_loss, forgetting_loss.
     base: Mapping[str, float | None]
-    recommendation: Recommendation
-    reference: str
-    summaries: tuple[MethodSummary, ...]
+    recommendation: Recommendation  # what to do, in words
+    reference: str  # the method that the others are compared with
+    summaries: tuple[MethodSummary, ...]  # every method at every budget that has trials
     differences: tuple[Difference, ...]
-    claims: tuple[Claim, ...]
-    notes: tuple[str, ...]
-    currency: str
+    claims: tuple[Claim, ...]  # the claims that these trials can test
+    notes: tuple[str, ...]  # what a reader must know
+    currency: str  # of the costs
 
 
 def read_comparison(folder: Path) -> Comparison:

@@ -14,27 +14,15 @@ from kpsvd_tune.report.pages import render
 # Hues of Okabe and Ito, which colour-blind readers can tell apart, in the lightness that each
 # background needs.
 PALETTES = {
-    "light": (
-        *("#0072b2", "#d55e00", "#00875f", "#b8528f"),
-        *("#96760a", "#2f8fc9", "#7d55a8", "#6b6b6b"),
-    ),
-    "dark": (
-        *("#4db3ff", "#ff8b4d", "#2fd6a3", "#f0a0cc"),
-        *("#f2c037", "#a9dcff", "#c3a3f0", "#b5b5b5"),
-    ),
+    "light": "#0072b2 #d55e00 #00875f #b8528f #96760a #2f8fc9 #7d55a8 #6b6b6b".split(),
+    "dark": "#4db3ff #ff8b4d #2fd6a3 #f0a0cc #f2c037 #a9dcff #c3a3f0 #b5b5b5".split(),
 }
 # The ninth method and those after it share colours and differ in this.
 DASHES = ("solid", "dash", "dot")
 # Steps of the moving median of gradient norms: one batch's outlier should not hide the rest.
 SMOOTH_STEPS = 5
-QUALITY_COLUMNS = (
-    *("method", "budget", "trained", "stored", "rank", "rate", "trials", "validation loss"),
-    *("test loss", "forgetting"),
-)
-COST_COLUMNS = (
-    *("method", "budget", "steps to reference", "time to it", "time a step", "start"),
-    *("peak memory", "cost", "gradient CV", "clipped"),
-)
+# Of all that is said of a method, the first that its table of costs says and the other does not.
+FIRST_COST = "steps to reference"
 
 Trace = dict[str, Any]
 
@@ -62,15 +50,14 @@ class Style:
 
 
 def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
-    """Render a comparison as a page with what it recommends, its claims, four figures and tables.
-
-    Args:
-        verdict: The verdict.
-        rows: The trials it was drawn from.
+    """Render a verdict and the trials it was drawn from as a page with four figures and tables.
 
     Raises:
-        InputError: If plotly is not installed.
+        InputError: plotly is not installed.
     """
+    cells = [summary.in_words(verdict.currency) for summary in verdict.summaries]
+    titles = list(cells[0])
+    costs = titles.index(FIRST_COST)
     most = max(s.validation_loss.n for s in verdict.summaries)
     budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
     return render(
@@ -87,10 +74,10 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         advice=verdict.recommendation,
         claims=verdict.claims,
         tables=(
-            ("quality", "Quality of every method at its best learning rate", QUALITY_COLUMNS),
-            ("cost", "Speed and cost of the same", COST_COLUMNS),
+            ("quality", "Quality of every method at its best learning rate", titles[:costs]),
+            ("cost", "Speed and cost of the same", [*titles[:2], *titles[costs:]]),
         ),
-        cells=[summary.in_words(verdict.currency) for summary in verdict.summaries],
+        cells=cells,
         differences=verdict.differences,
         notes=verdict.notes,
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -15,22 +14,11 @@ from kpsvd_tune.report.layout import (
     output,
     print_blocks,
     print_line,
-    print_pair,
+    print_pairs,
     print_table,
 )
-from kpsvd_tune.report.results import (
-    LayerReport,
-    MergeReport,
-    PreflightReport,
-    RankReport,
-)
-from kpsvd_tune.report.run import (
-    figures,
-    result_figures,
-    score_lines,
-    score_text,
-    score_value,
-)
+from kpsvd_tune.report.results import MergeReport, PreflightReport, RankReport
+from kpsvd_tune.report.run import figures, result_figures, score_lines, score_text, score_value
 
 # The summary names at most this many matrices.
 _LISTED = 3
@@ -39,7 +27,7 @@ _SOURCES = 20
 _WIDE = 140
 # Below this width a row of the table is written as a block, which leaves nothing out.
 _NARROW = 100
-# What a column shows, and its title here, which is short.
+# Columns by the names that `in_words` gives their cells; the titles here are short.
 _METHOD_COLUMNS = {
     "method": Column("method", is_text=True),
     "budget": Column("budget"),
@@ -53,25 +41,26 @@ _METHOD_COLUMNS = {
     "forgetting": Column("forgetting"),
     "time a step": Column("step time", goes=3),
 }
-_RANK_COLUMNS = (
-    Column("module", is_text=True),
-    Column("out x in", goes=1),
-    Column("A", goes=4),
-    Column("B", goes=5),
-    Column("energy", goes=2),
-    Column("elbow", goes=3),
-    Column("rank", style="bold"),
-    Column("bound by", is_text=True),
-    Column("kept"),
-    Column("params"),
-)
+_RANK_COLUMNS = {
+    "module": Column("module", is_text=True),
+    "out × in": Column("out × in", goes=1),
+    "A": Column("A", goes=4),
+    "B": Column("B", goes=5),
+    "by energy": Column("energy", goes=2),
+    "by elbow": Column("elbow", goes=3),
+    "rank": Column("rank", style="bold"),
+    "bound by": Column("bound by", is_text=True),
+    "energy kept": Column("kept"),
+    "parameters": Column("params"),
+}
 
 
 def show_ranks(report: RankReport) -> None:
     """The rank table and its totals."""
     out = output()
-    rows = [_cells(layer) for layer in report.layers]
-    print_table(out, _RANK_COLUMNS, rows, where="rank_report.csv")
+    found = [layer.in_words() for layer in report.layers]
+    rows = [[cells[name][1] for name in _RANK_COLUMNS] for cells in found]
+    print_table(out, list(_RANK_COLUMNS.values()), rows, where="rank_report.csv")
     for line in rank_summary(report):
         print_line(out, line)
 
@@ -127,12 +116,12 @@ def show_merge(report: MergeReport) -> None:
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What a run would do."""
-    _show_pairs(figures(plan))
+    print_pairs(figures(plan))
 
 
 def show_results(results: Mapping[str, Any]) -> None:
     """A run's figures of results.json, then a line for every score of the base and the adapter."""
-    _show_pairs(result_figures(results))
+    print_pairs(result_figures(results))
     for line in score_lines(results):
         _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
     for task, change in results.items():
@@ -147,7 +136,7 @@ def show_results(results: Mapping[str, Any]) -> None:
         if shown != [change["before"], change["after"]]:
             before, after = (score_value(scorer, change[key]) for key in ("before", "after"))
             told = f"{before} before, {after} after, of {change['n']}"
-            print_pair(output(), f"{task}, in this training", told)
+            print_pairs([(f"{task}, in this training", told)])
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
@@ -166,7 +155,7 @@ def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: st
 def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
     """What `read_run` gave: results, totals of the ranks and, where asked for, every layer."""
     results = dict(run["results"] or {"results": "the run is not finished"})
-    report = None if run["ranks"] is None else RankReport.from_dict(run["ranks"])
+    report: RankReport | None = run["ranks"]
     if report and results.get("trainable_parameters") == report.totals["trainable_parameters"]:
         # The totals of the ranks say it too.
         del results["trainable_parameters"]
@@ -181,36 +170,6 @@ def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
     print_line(output(), Text("--layers shows the rank of every layer", style="dim"))
 
 
-def _show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    out = output()
-    for name, text in pairs:
-        print_pair(out, name, text)
-
-
-def purpose(path: Path) -> str:
-    """What the opening comment of a recipe says between "Purpose:" and "Needs:", on one line."""
-    opening = path.read_text(encoding="utf-8").partition("# Needs:")[0]
-    words = " ".join(line.lstrip("# ") for line in opening.splitlines())
-    return words.removeprefix("Purpose: ")
-
-
-def _cells(layer: LayerReport) -> tuple[str, ...]:
-    """A cell for each of _RANK_COLUMNS."""
-    m, n, p, q = layer.factor_shape
-    return (
-        layer.name,
-        f"{layer.out_features}x{layer.in_features}",
-        f"{m},{n}",
-        f"{p},{q}",
-        str(layer.rank_energy),
-        str(layer.rank_elbow),
-        str(layer.rank),
-        layer.bound_by,
-        f"{100 * layer.energy_total:.1f} %",
-        f"{layer.parameters:,}",
-    )
-
-
 def rank_summary(report: RankReport) -> list[str]:
     """The totals below the table, one line each."""
     totals = report.totals
@@ -219,9 +178,9 @@ def rank_summary(report: RankReport) -> list[str]:
     lines = [
         f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
         f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
-        f"{totals['trainable_parameters']:,} trainable parameters; offsets and frozen factors are "
-        f"stored, twice as many; LoRA of rank 1 on the same layers: "
-        f"{report.lora_parameters:,}",
+        f"{totals['trainable_parameters']:,} trainable parameters (form {report.form}), "
+        f"{report.stored_parameters:,} stored with the frozen factors; LoRA of rank 1 on the same "
+        f"layers: {report.lora_parameters:,}",
         f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
     lines += [
@@ -263,8 +222,10 @@ def preflight_lines(report: PreflightReport) -> list[str]:
 def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        print_pair(output(), key.replace("_", " "), shown)
+        parts = value if isinstance(value, Mapping) else {"": value}
+        for name, part in parts.items():
+            shown = ", ".join(map(str, part)) if isinstance(part, list) else str(part)
+            print_pairs([(f"{key.replace('_', ' ')} {name}".rstrip(), shown)])
 
 
 def show_comparison(verdict: Comparison) -> None:
@@ -275,20 +236,21 @@ def show_comparison(verdict: Comparison) -> None:
         print_line(out, f"not decided: {each}")
     out.print()
     found = [summary.in_words() for summary in verdict.summaries]
-    columns, rows = (
-        list(_METHOD_COLUMNS.values()),
-        [[cells[key] for key in _METHOD_COLUMNS] for cells in found],
-    )
+    columns = list(_METHOD_COLUMNS.values())
+    rows = [[cells[name] for name in _METHOD_COLUMNS] for cells in found]
     if out.width < _NARROW:
         print_blocks(out, columns, rows)
     else:
         print_table(out, columns, rows, where="comparison.html")
+    trained = {(each.method, each.budget): each.trainable_parameters for each in verdict.summaries}
     for pair in verdict.differences:
         if pair.budget == pair.other_budget:
+            own, other = (trained[name, pair.budget] for name in (pair.method, pair.other))
+            sizes = "" if own == other else f"; {own:,} against {other:,} parameters"
             print_line(
                 out,
                 f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats "
-                f"({pair.loss.interval()})",
+                f"({pair.loss.interval()}{sizes})",
             )
     for claim in verdict.claims:
         print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")

@@ -8,7 +8,7 @@ block a row.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,7 @@ class Column:
 
 
 def make_console(**options: Any) -> Console:
-    """A console that prints text as it is: names and patterns hold [brackets] and :colons:.
-
-    Args:
-        **options: Of rich's Console.
-    """
+    """A console of rich that prints text as it is: names may hold [brackets] and :colons:."""
     return Console(**{"highlight": False, "markup": False, "emoji": False, **options})
 
 
@@ -74,20 +70,16 @@ def shortened(text: str) -> str:
 
 
 def print_line(out: Console, text: Text | str, indent: int = 2) -> None:
-    """Print a line, and read nothing in it as markup.
-
-    Args:
-        out: Where to.
-        text: What to print.
-        indent: Columns that a terminal's continuation lines are moved to the right by.
-    """
+    """Print a line as it is; a terminal's continuation lines begin ``indent`` columns further."""
     _print_hanging(out, "", text if isinstance(text, Text) else Text(text), indent)
 
 
-def print_pair(out: Console, name: str, value: str) -> None:
-    """Print a name and its value; the values of several are aligned."""
-    start = f"{name:<{_NAME_WIDTH}} "
-    _print_hanging(out, start, Text(value), len(start))
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and their values on the standard output; the values are aligned."""
+    out = output()
+    for name, value in pairs:
+        start = f"{name:<{_NAME_WIDTH}} "
+        _print_hanging(out, start, Text(value), len(start))
 
 
 def _print_hanging(out: Console, start: str, text: Text, indent: int) -> None:

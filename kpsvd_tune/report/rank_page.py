@@ -14,37 +14,15 @@ from typing import Any
 from kpsvd_tune.report.pages import render, write_page
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.storage.durable import make_folder, replace_file
-from kpsvd_tune.units import duration
 
 # Characters of a kind of module that fit beside the heat map.
 KIND_WIDTH = 40
 # The place of modules that belong to no numbered layer, such as lm_head.
 NO_LAYER = "other"
-# Title of a table column -> its sort key is text (False) or a number (True).
-COLUMNS = {
-    "module": False,
-    "out × in": True,
-    "A": True,
-    "B": True,
-    "by energy": True,
-    "by elbow": True,
-    "rank": True,
-    "bound by": False,
-    "energy kept": True,
-    "parameters": True,
-    "relative error": True,
-    "stable rank": True,
-    "time": True,
-    "note": False,
-}
 
 
 def write_rank_report(report: RankReport, folder: Path) -> str | None:
-    """Write rank_report.json, rank_report.csv and rank_report.html, each replaced as a whole.
-
-    Args:
-        report: The ranks of all layers.
-        folder: Made if it does not exist.
+    """Write rank_report.json, .csv and .html into a folder, made if it does not exist.
 
     Returns:
         Why there is no page, where plotly is not installed; None otherwise.
@@ -74,7 +52,12 @@ def rank_page(report: RankReport) -> str:
     unused = {f"by {name}" for name in ("energy", "elbow") if name not in method}
     if not any(layer.note for layer in report.layers):
         unused.add("note")
-    columns = {title: is_number for title, is_number in COLUMNS.items() if title not in unused}
+    rows = [
+        {title: cell for title, cell in layer.in_words().items() if title not in unused}
+        for layer in report.layers
+    ]
+    first = rows[0] if rows else {}
+    columns = {title: not isinstance(key, str) for title, (key, _) in first.items()}
     stated = [f"{key} {value}" for key, value in report.rule.items() if value not in (None, {}, [])]
     return render(
         "rank",
@@ -84,14 +67,8 @@ def rank_page(report: RankReport) -> str:
         rule=f"Rank rule: {', '.join(stated)}." if stated else "",
         cards=_cards(report),
         budget=_budget(report),
-        columns=columns,
-        rows=[
-            {
-                "name": layer.name,
-                "cells": {k: cell for k, cell in _cells(layer).items() if k in columns},
-            }
-            for layer in report.layers
-        ],
+        columns=columns,  # title -> whether its sort keys are numbers
+        rows=rows,
         untouched=report.untouched,
     )
 
@@ -179,27 +156,6 @@ def _budget(report: RankReport) -> list[tuple[str, ...]]:
 def _spread(ranks: Sequence[int]) -> str:
     low, high = min(ranks, default=0), max(ranks, default=0)
     return f"{low} everywhere" if low == high else f"{low} to {high}"
-
-
-def _cells(layer: LayerReport) -> dict[str, tuple[str | float, str]]:
-    """What each column is sorted by, and what it shows."""
-    m, n, p, q = layer.factor_shape
-    rows, columns = layer.out_features, layer.in_features
-    return {
-        "out × in": (rows * columns, f"{rows} × {columns}"),
-        "A": (m * n, f"{m} × {n}"),
-        "B": (p * q, f"{p} × {q}"),
-        "by energy": (layer.rank_energy, str(layer.rank_energy)),
-        "by elbow": (layer.rank_elbow, str(layer.rank_elbow)),
-        "rank": (layer.rank, str(layer.rank)),
-        "bound by": (layer.bound_by, layer.bound_by),
-        "energy kept": (layer.energy_total, f"{100 * layer.energy_total:.1f} %"),
-        "parameters": (layer.parameters, f"{layer.parameters:,}"),
-        "relative error": (layer.relative_error, f"{layer.relative_error:.3f}"),
-        "stable rank": (layer.stable_rank, f"{layer.stable_rank:.1f}"),
-        "time": (layer.seconds, duration(layer.seconds)),
-        "note": (layer.note or "", layer.note or ""),
-    }
 
 
 def _percent(part: float, whole: float) -> str:

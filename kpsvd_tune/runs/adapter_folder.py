@@ -32,6 +32,7 @@ class _Layer(BaseModel):
     shape: Annotated[list[_Size], Field(min_length=4, max_length=4)]
     rank: _Size
     fingerprint: float | None = None
+    norm: Annotated[float, Field(ge=0)] | None = None
 
 
 class AdapterFile(BaseModel):
@@ -51,6 +52,9 @@ class AdapterFile(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     path: str = "auto"
     seed: int = 0
+    form: str = "both"
+    factor_size: int | list[int] | None = None
+    frozen_seed: int | None = None
     rank: int | dict[str, Any] = Field(default_factory=dict)
     rank_pattern: dict[str, Any] = Field(default_factory=dict)
 
@@ -77,11 +81,8 @@ def check_adapter(folder: Path, names: list[str]) -> None:
     check_seal(folder)
     config = read_adapter_config(folder)
     patterns = {
-        f"{folder / CONFIG}: {key}": value
-        for key, value in (
-            ("target_modules", config.target_modules),
-            ("exclude_modules", config.exclude_modules),
-        )
+        f"{folder / CONFIG}: {key}": getattr(config, key)
+        for key in ("target_modules", "exclude_modules")
     }
     try:
         check_patterns(patterns, names)
@@ -107,24 +108,17 @@ def save_adapter(
     folder: Path,
     card: str,
 ) -> None:
-    """Write the adapter folder; it appears whole under its name.
+    """Write the adapter folder; it appears whole under its name, and replaces one that is there.
 
-    Args:
-        model: The trained model.
-        weights: Its trained tensors by name, whole where the model holds only this process's part.
-        tokenizer: Kept beside the adapter, as PEFT's users expect.
-        folder: Replaced if it exists.
-        card: The model card.
-
-    Raises:
-        ResourceError: The disk refused; an adapter that was there stays.
+    `weights` are the trained tensors by name, whole where the model holds only this process's
+    part. ResourceError: the disk refused; an adapter that was there stays.
     """
     with durable.write_folder(folder, replace=True) as aside:
         # No embedding is ever adapted; "auto" would ask the hub about the base model.
         model.save_pretrained(
             str(aside), state_dict={**model.state_dict(), **weights}, save_embedding_layers=False
         )
-        tokenizer.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)  # PEFT's users expect it there
         (aside / "README.md").write_text(card, encoding="utf-8")
         durable.write_file(aside / MANIFEST, _seal(aside))
 
@@ -146,12 +140,8 @@ def adapter_hash(folder: Path) -> str:
 def check_own(folder: Path, saved: Any) -> None:
     """Refuse a run's adapter that is not the one which the run has saved.
 
-    Args:
-        folder: The adapter.
-        saved: The hash in run.json; None in runs of older versions.
-
-    Raises:
-        AdapterError: A file is another, or all are those of another run.
+    `saved` is the hash in run.json, None in runs of older versions. AdapterError: a file is
+    another, or all are those of another run.
     """
     check_seal(folder)
     if saved is not None and (folder / WEIGHTS).is_file() and adapter_hash(folder) != saved:

@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError
-from kpsvd_tune.runs.identity import Change, changes, refusal, run_id
+from kpsvd_tune.runs.identity import changes, refusal, run_id
 from kpsvd_tune.runs.listing import abandon_newer, checkpoint_name, clean, list_saved
 from kpsvd_tune.runs.ownership import is_run, refuse_foreign
 from kpsvd_tune.runs.state import TrainingState, from_files, to_files
@@ -26,16 +26,16 @@ from kpsvd_tune.storage.json_files import as_read_back, read_json, to_json
 from kpsvd_tune.storage.locks import lock_folder
 
 _log = logging.getLogger(__name__)
-# What a run owns in its folder.
+# What a run owns in its folder, in the order in which it is set aside.
 _ENTRIES = (
     "recipe.yaml",
-    "run.json",
     "init",
     "probes",
     "metrics.jsonl",
     "checkpoints",
     "adapter",
     "results.json",
+    "run.json",
 )
 # What may lie beside them before run.json does: earlier runs, and a tracker's files.
 _BESIDE = ("previous", "logs")
@@ -45,20 +45,12 @@ _INIT_FILES = ("rank_report.", "factors.", "plotly")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or goes on.
+    """Where a run begins or goes on."""
 
-    Attributes:
-        checkpoint: The checkpoint to continue from; None: from the first step.
-        is_finished: Nothing is left to do; the results are in results.json.
-        is_same: The folder held this run already, with equal settings, so that what earlier
-            stages left in it still holds.
-        changed: Settings that were allowed to change, each with its old and new value.
-    """
-
-    checkpoint: Path | None = None
-    is_finished: bool = False
+    checkpoint: Path | None = None  # to continue from; None: from the first step
+    is_finished: bool = False  # nothing is left to do; the results are in results.json
+    # The folder held this run already, with equal settings: what earlier stages left still holds.
     is_same: bool = False
-    changed: Mapping[str, Change] | None = None
 
 
 class RunRecord(TypedDict, total=False):
@@ -75,9 +67,6 @@ class RunDirectory:
     """The layout of `output_dir`, its lock, its log of metrics and its checkpoints.
 
     Making it touches nothing. Only the main process writes; others use its paths, and load.
-
-    Args:
-        path: The recipe's `output_dir`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -94,9 +83,7 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Keep other runs out of the folder; the system lifts it however this process ends.
 
-        Raises:
-            FolderInUseError: Another process holds it; the message names it.
-            ResourceError: The folder cannot be made.
+        FolderInUseError: another process holds it; ResourceError: the folder cannot be made.
         """
         durable.make_folder(self.path)
         with lock_folder(self.path):
@@ -105,13 +92,10 @@ class RunDirectory:
     def check_ours(self, resume: str = "auto") -> None:
         """Refuse a folder with files that no run of ours wrote, or that lost the record of its run.
 
-        Args:
-            resume: As in `begin`; never sets aside what a lost record leaves behind.
-
         Raises:
-            InputError: The folder holds files of the user's, or lies in another run.
-            CheckpointError: There are checkpoints, and no run.json that says what they belong to;
-                or what ``resume`` names is no checkpoint of this run.
+            InputError: The folder holds files of the user's.
+            CheckpointError: There are checkpoints, and no run.json that says what they belong to,
+                unless `resume` is never; or it names no checkpoint of this run.
         """
         self._named(resume)
         if self.run_file.exists():
@@ -162,9 +146,6 @@ class RunDirectory:
             allow_change: Dotted keys that may differ from the run's.
             rebuild: Go on from the newest checkpoint of a finished run too, if it has one.
 
-        Returns:
-            Where to start. With a checkpoint, metrics.jsonl was cut back to it.
-
         Raises:
             CheckpointError: The folder holds a run with other settings, or no whole checkpoint.
             InputError: The folder holds files that no run of ours wrote.
@@ -184,10 +165,9 @@ class RunDirectory:
         rebuild = rebuild and bool(list_saved(self.checkpoints))
         if is_finished and not found and explicit is None and not rebuild:
             return Start(is_finished=True, is_same=True)
-        checkpoint = self._choose(explicit)
+        checkpoint = explicit or self.newest_checkpoint()
         if checkpoint is None and not is_finished:
-            start = self._anew(recipe_text, identity, about)
-            return replace(start, is_same=not found)
+            return self._anew(recipe_text, identity, about, is_same=not found)
         if reason := refusal(found, allow_change):
             raise CheckpointError(
                 f"{self.path} holds a run with other settings:\n{reason} "
@@ -207,7 +187,7 @@ class RunDirectory:
         self._write_run(
             {**recorded, **about, "status": "running", "identity": identity, "changes": history}
         )
-        return Start(checkpoint=checkpoint, is_same=not found, changed=found)
+        return Start(checkpoint=checkpoint, is_same=not found)
 
     def holds_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint, whole or not, that a run could go on from."""
@@ -261,11 +241,7 @@ class RunDirectory:
         return checkpoint
 
     def load(self, checkpoint: Path) -> TrainingState:
-        """Read a checkpoint, every file checked.
-
-        Raises:
-            CheckpointError: It is damaged; the message names the file.
-        """
+        """Read a checkpoint, every file checked; CheckpointError names the one that is damaged."""
         return from_files(self._read(checkpoint))
 
     def newest_checkpoint(self) -> Path | None:
@@ -303,9 +279,9 @@ class RunDirectory:
         if resume in ("auto", "never"):
             return None
         saved = [each.folder for each in list_saved(self.checkpoints)]
-        checkpoint = Path(resume).resolve()
-        if checkpoint in [folder.resolve() for folder in saved]:
-            return checkpoint
+        for folder in saved:
+            if folder.resolve() == Path(resume).resolve():
+                return folder
         one = (
             f"one of {', '.join(map(str, saved))}"
             if saved
@@ -315,12 +291,6 @@ class RunDirectory:
             f"--resume {resume} is no checkpoint of this run; expected auto, never, or {one}. To "
             "begin with what another run has trained, name its adapter in adapter.from"
         )
-
-    def _choose(self, explicit: Path | None) -> Path | None:
-        if explicit is None:
-            return self.newest_checkpoint()
-        self._read(explicit)
-        return explicit
 
     def _id(self) -> str | None:
         """What the run is known by; None for one of an older version."""
@@ -334,7 +304,11 @@ class RunDirectory:
         return files
 
     def _anew(
-        self, recipe_text: str, identity: Mapping[str, Any], about: Mapping[str, Any]
+        self,
+        recipe_text: str,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        is_same: bool = False,
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
         # First, because this file shows that the others belong to a run.
@@ -342,13 +316,12 @@ class RunDirectory:
             {"status": "running", **about, "id": run_id(identity), "identity": identity}
         )
         durable.replace_file(self.recipe_file, recipe_text.encode())
-        return Start()
+        return Start(is_same=is_same)
 
     def _write_run(self, content: Mapping[str, Any]) -> None:
         durable.replace_file(self.run_file, to_json(content))
 
     def _set_aside(self) -> None:
-        entries = [self.path / name for name in _ENTRIES if (self.path / name).exists()]
         # A folder with no more than init/ was made by init-only, and is as good as new.
         if not self.run_file.exists() and not self.checkpoints.exists():
             return
@@ -357,6 +330,7 @@ class RunDirectory:
             number += 1
         durable.make_folder(folder)
         # run.json goes last: while it is there, a second try goes on with the rest.
-        for entry in sorted(entries, key=lambda entry: entry == self.run_file):
-            durable.rename(entry, folder / entry.name)
+        for name in _ENTRIES:
+            if (self.path / name).exists():
+                durable.rename(self.path / name, folder / name)
         _log.warning("the earlier run in %s was moved to %s", self.path, folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,13 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Found:
-    """What a RUN, ADAPTER or MODEL on the command line turned out to be.
+    """What a RUN, ADAPTER or MODEL on the command line turned out to be."""
 
-    Attributes:
-        adapter: The PEFT adapter folder; None for a plain model.
-        base: The base model, as the recipe or the adapter names it.
-        recipe: The run's recipe; None for an adapter or a model alone.
-        revision: The base's revision on the hub.
-        dataset: The recipe's dataset section, with the template that the rows turned out to take.
-    """
-
-    adapter: Path | None
-    base: str
-    recipe: Recipe | None = None
-    revision: str | None = None
+    adapter: Path | None  # the PEFT adapter folder; None for a plain model
+    base: str  # the base model, as the recipe or the adapter names it
+    recipe: Recipe | None = None  # the run's; None for an adapter or a model alone
+    revision: str | None = None  # the base's, on the hub
+    # The recipe's section, with the template that the rows turned out to take.
     dataset: DatasetRecipe | None = None
 
     @property
@@ -72,17 +65,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, ready to be used.
+    """A model, ready to be used."""
 
-    Attributes:
-        model: With its adapter, unless that was left out.
-        tokenizer: The adapter's own where it has one.
-        other_base: Says so where the base is another than the adapter's; None elsewhere.
-    """
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    other_base: str | None
+    model: Any  # with its adapter, unless that was left out
+    tokenizer: PreTrainedTokenizerBase  # the adapter's own where it has one
+    other_base: str | None  # says so where the base is another than the adapter's
 
 
 def find(source: str) -> Found:
@@ -113,14 +100,10 @@ def find(source: str) -> Found:
 
 
 def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
-    """The dataset section with the template that a run's rows were written with.
+    """The dataset section with the template that `prepare` found; None where none was recorded.
 
     Chats take the chat template, whatever the section says of pairs: what is asked afterwards must
     be asked as it was trained.
-
-    Args:
-        dataset: The section.
-        template: What `prepare` found; None where a run did not record it.
     """
     return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
@@ -128,14 +111,8 @@ def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
 def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
     """Find the base model of an adapter, where it is now; or a model itself.
 
-    Args:
-        found: What the command was given.
-        source: As it was typed.
-        base: Another place of the base; None: as the adapter or the recipe says.
-
-    Raises:
-        InputError: No base is named, or one for a model that needs none.
-        ModelError: Nothing is there.
+    `source` is what was typed, `base` another place of the base than the adapter or the recipe
+    says. InputError: no base is named, or one for a plain model; ModelError: nothing is there.
     """
     if base and found.adapter is None:
         raise InputError(f"--base {base}: {source} is no adapter, so it has no base model")
@@ -172,10 +149,7 @@ def load(
         source: The base model, or the model itself.
         dtype: Of the weights of the base.
         base_only: Leave the adapter out.
-        allow_other_base: Take a base that is not the adapter's.
-
-    Raises:
-        AdapterError: As :func:`load_adapter`.
+        allow_other_base: As for :func:`load_adapter`, which may raise AdapterError.
     """
     tokenizer = load_tokenizer(source, found.adapter)
     model: Any = load_model(source, dtype)
@@ -193,27 +167,20 @@ def load_adapter(
     Args:
         model: The base model.
         folder: An adapter folder of ours.
-        allow_other_base: Take any base whose sizes fit.
+        allow_other_base: Take any base whose sizes fit; what is returned beside the model says so.
         **options: Of PEFT's ``from_pretrained``.
-
-    Returns:
-        The model, and where the base is another than the adapter's the sentence that says so.
 
     Raises:
         AdapterError: The file of weights is damaged, or is of another base or other layers.
     """
     check_adapter(folder, [name for name, _ in model.named_modules()])
     file = folder / WEIGHTS
+    differences: list[str] = []
     try:
-        allowed: AbstractContextManager[list[str]] = (
-            other_base_allowed() if allow_other_base else nullcontext([])
-        )
-        with allowed as found:
+        with ExitStack() as stack:
+            if allow_other_base:
+                differences = stack.enter_context(other_base_allowed())
             adapted = PeftModel.from_pretrained(model, folder, **options)
-        other = None
-        if found:
-            more = f" {len(found)} such differences were found." if len(found) > 1 else ""
-            other = f"on another base model (--allow-other-base): {found[0]}{more}"
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
     except AdapterError as error:
@@ -227,7 +194,10 @@ def load_adapter(
             f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
             "trained on, and adapter_config.json and the weights as they were saved"
         ) from error
-    return adapted, other
+    if not differences:
+        return adapted, None
+    more = f" {len(differences)} such differences were found." if len(differences) > 1 else ""
+    return adapted, f"on another base model (--allow-other-base): {differences[0]}{more}"
 
 
 def compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:

@@ -31,18 +31,13 @@ def checkpoint_name(step: int, is_pending: bool = False) -> str:
     return f"step-{step:06d}{'-pending' if is_pending else ''}"
 
 
-def as_saved(folder: Path) -> Saved | None:
-    """Read a folder's name; None where it is no checkpoint's."""
-    match = _NAME.fullmatch(folder.name)
-    return Saved(int(match[1]), match[2] is None, folder) if match else None
-
-
 def list_saved(checkpoints: Path) -> list[Saved]:
     """Every checkpoint in a folder, newest first, whole or not."""
-    if not checkpoints.is_dir():
-        return []
-    found = (as_saved(folder) for folder in checkpoints.iterdir())
-    return sorted((saved for saved in found if saved is not None), reverse=True)
+    found = []
+    for folder in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if match := _NAME.fullmatch(folder.name):
+            found.append(Saved(int(match[1]), match[2] is None, folder))
+    return sorted(found, reverse=True)
 
 
 def clean(checkpoints: Path, newest: Path) -> None:
@@ -57,11 +52,9 @@ def clean(checkpoints: Path, newest: Path) -> None:
 
 def abandon_newer(checkpoints: Path, chosen: Path) -> None:
     """Move newer checkpoints than `chosen` away: damaged ones, or of a path not taken."""
-    until = as_saved(chosen)
-    for newer in list_saved(checkpoints):
-        if until is None or newer[:2] <= until[:2]:
-            break
-        abandoned = newer.folder.with_name(f"abandoned-{newer.folder.name}")
+    saved = [each.folder for each in list_saved(checkpoints)]
+    for newer in saved[: saved.index(chosen)]:
+        abandoned = newer.with_name(f"abandoned-{newer.name}")
         if abandoned.exists():
             durable.remove_folder(abandoned)
-        durable.rename(newer.folder, abandoned)
+        durable.rename(newer, abandoned)

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.errors import InputError
-from kpsvd_tune.storage.json_files import parse_json, read_bytes
+from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.storage.json_files import read_json
 
 # How many names a message lists.
 _MOST_NAMES = 5
@@ -34,22 +34,16 @@ def is_run(folder: Path) -> bool:
 def _content(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
-        content: dict[str, Any] = parse_json(read_bytes(file))
-    except (OSError, ValueError):
+        return read_json(file)
+    except CheckpointError:
         return {}
-    return content
 
 
 def refuse_foreign(folder: Path, ours: Collection[str], key: str = "output_dir") -> None:
     """Refuse a folder that holds anything but hidden files and what `ours` names.
 
-    Args:
-        folder: May be missing.
-        ours: Names of entries that may be there.
-        key: The option or recipe key that names the folder.
-
-    Raises:
-        InputError: Names what is there; or a file is in the way.
+    It may be missing. `key` is the option or recipe key that names it. InputError: something else
+    is there.
     """
     if folder.is_dir():
         found = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
@@ -82,14 +76,9 @@ def refuse_foreign(folder: Path, ours: Collection[str], key: str = "output_dir")
 
 
 def refuse_inside_run(folder: Path, key: str) -> None:
-    """Refuse a folder that is that of a run, or lies in one.
+    """Refuse a folder that is that of a run, or lies in one; InputError names the run.
 
-    Args:
-        folder: May be missing.
-        key: The option or recipe key that names the folder.
-
-    Raises:
-        InputError: Names the run.
+    The folder may be missing; `key` is the option or recipe key that names it.
     """
     place = Path(os.path.realpath(folder))
     for each in (place, *place.parents):

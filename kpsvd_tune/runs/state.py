@@ -28,25 +28,15 @@ _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds.
+    """What a checkpoint holds."""
 
-    Attributes:
-        step: Optimiser steps done.
-        offsets: The trained tensors by parameter name.
-        optimizer: The optimiser's state, as `optimizer_state` gives it.
-        scheduler: The learning-rate schedule's state.
-        random: The state of every random generator, one entry a process.
-        progress: Counters of the loop, JSON values only.
-        metrics_bytes: Length of metrics.jsonl when the state was taken.
-    """
-
-    step: int
-    offsets: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
-    random: list[dict[str, Any]]
-    progress: dict[str, Any]
-    metrics_bytes: int = 0
+    step: int  # optimiser steps done
+    offsets: dict[str, Tensor]  # the trained tensors by parameter name
+    optimizer: dict[str, Any]  # as `optimizer_state` gives it
+    scheduler: dict[str, Any]  # the learning-rate schedule's state
+    random: list[dict[str, Any]]  # the state of every random generator, one entry a process
+    progress: dict[str, Any]  # counters of the loop, JSON values only
+    metrics_bytes: int = 0  # length of metrics.jsonl when the state was taken
 
 
 def to_files(state: TrainingState) -> Iterable[tuple[str, bytes]]:
@@ -138,12 +128,7 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """An optimiser's state keyed by parameter names, which outlive the order of parameters.
 
-    Args:
-        optimizer: Any torch optimiser.
-        names: The name of each of its parameters.
-
-    Returns:
-        `{"state": {name: {...}}, "groups": [{..., "params": [name]}]}`, tensors not copied.
+    It is `{"state": {name: {...}}, "groups": [{..., "params": [name]}]}`, tensors not copied.
     """
     groups = [
         {**group, "params": [names[parameter] for parameter in group["params"]]}
@@ -158,18 +143,9 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Any], names: Mapping[Tensor, str]
 ) -> None:
-    """Put back what `optimizer_state` took, bit for bit.
-
-    Raises:
-        CheckpointError: The optimiser holds other parameters.
-    """
+    """Put back what `optimizer_state` took, bit for bit; CheckpointError: of other parameters."""
     ours = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    saved = [group["params"] for group in state["groups"]]
-    if ours != saved:
-        raise CheckpointError(
-            f"the checkpoint's optimiser has {sum(map(len, saved))} parameters in {len(saved)} "
-            f"groups, the run's has {sum(map(len, ours))} in {len(ours)}, or their names differ"
-        )
+    check_groups(state, ours)
     numbers = {name: index for index, name in enumerate(name for group in ours for name in group)}
     optimizer.load_state_dict(
         {
@@ -180,6 +156,16 @@ def load_optimizer_state(
             ],
         }
     )
+
+
+def check_groups(state: Mapping[str, Any], ours: list[list[str]]) -> None:
+    """Refuse an optimiser's state whose groups hold parameters of other names than `ours`."""
+    saved = [group["params"] for group in state["groups"]]
+    if ours != saved:
+        raise CheckpointError(
+            f"the checkpoint's optimiser has {sum(map(len, saved))} parameters in {len(saved)} "
+            f"groups, the run's has {sum(map(len, ours))} in {len(ours)}, or their names differ"
+        )
 
 
 def random_state(devices: Iterable[torch.device] = ()) -> dict[str, Any]:

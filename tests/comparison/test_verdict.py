@@ -283,7 +283,7 @@ def test_rows_survive_json() -> None:
 def test_a_row_of_another_version_is_refused() -> None:
     content = row().to_dict()
     del content["rank"]
-    with pytest.raises(InputError, match="lacks or has the unknown rank"):
+    with pytest.raises(InputError, match="rank: field required, .*expected rows of this version"):
         TrialRow.from_dict(content | {})
 
 
@@ -295,5 +295,5 @@ def test_nothing_to_compare() -> None:
 def test_a_row_of_an_earlier_version_is_read() -> None:
     line = row()
     assert TrialRow.from_dict({**line.to_dict(), "cpu_seconds_per_step": 2.5}) == line
-    with pytest.raises(InputError, match="lacks or has the unknown cpu_seconds"):
+    with pytest.raises(InputError, match="cpu_seconds: unexpected keyword argument"):
         TrialRow.from_dict({**line.to_dict(), "cpu_seconds": 2.5})

@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_left_out_whole():
 def test_results_come_first_in_units_and_layers_only_when_asked(
     capsys: pytest.CaptureFixture[str],
 ):
-    run = {"results": RESULTS, "ranks": ranks().to_dict()}
+    run = {"results": RESULTS, "ranks": ranks()}
     view.show_run(run)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "validation loss"
@@ -192,11 +192,11 @@ def test_scores_of_the_training_are_shown_where_a_later_eval_replaced_them(
 def test_the_report_of_a_run_says_the_trained_parameters_once(
     capsys: pytest.CaptureFixture[str],
 ):
-    run = {"results": RESULTS | {"trainable_parameters": 20}, "ranks": ranks().to_dict()}
+    run = {"results": RESULTS | {"trainable_parameters": 20}, "ranks": ranks()}
     view.show_run(run)
     shown = capsys.readouterr().out
     assert shown.count("trainable parameters") == 1
-    assert "20 trainable parameters; offsets" in shown
+    assert "20 trainable parameters (form both)" in shown
 
 
 def test_losses_are_not_repeated_and_only_a_bad_end_is_told(capsys: pytest.CaptureFixture[str]):

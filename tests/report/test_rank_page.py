@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.rank_page import COLUMNS, heat_map_place, rank_page, write_rank_report
+from kpsvd_tune.report.rank_page import heat_map_place, rank_page, write_rank_report
 from kpsvd_tune.report.results import LayerReport, RankReport
 
 EVIL = "model.layers.1.</script><img src=x onerror=alert(1)>{{data}}&amp;"
@@ -40,6 +40,9 @@ def layer(name: str, rank: int = 2, **changes) -> LayerReport:
         seconds=0.01,
     )
     return replace(report, **changes)
+
+
+COLUMNS = list(layer("a").in_words())
 
 
 def report_of(*layers: LayerReport, **changes) -> RankReport:

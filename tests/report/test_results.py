@@ -99,9 +99,9 @@ def test_what_may_be_left_out_has_a_default(report: RankReport):
 @pytest.mark.parametrize(
     ("place", "missing", "what"),
     [
-        ((), "model", "the rank report lacks model"),
-        (("totals",), "energy", "the totals of the rank report lacks energy"),
-        (("layers", 0), "rank", "the layer of the rank report lacks rank"),
+        ((), "model", r"the rank report holds something unexpected \(model: field required"),
+        (("totals",), "energy", "the rank report lacks the totals energy"),
+        (("layers", 0), "rank", r"\(layers.0.rank: field required, got an object with 15 keys"),
     ],
 )
 def test_a_report_without_a_key_is_refused(report: RankReport, place, missing: str, what: str):
@@ -118,14 +118,14 @@ def test_a_report_without_a_key_is_refused(report: RankReport, place, missing: s
 def test_a_report_with_an_unknown_key_is_refused(report: RankReport):
     content = report.to_dict()
     content["layers"][1]["rnk"] = 3
-    with pytest.raises(InputError, match="layer of the rank report has the unknown rnk"):
+    with pytest.raises(InputError, match=r"\(layers.1.rnk: unexpected keyword argument, got 3"):
         RankReport.from_dict(content)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"totals": []}, "the totals of the rank report is no mapping"),
+        ({"totals": []}, r"\(totals: input should be a valid dictionary, got a list of 0"),
         ({"model": 3}, "the rank report holds something unexpected"),
     ],
 )

@@ -186,18 +186,17 @@ def test_other_settings_are_refused_with_key_old_and_new_value(run):
 def test_harmless_changes_pass(run, changes):
     start = run.begin("recipe: 2", identity(**changes), {})
     assert start.checkpoint == run.checkpoints / "step-000006"
-    assert start.changed == {}
+    assert start.is_same
     assert run.recipe_file.read_text() == "recipe: 2"
 
 
 @pytest.mark.parametrize("allowed", ["train.learning_rate", "train"])
 def test_an_allowed_change_passes_is_recorded_and_is_refused_no_more(run, allowed):
     changed = identity(train__learning_rate=2e-3)
-    start = run.begin("recipe: 2", changed, {}, allow_change=[allowed])
-    assert start.changed == {"train.learning_rate": (1e-3, 2e-3)}
+    assert not run.begin("recipe: 2", changed, {}, allow_change=[allowed]).is_same
     recorded = json.loads(run.run_file.read_text())["changes"]
     assert recorded == [{"step": 6, "key": "train.learning_rate", "old": 1e-3, "new": 2e-3}]
-    assert run.begin("recipe: 2", changed, {}).changed == {}
+    assert run.begin("recipe: 2", changed, {}).is_same
 
 
 def test_a_key_that_joined_or_left_is_a_change(run):
@@ -207,7 +206,7 @@ def test_a_key_that_joined_or_left_is_a_change(run):
 
 def test_a_key_of_a_later_version_counts_as_its_default(run):
     later = identity(train__packing=False, train__early_stopping=None)
-    assert run.begin("recipe: 2", later, {}).changed == {}
+    assert run.begin("recipe: 2", later, {}).is_same
     with pytest.raises(CheckpointError, match=r"train\.weight_decay: 0\.0 in the run, 0\.1 now"):
         run.begin("recipe: 2", identity(train__weight_decay=0.1), {})
 

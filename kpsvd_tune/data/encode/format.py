@@ -117,6 +117,11 @@ class RowFormat:
         """Whether the rows hold messages rather than texts."""
         return self.name in ("chat", "sharegpt") or self.has_messages
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether the rows hold a prompt and a completion as texts, which a template writes."""
+        return not self.is_chat and self.name != "text"
+
     def example(self, row: Row) -> Pair | Chat | None:
         """Read one row; None where it has nothing to learn: no completion, no assistant text."""
         # A csv line of commas, `{}`, or nulls throughout.

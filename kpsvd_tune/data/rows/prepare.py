@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,16 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.encoder import Encoder
 from kpsvd_tune.data.encode.format import Chat, Pair, RowFormat
-from kpsvd_tune.data.encode.templates import Template, with_chat_template
+from kpsvd_tune.data.encode.templates import with_chat_template
 from kpsvd_tune.data.read.files import Row
-from kpsvd_tune.data.read.sources import (
-    SourceSettings,
-    check_ignored,
-    load_rows,
-    open_sources,
-    training_sources,
-    validation_source,
-)
+from kpsvd_tune.data.read.sources import load_rows
 from kpsvd_tune.data.rows.cache import TokenCache, store_key
 from kpsvd_tune.data.rows.preflight import (
     ModelLimits,
@@ -28,15 +21,18 @@ from kpsvd_tune.data.rows.preflight import (
     check_lengths,
     tokenizer_warnings,
 )
-from kpsvd_tune.data.rows.split import Places, Selection, Split, divide, mix, source_rows
+from kpsvd_tune.data.rows.split import Places, Selection, divide, mix, source_rows
 from kpsvd_tune.data.rows.store import StoredRows, rows_sha256
-from kpsvd_tune.data.rows.tokenise import Tokeniser, TokenizedSource, find_form
+from kpsvd_tune.data.rows.tokenise import (
+    Progress,
+    Tokeniser,
+    TokenizedSource,
+    find_form,
+    without_place,
+)
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.report.results import PreflightReport, SourceCount
-
-# Called with rows tokenised so far and in all; 0 in all: not known, as for a file read once.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,8 @@ def read_examples(
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split)
-    form, notes = find_form(loaded.rows, format, columns or {}, template, setting="columns")
+    form = find_form(loaded.rows, format, columns or {}, template, setting="columns")
+    notes = without_place(loaded.rows, form, template)
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 
 
@@ -124,40 +121,40 @@ def prepare(
     (sources, held_out), choice = with_chat_template(
         tokenizer,
         dataset,
-        lambda own: _tokenise_all(dataset, tokenizer, own, cache, progress),
+        lambda own: Tokeniser(dataset, tokenizer, cache, progress, own).tokenise_all(),
         keeps_template=keeps_template,
     )
-    split = divide(sources, held_out, dataset, seed)
-    train, validation = split.train, split.validation
+    train, validation, notes = divide(sources, held_out, dataset, seed)
     if not len(train.usable):
         raise DataError(
             f"{sources[0].label}: nothing can be trained in any of the {len(train.places)} "
-            f"training rows: {'; '.join((*split.notes, *train.warnings()))}; expected at least "
+            f"training rows: {'; '.join((*notes, *train.warnings()))}; expected at least "
             "one row with a completion that fits into dataset.max_length"
         )
     parts = [
         mix(places, source.weight, f"weight {seed} {index}")
         for index, (source, places) in enumerate(zip(sources, train.by_source(), strict=True))
     ]
-    rows = StoredRows([source.store for source in sources], np.concatenate(parts))
-    others = StoredRows([source.store for source in held_out], validation.usable)
+    rows = train.stored(np.concatenate(parts))
+    others = validation.stored(validation.usable)
     template = sources[0].template
     encoder = Encoder(tokenizer, template, dataset.max_length, learn=dataset.learn)
     known = _note_key(sources, held_out, dataset, seed)
     found = cache.read_note(known)
     if found is None:
         turns = _turns(dataset, source_rows(sources)[train.usable])
-        about = [*choice, *turns, *tokenizer_warnings(tokenizer, int(rows.lengths.max()))]
-        report = _report(split, parts, rows, others, encoder, about)
+        longest = int(rows.lengths.max())
+        about = [*choice, *turns, *tokenizer_warnings(tokenizer, longest), *notes]
+        report = _report(train, validation, parts, rows, encoder, about)
         found = {"report": report.to_dict(), "sha256": rows_sha256(rows, others)}
         cache.write_note(known, found)
     preflight = PreflightReport.from_dict(found["report"])
     if limits is not None:
-        notes = [
+        too_long = [
             *_check_limits(rows, train, limits, dataset.max_length),
             *_check_limits(others, validation, limits, dataset.max_length),
         ]
-        preflight = replace(preflight, warnings=(*notes, *preflight.warnings))
+        preflight = replace(preflight, warnings=(*too_long, *preflight.warnings))
     was_cached = all(source.was_cached for source in (*sources, *held_out))
     note = f"tokenised rows: {cache.folder}" + (
         ", found there; nothing was tokenised" if was_cached else ""
@@ -165,65 +162,33 @@ def prepare(
     return PreparedData(rows, others, preflight, found["sha256"], encoder, template, note)
 
 
-def _tokenise_all(
-    dataset: DatasetRecipe,
-    tokenizer: PreTrainedTokenizerBase,
-    own_template: Template | None,
-    cache: TokenCache,
-    progress: Progress | None,
-) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
-    """The sources to train on, and those to hold rows out of."""
-    done = 0
-
-    def advance(number: int) -> None:
-        nonlocal done
-        done += number
-        if progress is not None:
-            progress(done, 0)
-
-    tokeniser = Tokeniser(dataset, tokenizer, cache, advance, own_template)
-
-    def tokenised(settings: SourceSettings, *, is_held_out: bool = False) -> list[TokenizedSource]:
-        opened = open_sources(
-            settings.path,
-            name=settings.name,
-            split=settings.split,
-            streaming=dataset.streaming,
-            is_held_out=is_held_out,
-        )
-        return [tokeniser.tokenise(each, settings) for each in opened]
-
-    settings = training_sources(dataset)
-    sources = [source for each in settings for source in tokenised(each)]
-    held_out = sources
-    if isinstance(dataset.validation, str):
-        held_out = tokenised(validation_source(dataset, dataset.validation), is_held_out=True)
-    check_ignored({name for each in (*sources, *held_out) for name in each.ignored}, settings)
-    if progress is not None and done:
-        progress(done, done)
-    return sources, held_out
-
-
 def _report(
-    split: Split,
+    train: Selection,
+    validation: Selection,
     parts: Sequence[Places],
     rows: StoredRows,
-    others: StoredRows,
     encoder: Encoder,
     about: Sequence[str],
 ) -> PreflightReport:
-    """What the preflight found; `about` are the warnings that come first."""
-    train, validation = split.train, split.validation
+    """What the preflight found: `rows` are the `parts` of all sources in `train`.
+
+    The warnings in `about` come first.
+    """
     sources = train.sources
-    whole = train.whole
-    shown = StoredRows(rows.stores, whole[:1] if len(whole) else train.usable[:1])
+    ends = np.cumsum([len(part) for part in parts])
+    supervised = [int(each.sum()) for each in np.split(rows.num_supervised, ends[:-1])]
+    counts = [
+        SourceCount(source.label, source.weight, len(part), number, source.form.name)
+        for source, part, number in zip(sources, parts, supervised, strict=True)
+    ]
+    shown = train.whole if len(train.whole) else train.usable
     notes = dict.fromkeys(note for source in sources for note in source.notes)
     others_notes = dict.fromkeys(note for source in validation.sources for note in source.notes)
     return PreflightReport(
         num_rows=len(rows),
-        num_validation_rows=len(others),
+        num_validation_rows=len(validation.usable),
         num_tokens=int(rows.lengths.sum()),
-        num_supervised_tokens=int(rows.num_supervised.sum()),
+        num_supervised_tokens=sum(supervised),
         num_truncated=train.num_cut,
         num_dropped=len(train.places) - len(train.usable),
         max_tokens=int(rows.lengths.max()),
@@ -231,14 +196,13 @@ def _report(
         format_reason=sources[0].form.reason,
         warnings=(
             *about,
-            *split.notes,
             *train.warnings(),
             *(f"validation: {note}" for note in validation.warnings()),
             *notes,
             *(f"validation: {note}" for note in others_notes if note not in notes),
         ),
-        sample=encoder.pieces(shown[0]),
-        sources=_counts(sources, parts) if len(sources) > 1 else (),
+        sample=encoder.pieces(train.stored(shown[:1])[0]),
+        sources=tuple(counts) if len(counts) > 1 else (),
     )
 
 
@@ -276,15 +240,3 @@ def _note_key(
         for source in (*sources, *held_out)
     ]
     return store_key(stores, dataset.model_dump(mode="json"), seed)
-
-
-def _counts(sources: Sequence[TokenizedSource], parts: Sequence[Places]) -> tuple[SourceCount, ...]:
-    counts = []
-    start = 0
-    for source, part in zip(sources, parts, strict=True):
-        supervised = int(source.store.num_supervised[part - start].sum())
-        counts.append(
-            SourceCount(source.label, source.weight, len(part), supervised, source.form.name)
-        )
-        start += len(source.store)
-    return tuple(counts)

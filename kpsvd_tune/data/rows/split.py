@@ -10,14 +10,14 @@ Places count through all sources, one after the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kpsvd_tune.data.encode.encoder import UNUSABLE, Mark
 from kpsvd_tune.data.rows.batches import permutation
+from kpsvd_tune.data.rows.store import StoredRows
 from kpsvd_tune.data.rows.tokenise import TokenizedSource
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
@@ -39,24 +39,15 @@ class Selection:
         is_whole = (self._marks & UNUSABLE) == 0
         self._is_dropped_long = is_whole & self._has(Mark.CUT) & (dataset.too_long == "drop")
         self._is_short = is_whole & (lengths < dataset.min_length)
-        self._is_usable = is_whole & ~self._is_short & ~self._is_dropped_long
+        is_usable = is_whole & ~self._is_short & ~self._is_dropped_long
+        is_cut = is_usable & self._has(Mark.CUT)
+        self.usable: Places = places[is_usable]  # those of the rows that are used
+        self.whole: Places = places[is_usable & ~is_cut]  # of these, those that were not cut
+        self.num_cut = int(is_cut.sum())
 
-    @cached_property
-    def usable(self) -> Places:
-        """(rows,) places of the rows that are used."""
-        places: Places = self.places[self._is_usable]
-        return places
-
-    @property
-    def whole(self) -> Places:
-        """(rows,) places of the used rows that were not cut."""
-        places: Places = self.places[self._is_usable & ~self._has(Mark.CUT)]
-        return places
-
-    @property
-    def num_cut(self) -> int:
-        """Used rows that were cut."""
-        return int((self._is_usable & self._has(Mark.CUT)).sum())
+    def stored(self, places: Places) -> StoredRows:
+        """The rows at some places, a place maybe several times."""
+        return StoredRows([source.store for source in self.sources], places)
 
     def by_source(self) -> list[Places]:
         """The places of the used rows of each source."""
@@ -111,33 +102,23 @@ class Selection:
         return found
 
 
-@dataclass(frozen=True)
-class Split:
-    """The rows to train on and those held out."""
-
-    train: Selection
-    validation: Selection  # its places are those of its own sources
-    notes: tuple[str, ...]  # what a user should know about rows that occur more than once
-
-
 def divide(
     sources: Sequence[TokenizedSource],
     held_out: Sequence[TokenizedSource],
     dataset: DatasetRecipe,
     seed: int,
-) -> Split:
-    """Divide the rows, so that no held-out row is trained under another number.
+) -> tuple[Selection, Selection, list[str]]:
+    """The rows to train on, those held out, and notes on rows that occur more than once.
 
-    Rows are held out of `held_out`: sources of their own if `dataset.validation` is a path, else
-    `sources` again.
+    No held-out row is trained under another number. Rows are held out of `held_out`: sources of
+    their own if `dataset.validation` is a path, else `sources` again. The places of the second
+    selection count through `sources` first, then through its own.
     """
-    has_own = isinstance(dataset.validation, str)
-    everything = [*sources, *held_out] if has_own else list(sources)
+    everything = [*sources, *held_out] if isinstance(dataset.validation, str) else list(sources)
     whole = Selection(everything, np.arange(sum(len(each.store) for each in everything)), dataset)
-    num_rows = sum(len(source.store) for source in sources)
     keys = _content_keys(everything)
     groups = _row_groups(everything, keys)
-    pool, held = np.arange(num_rows), np.arange(num_rows, len(keys))
+    pool, held = np.split(whole.places, [sum(len(source.store) for source in sources)])
     notes: list[str] = []
     if dataset.deduplicate:
         pool = _without_repeats(whole, keys, pool, notes, "")
@@ -145,43 +126,42 @@ def divide(
     if isinstance(dataset.validation, str):
         # A held-out row that cannot be used keeps no other row out of training.
         train = pool[~np.isin(groups[pool], groups[np.intersect1d(held, whole.usable)])]
-        rest = np.setdiff1d(pool, train)
     else:
         _, rows = np.unique(source_rows(sources)[pool], return_inverse=True)
         usable = np.isin(pool, whole.usable)
-        train, held = pool, pool[:0]
-        if usable.any():  # the caller refuses rows of which none can be learnt
-            kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool], usable)
-            train, held = pool[kept], pool[chosen]
-        rest = np.setdiff1d(pool, np.union1d(train, held))
-    leaks = np.intersect1d(rest, whole.usable)
+        kept, chosen = split_rows(rows, dataset.validation, seed, groups[pool], usable)
+        train, held = pool[kept], pool[chosen]
+    leaks = np.intersect1d(np.setdiff1d(pool, np.union1d(train, held)), whole.usable)
     trained = np.intersect1d(train, whole.usable)
     if len(leaks):
         twin = held[groups[held] == groups[leaks[0]]][0]
-        notes.append(_leak_note(len(leaks), f"{whole.where(leaks[0])} is {whole.where(twin)}"))
+        notes.append(
+            f"LEFT OUT OF TRAINING: {_rows(len(leaks))} that {'are' if len(leaks) > 1 else 'is'} "
+            "held out too, since training on them would make the validation loss one of known "
+            f"rows (first: {whole.where(leaks[0])} is {whole.where(twin)})"
+        )
     if len(leaks) and not len(trained):
         raise DataError(
             f"nothing is left to train on: {notes[-1]}; expected rows that are not held out: "
             "leave the validation file out of dataset.path, give dataset.validation another file, "
             "or hold out none (dataset.validation=0)"
         )
-    repeats = _is_repeat(keys, trained)
-    if repeats.any():
-        one = _first_repeat(whole, keys, trained, repeats)
-        notes.append(_repeat_note(int(repeats.sum()), len(trained), one))
-    return Split(
-        Selection(sources, train, dataset),
-        Selection(held_out, held - num_rows if has_own else held, dataset),
-        tuple(notes),
-    )
+    repeats, first = _repeats(whole, keys, trained)
+    if number := int(repeats.sum()):
+        notes.append(
+            f"REPEATED ROWS: {number} of {_rows(len(trained))} to train on repeat another "
+            f"({len(trained) - number} distinct; first: {first}): each is trained as often as it "
+            "occurs; dataset.deduplicate=true trains each once"
+        )
+    return Selection(sources, train, dataset), Selection(everything, held, dataset), notes
 
 
 def split_rows(
     groups: NDArray[np.int64],
     validation: int | float,
     seed: int,
-    twins: NDArray[np.int64] | None = None,
-    usable: NDArray[np.bool_] | None = None,
+    twins: NDArray[np.int64],
+    usable: NDArray[np.bool_],
 ) -> tuple[Places, Places]:
     """Places to train on and to validate on: disjoint, both ascending; a function of the seed.
 
@@ -190,37 +170,27 @@ def split_rows(
     on neither side. Rows not `usable` are never held out. `validation` is a number (int) or share
     (float) of rows; a share holds out at least one as long as one is left to train on.
     """
-    num_places = int(groups[-1]) + 1
-    candidates = np.ones(num_places, dtype=bool)
-    if usable is not None:
-        candidates = np.bincount(groups, weights=usable) > 0
+    places, num_places = np.arange(len(groups)), int(groups[-1]) + 1
+    candidates = np.bincount(groups, weights=usable) > 0
     num_rows = int(candidates.sum())
-    if isinstance(validation, int):
-        if validation >= num_rows:
-            raise DataError(
-                f"dataset.validation holds out {validation} rows and the dataset has {num_rows} "
-                "that can be learnt; expected fewer, so that rows are left to train on: lower it, "
-                "or give a share such as 0.1"
-            )
-        num_held_out = validation
-    elif validation > 0:
-        num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1)
-    else:
-        num_held_out = 0
-    places = np.arange(len(groups))
-    if num_held_out == 0:
+    num_held_out = validation
+    if isinstance(validation, float):
+        num_held_out = min(max(1, round(validation * num_rows)), num_rows - 1) if validation else 0
+    elif validation >= num_rows > 0:  # the caller refuses rows of which none can be learnt
+        raise DataError(
+            f"dataset.validation holds out {validation} rows and the dataset has {num_rows} "
+            "that can be learnt; expected fewer, so that rows are left to train on: lower it, "
+            "or give a share such as 0.1"
+        )
+    if num_held_out <= 0 or not num_rows:
         return places, places[:0]
     order = np.asarray(permutation(num_places, f"validation {seed}"))
     order = order[candidates[order]]
-    if twins is None:
-        twins = groups
-    else:
-        # Sets of equal rows stand where their first row stands; without equal rows nothing moves.
-        _, starts = np.unique(groups, return_index=True)
-        _, first, inverse = np.unique(twins[starts][order], return_index=True, return_inverse=True)
-        order = order[np.argsort(first[inverse], kind="stable")]
+    # Sets of equal rows stand where their first row stands; without equal rows nothing moves.
+    _, starts = np.unique(groups, return_index=True)
+    order = order[np.argsort(_first_equal(twins[starts][order]), kind="stable")]
     is_held = np.zeros(num_places, dtype=bool)
-    is_held[order[:num_held_out]] = True
+    is_held[order[: int(num_held_out)]] = True
     held, rest = places[is_held[groups]], places[~is_held[groups]]
     return rest[~np.isin(twins[rest], twins[held])], held
 
@@ -253,19 +223,20 @@ def mix(places: Places, weight: float, key: str) -> Places:
 def _content_keys(sources: Sequence[TokenizedSource]) -> Places:
     """For each row the place of the first equal one; a row without tokens equals no other."""
     hashes = np.concatenate([source.store.hashes for source in sources])
-    is_row = (np.concatenate([source.store.marks for source in sources]) & UNUSABLE) == 0
+    marks = np.concatenate([source.store.marks for source in sources])
     keys = np.arange(len(hashes))
-    (places,) = np.nonzero(is_row)
-    _, first, inverse = np.unique(hashes[places], return_index=True, return_inverse=True)
-    keys[places] = places[first][inverse]
+    (places,) = np.nonzero((marks & UNUSABLE) == 0)
+    keys[places] = places[_first_equal(hashes[places])]
     return keys
 
 
 def _row_groups(sources: Sequence[TokenizedSource], keys: Places) -> Places:
     """For each row the smallest place among those that must stay on one side of a split with it."""
-    origins = _origins(sources)
-    if origins is None:
-        return keys
+    files = list(dict.fromkeys(source.content for source in sources))
+    of_file = [np.full(len(each.store), files.index(each.content)) for each in sources]
+    numbers = np.concatenate([source.store.numbers for source in sources])
+    # For each row the place of the same row of the same file, which may have been listed before.
+    origins = _first_equal(np.concatenate(of_file) * (numbers.max(initial=0) + 1) + numbers)
     groups = keys
     while True:
         # Groups that share a row of a file become one; two or three rounds settle it.
@@ -279,68 +250,35 @@ def _row_groups(sources: Sequence[TokenizedSource], keys: Places) -> Places:
         groups = merged
 
 
-def _origins(sources: Sequence[TokenizedSource]) -> Places | None:
-    """For each row the first place of the same row of the same file; None: all differ."""
-    files: dict[str, list[int]] = {}
-    for index, source in enumerate(sources):
-        files.setdefault(source.content, []).append(index)
-    starts = np.cumsum([0, *(len(source.store) for source in sources)])
-    origins = np.arange(starts[-1])
-    differs = True
-    for indices in files.values():
-        numbers = np.concatenate([sources[index].store.numbers for index in indices])
-        if len(indices) == 1 and (np.diff(numbers) > 0).all():
-            continue
-        places = np.concatenate([origins[starts[i] : starts[i + 1]] for i in indices])
-        _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
-        origins[places] = places[first][inverse]
-        differs = differs and len(first) == len(places)
-    return None if differs else origins
+def _first_equal(values: NDArray[np.integer[Any]]) -> Places:
+    """For each value the place of the first that equals it."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    places: Places = first[inverse]
+    return places
 
 
-def _is_repeat(keys: Places, places: Places) -> NDArray[np.bool_]:
-    """(places,) whether an earlier one of these places has the same key."""
-    _, first = np.unique(keys[places], return_index=True)
-    repeats = np.ones(len(places), dtype=bool)
-    repeats[first] = False
-    return repeats
-
-
-def _first_repeat(
-    whole: Selection, keys: Places, places: Places, repeats: NDArray[np.bool_]
-) -> str:
-    place = places[repeats.argmax()]
-    return f"{whole.where(place)} is {whole.where(places[(keys[places] == keys[place]).argmax()])}"
+def _repeats(whole: Selection, keys: Places, places: Places) -> tuple[NDArray[np.bool_], str]:
+    """(places,) which of them have the key of an earlier one, and the first such pair in words."""
+    first = _first_equal(keys[places])
+    repeats: NDArray[np.bool_] = first != np.arange(len(places))
+    if not repeats.any():
+        return repeats, ""
+    which = int(repeats.argmax())
+    return repeats, f"{whole.where(places[which])} is {whole.where(places[first[which]])}"
 
 
 def _without_repeats(
     whole: Selection, keys: Places, places: Places, notes: list[str], lead: str
 ) -> Places:
     """The first of equal rows at some places; `notes` gets how many others there were."""
-    repeats = _is_repeat(keys, places)
+    repeats, first = _repeats(whole, keys, places)
     if number := int(repeats.sum()):
         notes.append(
             f"{lead}{_rows(number)} left out that {'repeats' if number == 1 else 'repeat'} "
-            "another, as dataset.deduplicate says "
-            f"(first: {_first_repeat(whole, keys, places, repeats)})"
+            f"another, as dataset.deduplicate says (first: {first})"
         )
     kept: Places = places[~repeats]
     return kept
-
-
-def _leak_note(number: int, first: str) -> str:
-    return (
-        f"LEFT OUT OF TRAINING: {_rows(number)} that {'are' if number > 1 else 'is'} held out too, "
-        f"since training on them would make the validation loss one of known rows (first: {first})"
-    )
-
-
-def _repeat_note(number: int, num_rows: int, first: str) -> str:
-    return (
-        f"REPEATED ROWS: {number} of {_rows(num_rows)} to train on repeat another "
-        f"({num_rows - number} distinct; first: {first}): each is trained as often as it occurs; "
-        "dataset.deduplicate=true trains each once"
-    )
 
 
 def _rows(number: int) -> str:

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
@@ -19,13 +18,22 @@ from kpsvd_tune.data.encode.templates import Template, TextTemplate
 from kpsvd_tune.data.encode.unused import UnusedColumns
 from kpsvd_tune.data.read.columns import column, is_empty
 from kpsvd_tune.data.read.files import Row
-from kpsvd_tune.data.read.sources import RowSource, SourceSettings
+from kpsvd_tune.data.read.sources import (
+    RowSource,
+    SourceSettings,
+    check_ignored,
+    open_sources,
+    training_sources,
+    validation_source,
+)
 from kpsvd_tune.data.rows.cache import TokenCache, store_key, tokenizer_fingerprint
 from kpsvd_tune.data.rows.preflight import check_end_tokens
 from kpsvd_tune.data.rows.store import StoreWriter, TokenStore
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 
+# Called with rows tokenised so far and in all; 0 in all: not known, as for a file read once.
+Progress = Callable[[int, int], None]
 # Rows tokenised in one call: enough for all threads of the tokenizer, few enough for any memory.
 _ROWS = 500
 # Rows at the head of a source that are asked for a form, where faulty rows are left out.
@@ -47,45 +55,75 @@ class TokenizedSource:
     notes: tuple[str, ...]  # what a user should know about source, template and tokenizer
     was_cached: bool  # whether nothing had to be tokenised
     content: str  # equal for sources that read the same file, whichever rows of it
-    ignored: frozenset[str]  # columns that its rows have and the recipe leaves out
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
         return f"{self.label}, {self.unit} {self.store.numbers[place]}"
 
 
-@dataclass(frozen=True)
 class Tokeniser:
     """Makes the stores of a recipe's sources, or finds them in the cache."""
 
-    dataset: DatasetRecipe
-    tokenizer: PreTrainedTokenizerBase
-    cache: TokenCache
-    advance: Callable[[int], None]  # called with the number of rows read just now
-    # The tokenizer's own chat template where another one is tried: both must write prompts alike.
-    own_template: Template | None = None
+    def __init__(
+        self,
+        dataset: DatasetRecipe,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: TokenCache,
+        progress: Progress | None,
+        # The tokenizer's own template where another one is tried: both must write prompts alike.
+        own_template: Template | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._progress = progress
+        self._own_template = own_template
+        self._fingerprint = tokenizer_fingerprint(tokenizer)
+        self._num_read = 0
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        return tokenizer_fingerprint(self.tokenizer)
+    def tokenise_all(self) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
+        """The sources to train on, and those to hold rows out of."""
+        dataset = self._dataset
+        settings = training_sources(dataset)
+        sources = [source for each in settings for source in self._tokenised(each)]
+        held_out = sources
+        if isinstance(dataset.validation, str):
+            own = validation_source(dataset, dataset.validation)
+            held_out = self._tokenised(own, is_held_out=True)
+        stores = [source.store for source in (*sources, *held_out)]
+        check_ignored({name for store in stores for name in store.facts["ignored"]}, settings)
+        if self._progress is not None and self._num_read:
+            self._progress(self._num_read, self._num_read)
+        return sources, held_out
 
-    def tokenise(self, source: RowSource, settings: SourceSettings) -> TokenizedSource:
+    def _tokenised(
+        self, settings: SourceSettings, *, is_held_out: bool = False
+    ) -> list[TokenizedSource]:
+        found = open_sources(
+            settings.path,
+            name=settings.name,
+            split=settings.split,
+            streaming=self._dataset.streaming,
+            is_held_out=is_held_out,
+        )
+        return [self._tokenise(source, settings) for source in found]
+
+    def _tokenise(self, source: RowSource, settings: SourceSettings) -> TokenizedSource:
         """Give the store of a source, made where the cache does not hold it."""
         fingerprint = source.fingerprint()
         key = store_key(
             *(fingerprint, source.part, self._fingerprint, settings.format, dict(settings.columns)),
             *(sorted(settings.ignore_columns), settings.template, settings.names_template),
-            *(self.dataset.max_length, self.dataset.learn, settings.drops_faulty),
-            self.own_template,
+            *(self._dataset.max_length, self._dataset.learn, settings.drops_faulty),
+            self._own_template,
         )
-        store, was_cached = self.cache.find_or_make(
+        store, was_cached = self._cache.find_or_make(
             key, lambda writer: self._make(source, settings, fingerprint, writer)
         )
-        notes = [*source.notes, *store.facts["notes"]]
-        if settings.drops_faulty:
-            most = self.dataset.max_bad_rows
-            note = faulty_rows_note(store.facts["faults"], source.label, source.unit, most)
-            notes[len(source.notes) : len(source.notes)] = [note] if note else []
+        notes = [*source.notes]
+        if settings.drops_faulty and store.facts["faults"]["faulty"]:
+            most = self._dataset.max_bad_rows
+            notes.append(faulty_rows_note(store.facts["faults"], source.label, source.unit, most))
         form = RowFormat(**store.facts["form"])
         return TokenizedSource(
             label=source.label,
@@ -94,10 +132,9 @@ class Tokeniser:
             template=_template_for(form, settings)[0],
             store=store,
             form=form,
-            notes=tuple(notes),
+            notes=(*notes, *store.facts["notes"]),
             was_cached=was_cached,
             content=fingerprint,
-            ignored=frozenset(store.facts["ignored"]),
         )
 
     def _make(
@@ -113,11 +150,11 @@ class Tokeniser:
         form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
         encoder = Encoder(
-            self.tokenizer,
+            self._tokenizer,
             template,
-            self.dataset.max_length,
-            learn=self.dataset.learn,
-            compared_with=self.own_template,
+            self._dataset.max_length,
+            learn=self._dataset.learn,
+            compared_with=self._own_template,
         )
         unused = UnusedColumns(form)
         rows = chain(head, rows)
@@ -125,8 +162,10 @@ class Tokeniser:
             for row in _encode(chunk, form, unused, encoder, faults):
                 writer.add(row)
             # A later row may be the first with a system prompt.
-            notes = list(dict.fromkeys([*notes, *_without_place(chunk, form, template)]))
-            self.advance(len(chunk))
+            notes = list(dict.fromkeys([*notes, *without_place(chunk, form, template)]))
+            self._num_read += len(chunk)
+            if self._progress is not None:
+                self._progress(self._num_read, 0)
         if source.fingerprint() != fingerprint:
             raise DataError(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
@@ -146,27 +185,25 @@ def find_form(
     columns: Mapping[str, str],
     template: str,
     setting: str = "dataset.columns",
-) -> tuple[RowFormat, list[str]]:
-    """The form of the rows, checked against the template, with what a user should know."""
+) -> RowFormat:
+    """The form of the rows, checked against the template."""
     text = None if template == "chat" else TextTemplate(template)
     form = find_format(
         rows, format, columns, needs_prompt=text is None or text.has_prompt, setting=setting
     )
-    if form.is_chat or form.name == "text" or text is None:
-        return form, []
-    system = form.columns.get("system")
-    gives_system = system is not None and any(column(row, system) is not None for row in rows)
-    if text.has_system and not gives_system:
-        raise DataError(
-            "dataset.template has {system} and no column gives it; expected "
-            "dataset.columns={system: COLUMN}, or a template without it"
-        )
-    return form, _without_place(rows, form, template)
+    if form.is_pair and text is not None and text.has_system:
+        system = form.columns.get("system")
+        if system is None or all(column(row, system) is None for row in rows):
+            raise DataError(
+                "dataset.template has {system} and no column gives it; expected "
+                "dataset.columns={system: COLUMN}, or a template without it"
+            )
+    return form
 
 
-def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
+def without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[str]:
     """Notes on prompts and system prompts of rows that the template has no placeholder for."""
-    if form.is_chat or form.name == "text" or template == "chat":
+    if not form.is_pair or template == "chat":
         return []
     text = TextTemplate(template)
     missing = ["system"] if not text.has_system else []
@@ -182,14 +219,13 @@ def _without_place(rows: Sequence[Row], form: RowFormat, template: str) -> list[
 
 def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[str]]:
     """The template that fits the form; a note where the recipe names one that does not."""
-    takes = {"chat": "the tokenizer's own template; set it to chat", "text": "none"}
-    kind = "chat" if form.is_chat else form.name
-    if kind not in takes or settings.template == "chat" == kind:
+    if form.is_pair or (form.is_chat and settings.template == "chat"):
         return settings.template, []
-    used = "chat" if kind == "chat" else "{completion}"
-    if not settings.names_template:
-        return used, []
-    return used, [f"dataset.template is not used: {kind} rows take {takes[kind]}"]
+    used, kind, takes = "{completion}", "text", "none"
+    if form.is_chat:
+        used, kind, takes = "chat", "chat", "the tokenizer's own template; set it to chat"
+    note = f"dataset.template is not used: {kind} rows take {takes}"
+    return used, [note] if settings.names_template else []
 
 
 def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
@@ -216,35 +252,33 @@ def _find_form(
     if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
         raise unreadable[0]
     if not settings.drops_faulty:
-        return find_form(head, settings.format, settings.columns, settings.template)
+        return find_form(head, settings.format, settings.columns, settings.template), []
     refused: list[DataError] = []
-    forms: list[tuple[int, RowFormat, list[str]]] = []
+    forms: list[tuple[int, RowFormat]] = []  # how many rows have it
     known: set[int] = set()
     for start in range(min(len(head), _MOST_REFUSED)):
         if start in known:
             continue
         try:
-            form, notes = find_form(
-                head[start:], settings.format, settings.columns, settings.template
-            )
+            form = find_form(head[start:], settings.format, settings.columns, settings.template)
         except DataError as error:
             refused.append(error)
             continue
-        if all(form != other for _, other, _ in forms):
+        if all(form != other for _, other in forms):
             understood = {place for place, row in enumerate(head) if _is_understood(row, form)}
-            forms.append((len(understood), form, notes))
+            forms.append((len(understood), form))
             known |= understood
     if not forms:
         raise refused[0]
-    number, form, notes = max(forms, key=lambda each: each[0])  # the first of several
-    if len(forms) > 1:
-        others = ", ".join(f"{each.name} ({count})" for count, each, _ in forms if each != form)
-        notes = [
-            f"{label}: {number} of the first {len(head)} rows have the form {form.name}, which is "
-            f"taken for all, as dataset.on_bad_row says; other forms: {others}",
-            *notes,
-        ]
-    return form, notes
+    number, form = max(forms, key=lambda each: each[0])  # the first of several
+    if len(forms) == 1:
+        return form, []
+    others = ", ".join(f"{each.name} ({count})" for count, each in forms if each != form)
+    note = (
+        f"{label}: {number} of the first {len(head)} rows have the form {form.name}, which is "
+        f"taken for all, as dataset.on_bad_row says; other forms: {others}"
+    )
+    return form, [note]
 
 
 def _is_understood(row: Row, form: RowFormat) -> bool:
@@ -331,17 +365,13 @@ class Faults:
         }
 
 
-def faulty_rows_note(
-    facts: Mapping[str, Any], label: str, unit: str, max_share: float
-) -> str | None:
-    """Say which rows of a source were left out, from `Faults.facts`; None where none were.
+def faulty_rows_note(facts: Mapping[str, Any], label: str, unit: str, max_share: float) -> str:
+    """Say which rows of a source were left out, from `Faults.facts`.
 
     Above `max_share` of the rows raises DataError, or TemplateError where only the chat template is
     at fault: with another one they may be fine.
     """
     rows, faulty = int(facts["rows"]), int(facts["faulty"])
-    if not faulty:
-        return None
     reasons = [f"{number} x {reason}" for reason, number in facts["reasons"][:5]]
     if more := len(facts["reasons"]) - len(reasons):
         reasons.append(f"{more} more reasons")

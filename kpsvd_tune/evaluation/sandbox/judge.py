@@ -15,6 +15,7 @@ import sys
 
 from kpsvd_tune.evaluation.sandbox.limits import set_limits
 from kpsvd_tune.evaluation.sandbox.remote import Peer
+from kpsvd_tune.evaluation.sandbox.wire import text_of
 
 TYPE_CHECKING = False  # `typing` takes long to import
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ def main(job: dict[str, Any]) -> None:
     """Judge the job; tell "started", then "<status> <detail>"."""
     verdict = os.dup(1)
     os.dup2(2, 1)
-    nothing = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
     set_limits(job)
     peer = _JudgingPeer(job["socket"])
     peer.ask("hello")
@@ -69,17 +67,14 @@ def _judge(peer: Peer, tests: Sequence[str]) -> tuple[str, str]:
 
 
 def _describe(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:200]
-    except BaseException:
-        return "an error that cannot be shown"
+    return f"{type(error).__name__}: {text_of(error)}"[:200]
 
 
 class _JudgingPeer(Peer):
     """The judge's side: the program may only use what the tests handed to it."""
 
     def __init__(self, descriptor: int) -> None:
-        super().__init__(descriptor, 0, self._serve_program, is_judge=True)
+        super().__init__(descriptor, self._serve_program, is_judge=True)
         self._stdout = sys.stdout
 
     def ask(self, name: str, *args: Any) -> Any:
@@ -106,7 +101,8 @@ class _JudgingPeer(Peer):
             return getattr(builtins, name)(target)
         if name == "getitem":
             return target[rest[0]]
-        if name in ("getattr", "setattr") and _is_of_the_tests(target):
+        kind = target if isinstance(target, type) else type(target)
+        if name in ("getattr", "setattr") and kind.__module__ == _TESTS:
             attribute = rest[0]
             if not isinstance(attribute, str) or attribute.startswith("_"):
                 raise AttributeError(f"{attribute!r} is out of the program's reach")
@@ -114,11 +110,6 @@ class _JudgingPeer(Peer):
         if name == "eq":
             return target is rest[0]
         raise TypeError(f"the program may not use {name} on an object of the tests")
-
-
-def _is_of_the_tests(value: Any) -> bool:
-    kind = value if isinstance(value, type) else type(value)
-    return kind.__module__ == _TESTS
 
 
 class Namespace(dict[str, object]):
@@ -132,8 +123,12 @@ class Namespace(dict[str, object]):
     def __init__(self, peer: Peer, tests: Sequence[str]) -> None:
         super().__init__(__name__=_TESTS, __builtins__=builtins.__dict__)
         self._peer = peer
-        trees = [tree for test in tests if (tree := _parse(test)) is not None]
-        nodes = [node for tree in trees for node in ast.walk(tree)]
+        nodes: list[ast.AST] = []
+        for test in tests:
+            try:
+                nodes += ast.walk(ast.parse(test))
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue  # which is told when its turn comes
         names = {node.id: type(node.ctx) for node in nodes if isinstance(node, ast.Name)}
         used = {name for name in names if names[name] is ast.Load}
         self._protected = {name for name in used if hasattr(builtins, name)}
@@ -160,10 +155,3 @@ class Namespace(dict[str, object]):
             # "from datetime import datetime": Python's own, whatever the program says it is.
             return getattr(importlib.import_module(name), name)
         return answer[1]
-
-
-def _parse(test: str) -> ast.AST | None:
-    try:
-        return ast.parse(test)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None

@@ -7,6 +7,7 @@ the standard library and what is handed over with it.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import io
 import operator
@@ -15,7 +16,7 @@ import sys
 import types
 
 from kpsvd_tune.evaluation.sandbox.limits import set_limits
-from kpsvd_tune.evaluation.sandbox.remote import ARITHMETIC, COMPARISONS, ConversationError, Peer
+from kpsvd_tune.evaluation.sandbox.remote import ConversationError, Peer
 from kpsvd_tune.evaluation.sandbox.wire import BASES
 
 TYPE_CHECKING = False  # `typing` takes long to import
@@ -29,16 +30,13 @@ _OUR_FRAMES = 20
 
 def main(job: dict[str, Any]) -> None:
     """Run the job's program and serve it until the judge is gone."""
-    nothing = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
     set_limits(job)
     sys.setrecursionlimit(sys.getrecursionlimit() + _OUR_FRAMES)
     # Registered as a module, because dataclasses and pickle look their classes' module up.
     module = types.ModuleType("program")
     sys.modules["program"] = module
     served = _served(job["program"], module)
-    peer = Peer(job["socket"], 1, lambda name, args: served[name](*args), is_judge=False)
+    peer = Peer(job["socket"], lambda name, args: served[name](*args), is_judge=False)
     try:
         peer.answer_until_the_end()
     except ConversationError:
@@ -48,9 +46,11 @@ def main(job: dict[str, Any]) -> None:
 
 
 def _served(source: str, module: types.ModuleType) -> Mapping[str, Callable[..., Any]]:
-    """What the judge may ask, by name."""
+    """What the judge may ask, by name: these, and the functions of `operator` and Python's own."""
     compiled: list[types.CodeType] = []
-    named: dict[str, Callable[..., Any]] = {
+    named = {
+        **vars(builtins),
+        **vars(operator),
         "hello": lambda: None,
         "compile": lambda: compiled.append(compile(source, "<program>", "exec", dont_inherit=True)),
         "run": lambda: exec(compiled[0], module.__dict__),
@@ -63,19 +63,11 @@ def _served(source: str, module: types.ModuleType) -> Mapping[str, Callable[...,
         "exit": lambda value, kind, error: type(value).__exit__(value, kind, error, None),
         "isinstance": lambda kind, value: isinstance(value, kind),
         "issubclass": lambda kind, value: issubclass(value, kind),
-        "int": int,
         "pickle": _later("pickle", "dumps"),
         "unpickle": _later("pickle", "loads"),
         "copy": _later("copy", "copy"),
         "deepcopy": _later("copy", "deepcopy"),
     }
-    functions: tuple[Callable[..., Any], ...] = (
-        *(getattr, setattr, delattr, iter, next, format, complex, float, str, repr),
-        *(abs, bool, dir, len, reversed, round, *COMPARISONS, *ARITHMETIC),
-        *(operator.eq, operator.contains, operator.index, operator.invert, operator.neg),
-        *(operator.pos, operator.getitem, operator.setitem, operator.delitem),
-    )
-    named |= {function.__name__: function for function in functions}
     return named | {"printing": lambda name, args: _printing(named[name], args)}
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LENGTH_BYTES = 4
+_ENDED = "the program ended before its tests did"
 
 
 class ConversationError(BaseException):
@@ -31,20 +32,11 @@ class ConversationError(BaseException):
 class Peer:
     """One side of the conversation over a connected stream socket.
 
-    Args:
-        descriptor: the socket.
-        first_id: 0 on one side, 1 on the other.
-        serve: answers what the other side asks: (name of the question, its arguments).
-        is_judge: whether this side judges the other; see `Codec` for what that changes.
+    `serve` answers what the other side asks: (name of the question, its arguments).
     """
 
     def __init__(
-        self,
-        descriptor: int,
-        first_id: int,
-        serve: Callable[[str, tuple[Any, ...]], Any],
-        *,
-        is_judge: bool,
+        self, descriptor: int, serve: Callable[[str, tuple[Any, ...]], Any], *, is_judge: bool
     ) -> None:
         if is_judge:
             _judging[:] = [self]
@@ -57,11 +49,9 @@ class Peer:
         # A thread of the program may ask while another waits; one question at a time.
         self._lock = _thread.RLock()
         self.codec = Codec(
-            first_id,
+            is_judge,
             lambda *described: _stand_in(self, *described),
             lambda value: Remote.number_in(value, self),
-            shares_names=is_judge,
-            forgets=is_judge,
         )
 
     def ask(self, name: str, *args: Any) -> Any:
@@ -69,7 +59,7 @@ class Peer:
         with self._lock:
             if self.codec.is_reading:
                 raise self._end("a message that asks for more before it is read")
-            self._send(("ask", name, args))
+            self._send(self.codec.write(("ask", name, args)))
             while True:
                 kind, *rest = self._receive()
                 if kind == "ask":
@@ -98,18 +88,15 @@ class Peer:
             message = self.codec.write(answer)
         except BaseException as error:
             message = self.codec.write(("error", TypeError(f"cannot be sent: {error!r}"[:200])))
-        self._send_bytes(message)
+        self._send(message)
 
-    def _send(self, message: tuple[Any, ...]) -> None:
-        self._send_bytes(self.codec.write(message))
-
-    def _send_bytes(self, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         data = memoryview(len(message).to_bytes(_LENGTH_BYTES, "big") + message)
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
-            raise self._end(f"the program ended before its tests did ({error.strerror})") from None
+            raise self._end(f"{_ENDED} ({error.strerror})") from None
 
     def _receive(self) -> tuple[Any, ...]:
         length = int.from_bytes(self._read_bytes(_LENGTH_BYTES), "big")
@@ -133,11 +120,9 @@ class Peer:
             try:
                 part = os.read(self._descriptor, min(count - len(parts), 2**20))
             except OSError as error:
-                raise self._end(
-                    f"the program ended before its tests did ({error.strerror})"
-                ) from None
+                raise self._end(f"{_ENDED} ({error.strerror})") from None
             if not part:
-                raise self._end("the program ended before its tests did")
+                raise self._end(_ENDED)
             parts += part
         return bytes(parts)
 
@@ -155,13 +140,11 @@ class Remote:
     __slots__ = ("__has_base", "__hash", "__number", "__peer")
 
     def __init__(self, peer: Peer, number: int, has_base: bool, hash_value: int | None) -> None:
-        for name, value in (
-            ("peer", peer),
-            ("number", number),
-            ("has_base", has_base),
-            ("hash", hash_value),
-        ):
-            object.__setattr__(self, f"_Remote__{name}", value)
+        keep = super().__setattr__
+        keep("_Remote__peer", peer)
+        keep("_Remote__number", number)
+        keep("_Remote__has_base", has_base)
+        keep("_Remote__hash", hash_value)
 
     @staticmethod
     def number_in(value: Any, peer: Peer) -> int | None:
@@ -186,12 +169,6 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         return self.__ask("getattr", name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__ask("setattr", name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self.__ask("delattr", name)
-
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call it over there."""
         return self.__ask("call", args, kwargs)
@@ -210,10 +187,7 @@ class Remote:
         return int(self.__hash)
 
     def __iter__(self) -> Iterator[Any]:
-        return _RemoteIterator(self.__peer, self.__ask("iter"))
-
-    def __next__(self) -> Any:
-        return self.__ask("next")
+        return _items(self.__peer, self.__ask("iter"))
 
     def __contains__(self, item: object) -> bool:
         if type(item) is Remote:
@@ -231,9 +205,6 @@ class Remote:
     def __exit__(self, *exception: Any) -> bool:
         return bool(self.__ask("exit", *exception[:2]))
 
-    def __format__(self, spec: str) -> str:
-        return str(self.__ask("format", spec))
-
     def __reduce__(self) -> Any:
         return _unpickle, (self.__ask("pickle"),)
 
@@ -241,18 +212,14 @@ class Remote:
         return self.__ask("deepcopy")
 
 
-class _RemoteIterator:
-    """Goes through an iterator of the other side."""
-
-    def __init__(self, peer: Peer, iterator: Any) -> None:
-        self._peer = peer
-        self._iterator = iterator
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return self._peer.ask("next", self._iterator)
+def _items(peer: Peer, iterator: Any) -> Iterator[Any]:
+    """What an iterator of the other side gives."""
+    while True:
+        try:
+            item = peer.ask("next", iterator)
+        except StopIteration:
+            return
+        yield item
 
 
 def _stand_in(peer: Peer, number: int, nature: str, hash_value: int | None) -> Any:
@@ -272,7 +239,7 @@ def _unpickle(content: Any) -> Any:
     return _judging[0].ask("unpickle", content)
 
 
-def _unary(name: str) -> Any:
+def _asking(name: str) -> Any:
     def method(self: Remote, *args: Any) -> Any:
         return self._Remote__ask(name, *args)
 
@@ -289,19 +256,15 @@ def _binary(function: Callable[[Any, Any], Any], *, is_reflected: bool) -> Any:
     return method
 
 
-UNARY: tuple[str, ...] = ("abs", "bool", "complex", "copy", "dir", "enter", "float", "index", "int")
-UNARY += ("invert", "len", "neg", "pos", "repr", "reversed", "round", "str")
-ITEMS = ("delitem", "getitem", "setitem")
-COMPARISONS = (operator.lt, operator.le, operator.gt, operator.ge)
-ARITHMETIC = (
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv),
-    *(operator.mod, operator.pow, operator.matmul, operator.and_, operator.or_, operator.xor),
-    *(operator.lshift, operator.rshift),
-)
-for _name in (*UNARY, *ITEMS):
-    setattr(Remote, f"__{_name}__", _unary(_name))
-for _function in (*COMPARISONS, *ARITHMETIC):
-    _plain_name = _function.__name__.strip("_")
-    setattr(Remote, f"__{_plain_name}__", _binary(_function, is_reflected=False))
-    if _function in ARITHMETIC:
-        setattr(Remote, f"__r{_plain_name}__", _binary(_function, is_reflected=True))
+# Methods that are the other side's under the same names.
+_ASKED = "abs bool complex copy dir enter float format index int invert len neg next pos".split()
+_ASKED += "repr reversed round str setattr delattr getitem setitem delitem".split()
+_COMPARISONS = "lt le gt ge".split()
+_ARITHMETIC = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
+for _name in _ASKED:
+    setattr(Remote, f"__{_name}__", _asking(_name))
+for _name in [*_COMPARISONS, *_ARITHMETIC]:
+    _function, _bare = getattr(operator, _name), _name.strip("_")
+    setattr(Remote, f"__{_bare}__", _binary(_function, is_reflected=False))
+    if _name in _ARITHMETIC:
+        setattr(Remote, f"__r{_bare}__", _binary(_function, is_reflected=True))

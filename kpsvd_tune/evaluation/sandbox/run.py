@@ -14,7 +14,9 @@ import marshal
 import os
 import re
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,21 +25,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from kpsvd_tune.errors import InputError, ResourceError
 from kpsvd_tune.evaluation.sandbox.bubblewrap import (
+    ENVIRONMENT,
     bubblewrap_command,
     find_bubblewrap,
     is_root,
+    memory_file,
     open_filter,
 )
-from kpsvd_tune.evaluation.sandbox.capture import Capture, Limits, Start, Stop, capture_run
+from kpsvd_tune.evaluation.sandbox.capture import Capture, Limits, Stop, capture_run
 from kpsvd_tune.storage.memory import free_memory
 
 Sandbox = Literal["bwrap", "none"]
 Status = Literal["passed", "failed", "invalid", "crashed"] | Stop
-_FAULTS: tuple[Status, ...] = ("failed", "invalid", "crashed")
+_FAULTS = ("failed", "invalid", "crashed")
 
 _INSTALL = (
     "Install bubblewrap 0.8 or newer (Debian, Ubuntu: sudo apt-get install bubblewrap; Fedora: "
@@ -115,15 +119,10 @@ def run_programs(
     limits = limits or Limits()
     results = []
     with ThreadPoolExecutor(num_workers or _num_workers(limits)) as workers:
-        runs = [workers.submit(run_program, job, sandbox, limits) for job in programs]
-        try:
-            for run in runs:
-                results.append(run.result())
-                if progress is not None:
-                    progress(len(results), len(runs))
-        except BaseException:
-            workers.shutdown(cancel_futures=True)
-            raise
+        for result in workers.map(lambda each: run_program(each, sandbox, limits), programs):
+            results.append(result)
+            if progress is not None:
+                progress(len(results), len(programs))
     return results
 
 
@@ -133,39 +132,37 @@ def run_program(
     """Run one program, leaving nothing of it; ResourceError where the sandbox did not start."""
     limits = limits or Limits()
     with ExitStack() as stack:
-        ends = [stack.enter_context(end) for end in socket.socketpair()]
-        scratch = [socket.socketpair() for _ in ends]
-        for each in (*scratch[0], *scratch[1]):
-            stack.enter_context(each)
-        contents: tuple[tuple[str, dict[str, Any]], ...] = (
-            ("program", {"program": program.source}),
-            ("judge", {"tests": list(program.tests)}),
+        end, other_end = map(stack.enter_context, socket.socketpair())
+        scratch, sender = map(stack.enter_context, socket.socketpair())
+        tried, judge = (
+            stack.enter_context(_started(module, content, passed, sender, sandbox, limits))
+            for module, content, passed in (
+                ("program", {"program": program.source}, end),
+                ("judge", {"tests": list(program.tests)}, other_end),
+            )
         )
-        starts = [
-            stack.enter_context(_start(module, content, end, sender, sandbox, limits))
-            for (module, content), end, (_, sender) in zip(contents, ends, scratch, strict=True)
-        ]
-        capture = capture_run(starts[0], starts[1], limits, [ours for ours, _ in scratch])
+        capture = capture_run(tried, judge, limits, scratch)
     return _result(capture, sandbox)
 
 
 @contextmanager
-def _start(
+def _started(
     module: str,
     content: dict[str, Any],
     end: socket.socket,
     scratch: socket.socket,
     sandbox: Sandbox,
     limits: Limits,
-) -> Iterator[Start]:
-    """How to start a module of ours, with all that it needs."""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs a module of ours, in a session of its own; nothing of it is left."""
     job = {**content, **_process_limits(limits, sandbox), "socket": end.fileno(), "scratch": None}
     with ExitStack() as stack:
         wrapper: list[str] = []
-        passed: list[BinaryIO | socket.socket] = [end, scratch]
+        own_scratch = stack.enter_context(scratch.dup())
+        passed: list[BinaryIO | socket.socket] = [end, own_scratch]
         if sandbox == "bwrap":
             folder = "/"  # bubblewrap takes another one
-            job["scratch"] = scratch.fileno()
+            job["scratch"] = own_scratch.fileno()
             syscalls = open_filter()
             if syscalls is not None:
                 passed.append(stack.enter_context(syscalls))
@@ -173,8 +170,30 @@ def _start(
             wrapper = bubblewrap_command(bubblewrap, limits.scratch_bytes, syscalls)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpsvd-tune-"))
-        code = marshal.dumps((_code_for(module), job))
-        yield Start([*wrapper, *_interpreter()], folder, code, tuple(passed))
+        with memory_file(marshal.dumps((_code_for(module), job))) as standard_input:
+            process = subprocess.Popen(
+                [*wrapper, *_interpreter()],
+                stdin=standard_input,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if module == "judge" else subprocess.STDOUT,
+                cwd=folder,
+                env=ENVIRONMENT,
+                start_new_session=True,
+                pass_fds=[each.fileno() for each in passed],
+            )
+        for each in passed:  # so that each side of a connection notices the end of the other
+            each.close()
+        try:
+            yield process
+        finally:
+            # Killing bubblewrap ends its process namespace, and with it all that started there.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # Not read to their ends: without a sandbox a child left behind may hold them open.
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+            process.wait()
 
 
 def _process_limits(limits: Limits, sandbox: Sandbox) -> dict[str, Any]:
@@ -239,9 +258,8 @@ def _result(capture: Capture, sandbox: Sandbox) -> RunResult:
         return RunResult("passed", "", output)
     if capture.stopped is not None:
         return RunResult(capture.stopped, "", output)
-    for told_as in _FAULTS:
-        if status == told_as:
-            return RunResult(told_as, detail, output)
+    if status in _FAULTS:
+        return RunResult(cast(Status, status), detail, output)
     return RunResult("crashed", "its judge ended before the tests did", output)
 
 

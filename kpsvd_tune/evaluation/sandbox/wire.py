@@ -89,34 +89,37 @@ class WireError(Exception):
     """The other side sent what no honest side sends."""
 
 
+class _Step(list["Any"]):
+    """A step of the stack machine: its name and what it needs."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(parts)
+
+
 class Codec:
     """Turns values into text and back for one side of a connection.
 
+    The judge names functions and classes of the standard library to the program, which imports
+    them; for the program nothing is imported but modules and exceptions of the standard library.
+    It is also the judge that tells which shared containers it no longer holds.
+
     Args:
-        first_id: 0 or 1; the two sides number what they share evenly and oddly.
+        is_judge: which side it is; the two number what they share evenly and oddly.
         remote: makes the stand-in of an object of the other side, of (number, nature, hash); its
             nature is "container" for classes derived from one, "coroutine", or empty.
         remote_id: the number of such a stand-in, or None for any other object.
-        shares_names: whether functions and classes of the standard library go to the other side by
-            name, to be imported there. The side that judges may do so; nothing is imported for the
-            other side but modules and exceptions of the standard library.
-        forgets: whether this side tells which shared containers it no longer holds.
     """
 
     def __init__(
         self,
-        first_id: int,
+        is_judge: bool,
         remote: Callable[[int, str, int | None], Any],
         remote_id: Callable[[Any], int | None],
-        *,
-        shares_names: bool,
-        forgets: bool,
     ) -> None:
-        self._next_id = first_id
+        self._next_id = 0 if is_judge else 1
         self._remote = remote
         self._remote_id = remote_id
-        self._shares_names = shares_names
-        self._forgets = forgets
+        self._is_judge = is_judge
         self._shared: dict[int, list[Any]] = {}  # number: [container, its content when last sent]
         self._shared_ids: dict[int, int] = {}
         self._own: dict[int, Any] = {}
@@ -124,10 +127,6 @@ class Codec:
         self._others: dict[int, Any] = {}
         self._classes: dict[type, int] = {}
         self.is_reading = False
-
-    def own(self, number: int) -> Any:
-        """The object of this side that went to the other under a number."""
-        return self._own[number]
 
     def owns(self, value: Any) -> bool:
         """Whether the other side was given this very object to ask about."""
@@ -144,7 +143,7 @@ class Codec:
                 steps.append(["ref", number])
                 self._write(steps, entry[1])
                 steps += [["fill", len(entry[1])], ["pop"]]
-        forgotten = self._forget() if self._forgets else []
+        forgotten = self._forget() if self._is_judge else []
         self._write(steps, [value])
         return json.dumps([forgotten, steps], check_circular=False).encode("ascii")
 
@@ -165,95 +164,95 @@ class Codec:
         self._next_id += 2
         return self._next_id
 
-    def _write(self, steps: list[Any], values: list[Any]) -> None:
-        """Write values one after another; no recursion, so that any depth can be written."""
-        pending: list[tuple[Any, bool]] = [(value, False) for value in reversed(values)]
-        while pending:
-            value, is_step = pending.pop()
-            if is_step:
-                steps.append(value)
-                continue
-            step, parts, end = self._step(value)
-            if step is not _NOTHING:
-                steps.append(step)
-            if end is not None:
-                pending.append((end, True))
-            pending.extend((part, False) for part in reversed(parts))
-
-    def _step(self, value: Any) -> tuple[Any, Any, list[Any] | None]:
-        """(step before the parts, parts, step after them) of one value."""
-        kind = type(value)
-        if value is None or kind is bool or kind is float:
-            return value, (), None
-        if isinstance(value, int):
-            value = int.__int__(value)
-            return (value if abs(value) < _PLAIN_INT else ["i", hex(value)]), (), None
-        if isinstance(value, str):
-            return str.__str__(value), (), None
-        if isinstance(value, float):
-            return float.__float__(value), (), None
-        if isinstance(value, bytes):
-            return ["b", bytes.hex(value)], (), None
-        if isinstance(value, complex):
-            return _NOTHING, (value.real, value.imag), ["c"]
-        if kind is tuple or kind is frozenset:
-            return _NOTHING, tuple(value), ["t" if kind is tuple else "f", len(value)]
-        if kind in _SHARED_NAMES:
-            return self._step_of_container(value, _SHARED_NAMES[kind])
-        if (number := self._remote_id(value)) is not None:
-            return ["own", number], (), None
-        return self._step_of_object(value, kind)
-
-    def _step_of_container(self, value: Any, name: str) -> tuple[Any, Any, list[Any] | None]:
-        number = self._shared_ids.get(id(value))
-        if number is not None:
-            return ["ref", number], (), None
-        number = self._number()
-        content = _content(value)
-        self._shared[number] = [value, content]
-        self._shared_ids[id(value)] = number
-        return ["new", name, number], content, ["fill", len(content)]
-
-    def _step_of_object(self, value: Any, kind: type) -> tuple[Any, Any, list[Any] | None]:
-        where = (kind.__module__, kind.__name__)
-        if where in _VALUES and kind is _find(*where, kind):
-            parts = _VALUES[where](value)
-            return _NOTHING, parts, ["v", *where, len(parts)]
-        if isinstance(value, type):
-            if value is _BUILT_IN_CLASSES.get(value.__name__):
-                return ["g", value.__name__], (), None
-            if issubclass(value, BaseException):
-                return self._step_of_exception(value)
-        if isinstance(value, BaseException):
-            return _NOTHING, (kind, value.args, _text(value)), ["e"]
-        if isinstance(value, type(sys)) and _is_importable(value.__name__):
-            return ["m", value.__name__], (), None
-        if self._shares_names and (name := _public_name(value)):
-            return ["n", *name], (), None
+    def _own_number(self, value: Any) -> int:
+        """The number of an object of this side, a new one where it has none."""
         number = self._own_ids.get(id(value))
         if number is None:
             number = self._number()
             self._own[number] = value
             self._own_ids[id(value)] = number
+        return number
+
+    def _write(self, steps: list[Any], values: list[Any]) -> None:
+        """Write values one after another; no recursion, so that any depth can be written."""
+        pending = values[::-1]
+        while pending:
+            value = pending.pop()
+            kind = type(value)
+            # By identity: a metaclass may call its classes equal to any.
+            is_small = kind is int and abs(value) < _PLAIN_INT
+            is_plain = is_small or kind is str or kind is float or kind is bool or value is None
+            if is_plain or kind is _Step:
+                steps.append(value)
+            else:
+                pending += reversed(self._parts(value, kind))
+
+    def _parts(self, value: Any, kind: type) -> list[Any]:
+        """What is written in place of a value: simpler values, and steps that make it of them."""
+        if isinstance(value, int):
+            value = int.__int__(value)
+            return [value if abs(value) < _PLAIN_INT else _Step("i", hex(value))]
+        if isinstance(value, str):
+            return [str.__str__(value)]
+        if isinstance(value, float):
+            return [float.__float__(value)]
+        if isinstance(value, bytes):
+            return [_Step("b", bytes.hex(value))]
+        if isinstance(value, complex):
+            return [value.real, value.imag, _Step("c")]
+        if kind is tuple or kind is frozenset:
+            return [*value, _Step("t" if kind is tuple else "f", len(value))]
+        if kind in _SHARED_NAMES:
+            return self._parts_of_container(value, _SHARED_NAMES[kind])
+        if (number := self._remote_id(value)) is not None:
+            return [_Step("own", number)]
+        return self._parts_of_object(value, kind)
+
+    def _parts_of_container(self, value: Any, name: str) -> list[Any]:
+        number = self._shared_ids.get(id(value))
+        if number is not None:
+            return [_Step("ref", number)]
+        number = self._number()
+        content = _content(value)
+        self._shared[number] = [value, content]
+        self._shared_ids[id(value)] = number
+        return [_Step("new", name, number), *content, _Step("fill", len(content))]
+
+    def _parts_of_object(self, value: Any, kind: type) -> list[Any]:
+        where = (kind.__module__, kind.__name__)
+        # Whatever bears such a name may be another type; nothing is imported to find that out.
+        is_known = where[0] == "builtins" or kind is getattr(
+            sys.modules.get(where[0]), where[1], None
+        )
+        if where in _VALUES and is_known:
+            parts = _VALUES[where](value)
+            return [*parts, _Step("v", *where, len(parts))]
+        if isinstance(value, type):
+            if value is _BUILT_IN_CLASSES.get(value.__name__):
+                return [_Step("g", value.__name__)]
+            if issubclass(value, BaseException):
+                return [self._step_of_exception(value)]
+        if isinstance(value, BaseException):
+            return [kind, value.args, text_of(value), _Step("e")]
+        if isinstance(value, type(sys)) and _is_importable(value.__name__):
+            return [_Step("m", value.__name__)]
+        if self._is_judge and (name := _public_name(value)):
+            return [_Step("n", *name)]
+        number = self._own_number(value)
         nature = "coroutine" if isinstance(value, types.CoroutineType) else ""
         nature = "container" if isinstance(value, BASES) else nature
-        return ["o", number, nature, _hash(value, number)], (), None
+        return [_Step("o", number, nature, _hash(value, number))]
 
-    def _step_of_exception(self, value: type[BaseException]) -> tuple[Any, Any, list[Any] | None]:
+    def _step_of_exception(self, value: type[BaseException]) -> _Step:
         if value in self._classes:
-            return ["own", self._classes[value]], (), None
+            return _Step("own", self._classes[value])
         if _is_importable(value.__module__):
-            return ["x", value.__module__, value.__name__], (), None
+            return _Step("x", value.__module__, value.__name__)
         lineage: list[list[Any]] = []
         for each in value.__mro__:
             if each is _BUILT_IN_CLASSES.get(each.__name__):
-                return ["xs", lineage, each.__name__], (), None
-            number = self._own_ids.get(id(each))
-            if number is None:
-                number = self._number()
-                self._own[number] = each
-                self._own_ids[id(each)] = number
-            lineage.append([number, each.__name__])
+                return _Step("xs", lineage, each.__name__)
+            lineage.append([self._own_number(each), each.__name__])
         raise AssertionError("every exception has a built-in base")
 
     # Reading ------------------------------------------------------------------------------------
@@ -266,10 +265,11 @@ class Codec:
             forgotten, steps = json.loads(message)
             stack: list[Any] = []
             for step in steps:
-                if isinstance(step, list):
-                    self._read_step(step, stack, touched)
+                if step == ["pop"]:
+                    stack.pop()
                 else:
-                    stack.append(step)
+                    is_step = isinstance(step, list)
+                    stack.append(self._made(step, stack, touched) if is_step else step)
             (value,) = stack
             for number in forgotten:
                 self._drop(number)
@@ -281,73 +281,64 @@ class Codec:
             entry[1] = _content(entry[0])
         return value
 
-    def _read_step(self, step: list[Any], stack: list[Any], touched: list[int]) -> None:
-        name, *rest = step
-        if name in ("t", "f"):
-            items = _take(stack, rest[0])
-            stack.append(tuple(items) if name == "t" else frozenset(items))
-        elif name == "new":
-            container = _SHARED[rest[0]]()
-            number = rest[1]
-            if type(number) is not int or number in self._shared or number % 2 == self._parity():
-                raise WireError(f"the number {number!r} cannot be a new one")
-            self._shared[number] = [container, []]
-            self._shared_ids[id(container)] = number
-            stack.append(container)
-        elif name == "ref":
-            stack.append(self._shared[rest[0]][0])
-        elif name == "fill":
-            items = _take(stack, rest[0])
-            touched.append(self._shared_ids[id(stack[-1])])
-            _fill(stack[-1], items)
-        elif name == "pop":
-            stack.pop()
-        elif name == "own":
-            stack.append(self._own[rest[0]])
-        elif name == "o":
-            number, nature, hash_value = rest
-            if number not in self._others:
-                if type(number) is not int or type(hash_value) not in (int, type(None)):
-                    raise WireError("an object without a number")
-                self._others[number] = self._remote(number, nature, hash_value)
-            stack.append(self._others[number])
-        elif name == "i":
-            stack.append(int(rest[0], 16))
-        elif name == "b":
-            stack.append(bytes.fromhex(rest[0]))
-        elif name == "c":
-            stack.append(complex(*_take(stack, 2)))
-        else:
-            stack.append(self._read_named(name, rest, stack))
+    def _made(self, step: list[Any], stack: list[Any], touched: list[int]) -> Any:
+        """What a step makes of the values on the stack, which it takes from there."""
+        match step:
+            case ["t", count]:
+                return tuple(_take(stack, count))
+            case ["f", count]:
+                return frozenset(_take(stack, count))
+            case ["i", text]:
+                return int(text, 16)
+            case ["b", text]:
+                return bytes.fromhex(text)
+            case ["c"]:
+                return complex(*_take(stack, 2))
+            case ["new", name, number]:
+                return self._new_container(_SHARED[name](), number)
+            case ["ref", number]:
+                return self._shared[number][0]
+            case ["fill", count]:
+                items = _take(stack, count)
+                touched.append(self._shared_ids[id(stack[-1])])
+                _fill(stack[-1], items)
+                return stack.pop()
+            case ["own", number]:
+                return self._own[number]
+            case ["o", number, nature, hash_value]:
+                if number not in self._others:
+                    if type(number) is not int or type(hash_value) not in (int, type(None)):
+                        raise WireError("an object without a number")
+                    self._others[number] = self._remote(number, nature, hash_value)
+                return self._others[number]
+            case ["v", module, kind, count]:
+                if (module, kind) not in _VALUES:
+                    raise WireError(f"no value type {module}.{kind}")
+                build = _BUILDERS.get(kind) or getattr(importlib.import_module(module), kind)
+                return build(*_take(stack, count))
+            case ["g", name]:
+                return _BUILT_IN_CLASSES[name]
+            case ["m", name]:
+                return _module(name)
+            case ["n", module, name] if not self._is_judge:
+                return operator.attrgetter(name)(importlib.import_module(module))
+            case ["x", module, name]:
+                return _checked_exception(getattr(_module(module), name), name)
+            case ["xs", lineage, base_name]:
+                return self._exception_class(lineage, base_name)
+            case ["e"]:
+                return _exception(*_take(stack, 3))
+        raise WireError(f"no step {step!r}")
 
-    def _parity(self) -> int:
-        return self._next_id % 2
+    def _new_container(self, container: Any, number: Any) -> Any:
+        is_ours = type(number) is int and number % 2 == self._next_id % 2
+        if type(number) is not int or number in self._shared or is_ours:
+            raise WireError(f"the number {number!r} cannot be a new one")
+        self._shared[number] = [container, []]
+        self._shared_ids[id(container)] = number
+        return container
 
-    def _read_named(self, name: str, rest: list[Any], stack: list[Any]) -> Any:
-        if name == "v":
-            module, kind, count = rest
-            if (module, kind) not in _VALUES:
-                raise WireError(f"no value type {module}.{kind}")
-            build = _BUILDERS.get(kind) or getattr(importlib.import_module(module), kind)
-            return build(*_take(stack, count))
-        if name == "g":
-            return _BUILT_IN_CLASSES[rest[0]]
-        if name == "m":
-            return _module(rest[0])
-        if name == "n" and not self._shares_names:
-            return operator.attrgetter(rest[1])(importlib.import_module(rest[0]))
-        if name == "x":
-            found = getattr(_module(rest[0]), rest[1])
-            if not (isinstance(found, type) and issubclass(found, BaseException)):
-                raise WireError(f"{rest[1]} is no exception")
-            return found
-        if name == "xs":
-            return self._read_exception_class(*rest)
-        if name == "e":
-            return _exception(*_take(stack, 3))
-        raise WireError(f"no step {name!r}")
-
-    def _read_exception_class(self, lineage: list[list[Any]], base_name: str) -> type:
+    def _exception_class(self, lineage: list[list[Any]], base_name: str) -> type:
         base: Any = _BUILT_IN_CLASSES[base_name]
         for number, name in reversed(lineage):
             if number not in self._others:
@@ -356,12 +347,13 @@ class Codec:
                 self._others[number] = made
                 self._classes[made] = number
             base = self._others[number]
-        if not (isinstance(base, type) and issubclass(base, BaseException)):
-            raise WireError(f"{base_name} is no exception")
-        return base
+        return _checked_exception(base, base_name)
 
 
-_NOTHING = object()
+def _checked_exception(found: Any, name: str) -> type[BaseException]:
+    if not (isinstance(found, type) and issubclass(found, BaseException)):
+        raise WireError(f"{name} is no exception")
+    return found
 
 
 def _is_importable(name: Any) -> bool:
@@ -419,27 +411,19 @@ def _hash(value: Any, number: int) -> int | None:
         return None
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """What an error says; of one that raises instead, that it does."""
     try:
         return str(error)
     except BaseException:
         return "an error that cannot be shown"
 
 
-def _find(module: str, name: str, kind: type) -> Any:
-    """The type of that name, without importing what nobody has imported."""
-    if module == "builtins":
-        return kind
-    return getattr(sys.modules.get(module), name, None)
-
-
 def _public_name(value: Any) -> tuple[str, str] | None:
     """Module and name under which the standard library has a function or class."""
-    owner = getattr(value, "__self__", None)
+    # Methods of Python's own classes know their class alone.
     module = getattr(value, "__module__", None) or getattr(
-        owner if isinstance(owner, type(sys)) else getattr(value, "__objclass__", None),
-        "__module__",
-        None,
+        getattr(value, "__objclass__", None), "__module__", None
     )
     name = getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str):
@@ -454,10 +438,11 @@ def _public_name(value: Any) -> tuple[str, str] | None:
 
 
 def _exception(kind: Any, args: Any, text: Any) -> BaseException:
-    if not (isinstance(kind, type) and issubclass(kind, BaseException) and type(args) is tuple):
-        raise WireError("no exception")
+    kind = _checked_exception(kind, "what was raised")
+    if type(args) is not tuple:
+        raise WireError("an exception without arguments")
     try:
-        error = kind(*args)
+        error: BaseException = kind(*args)
     except Exception:
         error = kind.__new__(kind)
         error.args = args

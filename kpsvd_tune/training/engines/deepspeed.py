@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpsvd_tune.errors import CheckpointError, RecipeError
+from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import gather_numbers
+from kpsvd_tune.runs.state import check_groups
 from kpsvd_tune.training.engines import Engine
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
 from kpsvd_tune.training.loss import SummedTokenLoss
@@ -126,13 +127,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             super().load_optimizer_state(state)
             return
-        saved = [group["params"] for group in state["groups"]]
-        if saved != self._group_names:
-            raise CheckpointError(
-                f"the checkpoint's optimiser has {sum(map(len, saved))} parameters in {len(saved)} "
-                f"groups, the run's has {len(self._names)} in {len(self._group_names)}, or their "
-                "names differ"
-            )
+        check_groups(state, self._group_names)
         values: Mapping[str, Mapping[str, Any]] = state["state"]
         self.optimizer.state.clear()
         one = next(iter(values.values()), {})

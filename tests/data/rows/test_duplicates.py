@@ -146,7 +146,8 @@ def test_nothing_is_said_and_nothing_changes_where_all_rows_differ(
     path = write(tmp_path / "r.jsonl", list(range(40)))
     data = read(path=path, validation=0.25)
     assert data.report.warnings == ()
-    trained, held = split_rows(np.arange(40), 0.25, 0)
+    places, usable = np.arange(40), np.ones(40, dtype=bool)
+    trained, held = split_rows(places, 0.25, 0, places, usable)
     assert [row.row - 1 for row in data.train] == trained.tolist()
     assert [row.row - 1 for row in data.validation] == held.tolist()
     assert read(path=path, validation=0.25, deduplicate=True).sha256 == data.sha256
@@ -167,10 +168,12 @@ def test_rows_without_tokens_have_no_equal(tmp_path: Path, read: Read) -> None:
 )
 def test_no_group_is_on_both_sides(groups: list[int], share: float, seed: int) -> None:
     labels, places = np.asarray(groups), np.arange(len(groups))
-    trained, held = split_rows(places, share, seed, labels)
+    usable = np.ones(len(groups), dtype=bool)
+    trained, held = split_rows(places, share, seed, labels, usable)
+    of_different = split_rows(places, share, seed, places, usable)
     assert not np.isin(labels[trained], labels[held]).any()
-    assert len(held) == len(split_rows(places, share, seed)[1])
+    assert len(held) == len(of_different[1])
     rest = np.setdiff1d(np.arange(len(groups)), np.concatenate([trained, held]))
     assert len(set(labels[rest].tolist())) <= 1
     if len(set(groups)) == len(groups):
-        assert trained.tolist() == split_rows(places, share, seed)[0].tolist()
+        assert trained.tolist() == of_different[0].tolist()

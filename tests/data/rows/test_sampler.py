@@ -94,7 +94,8 @@ def test_sizes_and_positions_out_of_range_are_refused() -> None:
 
 
 def split_rows(num_rows: int, validation: int | float, seed: int) -> tuple[list[int], list[int]]:
-    train, held_out = split.split_rows(np.arange(num_rows), validation, seed)
+    rows, usable = np.arange(num_rows), np.ones(num_rows, dtype=bool)
+    train, held_out = split.split_rows(rows, validation, seed, rows, usable)
     return train.tolist(), held_out.tolist()
 
 
@@ -128,7 +129,7 @@ def test_split_takes_the_share_asked_for_and_follows_the_seed() -> None:
 
 def test_the_turns_of_a_chat_are_never_on_both_sides_of_the_split() -> None:
     groups = np.repeat(np.arange(30), np.arange(30) % 4 + 1)
-    train, held_out = split.split_rows(groups, 0.3, 0)
+    train, held_out = split.split_rows(groups, 0.3, 0, groups, np.ones(len(groups), dtype=bool))
     assert sorted([*train, *held_out]) == list(range(len(groups)))
     assert not set(groups[train]) & set(groups[held_out])
     # The rows that are held out are those of a set with one place each.

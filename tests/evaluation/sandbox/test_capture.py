@@ -16,7 +16,7 @@ def test_the_files_of_a_folder_that_was_sent_are_counted():
     folder = os.open("/dev/shm", os.O_PATH | os.O_DIRECTORY)
     name = Path(f"/dev/shm/kpsvd-{os.urandom(8).hex()}")
     with ours, theirs:
-        usage = Usage((), (ours,))
+        usage = Usage((), ours)
         usage.look()
         assert (usage.num_files, usage.memory_bytes) == (0, 0)  # nothing has come yet
         socket.send_fds(theirs, [b"/"], [folder])
@@ -38,7 +38,7 @@ def test_a_sender_that_ends_without_a_word_stops_nothing():
     ours, theirs = socket.socketpair()
     with ours:
         theirs.close()
-        usage = Usage((os.getpid(),), (ours,))
+        usage = Usage((os.getpid(),), ours)
         usage.look()
         usage.look()
         assert usage.num_files == 0
@@ -60,10 +60,12 @@ def test_processes_that_descend_from_several_are_counted():
         for each in both:
             assert each.stdout is not None
             each.stdout.readline()
-        usage = Usage([each.pid for each in both], ())
-        usage.look()
-        assert usage.memory_bytes > 60 * 2**20
-        assert usage.shared_memory_bytes() > 60 * 2**20
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            usage = Usage([each.pid for each in both], ours)
+            usage.look()
+            assert usage.memory_bytes > 60 * 2**20
+            assert usage.shared_memory_bytes() > 60 * 2**20
     finally:
         for each in both:
             each.communicate()

@@ -27,20 +27,18 @@ class Stand(SimpleNamespace):
     """A stand-in of an object of the other side, as a codec makes it."""
 
 
-def codec(first_id: int, *, is_judge: bool) -> Codec:
+def codec(*, is_judge: bool) -> Codec:
     return Codec(
-        first_id,
+        is_judge,
         lambda number, nature, hash_value: Stand(number=number, nature=nature, hash=hash_value),
         lambda value: value.number if isinstance(value, Stand) else None,
-        shares_names=is_judge,
-        forgets=is_judge,
     )
 
 
 @pytest.fixture
 def sides() -> tuple[Codec, Codec]:
     """The judge and the program."""
-    return codec(0, is_judge=True), codec(1, is_judge=False)
+    return codec(is_judge=True), codec(is_judge=False)
 
 
 VALUES: list[Any] = [
@@ -167,7 +165,6 @@ def test_objects_stay_where_they_are(sides: tuple[Codec, Codec]):
     assert stand.nature == ""
     assert stand.hash == stand.number
     assert program.read(judge.write(stand)) is thing
-    assert program.own(stand.number) is thing
     assert program.owns(thing)
     assert not program.owns(object())
 
@@ -265,7 +262,7 @@ def test_random_messages_make_plain_values_or_an_error(sides: tuple[Codec, Codec
         for _ in range(numbers.randrange(1, 4)):
             mutated[numbers.randrange(len(mutated))] = numbers.randrange(32, 127)
         try:
-            codec(0, is_judge=True).read(bytes(mutated))
+            codec(is_judge=True).read(bytes(mutated))
         except WireError:
             continue
 
@@ -319,7 +316,7 @@ def judge() -> Iterator[Peer]:
         "fail": lambda: [][0],
         "unsendable": lambda: type("U", (), {"__module__": property(lambda self: [][0])}),
     }
-    program = Peer(theirs.fileno(), 1, lambda name, args: served[name](*args), is_judge=False)
+    program = Peer(theirs.fileno(), lambda name, args: served[name](*args), is_judge=False)
 
     def serve() -> None:
         with pytest.raises(ConversationError):
@@ -327,7 +324,7 @@ def judge() -> Iterator[Peer]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield Peer(ours.fileno(), 0, lambda name, args: args[0](*args[1]), is_judge=True)
+    yield Peer(ours.fileno(), lambda name, args: args[0](*args[1]), is_judge=True)
     ours.close()
     thread.join(10)
     theirs.close()
@@ -392,7 +389,7 @@ def test_errors_come_back(judge: Peer):
 def test_what_no_honest_program_sends_ends_the_conversation(message: bytes, fault: str):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        judge = Peer(ours.fileno(), 0, lambda name, args: None, is_judge=True)
+        judge = Peer(ours.fileno(), lambda name, args: None, is_judge=True)
         theirs.sendall(message)
         theirs.shutdown(socket.SHUT_WR)
         with pytest.raises(ConversationError, match=fault):

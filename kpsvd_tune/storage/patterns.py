@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Sane patterns take microseconds a name, and a large model has some ten thousand names.
+# Usual patterns take microseconds a name, and a large model has some ten thousand names.
 SECONDS = 5.0
 
 
@@ -25,15 +25,9 @@ class SlowPatternError(ValueError):
 
 @contextmanager
 def time_limit(what: str) -> Iterator[None]:
-    """End what is matched inside when it takes too long.
+    """End what is matched inside when it takes too long, by SlowPatternError on the setting `what`.
 
     Outside the main thread, where Python delivers no signals, nothing is bounded.
-
-    Args:
-        what: The setting, as the error names it.
-
-    Raises:
-        SlowPatternError: The limit was reached.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,12 +51,8 @@ def time_limit(what: str) -> Iterator[None]:
 def check_patterns(patterns: Mapping[str, object], names: Iterable[str]) -> None:
     """Refuse patterns that cannot be compiled, or not be matched with some names in time.
 
-    Args:
-        patterns: The key of each setting to its value; only texts are patterns.
-        names: What they will be matched with.
-
-    Raises:
-        ValueError: Names the key.
+    `patterns` has the value of each setting by its key, which the ValueError names; only texts are
+    patterns.
     """
     listed = list(names)
     for key, pattern in patterns.items():

@@ -46,24 +46,19 @@ UNUSABLE = Mark.EMPTY | Mark.FULL_PROMPT | Mark.FAULTY
 
 
 class TokenizedRow:
-    """One row as the model sees it: arrays, or slices of the arrays of a store.
-
-    Attributes:
-        input_ids: (tokens,) int32 token ids; none where the row cannot be used.
-        labels: (tokens,) int32, the same ids where a token is learnt, `IGNORED` elsewhere; never
-            at the first position, which nothing predicts.
-        row: Number of the row in its source.
-        marks: What is out of the ordinary with it.
-    """
+    """One row as the model sees it: arrays, or slices of the arrays of a store."""
 
     __slots__ = ("input_ids", "labels", "marks", "row")
 
     def __init__(
         self, input_ids: ArrayLike, labels: ArrayLike, row: int, marks: Mark = NO_MARK
     ) -> None:
+        # (tokens,) token ids; none where the row cannot be used
         self.input_ids: NDArray[np.int32] = np.asarray(input_ids, dtype=np.int32)
+        # (tokens,) the same ids where a token is learnt, `IGNORED` elsewhere; never learnt at the
+        # first position, which nothing predicts
         self.labels: NDArray[np.int32] = np.asarray(labels, dtype=np.int32)
-        self.row = row
+        self.row = row  # its number in the source
         self.marks = marks
 
     def __len__(self) -> int:
@@ -168,10 +163,8 @@ class Encoder:
 
     @property
     def last_token_ids(self) -> tuple[int, ...]:
-        """Ids that a whole row may end with: in chats any special token, else the end token.
-
-        Templates end calls of tools with another token than answers.
-        """
+        """Ids that a whole row may end with: in chats any special token, else the end token."""
+        # Templates end calls of tools with another token than answers.
         special = self._special_ids.values() if self._chat is not None else ()
         return tuple(dict.fromkeys((self._eos_id, *special)))
 
@@ -191,14 +184,9 @@ class Encoder:
         ]
 
     def encode(self, example: Pair | Chat, row: int) -> TokenizedRow:
-        """Encode one example; its ids are cut at the maximal length.
+        """Encode one of the `parts` of an example, which is row number `row` of its source.
 
-        Args:
-            example: What `RowFormat.example` read, or one of its :meth:`parts`.
-            row: Number to keep in the result.
-
-        Raises:
-            DataError: The chat template does not give the messages back.
+        Its ids are cut at the maximal length. DataError: the template does not give it back.
         """
         return self.encode_laid_out([self.lay_out(example)], [row])[0]
 
@@ -230,11 +218,11 @@ class Encoder:
             for segment, piece in zip(layout.segments, pieces[place], strict=True)
             if segment.is_trained
         ]
-        gives_back = self._segment_tokenizer.gives_back(
-            [piece for _, piece, _ in learnt], [text for _, _, text in learnt]
-        )
+        decoded = self._segment_tokenizer.decode_all([piece for _, piece, _ in learnt])
         inexact = {
-            place for (place, _, _), fits in zip(learnt, gives_back, strict=True) if not fits
+            place
+            for (place, _, text), back in zip(learnt, decoded, strict=True)
+            if not self._segment_tokenizer.are_same(back, text)
         }
         return [
             self._assemble(*each, is_exact=place not in inexact)
@@ -280,10 +268,8 @@ class Encoder:
     ) -> list[int]:
         """The ids that stand before the answer in training, for generation to continue.
 
-        Args:
-            prompt: What the prompt column holds, or chat messages up to a user's.
-            system: System prompt, where the rows have one.
-            tools: What the assistant may call, beside messages.
+        `prompt` is what the prompt column holds, or chat messages up to a user's, which may have
+        `tools` beside them.
         """
         prefix: Sequence[int] = ()
         if not isinstance(prompt, str):
@@ -445,15 +431,13 @@ class SegmentTokenizer:
             )
         )
 
-    def gives_back(self, pieces: Sequence[list[int]], texts: Sequence[str]) -> list[bool]:
-        """For each piece whether its ids decode to the text that they were made from."""
-        return [
-            # Tokenizers that put a space first drop it again when they decode.
-            decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
-            for decoded, text in zip(self._decode_all(pieces), texts, strict=True)
-        ]
+    def are_same(self, decoded: str, text: str) -> bool:
+        """Whether ids that decode to one text are exactly those of another."""
+        # Tokenizers that put a space first drop it again when they decode.
+        return decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
 
-    def _decode_all(self, pieces: Sequence[list[int]]) -> Sequence[str]:
+    def decode_all(self, pieces: Sequence[list[int]]) -> Sequence[str]:
+        """The texts of many pieces, each as from `decode`."""
         kind = type(self._tokenizer)
         if (
             kind.decode is not PreTrainedTokenizerBase.decode

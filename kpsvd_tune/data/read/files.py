@@ -14,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -41,6 +42,14 @@ class Row:
     def where(self) -> str:
         """Source and place, as error messages print it."""
         return f"{self.source}, {self.unit} {self.number}"
+
+    @contextmanager
+    def told_in_errors(self) -> Iterator[None]:
+        """Put the row's place before the message of a DataError from inside."""
+        try:
+            yield
+        except DataError as error:
+            raise type(error)(f"{self.where}: {error}") from error
 
 
 def kind_of(path: Path) -> str:
@@ -102,14 +111,6 @@ def read_file(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if is_empty:
         raise DataError(f"{path}: holds no rows; expected at least one")
-
-
-def readable(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, refusing the first that cannot be read."""
-    for row in rows:
-        if row.fault is not None:
-            raise row.fault
-        yield row
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
@@ -237,7 +238,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     if isinstance(content, dict):
         raise DataError(
             f"{path}: expected a JSON array of objects, found one object with the keys "
-            f"{_names(content)}{_json_cure(content)}"
+            f"{', '.join(content)}{_json_cure(content)}"
         )
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
@@ -308,7 +309,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
             elif len(fields) != len(header):
                 fault = DataError(
                     f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
-                    f'({_names(header)}): put double quotes (") around a text with a comma in it'
+                    f'({", ".join(header)}): put double quotes (") around a text with a comma in it'
                 )
                 yield number, fault
             else:
@@ -353,13 +354,17 @@ def _csv_header(path: Path, fields: list[str]) -> list[str]:
                 f"{path}, line 1: the header {header[0]!r} is separated by {name}; expected "
                 "commas: export the file as comma-separated values"
             )
-    repeated = [name for name, count in Counter(header).items() if count > 1]
+    _check_distinct(header, f"{path}, line 1", " in the header")
+    return header
+
+
+def _check_distinct(names: list[str], place: str, where: str = "") -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise DataError(
-            f"{path}, line 1: the column {repeated[0]!r} occurs twice in the header; expected "
-            "each column once: rename or remove one"
+            f"{place}: the column {repeated[0]!r} occurs twice{where}; expected each column once: "
+            "rename or remove one"
         )
-    return header
 
 
 def _json_fault(error: ValueError) -> str:
@@ -374,10 +379,6 @@ def _kind(value: Any) -> str:
     if value is None:
         return "null"
     return names.get(type(value), "a number")
-
-
-def _names(names: Any) -> str:
-    return ", ".join(str(name) for name in names)
 
 
 def _shorten(text: str, length: int = 60) -> str:
@@ -409,7 +410,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
+            _check_distinct(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1000):
                 for values in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
@@ -425,15 +426,6 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             f"{path}: not a readable parquet file behind row {number}: {error}; write it anew, "
             "with texts in UTF-8"
         ) from error
-
-
-def _check_columns(path: Path, names: list[str]) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{path}: the column {repeated[0]!r} occurs twice; expected each column once: rename "
-            "or remove one"
-        )
 
 
 _FOREIGN_STARTS = (

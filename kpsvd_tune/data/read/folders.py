@@ -13,24 +13,14 @@ from typing import Any
 import yaml
 
 from kpsvd_tune.data.read.files import SUFFIXES, kind_of
-from kpsvd_tune.errors import DataError
+from kpsvd_tune.errors import DataError, some_of
 from kpsvd_tune.storage.paths import exists, expand
 
 # Files that tools write beside the rows.
-_METADATA = frozenset(
-    {
-        "config.json",
-        "croissant.json",
-        "dataset_dict.json",
-        "dataset_info.json",
-        "dataset_infos.json",
-        "info.json",
-        "meta.json",
-        "metadata.json",
-        "package.json",
-        "state.json",
-    }
-)
+_METADATA = {
+    *("config.json", "croissant.json", "dataset_dict.json", "dataset_info.json", "info.json"),
+    *("dataset_infos.json", "meta.json", "metadata.json", "package.json", "state.json"),
+}
 # The words that the datasets library reads as splits, and a few more that people write.
 _SPLITS = {
     word: split
@@ -98,12 +88,12 @@ class Listing:
         if unnamed:
             left.append(f"{self._names(unnamed)} (named after no split)")
         if self.others:
-            left.append(f"{_listed(self.others)} (no rows)")
+            left.append(f"{some_of(self.others, _LISTED)} (no rows)")
         note = f"{self.label}: read as {wanted}: {self._names(splits[wanted])}"
         return splits[wanted], note + (f"; left out: {', '.join(left)}" if left else "")
 
     def _names(self, files: Sequence[Path]) -> str:
-        return _listed([os.path.relpath(file, self.root) for file in files])
+        return some_of([os.path.relpath(file, self.root) for file in files], _LISTED)
 
     def _split_of(self, file: Path) -> str:
         *folders, name = Path(os.path.relpath(file, self.root)).parts
@@ -137,8 +127,9 @@ def list_folder(folder: Path) -> Listing:
                 others.append(os.path.relpath(file, folder))
     if not files:
         raise DataError(
-            f"{folder}: the folder holds no file of rows (it has {_listed(others) or 'nothing'}); "
-            f"expected {', '.join(SUFFIXES)}, also compressed as .gz or .zst"
+            f"{folder}: the folder holds no file of rows (it has "
+            f"{some_of(others, _LISTED) or 'nothing'}); expected {', '.join(SUFFIXES)}, also "
+            "compressed as .gz or .zst"
         )
     return _of_one_kind(Listing(str(folder), folder, tuple(sorted(files)), tuple(others)))
 
@@ -231,8 +222,8 @@ def list_pattern(pattern: str) -> Listing:
     if not files:
         raise DataError(
             f"{pattern}: no file of rows matches this pattern (looked from {Path.cwd()}; it "
-            f"matches {_listed(others) or 'nothing'}); expected {', '.join(SUFFIXES)}, also "
-            "compressed as .gz or .zst"
+            f"matches {some_of(others, _LISTED) or 'nothing'}); expected {', '.join(SUFFIXES)}, "
+            "also compressed as .gz or .zst"
         )
     return _of_one_kind(Listing(pattern, root, tuple(files), tuple(others), is_pattern=True))
 
@@ -269,8 +260,3 @@ def _endings(file: Path) -> list[str]:
 def _words(text: str) -> set[str]:
     words = re.split(r"[-._\s\d]+", text.lower())
     return {_SPLITS[word] for word in words if word in _SPLITS}
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

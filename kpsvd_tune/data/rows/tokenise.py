@@ -329,11 +329,9 @@ def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder)
         raise row.fault
     unused.check(row)
     example = form.example(row)
-    try:
+    with row.told_in_errors():
         parts = [] if example is None else encoder.parts(example)
         return [encoder.lay_out(part) for part in parts]
-    except DataError as error:
-        raise type(error)(f"{row.where}: {error}") from error
 
 
 class Faults:

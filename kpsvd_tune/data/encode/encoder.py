@@ -119,15 +119,13 @@ class Encoder:
         learn: Learn = "all",
         compared_with: Template | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
         self._max_length = max_length
         self._learn = learn
-        self._notes: dict[str, None] = {}
-        self._told: set[str] = set()
-        self._special_ids = _special_tokens(tokenizer)
-        self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
+        self._notes: dict[str, str] = {}  # by what they are about
         # Read once: a tokenizer looks its special tokens up anew at every call.
-        self._all_special_ids = frozenset(self._special_ids.values())
+        special = _special_tokens(tokenizer)
+        self._special_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._special_ids = frozenset(special.values())
         self._bos, self._bos_id = tokenizer.bos_token, tokenizer.bos_token_id
         if tokenizer.eos_token_id is None:
             raise DataError(
@@ -136,18 +134,16 @@ class Encoder:
             )
         self._eos_id = int(tokenizer.eos_token_id)
         self._template = None if template == "chat" else TextTemplate(template)
-        self._chat = (
-            ChatRenderer(tokenizer, tuple(self._special_ids), compared_with)
-            if template == "chat"
-            else None
-        )
+        self._chat = None
+        if template == "chat":
+            self._chat = ChatRenderer(tokenizer, tuple(special), compared_with)
         self._segment_tokenizer = SegmentTokenizer(tokenizer)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about tokenizer and template, as far as rows have shown it."""
         of_chat = self._chat.notes if self._chat else {}
-        return (*self._notes, *of_chat)
+        return (*self._notes.values(), *of_chat)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -165,7 +161,7 @@ class Encoder:
     def last_token_ids(self) -> tuple[int, ...]:
         """Ids that a whole row may end with: in chats any special token, else the end token."""
         # Templates end calls of tools with another token than answers.
-        special = self._special_ids.values() if self._chat is not None else ()
+        special = sorted(self._special_ids) if self._chat is not None else ()
         return tuple(dict.fromkeys((self._eos_id, *special)))
 
     def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
@@ -239,13 +235,13 @@ class Encoder:
             labels += piece if segment.is_trained else [IGNORED] * len(piece)
         bos, eos = self._bos_id, self._eos_id
         if bos is not None and bos != eos and ids[:2] == [bos, bos]:
-            self._notes[
+            self._notes["two starts"] = (
                 f"rows begin with {self._bos!r} twice, which no model has seen in "
                 "pretraining: take it out of the chat template, or out of the rows"
-            ] = None
+            )
         # A text that its tokenizer drops as a whole leaves no id.
         last = ids[-1] if ids else None
-        if not (last in self._all_special_ids if layout.is_chat else last == eos):
+        if not (last in self._special_ids if layout.is_chat else last == eos):
             ids.append(eos)
             labels.append(eos)
         labels[0] = IGNORED
@@ -301,10 +297,7 @@ class Encoder:
     def _take_notes(self, chat: Chat) -> None:
         """Keep what a user should know about a row; of equal notes only the first."""
         for note in chat.notes:
-            about = note.partition(" (first: ")[0]
-            if about not in self._told:
-                self._told.add(about)
-                self._notes[note] = None
+            self._notes.setdefault(note.partition(" (first: ")[0], note)
 
     def _chat_prompt(
         self, messages: tuple[Mapping[str, Any], ...], tools: tuple[Any, ...] | None = None
@@ -341,10 +334,10 @@ class Encoder:
         bos = self._bos
         if not (self._segment_tokenizer.start_ids and bos and first.startswith(bos)):
             return self._segment_tokenizer.start_ids
-        self._notes[
+        self._notes["start of the template"] = (
             f"dataset.template starts with {bos!r}, which the tokenizer adds by itself: it is "
             "written once; remove it from the template"
-        ] = None
+        )
         return []
 
 

@@ -319,7 +319,9 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
         if not all(values.values()):
             continue
         if not all(kinds.values()):  # then a JSON object in a text is the text that was asked for
-            kinds = {role: _unless_object(values[role], kind) for role, kind in kinds.items()}
+            for role, value in values.items():
+                if isinstance(value, str) and value.lstrip().startswith("{"):
+                    kinds[role] = None
         if any(kinds.values()) and (not all(kinds.values()) or len(kinds) == 1):
             role = next(role for role, kind in kinds.items() if kind)
             other = "completion" if role == "prompt" else "prompt"
@@ -332,10 +334,6 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
             )
         return any(kinds.values())
     return False
-
-
-def _unless_object(value: Any, kind: str | None) -> str | None:
-    return None if isinstance(value, str) and value.lstrip().startswith("{") else kind
 
 
 def _detect(

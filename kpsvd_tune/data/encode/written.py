@@ -116,16 +116,17 @@ class WrittenCheck:
         tool, *others = chat.tools
         function = function_of(tool)
         for key in ("description", "parameters"):
-            known = ("tools", key)
-            if is_empty(function.get(key)) or not 0 <= self._tries.get(known, 0) < _TRIES:
+            if is_empty(function.get(key)) or not 0 <= self._tries.get(("tools", key), 0) < _TRIES:
                 continue
             without = _with_function(tool, {k: v for k, v in function.items() if k != key})
-            is_written = self._differs(chat, chat.messages, [without, *others])
-            self._note_key(known, f"the key {key!r} of tools", is_written)
+            self._note_key("tools", key, self._differs(chat, chat.messages, [without, *others]))
 
-    def _note_key(self, known: tuple[str, str], what: str, is_written: bool) -> None:
+    def _note_key(self, owner: str, key: str, is_written: bool) -> None:
         """Note a key that no row has shown to be written; one that is written is tried no more."""
-        note = f"the chat template does not write {what}: the model never sees it"
+        known = (owner, key)
+        note = (
+            f"the chat template does not write the key {key!r} of {owner}: the model never sees it"
+        )
         if is_written:
             self._tries[known] = -1
             self._notes.pop(note, None)
@@ -225,8 +226,8 @@ class WrittenCheck:
     def _try_key(self, place: int, key: str, chat: _Rendered) -> None:
         """Note, or refuse, a key of a message that the template does not write."""
         message = chat.messages[place]
-        known = (str(message["role"]), key)
-        tries = self._tries.get(known, 0)
+        owner = f"{message['role']} messages"
+        tries = self._tries.get((owner, key), 0)
         if tries < 0 or (tries >= _TRIES and key not in (*MEDIA_KEYS, *_TOOL_KEYS)):
             return
         without: list[Message] = list(chat.messages)
@@ -243,7 +244,7 @@ class WrittenCheck:
                 "be learnt without the tools; expected them in a column of the row (tools), or "
                 f"{_OTHER_TEMPLATE}"
             )
-        self._note_key(known, f"the key {key!r} of {known[0]} messages", is_written)
+        self._note_key(owner, key, is_written)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def ends_with_question(value: Any) -> bool:
         return False
     if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
         return False
-    return (value[-1].get("role") or value[-1].get("from")) in ("user", "human")
+    return _speaker(value[-1]) in ("user", "human")
 
 
 def _is_python_list(text: str) -> bool:
@@ -239,10 +239,12 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
         return form, {role: found[role] for role in required}, True
     if form not in ("prompt-completion", "alpaca") or left:
         return form, {role: found.get(role, "COLUMN") for role in required}, False
-    more: dict[str, str] = {}
-    for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES)):
-        if fitting := [path for path in free if plain_name(path.split(".")[-1]) in names]:
-            more[role] = fitting[0]
+    more = {
+        role: path
+        for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES))
+        for path in reversed(free)  # the first of several counts
+        if plain_name(path.split(".")[-1]) in names
+    }
     if "input" in more:
         asking, answer = found.values()
         return "alpaca", {"instruction": asking, "output": answer, **more}, False
@@ -281,8 +283,7 @@ def looks_like_pair(row: Row, name: str) -> bool:
 
 def describe_columns(row: Row) -> str:
     """The names of a row's columns, as an error message lists them."""
-    names = ", ".join(map(str, row.values))
-    return f"the columns {names}" if names else "no columns"
+    return f"the columns {', '.join(map(str, row.values))}" if row.values else "no columns"
 
 
 def nearest(role: str, names: Sequence[str]) -> str | None:
@@ -303,14 +304,9 @@ def _text_paths(row: Row) -> list[str]:
     for name, value in row.values.items():
         if isinstance(value, Mapping):
             paths += [f"{name}.{key}" for key in value]
-        elif not _is_token_ids(value):
-            paths.append(name)
+        elif not (isinstance(value, list) and value and isinstance(value[0], int)):
+            paths.append(name)  # lists of numbers are ids of rows that were tokenised elsewhere
     return paths
-
-
-def _is_token_ids(value: Any) -> bool:
-    """Whether a value is a list of numbers, as rows that were tokenised elsewhere hold them."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
 def _kind(value: Any) -> str:
@@ -324,10 +320,9 @@ _CHOSEN = re.compile(r"(.*[_-])?chosen([_-].*)?", re.IGNORECASE)
 
 def check_preference(row: Row, setting: str) -> None:
     """Refuse a row that holds a preferred and a rejected answer: only one is to be learnt."""
-    rejected = _answer(row, _REJECTED)
+    rejected, chosen = _answer(row, _REJECTED), _answer(row, _CHOSEN)
     if rejected is None:
         return
-    chosen = _answer(row, _CHOSEN)
     names = f"{chosen!r} and {rejected!r}" if chosen else repr(rejected)
     raise DataError(
         f"{'columns' if chosen else 'the column'} {names}: these are rows of "
@@ -338,14 +333,10 @@ def check_preference(row: Row, setting: str) -> None:
 
 def _answer(row: Row, pattern: re.Pattern[str]) -> str | None:
     """The first column of such a name with an answer in it, rather than its score."""
-    return next(
-        (
-            name
-            for name, value in row.values.items()
-            if pattern.fullmatch(name) and value and isinstance(value, str | list | dict)
-        ),
-        None,
-    )
+    for name, value in row.values.items():
+        if pattern.fullmatch(name) and value and isinstance(value, str | list | dict):
+            return name
+    return None
 
 
 def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
@@ -353,15 +344,10 @@ def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
         return f"leave the other out with dataset.ignore_columns: [{rejected}]"
     value: Any = row.values[chosen]
     kind = message_kind(value, may_be_single=True)
-    before = next(
-        (
-            name
-            for name in ("prompt", "messages", "conversations", "question", "instruction", "input")
-            if row.values.get(name)
-        ),
-        None,
-    )
-    starts_with_answer = kind is not None and _first_speaker(value) in ("assistant", "gpt")
+    asking = ("prompt", "messages", "conversations", "question", "instruction", "input")
+    before = next((name for name in asking if row.values.get(name)), None)
+    first = value[0] if isinstance(value, list) else value
+    starts_with_answer = isinstance(first, dict) and _speaker(first) in ("assistant", "gpt")
     if kind is not None and not starts_with_answer:
         role = "messages" if kind == "chat" else "conversations"
         columns = f"{role}: {chosen}"
@@ -377,6 +363,5 @@ def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
     return f"to learn the preferred one, write {setting}={{{columns}}}"
 
 
-def _first_speaker(value: Any) -> Any:
-    first = value[0] if isinstance(value, list) else value
-    return (first.get("role") or first.get("from")) if isinstance(first, dict) else None
+def _speaker(message: Mapping[str, Any]) -> Any:
+    return message.get("role") or message.get("from")

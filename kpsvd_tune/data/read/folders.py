@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kpsvd_tune.data.read.files import SUFFIXES, kind_of
+from kpsvd_tune.data.read.files import SUFFIXES, kind_of, suffix_of
 from kpsvd_tune.errors import DataError, some_of
 from kpsvd_tune.storage.paths import exists, expand
 
@@ -97,7 +97,7 @@ class Listing:
 
     def _split_of(self, file: Path) -> str:
         *folders, name = Path(os.path.relpath(file, self.root)).parts
-        stem = name.removesuffix("".join(_endings(file)))
+        stem = name.removesuffix(suffix_of(file))
         by_name, by_folder = _words(stem), {s for part in folders for s in _words(part)}
         if not by_name and (shard := _SHARD.fullmatch(stem)):
             by_name = {shard["name"]}
@@ -159,13 +159,13 @@ def _of_card(folder: Path, cards: Sequence[Mapping[str, Any]], name: str | None)
     known = ", ".join(by_name)
     if name is None:
         defaults = [key for key, card in by_name.items() if card.get("default")]
-        name = next(iter(defaults), "default" if "default" in by_name else None)
-        if name is None and len(by_name) > 1:
+        likely = [*defaults, *({"default"} & set(by_name)), *(by_name if len(by_name) == 1 else ())]
+        if not likely:
             raise DataError(
                 f"{folder}: its README.md has the configurations {known}; expected dataset.name to "
                 "be one of these"
             )
-        name = name or next(iter(by_name))
+        name = likely[0]
     if name not in by_name:
         raise DataError(
             f"dataset.name is {name!r} and the README.md of {folder} has the configurations "
@@ -248,13 +248,6 @@ def _of_one_kind(listing: Listing) -> Listing:
 def _is_data(file: Path) -> bool:
     is_hidden = file.name.startswith((".", "__"))
     return kind_of(file) in SUFFIXES and not is_hidden and file.name.lower() not in _METADATA
-
-
-def _endings(file: Path) -> list[str]:
-    endings = file.suffixes[-1:]
-    if endings and endings[0].lower() in (".gz", ".zst"):
-        endings = file.suffixes[-2:]
-    return endings
 
 
 def _words(text: str) -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from kpsvd_tune.data.read.files import (
     SUFFIXES,
@@ -486,18 +486,14 @@ def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) ->
 
 
 def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
-    columns = dataset.columns if source.columns is None else source.columns
+    taken: dict[str, Any] = {
+        key: getattr(dataset if getattr(source, key) is None else source, key)
+        for key in ("name", "split", "format", "columns", "ignore_columns", "template")
+    }
     return SourceSettings(
         path=source.path,
-        name=dataset.name if source.name is None else source.name,
-        split=source.split or dataset.split,
-        format=source.format or dataset.format,
-        columns=cast(Mapping[str, str], columns),
-        ignore_columns=(
-            dataset.ignore_columns if source.ignore_columns is None else source.ignore_columns
-        ),
-        template=source.template or dataset.template,
         weight=source.weight,
         names_template=source.template is not None or "template" in dataset.model_fields_set,
         drops_faulty=dataset.on_bad_row == "drop",
+        **taken,
     )

@@ -28,24 +28,6 @@ import difflib
 import signal
 from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "UNSAVED_EXIT_CODE",
-    "AdapterError",
-    "CheckpointError",
-    "DataError",
-    "FolderInUseError",
-    "InputError",
-    "KpsvdTuneError",
-    "MergeError",
-    "ModelError",
-    "NonFiniteError",
-    "RecipeError",
-    "ResourceError",
-    "RunError",
-    "StoppedBySignal",
-    "WorseThanBaseError",
-]
-
 # Of a process that a second signal ended while it was finishing and saving.
 UNSAVED_EXIT_CODE = 5
 
@@ -59,10 +41,7 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
 def closest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The candidate that is spelt most like a word, whatever the case; None where none is near.
 
-    Args:
-        word: What was got.
-        candidates: What was expected.
-        cutoff: How alike they must be: 0 is nothing in common, 1 the same.
+    ``cutoff`` says how alike they must be: 0 is nothing in common, 1 the same.
     """
     lowered = {each.lower(): each for each in reversed(list(candidates))}
     found = difflib.get_close_matches(word.lower(), lowered, 1, cutoff)
@@ -76,15 +55,10 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
 
 
 class KpsvdTuneError(Exception):
-    """Base of every error raised on purpose.
+    """Base of every error raised on purpose."""
 
-    Attributes:
-        exit_code: What the command line returns.
-        is_everywhere: Whether every process of the run raises it, so that one message is enough.
-    """
-
-    exit_code: int = 1
-    is_everywhere: bool = False
+    exit_code: int = 1  # what the command line returns
+    is_everywhere: bool = False  # whether every process of a run raises it: one message is enough
 
 
 class InputError(KpsvdTuneError):
@@ -158,10 +132,8 @@ class StoppedBySignal(KpsvdTuneError):
     ) -> None:
         """Take the number of the signal; the exit code is 128 + signum, as shells have it.
 
-        Args:
-            signum: The number.
-            kept: The end of the message: where it came and what that leaves.
-            goes_on: Whether the same command goes on from there.
+        ``kept`` is the end of the message: where the signal came and what that leaves. ``goes_on``
+        says whether the same command goes on from there.
         """
         # No more than these go into `args`, so that the error survives pickling between processes.
         super().__init__(int(signum), kept, goes_on)

@@ -15,10 +15,9 @@ def duration(seconds: float) -> str:
 
 
 def time_left(seconds: float | None) -> str:
-    """How long something still takes, as every progress line says it; "" where nobody knows.
+    """How long something still takes, as every progress line says it.
 
-    Args:
-        seconds: The estimate; below half a second nothing is worth saying.
+    Nothing where nobody knows (None), or where it is less than half a second.
     """
     if seconds is None or not math.isfinite(seconds) or seconds < 0.5:
         return ""

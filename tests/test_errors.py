@@ -27,7 +27,12 @@ EXIT_CODES = {
 
 
 def test_the_table_above_is_the_whole_tree():
-    assert set(errors.__all__) == {*EXIT_CODES, "StoppedBySignal", "UNSAVED_EXIT_CODE"}
+    found = {
+        name
+        for name, each in vars(errors).items()
+        if isinstance(each, type) and issubclass(each, errors.KpsvdTuneError)
+    }
+    assert found == {*EXIT_CODES, "StoppedBySignal"}
 
 
 @pytest.mark.parametrize(("name", "exit_code"), EXIT_CODES.items())
@@ -49,7 +54,8 @@ def test_what_failed_while_running_is_a_run_error(name: str):
 
 
 def test_the_tree_in_the_docstring_names_every_error():
-    assert all(name in (errors.__doc__ or "") for name in errors.__all__)
+    names = [*EXIT_CODES, "StoppedBySignal", "UNSAVED_EXIT_CODE"]
+    assert all(name in (errors.__doc__ or "") for name in names)
 
 
 @pytest.mark.parametrize(

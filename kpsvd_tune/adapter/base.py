@@ -22,6 +22,7 @@ from kpsvd_tune.adapter.sketch import (
     Rest,
     distance,
     is_of_few_bits,
+    sketch,
     sketch_module,
     sketch_rest,
     unpacked,
@@ -46,8 +47,10 @@ _MODELS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictiona
 _OTHERS: ContextVar[list[str] | None] = ContextVar("other bases that are accepted", default=None)
 RECORD = (2, SIZE)
 # The first number of a record's row is the kind of its sketch. Above that byte the first row says
-# whether the factors were found to be the weight's own terms, the second has the configuration.
+# whether the factors were found to be the weight's own terms (form both) or has their mark (other
+# forms), the second has the configuration.
 _BITS = 8
+_MARK_SLACK = 3
 # A model has a few hundred tensors; beyond this no number of each is kept.
 _MOST_NUMBERS = 4096
 
@@ -135,12 +138,15 @@ def record_base(
         if own is None:
             continue
         of_own = own.packed()
-        of_own[0] |= (_wrong_term(layer, adapter_name, is_of_few_bits(own)) == "") << _BITS
+        if layer.kpsvd_form[adapter_name].name == "both":
+            told = int(_wrong_term(layer, adapter_name, is_of_few_bits(own)) == "")
+        else:
+            told = _mark(layer.frozen(adapter_name))
+        of_own[0] |= told << _BITS
         record = torch.stack([of_own, of_rest])
         held = layer.kpsvd_base[adapter_name]
         layer.kpsvd_base[adapter_name] = record.to(held.device)
-        factors = layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name]
-        note_seen(layer, adapter_name, record, factors)
+        note_seen(layer, adapter_name, record, layer.frozen(adapter_name))
 
 
 def check_loaded(layer: Any) -> None:
@@ -148,21 +154,21 @@ def check_loaded(layer: Any) -> None:
 
     Adapters whose factors are not here yet stay unchecked.
     """
-    for name in list(layer.kpsvd_left0):
-        left0: Tensor = layer.kpsvd_left0[name]
+    for name in list(layer.kpsvd_form):
+        factors: tuple[Tensor, ...] = layer.frozen(name)
         record: Tensor | None = dict(layer.kpsvd_base.items()).get(name)
-        if left0.device.type == "meta":
+        if any(each.is_meta for each in (*factors, *([] if record is None else [record]))):
             continue
         if record is not None and record.any():
             seen = layer.kpsvd_seen.get(name, ())
-            key = _key(record, (left0, layer.kpsvd_right0[name]))
+            key = _key(record, factors)
             if seen == key or layer.merged:
                 continue
             if seen[: record.numel()] == key[: record.numel()]:
                 # The base is known; other factors came with the same record.
-                if int(record[0, 0]) >> _BITS:
+                if told := int(record[0, 0]) >> _BITS:
                     few = is_of_few_bits(unpacked(record[0])) or layer.quantization_backend
-                    check_terms(layer, name, bool(few))
+                    check_terms(layer, name, bool(few), told)
                 layer.kpsvd_seen[name] = key
                 continue
             check_record(layer, name, record, unchecked=layer.kpsvd_unchecked.pop(name, None))
@@ -174,7 +180,7 @@ def check_loaded(layer: Any) -> None:
                 configs = getattr(model, "peft_config", {})
                 check_rest(model, layers, name, record, configs.get(name))
             layer.kpsvd_seen[name] = key
-        elif left0.any() and name in layer.kpsvd_unchecked:
+        elif factors[0].any() and name in layer.kpsvd_unchecked:
             check_base(layer, name, layer.kpsvd_unchecked.pop(name))
 
 
@@ -184,7 +190,7 @@ def check_record(
     adapter_name: str,
     record: Tensor,  # (2, SIZE) int32, as it was stored
     given: str = "",  # name of the model at hand
-    factors: tuple[Tensor, Tensor] | None = None,  # A0 and B0, where the layer has not got them yet
+    factors: tuple[Tensor, ...] | None = None,  # frozen ones, where the layer has not got them yet
     unchecked: Place | None = None,  # where it was not compared before
 ) -> None:
     """Refuse a weight that the adapter was not made for, and factors that are not of that weight.
@@ -201,9 +207,10 @@ def check_record(
     if not far <= tolerance:
         refuse(_other(place.name, far, tolerance, place.made_for, given))
         return
-    is_newer = int(record[1, 0]) >> _BITS
-    if int(record[0, 0]) >> _BITS or (not is_newer and unchecked and unchecked.fingerprint):
-        check_terms(layer, adapter_name, is_of_few_bits(stored) or is_of_few_bits(found), factors)
+    is_newer, told = int(record[1, 0]) >> _BITS, int(record[0, 0]) >> _BITS
+    if told or (not is_newer and unchecked and unchecked.fingerprint):
+        is_quantised = is_of_few_bits(stored) or is_of_few_bits(found)
+        check_terms(layer, adapter_name, is_quantised, told, factors)
 
 
 @torch.no_grad()
@@ -318,12 +325,12 @@ def _is_rest_seen(layers: Mapping[str, Any], name: str, record: Tensor) -> bool:
     )
 
 
-def note_seen(layer: Any, name: str, record: Tensor, factors: tuple[Tensor, Tensor]) -> None:
+def note_seen(layer: Any, name: str, record: Tensor, factors: tuple[Tensor, ...]) -> None:
     """Remember that a record and frozen factors were compared with the base."""
     layer.kpsvd_seen[name] = _key(record, factors)
 
 
-def _key(record: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[float, ...]:
+def _key(record: Tensor, factors: tuple[Tensor, ...]) -> tuple[float, ...]:
     sums = torch.cat([factor.flatten(1).sum(1) for factor in factors])
     return (*record.flatten().tolist(), *sums.tolist())
 
@@ -333,7 +340,7 @@ def check_base(
     layer: Any,
     adapter_name: str,
     expected: Place,
-    factors: tuple[Tensor, Tensor] | None = None,  # A0 and B0, where the layer has not got them yet
+    factors: tuple[Tensor, ...] | None = None,  # frozen ones, where the layer has not got them yet
     given: str = "",  # name of the model at hand
 ) -> None:
     """Refuse a weight whose <W, A0_1 kron B0_1> is not what it was when the adapter was made.
@@ -364,20 +371,30 @@ def check_base(
             f"{tolerance:g} of it). The adapter names {expected.made_for!r} as its base{model}."
         )
     else:
-        check_terms(layer, adapter_name, layer.quantization_backend is not None, factors)
+        check_terms(layer, adapter_name, layer.quantization_backend is not None, 1, factors)
 
 
 def check_terms(
     layer: Any,
     adapter_name: str,
     is_quantised: bool,  # the weight is of few bits, here or when the adapter was made
-    factors: tuple[Tensor, Tensor] | None = None,  # A0 and B0, where the layer has not got them yet
+    told: int,  # what the record says of them
+    factors: tuple[Tensor, ...] | None = None,  # frozen ones, where the layer has not got them yet
 ) -> None:
-    """Refuse frozen factors that are not the terms of the weight beneath, in their order.
+    """Refuse frozen factors that are not those that the adapter was made with, in their order.
 
-    Factors of layers or of terms may have been exchanged; the layer must be on its own base.
+    Factors of layers or of terms may have been exchanged; the layer must be on its own base. The
+    form both has the weight's own terms, which the weight knows; others have a mark.
     """
-    wrong = _wrong_term(layer, adapter_name, is_quantised, factors)
+    if layer.kpsvd_form[adapter_name].name == "both":
+        wrong = _wrong_term(layer, adapter_name, is_quantised, factors)
+    else:
+        found = _mark(factors or layer.frozen(adapter_name))
+        is_same = all(
+            abs((found >> place & 2047) - (told >> place & 2047)) <= _MARK_SLACK
+            for place in (0, 11)
+        )
+        wrong = "" if is_same else f"its frozen factors project to {found}, expected {told}"
     if wrong:
         raise AdapterError(
             f"{layer.kpsvd_place[adapter_name].name}: {wrong}; the frozen factors were exchanged "
@@ -386,11 +403,21 @@ def check_terms(
         )
 
 
+def _mark(factors: tuple[Tensor, ...]) -> int:
+    """Two random projections of frozen factors, relative to their norm, as a number of 23 bits.
+
+    Equal up to the slack for factors rounded to 16 bits; others have it once in ten thousand.
+    """
+    found = sketch(torch.cat([factor.detach().flatten() for factor in factors]))
+    marks = (found.values[0, :2] / (found.norm or 1.0) * 256).round().clamp(-1024, 1023) + 1024
+    return int(marks[0]) | int(marks[1]) << 11 | 1 << 22
+
+
 def _wrong_term(
     layer: Any,
     adapter_name: str,
     is_quantised: bool,
-    factors: tuple[Tensor, Tensor] | None = None,
+    factors: tuple[Tensor, ...] | None = None,
 ) -> str:
     """What the first term that is not the weight's own projects to; "" where there is none.
 
@@ -415,7 +442,7 @@ def _wrong_term(
 
 
 def _projections(
-    layer: Any, adapter_name: str, factors: tuple[Tensor, Tensor] | None
+    layer: Any, adapter_name: str, factors: tuple[Tensor, ...] | None
 ) -> tuple[Tensor, Tensor] | None:
     """<W, A0_k kron B0_k> and ||A0_k||^2 ||B0_k||^2 of all terms; None: no weight is here."""
     held: Tensor = layer.weight
@@ -424,7 +451,7 @@ def _projections(
     weight: Tensor = layer.get_base_weight().float()
     if isinstance(layer.get_base_layer(), Conv1D):
         weight = weight.T
-    left0, right0 = factors or (layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name])
+    left0, right0 = factors or layer.frozen(adapter_name)
     rearranged = rearrange(weight, layer.kpsvd_form[adapter_name].shape)
     a, b = (factor.flatten(1).to(rearranged) for factor in (left0, right0))
     return ((a @ rearranged) * b).sum(1), a.square().sum(1) * b.square().sum(1)

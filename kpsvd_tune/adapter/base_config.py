@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from torch import nn
@@ -14,12 +15,14 @@ from torch import nn
 # in the weights. Each part of a nested key is compared.
 _BOOKKEEPING = re.compile(
     r"_.*|name_or_path|.*version|(torch_)?dtype|quantization_config|architectures|auto_map"
-    r"|use_cache|return_dict|output_\w+|torchscript|gradient_checkpointing|attn_implementation"
+    r"|use_cache|return_dict|torchscript|output_(\w*attentions|hidden_states|router_logits|past)|gradient_checkpointing|attn_implementation"
     r"|experts_implementation|chunk_size_feed_forward|pretraining_tp|vocab_size|tokenizer_class"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params"
-    r"|\w*token_ids?|\w*token_index|\w*dropout\w*|\w*_pdrop|\w*drop_path\w*|layerdrop"
+    r"|\w*token_ids?|\w*token_index|(?!token_dropout$)\w*dropout\w*|\w*_pdrop|\w*drop_path\w*|layerdrop"
     r"|initializer_\w+|\w*loss_coef\w*"
 )
+# What counts positions from the padding token, as in RoBERTa.
+_POSITIONS = "create_position_ids_from_input_ids"
 
 
 def values_of(model: nn.Module) -> dict[str, Any]:
@@ -31,8 +34,12 @@ def values_of(model: nn.Module) -> dict[str, Any]:
     config: Any = next((each for each in configs if hasattr(each, "to_dict")), None)
     if config is None:
         return {}
-    values: dict[str, Any] = json.loads(json.dumps(dict(_leaves(config.to_dict())), default=str))
-    if all(value in (None, "default") for key, value in values.items() if "rope_type" in key):
+    exempt = {"pad_token_id"} if any(map(_counts_from_padding, model.modules())) else set()
+    leaves = dict(_leaves(config.to_dict(), exempt))
+    values: dict[str, Any] = json.loads(json.dumps(leaves, default=str))
+    types = [value for key, value in values.items() if "rope_type" in key]
+    is_rotary = any("rope" in key or "rotary" in key for key in values)
+    if is_rotary and all(value in (None, "default") for value in types):
         # Unscaled rotary embeddings do not depend on the longest text, and position tables are
         # weights, which are compared as such.
         values = {k: v for k, v in values.items() if not k.endswith("max_position_embeddings")}
@@ -58,12 +65,22 @@ def differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> list[str
     ]
 
 
-def _leaves(values: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _counts_from_padding(module: nn.Module) -> bool:
+    kind = type(module)
+    code = vars(sys.modules.get(kind.__module__, sys))
+    is_position = "Position" in kind.__name__ and getattr(module, "padding_idx", None) is not None
+    return is_position or hasattr(module, _POSITIONS) or _POSITIONS in code
+
+
+def _leaves(
+    values: Mapping[Any, Any], exempt: Set[str] = frozenset(), path: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings but bookkeeping; ``exempt`` keys are none here."""
     for key, value in values.items():
-        if _BOOKKEEPING.fullmatch(str(key)):
+        if _BOOKKEEPING.fullmatch(str(key)) and key not in exempt:
             continue
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{key}.")
+            yield from _leaves(value, exempt, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
 

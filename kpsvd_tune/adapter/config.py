@@ -13,7 +13,7 @@ from peft.utils.peft_types import PeftType
 
 from kpsvd_tune.adapter.registration import NAME
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import RankRule
+from kpsvd_tune.linalg import FORMS, RankRule
 
 PATHS = ("auto", "activations", "weight")
 Names = set[str] | list[str] | str | None
@@ -37,7 +37,11 @@ class KpsvdConfig(PeftConfig):
         target_modules: ``all-linear``, a list of module names or suffixes, or a regular
             expression, with PEFT's meaning. Linear and Conv1D layers only.
         exclude_modules: Names or a regular expression of modules to leave alone.
+        form: What of the terms is trained: both, left, right or core; see
+            :mod:`kpsvd_tune.adapter.forms`.
         factor_shape: balanced, thin, pissa, or ``{"n": n, "p": p}``.
+        factor_size: Rows and columns of the trained factor in place of a shape, for the forms
+            left and right: a number, or two. The nearest divisors are taken.
         rank: A Kronecker rank for every layer, or a mapping with some of the fields of
             :class:`kpsvd_tune.linalg.RankRule`.
         rank_pattern: Patterns of module names to a rank or a mapping, for single layers.
@@ -49,8 +53,11 @@ class KpsvdConfig(PeftConfig):
             that the fresh adapter changes the outputs; for tests.
         path: How the update is applied: auto, activations or weight.
         seed: Seeds the truncated decomposition.
+        frozen_seed: Draws frozen factors of random directions in place of the weight's own terms,
+            for all forms but both. No file holds them: this seed gives them again.
         layers: Per adapted module its ``shape`` (m, n, p, q), ``rank`` and ``fingerprint``
-            <W, A0_1 kron B0_1>. Filled when the adapter is made; with it nothing is decomposed.
+            <W, A0_1 kron B0_1>, and with a ``frozen_seed`` its ``norm`` ||W||_F. Filled when the
+            adapter is made; with it nothing is decomposed.
         base_files: sha256 of the base model's weight files, where they are known.
         base_config: What of the base's configuration decides its outputs. Filled when the adapter
             is made; None in adapters of older versions.
@@ -63,7 +70,9 @@ class KpsvdConfig(PeftConfig):
 
     target_modules: Names = field(default=None)
     exclude_modules: Names = field(default=None)
+    form: str = field(default="both")
     factor_shape: str | dict[str, int] = field(default="balanced")
+    factor_size: int | list[int] | None = field(default=None)
     rank: int | dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, Any] = field(default_factory=dict)
     dropout: float = field(default=0.0)
@@ -72,6 +81,7 @@ class KpsvdConfig(PeftConfig):
     init_weights: bool = field(default=True)
     path: str = field(default="auto")
     seed: int = field(default=0)
+    frozen_seed: int | None = field(default=None)
     layers: dict[str, dict[str, Any]] | None = field(default=None)
     base_files: dict[str, str] | None = field(default=None)
     base_config: dict[str, Any] | None = field(default=None)
@@ -88,6 +98,18 @@ class KpsvdConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.form not in FORMS:
+            raise AdapterError(f"form {self.form!r}: expected one of {', '.join(FORMS)}")
+        if self.factor_size is not None and self.form not in ("left", "right"):
+            raise AdapterError(
+                f"factor_size is the size of the one factor that the forms left and right train, "
+                f"and form is {self.form}: set factor_shape instead"
+            )
+        if self.frozen_seed is not None and self.form == "both":
+            raise AdapterError(
+                "frozen_seed draws the frozen factors of the forms left, right and core; the form "
+                "both trains from the weight's own terms"
+            )
         if self.path not in PATHS:
             raise AdapterError(f"path {self.path!r}: expected one of {', '.join(PATHS)}")
         self.rank_rule()

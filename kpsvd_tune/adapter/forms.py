@@ -1,22 +1,31 @@
 """Forms of an adapter: the terms of its update, what of them is trained, and what that costs.
 
 A form says which terms make the update, what of them is trained and how a call is computed; the
-layer, the differentiable operation and the update kept for inference ask it. All forms so far have
-the four tensors a, b, A0 and B0 of a layer; one with others needs a place for them in the layer.
+layer, the differentiable operation and the update kept for inference ask it. ``both`` trains both
+factors of every term. The others train one small part and freeze the rest to directions of unit
+norm times a scale s, chosen so that a full Adam step at the learning rate eta, which moves every
+trained value by eta, moves W by eta ||W||_F, whatever the layer, the shape and the rank:
+||Delta||_F = s ||trained values||_2 for orthonormal directions, so s = ||W||_F / sqrt(their count).
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kpsvd_tune.adapter.ways import Batched, Dense, Flat
-from kpsvd_tune.linalg import KroneckerShape
+from kpsvd_tune.adapter.ways import BOTH, Batched, Dense, Flat, Sides
+from kpsvd_tune.linalg import KroneckerShape, drawn_factor, num_trained
 
 Way = type[Flat] | type[Batched] | type[Dense]
-Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+LEFT, RIGHT, CORE = "kpsvd_left", "kpsvd_right", "kpsvd_core"
+LEFT0, RIGHT0 = "kpsvd_left0", "kpsvd_right0"
+TRAINED, FROZEN = (LEFT, RIGHT, CORE), (LEFT0, RIGHT0)
 
 
 @dataclass(frozen=True)
@@ -28,32 +37,81 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Offsets:
-    """Trained offsets a, b from frozen factors A0, B0; Delta is exactly zero while a = b = 0.
-
-    Delta = sum_k (A0_k + a_k) kron (B0_k + b_k) - A0_k kron B0_k
-          = sum_k (A0_k + a_k) kron b_k + a_k kron B0_k.
-    """
+class Form(ABC):
+    """What a form has to say; its tensors always come in the order trained, frozen."""
 
     shape: KroneckerShape
     rank: int  # r, the number of pairs of factors
 
-    @staticmethod
-    def terms(factors: Factors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Return the 2r terms of Delta, (2r, m, n) and (2r, p, q), in ``dtype``.
+    name: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]  # the layer's containers of what is trained
+    frozen: ClassVar[tuple[str, ...]]  # and of what is not
+    sides: ClassVar[Sides]  # the factors whose gradients are needed
 
-        The sums are taken in the factors' own dtype, which is the default too. The first r left
-        factors are the trained A0 + a, so that a projection on all of them serves the gradients.
+    def size(self, part: str) -> tuple[int, ...]:
+        """The size of one of the form's tensors."""
+        shape, r = self.shape, self.rank
+        if part == CORE:
+            return (r, r)
+        return (r, shape.m, shape.n) if part in (LEFT, LEFT0) else (r, shape.p, shape.q)
+
+    @property
+    def num_trained(self) -> int:
+        """Trained values."""
+        return num_trained(self.name, self.shape, self.rank)
+
+    @property
+    def num_terms(self) -> int:
+        """Terms of Delta."""
+        return self.rank
+
+    @abstractmethod
+    def terms(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the s terms of Delta, (s, m, n) and (s, p, q), in ``dtype``.
+
+        The sums are taken in the tensors' own dtype, which is the default too.
         """
-        a, b, left0, right0 = factors
-        left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])
-        return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
 
-    @staticmethod
-    def trained(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A0 + a (r, m, n) and B0 + b (r, p, q), whose gradients are those of a and b."""
-        a, b, left0, right0 = factors
-        return (left0 + a).to(dtype), (right0 + b).to(dtype)
+    @abstractmethod
+    def gradients(
+        self,
+        way: Way,
+        x: Tensor,
+        gy: Tensor,
+        tensors: Sequence[Tensor],
+        dtype: torch.dtype,
+        projected: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of what is trained, from x and gy as :meth:`Flat.gradients` has them."""
+
+    def freeze(self, left: Tensor, right: Tensor, norm: float) -> tuple[Tensor, ...]:
+        """Return the frozen tensors of terms left (r, m, n), right (r, p, q), of any norms.
+
+        ``norm`` is ||W||_F.
+        """
+        given = {LEFT0: left, RIGHT0: right}
+        found = [_unit(given[part].float()) for part in self.frozen]
+        # The last carries the scale of all.
+        found[-1] *= norm / math.sqrt(self.num_trained)
+        return tuple(found)
+
+    def start(self, frozen: Sequence[Tensor] | None, is_at_base: bool) -> tuple[Tensor, ...]:
+        """Return what is trained as it starts: zeros, or standard normal numbers.
+
+        The update is then zero, or about as large as the weight.
+        """
+        make = torch.zeros if is_at_base else torch.randn
+        return tuple(make(self.size(part)) for part in self.trained)
+
+    def draw(self, seed: int, name: str, norm: float) -> tuple[Tensor, ...]:
+        """Return frozen tensors of random directions, drawn for the layer of that name.
+
+        The same numbers on every machine, so that an adapter need only store the seed.
+        """
+        pair = [drawn_factor(seed, f"{name} {part}", self.size(part)) for part in FROZEN]
+        return self.freeze(pair[0], pair[1], norm)
 
     def plan(
         self, tokens: int, path: str = "auto", is_training: bool = True, can_add: bool = True
@@ -64,7 +122,7 @@ class Offsets:
         W + Delta may stand for W: not in 16 bits, which would round Delta away, nor where the base
         layer computes for itself. Delta then costs a product of its own.
         """
-        shape, rank, terms = self.shape, self.rank, 2 * self.rank
+        shape, rank, terms = self.shape, self.rank, self.num_terms
         flat = Flat.update_cost(tokens, terms, shape)
         batched = Batched.update_cost(tokens, terms, shape)
         update = Flat if flat <= batched else Batched
@@ -72,13 +130,13 @@ class Offsets:
         lowest = float("inf")
         # A loop because torch.compile traces no min() with a key over sizes that vary.
         for way in (Flat, Batched, Dense):
-            cost = way.gradient_cost(tokens, rank, shape)
+            cost = way.gradient_cost(tokens, rank, shape, len(self.sides))
             if cost < lowest:
                 gradient, lowest = way, cost
         if path == "auto":
             directions = 2 if is_training else 1
             activations = directions * (flat if update is Flat else batched)
-            if is_training and update is Flat and gradient is Flat:
+            if is_training and update is Flat and gradient is Flat and "right" in self.sides:
                 # The projection of gy is shared between the gradients of x and of the factors.
                 activations -= tokens * rank * shape.n * shape.p * shape.out_features
             weight = directions * Dense.update_cost(tokens, terms, shape)
@@ -86,3 +144,152 @@ class Offsets:
                 weight += tokens * shape.out_features * shape.in_features
             path = "weight" if weight < activations else "activations"
         return Plan(Dense if path == "weight" else update, gradient)
+
+
+class Both(Form):
+    """Trained offsets a, b from frozen factors A0, B0; Delta is exactly zero while a = b = 0.
+
+    Delta = sum_k (A0_k + a_k) kron (B0_k + b_k) - A0_k kron B0_k
+          = sum_k (A0_k + a_k) kron b_k + a_k kron B0_k.
+    """
+
+    name = "both"
+    trained, frozen, sides = (LEFT, RIGHT), (LEFT0, RIGHT0), BOTH
+
+    @property
+    def num_terms(self) -> int:
+        """Twice the rank."""
+        return 2 * self.rank
+
+    def freeze(self, left: Tensor, right: Tensor, norm: float) -> tuple[Tensor, ...]:
+        """The terms themselves: the offsets continue them."""
+        return left, right
+
+    def start(self, frozen: Sequence[Tensor] | None, is_at_base: bool) -> tuple[Tensor, ...]:
+        """As :meth:`Form.start`; random offsets are as large as the factors."""
+        if is_at_base or frozen is None:
+            return super().start(frozen, is_at_base=True)
+        return tuple(torch.randn_like(f) * f.float().square().mean().sqrt() for f in frozen)
+
+    def terms(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Form.terms`.
+
+        The first r left factors are the trained A0 + a, so that a projection on all of them
+        serves the gradients.
+        """
+        a, b, left0, right0 = tensors
+        left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])
+        return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
+
+    def gradients(
+        self,
+        way: Way,
+        x: Tensor,
+        gy: Tensor,
+        tensors: Sequence[Tensor],
+        dtype: torch.dtype,
+        projected: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Those of A0 + a and B0 + b, which are those of a and b."""
+        a, b, left0, right0 = tensors
+        left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
+        return way.gradients(x, gy, left, right, projected)
+
+
+class Left(Form):
+    """Trained left factors a of frozen right ones: Delta = sum_k a_k kron s V_k."""
+
+    name = "left"
+    trained, frozen, sides = (LEFT,), (RIGHT0,), ("left",)
+
+    def terms(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Form.terms`."""
+        return _in(dtype, *tensors)
+
+    def gradients(
+        self,
+        way: Way,
+        x: Tensor,
+        gy: Tensor,
+        tensors: Sequence[Tensor],
+        dtype: torch.dtype,
+        projected: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Form.gradients`."""
+        return way.gradients(x, gy, *_in(dtype, *tensors), projected, self.sides)[:1]
+
+
+class Right(Form):
+    """Trained right factors b of frozen left ones: Delta = sum_k s U_k kron b_k."""
+
+    name = "right"
+    trained, frozen, sides = (RIGHT,), (LEFT0,), ("right",)
+
+    def terms(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Form.terms`."""
+        return _in(dtype, tensors[1], tensors[0])
+
+    def gradients(
+        self,
+        way: Way,
+        x: Tensor,
+        gy: Tensor,
+        tensors: Sequence[Tensor],
+        dtype: torch.dtype,
+        projected: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Form.gradients`."""
+        left, right = _in(dtype, tensors[1], tensors[0])
+        return way.gradients(x, gy, left, right, projected, self.sides)[1:]
+
+
+class Core(Form):
+    """A trained core c between frozen factors: Delta = sum_kl c_kl U_k kron s V_l.
+
+    With n = p = 1 it is LoRA-XS (arXiv 2405.17604) at the scale above.
+    """
+
+    name = "core"
+    trained, frozen, sides = (CORE,), (LEFT0, RIGHT0), ("right",)
+
+    def terms(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`Form.terms`: U_k and sum_l c_kl s V_l."""
+        core, left0, right0 = tensors
+        return _in(dtype, left0, (core @ right0.flatten(1)).view_as(right0))
+
+    def gradients(
+        self,
+        way: Way,
+        x: Tensor,
+        gy: Tensor,
+        tensors: Sequence[Tensor],
+        dtype: torch.dtype,
+        projected: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Form.gradients`: those of the right factors, projected on V."""
+        left, right = self.terms(tensors, dtype)
+        gb = way.gradients(x, gy, left, right, projected, self.sides)[1]
+        return (gb.flatten(1) @ tensors[2].to(gb.dtype).flatten(1).T,)
+
+
+FORMS: dict[str, type[Form]] = {form.name: form for form in (Both, Left, Right, Core)}
+
+
+def _in(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = tensors
+    return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
+
+
+def _unit(factors: Tensor) -> Tensor:
+    """Scale each of (r, .., ..) to norm 1; zeros stay zeros."""
+    norms = torch.linalg.vector_norm(factors, dim=(1, 2), keepdim=True)
+    unit: Tensor = factors / norms.where(norms > 0, torch.ones_like(norms))
+    return unit

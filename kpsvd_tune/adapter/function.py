@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from kpsvd_tune.adapter import kernel
-from kpsvd_tune.adapter.forms import Offsets, Plan
+from kpsvd_tune.adapter.forms import Form, Plan
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 
 CPU_MULTIPLIES_BF16 = (
@@ -28,7 +28,7 @@ CPU_MULTIPLIES_BF16 = (
 class KpsvdFunction(torch.autograd.Function):
     """y = x (W + Delta)^T + bias, or y = result + x Delta^T when the base layer ran elsewhere.
 
-    Gradients of x, of ``result`` and of the offsets a, b; W, bias, A0, B0 are frozen.
+    Gradients of x, of ``result`` and of what the form trains; all else is frozen.
     """
 
     @staticmethod
@@ -39,28 +39,25 @@ class KpsvdFunction(torch.autograd.Function):
         result: Tensor | None,
         weight: Tensor | None,  # W (out, in), or None when result is given
         bias: Tensor | None,  # (out,)
-        a: Tensor,  # (r, m, n), offset of the left factors
-        b: Tensor,  # (r, p, q), offset of the right factors
-        left0: Tensor,  # A0, as a
-        right0: Tensor,  # B0, as b
-        form: Offsets,
+        form: Form,
         plan: Plan,
         dtype: torch.dtype,  # in which the update is computed
         base_dtype: torch.dtype,  # in which the base layer computes
+        *tensors: Tensor,  # the form's, trained ones first
     ) -> Tensor:
         """Compute y, (.., out)."""
-        ctx.save_for_backward(x, weight, a, b, left0, right0)
+        ctx.save_for_backward(x, weight, *tensors)
         ctx.form, ctx.plan, ctx.dtype, ctx.base_dtype = form, plan, dtype, base_dtype
         ctx.is_autocast = ambient_autocast(x) is not None
         with outside_autocast(x, ctx.is_autocast):
-            terms = form.terms((a, b, left0, right0), torch.promote_types(dtype, torch.float32))
+            terms = form.terms(tensors, torch.promote_types(dtype, torch.float32))
             y = _forward(x, result, weight, bias, terms, plan, dtype, base_dtype)
         return kernel.no_view(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, result, a and b."""
+        """Return the gradients of x, result and what is trained."""
         # Autograd runs this outside of autocast, torch.compile in the state of the forward pass.
         with outside_autocast(gy, ctx.is_autocast):
             return _backward(ctx, gy)
@@ -91,34 +88,36 @@ def _forward(
 
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, *factors = ctx.saved_tensors
+    x, weight, *tensors = ctx.saved_tensors
     form, plan, dtype, base_dtype = ctx.form, ctx.plan, ctx.dtype, ctx.base_dtype
-    needs_x, needs_result, _, _, needs_a, needs_b = ctx.needs_input_grad[:6]
+    needs_x, needs_result, *_ = ctx.needs_input_grad
     flat_gy = kernel.rows_of(gy)
     # Large products in 16 bits where the device has units for them; what they round was rounded
     # as coarsely in gy and x.
     large_dtype = base_dtype if multiplies_narrow(base_dtype, x.device.type) else dtype
     large_gy, wide_gy = flat_gy.to(large_dtype), flat_gy.to(dtype)
-    gx = projected = ga = gb = None
+    gx = projected = None
+    gradients: list[Tensor | None] = [None] * len(tensors)
     if needs_x:
         if weight is not None and torch.finfo(large_dtype).bits < 32:
             # Never W + Delta, rounded to 16 bits: two products.
             gx, weight = torch.mm(large_gy, weight.to(large_dtype)), None
-        left, right = form.terms(factors, torch.promote_types(dtype, torch.float32))
+        left, right = form.terms(tensors, torch.promote_types(dtype, torch.float32))
         if plan.update is Dense:
             gx = Dense.add_transposed(gx, large_gy, weight, left, right)
         else:
             gx = None if gx is None else gx.to(dtype)
             gx, projected = _input_gradient(gx, wide_gy, weight, left, right, plan.update)
         gx = gx.to(x.dtype).view(x.shape)
-    if needs_a or needs_b:
+    if any(ctx.needs_input_grad[-len(tensors) :]):
         flat_x = kernel.rows_of(x)
         operands = flat_x.to(dtype), wide_gy
         if plan.gradient is Dense:
             operands = flat_x.to(large_dtype), large_gy
-        ga, gb = plan.gradient.gradients(*operands, *form.trained(factors, dtype), projected)
-        ga, gb = ga.to(factors[0].dtype), gb.to(factors[1].dtype)
-    return gx, gy if needs_result else None, None, None, ga, gb, *[None] * 6
+        found = form.gradients(plan.gradient, *operands, tensors, dtype, projected)
+        for index, gradient in enumerate(found):
+            gradients[index] = gradient.to(tensors[index].dtype)
+    return gx, gy if needs_result else None, *[None] * 6, *gradients
 
 
 def multiplies_narrow(dtype: torch.dtype, device_kind: str) -> bool:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Above, the choice of a way takes no noticeable share of the call, and depends on the tokens.
 READY_TOKENS = 64
 PLAIN = (Tensor, nn.Parameter)
-FACTORS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 
 
 class ReadyUpdate:
@@ -44,13 +43,16 @@ class ReadyUpdate:
         self.way, self.is_flat = way, way is Flat
         self.device_kind = x.device.type
         self.base = cast(nn.Linear, layer.base_layer)
-        self.factors = tuple(_held(layer, kind, name) for kind in FACTORS)
+        form = layer.kpsvd_form[name]
+        self.parts = (*form.trained, *form.frozen)
+        self.factors = tuple(_held(layer, part, name) for part in self.parts)
         self.versions = [_version(factor) for factor in self.factors]
-        self.state = (layer.training, layer._active_adapter)
+        # Its mode alone counts: it may be set without the layer's, to sample with dropout.
+        self.dropout = layer.kpsvd_dropout[name]
+        self.state = (self.dropout.training, layer._active_adapter)
         # Kept tensors must not be inference tensors: a later call may be outside that mode.
         with torch.inference_mode(False), torch.no_grad():
-            a, b, left0, right0 = self.factors
-            left, self.right = layer.kpsvd_form[name].terms((a, b, left0, right0), dtype)
+            left, self.right = form.terms(self.factors, dtype)
             terms, self.p, self.q = self.right.shape
             self.left = way.arrange(left, self.p)
             self.right_t = self.right.view(terms * self.p, self.q).T
@@ -66,7 +68,7 @@ class ReadyUpdate:
             return False
         if layer._disable_adapters or layer.merged_adapters:
             return False
-        if (layer.training, layer._active_adapter) != self.state:
+        if (self.dropout.training, layer._active_adapter) != self.state:
             return False
         base = layer._modules["base_layer"]
         if base is not self.base or base._forward_hooks or base._forward_pre_hooks:
@@ -76,8 +78,8 @@ class ReadyUpdate:
             return False
         if torch.is_autocast_enabled(self.device_kind):
             return False
-        for kind, factor, version in zip(FACTORS, self.factors, self.versions, strict=True):
-            if _version(factor) != version or _held(layer, kind, self.name) is not factor:
+        for part, factor, version in zip(self.parts, self.factors, self.versions, strict=True):
+            if _version(factor) != version or _held(layer, part, self.name) is not factor:
                 return False
             if factor.requires_grad:
                 return False
@@ -111,9 +113,9 @@ def can_make_ready(factors: tuple[Tensor, ...], tokens: int) -> bool:
     return not any(factor.is_inference() for factor in factors)
 
 
-def _held(layer: KpsvdLinear, kind: str, name: str) -> Tensor:
+def _held(layer: KpsvdLinear, part: str, name: str) -> Tensor:
     # Past nn.Module's attribute lookup, which costs more than the comparison it is for.
-    container = layer._modules[kind]
+    container = layer._modules[part]
     assert container is not None
     held = container._parameters.get(name)
     return cast(Tensor, container._buffers[name] if held is None else held)

@@ -35,15 +35,20 @@ def dense_update(
     (terms, _, n), (_, p, q) = left.shape, right.shape
     part = left[:, rows].permute(1, 2, 0)
     height = part.shape[0]
-    product = torch.mm(part.reshape(height * n, terms), right.reshape(terms, p * q))
-    product = product.view(height, n, p, q).transpose(1, 2)
     if out is None:
         out = left.new_empty(height * p, n * q)
     view = out.view(height, p, n, q)
+    first = (rows.start or 0) * p
+    if terms == 1 and base is not None:
+        # One pass over W, without the product in between.
+        blocks = base[first : first + height * p].view(height, p, n, q)
+        torch.addcmul(blocks, part.reshape(height, 1, n, 1), right.view(1, p, 1, q), out=view)
+        return out
+    product = torch.mm(part.reshape(height * n, terms), right.reshape(terms, p * q))
+    product = product.view(height, n, p, q).transpose(1, 2)
     if base is None:
         view.copy_(product)
     else:
-        first = (rows.start or 0) * p
         torch.add(base[first : first + height * p].view(height, p, n, q), product, out=view)
     return out
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.base import RECORD, Place, base_sizes, check_loaded
-from kpsvd_tune.adapter.forms import Factors, Offsets
+from kpsvd_tune.adapter.forms import FROZEN, TRAINED, Form
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
     add_activations,
@@ -24,18 +24,18 @@ from kpsvd_tune.adapter.function import (
 from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready
 from kpsvd_tune.adapter.ways import Dense
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import KroneckerShape, kron_sum
+from kpsvd_tune.linalg import kron_sum
 
 
 class KpsvdLayer(BaseTunerLayer):
     """The adapters of one layer: factors by adapter name, merging and switching."""
 
-    adapter_layer_names = ("kpsvd_left", "kpsvd_right")
+    adapter_layer_names = TRAINED
     other_param_names = (
-        "kpsvd_left0",
-        "kpsvd_right0",
+        *FROZEN,
         "kpsvd_dropout",
         "kpsvd_form",
+        "kpsvd_drawn",
         "kpsvd_path",
         "kpsvd_unchecked",
         "kpsvd_base",
@@ -51,10 +51,13 @@ class KpsvdLayer(BaseTunerLayer):
         )
         self.kpsvd_left = nn.ParameterDict()
         self.kpsvd_right = nn.ParameterDict()
+        self.kpsvd_core = nn.ParameterDict()
         self.kpsvd_left0 = BufferDict(persistent=True)
         self.kpsvd_right0 = BufferDict(persistent=True)
         self.kpsvd_dropout = nn.ModuleDict()
-        self.kpsvd_form: dict[str, Offsets] = {}
+        self.kpsvd_form: dict[str, Form] = {}
+        # Whether a seed gives an adapter's frozen factors, so that no file holds them.
+        self.kpsvd_drawn: dict[str, bool] = {}
         self.merged_adapters = []
         self._disable_adapters = False
         self._weight_before_merge: Tensor | None = None
@@ -71,54 +74,56 @@ class KpsvdLayer(BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        shape: KroneckerShape,
-        rank: int,
+        form: Form,
         dropout: float,
-        factors: tuple[Tensor, Tensor] | None = None,
+        frozen: tuple[Tensor, ...] | None = None,
         inference_mode: bool = False,
         path: str = "auto",
         is_at_base: bool = True,
+        is_drawn: bool = False,
     ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: Its name.
-            shape: The Kronecker shape; must have the base layer's sizes.
-            rank: Number of terms, at least 1.
+            form: What is trained, with its Kronecker shape, which must have the base layer's sizes,
+                and its number of terms, at least 1.
             dropout: Probability of dropping an input of the update.
-            factors: A0 (rank, m, n) and B0 (rank, p, q), or None for zeros that a state dict
+            frozen: The form's frozen tensors, float32, or None for zeros that a state dict
                 or :func:`load_factors` fills.
-            inference_mode: Whether the offsets are created frozen.
+            inference_mode: Whether what is trained is created frozen.
             path: How the update is applied: auto, activations or weight.
-            is_at_base: Whether the offsets start at zero; random ones are as large as the factors.
+            is_at_base: Whether training starts at the base model; if not, the update is about as
+                large as the terms (form both) or as the weight.
+            is_drawn: Whether a seed gives the frozen tensors, so that no file holds them.
 
         Raises:
             AdapterError: The shape does not fit the base layer.
         """
         sizes = (self.out_features, self.in_features)
+        shape = form.shape
         if (shape.out_features, shape.in_features) != sizes:
             raise AdapterError(
                 f"the adapter's factor shape (m, n, p, q) = {shape.as_tuple()} belongs to a weight "
                 f"of size {(shape.out_features, shape.in_features)}, this layer has {sizes}: is "
                 "this the base model that the adapter was trained on?"
             )
-        self.kpsvd_form[adapter_name] = Offsets(shape, rank)
+        self.kpsvd_form[adapter_name], self.kpsvd_drawn[adapter_name] = form, is_drawn
         self.kpsvd_path[adapter_name] = path
-        left, right = torch.zeros(rank, shape.m, shape.n), torch.zeros(rank, shape.p, shape.q)
-        left0, right0 = factors if factors is not None else (left, right)
-        if not is_at_base:
-            left, right = (
-                torch.randn_like(t) * t.square().mean().sqrt()
-                for t in (left0.float(), right0.float())
+        for part, tensor in zip(form.trained, form.start(frozen, is_at_base), strict=True):
+            self._held(part)[adapter_name] = nn.Parameter(tensor)
+        # What a file fills stays on the meta device where PEFT saves that memory.
+        is_meta = self._held(form.trained[0])[adapter_name].is_meta
+        if frozen is None:
+            device = "meta" if is_meta else None
+            frozen = tuple(torch.zeros(form.size(part), device=device) for part in form.frozen)
+        for part, tensor in zip(form.frozen, frozen, strict=True):
+            self._held(part).register_buffer(
+                adapter_name, tensor.detach().float().clone(), persistent=not is_drawn
             )
-        self.kpsvd_left[adapter_name] = nn.Parameter(left)
-        self.kpsvd_right[adapter_name] = nn.Parameter(right)
-        # Factors that a file fills stay on the meta device where PEFT saves that memory.
-        is_meta = factors is None and self.kpsvd_left[adapter_name].is_meta
-        place = torch.device("meta") if is_meta else left0.device
-        self.kpsvd_left0[adapter_name] = left0.detach().float().clone().to(place)
-        self.kpsvd_right0[adapter_name] = right0.detach().float().clone().to(place)
-        self.kpsvd_base[adapter_name] = torch.zeros(RECORD, dtype=torch.int32, device=place)
+        record = torch.zeros(RECORD, dtype=torch.int32)
+        is_to_come = is_meta and (is_drawn or frozen[0].is_meta)
+        self.kpsvd_base[adapter_name] = record.to("meta" if is_to_come else frozen[0].device)
         self.kpsvd_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -132,23 +137,43 @@ class KpsvdLayer(BaseTunerLayer):
         target = device or of_base(self.get_base_layer())[0]
         if target is None or target.type == "meta":
             return
-        factors = (self.kpsvd_left, self.kpsvd_right, self.kpsvd_left0, self.kpsvd_right0)
-        for container in (*factors, self.kpsvd_base):
-            if adapter_name in container and container[adapter_name].device.type != "meta":
-                container[adapter_name] = container[adapter_name].to(target)
+        for part in (*TRAINED, *FROZEN, "kpsvd_base"):
+            held = self._held(part)
+            if adapter_name not in held or held[adapter_name].device.type == "meta":
+                continue
+            moved = held[adapter_name].to(target)
+            if isinstance(held, BufferDict):
+                # An assignment would make a drawn factor one that files hold.
+                held._buffers[adapter_name] = moved
+            else:
+                held[adapter_name] = moved
 
-    def factors(self, adapter_name: str) -> Factors:
-        """Return a (r, m, n), b (r, p, q), A0 and B0 of an adapter."""
-        return (
-            self.kpsvd_left[adapter_name],
-            self.kpsvd_right[adapter_name],
-            self.kpsvd_left0[adapter_name],
-            self.kpsvd_right0[adapter_name],
-        )
+    def _held(self, part: str) -> Any:
+        return getattr(self, part)
+
+    def tensors(self, adapter_name: str) -> tuple[Tensor, ...]:
+        """Return an adapter's tensors in the order of its form: trained ones, then frozen ones."""
+        form = self.kpsvd_form[adapter_name]
+        return tuple(self._held(part)[adapter_name] for part in (*form.trained, *form.frozen))
+
+    def trained(self, adapter_name: str) -> tuple[Tensor, ...]:
+        """Return what is trained of an adapter."""
+        parts = self.kpsvd_form[adapter_name].trained
+        return tuple(self._held(part)[adapter_name] for part in parts)
+
+    def frozen(self, adapter_name: str) -> tuple[Tensor, ...]:
+        """Return an adapter's frozen tensors."""
+        parts = self.kpsvd_form[adapter_name].frozen
+        return tuple(self._held(part)[adapter_name] for part in parts)
+
+    def stored(self, adapter_name: str) -> tuple[str, ...]:
+        """The containers whose tensors of an adapter its file holds."""
+        form = self.kpsvd_form[adapter_name]
+        return form.trained if self.kpsvd_drawn[adapter_name] else (*form.trained, *form.frozen)
 
     def terms(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Return the s terms of Delta, (s, m, n) and (s, p, q), in the factors' dtype."""
-        return self.kpsvd_form[adapter_name].terms(self.factors(adapter_name))
+        return self.kpsvd_form[adapter_name].terms(self.tensors(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Return Delta in the layout of the base weight: (out, in), or (in, out) for Conv1D.
@@ -172,10 +197,12 @@ class KpsvdLayer(BaseTunerLayer):
             ValueError: ``safe_merge`` met a non-finite entry.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.kpsvd_left:
+            if name not in self.kpsvd_form:
                 continue
             weight = self.get_base_weight()
-            merged = (weight.float() + self.get_delta_weight(name).to(weight.device)).to(
+            delta = self.get_delta_weight(name).to(weight.device)
+            # Wider than both, and rounded once.
+            merged = (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(
                 weight.dtype
             )
             if safe_merge and not torch.isfinite(merged).all():
@@ -194,7 +221,8 @@ class KpsvdLayer(BaseTunerLayer):
         if not self.merged or self._weight_before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._weight_before_merge)
+        # The model may have been moved or cast since.
+        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight()))
         self._weight_before_merge = None
         self.merged_adapters.clear()
 
@@ -221,7 +249,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
                 self.unmerge()
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        names = [name for name in self.active_adapters if name in self.kpsvd_left]
+        names = [name for name in self.active_adapters if name in self.kpsvd_form]
         if len(names) == 1 and not args and not kwargs and self._can_fuse(names[0], x):
             return self._adapted(names[0], x, None)
         result = self.base_layer(x, *args, **kwargs)
@@ -245,13 +273,14 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
         weight = base.weight
         if type(weight) not in PLAIN or any(p.requires_grad for p in base.parameters()):
             return False
-        if self.training and isinstance(self.kpsvd_dropout[name], nn.Dropout):
+        dropout = self.kpsvd_dropout[name]
+        if isinstance(dropout, nn.Dropout) and dropout.training:
             return False
         return weight.dtype == x.dtype or ambient_autocast(x) is not None
 
     def _adapted(self, name: str, x: Tensor, result: Tensor | None) -> Tensor:
         """The base's output with one adapter's update; ``result`` None fuses the base layer."""
-        factors = self.factors(name)
+        tensors = self.tensors(name)
         weight = bias = None
         if result is None:
             base = cast(nn.Linear, self.base_layer)
@@ -264,7 +293,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             # Factors are as cheap in float32 as in 16 bits on a CPU, and PEFT's LoRA multiplies
             # its float32 factors in float32 unless autocast says otherwise.
             dtype = torch.promote_types(
-                torch.promote_types(factors[0].dtype, x.dtype), torch.float32
+                torch.promote_types(tensors[0].dtype, x.dtype), torch.float32
             )
         is_differentiated = torch.is_grad_enabled()
         tokens = x.numel() // x.shape[-1]
@@ -274,7 +303,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             and result is None
             and autocast_dtype is None
             and path != "weight"
-            and can_make_ready(factors, tokens)
+            and can_make_ready(tensors, tokens)
         )
         if keeps:
             # Kept factors cost nothing to stack again, while W + Delta would have to be built.
@@ -288,17 +317,17 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             if is_differentiated and not torch.compiler.is_compiling():
                 self._ready = None
             adapted: Tensor = KpsvdFunction.apply(  # type: ignore[no-untyped-call]
-                x, result, weight, bias, *factors, form, plan, dtype, base_dtype
+                x, result, weight, bias, form, plan, dtype, base_dtype, *tensors
             )
             return adapted
         if keeps:
             ready = ReadyUpdate(self, name, x, way, dtype)
             # Factors that are trained are stacked anew at each call: optimisers without gradients,
             # evolution strategies and averages of weights write them past their versions.
-            self._ready = None if any(each.requires_grad for each in factors) else ready
+            self._ready = None if any(each.requires_grad for each in tensors) else ready
             return ready.apply(x)
         with outside_autocast(x, autocast_dtype is not None):
-            left, right = form.terms(factors, dtype)
+            left, right = form.terms(tensors, dtype)
             left = way.arrange(left, right.shape[1])
             y = base_output(x, weight, bias, base_dtype) if result is None else result
             return add_activations(y, x, left, right, way, in_place=result is None)

@@ -13,6 +13,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
     align_module_device,
     has_offloaded_params,
 )
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
@@ -33,6 +34,7 @@ from kpsvd_tune.adapter.base import (
     say_uncompared,
 )
 from kpsvd_tune.adapter.config import KpsvdConfig
+from kpsvd_tune.adapter.forms import FORMS, FROZEN, LEFT, LEFT0, RIGHT, RIGHT0, Form
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
 from kpsvd_tune.adapter.targets import modules_by_name, plain_name, saved_whole_notes, target_names
 from kpsvd_tune.errors import AdapterError, some_of
@@ -43,8 +45,6 @@ from kpsvd_tune.linalg import (
     choose_ranks,
     decompose_layer,
 )
-
-_PARTS = ("kpsvd_left", "kpsvd_right", "kpsvd_left0", "kpsvd_right0")
 
 
 class KpsvdModel(BaseTuner):
@@ -76,12 +76,19 @@ class KpsvdModel(BaseTuner):
                 f"adapter name {adapter_name!r}: expected one that is not empty and has no dot, "
                 "for names of parameters are made of it"
             )
+        if isinstance(model, PeftModel):
+            raise AdapterError(
+                "this model has adapters of PEFT already: expected a plain model. Put another "
+                "adapter beside them with add_adapter, or get the plain model back with unload or "
+                "merge_and_unload"
+            )
+        _unmerge(model)
         config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         if config.is_to_decompose:
             layers, self._factors = _decompose(model, config)
             config.take_layers(layers, self, adapter_name)
-        self._stated = _stated_layers(state_dict or {})
+        self._stated = _stated_layers(state_dict or {}, FORMS[config.form])
         overrides = config.rank_pattern
         try:
             # PEFT warns of patterns that match no adapted module; rank 0 is meant to adapt none.
@@ -130,15 +137,21 @@ class KpsvdModel(BaseTuner):
             new = KpsvdLinear(target, adapter_name)
             self._replace_module(parent, target_name, new, target)
             target = new
+        form = FORMS[config.form](KroneckerShape(*layer["shape"]), layer["rank"])
+        seed, frozen = config.frozen_seed, None
+        if seed is not None:
+            frozen = form.draw(seed, name, layer["norm"])
+        elif name in self._factors:
+            frozen = form.freeze(*self._factors[name], _norm(target, name))
         target.update_layer(
             adapter_name,
-            KroneckerShape(*layer["shape"]),
-            layer["rank"],
+            form,
             config.dropout,
-            factors=self._factors.get(name),
+            frozen,
             inference_mode=config.inference_mode,
             path=config.path,
             is_at_base=config.init_weights,
+            is_drawn=seed is not None,
         )
         place = target.kpsvd_place[adapter_name] = Place(
             name,
@@ -178,6 +191,7 @@ class KpsvdModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         # Every way to load an adapter passes here, with the base and the stored factors at hand.
+        _unmerge(model)
         state_dict = _named_as_in(model, state_dict)
         _expect_records(model, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
@@ -197,7 +211,8 @@ def load_factors(
 
     Args:
         model: A model with KPSVD layers, wrapped by PEFT or not.
-        factors: Module name to A0 (r, m, n) and B0 (r, p, q).
+        factors: Module name to A0 (r, m, n) and B0 (r, p, q), the weight's terms, of which the
+            adapter's form takes what it freezes.
         adapter_name: The adapter.
 
     Raises:
@@ -206,14 +221,16 @@ def load_factors(
     for name, layer in kpsvd_layers(model, adapter_name):
         if name not in factors:
             raise AdapterError(f"{name}: no factors were given for this layer")
-        given = factors[name]
-        for buffers, value in zip((layer.kpsvd_left0, layer.kpsvd_right0), given, strict=True):
-            held = buffers[adapter_name]
-            if held.shape != value.shape:
+        form = layer.kpsvd_form[adapter_name]
+        for part, value in zip(FROZEN, factors[name], strict=True):
+            if value.shape != form.size(part):
                 raise AdapterError(
-                    f"{name}: factor of size {tuple(value.shape)}, expected {tuple(held.shape)}"
+                    f"{name}: factor of size {tuple(value.shape)}, expected {form.size(part)}"
                 )
-            held.copy_(value)
+        if not layer.kpsvd_drawn[adapter_name]:
+            frozen = form.freeze(*factors[name], _norm(layer, name))
+            for held, value in zip(layer.frozen(adapter_name), frozen, strict=True):
+                held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
     configs: Any = model.peft_config
@@ -226,7 +243,7 @@ def kpsvd_layers(
 ) -> Iterator[tuple[str, KpsvdLayer]]:
     """Yield the adapted layers that hold an adapter, named as in the unwrapped model."""
     for name, module in model.named_modules():
-        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
+        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_form:
             yield plain_name(name).removeprefix("base_model.model."), module
 
 
@@ -258,7 +275,9 @@ def _decompose(
         weight = base_weight(modules[name], name)
         rows, columns = weight.shape
         try:
-            plan = LayerPlan.of_weight(name, (rows, columns), config.factor_shape)
+            plan = LayerPlan.of_weight(
+                name, (rows, columns), config.factor_shape, config.form, config.factor_size
+            )
             plan, terms[name] = decompose_layer(
                 plan, weight, rule.window, tolerance=rule.tolerance, seed=config.seed
             )
@@ -266,29 +285,59 @@ def _decompose(
             raise AdapterError(f"{name}: {error}") from error
         plans.append(plan)
     try:
-        chosen = [plan for plan in choose_ranks(plans, rule) if plan.rank > 0]
+        ranked = choose_ranks(plans, rule)
     except ValueError as error:
         raise AdapterError(str(error)) from error
+    chosen = [plan for plan in ranked if plan.rank > 0]
+    if zero := [plan.name for plan in ranked if plan.squared_norm == 0]:
+        warnings.warn(
+            f"{some_of(zero)}: the weight is zero, which has no terms to start from; no adapter "
+            "goes there",
+            stacklevel=2,
+        )
     if not chosen:
         raise AdapterError("every layer got rank 0: raise rank.min, rank.energy or rank.budget")
     factors = {plan.name: terms[plan.name].factors(plan.rank) for plan in chosen}
-    return {plan.name: plan.settings() for plan in chosen}, factors
+    is_drawn = config.frozen_seed is not None
+    return {plan.name: plan.settings(is_of_weight=not is_drawn) for plan in chosen}, factors
 
 
-def _stated_layers(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Shape and rank of the layers that a state dict has both offsets of, by plain name."""
+def _unmerge(model: nn.Module) -> None:
+    """Give the base its own weights back: with an update in them it is another base."""
+    merged = [m for m in model.modules() if isinstance(m, KpsvdLayer) and m.merged]
+    if merged:
+        # The words are PEFT's, which does the same later.
+        warnings.warn(
+            "Adapter cannot be set when the model is merged. Unmerging the model first.",
+            stacklevel=3,
+        )
+    for layer in merged:
+        layer.unmerge()
+
+
+def _norm(module: nn.Module | KpsvdLayer, name: str) -> float:
+    """||W||_F of a layer's weight."""
+    return float(torch.linalg.vector_norm(base_weight(module, name).float()))
+
+
+def _stated_layers(state_dict: Mapping[str, Tensor], form: type[Form]) -> dict[str, dict[str, Any]]:
+    """Shape and rank of the layers that a state dict trains, by plain name.
+
+    Empty for those whose shape it does not tell, since a seed gives their frozen factors.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         module, _, part = plain_name(key).rpartition(".")
         tensors.setdefault(module.removeprefix("base_model.model."), {})[part] = value
-    return {
-        name: {
-            "shape": [*parts["kpsvd_left"].shape[1:], *parts["kpsvd_right"].shape[1:]],
-            "rank": len(parts["kpsvd_left"]),
-        }
-        for name, parts in tensors.items()
-        if "kpsvd_left" in parts and "kpsvd_right" in parts
-    }
+    layers: dict[str, dict[str, Any]] = {}
+    for name, parts in tensors.items():
+        if not parts.keys() >= set(form.trained):
+            continue
+        left, right = parts.get(LEFT, parts.get(LEFT0)), parts.get(RIGHT, parts.get(RIGHT0))
+        layers[name] = {}
+        if left is not None and right is not None:
+            layers[name] = {"shape": [*left.shape[1:], *right.shape[1:]], "rank": len(left)}
+    return layers
 
 
 def _with_effect(overrides: Mapping[str, Any], names: Iterable[str] | None) -> dict[str, Any]:
@@ -368,8 +417,8 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
     """Refuse tensors that are none of the adapter's, which would replace the base's, and gaps."""
     own, optional = set(), set()
     for name, module in model.named_modules():
-        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_left:
-            own |= {f"{name}.{part}.{adapter_name}" for part in _PARTS}
+        if isinstance(module, KpsvdLayer) and adapter_name in module.kpsvd_form:
+            own |= {f"{name}.{part}.{adapter_name}" for part in module.stored(adapter_name)}
             if adapter_name in module.kpsvd_base:
                 own.add(f"{name}.kpsvd_base.{adapter_name}")
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -442,7 +491,9 @@ def _check_loaded(
     for name, layer in layers.items():
         unchecked = layer.kpsvd_unchecked.pop(adapter_name, None)
         record = plain.get(f"{name}.kpsvd_base")
-        factors = plain[f"{name}.kpsvd_left0"], plain[f"{name}.kpsvd_right0"]
+        parts = layer.kpsvd_form[adapter_name].frozen
+        held = zip(parts, layer.frozen(adapter_name), strict=True)
+        factors = tuple(plain.get(f"{name}.{part}", drawn) for part, drawn in held)
         if record is not None and record.any():
             check_record(layer, adapter_name, record, given, factors, unchecked)
             note_seen(layer, adapter_name, record, factors)

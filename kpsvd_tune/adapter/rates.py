@@ -33,8 +33,13 @@ def rate_factors(
     """
     factors: dict[int, float] = {}
     for _, layer in kpsvd_layers(model, adapter_name):
+        form = layer.kpsvd_form[adapter_name]
+        if form.name != "both":
+            # Their frozen factors hold the scale that makes the rate relative.
+            factors |= dict.fromkeys(map(id, layer.trained(adapter_name)), 1.0)
+            continue
         left0, right0 = layer.kpsvd_left0[adapter_name], layer.kpsvd_right0[adapter_name]
-        shape = layer.kpsvd_form[adapter_name].shape
+        shape = form.shape
         left = right = 1.0
         if is_relative:
             norm = float(base_weight(layer).float().norm())

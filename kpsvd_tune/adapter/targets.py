@@ -220,7 +220,12 @@ def _reasons(model: nn.Module) -> dict[str, str]:
         if not isinstance(module, LINEAR):
             reasons[name] = _module_reason(name, module)
             continue
-        weight = module.weight
+        weight = module._parameters.get("weight")
+        if weight is None:
+            reasons[name] = (
+                "its weight is computed from other tensors (a parametrisation, a norm or pruning)"
+            )
+            continue
         sharing = [other for other in owners[id(weight)] if not other.startswith(f"{name}.")]
         if sharing:
             reasons[name] = f"tied: shares its weight with {sharing[0]}"
@@ -233,6 +238,8 @@ def _reasons(model: nn.Module) -> dict[str, str]:
             reasons[name] = f"a {kind}, which computes more than a linear layer does"
         elif _is_read_by_mamba(model, name, modules):
             reasons[name] = "Mamba's scan and kernels read its weight and never call it"
+        elif _is_read_by_encoder(name, modules):
+            reasons[name] = "nn.TransformerEncoderLayer reads its weight in evaluation, past a call"
     return reasons
 
 
@@ -278,6 +285,27 @@ def _is_read_by_mamba(model: nn.Module, name: str, modules: Mapping[str, nn.Modu
     except ValueError:
         return True
     return False
+
+
+def _is_read_by_encoder(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether torch's fast path takes the weight in evaluation, so that only training calls it.
+
+    An adapter would be trained, and be without effect until it is merged.
+    """
+    parent = modules.get(name.rpartition(".")[0])
+    if not isinstance(parent, nn.TransformerEncoderLayer):
+        return False
+    attention: Any = parent.self_attn
+    # What torch asks of the layer itself; the rest depends on the call.
+    return bool(
+        type(parent).forward is nn.TransformerEncoderLayer.forward
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and attention.num_heads % 2 == 0
+        and parent.activation_relu_or_gelu
+        and parent.norm1.eps == parent.norm2.eps
+    )
 
 
 def _module_reason(name: str, module: nn.Module) -> str:

@@ -16,13 +16,19 @@ is asked, so a run computes in the same way every time.
 
 from __future__ import annotations
 
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from kpsvd_tune.adapter.kernel import chunk_tokens, dense_update, row_blocks
 from kpsvd_tune.linalg import KroneckerShape
+
+Side = Literal["left", "right"]
+Sides = tuple[Side, ...]
+BOTH: Sides = ("left", "right")
+# Those of A (r, m, n) and of B (r, p, q); what was not asked for has no meaning.
+Gradients = tuple[Tensor, Tensor]
 
 # Building W + Delta moves two matrices of W's size and multiplies with a small inner size.
 BUILD_PER_ENTRY = 41.0
@@ -83,22 +89,31 @@ class Flat:
 
     @classmethod
     def gradients(
-        cls, x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the trained factors A (r, m, n) and B (r, p, q), of the same sizes.
+        cls,
+        x: Tensor,
+        gy: Tensor,
+        left: Tensor,
+        right: Tensor,
+        projected: Tensor | None,
+        sides: Sides = BOTH,
+    ) -> Gradients:
+        """Gradients of the factors A (r, m, n) and B (r, p, q) of those sides, of the same sizes.
 
         x (t, in) and gy (t, out) are contiguous and of one dtype. ``projected``, if it is at hand,
         is gy projected on left factors of which A are the first, (t, n*s, p).
         """
         (r, m, n), (_, p, q) = left.shape, right.shape
-        if projected is None:
-            projected = cls.project(gy, cls.arrange(left, p), p)
-        inner = torch.mm(x.view(-1, q), right.reshape(r * p, q).T)
-        wide = torch.mm(inner.view(-1, n * r * p).T, gy).view(n, r, p, m, p)
-        ga = wide.diagonal(dim1=2, dim2=4).sum(-1).permute(1, 2, 0)
-        terms = projected.shape[1] // n
-        gb = torch.mm(projected.view(-1, terms * p)[:, : r * p].T, x.view(-1, q))
-        return ga, gb.view(r, p, q)
+        ga, gb = left, right
+        if "left" in sides:
+            inner = torch.mm(x.view(-1, q), right.reshape(r * p, q).T)
+            wide = torch.mm(inner.view(-1, n * r * p).T, gy).view(n, r, p, m, p)
+            ga = wide.diagonal(dim1=2, dim2=4).sum(-1).permute(1, 2, 0)
+        if "right" in sides:
+            if projected is None:
+                projected = cls.project(gy, cls.arrange(left, p), p)
+            terms = projected.shape[1] // n
+            gb = torch.mm(projected.view(-1, terms * p)[:, : r * p].T, x.view(-1, q)).view(r, p, q)
+        return ga, gb
 
     @staticmethod
     def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
@@ -110,11 +125,11 @@ class Flat:
         return tokens * (products + passes) + width * out * PASS_PER_ENTRY + 2 * CALL
 
     @staticmethod
-    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape) -> float:
-        """Cost of the gradients of the trained factors."""
+    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape, num_sides: int = 2) -> float:
+        """Cost of the gradients of the factors of one side or both."""
         out, size = shape.out_features, shape.in_features
         products = rank * shape.p * size + rank * shape.n * shape.p * out
-        return tokens * 2 * (products + PASS_PER_ENTRY * (size + out))
+        return tokens * num_sides * (products + PASS_PER_ENTRY * (size + out))
 
 
 @final
@@ -162,17 +177,25 @@ class Batched:
 
     @classmethod
     def gradients(
-        cls, x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        cls,
+        x: Tensor,
+        gy: Tensor,
+        left: Tensor,
+        right: Tensor,
+        projected: Tensor | None,
+        sides: Sides = BOTH,
+    ) -> Gradients:
         """As :meth:`Flat.gradients`; ``projected`` is not used."""
         (r, m, n), (_, p, q) = left.shape, right.shape
         ga, gb = x.new_zeros(m, n * r), x.new_zeros(r * p, q)
         folded, right_t = cls.arrange(left, p), right.reshape(r * p, q).T
         step = chunk_tokens(x, n * r * p)
         for xs, gys in zip(torch.split(x, step), torch.split(gy, step), strict=True):
-            inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)
-            ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0)
-            gb.addmm_(cls.project(gys, folded, p).view(-1, r * p).T, xs.reshape(-1, q))
+            if "left" in sides:
+                inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)
+                ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0)
+            if "right" in sides:
+                gb.addmm_(cls.project(gys, folded, p).view(-1, r * p).T, xs.reshape(-1, q))
         return ga.view(m, n, r).permute(2, 0, 1), gb.view(r, p, q)
 
     @staticmethod
@@ -184,12 +207,12 @@ class Batched:
         return tokens * (BATCHED_SLOWNESS * products + passes) + 3 * CALL
 
     @staticmethod
-    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape) -> float:
+    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape, num_sides: int = 2) -> float:
         """As :meth:`Flat.gradient_cost`."""
         out, size = shape.out_features, shape.in_features
         products = rank * shape.p * size + rank * shape.n * out
         slowness = CHUNKED_SLOWNESS * (1 + NARROW / shape.p)
-        return tokens * slowness * 2 * products + tokens * 2 * PASS_PER_ENTRY * (size + out)
+        return tokens * num_sides * (slowness * products + PASS_PER_ENTRY * (size + out))
 
 
 @final
@@ -216,8 +239,13 @@ class Dense:
 
     @staticmethod
     def gradients(
-        x: Tensor, gy: Tensor, left: Tensor, right: Tensor, projected: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        x: Tensor,
+        gy: Tensor,
+        left: Tensor,
+        right: Tensor,
+        projected: Tensor | None,
+        sides: Sides = BOTH,
+    ) -> Gradients:
         """As :meth:`Flat.gradients`; ``projected`` is not used.
 
         A block of rows at a time is rearranged and contracted, so the whole weight gradient never
@@ -232,8 +260,10 @@ class Dense:
             gradient = torch.mm(gy[:, rows.start * p : rows.stop * p].T, x)
             blocks = gradient.view(height, p, n, q).transpose(1, 2)
             rearranged = left.new_empty(height, n, p, q).copy_(blocks).view(height * n, p * q)
-            ga[:, rows] = torch.mm(flat, rearranged.T).view(r, height, n)
-            gb.addmm_(left[:, rows].reshape(r, height * n), rearranged)
+            if "left" in sides:
+                ga[:, rows] = torch.mm(flat, rearranged.T).view(r, height, n)
+            if "right" in sides:
+                gb.addmm_(left[:, rows].reshape(r, height * n), rearranged)
         return ga, gb.view(r, p, q)
 
     @staticmethod
@@ -243,7 +273,7 @@ class Dense:
         return entries * (BUILD_PER_ENTRY + BUILD_PER_TERM * terms) + CALL
 
     @staticmethod
-    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape) -> float:
+    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape, num_sides: int = 2) -> float:
         """As :meth:`Flat.gradient_cost`."""
         entries = shape.out_features * shape.in_features
-        return entries * (tokens + REARRANGE_PER_ENTRY + 2 * rank)
+        return entries * (tokens + REARRANGE_PER_ENTRY + num_sides * rank)

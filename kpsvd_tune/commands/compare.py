@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 import typer
@@ -32,16 +31,22 @@ def compare(
         str,
         typer.Option(
             metavar="A,B,C",
-            help="kpsvd, kpsvd-thin, lora, lora+, rslora, pissa, "
-            "lokr; with settings as kpsvd:init=random or lora:alpha=1r.",
+            help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, pissa, hira, lokr, randlora, "
+            "vera, ia3; with settings as kpsvd:init=random, lora:on=q_proj+v_proj or "
+            "vera:rates=1e-3+1e-2.",
         ),
     ] = DEFAULT_METHODS,
     budgets: Annotated[
         str, typer.Option(metavar="A,B,C", help="Trainable parameters: 0.3M,0.6M,1.2M.")
     ] = "0.3M,0.6M,1.2M",
     learning_rates: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Rates that every method is tried at.")
-    ] = "1e-3,3e-3,6e-3,1e-2,2e-2",
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Rates that every method is tried at, but for those with rates=; default: each "
+            "method's own, around its authors' rate.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: orders of the rows.")] = 3,
     plan: Annotated[
         Literal["full", "staged", "done"],
@@ -58,19 +63,23 @@ def compare(
 ) -> None:
     """Train every method at equal budgets on the same rows, and draw a verdict."""
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
-    rates = sorted({_rate(each) for each in _items("--learning-rates", learning_rates)})
-    shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
-    from kpsvd_tune.comparison.methods import read_methods
-    from kpsvd_tune.comparison.plan import Grid
+    from kpsvd_tune.comparison.methods import read_methods, read_rate
+    from kpsvd_tune.comparison.plan import Entry, Grid
 
+    rates: list[float] = []
+    if learning_rates is not None:
+        items = _items("--learning-rates", learning_rates)
+        rates = sorted({read_rate("--learning-rates", each) for each in items})
+    shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
     chosen = read_methods(methods)
     recipes = {
-        method.name: load_recipe(
-            recipe, [*(overrides or ()), *(method.overrides if method.kind == "kpsvd" else ())]
-        )
+        method.name: load_recipe(recipe, [*(overrides or ()), *method.overrides])
         for method in chosen
     }
-    grid = Grid([method.name for method in chosen], sizes, rates, seeds, plan)
+    entries = [
+        Entry(method.name, sizes, method.rates or rates or method.own_rates) for method in chosen
+    ]
+    grid = Grid(entries, seeds, plan)
     if dry_run:
         emit(grid.summary(), as_json, show_grid)
         return
@@ -94,9 +103,3 @@ def _budget(text: str) -> int:
         return read_number_of_parameters(text)
     except ValueError as error:
         raise InputError(f"--budgets: {error}") from error
-
-
-def _rate(text: str) -> float:
-    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) or not 0 < float(text) <= 1:
-        raise InputError(f"--learning-rates: got {text!r}; expected a number above 0, up to 1")
-    return float(text)

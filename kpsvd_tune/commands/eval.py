@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from kpsvd_tune.commands.options import (
+    SOURCE,
+    AllowCode,
     AllowOtherBase,
+    BaseOnly,
     BaseOption,
     Debug,
     DtypeOption,
@@ -34,6 +36,7 @@ from kpsvd_tune.evaluation.scoring import (
     stored_task,
 )
 from kpsvd_tune.events import Events
+from kpsvd_tune.phase import answering_cures, loading_cures, watched
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
@@ -45,8 +48,7 @@ from kpsvd_tune.storage.paths import check_writable, expand, kind_of, siblings
 _OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
 
 
-@dataclass(frozen=True)
-class _Model:
+class _Model(NamedTuple):
     """Which model is scored, as it was typed."""
 
     source: str
@@ -57,9 +59,7 @@ class _Model:
 
 
 def evaluate(
-    source: Annotated[
-        str | None, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
-    ] = None,
+    source: Annotated[str | None, SOURCE] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -90,9 +90,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the completions.")
     ] = None,
-    base_only: Annotated[
-        bool, typer.Option("--base-only", help="Score without the adapter, to compare.")
-    ] = False,
+    base_only: BaseOnly = False,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
     dtype: DtypeOption = None,
@@ -100,9 +98,7 @@ def evaluate(
         Path | None,
         typer.Option("--rescore", metavar="FILE", help="Score stored completions again."),
     ] = None,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run generated code (mbpp).")
-    ] = False,
+    allow_code_execution: AllowCode = False,
     sandbox: SandboxOption = "bwrap",
     gpus: Gpus = None,
     processes: Processes = None,
@@ -149,7 +145,6 @@ def _score(
     """Score one model on one task, and keep the scores."""
     from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks
     from kpsvd_tune.evaluation.output import keep_scores, output_folder
-    from kpsvd_tune.phase import answering_cures, loading_cures, watched
     from kpsvd_tune.processes import device, end_processes, on_main_process
     from kpsvd_tune.runs.find import find, load, resolve_base
 
@@ -168,24 +163,18 @@ def _score(
     with watched() as phase, ExitStack() as stack:
         stack.callback(end_processes)
         place = device()
-        model_source = on_main_process(lambda: resolve_base(found, model.source, model.base))
-        events.stage(f"loading {model_source.path}")
+        place_of_base = on_main_process(lambda: resolve_base(found, model.source, model.base))
+        events.stage(f"loading {place_of_base.path}")
         known = model.dtype or found.dtype
         phase.enter("loading the model", loading_cures(known, "--dtype"))
-        loaded = load(
-            found,
-            model_source,
-            known,
-            base_only=model.base_only,
-            allow_other_base=model.allow_other_base,
-        )
+        options = {"base_only": model.base_only, "allow_other_base": model.allow_other_base}
+        loaded = load(found, place_of_base, known, **options)
         kept = f"completions that are finished are kept in {folder}"
         phase.enter(f"scoring {wanted.task}", answering_cures([wanted]), kept)
         scorer = Scorer(loaded.tokenizer, found.dataset, place, events, permission)
         result = scorer.result(loaded, wanted, folder)
-        result["model"] = (
-            "base model" if model.base_only else "adapter" if found.adapter else "model"
-        )
+        is_adapted = found.adapter is not None
+        result["model"] = "base model" if model.base_only else "adapter" if is_adapted else "model"
         on_main_process(lambda: keep_scores(folder, result, run, events))
     return result
 

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from kpsvd_tune.commands.options import (
+    SOURCE,
     AllowOtherBase,
+    BaseOnly,
     BaseOption,
     Debug,
     Json,
     Offline,
+    emit,
     prepare_libraries,
 )
+from kpsvd_tune.phase import loading_cures, watched
 from kpsvd_tune.report.live import ConsoleEvents
 
 
 def generate(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
-    ],
+    source: Annotated[str, SOURCE],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt without a template.")] = False,
-    base_only: Annotated[
-        bool, typer.Option("--base-only", help="Answer without the adapter, to compare.")
-    ] = False,
+    base_only: BaseOnly = False,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
     offline: Offline = False,
@@ -39,7 +38,6 @@ def generate(
     """Show what a model says to a prompt."""
     prepare_libraries(offline, debug)
     from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
-    from kpsvd_tune.phase import loading_cures, watched
     from kpsvd_tune.processes import device
     from kpsvd_tune.runs.find import find, load, resolve_base
 
@@ -60,17 +58,11 @@ def generate(
             template = "chat" if loaded.tokenizer.chat_template else None
             if found.dataset is not None:
                 template = found.dataset.template
-            options = GenerationOptions(
-                max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-            )
             text = generate_text(
                 loaded.model,
                 loaded.tokenizer,
                 prompt,
                 template=None if raw else template,
-                options=options,
+                options=GenerationOptions(max_new_tokens, temperature=temperature, seed=seed),
             )
-    if as_json:
-        typer.echo(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-    else:
-        typer.echo(text.strip())
+    emit({"prompt": prompt, "text": text}, as_json, lambda said: typer.echo(said["text"].strip()))

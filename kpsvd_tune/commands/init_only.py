@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +10,11 @@ import typer
 
 from kpsvd_tune.commands.options import (
     Debug,
+    Gpus,
     Json,
     Offline,
     Overrides,
+    Processes,
     RecipeArgument,
     check_devices,
     emit,
@@ -20,24 +22,20 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import CheckpointError, InputError, RecipeError
 from kpsvd_tune.events import Events
+from kpsvd_tune.phase import Phase, decomposition_cures, watched
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.results import RankReport
-
-KEPT = "finished matrices are kept"
+from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.storage.disk import explained
 
 
 def init_only(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="Decompose on that many GPUs.")
-    ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option("--processes", min=1, help="Decompose in that many CPU processes."),
-    ] = None,
+    gpus: Gpus = None,
+    processes: Processes = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=A,B,C", help="Show the totals for several values of a key."),
@@ -69,76 +67,71 @@ def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> Ra
 
     The factors stay in the spectra cache, from which `train` takes them at once.
     """
-    from kpsvd_tune.decompose import decompose, report_decomposition
-    from kpsvd_tune.models import resolve_model
-    from kpsvd_tune.phase import decomposition_cures, watched
+    from kpsvd_tune.decompose import decompose
     from kpsvd_tune.report.rank_page import write_rank_report
     from kpsvd_tune.runs.directory import RunDirectory
-    from kpsvd_tune.runs.ownership import refuse_inside_run
-    from kpsvd_tune.storage.disk import explained
-
-    run = RunDirectory(recipe.output_dir)
-    _check(recipe, run.path)
-    source = resolve_model(recipe.model.path, recipe.model.revision)
-    refuse_inside_run(run.path, "output_dir")
-    run.check_ours()
-    with watched() as phase, run.lock():
-        phase.enter("decomposing the base model", decomposition_cures(recipe), KEPT)
-        events.stage(f"decomposing {recipe.model.path}")
-        progress, seed = report_decomposition(events), recipe.train.seed
-        found = decompose(source, recipe.adapter, seed=seed, progress=progress, **workers)
-        events.end_progress()
-        for note in found.notes:
-            events.note(note)
-        if recipe.adapter.rank.energy == "auto":
-            default = found.report.rule["energy"]
-            events.note(
-                f"adapter.rank.energy: auto is chosen by `train`; here {default:g} stands in"
-            )
-        with explained(f"write {run.init}"):
-            missing_page = write_rank_report(found.report, run.init)
-    if missing_page is not None:
-        events.note(missing_page)
-    return found.report
-
-
-def _check(recipe: Recipe, folder: Path) -> None:
-    """Refuse a recipe or a folder whose ranks are chosen already."""
-    from kpsvd_tune.runs.ownership import is_run
 
     if recipe.adapter.from_ is not None:
         raise RecipeError(
             "adapter.from: that adapter's ranks stay as they are, and nothing is decomposed; set "
             "it to null to see the ranks of this recipe"
         )
-    if is_run(folder):
+    run = RunDirectory(recipe.output_dir)
+    if is_run(run.path):
         # A run that goes on reads init/ back: other ranks there would not fit its factors.
         raise CheckpointError(
-            f"{folder} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
-            f"{folder}` shows them. To try other ranks, choose another output_dir"
+            f"{run.path} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
+            f"{run.path}` shows them. To try other ranks, choose another output_dir"
         )
+    refuse_inside_run(run.path, "output_dir")
+    run.check_ours()
+    with watched() as phase, run.lock():
+        report: RankReport = _run(decompose, recipe, phase, workers, events).report
+        if recipe.adapter.rank.energy == "auto":
+            stands_in = f"here {report.rule['energy']:g} stands in"
+            events.note(f"adapter.rank.energy: auto is chosen by `train`; {stands_in}")
+        with explained(f"write {run.init}"):
+            missing_page = write_rank_report(report, run.init)
+    if missing_page is not None:
+        events.note(missing_page)
+    return report
 
 
 def _sweep(
     variants: Mapping[str, Recipe], workers: Mapping[str, Any], events: Events
 ) -> dict[str, RankReport | dict[str, str]]:
     """Decompose once and apply the rank rule of each variant."""
-    from kpsvd_tune.decompose import collect_spectra, report_decomposition
+    from kpsvd_tune.decompose import collect_spectra
     from kpsvd_tune.decompose.sweep import check_sweep, sweep_ranks
-    from kpsvd_tune.models import resolve_model
-    from kpsvd_tune.phase import decomposition_cures, watched
 
     widest = check_sweep(variants)
-    events.stage(f"decomposing {widest.model.path}")
     with watched() as phase:
-        phase.enter("decomposing the base model", decomposition_cures(widest), KEPT)
-        source = resolve_model(widest.model.path, widest.model.revision)
-        progress, seed = report_decomposition(events), widest.train.seed
-        spectra = collect_spectra(source, widest.adapter, seed=seed, progress=progress, **workers)
-    events.end_progress()
-    for note in spectra.notes:
-        events.note(note)
+        spectra = _run(collect_spectra, widest, phase, workers, events)
     return sweep_ranks(spectra, variants, events)
+
+
+def _run(
+    work: Callable[..., Any],
+    recipe: Recipe,
+    phase: Phase,
+    workers: Mapping[str, Any],
+    events: Events,
+) -> Any:
+    """Decompose the base model by one of the functions for it, and say how it goes."""
+    from kpsvd_tune.decompose import report_decomposition
+    from kpsvd_tune.models import resolve_model
+
+    phase.enter(
+        "decomposing the base model", decomposition_cures(recipe), "finished matrices are kept"
+    )
+    source = resolve_model(recipe.model.path, recipe.model.revision)
+    events.stage(f"decomposing {recipe.model.path}")
+    progress, seed = report_decomposition(events), recipe.train.seed
+    found = work(source, recipe.adapter, seed=seed, progress=progress, **workers)
+    events.end_progress()
+    for note in found.notes:
+        events.note(note)
+    return found
 
 
 def _variants(recipe: str, overrides: Sequence[str], sweep: list[str]) -> dict[str, Recipe]:

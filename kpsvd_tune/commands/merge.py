@@ -18,8 +18,10 @@ from kpsvd_tune.commands.options import (
     emit,
     prepare_libraries,
 )
+from kpsvd_tune.phase import merging_cures, watched
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
+from kpsvd_tune.storage.disk import explained
 
 
 def merge(
@@ -40,9 +42,7 @@ def merge(
     """Bake an adapter into plain weights and prove that they are the same model."""
     prepare_libraries(offline, debug)
     from kpsvd_tune.merge import merging
-    from kpsvd_tune.phase import merging_cures, watched
     from kpsvd_tune.runs.find import compare_files, find, load, resolve_base
-    from kpsvd_tune.storage.disk import explained
 
     with ConsoleEvents() as events:
         found = find(source)

@@ -22,6 +22,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change: train.max_steps=40"),
 ]
+SOURCE = typer.Argument(metavar="RUN_OR_MODEL", help="A run, an adapter or a model.")
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Make no network call.")]
@@ -41,6 +42,10 @@ SandboxOption = Annotated[
     Literal["bwrap", "none"],
     typer.Option("--sandbox", help="bwrap; none runs code without protection."),
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="Run the programs it writes, for mbpp.")
+]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="Leave the adapter out, to compare.")]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="The base model, when it lies elsewhere by now.")
 ]
@@ -73,9 +78,14 @@ def prepare_libraries(offline: bool, debug: bool) -> None:
         disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+def is_later_rank() -> bool:
+    """Whether this is not the first of several ranks, which speaks for all of them."""
+    return bool(int(os.environ.get("RANK", "0")))
+
+
 def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
     """Print a command's result, as one JSON object or by ``show``; on the first rank alone."""
-    if int(os.environ.get("RANK", "0")):
+    if is_later_rank():
         return
     if as_json:
         typer.echo(json.dumps(result, default=lambda value: value.to_dict()))
@@ -84,11 +94,7 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], None]) -> None:
 
 
 def check_devices(gpus: int | None, processes: int | None) -> None:
-    """Refuse what no command can do with --gpus and --processes.
-
-    Raises:
-        InputError: Both were given, or there are fewer GPUs.
-    """
+    """Refuse both options at once, and more GPUs than there are (InputError)."""
     if gpus and processes:
         raise InputError("--gpus and --processes exclude each other: GPUs, or CPU processes")
     # A rank sees what its launcher has checked.
@@ -99,14 +105,9 @@ def check_devices(gpus: int | None, processes: int | None) -> None:
 
 
 class RanksEnded(Exception):
-    """The command was done by ranks, which have said all that is to be said.
-
-    Attributes:
-        exit_code: Theirs.
-    """
+    """The command was done by ranks, which have said all; ``exit_code`` is theirs."""
 
     def __init__(self, exit_code: int) -> None:
-        """Keep the code."""
         super().__init__(exit_code)
         self.exit_code = exit_code
 
@@ -116,10 +117,7 @@ def launch_processes(
 ) -> None:
     """Start the same command on several ranks, unless this is one of them already.
 
-    Raises:
-        InputError: Both kinds of process were asked for, a configuration without a number, or more
-            GPUs than there are.
-        RanksEnded: The ranks were started and have ended.
+    RanksEnded is raised when they were started and have ended.
     """
     check_devices(gpus, processes)
     count = gpus or processes

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kpsvd_tune.commands.options import (
+    AllowCode,
     AllowOtherBase,
     Debug,
     DryRun,
@@ -45,9 +46,7 @@ def train(
         typer.Option(metavar="KEY", help="Continue although this recipe key has changed."),
     ] = None,
     allow_other_base: AllowOtherBase = False,
-    allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="Run generated code when scoring MBPP.")
-    ] = False,
+    allow_code_execution: AllowCode = False,
     sandbox: SandboxOption = "bwrap",
     dry_run: DryRun = False,
     offline: Offline = False,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.comparison.baselines import Sizes
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Grid, next_trials, num_left
-from kpsvd_tune.comparison.setup import Setups, Sizes
+from kpsvd_tune.comparison.setup import Setups
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
     COMPARISON,
@@ -25,7 +26,7 @@ from kpsvd_tune.comparison.workers import run_base, run_setups
 from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
-from kpsvd_tune.errors import DataError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.errors import AdapterError, DataError, InputError, RecipeError, StoppedBySignal
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
     ModelSource,
@@ -76,7 +77,7 @@ def compare(
         recipe: What all methods share.
         recipes: The recipe of each method by its name, which differs in its adapter section.
         methods: The methods of the grid.
-        grid: Budgets, rates and seeds.
+        grid: Each method's budgets and rates, and the seeds.
         events: Told of stages and progress.
         watcher: Told of trials.
         jobs: Trials at a time; on GPUs each takes its own.
@@ -90,6 +91,7 @@ def compare(
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
     """
     _check(recipe)
+    budgets = sorted({budget for each in grid.entries for budget in each.budgets})
     run = RunDirectory(recipe.output_dir)
     if not (run.path / COMPARISON).exists():
         # The record of a comparison is the first file of its folder.
@@ -101,9 +103,14 @@ def compare(
         skeleton = load_skeleton(source)
         material, shared = _material(recipe, source, skeleton, events)
         num_steps = _num_steps(recipe, grid, material, events)
-        sizes = _sizes(recipe, source, skeleton)
-        plan = Setups(recipe, recipes, methods, sizes, run.path, shared)
-        plan.prepare(source, grid.budgets, events)
+        sizes = {method.name: _sizes(method, recipe, source, skeleton) for method in methods}
+        kind = skeleton.config.model_type
+        plan = Setups(recipe, recipes, methods, sizes, kind, run.path, shared)
+        plan.prepare(source, budgets, events)
+        for note in plan.notes:
+            events.note(note)
+        if grid.plan != "done":
+            grid = grid.with_budgets(plan.budgets)
         rows = open_results(run.path, shared, plan.adapters())
         if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, num_steps):
             check_schedule(run.path)
@@ -119,9 +126,9 @@ def compare(
         except StoppedBySignal:
             # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):
-                _conclude(recipe, grid, rows, base, jobs, events)
+                _conclude(recipe, grid, rows, base, jobs, plan.notes, events)
             raise
-        return _conclude(recipe, grid, rows, base, jobs, events)
+        return _conclude(recipe, grid, rows, base, jobs, plan.notes, events)
 
 
 def _material(
@@ -167,12 +174,16 @@ def _num_steps(recipe: Recipe, grid: Grid, material: Material, events: Events) -
     return length.num_steps
 
 
-def _sizes(recipe: Recipe, source: ModelSource, skeleton: Any) -> Sizes:
-    """(out_features, in_features) of each target module."""
-    adapter = recipe.adapter
-    names = target_names(
-        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
-    )
+def _sizes(method: Method, recipe: Recipe, source: ModelSource, skeleton: Any) -> Sizes:
+    """(out_features, in_features) of each module that a method goes on."""
+    adapter, own = recipe.adapter, method.modules
+    targets = adapter.target_modules if own is None else own
+    try:
+        names = target_names(skeleton, targets, adapter.exclude_modules, adapter.modules_to_save)
+    except AdapterError as error:
+        if own is None:
+            raise
+        raise InputError(f"--methods {method.name}: {error}") from error
     reader = WeightReader(source, names, skeleton)
     sizes = {name: reader.size(name) for name in names}
     reader.close()
@@ -185,6 +196,7 @@ def _conclude(
     rows: Sequence[TrialRow],
     base: Mapping[str, float | None],
     jobs: int,
+    notes: Sequence[str],
     events: Events,
 ) -> Comparison:
     """Write the verdict on the trials of the grid, also where more of them are to come."""
@@ -202,6 +214,7 @@ def _conclude(
         currency=recipe.compare.currency,
         num_missing=len(next_trials(grid, rows)),
         jobs=jobs,
+        notes=notes,
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"

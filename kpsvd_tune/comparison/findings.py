@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
+from kpsvd_tune.comparison.methods import is_ours
 from kpsvd_tune.comparison.statistics import estimate, mean_curve, steps_to, variation
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Difference, Estimate, MethodSummary, TrialRow
@@ -125,6 +126,7 @@ class Findings:
             init_seconds=init,
             peak_memory_bytes=max(row.peak_memory_bytes for row in chosen),
             cost=None if price is None else hours * price,
+            is_ours=is_ours(first.method),
         )
 
 

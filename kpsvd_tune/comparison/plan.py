@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 from kpsvd_tune.report.comparison import Trial, TrialRow
+
+Done = Mapping[Trial, TrialRow]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method in a comparison, with the budgets and the learning rates that it is tried at."""
+
+    method: str
+    budgets: Sequence[int]  # trainable parameters
+    learning_rates: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -15,57 +27,60 @@ class Grid:
     """What is compared.
 
     Attributes:
-        methods: Names.
-        budgets: Trainable parameters.
-        learning_rates: Tried for every method.
+        entries: The methods.
         num_seeds: Seeds 0 to num_seeds - 1.
         plan: full, staged or done; see :func:`next_trials`.
     """
 
-    methods: Sequence[str]
-    budgets: Sequence[int]
-    learning_rates: Sequence[float]
+    entries: Sequence[Entry]
     num_seeds: int
     plan: str
 
+    def with_budgets(self, budgets: Mapping[str, Sequence[int]]) -> Grid:
+        """The same with other budgets, by method."""
+        return replace(
+            self,
+            entries=[replace(each, budgets=tuple(budgets[each.method])) for each in self.entries],
+        )
+
     def summary(self) -> dict[str, Any]:
         """What would be run, for a person or as JSON."""
-        each = sum(self.stage_sizes())
+        trials = {each.method: sum(self.stage_sizes(each)) for each in self.entries}
         return {
-            "methods": list(self.methods),
-            "budgets": list(self.budgets),
-            "learning_rates": list(self.learning_rates),
+            "methods": list(trials),
+            "budgets": sorted({budget for each in self.entries for budget in each.budgets}),
+            "learning_rates": {each.method: list(each.learning_rates) for each in self.entries},
             "seeds": self.num_seeds,
             "plan": self.plan,
-            "trials_per_method": each,
-            "trials": each * len(self.methods),
+            "trials_per_method": trials,
+            "trials": sum(trials.values()),
         }
 
-    def stage_sizes(self) -> tuple[int, ...]:
-        """Trials of each stage of the plan, a method."""
-        rates, seeds, budgets = len(self.learning_rates), self.num_seeds, len(self.budgets)
+    def stage_sizes(self, entry: Entry) -> tuple[int, ...]:
+        """Trials of each stage of the plan, of one method."""
+        rates, seeds, budgets = len(entry.learning_rates), self.num_seeds, len(entry.budgets)
         if self.plan == "done":
-            return (0,)
+            return ()
         if self.plan == "full":
             return (rates * seeds * budgets,)
         return rates, min(2, rates) * (seeds - 1), (budgets - 1) * seeds
 
     def holds(self, row: TrialRow) -> bool:
         """Whether a row is of this grid; the plan done takes every rate and seed there is."""
-        is_own = row.method in self.methods and row.budget in self.budgets
-        if self.plan == "done":
-            return is_own
-        return is_own and row.learning_rate in self.learning_rates and row.seed < self.num_seeds
+        own = next((each for each in self.entries if each.method == row.method), None)
+        if own is None or row.budget not in own.budgets:
+            return False
+        is_planned = row.learning_rate in own.learning_rates and row.seed < self.num_seeds
+        return is_planned or self.plan == "done"
 
 
 def next_trials(grid: Grid, rows: Iterable[TrialRow]) -> list[Trial]:
     """Trials of the first stage that is not done, without those that are; empty at the end.
 
     The full plan is every combination. The staged one has three stages: every rate with one seed
-    at the middle budget; then all seeds at each method's two best rates there; then the other
-    budgets with all seeds at each method's best rate. Every method gets the same number of trials
-    in either. The plan done runs nothing: it judges what is there. Methods take turns, so that a
-    comparison that is stopped early has some trials of each.
+    at the method's middle budget; then all seeds at its two best rates there; then its other
+    budgets with all seeds at its best rate. The plan done runs nothing: it judges what is there.
+    Methods take turns, so that a comparison that is stopped early has some trials of each.
     """
     return _stage(grid, rows)[1]
 
@@ -74,59 +89,50 @@ def num_left(grid: Grid, rows: Iterable[TrialRow]) -> int:
     """How many trials are still to come: at most that many, where a later stage has some done."""
     number, left = _stage(grid, rows)
     # Which trials the later stages hold is not known yet, but how many.
-    return len(left) + sum(grid.stage_sizes()[number + 1 :]) * len(grid.methods)
+    return len(left) + sum(sum(grid.stage_sizes(each)[number + 1 :]) for each in grid.entries)
 
 
 def _stage(grid: Grid, rows: Iterable[TrialRow]) -> tuple[int, list[Trial]]:
     """The first stage that is not done, from 0, and what is left of it."""
     done = {row.trial: row for row in rows}
-    stages: Callable[..., Iterable[list[Trial]]]
-    stages = {"full": _full, "staged": _stages, "done": lambda *_: ()}[grid.plan]
-    for number, stage in enumerate(stages(grid, done)):
-        if left := [trial for trial in stage if trial not in done]:
+    num_stages = max(len(grid.stage_sizes(entry)) for entry in grid.entries)
+    plan = _full if grid.plan == "full" else _staged
+    for number in range(num_stages):
+        stages = [plan(entry, grid.num_seeds, number, done) for entry in grid.entries]
+        turns = chain.from_iterable(zip_longest(*stages))
+        if left := [trial for trial in turns if trial is not None and trial not in done]:
             return number, left
-    return len(grid.stage_sizes()), []
+    return num_stages, []
 
 
-def _full(grid: Grid, done: Mapping[Trial, TrialRow]) -> Iterable[list[Trial]]:
-    yield [
-        Trial(method, budget, rate, seed)
-        for seed in range(grid.num_seeds)
-        for budget in grid.budgets
-        for rate in grid.learning_rates
-        for method in grid.methods
+def _full(entry: Entry, num_seeds: int, number: int, done: Done) -> list[Trial]:
+    return [
+        Trial(entry.method, budget, rate, seed)
+        for seed in range(num_seeds)
+        for budget in entry.budgets
+        for rate in entry.learning_rates
     ]
 
 
-def _stages(grid: Grid, done: Mapping[Trial, TrialRow]) -> Iterable[list[Trial]]:
-    # The next stage is asked for when this one is done, so its rows are there.
-    middle = sorted(grid.budgets)[len(grid.budgets) // 2]
-    yield [
-        Trial(method, middle, rate, 0) for rate in grid.learning_rates for method in grid.methods
+def _staged(entry: Entry, num_seeds: int, number: int, done: Done) -> list[Trial]:
+    """A stage of the staged plan, of one method; all earlier ones are done."""
+    middle = sorted(entry.budgets)[len(entry.budgets) // 2]
+    first = [Trial(entry.method, middle, rate, 0) for rate in entry.learning_rates]
+    if number == 0:
+        return first
+    best = _best_rates(done[trial] for trial in first)[:2]
+    # By seed, so that a comparison that is stopped has the same seeds of both rates.
+    seeds = [
+        Trial(entry.method, middle, rate, seed) for seed in range(1, num_seeds) for rate in best
     ]
-    best = {
-        method: _best_rates(done[Trial(method, middle, r, 0)] for r in grid.learning_rates)[:2]
-        for method in grid.methods
-    }
-    yield [
-        Trial(method, middle, best[method][place], seed)
-        for seed in range(1, grid.num_seeds)
-        for place in range(len(best[grid.methods[0]]))
-        for method in grid.methods
-    ]
-    finalists = {
-        method: _best_rates(
-            done[Trial(method, middle, rate, seed)]
-            for rate in best[method]
-            for seed in range(grid.num_seeds)
-        )[0]
-        for method in grid.methods
-    }
-    yield [
-        Trial(method, budget, finalists[method], seed)
-        for seed in range(grid.num_seeds)
-        for budget in grid.budgets
-        for method in grid.methods
+    if number == 1:
+        return seeds
+    tried = [Trial(entry.method, middle, rate, 0) for rate in best] + seeds
+    finalist = _best_rates(done[trial] for trial in tried)[0]
+    return [
+        Trial(entry.method, budget, finalist, seed)
+        for seed in range(num_seeds)
+        for budget in entry.budgets
         if budget != middle
     ]
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoKrConfig, LoraConfig, PeftConfig
-from peft.tuners.lokr.layer import factorization
-
+from kpsvd_tune.comparison.baselines import (
+    SLACK,
+    Baseline,
+    Size,
+    Sizes,
+    baseline,
+    best_size,
+    check_training,
+)
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.trial_log import SCHEDULE
 from kpsvd_tune.decompose import Spectra, collect_spectra, report_decomposition
@@ -18,23 +24,6 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe import RankRecipe, Recipe
 from kpsvd_tune.report.comparison import Trial
-
-# A rank is a whole number for every layer, so a budget can be missed by nearly a rank's
-# parameters; one that is missed by no more than this share counts as met.
-SLACK = 0.02
-# Module name to (out_features, in_features).
-Sizes = Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """One of PEFT's methods, ready to be put on a model."""
-
-    config: PeftConfig
-    rank: int  # the same for every layer
-    trainable_parameters: int
-    # parts of parameter names to what their learning rate is multiplied with
-    rate_ratios: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -51,32 +40,42 @@ class Setup:
 
 
 class Setups:
-    """Turns the trials of a comparison into setups."""
+    """Turns the trials of a comparison into setups.
+
+    After `prepare`, ``budgets`` has those that each method is run at, and ``notes`` says which
+    others it is not run at and where it trains clearly fewer parameters than it might.
+    """
 
     def __init__(
         self,
         recipe: Recipe,  # what all methods share
         recipes: Mapping[str, Recipe],  # the recipe of each method by its name
         methods: Sequence[Method],
-        sizes: Sizes,
+        sizes: Mapping[str, Sizes],  # of the modules that each method goes on, by its name
+        model_type: str,  # transformers' name of the architecture
         folder: Path,
         shared: Mapping[str, Any],  # what is equal in all trials, as JSON values
     ) -> None:
         self._recipe, self._shared = recipe, shared
-        self._sizes, self._folder = sizes, folder
+        self._sizes, self._model_type, self._folder = sizes, model_type, folder
         self._methods = {method.name: method for method in methods}
         self._adapters = {name: each.adapter for name, each in recipes.items()}
         self._ranks: dict[tuple[str, int], RankRecipe] = {}
+        self._chosen: dict[tuple[str, int], Size] = {}
+        self.budgets: dict[str, tuple[int, ...]] = {}
+        self.notes: list[str] = []
 
     def prepare(self, source: ModelSource, budgets: Sequence[int], events: Events) -> None:
-        """Choose the rank rules and fill the spectra cache, so that no trial spends time on it.
+        """Choose sizes and rank rules, and fill the spectra cache, so that no trial spends time.
 
-        Refuses a budget below rank 1 of a PEFT method (InputError) or a rank rule (AdapterError).
+        Refuses a PEFT method that no budget is enough for (InputError) or a rank rule
+        (AdapterError): what cannot be met is refused before the first trial, not after hours.
         """
-        # What cannot be met is refused before the first trial, not after hours.
         for name, method in self._methods.items():
-            for budget in budgets if method.kind != "kpsvd" else ():
-                self._baseline(name, budget)
+            if method.kind != "kpsvd":
+                self._choose_sizes(method, sorted(budgets))
+            else:
+                self.budgets[name] = tuple(budgets)
         for name in self.adapters():
             adapter = self._adapters[name]
             events.stage(f"decomposing {self._recipe.model.path} for {name}")
@@ -94,7 +93,9 @@ class Setups:
             rank = self._ranks[trial.method, trial.budget]
             adapter = adapter.model_copy(update={"rank": rank})
         else:
-            own = self._baseline(trial.method, trial.budget)
+            size = self._chosen[trial.method, trial.budget]
+            dropout = self._recipe.adapter.dropout
+            own = baseline(method, size, self._model_type, dropout=dropout, seed=trial.seed)
         # Curves have a point a step, and a trial is one process.
         keys: dict[str, Any] = {"log_every": 1, "num_workers": 0}
         keys |= {"learning_rate": trial.learning_rate, "seed": trial.seed}
@@ -119,8 +120,43 @@ class Setups:
             if method.kind == "kpsvd"
         }
 
-    def _baseline(self, name: str, budget: int) -> Baseline:
-        return baseline(self._methods[name], self._sizes, budget, self._recipe.adapter.dropout)
+    def _choose_sizes(self, method: Method, budgets: Sequence[int]) -> None:
+        """The budgets at which a method trains something of its own, and its sizes there."""
+        name, train = method.name, self._recipe.train
+        check_training(method, self._recipe.adapter.dropout, train.weight_decay)
+        chosen: dict[int, Size] = {}
+        refusal: InputError | None = None
+        too_small: list[int] = []
+        for budget in budgets:
+            try:
+                size = best_size(method, self._sizes[name], budget, self._model_type)
+            except InputError as error:
+                refusal = error
+                too_small.append(budget)
+                continue
+            earlier = next((known for known, other in chosen.items() if other == size), None)
+            if earlier is not None:
+                self.notes.append(
+                    f"{name} is not run at {budget:,}: it would train the same "
+                    f"{size.trainable_parameters:,} parameters as at {earlier:,}"
+                )
+                continue
+            chosen[budget] = size
+            if size.trainable_parameters < (1 - SLACK) * budget:
+                self.notes.append(
+                    f"{name} at {budget:,} trains {size.trainable_parameters:,} parameters, the "
+                    "nearest below of the sizes that it has on these modules"
+                )
+        if not chosen and refusal is not None:
+            raise refusal
+        if too_small:
+            self.notes.append(f"{name} is not run at {_listed(too_small)}: {refusal}")
+        self.budgets[name] = tuple(chosen)
+        self._chosen |= {(name, budget): size for budget, size in chosen.items()}
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " and ".join(f"{each:,}" for each in numbers)
 
 
 def _rank_rule(method: Method, rank: RankRecipe, spectra: Spectra, budget: int) -> RankRecipe:
@@ -137,77 +173,3 @@ def _rank_rule(method: Method, rank: RankRecipe, spectra: Spectra, budget: int) 
     return one.model_copy(
         update={"min": equal, "max": min(equal + 1, rank.window), "budget": budget}
     )
-
-
-def baseline(method: Method, sizes: Sizes, budget: int, dropout: float = 0.0) -> Baseline:
-    """Choose the largest rank of lora, pissa or lokr within a budget of trainable parameters.
-
-    A rank that costs at most 2 % more still fits. An InputError says that rank 1 already costs
-    more, or that the method has no such dropout.
-    """
-    if dropout and method.kind == "lokr":
-        raise InputError(
-            f"{method.name}: PEFT's LoKr cannot drop inputs, and adapter.dropout is {dropout:g}; "
-            "set it to 0 or leave lokr out"
-        )
-    settings = method.settings
-    count = _lokr_count(int(settings["factor"])) if method.kind == "lokr" else _lora_count
-    rank = 0
-    # LoKr stops growing once its factors are whole; so does a rank at a layer's smaller side.
-    largest = min(min(size) for size in sizes.values())
-    while rank < largest and count(sizes, rank + 1) <= budget * (1 + SLACK):
-        rank += 1
-    if rank == 0:
-        raise InputError(
-            f"a budget of {budget:,} trainable parameters is below the {count(sizes, 1):,} that "
-            f"{method.name} needs at rank 1 on these {len(sizes)} modules; raise --budgets or "
-            "target fewer modules"
-        )
-    alpha = _alpha(settings["alpha"], rank)
-    targets: dict[str, Any] = {"target_modules": list(sizes), "task_type": "CAUSAL_LM"}
-    config: PeftConfig
-    if method.kind == "lokr":
-        config = LoKrConfig(
-            r=rank, alpha=alpha, decompose_factor=int(settings["factor"]), **targets
-        )
-    else:
-        start: Any = True
-        if method.kind == "pissa":
-            start = f"pissa_niter_{settings['niter']}" if settings["niter"] != "0" else "pissa"
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            use_rslora=settings.get("rslora") == "true",
-            init_lora_weights=start,
-            lora_dropout=dropout,
-            **targets,
-        )
-    ratio = float(settings.get("ratio", 1))
-    return Baseline(config, rank, count(sizes, rank), {"lora_B": ratio} if ratio != 1 else {})
-
-
-def _lora_count(sizes: Sizes, rank: int) -> int:
-    return sum(rank * (out + into) for out, into in sizes.values())
-
-
-def _lokr_count(factor: int) -> Any:
-    """Parameters of LoKr: a whole left factor, and a right one of low rank where that is smaller.
-
-    Source: peft.tuners.lokr.layer.LoKrLayer.update_layer with decompose_both=False.
-    """
-
-    def count(sizes: Sizes, rank: int) -> int:
-        total = 0
-        for out, into in sizes.values():
-            (out_l, out_k), (in_m, in_n) = factorization(out, factor), factorization(into, factor)
-            is_low_rank = rank < max(out_k, in_n) / 2
-            total += out_l * in_m + (rank * (out_k + in_n) if is_low_rank else out_k * in_n)
-        return total
-
-    return count
-
-
-def _alpha(text: str, rank: int) -> Any:
-    """A number, or a multiple of the rank; whole where it can be, as PEFT's type says."""
-    value = float(text[:-1]) * rank if text.endswith("r") else float(text)
-    return int(value) if value == int(value) else value

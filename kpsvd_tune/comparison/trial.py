@@ -177,7 +177,11 @@ def _adapted(setup: Setup, material: Material) -> tuple[PeftModel, str, float]:
         base: Any = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
         began = time.monotonic()
         baseline: Any = get_peft_model(base, setup.baseline.config)
-        return baseline, str(setup.baseline.rank), time.monotonic() - began
+        for name, parameter in baseline.named_parameters():
+            if any(part in name for part in setup.baseline.frozen):
+                parameter.requires_grad_(False)
+        rank = setup.baseline.size.rank
+        return baseline, "–" if rank is None else str(rank), time.monotonic() - began
     began = time.monotonic()
     decomposition = decompose(
         source, recipe.adapter, start_seed=recipe.train.seed, device=str(device())

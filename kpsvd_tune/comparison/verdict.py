@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kpsvd_tune.comparison.claims import judge, unequal_sizes
 from kpsvd_tune.comparison.findings import Findings, key_of, lowest
+from kpsvd_tune.comparison.methods import is_ours
 from kpsvd_tune.report.comparison import (
     Comparison,
     Difference,
@@ -27,6 +28,7 @@ def compare_rows(
     currency: str = "USD",
     num_missing: int = 0,  # trials still to come; with any, no claim is judged
     jobs: int = 1,  # trials that ran at a time
+    notes: Sequence[str] = (),  # what a reader must know of the plan
 ) -> Comparison:
     """Draw the verdict; an InputError says that no trial ended with a loss.
 
@@ -51,7 +53,7 @@ def compare_rows(
         summaries=found.summaries,
         differences=tuple(found.differences()),
         claims=() if num_missing else judge(found),
-        notes=tuple(_notes(found, num_missing, jobs)),
+        notes=(*_notes(found, num_missing, jobs), *notes),
         currency=currency,
     )
 
@@ -151,6 +153,9 @@ def _sizes(summaries: Iterable[MethodSummary]) -> str:
 def _notes(found: Findings, num_missing: int, jobs: int) -> Iterable[str]:
     if num_missing:
         yield f"at least {num_missing} trials are still to come, so no claim is judged yet"
+    for method in found.methods:
+        if is_ours(method):
+            yield f"{method} is this project's own code: PEFT has no such method"
     if jobs > 1:
         yield f"{jobs} trials ran at a time: seconds and costs are those of a shared machine"
     for budget in sorted({each.budget for each in found.summaries}):

@@ -69,6 +69,7 @@ class Spectra:
         base_parameters: Parameters of the base model.
         left_alone: (name, reason) of the weight matrices that are not targeted.
         notes: What happened on the way.
+        is_drawn: Whether a seed gives the frozen factors.
     """
 
     source: ModelSource
@@ -78,6 +79,7 @@ class Spectra:
     base_parameters: int
     left_alone: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    is_drawn: bool = False
 
     def report(self, rank: RankRecipe) -> RankReport:
         """Apply a rank rule.
@@ -102,6 +104,7 @@ class Spectra:
             rank,
             base_parameters=self.base_parameters,
             left_alone=self.left_alone,
+            is_drawn=self.is_drawn,
         )
 
     def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
@@ -196,6 +199,7 @@ def collect_spectra(
         base_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         left_alone=tuple(untouched(skeleton, names)),
         notes=(*notes, *found.notes()),
+        is_drawn=adapter.is_drawn,
     )
 
 
@@ -205,7 +209,11 @@ def _plans(reader: WeightReader, adapter: AdapterRecipe) -> list[LayerPlan]:
     plans: list[LayerPlan] = []
     for name in reader.names:
         try:
-            plans.append(LayerPlan.of_weight(name, reader.size(name), rule))
+            plans.append(
+                LayerPlan.of_weight(
+                    name, reader.size(name), rule, adapter.form, adapter.factor_size
+                )
+            )
         except ValueError as error:
             raise AdapterError(f"adapter.factor_shape for {name}: {error}") from error
     return plans

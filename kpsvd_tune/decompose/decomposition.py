@@ -47,7 +47,7 @@ class Decomposition:
     @property
     def layers(self) -> dict[str, dict[str, Any]]:
         """``KpsvdConfig.layers`` for the modules of ``factors``."""
-        return layers_of(self.report, has_fingerprints=self.is_of_weight)
+        return layers_of(self.report, is_of_weight=self.is_of_weight)
 
     def save(self, folder: Path) -> str | None:
         """Write the factors and the rank report.
@@ -164,6 +164,9 @@ def start_from(spectra: Spectra, adapter: AdapterRecipe, seed: int = 0) -> Decom
     """
     report = spectra.report(adapter.rank)
     found = Decomposition(report, spectra.factors(report), notes=spectra.notes)
+    if adapter.is_drawn:
+        # The adapter draws them, from a seed that it keeps.
+        return replace(found, is_of_weight=False)
     return found if adapter.init == "weight" else _random(found, seed)
 
 

@@ -25,6 +25,7 @@ def rank_report(
     base_parameters: int,  # how many the base model has
     # (name, reason) of the weight matrices that are not targeted
     left_alone: Sequence[tuple[str, str]],
+    is_drawn: bool = False,  # a seed gives the frozen factors
 ) -> RankReport:
     """Choose the ranks of all layers and describe them.
 
@@ -43,12 +44,14 @@ def rank_report(
         totals={
             "modules": len(plans),
             "trainable_parameters": sum(plan.num_parameters for plan in plans),
+            "stored_parameters": sum(plan.stored(is_drawn) for plan in plans),
             "base_parameters": base_parameters,
             "energy": kept / whole if whole > 0 else 0.0,
         },
         layers=tuple(map(layer_report, plans)),
         untouched=tuple(left_alone),
         rule=_with_number(rank).model_dump(),
+        form=plans[0].form if plans else "both",
     )
 
 
@@ -78,22 +81,20 @@ def layer_report(plan: LayerPlan) -> LayerReport:
     )
 
 
-def layers_of(report: RankReport, *, has_fingerprints: bool = True) -> dict[str, dict[str, Any]]:
-    """What ``KpsvdConfig.layers`` keeps of each adapted layer: :meth:`LayerPlan.settings`.
-
-    Only factors that are the weight's own terms have fingerprints.
-    """
+def layers_of(report: RankReport, *, is_of_weight: bool = True) -> dict[str, dict[str, Any]]:
+    """What ``KpsvdConfig.layers`` keeps of each adapted layer: :meth:`LayerPlan.settings`."""
     plans = [
         LayerPlan(
             layer.name,
             KroneckerShape(*layer.factor_shape),
             values=tuple(layer.singular_values),
+            squared_norm=layer.stable_rank * layer.singular_values[0] ** 2,
             rank=layer.rank,
         )
         for layer in report.layers
         if layer.rank > 0
     ]
-    return {plan.name: plan.settings(has_fingerprint=has_fingerprints) for plan in plans}
+    return {plan.name: plan.settings(is_of_weight=is_of_weight) for plan in plans}
 
 
 def _with_number(rank: RankRecipe) -> RankRecipe:

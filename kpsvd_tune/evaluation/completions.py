@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,20 @@ from kpsvd_tune.storage.durable import append_file, truncate_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 RowId = int | str
+# In the folder of an evaluation.
+COMPLETIONS_FILE = "completions.jsonl"
+SETTINGS_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of a model to one prompt.
+    """One answer of a model to one prompt."""
 
-    Attributes:
-        id: the row's id in its source: its own id field, or else its row number from 0.
-        prompt: the text the model was given, without special tokens.
-        completion: the text the model wrote, cut before the first stop string.
-        gold: what the scorers compare with: a text, or for code a mapping of tests.
-        sample: which answer to this prompt it is, from 0.
-    """
-
-    id: RowId
-    prompt: str
-    completion: str
-    gold: Any
-    sample: int = 0
+    id: RowId  # the row's own id field, or else its number in the source, from 0
+    prompt: str  # the text the model was given
+    completion: str  # the text the model wrote, cut before the first stop string
+    gold: Any  # what the scorers compare with: a text, or for code a mapping of tests
+    sample: int = 0  # which answer to this prompt it is
 
     @property
     def key(self) -> tuple[RowId, int]:
@@ -47,14 +41,7 @@ class Completion:
 
     def to_json(self) -> str:
         """The row as one line without its end."""
-        row = {
-            "id": self.id,
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "gold": self.gold,
-        }
-        if self.sample:
-            row["sample"] = self.sample
+        row = {key: value for key, value in asdict(self).items() if key != "sample" or value}
         return json.dumps(row, ensure_ascii=False)
 
 
@@ -104,8 +91,8 @@ def read_completions(path: Path) -> list[Completion]:
             f"cannot read completions from {path}: {error.strerror or error}. Expected a file of "
             "JSON lines as an evaluation writes it (completions.jsonl)."
         ) from error
-    completions: list[Completion] = []
-    seen: Counter[RowId] = Counter()
+    completions: dict[tuple[RowId, int], Completion] = {}
+    counts: Counter[RowId] = Counter()  # of rows without a sample number
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -117,9 +104,15 @@ def read_completions(path: Path) -> list[Completion]:
                 f"{path} line {number} is no JSON object. Expected one row "
                 '{"id", "prompt", "completion", "gold"} a line; correct or remove that line.'
             )
-        completions.append(_to_completion(row, number, path, seen))
-    _refuse_duplicates(completions, path)
-    return completions
+        completion = _to_completion(row, number, path, counts)
+        if completion.key in completions:
+            raise DataError(
+                f"{path} line {number} is another row with id {completion.id!r} and sample "
+                f"{completion.sample}. Expected each once; remove the copies, or give them "
+                "different sample numbers."
+            )
+        completions[completion.key] = completion
+    return list(completions.values())
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -131,7 +124,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _to_completion(
-    row: dict[str, Any], number: int, path: Path, seen: Counter[RowId]
+    row: dict[str, Any], number: int, path: Path, counts: Counter[RowId]
 ) -> Completion:
     missing = [key for key in ("completion", "gold") if key not in row]
     if missing or not isinstance(row["completion"], str):
@@ -152,17 +145,6 @@ def _to_completion(
             f"{str(row.get('prompt'))[:40]!r} and {str(sample)[:40]!r}"
         )
     if sample is None:
-        sample = seen[identifier]
-        seen[identifier] += 1
+        sample = counts[identifier]
+        counts[identifier] += 1
     return Completion(identifier, row.get("prompt", ""), row["completion"], row["gold"], sample)
-
-
-def _refuse_duplicates(completions: Iterable[Completion], path: Path) -> None:
-    counts = Counter(completion.key for completion in completions)
-    repeated = [key for key, count in counts.items() if count > 1]
-    if repeated:
-        identifier, sample = repeated[0]
-        raise DataError(
-            f"{path} holds {counts[repeated[0]]} rows with id {identifier!r} and sample {sample}. "
-            "Expected each once; remove the copies, or give them different sample numbers."
-        )

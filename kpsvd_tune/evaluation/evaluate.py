@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
+    COMPLETIONS_FILE,
+    SETTINGS_FILE,
     append_completion,
     read_completions,
     repair_completions,
 )
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
-    GenerationProgress,
     LanguageModel,
     Prompt,
     generate_completions,
@@ -49,10 +51,7 @@ from kpsvd_tune.runs.find import Loaded
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import make_folder, rename, replace_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
-from kpsvd_tune.units import time_left
 
-COMPLETIONS_FILE = "completions.jsonl"
-SETTINGS_FILE = "evaluation.json"
 _SAMPLED_WEIGHTS = 64
 
 
@@ -66,23 +65,11 @@ def evaluate(
     permission: CodePermission = NO_CODE,
     set_aside: bool = False,
 ) -> list[Score]:
-    """Run one task on a model and score it; an interrupted run goes on where it stopped.
+    """Run one task on a model and give a score for each scorer; an interrupted run goes on.
 
-    Under torch.distributed every process calls this: they share the prompts and all get the
-    scores; `output_folder` must be the same folder for all.
-
-    Args:
-        model: a causal language model, adapter included, on its device.
-        tokenizer: the model's tokenizer.
-        recipe: the task, its data, its prompt and how to answer.
-        output_folder: where completions.jsonl and evaluation.json lie.
-        events: told of progress; of several processes each counts its own share.
-        permission: to run programs, which mbpp needs.
-        set_aside: move completions of another model or with other settings out of the way,
-            instead of refusing to go on.
-
-    Returns:
-        One score a scorer of the task.
+    Under torch.distributed every process calls this with the same folder: they share the prompts,
+    each tells of its own share, and all get the scores. `set_aside` moves completions of another
+    model or with other settings out of the way, instead of refusing to go on.
 
     Raises:
         InputError: programs would be run and may not be (before any work is done), or the folder
@@ -119,9 +106,12 @@ def evaluate(
     if found := len(wanted & done):
         events.note(f"{found} of {len(wanted)} answers are in {file} already")
     wait_for_all()  # nobody appends before everybody has read
-    mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: num_processes()]
+    shares = num_processes()
+    mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: shares]
+    phase = "answering" if shares == 1 else f"answering, one share of {shares},"
+    progress = partial(events.advance, phase)
     for completion in generate_completions(
-        model, tokenizer, mine, options, done=done, progress=partial(_tell, events)
+        model, tokenizer, mine, options, done=done, progress=progress
     ):
         append_completion(file, completion)
     wait_for_all()
@@ -136,15 +126,6 @@ def evaluate(
     )
 
 
-def _tell(events: Events, progress: GenerationProgress) -> None:
-    others = num_processes()
-    phase = "answering" if others == 1 else f"answering, one share of {others},"
-    detail = f"{progress.tokens_per_second:.0f} tokens/s"
-    if left := time_left(progress.seconds_left):
-        detail += f", {left}"
-    events.advance(phase, progress.done, progress.total, detail)
-
-
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
     """Tasks by the name of their scores: the task's, numbered from the second of a kind on."""
     named: dict[str, EvaluationRecipe] = {}
@@ -155,41 +136,31 @@ def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
 
 
 def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None) -> None:
-    """Refuse now what would stop the scoring after a training.
+    """Find now what would stop the scoring after a training, by reading all rows.
 
     Raises:
         InputError: Worked examples are wanted, and there are no rows to take them from.
         DataError: A task's rows or text cannot be read.
     """
     for task in tasks:
-        check_task(as_trained(task, dataset))
+        recipe = as_trained(task, dataset)
+        if recipe.task in LOSS_TASKS:
+            check_loss(recipe)
+        else:
+            read_questions(recipe)
+            read_shots(recipe)
 
 
+@dataclass(frozen=True)
 class Scorer:
-    """Scores a model on tasks and reports progress.
+    """Scores a model on tasks and reports progress."""
 
-    Args:
-        tokenizer: The model's tokenizer.
-        dataset: What the model was trained on, whose template and columns hold where a task has
-            none; None: the tasks' own.
-        place: Device to compute on.
-        events: Told of progress and scores.
-        permission: To run programs, which mbpp needs.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: DatasetRecipe | None,
-        place: torch.device,
-        events: Events,
-        permission: CodePermission,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._dataset = dataset
-        self._place = place
-        self._events = events
-        self._permission = permission
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    # What the model was trained on: its template and columns hold where a task has none.
+    dataset: DatasetRecipe | None
+    place: torch.device  # to compute on
+    events: Events  # told of progress and scores
+    permission: CodePermission  # to run programs, which mbpp needs
 
     def score_all(
         self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
@@ -202,32 +173,28 @@ class Scorer:
         for name, task in tasks.items():
             found[name] = self.score(model, task, folder / name, set_aside=True)
             for score in found[name]:
-                self._events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
+                self.events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
         return found
 
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
-        return {name: conditions(as_trained(task, self._dataset)) for name, task in tasks.items()}
+        return {name: conditions(as_trained(task, self.dataset)) for name, task in tasks.items()}
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
     ) -> list[Score]:
         """Run one task; an interrupted one goes on from the completions in ``folder``."""
-        task = as_trained(task, self._dataset)
-        self._events.stage(f"scoring {task.task}: {conditions(task)}")
-        model.to(self._place)
+        task = as_trained(task, self.dataset)
+        self.events.stage(f"scoring {task.task}: {conditions(task)}")
+        model.to(self.place)
         scores = evaluate(
-            model,
-            self._tokenizer,
-            task,
-            folder,
-            self._events,
-            permission=self._permission,
+            *(model, self.tokenizer, task, folder, self.events),
+            permission=self.permission,
             set_aside=set_aside,
         )
-        self._events.end_progress()
+        self.events.end_progress()
         for note in missing_scorers(task.task):
-            self._events.note(note)
+            self.events.note(note)
         return scores
 
     def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
@@ -241,7 +208,7 @@ class Scorer:
         asked = self.conditions({task.task: task})[task.task]
         result = {"task": task.task, "file": rows_source(task), "scores": scores}
         if (other := loaded.other_base) is not None:
-            self._events.note(f"scored {other}")
+            self.events.note(f"scored {other}")
             # The conditions stand in results.json and in the card of a run.
             asked += "; on another base model than the adapter's"
             result["other_base"] = f"scored {other}"
@@ -264,15 +231,6 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
     return task.model_copy(update=update)
 
 
-def check_task(recipe: EvaluationRecipe) -> None:
-    """Find now what would stop the task later, such as unreadable rows or a missing file."""
-    if recipe.task in LOSS_TASKS:
-        check_loss(recipe)
-    else:
-        read_questions(recipe)
-        read_shots(recipe)
-
-
 def rows_source(recipe: EvaluationRecipe) -> str:
     """Where a task's rows are from, in words: files, or a hub set with its split."""
     source = recipe.path or TASKS[recipe.task].path
@@ -292,13 +250,8 @@ def conditions(recipe: EvaluationRecipe) -> str:
     harness = f"{recipe.prompt} prompt"
     parts.append(f"template {template!r}" if recipe.prompt == "template" else harness)
     parts.append(f"{num_shots(recipe)} worked examples")
-    if recipe.temperature:
-        parts.append(
-            f"{recipe.samples} samples at temperature {recipe.temperature:g}, seed "
-            f"{recipe.sampling_seed}"
-        )
-    else:
-        parts.append("greedy")
+    samples = f"{recipe.samples} samples at temperature {recipe.temperature:g}"
+    parts.append(f"{samples}, seed {recipe.sampling_seed}" if recipe.temperature else "greedy")
     return ", ".join([*parts, f"at most {recipe.max_new_tokens} new tokens"])
 
 

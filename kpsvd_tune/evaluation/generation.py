@@ -15,16 +15,19 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.errors import InputError, ModelError, NonFiniteError
 from kpsvd_tune.evaluation.completions import Completion, RowId
 from kpsvd_tune.storage.memory import explained_memory
+from kpsvd_tune.units import time_left
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,25 +48,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to decode.
+    """How to decode."""
 
-    Attributes:
-        max_new_tokens: the most tokens written for one prompt.
-        batch_size: prompts decoded together.
-        temperature: 0 takes the likeliest token; above 0 samples from softmax(logits / T).
-        num_samples: answers to each prompt; more than one needs a temperature above 0.
-        stop: an answer ends before the first of these texts in it.
-        seed: with the row's id and sample number it fixes every draw, whatever the batch.
-        end_token_ids: tokens that end an answer, besides those of tokenizer and model.
-    """
-
-    max_new_tokens: int = 256
-    batch_size: int = 16
-    temperature: float = 0.0
-    num_samples: int = 1
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    end_token_ids: tuple[int, ...] = ()
+    max_new_tokens: int = 256  # of one answer
+    batch_size: int = 16  # prompts decoded together
+    temperature: float = 0.0  # 0 takes the likeliest token; above: from softmax(logits / T)
+    num_samples: int = 1  # answers to each prompt; several need a temperature above 0
+    stop: tuple[str, ...] = ()  # an answer ends before the first of these texts in it
+    seed: int = 0  # with the row's id and sample number it fixes every draw, whatever the batch
+    end_token_ids: tuple[int, ...] = ()  # besides those of tokenizer and model
 
     def __post_init__(self) -> None:
         """Refuse what cannot mean anything, such as several samples of a greedy answer."""
@@ -81,18 +74,7 @@ class GenerationOptions:
             )
 
 
-@dataclass(frozen=True)
-class GenerationProgress:
-    """How far a generation is; `seconds_left` is None until a first row is finished."""
-
-    done: int
-    total: int
-    num_tokens: int
-    tokens_per_second: float
-    seconds_left: float | None
-
-
-ProgressCallback = Callable[[GenerationProgress], None]
+Progress = Callable[[int, int, str], None]  # told (answers done, in all, pace and time left)
 
 
 @dataclass
@@ -119,7 +101,7 @@ def generate_completions(
     options: GenerationOptions,
     *,
     done: Collection[tuple[RowId, int]] = frozenset(),
-    progress: ProgressCallback | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Completion]:
     """Answer every prompt not `done`, giving each completion as soon as it is finished.
 
@@ -167,15 +149,10 @@ def generate_text(
     template: str | None = None,
     options: GenerationOptions | None = None,
 ) -> str:
-    """The model's answer to one prompt, without the prompt.
+    """The model's answer to one prompt, without the prompt; by default greedy, up to 256 tokens.
 
-    Args:
-        model: a causal language model, adapter included.
-        tokenizer: the model's tokenizer.
-        prompt: what to answer.
-        template: the training template, text or "chat", to put the prompt in; None: the prompt
-            is continued as it is.
-        options: how to decode; greedy and 256 tokens by default.
+    `template` is that of the training, a text or "chat", to put the prompt in; without one the
+    prompt is continued as it is.
     """
     options = options or GenerationOptions()
     encoder = Encoder(tokenizer, template or "{prompt}{completion}", max_length=NO_LIMIT)
@@ -246,12 +223,9 @@ def _left_padded(
     padding = tokenizer.pad_token_id
     if padding is None:
         padding = min(options.end_token_ids, default=0)  # masked, so any token does
-    prompts = [answer.prompt.input_ids for answer in answers]
-    width = max(map(len, prompts))
-    gaps = [width - len(each) for each in prompts]
-    rows = [[padding] * gap + list(each) for gap, each in zip(gaps, prompts, strict=True)]
-    real = [[0] * gap + [1] * (width - gap) for gap in gaps]
-    return torch.tensor(rows), torch.tensor(real)
+    prompts = [torch.tensor(answer.prompt.input_ids) for answer in answers]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(prompts, padding_value=padding), pad([torch.ones_like(each) for each in prompts])
 
 
 def _goes_on(
@@ -381,19 +355,19 @@ def evaluation_mode(model: LanguageModel) -> Iterator[None]:
 class _Meter:
     """Counts rows and tokens and reports them, at most once a second between finished rows."""
 
-    def __init__(self, total: int, callback: ProgressCallback | None) -> None:
-        self.done, self.total, self.num_tokens = 0, total, 0
-        self._callback = callback
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._num_tokens = 0, total, 0
+        self._progress = progress
         self._start = self._last = time.monotonic()
 
     def tick(self, num_tokens: int, num_finished: int) -> None:
-        self.num_tokens += num_tokens
-        self.done += num_finished
+        self._num_tokens += num_tokens
+        self._done += num_finished
         now = time.monotonic()
-        if self._callback is None or (num_finished == 0 and now - self._last < 1):
+        if self._progress is None or (num_finished == 0 and now - self._last < 1):
             return
         self._last = now
         seconds = max(now - self._start, 1e-9)
-        rate = self.num_tokens / seconds
-        left = seconds * (self.total - self.done) / self.done if self.done else None
-        self._callback(GenerationProgress(self.done, self.total, self.num_tokens, rate, left))
+        left = seconds * (self._total - self._done) / self._done if self._done else None
+        parts = [f"{self._num_tokens / seconds:.0f} tokens/s", time_left(left)]
+        self._progress(self._done, self._total, ", ".join(filter(None, parts)))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
@@ -84,11 +86,8 @@ def score_loss(
         loss = text_loss(model, tokenizer, text, **sizes)
     else:
         loss = completion_loss(model, tokenizer, recipe, template, progress)
-    perplexity = loss.perplexity
-    return [
-        _score("loss", loss),
-        Score("perplexity", perplexity, loss.n, perplexity * loss.stderr),
-    ]
+    perplexity = Score("perplexity", loss.perplexity, loss.n, loss.perplexity * loss.stderr)
+    return [_score("loss", loss), perplexity]
 
 
 def check_loss(recipe: EvaluationRecipe) -> None:
@@ -115,9 +114,7 @@ def completion_loss(
     used = "chat" if found.format.is_chat else template
     encoder = Encoder(tokenizer, used, recipe.window, learn=recipe.learn or "all")
     rows = []
-    for number, (_, example) in enumerate(found):
-        if recipe.limit is not None and number >= recipe.limit:
-            break
+    for number, (_, example) in enumerate(islice(found, recipe.limit)):
         parts = [] if example is None else encoder.parts(example)
         encoded = (encoder.encode(part, number) for part in parts)
         rows += [row for row in encoded if row.num_supervised]
@@ -139,19 +136,11 @@ def text_loss(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> TokenLoss:
-    """Loss on a text file, read as one stream in windows that do not overlap.
+    """Loss on a UTF-8 text file, read as one stream in windows that do not overlap.
 
-    The first token of each window only conditions the rest and is not counted, so the figure
-    depends on `window`: compare like with like.
-
-    Args:
-        model: a causal language model, adapter included.
-        tokenizer: its tokenizer.
-        path: a UTF-8 text.
-        window: tokens a window, at most the model's context.
-        batch_size: windows at a time.
-        limit: windows to take; None: all.
-        progress: called with (done, total) windows.
+    A window has `window` tokens, at most the model's context. Its first token only conditions the
+    rest and is not counted, so the figure depends on `window`: compare like with like. `limit`
+    windows are taken, by default all, `batch_size` at a time; `progress` is told (done, total).
 
     Raises:
         DataError: the file is no readable UTF-8 text or has fewer than two tokens.
@@ -226,14 +215,15 @@ def _windows(
     text = _read_text(path)
     window = min(window, int(getattr(model.config, "max_position_embeddings", None) or window))
     ids = list(tokenizer(text, verbose=False)["input_ids"])
-    rows = []
-    for number, start in enumerate(range(0, len(ids), window)):
-        part = ids[start : start + window]
-        if len(part) > 1:
-            rows.append(TokenizedRow(part, (IGNORED, *part[1:]), number))
-    if not rows:
+    if len(ids) < 2:
         raise DataError(f"{path} holds {len(ids)} tokens; expected at least 2.")
-    return rows
+    parts = [ids[start : start + window] for start in range(0, len(ids), window)]
+    # The last of them may be a single token, which nothing predicts.
+    return [
+        TokenizedRow(part, (IGNORED, *part[1:]), number)
+        for number, part in enumerate(parts)
+        if len(part) > 1
+    ]
 
 
 def _token_losses(
@@ -255,13 +245,8 @@ def _token_losses(
             # Row by row: the logits of a whole batch in float32 may not fit beside the model.
             for logits, row_labels in zip(output.logits[:, :-1], labels, strict=True):
                 counted = row_labels != IGNORED
-                losses.append(
-                    torch.nn.functional.cross_entropy(
-                        logits[counted].float(), row_labels[counted], reduction="none"
-                    )
-                    .double()
-                    .cpu()
-                )
+                row = cross_entropy(logits[counted].float(), row_labels[counted], reduction="none")
+                losses.append(row.double().cpu())
             if progress is not None:
                 progress(min(start + batch_size, len(rows)), len(rows))
     return torch.cat(losses)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from kpsvd_tune.errors import InputError, ResourceError
 
@@ -92,7 +93,10 @@ def normalize(answer: str) -> str:
     """
     for spelling, replacement in _SPELLINGS:
         answer = answer.replace(spelling, replacement)
-    answer = _without_unit(answer).replace("\\%", "")
+    answer, *others = answer.split(_UNIT)
+    if len(others) > 1:
+        raise ValueError(f"several units behind {answer!r}")
+    answer = answer.replace("\\%", "")
     answer = answer.replace(" .", " 0.").replace("{.", "{0.")
     if answer.startswith("."):
         answer = "0" + answer
@@ -105,15 +109,6 @@ def normalize(answer: str) -> str:
     if answer == "0.5":
         return "\\frac{1}{2}"
     return _slash_as_fraction(answer)
-
-
-def _without_unit(answer: str) -> str:
-    if _UNIT not in answer:
-        return answer
-    value, *units = answer.split(_UNIT)
-    if len(units) > 1:
-        raise ValueError(f"several units in {answer!r}")
-    return value
 
 
 def _braced_roots(answer: str) -> str:
@@ -197,11 +192,11 @@ class _Worker:
     """One process that judges one pair at a time."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Any = None  # with pipes of text, from the first pair on
 
     def judge(self, gold: str, completion: str, seconds: float) -> tuple[bool, bool]:
         if self._process is None:
-            self._process = self._start()
+            self._start()
         boxed = gold if boxed_answer(gold) is not None else f"\\boxed{{{gold}}}"
         answer = self._ask({"gold": boxed, "answer": completion}, seconds)
         if answer is None:
@@ -215,7 +210,7 @@ class _Worker:
             self._process.communicate()
             self._process = None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import answer_questions as f; f()"],
             stdin=subprocess.PIPE,
@@ -231,24 +226,19 @@ class _Worker:
                 "a worker process of the scorer math_verify ended or hung at its start. Check "
                 "that `python -c 'import math_verify'` works."
             )
-        return self._process
 
     def _ask(self, question: dict[str, str], seconds: float) -> dict[str, bool] | None:
         """The answer, or None where the worker died or took too long."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(question) + "\n")
-            process.stdin.flush()
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
         except BrokenPipeError:
             return None
         with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
+            selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(seconds):
                 return None
-        line = process.stdout.readline()
+        line = self._process.stdout.readline()
         return json.loads(line) if line else None
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
-from kpsvd_tune.evaluation.evaluate import COMPLETIONS_FILE, SETTINGS_FILE, rows_source
+from kpsvd_tune.evaluation.completions import COMPLETIONS_FILE, SETTINGS_FILE
+from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
 from kpsvd_tune.report.run import score_label
@@ -28,12 +29,8 @@ def output_folder(
 ) -> Path:
     """The folder for completions and scores, which can be written.
 
-    Args:
-        source: The run, adapter or model, as it was typed.
-        found: What it is.
-        task: What will be scored.
-        output: As it was typed; None: a folder inside the run.
-        base_only: Whether the base model is scored without the adapter.
+    It is `output` where that was typed, else a folder for this task inside the run, which `source`
+    was then; with `base_only` another one.
 
     Raises:
         InputError: There is no run to put it in, or the folder is another's or cannot be written.
@@ -51,13 +48,9 @@ def output_folder(
 
 
 def keep_scores(folder: Path, result: dict[str, Any], run: Path | None, events: Events) -> None:
-    """Write the scores beside the completions, and to the results and the card of a run.
+    """Write the scores beside the completions, and to the results and the card of the run, if any.
 
-    Args:
-        folder: From :func:`output_folder`.
-        result: The scores with what they are of.
-        run: The folder of the run; None where an adapter or a model was scored.
-        events: Told where the run cannot take the scores up.
+    Where the run cannot take them up, that is told as a note.
     """
     durable.make_folder(folder)
     durable.replace_file(folder / RESULTS_FILE, to_json(result))

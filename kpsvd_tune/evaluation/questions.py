@@ -7,8 +7,9 @@ of those two harnesses, for comparison with published figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.encode.templates import TextTemplate
+from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import is_local_file, load_rows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import RowId
@@ -47,8 +49,22 @@ class Question:
     answer: str  # as a model would write it, for worked examples
     gold: Any  # what scorers compare with
     system: str | None = None
-    tests: tuple[str, ...] = field(default=())
+    tests: tuple[str, ...] = ()  # of a program
     tools: tuple[Any, ...] | None = None  # beside messages, what the assistant may call
+
+    @property
+    def text(self) -> str:
+        """The prompt, where it is one text and no messages."""
+        assert isinstance(self.prompt, str)
+        return self.prompt
+
+    @property
+    def asked(self) -> str:
+        """The question as the template takes it, with the tests that tell the program's name.
+
+        They stand as in training, where the text is the instruction and the tests are the input.
+        """
+        return "\n\n".join([self.text, "\n".join(self.tests)]) if self.tests else self.text
 
 
 def read_questions(recipe: EvaluationRecipe) -> list[Question]:
@@ -77,87 +93,30 @@ def _read_rows(
     name: str | Sequence[str] | None,
     split: str,
 ) -> list[Question]:
-    """All rows of one source, in their order.
-
-    A local MBPP file holds all splits: of it the rows whose ids are those of the split are taken.
-    """
-    if recipe.task == "mbpp":
-        return _read_code(recipe, path, name, split)
-    found = read_examples(
-        path,
-        name=name,
-        split=split,
-        columns=_columns(recipe),
-    )
-    questions = []
-    for number, (row, example) in enumerate(found):
-        if isinstance(example, Pair) and (example.history or example.tools):
-            example = example.as_chat()
-        if isinstance(example, Pair):
-            gold = example.completion
-            questions.append(
-                Question(_id(row.values, number), example.prompt, gold, gold, example.system)
-            )
-        elif isinstance(example, Chat):
-            questions.append(_chat_question(example, _id(row.values, number)))
-        # A row with an empty field is no example.
-        _check_gold(recipe.task, "" if example is None else questions[-1].gold, row.where)
-    return _with_unique_ids(questions)
-
-
-def _check_gold(task: str, gold: Any, where: str) -> None:
-    """Refuse a right answer in which the task's scorers find none: every answer would be wrong."""
-    if task == "gsm8k" and isinstance(gold, str) and gsm8k_gold(gold) is None:
-        raise DataError(
-            f"{where}: the right answer {gold[-60:]!r} holds no number, so that every answer would "
-            "count as wrong. Expected one behind '####', or as the last number of the text"
-        )
-
-
-def _read_code(
-    recipe: EvaluationRecipe,
-    path: str | Sequence[str],
-    name: str | Sequence[str] | None,
-    split: str,
-) -> list[Question]:
-    questions = []
-    columns = _columns(recipe)
-    for row in load_rows(path, name=name, split=split).rows:
-        # The sanitized rows call their text "prompt".
-        text = row.values.get(columns.get("prompt", "text"), row.values.get("prompt"))
-        tests = row.values.get("test_list")
-        if not isinstance(text, str) or not isinstance(tests, list):
-            raise DataError(
-                f"{row.where} is no row of MBPP: got the columns {', '.join(row.values)}. Expected "
-                "text (or prompt), code, test_list and, where needed, test_setup_code."
-            )
-        identifier = row.values.get("task_id", row.number)
-        if Path(row.source).suffix and not _is_in_split(identifier, split):
-            continue
-        gold = {
-            "test_list": tests,
-            "test_setup_code": row.values.get("test_setup_code") or "",
-            "test_imports": row.values.get("test_imports") or [],
-        }
-        code = str(row.values.get(columns["completion"]) or "")
-        questions.append(Question(identifier, text, code, gold, tests=tuple(map(str, tests))))
-    return questions
-
-
-def _columns(recipe: EvaluationRecipe) -> dict[str, str]:
+    """All rows of one source, in their order; numbered where two share an id, as of two files."""
     given = {role: str(column) for role, column in recipe.columns.items()}
-    return {**TASKS[recipe.task].columns, **given}
+    columns = {**TASKS[recipe.task].columns, **given}
+    if recipe.task == "mbpp":
+        return _read_code(load_rows(path, name=name, split=split).rows, columns, split)
+    questions = []
+    found = read_examples(path, name=name, split=split, columns=columns)
+    for number, (row, example) in enumerate(found):
+        # A row with an empty field is no example.
+        question = None if example is None else _question(example, _id(row.values, number))
+        _check_gold(recipe.task, question.gold if question else "", row.where)
+        if question:
+            questions.append(question)
+    if len({question.id for question in questions}) == len(questions):
+        return questions
+    return [replace(question, id=number) for number, question in enumerate(questions)]
 
 
-def _is_in_split(identifier: RowId, split: str) -> bool:
-    if split not in _MBPP_SPLITS or not isinstance(identifier, int):
-        return True
-    first, last = _MBPP_SPLITS[split]
-    return first <= identifier <= last
-
-
-def _chat_question(chat: Chat, identifier: RowId) -> Question:
-    """The last answer of a conversation is asked for, all before it is given."""
+def _question(example: Pair | Chat, identifier: RowId) -> Question:
+    """Of a conversation the last answer is asked for, all before it is given."""
+    if isinstance(example, Pair) and not (example.history or example.tools):
+        answer = example.completion
+        return Question(identifier, example.prompt, answer, answer, example.system)
+    chat = example.as_chat() if isinstance(example, Pair) else example
     last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
     answer = str(chat.messages[last]["content"])
     return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)
@@ -169,11 +128,40 @@ def _id(values: Mapping[str, Any], number: int) -> RowId:
     return identifier if is_usable and identifier is not None else number
 
 
-def _with_unique_ids(questions: list[Question]) -> list[Question]:
-    """The questions, numbered afresh where two share an id, as rows of several files may."""
-    if len({question.id for question in questions}) == len(questions):
-        return questions
-    return [replace(question, id=number) for number, question in enumerate(questions)]
+def _check_gold(task: str, gold: Any, where: str) -> None:
+    """Refuse a right answer in which the task's scorers find none: every answer would be wrong."""
+    if task == "gsm8k" and isinstance(gold, str) and gsm8k_gold(gold) is None:
+        raise DataError(
+            f"{where}: the right answer {gold[-60:]!r} holds no number, so that every answer would "
+            "count as wrong. Expected one behind '####', or as the last number of the text"
+        )
+
+
+def _read_code(rows: Iterable[Row], columns: Mapping[str, str], split: str) -> list[Question]:
+    """Rows of MBPP; of a local file, which holds all splits, those whose ids are the split's."""
+    questions = []
+    for row in rows:
+        # The sanitized rows call their text "prompt".
+        text = row.values.get(columns.get("prompt", "text"), row.values.get("prompt"))
+        tests = row.values.get("test_list")
+        if not isinstance(text, str) or not isinstance(tests, list):
+            raise DataError(
+                f"{row.where} is no row of MBPP: got the columns {', '.join(row.values)}. Expected "
+                "text (or prompt), code, test_list and, where needed, test_setup_code."
+            )
+        identifier = row.values.get("task_id", row.number)
+        first, last = _MBPP_SPLITS.get(split, (-math.inf, math.inf))
+        is_numbered = bool(Path(row.source).suffix) and isinstance(identifier, int)
+        if is_numbered and not first <= identifier <= last:
+            continue
+        gold = {
+            "test_list": tests,
+            "test_setup_code": row.values.get("test_setup_code") or "",
+            "test_imports": row.values.get("test_imports") or [],
+        }
+        code = str(row.values.get(columns["completion"]) or "")
+        questions.append(Question(identifier, text, code, gold, tests=tuple(map(str, tests))))
+    return questions
 
 
 def num_shots(recipe: EvaluationRecipe) -> int:
@@ -220,23 +208,22 @@ def build_prompts(
     `template`, a text or "chat", must work with the tokenizer: else DataError.
     """
     is_chat = any(not isinstance(question.prompt, str) for question in questions)
-    if is_chat or (template == "chat" and recipe.prompt == "template"):
-        chat = Encoder(tokenizer, "chat", NO_LIMIT)
-        prompts = []
-        for question in questions:
-            ids = chat.encode_prompt(_messages(question, recipe.task, shots), tools=question.tools)
-            prompts.append(Prompt(question.id, chat.decode(ids), tuple(ids), question.gold))
-        return prompts, chat.end_token_ids
-    plain = Encoder(tokenizer, "{prompt}{completion}", NO_LIMIT)
-    before = "".join(
-        text + answer + "\n\n" for text, answer in (_render(s, template, recipe) for s in shots)
-    )
+    is_chat |= template == "chat" and recipe.prompt == "template"
+    encoder = Encoder(tokenizer, "chat" if is_chat else "{prompt}{completion}", NO_LIMIT)
+    before = ""
+    if not is_chat:
+        rendered = [_render(shot, template, recipe) for shot in shots]
+        before = "".join(text + answer + "\n\n" for text, answer in rendered)
     prompts = []
     for question in questions:
-        text = before + _render(question, template, recipe)[0]
-        ids = plain.encode_prompt(text)
+        if is_chat:
+            ids = encoder.encode_prompt(_messages(question, shots), tools=question.tools)
+            text = encoder.decode(ids)
+        else:
+            text = before + _render(question, template, recipe)[0]
+            ids = encoder.encode_prompt(text)
         prompts.append(Prompt(question.id, text, tuple(ids), question.gold))
-    return prompts, plain.end_token_ids
+    return prompts, encoder.end_token_ids
 
 
 def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
@@ -252,44 +239,27 @@ def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
     return ("\n" + head,) if head else ()
 
 
-def _asked(question: Question, task: str) -> str:
-    """The question as the template takes it, with the tests that tell the name of the program.
-
-    They stand as in training, where the recipe has the text as instruction and the tests as input.
-    """
-    assert isinstance(question.prompt, str)
-    if task != "mbpp" or not question.tests:
-        return question.prompt
-    return question.prompt + "\n\n" + "\n".join(question.tests)
-
-
 def _render(question: Question, template: str, recipe: EvaluationRecipe) -> tuple[str, str]:
     """Prompt text and answer text of one row."""
-    assert isinstance(question.prompt, str)
     if recipe.prompt == "bigcode":
-        return f'"""\n{question.prompt}\n{question.tests[0]}\n"""\n', question.answer
+        return f'"""\n{question.text}\n{question.tests[0]}\n"""\n', question.answer
     if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
         # The sentence of the MBPP paper (Austin et al. 2021, section 3), which fixes the protocol.
         tests = "\n".join(question.tests[:3])
         return (
             "You are an expert Python programmer, and here is your task: "
-            f"{question.prompt} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
+            f"{question.text} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
             question.answer + "\n[DONE]",
         )
     if recipe.prompt == "lm-eval":
         template = TASKS[recipe.task].template
-    pair = Pair(_asked(question, recipe.task), question.answer, question.system)
-    return TextTemplate(template).render(pair)
+    return TextTemplate(template).render(Pair(question.asked, question.answer, question.system))
 
 
-def _messages(question: Question, task: str, shots: Sequence[Question]) -> list[Message]:
+def _messages(question: Question, shots: Sequence[Question]) -> Sequence[Message]:
+    """The question as messages, worked examples being earlier rounds of the chat."""
     if not isinstance(question.prompt, str):
-        return list(question.prompt)
-    messages: list[Message] = []
-    if question.system:
-        messages.append({"role": "system", "content": question.system})
-    for shot in shots:
-        messages.append({"role": "user", "content": _asked(shot, task)})
-        messages.append({"role": "assistant", "content": shot.answer})
-    messages.append({"role": "user", "content": _asked(question, task)})
-    return messages
+        return question.prompt
+    rounds = tuple((shot.asked, shot.answer) for shot in shots)
+    pair = Pair(question.asked, "", question.system, history=rounds)
+    return pair.as_chat().messages[:-1]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.completions import Completion, RowId
+from kpsvd_tune.evaluation.completions import SETTINGS_FILE, Completion
 from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission, Sandbox, check_sandbox
 from kpsvd_tune.evaluation.tasks import TASKS, Progress, Verdict
 from kpsvd_tune.report.results import Score
@@ -20,10 +20,7 @@ _USUAL_K = (1, 5, 10, 25, 50, 100)
 def permission_for(tasks: Iterable[str], is_allowed: bool, sandbox: Sandbox) -> CodePermission:
     """The permission that a command gives, checked before any work is done for its tasks.
 
-    Args:
-        tasks: names of the tasks that will be scored.
-        is_allowed: whether the user typed --allow-code-execution.
-        sandbox: "bwrap", or "none" to run programs without protection.
+    `is_allowed` says whether the user typed --allow-code-execution.
 
     Raises:
         InputError: a task runs programs, and they may not run or there is no sandbox for them.
@@ -47,18 +44,12 @@ def score_completions(
     permission: CodePermission = NO_CODE,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """All scores of a task on its completions, without a model.
-
-    Args:
-        task: one that judges answers; `TASKS` lists its scorers. One that is missing on this
-            machine gives no score.
-        completions: several samples of a prompt count as one question.
-        permission: to run programs, which mbpp needs.
-        progress: called with (done, total) programs.
+    """All scores of a task on its completions, without a model; `progress` counts programs.
 
     Returns:
-        One score a scorer (pass@k: one for each usual k up to the number of samples); n is the
-        number of questions and the standard error that of a share, sqrt(value (1 - value) / n).
+        One score for each scorer of the task in `TASKS` that is there on this machine (pass@k: one
+        for each usual k up to the number of samples). n is the number of questions, however many
+        samples each has; the standard error is that of a share, sqrt(value (1 - value) / n).
 
     Raises:
         InputError: the task is unknown, or it runs programs and may or can not.
@@ -101,7 +92,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def stored_task(file: Path) -> str | None:
     """The task of stored completions, where the evaluation left its settings beside them."""
     try:
-        task = parse_json(read_bytes(file.parent / "evaluation.json")).get("task")
+        task = parse_json(read_bytes(file.parent / SETTINGS_FILE)).get("task")
     except (OSError, ValueError):
         return None
     return task if isinstance(task, str) and task in TASKS and TASKS[task].scorers else None
@@ -111,10 +102,9 @@ def _counts(
     completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[tuple[int, int]]:
     """(samples, right ones) of each question."""
-    questions: dict[RowId, list[bool]] = defaultdict(list)
-    for completion, verdict in zip(completions, verdicts, strict=True):
-        questions[completion.id].append(verdict.is_correct)
-    return [(len(samples), sum(samples)) for samples in questions.values()]
+    pairs = list(zip(completions, verdicts, strict=True))
+    right = Counter(each.id for each, verdict in pairs if verdict.is_correct)
+    return [(total, right[row]) for row, total in Counter(each.id for each, _ in pairs).items()]
 
 
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:

@@ -9,6 +9,7 @@ no rows of its own). The first scorer of a task is its headline figure.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,14 +91,18 @@ def gold_text(completion: Completion) -> str:
     return gold
 
 
-def _same(extract: Callable[[str], Any], of_gold: Callable[[str], Any]) -> ScoringRule:
+def _same(
+    extract: Callable[[str], Any],
+    of_gold: Callable[[str], Any],
+    are_same: Callable[[Any, Any], bool] = operator.eq,
+) -> Callable[[str, str], Verdict]:
     """Extracts an answer from the completion and compares it with the one in the gold."""
 
     def verdict(completion: str, gold: str) -> Verdict:
         answer = extract(completion)
-        return Verdict(answer is not None and answer == of_gold(gold), answer is not None)
+        return Verdict(answer is not None and are_same(answer, of_gold(gold)), answer is not None)
 
-    return each(verdict)
+    return verdict
 
 
 def _metamath_gold(gold: str) -> float | None:
@@ -108,16 +113,9 @@ def _metamath_gold(gold: str) -> float | None:
         return None
 
 
-def _same_spelling(extract: Callable[[str], str | None]) -> ScoringRule:
-    """Compares answers of MATH by the benchmark's string rules."""
-
-    def verdict(completion: str, gold: str) -> Verdict:
-        answer, right = extract(completion), boxed_answer(gold)
-        if answer is None:
-            return Verdict(False, False)
-        return Verdict(is_equiv(answer, gold if right is None else right))
-
-    return each(verdict)
+def _math_gold(gold: str) -> str:
+    answer = boxed_answer(gold)
+    return gold if answer is None else answer
 
 
 def _same_value(completions: Sequence[Completion], *_: object) -> list[Verdict]:
@@ -125,17 +123,14 @@ def _same_value(completions: Sequence[Completion], *_: object) -> list[Verdict]:
     return [Verdict(is_correct, is_extracted) for is_extracted, is_correct in judged]
 
 
+_exact_number = _same(last_number, last_number)
+_exact_text = _same(lambda completion: plain_text(completion) or None, plain_text)
+
+
 def _exact_match(completion: str, gold: str) -> Verdict:
     """By the last number of both where the gold holds one, else by the text."""
-    if (right := last_number(gold)) is None:
-        return _exact_text(completion, gold)
-    answer = last_number(completion)
-    return Verdict(answer == right, answer is not None)
-
-
-def _exact_text(completion: str, gold: str) -> Verdict:
-    answer = plain_text(completion)
-    return Verdict(answer == plain_text(gold) and bool(answer), bool(answer))
+    verdict = _exact_text if last_number(gold) is None else _exact_number
+    return verdict(completion, gold)
 
 
 def _passes_tests(
@@ -191,9 +186,9 @@ TASKS: Mapping[str, Task] = {
         columns={"prompt": "question", "completion": "answer"},
         template="Question: {prompt}\nAnswer: {completion}",
         scorers={
-            "strict": _same(strict_answer, gsm8k_gold),
-            "flexible": _same(flexible_answer, gsm8k_gold),
-            "metamath": _same(metamath_answer, _metamath_gold),
+            "strict": each(_same(strict_answer, gsm8k_gold)),
+            "flexible": each(_same(flexible_answer, gsm8k_gold)),
+            "metamath": each(_same(metamath_answer, _metamath_gold)),
         },
     ),
     "math": Task(
@@ -202,8 +197,8 @@ TASKS: Mapping[str, Task] = {
         columns={"prompt": "problem", "completion": "solution"},
         template="Problem: {prompt}\nSolution: {completion}",
         scorers={
-            "is_equiv": _same_spelling(boxed_answer),
-            "metamath": _same_spelling(stated_answer),
+            "is_equiv": each(_same(boxed_answer, _math_gold, is_equiv)),
+            "metamath": each(_same(stated_answer, _math_gold, is_equiv)),
             "math_verify": ScoringRule(
                 _same_value, missing=lambda: None if math_verify_available() else INSTALL
             ),

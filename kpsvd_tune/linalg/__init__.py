@@ -1,13 +1,22 @@
 """The mathematics of KPSVD on plain tensors: no paths, no configuration, no printing."""
 
+from kpsvd_tune.linalg.drawn import drawn_factor
 from kpsvd_tune.linalg.kpsvd import KPSVD, kpsvd
-from kpsvd_tune.linalg.kronecker import KroneckerShape, kron_sum, rearrange, unrearrange
+from kpsvd_tune.linalg.kronecker import (
+    FORMS,
+    KroneckerShape,
+    kron_sum,
+    num_trained,
+    rearrange,
+    unrearrange,
+)
 from kpsvd_tune.linalg.plan import LayerPlan, decompose_layer
 from kpsvd_tune.linalg.rank import check_rule, choose_ranks
 from kpsvd_tune.linalg.rule import RankRule
 from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape
 
 __all__ = [
+    "FORMS",
     "KPSVD",
     "KroneckerShape",
     "LayerPlan",
@@ -17,8 +26,10 @@ __all__ = [
     "choose_ranks",
     "choose_shape",
     "decompose_layer",
+    "drawn_factor",
     "kpsvd",
     "kron_sum",
+    "num_trained",
     "rearrange",
     "unrearrange",
 ]

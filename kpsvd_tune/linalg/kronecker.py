@@ -53,6 +53,23 @@ class KroneckerShape:
         return min(self.m * self.n, self.p * self.q)
 
 
+FORMS = ("both", "left", "right", "core")
+
+
+def num_trained(form: str, shape: KroneckerShape, rank: int) -> int:
+    """Trained values of a layer.
+
+    Args:
+        form: both (each term's two factors), left or right (one of them), core (r x r numbers).
+        shape: The Kronecker shape.
+        rank: Its number of terms r.
+    """
+    if form == "core":
+        return rank * rank
+    sizes = {"left": shape.m * shape.n, "right": shape.p * shape.q}
+    return rank * sizes.get(form, shape.num_parameters)
+
+
 def rearrange(weight: Tensor, shape: KroneckerShape) -> Tensor:
     """Rearrange W so that Kronecker products become rank-one matrices.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor
 
 from kpsvd_tune.linalg.kpsvd import KPSVD, kpsvd
-from kpsvd_tune.linalg.kronecker import KroneckerShape
-from kpsvd_tune.linalg.shape import choose_shape
+from kpsvd_tune.linalg.kronecker import KroneckerShape, num_trained
+from kpsvd_tune.linalg.shape import choose_shape, nearest_shape
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerPlan:
 
     Attributes:
         name: The module's name.
-        shape: The Kronecker shape; a term costs ``shape.num_parameters``.
+        shape: The Kronecker shape.
         note: What a rule fell back on, or None.
         values: KP singular values over the window, descending; empty before the decomposition.
         squared_norm: ||W||_F^2.
@@ -31,6 +31,7 @@ class LayerPlan:
         rank_elbow: What the elbow alone would choose.
         bound_by: What decided: energy, elbow, noise_edge, fixed, override, min, max, budget, or
             window where all computed or usable terms ended first.
+        form: What of the terms is trained; one of FORMS.
     """
 
     name: str
@@ -43,16 +44,35 @@ class LayerPlan:
     rank_energy: int = 0
     rank_elbow: int = 0
     bound_by: str = ""
+    form: str = "both"
 
     @classmethod
-    def of_weight(cls, name: str, size: tuple[int, int], rule: str | Mapping[str, int]) -> Self:
+    def of_weight(
+        cls,
+        name: str,
+        size: tuple[int, int],
+        rule: str | Mapping[str, int],
+        form: str = "both",
+        factor_size: int | Sequence[int] | None = None,
+    ) -> Self:
         """Plan a weight of that size (out, in), not decomposed yet.
+
+        Args:
+            name: The module's name.
+            size: (out, in).
+            rule: The shape, as for :func:`choose_shape`.
+            form: What of the terms is trained; one of FORMS.
+            factor_size: The wanted size of the trained factor instead, as for
+                :func:`nearest_shape`; left and right forms only.
 
         Raises:
             ValueError: As :func:`choose_shape`.
         """
-        choice = choose_shape(*size, rule)
-        return cls(name, choice.shape, choice.note)
+        if factor_size is None:
+            choice = choose_shape(*size, rule)
+        else:
+            choice = nearest_shape(*size, form, factor_size)
+        return cls(name, choice.shape, choice.note, form=form)
 
     def with_terms(self, terms: KPSVD, seconds: float = 0.0) -> Self:
         """The plan with the spectrum of these terms."""
@@ -86,21 +106,40 @@ class LayerPlan:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters of the chosen terms."""
-        return self.rank * self.shape.num_parameters
+        return self.cost(self.rank)
 
-    def settings(self, *, has_fingerprint: bool = True) -> dict[str, Any]:
+    def cost(self, num_terms: int) -> int:
+        """Trainable parameters of that many terms."""
+        return num_trained(self.form, self.shape, num_terms)
+
+    def stored(self, is_drawn: bool = False) -> int:
+        """Numbers that an adapter's file holds of the layer.
+
+        Args:
+            is_drawn: Whether a seed gives the frozen factors, so that none is stored.
+        """
+        if is_drawn:
+            return self.num_parameters
+        frozen = self.rank * self.shape.num_parameters
+        if self.form in ("left", "right"):
+            frozen -= self.num_parameters
+        return self.num_parameters + frozen
+
+    def settings(self, *, is_of_weight: bool = True) -> dict[str, Any]:
         """What an adapter's configuration keeps of the layer.
 
         Args:
-            has_fingerprint: Whether the factors are the weight's own terms. The product of others
+            is_of_weight: Whether the factors are the weight's own terms. The product of others
                 with the weight is near zero for any base, so it tells none from another.
 
         Returns:
             ``shape`` [m, n, p, q], ``rank`` and ``fingerprint`` <W, A0_1 kron B0_1>, which is
-            sigma_1^2, or None.
+            sigma_1^2; for random factors None, and ``norm`` ||W||_F, which scales them.
         """
-        fingerprint = self.values[0] ** 2 if has_fingerprint else None
-        return {"shape": list(self.shape.as_tuple()), "rank": self.rank, "fingerprint": fingerprint}
+        found: dict[str, Any] = {"shape": list(self.shape.as_tuple()), "rank": self.rank}
+        if is_of_weight:
+            return found | {"fingerprint": self.values[0] ** 2}
+        return found | {"fingerprint": None, "norm": math.sqrt(self.squared_norm)}
 
 
 def decompose_layer(

@@ -79,7 +79,7 @@ def check_rule(plans: Sequence[LayerPlan], rule: RankRule) -> None:
     """
     rules = rule.for_layers([plan.name for plan in plans])
     needed = sum(
-        min(own.least, plan.shape.max_rank) * plan.shape.num_parameters
+        plan.cost(min(own.least, plan.shape.max_rank))
         for own, plan in zip(rules, plans, strict=True)
     )
     if rule.budget is not None and needed > rule.budget:
@@ -146,9 +146,8 @@ def _within_budget(plans: Sequence[LayerPlan], minima: Sequence[int], budget: in
     ValueError.
     """
     ranks = list(minima)
-    costs = [plan.shape.num_parameters for plan in plans]
     shares = [plan.shares() for plan in plans]
-    spent = sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
+    spent = sum(plan.cost(rank) for plan, rank in zip(plans, ranks, strict=True))
     if spent > budget:
         raise ValueError(
             f"a budget of {budget:,} parameters is below the {spent:,} that the minimum ranks and "
@@ -156,17 +155,21 @@ def _within_budget(plans: Sequence[LayerPlan], minima: Sequence[int], budget: in
         )
     queue: list[tuple[float, int]] = []
 
+    def next_cost(layer: int) -> int:
+        return plans[layer].cost(ranks[layer] + 1) - plans[layer].cost(ranks[layer])
+
     def offer(layer: int) -> None:
         if ranks[layer] < plans[layer].rank:
-            heapq.heappush(queue, (-shares[layer][ranks[layer]] / costs[layer], layer))
+            share = shares[layer][ranks[layer]]
+            heapq.heappush(queue, (-share / next_cost(layer), layer))
 
     for layer in range(len(ranks)):
         offer(layer)
     while queue:
         _, layer = heapq.heappop(queue)
         # A layer whose term does not fit now never fits again: what is left only shrinks.
-        if spent + costs[layer] <= budget:
-            spent += costs[layer]
+        if spent + next_cost(layer) <= budget:
+            spent += next_cost(layer)
             ranks[layer] += 1
             offer(layer)
     return ranks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kpsvd_tune.linalg.kronecker import KroneckerShape
@@ -70,6 +70,57 @@ def _explicit(out_features: int, in_features: int, sizes: Mapping[str, int]) -> 
         if divisor < 1 or size % divisor:
             raise ValueError(f"{name} = {divisor} does not divide {side} = {size}")
     return ShapeChoice(KroneckerShape(out_features // p, n, p, in_features // n))
+
+
+def nearest_shape(
+    out_features: int, in_features: int, form: str, wanted: int | Sequence[int]
+) -> ShapeChoice:
+    """Split out = m*p and in = n*q so that the trained factor has about the wanted size.
+
+    Then a layer costs the same whatever its width.
+
+    Args:
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        form: left, whose factors are (m, n), or right, whose are (p, q).
+        wanted: Rows and columns of the trained factor; one number stands for both.
+
+    Returns:
+        The shape of the nearest divisors, by their ratio to what was wanted and the smaller of
+        two that are as near; the note says where they are not the numbers wanted.
+
+    Raises:
+        ValueError: A form that trains not one factor, or sizes that are no two whole numbers of 1
+            and more.
+    """
+    if form not in ("left", "right"):
+        raise ValueError(
+            f"factor_size is the size of the one factor that the forms left and right train, got "
+            f"it with the form {form}: set factor_shape instead"
+        )
+    rows, columns = (wanted, wanted) if isinstance(wanted, int) else _pair(wanted)
+    if min(rows, columns) < 1:
+        raise ValueError(f"factor_size must be at least 1, got {rows} x {columns}")
+    m, n = _nearest_divisor(out_features, rows), _nearest_divisor(in_features, columns)
+    note = None
+    if (m, n) != (rows, columns):
+        note = f"factor_size {rows} x {columns}: the nearest divisors give {m} x {n}"
+    shape = KroneckerShape(m, n, out_features // m, in_features // n)
+    if form == "right":
+        shape = KroneckerShape(out_features // m, in_features // n, m, n)
+    return ShapeChoice(shape, note)
+
+
+def _pair(wanted: Sequence[int]) -> tuple[int, int]:
+    if len(wanted) != 2 or not all(isinstance(each, int) for each in wanted):
+        raise ValueError(f"factor_size: got {list(wanted)}; expected two whole numbers or one")
+    return wanted[0], wanted[1]
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
+    divisors = sorted({*small, *(size // d for d in small)})
+    return min(divisors, key=lambda d: max(d, wanted) / min(d, wanted))
 
 
 def _divisor_below_root(size: int) -> int:

@@ -15,21 +15,13 @@ from typing import Any
 
 from kpsvd_tune.storage.json_files import read_json
 
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "tekken.json",
+_OF_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json"),
+    *("tokenizer.model", "sentencepiece.bpe.model", "spiece.model"),
+)
+_OF_PROCESSORS = tuple(
+    f"{kind}_config.json" for kind in ("preprocessor", "processor", "video_preprocessor")
 )
 
 
@@ -48,12 +40,10 @@ def keep_base_files(
         # The language model alone of a model of several kinds has another configuration.
         same = all(own.get(key) == written.get(key) for key in ("model_type", "architectures"))
         config = own if same else written
-        for name in _COPIED:
-            is_of_tokenizer = "processor" not in name
-            if (base / name).is_file() and not (has_own_tokenizer and is_of_tokenizer):
+        for name in (*_OF_PROCESSORS, *(() if has_own_tokenizer else _OF_TOKENIZER)):
+            if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
-    content = for_both_versions(config, dtype)
-    _write(folder / "config.json", content)
+    _write(folder / "config.json", for_both_versions(config, dtype))
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and (known := tokenizer_for_both_versions(read_json(tokenizer))):
         _write(tokenizer, known)

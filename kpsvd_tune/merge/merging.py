@@ -26,7 +26,7 @@ from kpsvd_tune.linalg import kron_sum
 from kpsvd_tune.merge.files import keep_base_files
 from kpsvd_tune.merge.proof import PROMPTS, Proof
 from kpsvd_tune.models import ModelSource, describe_base
-from kpsvd_tune.models.loading import same_tokenizer
+from kpsvd_tune.models.loading import DTYPES, same_tokenizer
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.runs.find import Found
@@ -35,8 +35,6 @@ from kpsvd_tune.storage.durable import write_folder
 from kpsvd_tune.storage.paths import check_writable, kind_of
 from kpsvd_tune.units import size
 
-UNKNOWN_BASE = Base("a base model", is_on_hub=False)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Below this share of an update surviving the rounding, the merge has quietly undone training.
 KEPT_SHARE_WARNING = 0.9
 
@@ -47,7 +45,7 @@ class MergeSettings:
 
     adapter: str  # where it came from, for the report
     dtype: str  # of the stored weights: float32, bfloat16 or float16
-    base: Base = UNKNOWN_BASE  # for the card
+    base: Base = Base("a base model", is_on_hub=False)  # for the card
     # Its configuration and tokenizer files are kept; None where the base is a single file.
     base_folder: Path | None = None
     # Largest logit difference that passes; None: the dtype's share of the largest logit.
@@ -109,17 +107,11 @@ def merge(
     settings: MergeSettings,
     stage: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
-    """Merge an adapter into its base, save it, load it again and compare.
+    """Merge an adapter into its base in float32, save it, load it again and compare.
 
-    The folder appears under its name only when it is complete; merge_report.json inside says
-    what was measured, README.md what it is. The model given is used up.
-
-    Args:
-        model: Base model in float32 with a KPSVD adapter.
-        tokenizer: Saved beside the weights.
-        output: A folder that does not exist or is empty.
-        settings: How.
-        stage: Told what is being done.
+    The folder `output`, missing or empty so far, appears under its name only when it is complete;
+    merge_report.json inside says what was measured, README.md what it is. The model given is used
+    up, the tokenizer saved beside the weights, and `stage` is told what is being done.
 
     Returns:
         The report; ``passed`` is False when the tolerance is exceeded.
@@ -166,11 +158,7 @@ def merge(
             prompts=settings.prompts,
             # Written so that a difference that is not a number fails.
             passed=difference <= tolerance,
-            warnings=(
-                *settings.warnings,
-                *_lost_updates(kept, dtype),
-                *proof.unseen(tolerance),
-            ),
+            warnings=(*settings.warnings, *_lost_updates(kept, dtype), *proof.unseen(tolerance)),
         )
         (partial / "merge_report.json").write_text(
             json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
@@ -215,12 +203,8 @@ def _survival(model: PeftModel, dtype: torch.dtype) -> tuple[dict[str, float], d
 
 def _check_finite(model: PreTrainedModel, dtype: str) -> None:
     """Name the weights, adapted or not, that are not finite in the dtype they are stored in."""
-    broken = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all()
-    ]
-    if broken:
+    weights = [each for each in model.named_parameters() if each[1].is_floating_point()]
+    if broken := [name for name, weight in weights if not torch.isfinite(weight).all()]:
         raise MergeError(
             f"{some_of(broken)}: not finite in {dtype}; the base model is damaged, or the dtype's "
             "range too small: try --dtype float32. Nothing was written"

@@ -9,7 +9,8 @@ import json
 import logging
 import re
 from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +39,10 @@ _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError,
 def load_model(
     source: ModelSource, dtype: str | torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Load the base model with its weights, on the CPU and in evaluation mode.
+    """Load the base model on the CPU in evaluation mode, in float32, bfloat16 or float16.
 
     A GGUF file is dequantised, and the result counts as an ordinary model, so that
-    ``save_pretrained`` writes it.
-
-    Args:
-        source: From :func:`~kpsvd_tune.models.resolve_model`.
-        dtype: float32, bfloat16 or float16, as a name or a torch dtype.
-        attn_implementation: transformers' name of the attention; None lets it choose.
+    ``save_pretrained`` writes it. Without `attn_implementation` transformers chooses the attention.
 
     Raises:
         ModelError: The files are damaged or not a causal language model, weights are missing, or
@@ -61,24 +57,21 @@ def load_model(
         options["gguf_file"] = source.gguf_file
     # Typed as returning the model alone, whatever is asked for.
     load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        model, info = load(
-            source.folder, local_files_only=True, output_loading_info=True, **options
-        )
-    except _DAMAGED as error:
-        if is_out_of_memory(error):
-            raise
-        files = ", ".join(file.name for file in source.weight_files[:3])
-        # torch adds a page of advice to some of these.
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0]
-        raise ModelError(
-            f"model {source.path!r}: its weight files ({files}) are cut or damaged "
-            f"({type(error).__name__}: {reason}); fetch the model again"
-        ) from error
-    except Exception as error:
-        if _is_not_of_the_files(error):
-            raise
-        raise ModelError(f"model {source.path!r} cannot be loaded: {_said(error)}") from error
+    with _reading(f"model {source.path!r} cannot be loaded"):
+        try:
+            model, info = load(
+                source.folder, local_files_only=True, output_loading_info=True, **options
+            )
+        except _DAMAGED as error:
+            if is_out_of_memory(error):
+                raise
+            files = ", ".join(file.name for file in source.weight_files[:3])
+            # torch adds a page of advice to some of these.
+            reason = (str(error).splitlines() or [""])[0].split(". ")[0]
+            raise ModelError(
+                f"model {source.path!r}: its weight files ({files}) are cut or damaged "
+                f"({type(error).__name__}: {reason}); fetch the model again"
+            ) from error
     # transformers fills what a checkpoint lacks with random numbers and a warning.
     missing = sorted(info["missing_keys"])
     if missing:
@@ -127,32 +120,24 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
     from transformers import __version__ as transformers_version
 
     config = _config(source)
+    known: Any = AutoModelForCausalLM._model_mapping
     build: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            skeleton: PreTrainedModel = build(config)
-    except Exception as error:
-        if _is_not_of_the_files(error):
-            raise
-        known: Any = AutoModelForCausalLM._model_mapping
-        if type(config) in known:
-            raise _impossible(source, error) from error
+    if type(config) not in known:
         # transformers' own message lists every class it knows.
         raise ModelError(
             f"model {source.path!r}: its model_type {config.model_type!r} is not a causal "
             f"language model of transformers {transformers_version}"
-        ) from error
+        )
+    with _building(source), torch.device("meta"):
+        skeleton: PreTrainedModel = build(config)
     return skeleton
 
 
 def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer.
+    """Load the model's tokenizer, or that of an adapter trained on it, whose folder is given.
 
-    Args:
-        source: The model.
-        adapter: Folder of an adapter trained on it, whose chat template is taken where it has one:
-            the training may have used another than the model's. So is its tokenizer where that
-            splits texts otherwise.
+    The chat template is the adapter's where it has one: the training may have used another than
+    the model's. So is the tokenizer where that splits texts otherwise.
 
     Raises:
         ModelError: The source holds no tokenizer, or the adapter's cannot be read.
@@ -161,20 +146,15 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
 
     options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     _require_gguf(source)
-    try:
+    with _reading(
+        f"model {source.path!r}: its tokenizer cannot be loaded",
+        "expected the tokenizer files that belong to the model: fetch them again",
+    ):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, **options
         )
         # Values of wrong types, as of model_max_length, show when they are first used.
         tokenizer("a")
-    except Exception as error:
-        if _is_not_of_the_files(error):
-            raise
-        # Files of the tokenizer may hold anything, and the library says so in every way.
-        raise ModelError(
-            f"model {source.path!r}: its tokenizer cannot be loaded: {_said(error)}; expected the "
-            "tokenizer files that belong to the model: fetch them again"
-        ) from error
     if adapter is not None:
         tokenizer = _of_adapter(adapter, tokenizer)
     return tokenizer
@@ -206,15 +186,11 @@ def _of_adapter(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     if not (adapter / "tokenizer_config.json").is_file():
         return tokenizer
-    try:
+    with _reading(
+        f"{adapter}: the tokenizer beside the adapter cannot be loaded",
+        "expected the files as they were saved, or none: then the base's are taken",
+    ):
         own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-    except Exception as error:
-        if _is_not_of_the_files(error):
-            raise
-        raise ModelError(
-            f"{adapter}: the tokenizer beside the adapter cannot be loaded: {_said(error)}; "
-            "expected the files as they were saved, or none: then the base's are taken"
-        ) from error
     if isinstance(own.chat_template, str):
         # transformers 4 may have written it into tokenizer_config.json.
         tokenizer.chat_template = own.chat_template
@@ -237,20 +213,12 @@ def _config(source: ModelSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
     _require_gguf(source)
-    try:
+    unreadable = f"model {source.path!r}: its configuration cannot be read"
+    with _reading(unreadable, "fetch it again"), _building(source, _IMPOSSIBLE):
         if source.kind == "gguf":
             # A copy: loading a model writes into its configuration.
             return copy.deepcopy(_gguf_config(source, source.weight_files[0].stat().st_mtime_ns))
         config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    except _IMPOSSIBLE as error:
-        raise _impossible(source, error) from error
-    except Exception as error:
-        if _is_not_of_the_files(error):
-            raise
-        raise ModelError(
-            f"model {source.path!r}: its configuration cannot be read: {_said(error)}; fetch it "
-            "again"
-        ) from error
     _check_sizes(source, config)
     return config
 
@@ -272,9 +240,30 @@ def _check_sizes(source: ModelSource, config: PretrainedConfig) -> None:
                 )
 
 
-def _is_not_of_the_files(error: Exception) -> bool:
-    """Whether what a library raised while it read files is ours, or of the machine's memory."""
-    return isinstance(error, KpsvdTuneError) or is_out_of_memory(error)
+@contextmanager
+def _reading(
+    fault: str, cure: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn what a library raises over files, which may hold anything, into a ModelError.
+
+    Errors of ours stay what they are, and so do those of the machine's memory.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, KpsvdTuneError) or is_out_of_memory(error):
+            raise
+        raise ModelError(f"{fault}: {_said(error)}{'; ' if cure else ''}{cure}") from error
+
+
+def _building(
+    source: ModelSource, kinds: tuple[type[Exception], ...] = (Exception,)
+) -> AbstractContextManager[None]:
+    return _reading(
+        f"model {source.path!r}: no model can be built from its configuration",
+        "expected the config.json that belongs to the weights: fetch it again",
+        kinds,
+    )
 
 
 def _said(error: Exception) -> str:
@@ -282,13 +271,6 @@ def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
     shown = text if len(text) <= 300 else text[:297] + "..."
     return shown if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {shown}"
-
-
-def _impossible(source: ModelSource, error: Exception) -> ModelError:
-    return ModelError(
-        f"model {source.path!r}: no model can be built from its configuration: {_said(error)}; "
-        "expected the config.json that belongs to the weights: fetch it again"
-    )
 
 
 # Reading a GGUF header takes seconds, since it holds the whole vocabulary; one run asks for the

@@ -1,4 +1,8 @@
-"""Where a base model lies: a hub id, a local folder, a GGUF file, or a file in a package."""
+"""Where a base model lies, and how others know it.
+
+It is a hub id, a local folder, a GGUF file, or a file in a package; others know it by its id on the
+hub and by the licence that its card states.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from typing_extensions import TypedDict
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe.paths import model_problem
+from kpsvd_tune.report.card import Base
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 
@@ -26,6 +31,8 @@ HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.m
 HUB_IGNORED = ["*/*", "consolidated*"]
 PICKLED = ["pytorch_model*.bin"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]+)['\"]?\s*$", re.MULTILINE)
+_MOST_BYTES = 1_000_000  # that are read of a card or a configuration
 
 
 class _Index(TypedDict):
@@ -34,21 +41,13 @@ class _Index(TypedDict):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model whose files are on this machine.
+    """A base model whose files are on this machine."""
 
-    Attributes:
-        path: What the user wrote.
-        kind: ``hub``, ``folder`` or ``gguf``.
-        folder: Where the files lie; for a GGUF file the folder that holds it.
-        weight_files: The files with the weights, in the order of their names.
-        revision: The commit on the hub, else None.
-    """
-
-    path: str
+    path: str  # what the user wrote
     kind: Literal["hub", "folder", "gguf"]
-    folder: Path
-    weight_files: tuple[Path, ...]
-    revision: str | None = None
+    folder: Path  # where the files lie; for a GGUF file the folder that holds it
+    weight_files: tuple[Path, ...]  # in the order of their names
+    revision: str | None = None  # the commit on the hub
 
     @property
     def gguf_file(self) -> str | None:
@@ -64,13 +63,8 @@ class ModelSource:
 def resolve_model(path: str, revision: str | None = None) -> ModelSource:
     """Find a base model and, for a hub id, fetch it.
 
-    Args:
-        path: A hub id, a local folder, ``file.gguf``, or ``package:NAME/FILE.gguf`` for a file
-            inside an installed Python package.
-        revision: Branch, tag or commit; hub ids only.
-
-    Returns:
-        The model's files on this machine.
+    The path is a hub id, a local folder, ``file.gguf``, or ``package:NAME/FILE.gguf`` for a file
+    inside an installed Python package; `revision` is a branch, tag or commit of a hub id.
 
     Raises:
         ModelError: Nothing is there, the format is not supported, or the hub refused.
@@ -89,17 +83,12 @@ def resolve_model(path: str, revision: str | None = None) -> ModelSource:
 
 
 def base_fingerprint(source: ModelSource) -> dict[str, str]:
-    """Hash the weight files, so that an adapter knows the base it was made for.
-
-    Returns:
-        File name to the hexadecimal sha256 of its bytes.
-    """
-    return {file.name: _sha256(file) for file in source.weight_files}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """The hexadecimal sha256 of each weight file, by which an adapter knows its base, by name."""
+    found = {}
+    for file in source.weight_files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def _local(path: str, local: Path, revision: str | None) -> ModelSource:
@@ -113,7 +102,11 @@ def _local(path: str, local: Path, revision: str | None) -> ModelSource:
     if kind_of(local) in ("run", "adapter", "comparison", "special"):
         raise ModelError(f"model.path: {model_problem(path)}")
     if local.is_dir():
-        _refuse_special(path, local)
+        for entry in sorted(local.iterdir()):
+            if kind_of(entry) == "special":  # a library that opens one waits for ever
+                raise ModelError(
+                    f"model.path {path!r}: {entry} is {named('special')}, and a file is expected"
+                )
         return ModelSource(path, "folder", local.resolve(), _weight_files(path, local.resolve()))
     if local.suffix != ".gguf":
         raise ModelError(
@@ -160,63 +153,44 @@ def _inside_package(path: str) -> Path:
 
 
 def _from_hub(path: str, revision: str | None) -> ModelSource:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
-                path,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=HUB_IGNORED,
-                local_files_only=is_offline(),
-            )
+        folder = snapshot_download(
+            path,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=HUB_IGNORED,
+            local_files_only=is_offline(),
         )
+        return Path(folder)
 
     at = f" at revision {revision!r}" if revision else ""
     try:
         folder = fetch(HUB_FILES)
         if not any(folder.glob("*.safetensors")):
             folder = fetch(HUB_FILES + PICKLED)
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise ModelError(
             f"model.path {path!r}: the hub gives this model only after its terms are accepted; "
             f"accept them at https://huggingface.co/{path}, then run: hf auth login"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise ModelError(f"model.revision {revision!r}: {path} has no such revision") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise ModelError(
             f"model.path {path!r}: there is no such folder here and no such model on the hub; "
             "check the spelling, or run: hf auth login, if it is private" + siblings(path)
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelError(
             f"model.path {path!r}{at}: there is no such folder here, nothing of it is in the local "
             "hub cache, and the hub cannot be asked; run once with a connection and without "
             "--offline, or give the path of a folder" + siblings(path)
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error
     return ModelSource(path, "hub", folder, _weight_files(path, folder), revision=folder.name)
-
-
-def _refuse_special(path: str, folder: Path) -> None:
-    """Refuse a folder with pipes or devices in it: a library that opens one waits for ever."""
-    for entry in sorted(folder.iterdir()):
-        if kind_of(entry) == "special":
-            raise ModelError(
-                f"model.path {path!r}: {entry} is {named('special')}, and a file is expected"
-            )
 
 
 def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:
@@ -274,3 +248,60 @@ def _indexed(path: str, index: Path) -> tuple[Path, ...]:
             f"first is {missing[0]}; fetch the model again"
         )
     return files
+
+
+def describe_base(path: str, folder: Path | None = None) -> Base:
+    """Name a base model without a path of this machine.
+
+    A hub id is what the user wrote, what a folder of the hub's cache is called, or what the model's
+    config.json says it came from. `path` is what the user wrote, `folder` where its files lie, None
+    where only the path is known.
+    """
+    if path.startswith("package:"):
+        return Base(path, False)
+    if path.endswith(".gguf"):
+        return Base(Path(path).name, False)
+    local = Path(path).expanduser()
+    if folder is None and local.is_dir():
+        folder = local
+    licence = _licence(folder) if folder is not None else None
+    if not local.exists() and HUB_ID.fullmatch(path):
+        return Base(path, True, licence)
+    known = _cached(local) or (_configured(folder) if folder is not None else None)
+    if known is not None:
+        return Base(known, True, licence)
+    return Base(Path(path).name or local.resolve().name, False, licence)
+
+
+def _cached(path: Path) -> str | None:
+    """The id in models--OWNER--NAME, as the hub's cache names its folders."""
+    for part in path.absolute().parts:
+        name = part.removeprefix("models--").replace("--", "/")
+        if part.startswith("models--") and HUB_ID.fullmatch(name):
+            return name
+    return None
+
+
+def _configured(folder: Path) -> str | None:
+    """The id that config.json remembers; what may as well be a folder here is none."""
+    try:
+        name = parse_json(_read(folder / "config.json")).get("_name_or_path")
+    except ValueError:
+        return None
+    if not isinstance(name, str) or "/" not in name or not HUB_ID.fullmatch(name):
+        return None
+    return None if Path(name).exists() or (folder.parent / name).exists() else name
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence in the first lines of the folder's README.md."""
+    parts = _read(folder / "README.md").split("---\n", 2)
+    found = _LICENCE.search(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    return found[1] if found else None
+
+
+def _read(file: Path) -> str:
+    """A small text file; empty where there is none."""
+    if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+        return ""
+    return file.read_text(encoding="utf-8", errors="replace")

@@ -47,12 +47,7 @@ class WeightReader:
     A weight that lies in a safetensors file under a name of its own is read from there, in the
     stored dtype. The others (GGUF, pickled files, layouts that transformers splits or joins
     while loading) come from the loaded model, which is loaded when the first of them is asked
-    for.
-
-    Args:
-        source: The base model.
-        names: Full module names, as :func:`~kpsvd_tune.models.target_names` gives them.
-        skeleton: The model on the meta device, if the caller has it.
+    for. `names` are full module names; a `skeleton`, on the meta device, is not built again.
 
     Raises:
         ModelError: A file is damaged, or a stored weight does not fit the model.
@@ -78,14 +73,7 @@ class WeightReader:
         return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
     def load(self, name: str) -> Tensor:
-        """Read one weight.
-
-        Args:
-            name: A module name given to the constructor.
-
-        Returns:
-            The weight (out, in) in its stored dtype, on the CPU; a transposed view for Conv1D.
-        """
+        """The weight (out, in) in its stored dtype, on the CPU; a transposed view for Conv1D."""
         module = self._skeleton.get_submodule(name)
         location = self._locations.get(name)
         if location is not None:
@@ -108,18 +96,13 @@ def read_tensor(location: TensorLocation) -> Tensor:
     """
     data = torch.empty(location.end - location.begin, dtype=torch.uint8)
     array: Any = data.numpy()
-    view = memoryview(array)
-    with location.file.open("rb", buffering=0) as stream:
+    # Buffered, so that it reads until all is there, which a single call of the system may not.
+    with location.file.open("rb") as stream:
         stream.seek(location.begin)
-        done = 0
-        while done < len(view):
-            # One call reads at most 2 GiB, and fewer bytes when a signal interrupts it.
-            count = stream.readinto(view[done:])
-            if not count:
-                raise ModelError(
-                    f"{location.file} ends inside the tensor {location.key}; fetch it again"
-                )
-            done += count
+        if stream.readinto(array) < len(data):
+            raise ModelError(
+                f"{location.file} ends inside the tensor {location.key}; fetch it again"
+            )
     return data.view(FLOATS[location.dtype]).reshape(location.size)
 
 

@@ -1,8 +1,8 @@
 """The recipe: a closed YAML schema, read safely, with every fault reported at once.
 
 `schema`, `dataset`, `adapter` and `evaluation` hold the keys; `values` the kinds of
-value; `reading` turns YAML into plain values with lines; `overrides` applies key=value; `checking`
-and `faults` turn what is wrong into messages; `loading` is the way in. Imports neither torch nor
+value; `reading` turns YAML and key=value into plain values with lines; `checking` and `faults` turn
+what is wrong into messages; `loading` is the way in. Imports neither torch nor
 transformers.
 """
 

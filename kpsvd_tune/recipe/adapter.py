@@ -49,6 +49,15 @@ FactorShape = Annotated[
 ]
 
 
+# One number stands for rows and columns.
+_Side = Annotated[int, Field(ge=1, le=2**20)]
+FactorSize = Annotated[
+    Annotated[_Side, Tag("scalar")]
+    | Annotated[list[_Side], Field(min_length=2, max_length=2), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list) else "scalar"),
+]
+
+
 Method = Literal["energy", "elbow", "energy+elbow", "noise_edge", "fixed"]
 
 
@@ -167,7 +176,9 @@ def _is_above(low: object, high: object) -> bool:
 _DECIDED = (
     "target_modules",
     "exclude_modules",
+    "form",
     "factor_shape",
+    "factor_size",
     "init",
     "rank",
     "modules_to_save",
@@ -189,18 +200,29 @@ class AdapterRecipe(Section):
     exclude_modules: PatternOrList | None = Field(
         default=None, description="modules to leave alone: a list of names, or a regular expression"
     )
+    form: Literal["both", "left", "right", "core"] = Field(
+        default="both",
+        description="what is trained of each term: both factors, the left or the right one, or an "
+        "r x r core between them; the rest is frozen",
+    )
     factor_shape: FactorShape = Field(
         default="balanced", description="balanced, thin, pissa, or {n, p} for every layer"
     )
+    factor_size: FactorSize | None = Field(
+        default=None,
+        description="rows and columns of the trained factor of the forms left and right, in place "
+        "of factor_shape: a number, or two in a list; the nearest divisors are taken",
+    )
     init: Literal["weight", "random"] = Field(
         default="weight",
-        description="directions of the first factors: the weight's own terms, or random ones of "
-        "the same norms",
+        description="directions of the frozen factors: the weight's own terms, or random ones "
+        "(form both: of the same norms; other forms: kept as a seed)",
     )
     rate: Literal["factors", "relative"] = Field(
         default="factors",
-        description="what the learning rate means: how far an optimiser's step moves entries of "
-        "the factors, or that step's relative change of each weight",
+        description="what the learning rate means with form both: how far an optimiser's step "
+        "moves entries of the factors, or that step's relative change of each weight; other forms "
+        "are always relative",
     )
     path: Literal["auto", "activations", "weight"] = Field(
         default="auto", description="how the update is applied; auto decides by cost for each layer"
@@ -217,6 +239,30 @@ class AdapterRecipe(Section):
         description="a run or a KPSVD adapter folder to go on training; its ranks, shapes and "
         "factors are taken as they are",
     )
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a seed gives the frozen factors, so that no file holds them."""
+        return self.init == "random" and self.form != "both"
+
+    @field_validator("factor_size")
+    @classmethod
+    def _check_size(
+        cls, value: int | list[int] | None, info: ValidationInfo
+    ) -> int | list[int] | None:
+        form, shape = info.data.get("form"), info.data.get("factor_shape")
+        if value is not None and form not in ("left", "right", None):
+            raise conflict(
+                f"it is the size of the one factor that the forms left and right train, and form "
+                f"is {form}; set factor_shape instead, or form: left",
+                "form",
+            )
+        if value is not None and shape not in ("balanced", None):
+            raise conflict(
+                f"factor_shape is {shape!r}, and each decides the sizes; keep one of the two",
+                "factor_shape",
+            )
+        return value
 
     @field_validator("from_")
     @classmethod

@@ -20,25 +20,15 @@ from kpsvd_tune.recipe.values import (
     TextOrList,
     Validation,
     conflict,
+    key,
     show,
 )
 from kpsvd_tune.storage.paths import exists, siblings
 
 # Those that come with kpsvd-tune.
 CHAT_TEMPLATES = (
-    "chatml",
-    "command-r",
-    "deepseek",
-    "deepseek-r1",
-    "gemma",
-    "llama2",
-    "llama3",
-    "mistral",
-    "phi3",
-    "phi4",
-    "phi4-mini",
-    "qwen3",
-    "zephyr",
+    *("chatml", "command-r", "deepseek", "deepseek-r1", "gemma", "llama2", "llama3", "mistral"),
+    *("phi3", "phi4", "phi4-mini", "qwen3", "zephyr"),
 )
 Format = Literal["auto", "prompt-completion", "alpaca", "chat", "sharegpt", "text"]
 
@@ -63,24 +53,20 @@ class SourceRecipe(Section):
     """One source in a list of them; null takes what the dataset section says."""
 
     path: PathText = Field(description="hub id, or a local .jsonl, .json, .csv or .parquet file")
-    weight: Number = Field(
-        default=1.0,
+    weight: Number = key(
+        1.0,
+        "times that each of its rows is seen in an epoch; 0.5: half of the rows, once",
         gt=0,
         le=1000,  # a slip such as 1e9 would fill the memory with numbers of rows
-        description="times that each of its rows is seen in an epoch; 0.5: half of the rows, once",
     )
-    name: TextOrList | None = Field(
-        default=None, description="configuration on the hub, or a list of them"
+    name: TextOrList | None = key(None, "configuration on the hub, or a list of them")
+    split: Text | None = key(None, "split to train on")
+    format: Format | None = key(None, "form of its rows")
+    columns: Columns | None = key(None, "column of each role, where its name differs")
+    ignore_columns: list[Text] | None = key(
+        None, "columns that are meant to be left out, as if they were not there"
     )
-    split: Text | None = Field(default=None, description="split to train on")
-    format: Format | None = Field(default=None, description="form of its rows")
-    columns: Columns | None = Field(
-        default=None, description="column of each role, where its name differs"
-    )
-    ignore_columns: list[Text] | None = Field(
-        default=None, description="columns that are meant to be left out, as if they were not there"
-    )
-    template: Text | None = Field(default=None, description="as in dataset, for this source")
+    template: Text | None = key(None, "as in dataset, for this source")
 
 
 def _kind(value: object) -> str:
@@ -109,61 +95,45 @@ class DatasetRecipe(Section):
         "a folder or pattern of these, or a list; "
         "in a list {path: ..., weight: ...} gives a source settings of its own"
     )
-    name: TextOrList | None = Field(
-        default=None, description="configuration on the hub, or a list of them"
+    name: TextOrList | None = key(None, "configuration on the hub, or a list of them")
+    split: Text = key("train", "split to train on")
+    format: Format = key("auto", "form of the rows; auto decides by their columns and says why")
+    columns: Columns = key({}, "column of each role, where its name differs")
+    ignore_columns: list[Text] = key(
+        [], "columns that are meant to be left out, as if they were not there"
     )
-    split: Text = Field(default="train", description="split to train on")
-    format: Format = Field(
-        default="auto", description="form of the rows; auto decides by their columns and says why"
+    template: Text = key(
+        "Question: {prompt}\nAnswer: {completion}",
+        "text with {prompt} and {completion}, or chat for the tokenizer's template",
     )
-    columns: Columns = Field(
-        default_factory=Columns, description="column of each role, where its name differs"
-    )
-    ignore_columns: list[Text] = Field(
-        default_factory=list,
-        description="columns that are meant to be left out, as if they were not there",
-    )
-    template: Text = Field(
-        default="Question: {prompt}\nAnswer: {completion}",
-        description="text with {prompt} and {completion}, or chat for the tokenizer's template",
-    )
-    chat_template: PathText | None = Field(
-        default=None,
-        description="chat template instead of the tokenizer's: a jinja file, or the name of one "
+    chat_template: PathText | None = key(
+        None,
+        "chat template instead of the tokenizer's: a jinja file, or the name of one "
         "that comes with kpsvd-tune; evaluation, generate and the saved adapter use it too",
     )
-    template_arguments: PlainValues = Field(
-        default_factory=dict,
-        description="what the chat template is given besides, such as {enable_thinking: false}",
+    template_arguments: PlainValues = key(
+        {}, "what the chat template is given besides, such as {enable_thinking: false}"
     )
-    max_length: int = Field(default=512, ge=2, description="longest row, in tokens; see too_long")
-    too_long: Literal["cut", "drop"] = Field(
-        default="cut", description="rows above max_length: cut them, or leave them out"
+    max_length: int = key(512, "longest row, in tokens; see too_long", ge=2)
+    too_long: Literal["cut", "drop"] = key(
+        "cut", "rows above max_length: cut them, or leave them out"
     )
-    min_length: int = Field(
-        default=1, ge=1, description="shortest row, in tokens; shorter ones are left out"
-    )
-    learn: Literal["all", "last", "each"] = Field(
-        default="all",
-        description="assistant turns of a chat to learn: all, the last one, or each as a row of "
+    min_length: int = key(1, "shortest row, in tokens; shorter ones are left out", ge=1)
+    learn: Literal["all", "last", "each"] = key(
+        "all",
+        "assistant turns of a chat to learn: all, the last one, or each as a row of "
         "its own behind what a model sees before it",
     )
-    streaming: bool = Field(
-        default=False, description="read hub sets as a stream, without keeping their files"
+    streaming: bool = key(False, "read hub sets as a stream, without keeping their files")
+    on_bad_row: Literal["refuse", "drop"] = key(
+        "refuse", "a row that cannot be read or written out: refuse the run, or leave it out"
     )
-    on_bad_row: Literal["refuse", "drop"] = Field(
-        default="refuse",
-        description="a row that cannot be read or written out: refuse the run, or leave it out",
+    max_bad_rows: Number = key(
+        0.05, "drop: largest share of a source's rows to leave out", ge=0, le=1
     )
-    max_bad_rows: Number = Field(
-        default=0.05, ge=0, le=1, description="drop: largest share of a source's rows to leave out"
-    )
-    deduplicate: bool = Field(
-        default=False, description="train and validate on each distinct row once"
-    )
-    validation: Validation = Field(
-        default=0.02,
-        description="held-out rows: a share of the rows, a number of rows, or a file; 0: none",
+    deduplicate: bool = key(False, "train and validate on each distinct row once")
+    validation: Validation = key(
+        0.02, "held-out rows: a share of the rows, a number of rows, or a file; 0: none"
     )
 
     @field_validator("ignore_columns")

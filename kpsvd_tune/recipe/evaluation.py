@@ -15,6 +15,7 @@ from kpsvd_tune.recipe.values import (
     Text,
     TextOrList,
     conflict,
+    key,
 )
 
 # The prompt of another harness, and the tasks it exists for.
@@ -30,62 +31,45 @@ class EvaluationRecipe(Section):
     task: Literal["gsm8k", "math", "mbpp", "exact_match", "loss", "forgetting"] = Field(
         description="scorer and prompt"
     )
-    path: PathOrList | None = Field(
-        default=None,
+    path: PathOrList | None = key(
+        None,
+        "hub id or local file; null: the task's own; for forgetting a text file",
         validate_default=True,
-        description="hub id or local file; null: the task's own; for forgetting a text file",
     )
-    name: TextOrList | None = Field(
-        default=None, description="configuration on the hub, or a list of them"
-    )
-    split: Text = Field(default="test", description="split to score")
-    limit: int | None = Field(default=None, ge=1, description="rows to score; null: all")
-    before: bool = Field(default=False, description="score the base model too, before training")
-    max_new_tokens: int = Field(
-        default=256, ge=1, le=10**7, description="longest answer, in tokens"
-    )
-    batch_size: int = Field(default=16, ge=1, le=65_536, description="prompts generated together")
-    columns: Columns = Field(
-        default_factory=Columns, description="column of each role, where its name differs"
-    )
-    template: Text | None = Field(
-        default=None, description="as in dataset; null: that of the dataset"
-    )
-    learn: Literal["all", "last", "each"] | None = Field(
-        default=None,
-        description="assistant turns of a chat that the task loss counts, as in dataset; null: "
+    name: TextOrList | None = key(None, "configuration on the hub, or a list of them")
+    split: Text = key("test", "split to score")
+    limit: int | None = key(None, "rows to score; null: all", ge=1)
+    before: bool = key(False, "score the base model too, before training")
+    max_new_tokens: int = key(256, "longest answer, in tokens", ge=1, le=10**7)
+    batch_size: int = key(16, "prompts generated together", ge=1, le=65_536)
+    columns: Columns = key({}, "column of each role, where its name differs")
+    template: Text | None = key(None, "as in dataset; null: that of the dataset")
+    learn: Literal["all", "last", "each"] | None = key(
+        None,
+        "assistant turns of a chat that the task loss counts, as in dataset; null: "
         "those of the dataset",
     )
-    prompt: Literal["template", "lm-eval", "bigcode"] = Field(
-        default="template",
-        description="the template's prompt, or that of another harness: lm-eval for gsm8k and "
+    prompt: Literal["template", "lm-eval", "bigcode"] = key(
+        "template",
+        "the template's prompt, or that of another harness: lm-eval for gsm8k and "
         "mbpp, bigcode for mbpp",
     )
-    shots: int | None = Field(
-        default=None,
-        ge=0,
-        description="worked examples before each question; null: as many as the prompt has (5 for "
+    shots: int | None = key(
+        None,
+        "worked examples before each question; null: as many as the prompt has (5 for "
         "gsm8k and 3 for mbpp in lm-eval, else none)",
+        ge=0,
     )
-    shots_path: PathText | None = Field(
-        default=None,
-        description="hub id or local file of the worked examples; null: the task's training rows",
+    shots_path: PathText | None = key(
+        None, "hub id or local file of the worked examples; null: the task's training rows"
     )
-    stop: list[Annotated[str, Field(min_length=1)]] | None = Field(
-        default=None,
-        description="texts that end an answer; null: those of the prompt, or the start of the "
-        "template",
+    stop: list[Annotated[str, Field(min_length=1)]] | None = key(
+        None, "texts that end an answer; null: those of the prompt, or the start of the template"
     )
-    temperature: Number = Field(
-        default=0.0, ge=0, description="0: the likeliest token; above: samples"
-    )
-    samples: int = Field(
-        default=1, ge=1, le=100_000, description="answers to each question; pass@k needs k or more"
-    )
-    sampling_seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of the sampling")
-    window: int = Field(
-        default=1024, ge=2, description="tokens of a row (loss) or of a window (forgetting)"
-    )
+    temperature: Number = key(0.0, "0: the likeliest token; above: samples", ge=0)
+    samples: int = key(1, "answers to each question; pass@k needs k or more", ge=1, le=100_000)
+    sampling_seed: int = key(0, "seed of the sampling", ge=0, le=2**32 - 1)
+    window: int = key(1024, "tokens of a row (loss) or of a window (forgetting)", ge=2)
 
     @field_validator("path")
     @classmethod

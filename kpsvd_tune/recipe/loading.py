@@ -12,9 +12,8 @@ import yaml
 from kpsvd_tune.errors import RecipeError, did_you_mean
 from kpsvd_tune.recipe.checking import MAX_FAULTS, check, origin_of, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
-from kpsvd_tune.recipe.overrides import apply_override
 from kpsvd_tune.recipe.paths import path_faults
-from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, read_yaml
+from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, apply_override, read_yaml
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
 from kpsvd_tune.storage.paths import Kind, expand, kind_of, named
@@ -204,16 +203,15 @@ def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def _not_a_recipe(file: FilePath, kind: Kind) -> str:
     """What is wrong with a folder or a special file that was given as a recipe."""
-    text = f"is {named(kind)}; expected a recipe file"
-    if kind == "run":
-        return f"{text}; that of the run is {_shown(file / 'recipe.yaml')}"
-    if kind == "comparison":
-        return f"{text}: the one that it was made with; to see it: kpsvd-tune report {_shown(file)}"
-    if kind in ("model", "merged"):
-        return f"{text}, which names it in model.path"
-    if kind == "adapter":
-        return f"{text}; to train on from an adapter, name it in adapter.from"
-    return f"{text}; shipped recipes: {', '.join(shipped_recipes())}"
+    model = ", which names it in model.path"
+    advice = {
+        "run": f"; that of the run is {_shown(file / 'recipe.yaml')}",
+        "comparison": f": the one it was made with; to see it: kpsvd-tune report {_shown(file)}",
+        "model": model,
+        "merged": model,
+        "adapter": "; to train on from an adapter, name it in adapter.from",
+    }.get(kind, f"; shipped recipes: {', '.join(shipped_recipes())}")
+    return f"is {named(kind)}; expected a recipe file{advice}"
 
 
 def _shown(file: FilePath) -> str:

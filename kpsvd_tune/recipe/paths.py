@@ -9,13 +9,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path as FilePath
+from typing import Any
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe.dataset import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
-from kpsvd_tune.storage.paths import Kind, exists, expand, kind_of, named, siblings
+from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 
 # The sections that `validate` looks at; a command passes those that it uses.
 SECTIONS = ("model", "dataset", "adapter", "evaluation", "compare")
@@ -26,10 +27,29 @@ _FILE = re.compile(r"\.(jsonl|json|csv|parquet|arrow|txt|md|gguf|safetensors|gz|
 def path_faults(document: Document, sections: Collection[str] = SECTIONS) -> list[Fault]:
     """Faults of the local paths in some top-level sections, with no origin yet."""
     faults = []
-    for path, value, kind in _named_paths(document.value):
-        if path[0] in sections and (problem := _PROBLEMS[kind](value)):
+    for path, text, section in _texts(document.value, (), {}):
+        keys = tuple(step for step in path if isinstance(step, str))
+        problem_of = _PROBLEMS.get(keys)
+        # A blank is another fault.
+        if problem_of is None or path[0] not in sections or not text.strip() or "\0" in text:
+            continue
+        if keys == ("evaluation", "path") and section.get("task") == "forgetting":
+            problem_of = text_problem
+        if problem := problem_of(text):
             faults.append(Fault(None, path, problem))
     return faults
+
+
+def _texts(value: object, path: Path, section: Any) -> Iterator[tuple[Path, str, Any]]:
+    """Every text of a document, with its place and the mapping that it stands in."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, (*path, key), value)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, (*path, index), section)
+    elif isinstance(value, str):
+        yield path, value, section
 
 
 def looks_local(path: str) -> bool:
@@ -97,15 +117,17 @@ def adapter_problem(path: str) -> str | None:
         return f"the run in {path} has no finished adapter; train it to its end first"
     if kind in ("run", "adapter"):
         return None
-    return f"{path} is {named(kind)}; {_cure(kind, path)}"
-
-
-def _cure(kind: Kind, path: str) -> str:
+    cure = "expected a finished run, or a folder with adapter_config.json"
     if kind in ("merged", "model"):
-        return "to train a new adapter on it, name it in model.path and leave this key out"
-    if kind == "comparison":
-        return f"name one of its trials: {path}/trials/..."
-    return "expected a finished run, or a folder with adapter_config.json"
+        cure = "to train a new adapter on it, name it in model.path and leave this key out"
+    elif kind == "comparison":
+        cure = f"name one of its trials: {path}/trials/..."
+    return f"{path} is {named(kind)}; {cure}"
+
+
+def _held_out_problem(value: str) -> str | None:
+    """What is wrong with held-out rows; None for a share or a number of rows."""
+    return None if re.fullmatch(r"[\d.eE+-]+", value) else rows_problem(value)
 
 
 def check_source(source: str) -> None:
@@ -126,56 +148,16 @@ def check_source(source: str) -> None:
         raise InputError(f"{source} is {named(kind)}; expected a run, an adapter or a model")
 
 
-_PROBLEMS = {
-    "model": model_problem,
-    "rows": rows_problem,
-    "text": text_problem,
-    "adapter": adapter_problem,
-    "chat template": chat_template_problem,
+# The keys that hold paths, without the places in lists.
+_PROBLEMS: dict[tuple[str, ...], Callable[[str], str | None]] = {
+    ("model", "path"): model_problem,
+    ("dataset", "path"): rows_problem,
+    ("dataset", "path", "path"): rows_problem,
+    ("dataset", "chat_template"): chat_template_problem,
+    ("dataset", "validation"): _held_out_problem,
+    ("adapter", "from"): adapter_problem,
+    ("evaluation", "path"): rows_problem,
+    ("evaluation", "shots_path"): rows_problem,
+    ("compare", "test"): rows_problem,
+    ("compare", "forgetting"): text_problem,
 }
-
-
-def _named_paths(recipe: object) -> Iterator[tuple[Path, str, str]]:
-    """Every path that the document holds, with its key and what it should be."""
-    for path, value, kind in _keys_of_paths(recipe):
-        # A blank or number is another fault.
-        if isinstance(value, str) and value.strip() and "\0" not in value:
-            yield path, value, kind
-
-
-def _keys_of_paths(recipe: object) -> Iterator[tuple[Path, object, str]]:
-    model, dataset, adapter, compare = (
-        _section(recipe, key) for key in ("model", "dataset", "adapter", "compare")
-    )
-    yield ("model", "path"), model.get("path"), "model"
-    yield from _sources(("dataset", "path"), dataset.get("path"))
-    yield ("dataset", "chat_template"), dataset.get("chat_template"), "chat template"
-    validation = dataset.get("validation")
-    if isinstance(validation, str) and not re.fullmatch(r"[\d.eE+-]+", validation):
-        yield ("dataset", "validation"), validation, "rows"
-    yield ("adapter", "from"), adapter.get("from"), "adapter"
-    tasks = recipe.get("evaluation") if isinstance(recipe, dict) else None
-    for index, each in enumerate(tasks if isinstance(tasks, list) else ()):
-        task = each if isinstance(each, dict) else {}
-        place = ("evaluation", index)
-        kind = "text" if task.get("task") == "forgetting" else "rows"
-        for path, value, _ in _sources((*place, "path"), task.get("path")):
-            yield path, value, kind
-        yield (*place, "shots_path"), task.get("shots_path"), "rows"
-    yield ("compare", "test"), compare.get("test"), "rows"
-    yield ("compare", "forgetting"), compare.get("forgetting"), "text"
-
-
-def _sources(path: Path, value: object) -> Iterator[tuple[Path, object, str]]:
-    if isinstance(value, list):
-        for index, each in enumerate(value):
-            yield from _sources((*path, index), each)
-    elif isinstance(value, dict):
-        yield (*path, "path"), value.get("path"), "rows"
-    else:
-        yield path, value, "rows"
-
-
-def _section(parent: object, key: str) -> dict[str, object]:
-    found = parent.get(key) if isinstance(parent, dict) else None
-    return found if isinstance(found, dict) else {}

@@ -60,9 +60,7 @@ _VALUES: dict[Path, dict[str, _Removed]] = {
     },
     ("train", "optimizer"): {
         each.lower(): _optimizer(each)
-        for each in (
-            *("Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop"),
-        )
+        for each in "Adadelta Adagrad Adam Adamax ASGD NAdam RAdam RMSprop".split()
     }
     | {
         "rprop": _Removed(

@@ -7,22 +7,25 @@ name, so that faults elsewhere in the section do not hide them.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.recipe.dataset import DatasetRecipe
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
-from kpsvd_tune.recipe.optimizer import Arguments, Optimizer, Scheduler
 from kpsvd_tune.recipe.values import (
+    Arguments,
     Number,
+    Optimizer,
     OutputFolder,
     PathText,
     Precision,
+    Scheduler,
     Section,
     Text,
     conflict,
+    key,
     show,
 )
 
@@ -34,13 +37,12 @@ class ModelRecipe(Section):
         description="hub id, local folder, file.gguf, or package:NAME/FILE.gguf inside an "
         "installed package"
     )
-    revision: Text | None = Field(default=None, description="branch, tag or commit on the hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="bfloat16", description="type the base weights are loaded in"
+    revision: Text | None = key(None, "branch, tag or commit on the hub")
+    dtype: Literal["float32", "bfloat16", "float16"] = key(
+        "bfloat16", "type the base weights are loaded in"
     )
-    attn_implementation: Text | None = Field(
-        default=None,
-        description="attention of transformers (eager, sdpa, ...); null lets it choose",
+    attn_implementation: Text | None = key(
+        None, "attention of transformers (eager, sdpa, ...); null lets it choose"
     )
 
     @field_validator("path")
@@ -57,123 +59,78 @@ class EarlyStopping(Section):
     """Stop when the validation loss no longer falls."""
 
     patience: int = Field(ge=1, description="evaluations without a gain before the run stops")
-    min_delta: Number = Field(
-        default=0.0, ge=0, description="smallest fall of the loss that is a gain"
-    )
+    min_delta: Number = key(0.0, "smallest fall of the loss that is a gain", ge=0)
 
 
 class NonfiniteRecipe(Section):
     """How far `train.on_nonfinite` goes before the run ends all the same."""
 
-    max_streak: int = Field(default=3, ge=1, description="skip: most steps skipped in a row")
-    max_total: int = Field(default=20, ge=1, description="skip: most steps skipped in all")
-    max_retries: int = Field(default=2, ge=1, description="retry: returns to the last checkpoint")
-    retry_factor: Number = Field(
-        default=0.5, gt=0, le=1, description="retry: what each return multiplies the rate by"
-    )
+    max_streak: int = key(3, "skip: most steps skipped in a row", ge=1)
+    max_total: int = key(20, "skip: most steps skipped in all", ge=1)
+    max_retries: int = key(2, "retry: returns to the last checkpoint", ge=1)
+    retry_factor: Number = key(0.5, "retry: what each return multiplies the rate by", gt=0, le=1)
 
 
 class TrainRecipe(Section):
     """The training loop."""
 
-    max_steps: int | None = Field(
-        default=None, ge=1, description="optimiser steps; null: by epochs"
-    )
-    epochs: Number = Field(
-        default=1.0, gt=0, description="passes over the rows, when max_steps is null"
-    )
-    batch_size: int = Field(
-        default=4, ge=1, le=65_536, description="rows per process and micro step"
-    )
-    gradient_accumulation: int = Field(
-        default=1, ge=1, le=65_536, description="micro steps per optimiser step"
-    )
-    packing: bool = Field(
-        default=False,
-        description="lay the rows of a micro batch end to end, without padding: the same rows, "
+    max_steps: int | None = key(None, "optimiser steps; null: by epochs", ge=1)
+    epochs: Number = key(1.0, "passes over the rows, when max_steps is null", gt=0)
+    batch_size: int = key(4, "rows per process and micro step", ge=1, le=65_536)
+    gradient_accumulation: int = key(1, "micro steps per optimiser step", ge=1, le=65_536)
+    packing: bool = key(
+        False,
+        "lay the rows of a micro batch end to end, without padding: the same rows, "
         "loss and steps in less time; a model that lets rows see each other is refused",
     )
-    group_by_length: bool = Field(
-        default=False,
-        description="make steps of rows of similar length, which spares padding; other steps",
+    group_by_length: bool = key(
+        False, "make steps of rows of similar length, which spares padding; other steps"
     )
-    optimizer: Optimizer = Field(
-        default="adamw", description="optimiser: a short name, or torch.optim.CLASS"
+    optimizer: Optimizer = key("adamw", "optimiser: a short name, or torch.optim.CLASS")
+    optimizer_args: Arguments = key({}, "arguments of the optimiser, such as {betas: [0.9, 0.99]}")
+    learning_rate: Number = key(1e-3, "highest learning rate", gt=0, le=1)
+    scheduler: Scheduler = key("cosine", "learning-rate schedule of transformers")
+    scheduler_args: Arguments = key({}, "arguments of the schedule, such as {min_lr_rate: 0.1}")
+    warmup_ratio: Number = key(0.03, "share of the steps to warm up in", ge=0, le=1)
+    warmup_steps: int | None = key(None, "steps to warm up in; null: by warmup_ratio", ge=0)
+    weight_decay: Number = key(0.0, "decay of the offsets: towards the base", ge=0)
+    max_grad_norm: Number | None = key(1.0, "gradient clipping; null: none", gt=0)
+    precision: Precision = key("bf16", "mixed precision: no, bf16 or fp16")
+    gradient_checkpointing: bool = key(False, "recompute activations: less memory")
+    log_every: int = key(1, "steps between lines of metrics.jsonl", ge=1)
+    eval_every: int = key(50, "steps between validations; 0: at the end only", ge=0)
+    save_every: int = key(50, "steps between checkpoints; 0: at the end only", ge=0)
+    keep_checkpoints: int = key(2, "newest checkpoints to keep, besides the best one", ge=1)
+    keep: Literal["last", "best"] = key(
+        "last", "step that the adapter is of: the last, or the one with the lowest validation loss"
     )
-    optimizer_args: Arguments = Field(
-        default_factory=dict, description="arguments of the optimiser, such as {betas: [0.9, 0.99]}"
-    )
-    learning_rate: Number = Field(default=1e-3, gt=0, le=1, description="highest learning rate")
-    scheduler: Scheduler = Field(
-        default="cosine", description="learning-rate schedule of transformers"
-    )
-    scheduler_args: Arguments = Field(
-        default_factory=dict, description="arguments of the schedule, such as {min_lr_rate: 0.1}"
-    )
-    warmup_ratio: Number = Field(
-        default=0.03, ge=0, le=1, description="share of the steps to warm up in"
-    )
-    warmup_steps: int | None = Field(
-        default=None, ge=0, description="steps to warm up in; null: by warmup_ratio"
-    )
-    weight_decay: Number = Field(
-        default=0.0, ge=0, description="decay of the offsets: towards the base"
-    )
-    max_grad_norm: Number | None = Field(
-        default=1.0, gt=0, description="gradient clipping; null: none"
-    )
-    precision: Precision = Field(default="bf16", description="mixed precision: no, bf16 or fp16")
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute activations: less memory"
-    )
-    log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
-    eval_every: int = Field(
-        default=50, ge=0, description="steps between validations; 0: at the end only"
-    )
-    save_every: int = Field(
-        default=50, ge=0, description="steps between checkpoints; 0: at the end only"
-    )
-    keep_checkpoints: int = Field(
-        default=2, ge=1, description="newest checkpoints to keep, besides the best one"
-    )
-    keep: Literal["last", "best"] = Field(
-        default="last",
-        description="step that the adapter is of: the last, or the one with the lowest "
-        "validation loss",
-    )
-    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of everything random")
-    num_workers: int = Field(
-        default=0, ge=0, le=256, description="processes that prepare batches; 0: none"
-    )
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp", description="how several processes share work"
-    )
-    on_nonfinite: Literal["abort", "skip", "retry"] = Field(
-        default="abort",
-        description="where a loss or gradient is infinite or NaN: end the run, skip the step, or "
+    seed: int = key(0, "seed of everything random", ge=0, le=2**32 - 1)
+    num_workers: int = key(0, "processes that prepare batches; 0: none", ge=0, le=256)
+    parallel: Literal["ddp", "fsdp"] = key("ddp", "how several processes share work")
+    on_nonfinite: Literal["abort", "skip", "retry"] = key(
+        "abort",
+        "where a loss or gradient is infinite or NaN: end the run, skip the step, or "
         "retry from the last checkpoint with a lower rate",
     )
-    nonfinite: NonfiniteRecipe = Field(
-        default_factory=NonfiniteRecipe, description="limits of on_nonfinite: skip and retry"
-    )
-    on_oom: Literal["stop", "halve"] = Field(
-        default="stop",
-        description="where memory runs out in a micro step: end the run, or halve the micro batch "
+    nonfinite: NonfiniteRecipe = key(NonfiniteRecipe(), "limits of on_nonfinite: skip and retry")
+    on_oom: Literal["stop", "halve"] = key(
+        "stop",
+        "where memory runs out in a micro step: end the run, or halve the micro batch "
         "and double the accumulation for the rest of the run: the same rows and update a step, up "
         "to rounding; one process only",
     )
-    early_stopping: EarlyStopping | None = Field(
-        default=None, description="stop when the validation loss no longer falls; null: never"
+    early_stopping: EarlyStopping | None = key(
+        None, "stop when the validation loss no longer falls; null: never"
     )
 
-    @field_validator("keep")
+    @field_validator("keep", "early_stopping")
     @classmethod
-    def _check_keep(cls, value: str, info: ValidationInfo) -> str:
-        if value == "best" and info.data.get("eval_every") == 0:
-            raise conflict(
-                "best needs validations during the run to choose among; set eval_every",
-                "eval_every",
-            )
+    def _check_validations(cls, value: Any, info: ValidationInfo) -> Any:
+        if value not in (None, "last") and info.data.get("eval_every") == 0:
+            said = "best needs validations during the run to choose among"
+            if value != "best":
+                said = "needs validations during the run"
+            raise conflict(f"{said}; set eval_every", "eval_every")
         return value
 
     @field_validator("on_oom")
@@ -187,52 +144,33 @@ class TrainRecipe(Section):
             )
         return value
 
-    @field_validator("early_stopping")
-    @classmethod
-    def _check_early_stopping(
-        cls, value: EarlyStopping | None, info: ValidationInfo
-    ) -> EarlyStopping | None:
-        if value is not None and info.data.get("eval_every") == 0:
-            raise conflict("needs validations during the run; set eval_every", "eval_every")
-        return value
-
 
 class CompareRecipe(Section):
     """What `compare` measures beside the validation loss."""
 
-    test: PathText | None = Field(
-        default=None, description="rows that no choice looks at: a file, as dataset.path"
+    test: PathText | None = key(None, "rows that no choice looks at: a file, as dataset.path")
+    forgetting: PathText | None = key(
+        None, "a UTF-8 text of another kind, to see what training forgets"
     )
-    forgetting: PathText | None = Field(
-        default=None, description="a UTF-8 text of another kind, to see what training forgets"
+    price_per_hour: Number | None = key(
+        None, "price of an hour of one device; null: no costs", gt=0
     )
-    price_per_hour: Number | None = Field(
-        default=None, gt=0, description="price of an hour of one device; null: no costs"
-    )
-    currency: Text = Field(default="USD", description="of that price")
+    currency: Text = key("USD", "of that price")
 
 
 class Recipe(Section):
     """One run, from the base model to the scores."""
 
     model: ModelRecipe = Field(description="the base model, at least {path: ...}")
-    dataset: DatasetRecipe | None = Field(
-        default=None, description="the rows to learn from; null where nothing is trained"
+    dataset: DatasetRecipe | None = key(
+        None, "the rows to learn from; null where nothing is trained"
     )
-    adapter: AdapterRecipe = Field(
-        default_factory=AdapterRecipe, description="the Kronecker adapter"
-    )
-    train: TrainRecipe = Field(default_factory=TrainRecipe, description="the training loop")
-    evaluation: list[EvaluationRecipe] = Field(
-        default_factory=list, description="tasks to score the trained model on"
-    )
-    compare: CompareRecipe = Field(
-        default_factory=CompareRecipe, description="what `compare` measures besides"
-    )
+    adapter: AdapterRecipe = key(AdapterRecipe(), "the Kronecker adapter")
+    train: TrainRecipe = key(TrainRecipe(), "the training loop")
+    evaluation: list[EvaluationRecipe] = key([], "tasks to score the trained model on")
+    compare: CompareRecipe = key(CompareRecipe(), "what `compare` measures besides")
     output_dir: OutputFolder = Field(description="folder of the run, such as runs/my_run")
-    tracking: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="trackers to log to"
-    )
+    tracking: list[Literal["tensorboard", "wandb"]] = key([], "trackers to log to")
 
     @field_validator("train")
     @classmethod

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -26,11 +26,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from kpsvd_tune.errors import closest
+from kpsvd_tune.errors import closest, did_you_mean
 
+_One = TypeVar("_One")
+_Each = TypeVar("_Each")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BUDGET = re.compile(r"(\d+\.?\d*|\.\d+)([eE]\+?\d{1,2})?\s*([kKmMgG]?)", re.ASCII)
 _NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
+# adafactor is transformers'; any other one is named by its class of torch.optim.
+OPTIMIZERS = ("adamw", "adafactor", "sgd")
+_TORCH_CLASS = re.compile(r"torch\.optim\.[A-Za-z_]\w*", re.ASCII)
+
 _BUDGET_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _MAX_BUDGET = 10**15
 
@@ -168,6 +174,35 @@ def read_factor_shape(value: object) -> object:
     return value
 
 
+def _check_optimizer(name: str) -> str:
+    if name in OPTIMIZERS or _TORCH_CLASS.fullmatch(name):
+        return name
+    raise ValueError(
+        f"got {show(name)}; expected {', '.join(OPTIMIZERS)} or a class of torch such as "
+        f"torch.optim.RMSprop{did_you_mean(name.rpartition('.')[2], OPTIMIZERS)}"
+    )
+
+
+def _check_scheduler(name: object) -> object:
+    if name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"got {show(name)}, which sets the rate by the losses it sees and has no plan for the "
+            "whole run; expected a schedule such as cosine, with train.early_stopping to end a run "
+            "that no longer learns"
+        )
+    return name
+
+
+def _read_argument(value: object) -> object:
+    """Numbers as the rest of the recipe reads them, `1e-8` among them; lists become tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(_read_argument(each) for each in value)
+    value = read_number(value)
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError(f"got {show(value)}; expected a number, true or false, text, or a list")
+    return value
+
+
 def show(value: object) -> str:
     """The value as a user would recognise it in YAML, on one line and at most 60 characters."""
     if value is None:
@@ -191,6 +226,11 @@ class Section(BaseModel):
     model_config = CLOSED
 
 
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A key that may be left out: its default, what it means, and limits as pydantic names them."""
+    return Field(default=default, description=description, **limits)
+
+
 def conflict(message: str, *others: str) -> PydanticCustomError:
     """A fault between a key and the `others` of its section."""
     return PydanticCustomError("conflict", "{message}", {"message": message, "others": others})
@@ -211,30 +251,36 @@ Text = Annotated[str, AfterValidator(_not_blank)]
 # A local path or a hub id; `~` is read where it is used, for a run knows its recipe as written.
 PathText = Annotated[Text, AfterValidator(_check_path)]
 OutputFolder = Annotated[PathText, AfterValidator(_expand_home)]
-TextList = Annotated[list[Text], Field(min_length=1)]
-PathList = Annotated[list[PathText], Field(min_length=1)]
-PathOrList = Annotated[
-    Annotated[PathText, Tag("scalar")] | Annotated[PathList, Tag("list")],
+_OneOrMany = Annotated[
+    Annotated[_One, Tag("scalar")] | Annotated[list[_Each], Field(min_length=1), Tag("list")],
     Discriminator(_list_or_scalar),
 ]
-TextOrList = Annotated[
-    Annotated[Text, Tag("scalar")] | Annotated[TextList, Tag("list")],
-    Discriminator(_list_or_scalar),
-]
+PathOrList = _OneOrMany[PathText, PathText]
+TextOrList = _OneOrMany[Text, Text]
 Pattern = Annotated[Text, AfterValidator(_compile)]
-PatternOrList = Annotated[
-    Annotated[Pattern, Tag("scalar")] | Annotated[TextList, Tag("list")],
-    Discriminator(_list_or_scalar),
-]
-Targets = Annotated[
-    Annotated[Pattern, AfterValidator(_check_target), Tag("scalar")]
-    | Annotated[TextList, Tag("list")],
-    Discriminator(_list_or_scalar),
-]
+# The names of a list are looked for as they are.
+PatternOrList = _OneOrMany[Pattern, Text]
+Targets = _OneOrMany[Annotated[Pattern, AfterValidator(_check_target)], Text]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_read_precision)]
 Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
 Budget = Annotated[int | None, BeforeValidator(_read_budget)]
 Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]
 PlainValues = dict[
     Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_freeze)]
+]
+Arguments = dict[Text, Annotated[Any, BeforeValidator(_read_argument)]]
+Optimizer = Annotated[Text, AfterValidator(_check_optimizer)]
+Scheduler = Annotated[
+    Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ],
+    BeforeValidator(_check_scheduler),
 ]

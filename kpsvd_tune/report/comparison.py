@@ -132,6 +132,8 @@ class MethodSummary(Result):
     peak_memory_bytes: int  # largest over seeds
     # Device time of one run, init included, times the price; None without a price.
     cost: float | None
+    # Whether it is a baseline of this project's own, for PEFT has no such method.
+    is_ours: bool = False
 
     def in_words(self, currency: str = "") -> dict[str, str]:
         """The cell of every column of the tables, on the console and on the page."""
@@ -141,7 +143,7 @@ class MethodSummary(Result):
         if steps is not None and steps.n != num_seeds:
             reached += f" ({steps.n} of {num_seeds})"
         return {
-            "method": self.method,
+            "method": f"{self.method} (ours)" if self.is_ours else self.method,
             "budget": f"{self.budget:,}",
             "trained": f"{self.trainable_parameters:,}",
             "stored": f"{self.stored_parameters:,}",

@@ -178,9 +178,9 @@ def rank_summary(report: RankReport) -> list[str]:
     lines = [
         f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
         f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
-        f"{totals['trainable_parameters']:,} trainable parameters; offsets and frozen factors are "
-        f"stored, twice as many; LoRA of rank 1 on the same layers: "
-        f"{report.lora_parameters:,}",
+        f"{totals['trainable_parameters']:,} trainable parameters (form {report.form}), "
+        f"{report.stored_parameters:,} stored with the frozen factors; LoRA of rank 1 on the same "
+        f"layers: {report.lora_parameters:,}",
         f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
     lines += [
@@ -222,8 +222,10 @@ def preflight_lines(report: PreflightReport) -> list[str]:
 def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        print_pairs([(key.replace("_", " "), shown)])
+        parts = value if isinstance(value, Mapping) else {"": value}
+        for name, part in parts.items():
+            shown = ", ".join(map(str, part)) if isinstance(part, list) else str(part)
+            print_pairs([(f"{key.replace('_', ' ')} {name}".rstrip(), shown)])
 
 
 def show_comparison(verdict: Comparison) -> None:
@@ -240,12 +242,15 @@ def show_comparison(verdict: Comparison) -> None:
         print_blocks(out, columns, rows)
     else:
         print_table(out, columns, rows, where="comparison.html")
+    trained = {(each.method, each.budget): each.trainable_parameters for each in verdict.summaries}
     for pair in verdict.differences:
         if pair.budget == pair.other_budget:
+            own, other = (trained[name, pair.budget] for name in (pair.method, pair.other))
+            sizes = "" if own == other else f"; {own:,} against {other:,} parameters"
             print_line(
                 out,
                 f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats "
-                f"({pair.loss.interval()})",
+                f"({pair.loss.interval()}{sizes})",
             )
     for claim in verdict.claims:
         print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")

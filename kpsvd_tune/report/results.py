@@ -103,14 +103,21 @@ class RankReport(Result):
 
     __pydantic_config__ = CLOSED
     model: str  # the base model, as the recipe names it
-    # modules, trainable_parameters and base_parameters (counts), and energy (share of the pooled
-    # window's energy that the chosen terms hold, 0 to 1).
+    # modules, trainable_parameters and base_parameters (counts), energy (share of the pooled
+    # window's energy that the chosen terms hold, 0 to 1), and stored_parameters, what the
+    # adapter's file holds (not in reports of older versions).
     totals: Mapping[str, int | float]
     layers: tuple[LayerReport, ...]  # one report for each target module, in the model's order
     # (name, reason) of every weight matrix that gets no adapter.
     untouched: tuple[tuple[str, str], ...] = ()
     rule: Mapping[str, Any] = field(default_factory=dict)  # the rank rule, with the recipe's keys
     probes: tuple[Probe, ...] = ()  # trainings that chose the energy threshold, where it is auto
+    form: str = "both"  # what of the terms is trained
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers in the adapter's file: what is trained, and what is frozen beside it."""
+        return int(self.totals.get("stored_parameters", 2 * self.totals["trainable_parameters"]))
 
     @property
     def lora_parameters(self) -> int:

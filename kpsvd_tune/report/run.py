@@ -201,12 +201,7 @@ def score_value(scorer: str, value: float) -> str:
 
 
 def score_text(scorer: str, score: Mapping[str, Any]) -> str:
-    """A score with its uncertainty, its n and the answers that were not read.
-
-    Args:
-        scorer: Name of the rule.
-        score: Its value, n, stderr and unextractable.
-    """
+    """A score of results.json with its uncertainty, its n and the answers that were not read."""
     value = score_value(scorer, score["value"])
     if scorer in LOSSES:
         return f"{value} over {score['n']:,} tokens ({_uncertainty(scorer, score)})"
@@ -227,32 +222,21 @@ def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
 
 
 def score_table(results: Mapping[str, Any]) -> list[str]:
-    """Every score of a run as lines of a Markdown table; empty without a score.
-
-    Args:
-        results: The content of results.json.
-    """
-    rows = []
-    for model, name, scorer, score, conditions in score_lines(results):
-        cells = [
-            model,
-            name,
-            scorer,
-            score_value(scorer, score["value"]),
-            _uncertainty(scorer, score),
-            str(score["n"]),
-            str(score["unextractable"]),
+    """Every score of results.json as lines of a Markdown table; empty without a score."""
+    head = ("scored", "task", "scorer", "value", "uncertainty", "n", "without an answer", "asked")
+    rows = [
+        (
+            *(model, name, scorer, score_value(scorer, score["value"])),
+            *(_uncertainty(scorer, score), str(score["n"]), str(score["unextractable"])),
             conditions or "not known",
-        ]
-        shown = (str(cell).replace("|", "&#124;") for cell in cells)
-        rows.append(f"| {' | '.join(shown)} |")
+        )
+        for model, name, scorer, score, conditions in score_lines(results)
+    ]
     if not rows:
         return []
-    return [
-        "| scored | task | scorer | value | uncertainty | n | without an answer | asked |",
-        "|---|---|---|---|---|---|---|---|",
-        *rows,
-    ]
+    rule = f"|{'---|' * len(head)}"
+    lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
+    return [f"| {' | '.join(head)} |", rule, *lines]
 
 
 def score_label(results: Mapping[str, Any], task: str, source: str) -> str:

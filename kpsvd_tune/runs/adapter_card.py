@@ -20,6 +20,14 @@ from kpsvd_tune.storage import durable
 _EVALUATION = "## Evaluation"
 
 
+def _frozen(report: RankReport) -> str:
+    """What the file holds beside what was trained."""
+    frozen = report.stored_parameters - int(report.totals["trainable_parameters"])
+    if frozen == 0:
+        return "a seed in adapter_config.json gives the frozen Kronecker factors."
+    return f"the file holds {frozen:,} frozen ones beside them, Kronecker factors."
+
+
 def adapter_card(
     model: PeftModel, recipe: Recipe, report: RankReport, results: Mapping[str, Any]
 ) -> str:
@@ -40,8 +48,7 @@ def adapter_card(
         f"Trained with kpsvd-tune {__version__} on {dataset}.{start} "
         f"{adapted} of {totals['modules']} target matrices are adapted with "
         f"{totals['trainable_parameters']:,} trainable "
-        "parameters; the file holds as many frozen ones, the Kronecker factors that training "
-        "started from.",
+        f"parameters (form {report.form}); {_frozen(report)}",
         "",
         *([f"**Warning: {other}**", ""] if (other := results.get("other_base")) else []),
         *([f"**Warning: {worse}.**", ""] if (worse := worse_line(results)) else []),

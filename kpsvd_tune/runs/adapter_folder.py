@@ -32,6 +32,7 @@ class _Layer(BaseModel):
     shape: Annotated[list[_Size], Field(min_length=4, max_length=4)]
     rank: _Size
     fingerprint: float | None = None
+    norm: Annotated[float, Field(ge=0)] | None = None
 
 
 class AdapterFile(BaseModel):
@@ -51,6 +52,9 @@ class AdapterFile(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     path: str = "auto"
     seed: int = 0
+    form: str = "both"
+    factor_size: int | list[int] | None = None
+    frozen_seed: int | None = None
     rank: int | dict[str, Any] = Field(default_factory=dict)
     rank_pattern: dict[str, Any] = Field(default_factory=dict)
 

@@ -32,7 +32,9 @@ HARMLESS = (
 FIXED = (
     "adapter.target_modules",
     "adapter.exclude_modules",
+    "adapter.form",
     "adapter.factor_shape",
+    "adapter.factor_size",
     "adapter.init",
     "adapter.rank",
     "adapter.modules_to_save",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
-from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter import KpsvdConfig, KpsvdLayer
 from kpsvd_tune.adapter.base import RECORD, record_base
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
@@ -18,7 +18,7 @@ from kpsvd_tune.decompose import layer_report
 from kpsvd_tune.decompose.start import base_name
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
-from kpsvd_tune.linalg import KroneckerShape, LayerPlan
+from kpsvd_tune.linalg import LayerPlan, rearrange
 from kpsvd_tune.models import load_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
@@ -93,27 +93,17 @@ def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) 
 
 @torch.no_grad()
 def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
-    """What the adapter's layers are, in the form of the decomposition's report.
-
-    The k-th factors have the norms sqrt(sigma_k), which gives the singular values without an SVD.
-    """
+    """What the adapter's layers are, in the form of the decomposition's report."""
     base = model.get_base_model()
-    layers = tuple(
-        layer_report(
-            _plan(
-                name,
-                layer.kpsvd_form["default"].shape,
-                (layer.kpsvd_left0["default"], layer.kpsvd_right0["default"]),
-                float(base_weight(layer).double().square().sum()),
-            )
-        )
-        for name, layer in kpsvd_layers(model)
-    )
+    plans = [_plan(name, layer) for name, layer in kpsvd_layers(model)]
+    layers = tuple(map(layer_report, plans))
+    config: Any = model.peft_config["default"]
     return RankReport(
         model=recipe.model.path,
         totals={
             "modules": len(layers),
             "trainable_parameters": sum(layer.parameters for layer in layers),
+            "stored_parameters": sum(plan.stored(config.frozen_seed is not None) for plan in plans),
             "base_parameters": sum(
                 parameter.numel()
                 for name, parameter in base.named_parameters()
@@ -124,23 +114,38 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
         layers=layers,
         untouched=tuple(untouched(base, [layer.name for layer in layers])),
         rule={"from": recipe.adapter.from_},
+        form=plans[0].form,
     )
 
 
-def _plan(
-    name: str, shape: KroneckerShape, factors: tuple[Tensor, Tensor], squared_norm: float
-) -> LayerPlan:
-    """The layer as it was chosen; no term is known but those that are kept."""
-    left, right = (torch.linalg.vector_norm(each.double(), dim=(1, 2)) for each in factors)
-    values = tuple((left * right).tolist())
-    rank = len(values)
+def _plan(name: str, layer: KpsvdLayer) -> LayerPlan:
+    """The layer as it was chosen; no term is known but those that are kept.
+
+    A term's value is the norm of what its frozen factors hold of R(W), which of the weight's own
+    terms is the singular value; factors of the form both have the norms sqrt(sigma_k).
+    """
+    form = layer.kpsvd_form["default"]
+    weight = base_weight(layer).float()
+    found = [factors.double().flatten(1) for factors in layer.frozen("default")]
+    if form.name == "both":
+        values = found[0].norm(dim=1) * found[1].norm(dim=1)
+    else:
+        held = rearrange(weight, form.shape).double()
+        units = [each / each.norm(dim=1, keepdim=True) for each in found]
+        if form.name == "left":
+            values = (held @ units[0].T).norm(dim=0)
+        elif form.name == "right":
+            values = (units[0] @ held).norm(dim=1)
+        else:
+            values = ((units[0] @ held) * units[1]).sum(1).abs()
     return LayerPlan(
         name,
-        shape,
-        values=values,
-        squared_norm=squared_norm,
-        rank=rank,
-        rank_energy=rank,
-        rank_elbow=rank,
+        form.shape,
+        values=tuple(values.sort(descending=True).values.tolist()),
+        squared_norm=float(weight.double().square().sum()),
+        rank=form.rank,
+        rank_energy=form.rank,
+        rank_elbow=form.rank,
         bound_by="from",
+        form=form.name,
     )

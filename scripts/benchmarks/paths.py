@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from kpsvd_tune.adapter import KpsvdLinear
-from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.forms import Both, Plan, Way
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape, choose_shape
 
@@ -37,7 +37,7 @@ SIZES = {
 RULES: dict[str, Any] = {"thin": "thin", "8x8": {"n": 8, "p": 8}, "balanced": "balanced"}
 
 # The choice itself, which is replaced while other ways are timed.
-CHOOSE = Offsets.plan
+CHOOSE = Both.plan
 UPDATES: dict[Way, str] = {Flat: "flat", Batched: "batched", Dense: "weight"}
 GRADIENTS: dict[Way, str] = {Flat: "spread", Batched: "chunked", Dense: "full"}
 
@@ -54,7 +54,7 @@ def make_layer(shape: KroneckerShape, rank: int) -> KpsvdLinear:
     base = nn.Linear(shape.in_features, shape.out_features, bias=False).requires_grad_(False)
     adapted = KpsvdLinear(base, "default")
     factors = torch.randn(rank, shape.m, shape.n), torch.randn(rank, shape.p, shape.q)
-    adapted.update_layer("default", shape, rank, 0.0, factors)
+    adapted.update_layer("default", Both(shape, rank), 0.0, factors)
     with torch.no_grad():
         for parameter in (*adapted.kpsvd_left.values(), *adapted.kpsvd_right.values()):
             parameter.normal_()
@@ -89,7 +89,7 @@ def measure(
 
     def call(plan: Plan) -> Callable[[], None]:
         def run() -> None:
-            Offsets.plan = lambda *_: plan  # type: ignore[method-assign]
+            Both.plan = lambda *_: plan  # type: ignore[method-assign]
             with torch.set_grad_enabled(is_training):
                 y = adapted(x)
             if is_training:
@@ -98,7 +98,7 @@ def measure(
         return run
 
     took = fastest({plan: call(plan) for plan in plans(shape, rank, is_training)}, seconds)
-    chosen = CHOOSE(Offsets(shape, rank), tokens, "auto", is_training)
+    chosen = CHOOSE(Both(shape, rank), tokens, "auto", is_training)
     if not is_training:
         chosen = Plan(chosen.update, Dense)
     best = min(took, key=lambda plan: took[plan])

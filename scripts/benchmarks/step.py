@@ -30,7 +30,8 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from kpsvd_tune.adapter import KpsvdConfig, load_factors
-from kpsvd_tune.linalg import choose_shape
+from kpsvd_tune.linalg import KroneckerShape, choose_shape
+from kpsvd_tune.linalg.shape import nearest_shape
 from kpsvd_tune.models import load_model, resolve_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,6 +43,9 @@ METHODS = [
     "pissa-r4",
     "lokr-r4",
     *[f"{shape}-r{rank}" for shape in ("thin", "balanced") for rank in RANKS],
+    # One trained factor of that many rows and columns; an r x r core between balanced factors.
+    *[f"{side}{size}-r1" for side in ("left", "right") for size in (8, 16, 32, 64)],
+    "core-r16",
 ]
 
 
@@ -75,7 +79,9 @@ def adapt(base: nn.Module, method: str) -> nn.Module:
     elif kind == "lokr":
         config = LoKrConfig(target_modules=TARGETS, r=rank, alpha=rank)
     else:
-        config = KpsvdConfig(target_modules=TARGETS, layers=random_layers(model, kind, rank))
+        form = next((each for each in ("left", "right", "core") if kind.startswith(each)), "both")
+        layers = random_layers(model, kind, rank, form)
+        config = KpsvdConfig(target_modules=TARGETS, form=form, layers=layers)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=not method.endswith("16bit"))
     if isinstance(config, KpsvdConfig):
         # Time does not depend on the values, so nothing is decomposed here.
@@ -88,15 +94,18 @@ def adapt(base: nn.Module, method: str) -> nn.Module:
     return adapted
 
 
-def random_layers(model: nn.Module, rule: str, rank: int) -> dict[str, dict[str, Any]]:
+def random_layers(model: nn.Module, kind: str, rank: int, form: str) -> dict[str, dict[str, Any]]:
     """Factor shape and rank of every target, as a decomposition would have filled them in."""
+    size, rule = kind.removeprefix(form), kind if form == "both" else "balanced"
+
+    def shape(module: nn.Linear) -> KroneckerShape:
+        sizes = module.out_features, module.in_features
+        if size.isdigit():
+            return nearest_shape(*sizes, form, int(size)).shape
+        return choose_shape(*sizes, rule).shape
+
     return {
-        name: {
-            "shape": list(
-                choose_shape(module.out_features, module.in_features, rule).shape.as_tuple()
-            ),
-            "rank": rank,
-        }
+        name: {"shape": list(shape(module).as_tuple()), "rank": rank}
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
     }

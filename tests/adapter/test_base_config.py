@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from adapter.test_sketch import FILE, ROADS, WRONG, by_state_dict, from_folder, saved
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,49 @@ def test_bookkeeping_is_no_difference(model_factory: Make, tmp_path: Path, key: 
     other = model_factory()
     setattr(other.config, key, BOOKKEEPING[key])
     from_folder(other, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key", "value"),
+    [
+        ("Roberta", {"pad_token_id": 1}, "pad_token_id", 5),  # positions are counted from it
+        ("Longformer", {"pad_token_id": 1, "attention_window": 4}, "pad_token_id", 5),
+        ("Esm", {"pad_token_id": 1, "mask_token_id": 2}, "token_dropout", True),
+        (
+            "DebertaV2",
+            {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p"]}
+            | {"position_biased_input": False},
+            "max_position_embeddings",
+            400,
+        ),
+    ],
+)
+def test_what_sounds_like_bookkeeping_and_changes_outputs_is_compared(
+    tmp_path: Path, name: str, options: dict[str, Any], key: str, value: object
+) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8}
+    settings = sizes | {"num_attention_heads": 2, "max_position_embeddings": 40} | options
+    kind, config = getattr(transformers, f"{name}Model"), getattr(transformers, f"{name}Config")
+    torch.manual_seed(0)
+    base = kind(config(**settings)).eval()
+    other = kind(config(**settings | {key: value})).eval()
+    other.load_state_dict(base.state_dict())
+    ids = torch.arange(12)[None] % 7 + 1
+    assert not torch.equal(base(ids)[0], other(ids)[0])
+    targets = ".*(query|query_proj)"
+    get_peft_model(base, KpsvdConfig(target_modules=targets, rank=1)).save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterError, match=f"{key} {value} instead of {settings.get(key, False)}"):
+        PeftModel.from_pretrained(other, str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["output_gate_type", "output_logit_soft_cap", "output_stride"])
+def test_a_key_that_begins_like_a_switch_of_outputs_is_compared(
+    model_factory: Make, key: str
+) -> None:
+    model = model_factory()
+    setattr(model.config, key, 3)
+    assert values_of(model)[key] == 3
+    assert "output_attentions" not in values_of(model)
 
 
 def test_positions_count_where_rotations_are_scaled(model_factory: Make) -> None:

@@ -284,6 +284,13 @@ def test_every_rank_zero_is_refused(tiny_model: Any) -> None:
         adapt(tiny_model, rank=0)
 
 
+def test_a_weight_of_zeros_is_named(tiny_model: Any) -> None:
+    nn.init.zeros_(tiny_model.model.layers[0].mlp.up_proj.weight)
+    with pytest.warns(UserWarning, match=r"layers\.0\.mlp\.up_proj: the weight is zero, which"):
+        model = adapt(tiny_model, target_modules=["up_proj"])
+    assert [name for name, _ in kpsvd_layers(model)] == ["model.layers.1.mlp.up_proj"]
+
+
 def test_the_budget_counts_trainable_parameters(tiny_model: Any) -> None:
     rule = {"method": "fixed", "window": 8, "min": 0, "max": 8, "budget": 3000}
     model = adapt(tiny_model, rank=rule)
@@ -316,6 +323,19 @@ def test_dropout_acts_in_training_only(tiny_model: Any) -> None:
     assert torch.equal(logits(model), still)
     model.train()
     assert not torch.equal(logits(model), still)
+
+
+@torch.no_grad()
+def test_dropout_may_be_sampled_in_evaluation(tiny_model: Any) -> None:
+    model = adapt(tiny_model, dropout=0.5)
+    perturb(model)
+    model.eval()
+    model(IDS[:1, :1])
+    assert torch.equal(model(IDS[:1, :1]).logits, model(IDS[:1, :1]).logits)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(model(IDS[:1, :1]).logits, model(IDS[:1, :1]).logits)
 
 
 def test_mixed_batches_are_refused(tiny_model: Any) -> None:

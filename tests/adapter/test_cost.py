@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.forms import Both, Plan, Way
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape
 
@@ -16,24 +16,24 @@ THIN = KroneckerShape(2048, 2, 2, 2048)
 @pytest.mark.parametrize("tokens", [1, 4096])
 @pytest.mark.parametrize("shape", [BALANCED, THIN], ids=["balanced", "thin"])
 def test_a_path_can_be_forced(shape: KroneckerShape, tokens: int, path: str) -> None:
-    update = Offsets(shape, 4).plan(tokens, path).update
+    update = Both(shape, 4).plan(tokens, path).update
     assert (update is Dense) == (path == "weight")
 
 
 def test_few_tokens_take_activations_and_many_the_weight() -> None:
-    ways = [Offsets(BALANCED, 4).plan(tokens).update for tokens in (1, 16, 1024, 4096)]
+    ways = [Both(BALANCED, 4).plan(tokens).update for tokens in (1, 16, 1024, 4096)]
     assert [way is Dense for way in ways] == [False, False, True, True]
 
 
 def test_thin_factors_of_a_large_layer_take_flat_products() -> None:
-    assert Offsets(THIN, 4).plan(512) == Plan(Flat, Flat)
+    assert Both(THIN, 4).plan(512) == Plan(Flat, Flat)
 
 
 def test_a_delta_that_cannot_be_added_makes_the_weight_path_dearer() -> None:
     """In 16 bits W + Delta may not be rounded, so the weight path pays for a product of its own."""
     counts = [
         sum(
-            Offsets(BALANCED, 1).plan(tokens, can_add=can_add).update is Dense
+            Both(BALANCED, 1).plan(tokens, can_add=can_add).update is Dense
             for tokens in range(1, 3000, 50)
         )
         for can_add in (True, False)
@@ -42,7 +42,7 @@ def test_a_delta_that_cannot_be_added_makes_the_weight_path_dearer() -> None:
 
 
 def test_the_choice_depends_on_nothing_but_sizes() -> None:
-    assert len({Offsets(BALANCED, 4).plan(300) for _ in range(3)}) == 1
+    assert len({Both(BALANCED, 4).plan(300) for _ in range(3)}) == 1
 
 
 @pytest.mark.parametrize(("tokens", "rank", "shape"), [(300, 4, BALANCED), (512, 2, THIN)])

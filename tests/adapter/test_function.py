@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kpsvd_tune.adapter import KpsvdLinear, function, kernel
-from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.forms import FORMS, Form, Plan, Way
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape
 
@@ -28,13 +28,15 @@ def adapted(
     rank: int = 2,
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
+    form: str = "both",
 ) -> KpsvdLinear:
     """An adapted layer with random non-zero factors, float32 or in the dtype if that is wider."""
     shape = KroneckerShape(*sizes)
     base = nn.Linear(shape.in_features, shape.out_features, bias=bias).requires_grad_(False)
     found = KpsvdLinear(base.to(dtype), "default")
-    factors = torch.randn(rank, shape.m, shape.n), torch.randn(rank, shape.p, shape.q)
-    found.update_layer("default", shape, rank, 0.0, factors)
+    own = FORMS[form](shape, rank)
+    frozen = tuple(torch.randn(own.size(part)) for part in own.frozen)
+    found.update_layer("default", own, 0.0, frozen)
     if dtype == torch.float64:
         found.double()
     with torch.no_grad():
@@ -43,8 +45,8 @@ def adapted(
     return found
 
 
-def trained(module: KpsvdLinear) -> tuple[nn.Parameter, nn.Parameter]:
-    return module.kpsvd_left["default"], module.kpsvd_right["default"]
+def trained(module: KpsvdLinear) -> tuple[Tensor, ...]:
+    return module.trained("default")
 
 
 def base_of(module: KpsvdLinear) -> nn.Linear:
@@ -59,23 +61,54 @@ def assert_to_1e_5(got: Any, expected: np.ndarray) -> None:
     assert error <= 1e-5, f"relative error {error:.2e}"
 
 
+def values(module: KpsvdLinear) -> list[np.ndarray]:
+    return [tensor.detach().double().numpy() for tensor in module.tensors("default")]
+
+
 def oracle_delta(module: KpsvdLinear) -> np.ndarray:
-    a, b = (p.detach().double().numpy() for p in trained(module))
-    left0, right0 = (
-        t["default"].double().numpy() for t in (module.kpsvd_left0, module.kpsvd_right0)
-    )
-    return oracle.delta(left0, right0, a, b)
+    """Written out from each form's definition, one np.kron a term."""
+    found = values(module)
+    match module.kpsvd_form["default"].name:
+        case "both":
+            a, b, left0, right0 = found
+            return oracle.delta(left0, right0, a, b)
+        case "left":
+            pairs = list(zip(*found, strict=True))
+        case "right":
+            pairs = [(u, b) for b, u in zip(*found, strict=True)]
+        case _:
+            core, left0, right0 = found
+            pairs = [
+                (core[k, j] * left0[k], right0[j])
+                for k, j in itertools.product(range(len(core)), repeat=2)
+            ]
+    return np.asarray(sum(np.kron(left, right) for left, right in pairs))
 
 
-def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.ndarray, ...]:
     """Contract the whole weight gradient block by block: d Delta[i*p+k, j*q+l] / d A_ij = B_kl."""
-    m, n, p, q = module.kpsvd_form["default"].shape.as_tuple()
-    a, b = (parameter.detach().double().numpy() for parameter in trained(module))
-    left = a + module.kpsvd_left0["default"].double().numpy()
-    right = b + module.kpsvd_right0["default"].double().numpy()
+    form, found = module.kpsvd_form["default"], values(module)
     whole = (gy.double().flatten(0, -2).T @ x.detach().double().flatten(0, -2)).numpy()
+    match form.name:
+        case "both":
+            return contracted(whole, found[0] + found[2], found[1] + found[3])
+        case "left":
+            return contracted(whole, *found)[:1]
+        case "right":
+            return contracted(whole, found[1], found[0])[1:]
+    core, left0, right0 = found
+    gradient = np.zeros_like(core)
+    for k, j in itertools.product(range(len(core)), repeat=2):
+        gradient[k, j] = (whole * np.kron(left0[k], right0[j])).sum()
+    return (gradient,)
+
+
+def contracted(
+    whole: np.ndarray, left: np.ndarray, right: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    (terms, m, n), (_, p, q) = left.shape, right.shape
     ga, gb = np.zeros_like(left), np.zeros_like(right)
-    for term, i, j in itertools.product(range(len(left)), range(m), range(n)):
+    for term, i, j in itertools.product(range(terms), range(m), range(n)):
         block = whole[i * p : (i + 1) * p, j * q : (j + 1) * q]
         ga[term, i, j] = (block * right[term]).sum()
         gb[term] += block * left[term, i, j]
@@ -83,20 +116,25 @@ def oracle_gradients(module: KpsvdLinear, x: Tensor, gy: Tensor) -> tuple[np.nda
 
 
 def use(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
-    monkeypatch.setattr(Offsets, "plan", lambda *_: plan)
+    monkeypatch.setattr(Form, "plan", lambda *_: plan)
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("plan", WAYS, ids=str)
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_every_way_is_the_oracle(
-    sizes: tuple[int, int, int, int], plan: Plan, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+    form: str,
+    sizes: tuple[int, int, int, int],
+    plan: Plan,
+    is_fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use(monkeypatch, plan)
     # Small pieces, so that their seams are crossed: 27 tokens in chunks of 4, W in rows.
     monkeypatch.setattr(kernel, "CHUNK_TOKENS", 4)
     monkeypatch.setattr(kernel, "BLOCK_ENTRIES", 100)
-    module = adapted(sizes)
+    module = adapted(sizes, form=form)
     if not is_fused:
         module.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(3, 9, base_of(module).in_features, requires_grad=True)
@@ -105,21 +143,20 @@ def test_every_way_is_the_oracle(
     y.backward(gy)
     weight = base_of(module).weight.double().numpy() + oracle_delta(module)
     bias = base_of(module).bias.double().numpy()
-    ga, gb = oracle_gradients(module, x, gy)
-    left, right = trained(module)
     assert x.grad is not None
     assert_to_1e_5(y, x.detach().double().numpy() @ weight.T + bias)
     assert_to_1e_5(x.grad, gy.double().numpy() @ weight)
-    assert_to_1e_5(left.grad, ga)
-    assert_to_1e_5(right.grad, gb)
+    for parameter, wanted in zip(trained(module), oracle_gradients(module, x, gy), strict=True):
+        assert_to_1e_5(parameter.grad, wanted)
     with torch.no_grad():
         oracle.assert_close(module(x), y.detach(), "float32")
 
 
 @pytest.mark.parametrize("plan", WAYS, ids=str)
-def test_gradcheck(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, plan)
-    module = adapted((3, 2, 2, 4), dtype=torch.float64)
+    module = adapted((3, 2, 2, 4), dtype=torch.float64, form=form)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, *_: Tensor) -> Any:
@@ -130,11 +167,12 @@ def test_gradcheck(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plan", WAYS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_only_the_input_is_kept(
-    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    form: str, plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, plan)
-    module = adapted((6, 4, 4, 6), dtype=dtype)
+    module = adapted((6, 4, 4, 6), dtype=dtype, form=form)
     own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
     kept: list[Tensor] = []
     x = torch.randn(10, 24, dtype=dtype)
@@ -195,11 +233,12 @@ def test_bf16_rounds_the_update_no_more_than_lora(
 
 @pytest.mark.parametrize("plan", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zero_offsets_give_the_bits_of_the_base(
-    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", FORMS)
+def test_zeros_give_the_bits_of_the_base(
+    form: str, plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, plan)
-    module = adapted((16, 8, 8, 16), dtype=dtype)
+    module = adapted((16, 8, 8, 16), dtype=dtype, form=form)
     with torch.no_grad():
         for parameter in trained(module):
             parameter.zero_()
@@ -264,11 +303,12 @@ def test_bf16_gradients_with_and_without_units_for_it(
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("plan", WAYS[::4], ids=str)
+@pytest.mark.parametrize("form", FORMS)
 def test_checkpointing_changes_no_bit(
-    plan: Plan, use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
+    form: str, plan: Plan, use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, plan)
-    module = adapted((6, 4, 4, 6))
+    module = adapted((6, 4, 4, 6), form=form)
     x = torch.randn(10, 24, requires_grad=True)
     module(x).square().sum().backward()
     expected = [x.grad, *(parameter.grad for parameter in trained(module))]
@@ -287,12 +327,21 @@ def test_checkpointing_changes_no_bit(
 # Dynamo itself makes an instance of every autograd function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", WAYS[::2], ids=str)
+@pytest.mark.parametrize(
+    ("form", "plan"),
+    [
+        *(("both", plan) for plan in WAYS[::2]),
+        ("left", WAYS[0]),
+        ("right", WAYS[4]),
+        ("core", WAYS[8]),
+    ],
+    ids=str,
+)
 def test_compiled_training_and_inference_have_no_graph_break(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    form: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, plan)
-    module = adapted((6, 4, 4, 6))
+    module = adapted((6, 4, 4, 6), form=form)
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(10, 24, requires_grad=True)

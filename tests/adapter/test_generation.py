@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from kpsvd_tune.adapter import KpsvdConfig
-from kpsvd_tune.adapter.forms import Offsets
+from kpsvd_tune.adapter.forms import Both
 from kpsvd_tune.adapter.model import kpsvd_layers
 
 PROMPT = torch.arange(6).reshape(1, 6)
@@ -44,13 +44,13 @@ def generate(model: Any, tokens: int = 8) -> list[int]:
 def stacked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every stacking of factors adds an entry, whoever asks for it."""
     calls: list[int] = []
-    terms = Offsets.terms
+    terms = Both.terms
 
     def count(*args: Any) -> Any:
         calls.append(1)
         return terms(*args)
 
-    monkeypatch.setattr(Offsets, "terms", staticmethod(count))
+    monkeypatch.setattr(Both, "terms", count)
     return calls
 
 

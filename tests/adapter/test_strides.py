@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kpsvd_tune.adapter import KpsvdLinear
-from kpsvd_tune.adapter.forms import Offsets, Plan, Way
+from kpsvd_tune.adapter.forms import Both, Plan, Way
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape, kron_sum
 
@@ -64,7 +64,7 @@ def adapted(shape: KroneckerShape, dtype: torch.dtype = torch.float32) -> KpsvdL
     base.weight = nn.Parameter(torch.randn(WIDTH, OUT).T)
     found = KpsvdLinear(base.to(dtype).requires_grad_(False), "default")
     factors = torch.randn(2, shape.m, shape.n), torch.randn(2, shape.p, shape.q)
-    found.update_layer("default", shape, 2, 0.0, factors)
+    found.update_layer("default", Both(shape, 2), 0.0, factors)
     with torch.no_grad():
         for factor in offsets(found):
             factor.normal_(std=0.3)
@@ -147,7 +147,7 @@ def test_every_layout_is_the_dense_formula(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if plan is not None:
-        monkeypatch.setattr(Offsets, "plan", lambda *_: plan)
+        monkeypatch.setattr(Both, "plan", lambda *_: plan)
     module = adapted(SHAPES[shape], dtype)
     if not is_fused:
         module.base_layer.register_forward_hook(lambda *_: None)
@@ -199,7 +199,7 @@ def strided(sizes: list[int], order: list[int], steps: list[int]) -> Tensor:
 def test_outputs_may_be_changed_in_place(
     dimensions: int, plan: Plan, has_bias: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Offsets, "plan", lambda *_: plan)
+    monkeypatch.setattr(Both, "plan", lambda *_: plan)
     module = adapted(SHAPES["balanced"])
     base: Any = module.base_layer
     if not has_bias:

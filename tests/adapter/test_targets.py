@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.nn.utils import prune
 from transformers import MambaConfig, MambaForCausalLM
 
-from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter import KpsvdConfig, KpsvdLayer
 from kpsvd_tune.adapter.targets import saved_whole_notes, target_names, untouched
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.models import load_skeleton, resolve_model
@@ -242,6 +243,41 @@ def test_a_forward_of_its_own_is_judged_by_what_it_does(
     assert (layer.in_features, layer.out_features) == (8, 12)
     assert getattr(layer, "calls", 0) == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight norm", "spectral norm", "pruning"],
+)
+def test_a_weight_that_is_computed_is_refused_and_listed(wrap: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 12), wrap(nn.Linear(12, 8)))
+    assert target_names(model, "all-linear") == ["0"]
+    with pytest.raises(AdapterError, match="1: its weight is computed from other tensors"):
+        target_names(model, ["0", "1"])
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": False}, {"nhead": 1}, {"bias": False}])
+def test_what_torchs_encoder_reads_in_evaluation_is_left_alone(options: dict[str, Any]) -> None:
+    settings = {"nhead": 2, "dim_feedforward": 16, "dropout": 0.0, "batch_first": True} | options
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, **settings), nn.Linear(8, 8))
+    adapted: Any = get_peft_model(
+        model, KpsvdConfig(target_modules="all-linear", rank=1, init_weights=False)
+    )
+    x = torch.randn(3, 5, 8)
+    trained = adapted(x)
+    # In evaluation torch multiplies with the weights themselves, where it can.
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.eval()(x), trained)
+    layers = [name for name, module in adapted.named_modules() if isinstance(module, KpsvdLayer)]
+    assert len(layers) == (3 if options else 1)
+    if not options:
+        with pytest.raises(AdapterError, match=r"linear1: nn\.TransformerEncoderLayer reads its"):
+            target_names(model, ["linear1"])
 
 
 def test_pefts_guard_for_mamba_holds() -> None:

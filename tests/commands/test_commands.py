@@ -307,6 +307,11 @@ def test_an_option_that_is_unknown_to_a_command_without_a_recipe(capsys):
     assert "No such option: --layer" in capsys.readouterr().err
 
 
+def test_an_option_without_its_value_is_not_taken_for_a_key(capsys):
+    assert cli.run(["train", "r", "--resume"]) == 2
+    assert capsys.readouterr().err == "error: Option '--resume' requires an argument.\n"
+
+
 def test_ctrl_c_while_the_program_is_loaded():
     code = (
         "import builtins, sys; real = builtins.__import__\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.comparison import TrialRow
@@ -67,7 +68,10 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kind_of_method_trains_through_the_same_loop(
     recipe: Path, tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = "kpsvd,kpsvd:init=random:rate=relative,kpsvd:rank.max=2,lora,lora+,pissa,lokr"
+    methods = (
+        "kpsvd,kpsvd:init=random:rate=relative,kpsvd:rank.max=2,kpsvd:on=gate_proj,lora,lora+,"
+        "lora-fa,lora:on=q_proj+v_proj,pissa,hira,lokr,randlora,vera,ia3"
+    )
     command = ["compare", str(recipe), "--offline", "--methods", methods, "--budgets", "3k"]
     command += ["--learning-rates", "1e-2", "--seeds", "1"]
     assert cli.run(command) == 0
@@ -82,8 +86,22 @@ def test_every_kind_of_method_trains_through_the_same_loop(
     assert first == pytest.approx([first[0]] * len(first), rel=1e-3)
     assert len({row.validation_loss for row in rows.values()}) == len(rows)
     # Offsets come with their frozen factors, and PiSSA for the unmodified base with its start.
-    for name, times in {"kpsvd": 2, "lora": 1, "pissa": 2}.items():
+    # What VeRA and RandLoRA draw is stored as its seed, LoRA-FA's frozen side as it is.
+    for name, times in {"kpsvd": 2, "lora": 1, "pissa": 2, "vera": 1, "randlora": 1}.items():
         assert rows[name].stored_parameters == times * rows[name].trainable_parameters
+    assert rows["lora-fa"].stored_parameters > rows["lora-fa"].trainable_parameters
+    assert rows["ia3"].rank == "–"
+    assert "lora-fa (ours)" in captured.out
+    assert "lora-fa is this project's own code: PEFT has no such method" in captured.out
+    assert "ia3 at 3,000 trains 480 parameters, the nearest below of the sizes" in captured.out
+    # An adapter on some modules has no tensors of others.
+    for name, modules in {
+        "kpsvd_on=gate_proj": ["gate_proj"],
+        "lora_on=q_proj+v_proj": ["q_proj", "v_proj"],
+    }.items():
+        (file,) = (tmp_path / "comparison" / "trials").glob(f"{name}-*/adapter/*.safetensors")
+        found = {re.search(r"[a-z]+_proj", key)[0] for key in load_file(file)}  # type: ignore[index]
+        assert sorted(found) == modules
     for row in rows.values():
         assert list((tmp_path / "comparison" / "trials").glob("*/adapter/adapter_config.json"))
         assert row.validation_loss is not None
@@ -252,7 +270,8 @@ def test_a_plan_is_shown_without_any_library(
     arguments = ["compare", str(recipe), *ARGUMENTS, "--dry-run", "--json", "--plan", "staged"]
     assert cli.run(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["trials_per_method"] == 4
+    assert plan["trials_per_method"] == {"kpsvd": 4, "lora": 4}
+    assert plan["learning_rates"] == {"kpsvd": [1e-3, 1e-2], "lora": [1e-3, 1e-2]}
     assert plan["budgets"] == [3000]
 
 

@@ -100,7 +100,7 @@ def test_rows_without_an_id_are_numbered(tmp_path: Path):
         ('{"id": [1], "completion": "", "gold": ""}\n', "id must be a number or a text, got"),
         (
             '{"id": 1, "sample": 2, "completion": "", "gold": ""}\n' * 2,
-            "holds 2 rows with id 1 and sample 2",
+            "line 2 is another row with id 1 and sample 2. Expected each once",
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_loss_and_forgetting_are_tasks_too(tiny_model, tokenizer, recipe, tmp_pa
 def test_missing_files_are_found_before_the_work(task, tmp_path: Path):
     recipe = EvaluationRecipe(task=task, path=str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match=r"missing\.jsonl"):
-        module.check_task(recipe)
+        module.check_tasks([recipe], None)
 
 
 def test_the_conditions_name_all_that_changes_a_score():

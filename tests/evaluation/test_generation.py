@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import types
 from typing import Any
 
@@ -13,9 +14,9 @@ from peft import get_peft_model
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.errors import InputError, ModelError, NonFiniteError, ResourceError
+from kpsvd_tune.evaluation import generation
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
-    GenerationProgress,
     Prompt,
     cut_at_stop,
     generate_completions,
@@ -39,6 +40,20 @@ def answer(tiny_model, tokenizer, prompts):
         return {each.key: each.completion for each in completions}
 
     return run
+
+
+@pytest.fixture
+def rows_asked(tiny_model) -> list[int]:
+    """The rows of each step for which the model is asked; each row gets one token."""
+    asked: list[int] = []
+    forward = tiny_model.forward
+
+    def counting(*args, **kwargs):
+        asked.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    tiny_model.forward = counting
+    return asked
 
 
 def test_an_adapter_in_training_is_asked_as_a_frozen_one(tiny_model, tokenizer, prompts):
@@ -109,14 +124,14 @@ def test_an_answer_ends_before_its_stop_string(answer):
 
 
 @pytest.mark.slow
-def test_generation_stops_at_a_stop_string(tiny_model, tokenizer, prompts):
+def test_generation_stops_at_a_stop_string(tiny_model, tokenizer, prompts, rows_asked):
     first = next(
         iter(generate_completions(tiny_model, tokenizer, prompts[:1], GenerationOptions()))
     )
-    seen: list[GenerationProgress] = []
+    rows_asked.clear()
     options = GenerationOptions(stop=(first.completion[3:5],))
-    list(generate_completions(tiny_model, tokenizer, prompts[:1], options, progress=seen.append))
-    assert seen[-1].num_tokens < 30
+    list(generate_completions(tiny_model, tokenizer, prompts[:1], options))
+    assert sum(rows_asked) < 30
 
 
 @pytest.mark.parametrize(
@@ -174,13 +189,29 @@ def test_the_longest_prompts_come_first(tiny_model, tokenizer, prompts):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_progress_counts_to_the_end(tiny_model, tokenizer, prompts):
-    seen: list[GenerationProgress] = []
+def test_progress_counts_to_the_end(tiny_model, tokenizer, prompts, rows_asked):
+    seen: list[tuple[int, int, str]] = []
     options = GenerationOptions(max_new_tokens=3, batch_size=4)
-    list(generate_completions(tiny_model, tokenizer, prompts, options, progress=seen.append))
-    assert (seen[-1].done, seen[-1].total, seen[-1].seconds_left) == (6, 6, 0)
-    assert seen[-1].num_tokens == 18
-    assert seen[-1].tokens_per_second > 0
+
+    def told(done: int, total: int, pace: str) -> None:
+        seen.append((done, total, pace))
+
+    list(generate_completions(tiny_model, tokenizer, prompts, options, progress=told))
+    assert [done for done, _, _ in seen] == [4, 6]
+    assert {total for _, total, _ in seen} == {6}
+    assert sum(rows_asked) == 18
+    assert re.fullmatch(r"[1-9]\d* tokens/s", seen[-1][2])  # and nothing left
+
+
+def test_progress_tells_the_pace_and_the_time_left(monkeypatch: pytest.MonkeyPatch):
+    clock = types.SimpleNamespace(monotonic=iter([0.0, 0.5, 4.0, 8.0]).__next__)
+    monkeypatch.setattr(generation, "time", clock)
+    seen: list[tuple[int, int, str]] = []
+    meter = generation._Meter(4, lambda *told: seen.append(told))
+    meter.tick(8, 0)  # too soon after the start
+    meter.tick(8, 0)
+    meter.tick(8, 2)
+    assert seen == [(0, 4, "4 tokens/s"), (2, 4, "3 tokens/s, 8 s left")]
 
 
 def test_the_training_mode_comes_back(tiny_model, tokenizer, prompts):
@@ -193,15 +224,10 @@ def test_the_training_mode_comes_back(tiny_model, tokenizer, prompts):
     assert tiny_model.training
 
 
-def test_the_context_bounds_an_answer(tiny_model, tokenizer):
+def test_the_context_bounds_an_answer(tiny_model, tokenizer, rows_asked):
     prompt = Prompt(0, "", tuple(tokenizer("y" * 510)["input_ids"]))
-    seen: list[GenerationProgress] = []
-    list(
-        generate_completions(
-            tiny_model, tokenizer, [prompt], GenerationOptions(), progress=seen.append
-        )
-    )
-    assert seen[-1].num_tokens <= 512 - len(prompt.input_ids)
+    list(generate_completions(tiny_model, tokenizer, [prompt], GenerationOptions()))
+    assert sum(rows_asked) <= 512 - len(prompt.input_ids)
 
 
 def test_a_prompt_beyond_the_context_is_refused(tiny_model, tokenizer):

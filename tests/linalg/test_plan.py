@@ -53,5 +53,5 @@ def test_an_adapter_keeps_shape_rank_and_fingerprint() -> None:
     plan = LayerPlan("a", SHAPE, values=(3.0, 2.0), squared_norm=13.0)
     (plan,) = choose_ranks([plan], RankRule(method="fixed", max=2))
     assert plan.settings() == {"shape": [4, 3, 2, 5], "rank": 2, "fingerprint": 9.0}
-    assert plan.settings(has_fingerprint=False)["fingerprint"] is None
+    assert plan.settings(is_of_weight=False)["fingerprint"] is None
     assert plan.num_parameters == 2 * SHAPE.num_parameters

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kpsvd_tune.linalg import KroneckerShape, ShapeChoice, choose_shape
+from kpsvd_tune.linalg.shape import nearest_shape
 
 sizes = st.integers(1, 300)
 small = settings(max_examples=50, deadline=None)
@@ -74,3 +77,44 @@ def test_a_fallback_is_said(size, rule, expected, note):
 def test_an_impossible_shape_is_refused(size, rule, message):
     with pytest.raises(ValueError, match=message):
         choose_shape(size[0], size[1], rule)
+
+
+@pytest.mark.parametrize(
+    ("size", "form", "wanted", "expected", "is_told"),
+    [
+        ((576, 1536), "left", 32, (32, 32, 18, 48), False),
+        ((576, 1536), "right", [18, 48], (32, 32, 18, 48), False),
+        ((4096, 11008), "left", 64, (64, 64, 64, 172), False),
+        ((192, 576), "left", 30, (32, 32, 6, 18), True),
+        ((7, 11), "left", [4, 3], (7, 1, 1, 11), True),
+        ((7, 11), "right", 100, (1, 1, 7, 11), True),
+        ((12, 12), "left", [5, 1], (6, 1, 2, 12), True),
+    ],
+)
+def test_a_wanted_size_gives_the_nearest_divisors(
+    size: tuple[int, int],
+    form: str,
+    wanted: int | list[int],
+    expected: tuple[int, int, int, int],
+    is_told: bool,
+) -> None:
+    choice = nearest_shape(*size, form, wanted)
+    assert choice.shape.as_tuple() == expected
+    rows, columns = expected[:2] if form == "left" else expected[2:]
+    assert choice.note is None or f"the nearest divisors give {rows} x {columns}" in choice.note
+    assert (choice.note is not None) == is_told
+
+
+@pytest.mark.parametrize(
+    ("form", "wanted", "message"),
+    [
+        ("core", 8, "forms left and right train, got it with the form core"),
+        ("both", 8, "forms left and right train, got it with the form both"),
+        ("left", 0, "at least 1, got 0 x 0"),
+        ("left", [1, 2, 3], "expected two whole numbers or one"),
+        ("left", [1, 2.5], "expected two whole numbers or one"),
+    ],
+)
+def test_wrong_sizes_of_the_trained_factor(form: str, wanted: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nearest_shape(12, 12, form, wanted)

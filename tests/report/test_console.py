@@ -196,7 +196,7 @@ def test_the_report_of_a_run_says_the_trained_parameters_once(
     view.show_run(run)
     shown = capsys.readouterr().out
     assert shown.count("trainable parameters") == 1
-    assert "20 trainable parameters; offsets" in shown
+    assert "20 trainable parameters (form both)" in shown
 
 
 def test_losses_are_not_repeated_and_only_a_bad_end_is_told(capsys: pytest.CaptureFixture[str]):

@@ -9,7 +9,7 @@ import torch
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.recipe.optimizer import OPTIMIZERS
+from kpsvd_tune.recipe.values import OPTIMIZERS
 from kpsvd_tune.training.optim import (
     make_optimizer,
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kpsvd_tune.errors import CheckpointError, StoppedBySignal
-from kpsvd_tune.recipe.optimizer import OPTIMIZERS
+from kpsvd_tune.recipe.values import OPTIMIZERS
 from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.training.schedule import make_scheduler
 from kpsvd_tune.training.step import Stepper

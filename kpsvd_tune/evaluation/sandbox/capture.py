@@ -1,4 +1,4 @@
-"""Run a program and its judge with a deadline and limits; nothing of them is left behind.
+"""Watch a program and its judge that run: a deadline, limits, and what comes out of them.
 
 Resource limits hold for each process, and no option of bubblewrap limits the number of files. So
 what all processes of a run use together is watched from outside, many times a second.
@@ -12,12 +12,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal
-
-from kpsvd_tune.evaluation.sandbox.bubblewrap import ENVIRONMENT, memory_file
+from typing import Literal
 
 _LOOK_SECONDS = 0.02
 _MOST_FOLDERS = 2  # of the program and of its judge
@@ -46,20 +44,6 @@ class Limits:
     output_bytes: int = _MIB  # what it may print
 
 
-@dataclass(frozen=True)
-class Start:
-    """What to start.
-
-    `passed` are open files, closed here once the command has them, so that each side of a
-    connection notices the end of the other.
-    """
-
-    command: list[str]  # its words
-    folder: str  # where it is started
-    job: bytes  # its standard input
-    passed: tuple[BinaryIO | socket.socket, ...]
-
-
 @dataclass
 class Capture:
     """What came out of one run."""
@@ -70,51 +54,24 @@ class Capture:
     stopped: Stop | None = None  # None: the judge came to an end
 
 
-def capture_run(program: Start, judge: Start, limits: Limits, scratch: socket.socket) -> Capture:
-    """Run a program and its judge, each in a session of its own; for `scratch` see `Usage`."""
+def capture_run(
+    tried: subprocess.Popen[bytes],
+    judging: subprocess.Popen[bytes],
+    limits: Limits,
+    scratch: socket.socket,
+) -> Capture:
+    """What comes out until the judge ends or a limit is broken; for `scratch` see `Usage`."""
     capture = Capture()
-    with ExitStack() as stack:
-        tried = stack.enter_context(_started(program, subprocess.STDOUT))
-        judging = stack.enter_context(_started(judge, subprocess.PIPE))
-        usage = Usage((tried.pid, judging.pid), scratch)
-        stack.callback(usage.close)
+    with closing(Usage((tried.pid, judging.pid), scratch)) as usage:
         capture.stopped = _collect(tried, judging, capture, usage, limits)
-        exit_code = _exit_code(tried, wait=b"\ncrashed " in capture.verdict)
-        judge_exit_code = _exit_code(judging, wait=False)
+    exit_code = _exit_code(tried, wait=b"\ncrashed " in capture.verdict)
+    judge_exit_code = _exit_code(judging, wait=False)
     overran = exit_code == -signal.SIGKILL and usage.cpu_seconds >= limits.cpu_seconds
     # The judge runs out of time as well, where what the program returns has no end.
     warned = -signal.SIGXCPU in (exit_code, judge_exit_code)
     if capture.stopped is None and (overran or warned):
         capture.stopped = "timeout"
     return capture
-
-
-@contextmanager
-def _started(start: Start, errors: int) -> Iterator[subprocess.Popen[bytes]]:
-    with memory_file(start.job) as file:
-        process = subprocess.Popen(
-            start.command,
-            stdin=file,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            cwd=start.folder,
-            env=ENVIRONMENT,
-            start_new_session=True,
-            pass_fds=[each.fileno() for each in start.passed],
-        )
-    for each in start.passed:
-        each.close()
-    try:
-        yield process
-    finally:
-        # Killing bubblewrap ends its process namespace, and with it all that was started there.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        # Not read to their ends: without a sandbox a child left behind may hold them open.
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-        process.wait()
 
 
 def _collect(

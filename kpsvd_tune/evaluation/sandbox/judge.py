@@ -15,6 +15,7 @@ import sys
 
 from kpsvd_tune.evaluation.sandbox.limits import set_limits
 from kpsvd_tune.evaluation.sandbox.remote import Peer
+from kpsvd_tune.evaluation.sandbox.wire import text_of
 
 TYPE_CHECKING = False  # `typing` takes long to import
 if TYPE_CHECKING:
@@ -66,10 +67,7 @@ def _judge(peer: Peer, tests: Sequence[str]) -> tuple[str, str]:
 
 
 def _describe(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:200]
-    except BaseException:
-        return "an error that cannot be shown"
+    return f"{type(error).__name__}: {text_of(error)}"[:200]
 
 
 class _JudgingPeer(Peer):
@@ -125,8 +123,12 @@ class Namespace(dict[str, object]):
     def __init__(self, peer: Peer, tests: Sequence[str]) -> None:
         super().__init__(__name__=_TESTS, __builtins__=builtins.__dict__)
         self._peer = peer
-        trees = [tree for test in tests if (tree := _parse(test)) is not None]
-        nodes = [node for tree in trees for node in ast.walk(tree)]
+        nodes: list[ast.AST] = []
+        for test in tests:
+            try:
+                nodes += ast.walk(ast.parse(test))
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue  # which is told when its turn comes
         names = {node.id: type(node.ctx) for node in nodes if isinstance(node, ast.Name)}
         used = {name for name in names if names[name] is ast.Load}
         self._protected = {name for name in used if hasattr(builtins, name)}
@@ -153,10 +155,3 @@ class Namespace(dict[str, object]):
             # "from datetime import datetime": Python's own, whatever the program says it is.
             return getattr(importlib.import_module(name), name)
         return answer[1]
-
-
-def _parse(test: str) -> ast.AST | None:
-    try:
-        return ast.parse(test)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None

@@ -24,7 +24,12 @@ def set_limits(job: dict[str, Any]) -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     if job["scratch"] is not None:
-        _send_folder("/tmp", job["scratch"])
+        folder = os.open("/tmp", os.O_PATH | os.O_DIRECTORY)
+        sender = _socket.socket(fileno=job["scratch"])
+        rights = folder.to_bytes(4, sys.byteorder)
+        sender.sendmsg([b"/"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        sender.close()
+        os.close(folder)
     if job["uid"] is not None:
         os.setgroups([])
         os.setgid(job["uid"])
@@ -36,13 +41,3 @@ def set_limits(job: dict[str, Any]) -> None:
         # A second more before the kill: the signal that comes first tells why a program ended.
         hard = value + (name == "RLIMIT_CPU" and value != most)
         resource.setrlimit(limit, (value, hard))
-
-
-def _send_folder(path: str, descriptor: int) -> None:
-    """Send an open folder over a Unix socket, which is then closed."""
-    folder = os.open(path, os.O_PATH | os.O_DIRECTORY)
-    sender = _socket.socket(fileno=descriptor)
-    rights = folder.to_bytes(4, sys.byteorder)
-    sender.sendmsg([b"/"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-    sender.close()
-    os.close(folder)

@@ -14,7 +14,9 @@ import marshal
 import os
 import re
 import secrets
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +29,14 @@ from typing import Any, BinaryIO, Literal, cast
 
 from kpsvd_tune.errors import InputError, ResourceError
 from kpsvd_tune.evaluation.sandbox.bubblewrap import (
+    ENVIRONMENT,
     bubblewrap_command,
     find_bubblewrap,
     is_root,
+    memory_file,
     open_filter,
 )
-from kpsvd_tune.evaluation.sandbox.capture import Capture, Limits, Start, Stop, capture_run
+from kpsvd_tune.evaluation.sandbox.capture import Capture, Limits, Stop, capture_run
 from kpsvd_tune.storage.memory import free_memory
 
 Sandbox = Literal["bwrap", "none"]
@@ -131,8 +135,8 @@ def run_program(
         end, other_end = map(stack.enter_context, socket.socketpair())
         scratch, sender = map(stack.enter_context, socket.socketpair())
         tried, judge = (
-            stack.enter_context(_start(module, content, socket_, sender, sandbox, limits))
-            for module, content, socket_ in (
+            stack.enter_context(_started(module, content, passed, sender, sandbox, limits))
+            for module, content, passed in (
                 ("program", {"program": program.source}, end),
                 ("judge", {"tests": list(program.tests)}, other_end),
             )
@@ -142,15 +146,15 @@ def run_program(
 
 
 @contextmanager
-def _start(
+def _started(
     module: str,
     content: dict[str, Any],
     end: socket.socket,
     scratch: socket.socket,
     sandbox: Sandbox,
     limits: Limits,
-) -> Iterator[Start]:
-    """How to start a module of ours, with all that it needs."""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs a module of ours, in a session of its own; nothing of it is left."""
     job = {**content, **_process_limits(limits, sandbox), "socket": end.fileno(), "scratch": None}
     with ExitStack() as stack:
         wrapper: list[str] = []
@@ -166,8 +170,30 @@ def _start(
             wrapper = bubblewrap_command(bubblewrap, limits.scratch_bytes, syscalls)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kpsvd-tune-"))
-        code = marshal.dumps((_code_for(module), job))
-        yield Start([*wrapper, *_interpreter()], folder, code, tuple(passed))
+        with memory_file(marshal.dumps((_code_for(module), job))) as standard_input:
+            process = subprocess.Popen(
+                [*wrapper, *_interpreter()],
+                stdin=standard_input,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if module == "judge" else subprocess.STDOUT,
+                cwd=folder,
+                env=ENVIRONMENT,
+                start_new_session=True,
+                pass_fds=[each.fileno() for each in passed],
+            )
+        for each in passed:  # so that each side of a connection notices the end of the other
+            each.close()
+        try:
+            yield process
+        finally:
+            # Killing bubblewrap ends its process namespace, and with it all that started there.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # Not read to their ends: without a sandbox a child left behind may hold them open.
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+            process.wait()
 
 
 def _process_limits(limits: Limits, sandbox: Sandbox) -> dict[str, Any]:

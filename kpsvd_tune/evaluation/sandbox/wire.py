@@ -128,10 +128,6 @@ class Codec:
         self._classes: dict[type, int] = {}
         self.is_reading = False
 
-    def own(self, number: int) -> Any:
-        """The object of this side that went to the other under a number."""
-        return self._own[number]
-
     def owns(self, value: Any) -> bool:
         """Whether the other side was given this very object to ask about."""
         return id(value) in self._own_ids
@@ -224,7 +220,11 @@ class Codec:
 
     def _parts_of_object(self, value: Any, kind: type) -> list[Any]:
         where = (kind.__module__, kind.__name__)
-        if where in _VALUES and kind is _find(*where, kind):
+        # Whatever bears such a name may be another type; nothing is imported to find that out.
+        is_known = where[0] == "builtins" or kind is getattr(
+            sys.modules.get(where[0]), where[1], None
+        )
+        if where in _VALUES and is_known:
             parts = _VALUES[where](value)
             return [*parts, _Step("v", *where, len(parts))]
         if isinstance(value, type):
@@ -233,7 +233,7 @@ class Codec:
             if issubclass(value, BaseException):
                 return [self._step_of_exception(value)]
         if isinstance(value, BaseException):
-            return [kind, value.args, _text(value), _Step("e")]
+            return [kind, value.args, text_of(value), _Step("e")]
         if isinstance(value, type(sys)) and _is_importable(value.__name__):
             return [_Step("m", value.__name__)]
         if self._is_judge and (name := _public_name(value)):
@@ -411,27 +411,19 @@ def _hash(value: Any, number: int) -> int | None:
         return None
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """What an error says; of one that raises instead, that it does."""
     try:
         return str(error)
     except BaseException:
         return "an error that cannot be shown"
 
 
-def _find(module: str, name: str, kind: type) -> Any:
-    """The type of that name, without importing what nobody has imported."""
-    if module == "builtins":
-        return kind
-    return getattr(sys.modules.get(module), name, None)
-
-
 def _public_name(value: Any) -> tuple[str, str] | None:
     """Module and name under which the standard library has a function or class."""
-    owner = getattr(value, "__self__", None)
+    # Methods of Python's own classes know their class alone.
     module = getattr(value, "__module__", None) or getattr(
-        owner if isinstance(owner, type(sys)) else getattr(value, "__objclass__", None),
-        "__module__",
-        None,
+        getattr(value, "__objclass__", None), "__module__", None
     )
     name = getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str):

@@ -1,0 +1,225 @@
+"""The forms of an adapter: what each trains, stores and gives again, on a whole model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter.forms import FORMS, Left
+from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+from kpsvd_tune.adapter.rates import rate_factors
+from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.linalg import KroneckerShape, kron_sum
+
+IDS = torch.arange(24).reshape(2, 12)
+WEIGHTS = "adapter_model.safetensors"
+# Every form with the weight's factors, and those that a seed gives.
+EACH: list[dict[str, Any]] = [
+    {"form": "both"},
+    {"form": "left", "factor_size": 8},
+    {"form": "left", "factor_size": 8, "frozen_seed": 5},
+    {"form": "right", "factor_size": [4, 8]},
+    {"form": "right", "factor_shape": "thin", "frozen_seed": 5},
+    {"form": "core"},
+    {"form": "core", "factor_shape": "pissa", "frozen_seed": 5},
+]
+
+
+def adapt(model: Any, **options: Any) -> Any:
+    settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
+    return get_peft_model(model, KpsvdConfig(**(settings | {"task_type": "CAUSAL_LM"} | options)))
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model: Any, steps: int = 3) -> Tensor:
+    optimizer = torch.optim.Adam(trained(model).values(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return logits(model)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("options", EACH, ids=str)
+def test_a_form_starts_at_the_base_trains_and_merges(
+    tiny_model: Any, options: dict[str, Any]
+) -> None:
+    before = logits(tiny_model)
+    model = adapt(tiny_model, **options)
+    assert torch.equal(logits(model), before)
+    after = train(model)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained(model).values())
+    assert (after - before).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    merged = logits(model.merge_and_unload())
+    torch.testing.assert_close(merged, after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("options", EACH, ids=str)
+def test_an_adapter_is_given_again_bit_for_bit(
+    tiny_model: Any,
+    model_factory: Any,
+    options: dict[str, Any],
+    low_cpu_mem_usage: bool,
+    tmp_path: Path,
+) -> None:
+    model = adapt(tiny_model, **options)
+    after = train(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        model_factory(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    ).eval()
+    assert torch.equal(logits(loaded), after)
+
+
+@pytest.mark.parametrize("options", EACH, ids=str)
+def test_a_file_holds_what_the_form_says(
+    tiny_model: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapt(tiny_model, **options)
+    model.save_pretrained(tmp_path)
+    held = {key.rpartition(".")[2] for key in load_file(tmp_path / WEIGHTS)}
+    form = FORMS[options["form"]]
+    frozen = () if "frozen_seed" in options else form.frozen
+    assert held == {*form.trained, *frozen, "kpsvd_base"}
+
+
+@pytest.mark.parametrize("options", EACH[1:], ids=str)
+def test_a_full_step_of_adam_moves_every_weight_by_the_rate(
+    tiny_model: Any, options: dict[str, Any]
+) -> None:
+    """Delta = s sum theta_j T_j with orthonormal T_j and s = ||W||_F / sqrt(number of theta)."""
+    rate = 0.01
+    model = adapt(tiny_model, **options)
+    assert set(rate_factors(model).values()) == {1.0}
+    moved = []
+    for name, layer in kpsvd_layers(model):
+        with torch.no_grad():
+            for tensor in layer.trained("default"):
+                tensor.copy_(rate * torch.randn_like(tensor).sign())
+        change = kron_sum(*layer.terms("default")).norm() / base_weight(layer, name).norm()
+        moved.append(change.item() / rate)
+    # Random directions are orthogonal only nearly, and in these tiny layers less so.
+    assert math.fsum(moved) / len(moved) == pytest.approx(1, rel=0.1)
+    if "frozen_seed" not in options:
+        assert moved == pytest.approx([1.0] * len(moved), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", EACH[1:], ids=str)
+def test_exchanged_frozen_factors_are_refused(
+    tiny_model: Any, model_factory: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapt(tiny_model, **options)
+    model.save_pretrained(tmp_path)
+    if "frozen_seed" in options:
+        settings = json.loads((tmp_path / "adapter_config.json").read_text())
+        settings["frozen_seed"] += 1
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        tensors = load_file(tmp_path / WEIGHTS)
+        part = FORMS[options["form"]].frozen[0]
+        first, second = (
+            f"base_model.model.model.layers.{layer}.mlp.up_proj.{part}" for layer in (0, 1)
+        )
+        tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+        save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(AdapterError, match="frozen factors project to .* were exchanged"):
+        PeftModel.from_pretrained(model_factory(), tmp_path)
+
+
+@pytest.mark.parametrize("options", EACH[1:], ids=str)
+def test_rounded_to_16_bits_an_adapter_still_loads(
+    tiny_model: Any, model_factory: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapt(tiny_model, **options)
+    after = train(model)
+    model.save_pretrained(tmp_path)
+    tensors = {
+        key: value.bfloat16() if value.is_floating_point() else value
+        for key, value in load_file(tmp_path / WEIGHTS).items()
+    }
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    loaded = PeftModel.from_pretrained(model_factory(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("options", EACH, ids=str)
+def test_the_state_of_a_model_goes_into_another(
+    tiny_model: Any, model_factory: Any, options: dict[str, Any]
+) -> None:
+    model = adapt(tiny_model, **options)
+    after = train(model)
+    other = adapt(model_factory(), **options)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert torch.equal(logits(other.eval()), after)
+
+
+def test_a_wrong_base_is_refused(tiny_model: Any, model_factory: Any, tmp_path: Path) -> None:
+    adapt(tiny_model, form="left", factor_size=8, frozen_seed=1).save_pretrained(tmp_path)
+    other = model_factory()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(0.01)
+    with pytest.raises(AdapterError, match="trained on another base model"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_forms_of_two_adapters_on_one_base(tiny_model: Any) -> None:
+    model = adapt(tiny_model, form="left", factor_size=8)
+    first = train(model)
+    config = KpsvdConfig(
+        target_modules="all-linear", form="core", rank=2, frozen_seed=1, task_type="CAUSAL_LM"
+    )
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    second = train(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), second)
+
+
+def test_random_trained_values_change_the_outputs(tiny_model: Any) -> None:
+    before = logits(tiny_model)
+    model = adapt(tiny_model, form="left", factor_size=8, init_weights=False)
+    assert (logits(model) - before).abs().max() > 1e-3
+
+
+def test_zero_directions_stay_zero() -> None:
+    shape = KroneckerShape(2, 2, 3, 3)
+    (frozen,) = Left(shape, 1).freeze(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3), 1.0)
+    assert not frozen.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "lefts"}, "form 'lefts': expected one of both, left, right, core"),
+        ({"form": "core", "factor_size": 8}, "factor_size .* form is core: set factor_shape"),
+        ({"frozen_seed": 1}, "frozen_seed draws the frozen factors of the forms left, right"),
+    ],
+)
+def test_wrong_configurations(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        KpsvdConfig(**options)

@@ -10,7 +10,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
@@ -25,7 +25,8 @@ class RunOptions:
     resume: str = "auto"  # auto, never, or the path of a checkpoint
     allow_change: Sequence[str] = ()  # recipe keys that may differ from those the run began with
     allow_other_base: bool = False  # go on from an adapter (`adapter.from`) of another base model
-    permission: CodePermission = NO_CODE  # to run programs, which an evaluation on mbpp needs
+    # For programs, which an evaluation on mbpp runs; None: they may not run.
+    sandbox: Sandbox | None = None
 
 
 @dataclass(frozen=True)

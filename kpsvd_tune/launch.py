@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -28,8 +27,8 @@ from kpsvd_tune.storage.memory import host_memory
 # a rank that waits for the dead one would wait for ever.
 GRACE_SECONDS = 10.0
 # A terminal or a job system may signal a command in two ways at once: two within this time are one
-# request, here as in training.signals, which cannot be imported without torch. A little longer than
-# there, so that a second one is a second one to the ranks as well.
+# request, here as in signals.py. A little longer than there, so that what is a second request here
+# is one to the ranks as well.
 _SAME_REQUEST_SECONDS = 1.1
 # After a second signal the ranks get this long to say what is lost and to end.
 _FORCED_SECONDS = 2.0
@@ -37,8 +36,8 @@ _FORCED_SECONDS = 2.0
 PHASE_FILE = "KPSVD_TUNE_PHASE_FILE"
 # Names the file by which ranks of one machine find each other, where they need no port for it.
 RENDEZVOUS = "KPSVD_TUNE_RENDEZVOUS"
-# Ranks of one machine talk over the interface that no other machine sees; without these libraries
-# ask the name server for this machine's name, and listen on the address it gives.
+# Ranks of one machine talk over the interface that no other machine sees. Without these variables
+# the libraries look up this machine's name and listen on the address that they find.
 _INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": _INTERFACE, "NCCL_SOCKET_IFNAME": _INTERFACE}
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -62,16 +61,7 @@ def tell_phase(phase: str) -> None:
 
 
 def check_gpus(count: int) -> None:
-    """Refuse more GPUs than there are, before anything starts.
-
-    Imports torch, whose word it is: a build without CUDA uses no GPU of the machine.
-
-    Args:
-        count: GPUs that were asked for, at least 1.
-
-    Raises:
-        InputError: PyTorch sees fewer, or the environment asks for the CPU.
-    """
+    """Refuse more GPUs than PyTorch sees, or any where the environment asks for the CPU."""
     if os.environ.get("ACCELERATE_USE_CPU") == "true":
         raise InputError(
             f"--gpus {count}: the environment says ACCELERATE_USE_CPU=true; unset it to use GPUs, "
@@ -101,6 +91,7 @@ def launch(
     arguments: Sequence[str],
     num_processes: int,
     use_cpu: bool,
+    # Variables by which Accelerate's launcher tells its ranks of DeepSpeed.
     deepspeed: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python -m kpsvd_tune ARGUMENTS` as several ranks on this machine.
@@ -109,15 +100,8 @@ def launch(
     second or more later, is passed on too and ends them at once, or they are killed. When this
     process is killed itself, Linux sends the ranks a SIGTERM, so none is left behind.
 
-    Args:
-        arguments: What follows `kpsvd-tune` on the command line.
-        num_processes: Number of ranks.
-        use_cpu: Whether the ranks compute on the CPU.
-        deepspeed: Variables by which Accelerate's launcher tells its ranks of DeepSpeed.
-
-    Returns:
-        The exit code of the first rank that failed, 128 + the number of a signal that killed it,
-        UNSAVED_EXIT_CODE where a second signal made us kill it, or 0.
+    Gives the exit code of the first rank that failed, 128 + the number of a signal that killed it,
+    UNSAVED_EXIT_CODE where a second signal made us kill it, or 0.
     """
     environment = os.environ | {
         "WORLD_SIZE": str(num_processes),
@@ -129,7 +113,7 @@ def launch(
         environment.setdefault(name, value)
     environment |= deepspeed or {}
     if use_cpu:
-        # To Accelerate its own switch means no DeepSpeed.
+        # ACCELERATE_USE_CPU would keep Accelerate from using DeepSpeed.
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if deepspeed else {"ACCELERATE_USE_CPU": "true"}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # Every rank with all threads is slower than one rank alone.
@@ -153,32 +137,21 @@ def launch(
         return _attend(ranks, phases)
 
 
-@dataclass
-class _Stop:
-    """What signals asked for: the time of the first, and of a second one."""
-
-    since: float | None = None
-    forced: float | None = None
-
-
 def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
-    stop = _Stop()
+    signalled: list[float] = []  # times of the first signal and of those that are another request
 
     def forward(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if stop.since is None:
-            stop.since = now
-        elif now - stop.since < _SAME_REQUEST_SECONDS:
+        if signalled and now - signalled[0] < _SAME_REQUEST_SECONDS:
             return
-        elif stop.forced is None:
-            stop.forced = now
+        signalled.append(now)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(ranks, phases, stop)
+        return _wait(ranks, phases, signalled)
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -188,7 +161,9 @@ def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) ->
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path], stop: _Stop) -> int:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path], signalled: Sequence[float]
+) -> int:
     first_failure: int | None = None
     deadline = float("inf")
     while True:
@@ -197,25 +172,23 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path], stop
             if code and first_failure is None:
                 first_failure = code if code > 0 else 128 - code
                 deadline = time.monotonic() + GRACE_SECONDS
-                if code < 0 and stop.since is None:
+                if code < 0 and not signalled:
                     name = signal.Signals(-code).name
                     doing = _phase(phases[index])
                     why = _memory_note() if code == -signal.SIGKILL else ""
                     print(f"error: rank {index} was killed by {name} {doing}{why}", file=sys.stderr)
         if all(code is not None for code in codes):
             return first_failure or 0
-        if stop.forced is not None and time.monotonic() > stop.forced + _FORCED_SECONDS:
+        if len(signalled) > 1 and time.monotonic() > signalled[1] + _FORCED_SECONDS:
             print("stopped at once by a second signal: what was not saved is lost", file=sys.stderr)
             return UNSAVED_EXIT_CODE
         if time.monotonic() > deadline:
             for index, rank in enumerate(ranks):
                 if codes[index] is None:
-                    if stop.since is None:
-                        doing = _phase(phases[index])
+                    if not signalled:
+                        still = f"which still waits {_phase(phases[index])}"
                         print(
-                            f"error: a rank failed; stopping rank {index}, which still waits "
-                            f"{doing}",
-                            file=sys.stderr,
+                            f"error: a rank failed; stopping rank {index}, {still}", file=sys.stderr
                         )
                     rank.kill()
             deadline = float("inf")

@@ -16,10 +16,9 @@ def go_offline() -> None:
 
 
 def is_offline(*variables: str) -> bool:
-    """Whether only what earlier runs fetched may be used.
+    """Whether one of the variables, by default HF_HUB_OFFLINE, forbids the network.
 
-    Args:
-        variables: Any of which says so; by default HF_HUB_OFFLINE. `datasets` has one of its own.
+    `datasets` has a variable of its own.
     """
     names = variables or ("HF_HUB_OFFLINE",)
     return any(os.environ.get(name, "").upper() in _TRUE for name in names)

@@ -1,4 +1,4 @@
-"""What a command is doing now, and how its long stages end where the machine has no more."""
+"""What a command is doing now, and what it says when a signal or a lack of memory ends it there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 
 
 class Phase:
-    """The stage a command is in, for the messages where it or another process ends there.
-
-    Attributes:
-        name: As in "while training, step 3 of 100".
-        cures: What helps where its memory runs out, the most useful first.
-        kept: What a stop in it leaves behind, as in "finished matrices are kept".
-    """
+    """The stage a command is in, for the message when it ends there, or another process does."""
 
     def __init__(self) -> None:
         self.name = "starting"
@@ -28,24 +22,26 @@ class Phase:
         self.kept = ""
 
     def enter(self, name: str, cures: Sequence[str] = (), kept: str = "") -> None:
-        """Begin a stage; a launcher is told as well."""
+        """Begin a stage, and tell the launcher its name.
+
+        The name is such as "training, step 3 of 100". `cures` helps when memory runs out, the most
+        useful first; `kept` is what a stop leaves, such as "finished matrices are kept".
+        """
         self.name, self.cures, self.kept = name, cures, kept
         tell_phase(name)
 
 
 @contextmanager
 def watched(*, goes_on: bool = True) -> Iterator[Phase]:
-    """Let a command end well that is stopped by a signal or runs out of memory.
+    """Turn a signal or a lack of memory inside into an error that names the phase.
 
-    SIGINT and SIGTERM stop it at once, for its stages have nothing to finish; a training inside
-    takes over meanwhile.
-
-    Args:
-        goes_on: Whether the same command goes on where this one was stopped.
+    SIGINT and SIGTERM stop the command at once, because its stages have nothing to finish; only the
+    training handles them in its own way. `goes_on` says that the same command, typed again, goes on
+    where this one was stopped.
 
     Raises:
-        StoppedBySignal: Either came; the message says in which phase, and what is kept of it.
-        ResourceError: Memory ran out; the message says what was asked for, what is free, and what
+        StoppedBySignal: The message says in which phase, and what is kept.
+        ResourceError: Memory ran out; the message says how much was asked for and is free, and what
             helps in that phase.
     """
     phase = Phase()
@@ -60,7 +56,7 @@ def watched(*, goes_on: bool = True) -> Iterator[Phase]:
     except StoppedBySignal:
         raise
     except (KeyboardInterrupt, Exception) as error:
-        # Where one process has stopped the others fail for that reason.
+        # When a signal has stopped one process, the others fail in other ways.
         if isinstance(error, Exception) and not signals.requested:
             if isinstance(error, KpsvdTuneError) or not is_out_of_memory(error):
                 raise

@@ -84,14 +84,9 @@ def device() -> torch.device:
 def on_main_process(work: Callable[[], T]) -> T:
     """The result of work that the main process does once while the others wait for it.
 
-    The others wait without a time limit, and notice at once when the main process dies.
-
-    Args:
-        work: Called once; its result must be picklable.
-
-    Raises:
-        KpsvdTuneError: What `work` raised, on every process alike, so that none waits for one that
-            has gone; other exceptions become a RunError on the others.
+    It must be picklable. The others wait without a time limit, and notice at once when the main
+    process dies. A KpsvdTuneError of `work` is raised on every process alike, so that none waits
+    for one that has gone; other exceptions become a RunError on the others.
     """
     if not is_distributed():
         return work()
@@ -122,8 +117,8 @@ def end_processes() -> None:
     """
     _Patient.world = _Patient.group = None
     if is_distributed():
-        # A gloo thread needs the interpreter to put its last piece of work away, and DDP, which may
-        # be the last to hold the group, waits for that thread without letting it (torch 2.13).
+        # A gloo thread needs Python's interpreter lock to finish its last work. DDP, which may hold
+        # the group last, waits for that thread without giving the lock back (torch 2.13).
         time.sleep(0.1)
         PartialState().destroy_process_group()
 
@@ -140,14 +135,7 @@ def how_it_ended(process: BaseProcess) -> str:
 
 @contextlib.contextmanager
 def name_lost_process(phase: Callable[[], str]) -> Iterator[None]:
-    """Turn the failure of a collective whose partner died into a message with rank and phase.
-
-    Args:
-        phase: Asked for what this process was doing.
-
-    Raises:
-        RunError: The connection to another process broke.
-    """
+    """Turn the failure of a collective whose partner died into a RunError with rank and phase."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM as a request, answered at once. A second one ends the process at once.
+"""SIGINT and SIGTERM as a request to stop; a second signal ends the process at once.
 
-Python runs a handler only when the main thread comes back to its own code, which a backward pass or
-a decomposition may keep it from for a minute. So a thread waits for the signal as well: it says
-what is going to happen, and it ends the process when another signal comes.
+Python runs a handler only when the main thread returns to Python code, and a backward pass or a
+decomposition may take a minute until then. So a thread waits for signals as well: it says what will
+happen, and it ends the process when a second signal comes.
 """
 
 from __future__ import annotations
@@ -15,33 +15,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 from kpsvd_tune.errors import UNSAVED_EXIT_CODE
 
-# A launcher passes a signal on to processes that the terminal has signalled already: two within
-# this time are one request.
+# The terminal and a launcher may both signal the same process: two signals within this time are one
+# request.
 _SAME_REQUEST_SECONDS = 1.0
-# An immediate stop that takes longer is told of.
+# An immediate stop that takes longer is announced.
 _PROMPT_SECONDS = 0.5
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 _END_OF_THREAD = b"\0"
 
 
 class StopSignals:
-    """Catches the two signals inside a `with` block; blocks inside another take over from it.
+    """Catches the two signals inside a `with` block; a block inside another takes over from it.
 
     Args:
-        outlook: Asked at the first signal, for what happens now: "finishing step 12". Called from
-            another thread, so it may only look.
-        loss: Asked at the second one, for what is lost.
+        outlook: Gives what happens after the first signal, such as "finishing step 12". Called
+            from another thread, so it may only look.
+        loss: Gives what a second signal loses; called from that thread as well.
         is_immediate: Raise KeyboardInterrupt at the first signal, where there is nothing to finish.
-            The outlook is told only where that takes a while, and the second one loses nothing
+            The outlook is then shown only where that takes a while, and a second signal loses no
             more than the first.
-
-    Attributes:
-        requested: Number of the first signal that came, 0 until then.
     """
 
     def __init__(
@@ -51,46 +47,37 @@ class StopSignals:
         *,
         is_immediate: bool = False,
     ) -> None:
-        self.requested = 0
+        self.requested = 0  # number of the first signal that came
         self._outlook, self._loss, self._is_immediate = outlook, loss, is_immediate
         self._raised = threading.Event()
         self._since: float | None = None
-        self._earlier: dict[int, Any] = {}
-        self._ends: tuple[int, int] | None = None
-        self._earlier_end = -1
-        self._thread: threading.Thread | None = None
+        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
         """Take over the handlers; outside the main thread Python allows none, and none is taken."""
         if threading.current_thread() is not threading.main_thread():
             return self
-        self._ends = os.pipe()
-        os.set_blocking(self._ends[1], False)
-        self._earlier_end = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._thread.start()
+        undo = self._undo.callback
+        read_end, write_end = os.pipe()
+        for end in (read_end, write_end):
+            undo(os.close, end)
+        os.set_blocking(write_end, False)
+        thread = threading.Thread(
+            target=self._listen, args=(read_end,), name="signals", daemon=True
+        )
+        thread.start()
+        undo(thread.join)
+        # Ended by a byte, as a worker that was forked meanwhile holds the end open as well.
+        undo(os.write, write_end, _END_OF_THREAD)
+        earlier_end = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        undo(signal.set_wakeup_fd, earlier_end, warn_on_full_buffer=False)
         for number in _BOTH:
-            self._earlier[number] = signal.signal(number, self._handle)
+            undo(signal.signal, number, signal.signal(number, self._handle))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Give the handlers back."""
-        if self._ends is None or self._thread is None:
-            return
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._earlier_end, warn_on_full_buffer=False)
-        # Told by a byte, as a worker that was forked meanwhile holds the end open as well.
-        os.write(self._ends[1], _END_OF_THREAD)
-        self._thread.join()
-        for end in self._ends:
-            os.close(end)
-        self._ends = None
+        self._undo.close()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.requested = self.requested or number
@@ -98,11 +85,10 @@ class StopSignals:
             self._raised.set()
             raise KeyboardInterrupt
 
-    def _listen(self) -> None:
-        assert self._ends is not None
+    def _listen(self, read_end: int) -> None:
         while True:
             # Each byte is the number of a signal; others than ours come too.
-            for number in os.read(self._ends[0], 64):
+            for number in os.read(read_end, 64):
                 if number == _END_OF_THREAD[0]:
                     return
                 if number in _BOTH:
@@ -121,15 +107,15 @@ class StopSignals:
 
 
 def tell(line: str, *, is_last: bool = False) -> None:
-    """Write a line to stderr from wherever a signal finds the program.
+    """Write a line to stderr, whatever the program is doing when a signal comes.
 
-    Of several processes only the first says it, and a process that another one attends does not.
+    Of several ranks only the first writes it, and worker processes do not.
     """
     if int(os.environ.get("RANK", "0")) or multiprocessing.parent_process() is not None:
         return
     if os.isatty(2):
-        # Over the line of a progress bar, which is drawn anew below; the last one brings back the
-        # cursor that the bar hides.
+        # It replaces the line of a progress bar, which is drawn again below it; the last line shows
+        # the cursor again, which the bar hides.
         line = f"\r\x1b[2K{line}" + "\x1b[?25h" * is_last
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
@@ -137,7 +123,7 @@ def tell(line: str, *, is_last: bool = False) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let both signals wait; a process that is started meanwhile has them wait as well."""
+    """Block both signals, here and in processes that are started meanwhile, until the end."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, _BOTH)
     try:
         yield
@@ -146,10 +132,10 @@ def signals_held() -> Iterator[None]:
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """Leave the decision to the process that started this one: for data workers.
+    """Ignore both signals in a data worker, for its parent decides what to do.
 
-    Torch gives a worker handlers of its own first, so it has to be started with `signals_held`, or
-    a signal to the whole group may end it before it gets here.
+    Torch first gives a worker other handlers, so it has to be started inside `signals_held`, or a
+    signal to the whole process group may end it before this is called.
     """
     for number in _BOTH:
         signal.signal(number, signal.SIG_IGN)

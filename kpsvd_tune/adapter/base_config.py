@@ -87,6 +87,8 @@ def _leaves(
 
 def _plain(value: Any) -> Any:
     """Numbers as six digits: formats such as GGUF round them to float32."""
+    if isinstance(value, int) and abs(value) > 2**1000:
+        return str(value)  # no float holds it
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.6g}"
     return [_plain(each) for each in value] if isinstance(value, list) else value

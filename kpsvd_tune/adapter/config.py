@@ -92,6 +92,7 @@ class KpsvdConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
         self._filling: Filling | None = None
+        self._check_kinds()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -113,6 +114,35 @@ class KpsvdConfig(PeftConfig):
         if self.path not in PATHS:
             raise AdapterError(f"path {self.path!r}: expected one of {', '.join(PATHS)}")
         self.rank_rule()
+
+    def _check_kinds(self) -> None:
+        """Refuse values of other kinds, at which PEFT or torch would fail without a name."""
+        kinds = {
+            "target_modules": ("a string or a list of names", _is_names(self.target_modules, str)),
+            "exclude_modules": (
+                "a string or a list of names",
+                _is_names(self.exclude_modules, str),
+            ),
+            "modules_to_save": ("a list of names", _is_names(self.modules_to_save)),
+            "trainable_token_indices": (
+                "a list of token ids, or a mapping of names to such lists",
+                _is_rows(self.trainable_token_indices),
+            ),
+            "dropout": ("a number", isinstance(self.dropout, (int, float))),
+            "rank_pattern": (
+                "a mapping of patterns to ranks",
+                _is_patterns(self.rank_pattern),
+            ),
+            "layers": (
+                "a mapping of names to a shape of four sizes and a rank",
+                _is_layers(self.layers),
+            ),
+        }
+        for key, (expected, is_right) in kinds.items():
+            if not is_right:
+                value = repr(getattr(self, key))
+                shown = value if len(value) <= 200 else f"{value[:200]}..."
+                raise AdapterError(f"{key}: expected {expected}, got {shown}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the weak reference, which cannot be pickled or copied."""
@@ -190,3 +220,44 @@ class KpsvdConfig(PeftConfig):
             return RankRule(**self.rank, overrides=self.rank_pattern)
         except (TypeError, ValueError) as error:
             raise AdapterError(f"rank: {error}") from error
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: object, *others: type) -> bool:
+    """Whether a value is None, a collection of names, or of one of the other kinds."""
+    if value is None or isinstance(value, others):
+        return True
+    return isinstance(value, (list, tuple, set)) and all(map(_is_name, value))
+
+
+def _is_size(value: object, least: int = 1) -> bool:
+    # No matrix of any model is larger; torch counts in 64 bits.
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= 2**31
+
+
+def _is_patterns(value: object) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_name, value))
+
+
+def _is_rows(value: object) -> bool:
+    lists = list(value.values()) if isinstance(value, Mapping) else [() if value is None else value]
+    names = list(value) if isinstance(value, Mapping) else []
+    return all(map(_is_name, names)) and all(
+        isinstance(rows, (list, tuple)) and all(_is_size(row, 0) for row in rows) for rows in lists
+    )
+
+
+def _is_layers(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Mapping) and all(
+        _is_name(name)
+        and isinstance(layer, Mapping)
+        and isinstance(layer.get("shape"), (list, tuple))
+        and len(layer["shape"]) == 4
+        and all(map(_is_size, (*layer["shape"], layer.get("rank"))))
+        for name, layer in value.items()
+    )

@@ -85,8 +85,10 @@ class KpsvdModel(BaseTuner):
         _unmerge(model)
         config: Any = self.peft_config[adapter_name]
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._made: set[str] = set()  # the layers that are made here, of which no file tells
         if config.is_to_decompose:
             layers, self._factors = _decompose(model, config)
+            self._made = set(layers)
             config.take_layers(layers, self, adapter_name)
         self._stated = _stated_layers(state_dict or {}, FORMS[config.form])
         overrides = config.rank_pattern
@@ -101,11 +103,11 @@ class KpsvdModel(BaseTuner):
                     name: config.layers.get(name) or layer for name, layer in self._stated.items()
                 }
             _check_all_found(model, config, adapter_name)
-            if self._factors:
+            if self._made:
                 made = dict(kpsvd_layers(model, adapter_name))
                 record_base(model, made, adapter_name, config)
         finally:
-            self._factors, self._stated = {}, {}
+            self._factors, self._made, self._stated = {}, set(), {}
             config.rank_pattern = overrides
             config.note_targets()
 
@@ -161,7 +163,7 @@ class KpsvdModel(BaseTuner):
             str(config.base_model_name_or_path or "an unnamed model"),
             layer.get("fingerprint"),
         )
-        if name not in self._factors:
+        if name not in self._made:
             # Factors are to come from a file.
             target.kpsvd_unchecked[adapter_name] = place
 
@@ -199,6 +201,7 @@ class KpsvdModel(BaseTuner):
         )
         remapped = _without_the_bases(model, remapped)
         _check_names(model, adapter_name, remapped)
+        _check_sizes(model, remapped)
         _check_values(state_dict)
         _check_loaded(model, config, adapter_name, state_dict)
         return remapped
@@ -219,6 +222,9 @@ def load_factors(
         AdapterError: A layer has no factors, or factors of another size.
     """
     for name, layer in kpsvd_layers(model, adapter_name):
+        if layer.kpsvd_drawn[adapter_name]:
+            layer.kpsvd_unchecked.pop(adapter_name, None)
+            continue
         if name not in factors:
             raise AdapterError(f"{name}: no factors were given for this layer")
         form = layer.kpsvd_form[adapter_name]
@@ -227,10 +233,9 @@ def load_factors(
                 raise AdapterError(
                     f"{name}: factor of size {tuple(value.shape)}, expected {form.size(part)}"
                 )
-        if not layer.kpsvd_drawn[adapter_name]:
-            frozen = form.freeze(*factors[name], _norm(layer, name))
-            for held, value in zip(layer.frozen(adapter_name), frozen, strict=True):
-                held.copy_(value)
+        frozen = form.freeze(*factors[name], _norm(layer, name))
+        for held, value in zip(layer.frozen(adapter_name), frozen, strict=True):
+            held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
     configs: Any = model.peft_config
@@ -278,9 +283,12 @@ def _decompose(
             plan = LayerPlan.of_weight(
                 name, (rows, columns), config.factor_shape, config.form, config.factor_size
             )
-            plan, terms[name] = decompose_layer(
-                plan, weight, rule.window, tolerance=rule.tolerance, seed=config.seed
-            )
+            if config.frozen_seed is not None:
+                plan = plan.with_random_terms(float(weight.float().square().sum()), rule.window)
+            else:
+                plan, terms[name] = decompose_layer(
+                    plan, weight, rule.window, tolerance=rule.tolerance, seed=config.seed
+                )
         except ValueError as error:
             raise AdapterError(f"{name}: {error}") from error
         plans.append(plan)
@@ -297,9 +305,10 @@ def _decompose(
         )
     if not chosen:
         raise AdapterError("every layer got rank 0: raise rank.min, rank.energy or rank.budget")
-    factors = {plan.name: terms[plan.name].factors(plan.rank) for plan in chosen}
-    is_drawn = config.frozen_seed is not None
-    return {plan.name: plan.settings(is_of_weight=not is_drawn) for plan in chosen}, factors
+    layers = {plan.name: plan.settings(is_of_weight=bool(terms)) for plan in chosen}
+    return layers, {
+        plan.name: terms[plan.name].factors(plan.rank) for plan in chosen if plan.name in terms
+    }
 
 
 def _unmerge(model: nn.Module) -> None:
@@ -446,6 +455,18 @@ def _check_names(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
             f"the adapter's weights lack {some_of(missing)} of {len(own)} tensors that the "
             "configuration names; expected the file that was saved with it"
         )
+
+
+def _check_sizes(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse factors of other sizes than the configuration gives them."""
+    own: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, value in state_dict.items():
+        if "kpsvd_" in key and key in own and own[key].shape != value.shape:
+            name = plain_name(key).removeprefix("base_model.model.").rpartition(".")[0]
+            raise AdapterError(
+                f"the adapter's weights hold {name} of size {tuple(value.shape)}, expected "
+                f"{tuple(own[key].shape)} by its configuration: was one of the two files changed?"
+            )
 
 
 def _check_values(state_dict: Mapping[str, Tensor]) -> None:

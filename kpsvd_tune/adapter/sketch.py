@@ -59,6 +59,9 @@ class Sketch:
     kind: int  # the narrowest dtype that holds its values
     values: Tensor  # (forms, projections), float64, on the CPU
     norm: float = 0.0  # of what was projected; 0 where a stored sketch does not say
+    # Whether every dtype holds its values, as the ones of a fresh norm, so that the kind tells
+    # nothing of the model's.
+    is_any_kind: bool = False
 
     def packed(self) -> Tensor:
         """As int32, which no cast to another dtype touches: the kind, then bits of float32."""
@@ -107,7 +110,7 @@ def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
     if kind == _EXACT:
         # A 16-bit file that was loaded in float32, as merging does, is a 16-bit weight still.
         kind = _BF16 if is_form[1] else _FP16 if is_form[2] else _EXACT
-    return Sketch(kind, values, math.sqrt(square))
+    return Sketch(kind, values, math.sqrt(square), all(is_form) and not is_quantised)
 
 
 def sketch_module(module: nn.Module) -> Sketch | None:
@@ -138,7 +141,9 @@ def sketch_rest(
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
     left_out = {f"{name}.weight" for name in adapted}
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
-    square, kinds = 0.0, set()
+    square = 0.0
+    kinds: set[int] = set()
+    vague: set[int] = set()
     numbers: dict[str, tuple[float, float]] = {}
     for path, module in _base_modules(model):
         if any(_is_under(path, end) for end in ends):
@@ -152,9 +157,10 @@ def sketch_rest(
             one = sketch(weight, is_quantised)
             values += one.values * _signs(full, 1)
             square += one.norm**2
-            kinds.add(one.kind)
+            (vague if one.is_any_kind else kinds).add(one.kind)
             # The projection alone is zero for some constant tensors, the norm blind to signs.
             numbers[full] = float(one.values[0, 0]) + one.norm, one.norm
+    kinds = kinds or vague
     if not kinds:
         return None
     kind = kinds.pop() if len(kinds) == 1 else _MIXED_OTHER if _OTHER in kinds else _MIXED

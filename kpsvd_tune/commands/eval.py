@@ -28,10 +28,10 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError, RecipeError
 from kpsvd_tune.evaluation.completions import read_completions
-from kpsvd_tune.evaluation.sandbox.run import CodePermission, Sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.evaluation.scoring import (
+    check_code_execution,
     missing_scorers,
-    permission_for,
     score_completions,
     stored_task,
 )
@@ -126,12 +126,13 @@ def evaluate(
     options = {key: value for key, value in given.items() if value is not None}
     wanted = _task(source, options, overrides or ())
     # Before the processes start and the libraries are loaded: nothing is to be waited for.
-    permission = permission_for([wanted.task], allow_code_execution, sandbox)
+    allowed = sandbox if allow_code_execution else None
+    check_code_execution([wanted.task], allowed)
     launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
     model = _Model(source, base, dtype, base_only, allow_other_base)
     with ConsoleEvents() as events:
-        result = _score(model, wanted, output, permission, events)
+        result = _score(model, wanted, output, allowed, events)
         emit(result, as_json, view.show_scores)
 
 
@@ -139,7 +140,7 @@ def _score(
     model: _Model,
     wanted: EvaluationRecipe,
     output: Path | None,
-    permission: CodePermission,
+    sandbox: Sandbox | None,
     events: Events,
 ) -> dict[str, Any]:
     """Score one model on one task, and keep the scores."""
@@ -171,7 +172,7 @@ def _score(
         loaded = load(found, place_of_base, known, **options)
         kept = f"completions that are finished are kept in {folder}"
         phase.enter(f"scoring {wanted.task}", answering_cures([wanted]), kept)
-        scorer = Scorer(loaded.tokenizer, found.dataset, place, events, permission)
+        scorer = Scorer(loaded.tokenizer, found.dataset, place, events, sandbox)
         result = scorer.result(loaded, wanted, folder)
         is_adapted = found.adapter is not None
         result["model"] = "base model" if model.base_only else "adapter" if is_adapted else "model"
@@ -207,13 +208,14 @@ def _rescore(
     task = task or stored_task(file)
     if task is None:
         raise InputError(f"say whose scorers to use for {file}, as in --task gsm8k")
-    permission = permission_for([task], is_allowed, sandbox)
+    allowed = sandbox if is_allowed else None
+    check_code_execution([task], allowed)
     with ConsoleEvents() as events:
         scores = score_completions(
             task,
             read_completions(file),
             progress=lambda done, total: events.advance("running programs", done, total),
-            permission=permission,
+            sandbox=allowed,
         )
         for note in missing_scorers(task):
             events.note(note)

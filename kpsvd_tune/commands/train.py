@@ -23,7 +23,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import WorseThanBaseError
-from kpsvd_tune.evaluation.scoring import permission_for
+from kpsvd_tune.evaluation.scoring import check_code_execution
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
@@ -58,19 +58,19 @@ def train(
         recipe, overrides or (), look_up=("model", "dataset", "adapter", "evaluation")
     )
     tasks = [each.task for each in resolved.evaluation]
-    permission = permission_for(() if dry_run else tasks, allow_code_execution, sandbox)
+    allowed = sandbox if allow_code_execution else None
+    check_code_execution(() if dry_run else tasks, allowed)
     launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
     from kpsvd_tune.context import RunOptions
     from kpsvd_tune.training import stages
     from kpsvd_tune.training.ending import worse_message
-    from kpsvd_tune.training.plan import plan
 
     with ConsoleEvents() as events:
         if dry_run:
-            emit(plan(resolved, events), as_json, view.show_plan)
+            emit(stages.plan(resolved, events), as_json, view.show_plan)
             return
-        options = RunOptions(resume, tuple(allow_change or ()), allow_other_base, permission)
+        options = RunOptions(resume, tuple(allow_change or ()), allow_other_base, allowed)
         with stages.prepare_run(resolved, events, options) as context:
             data = stages.read_data(context)
             if data.start.is_finished:

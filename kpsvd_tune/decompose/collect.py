@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +110,8 @@ class Spectra:
     def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
         """Read A0 (rank, m, n) and B0 (rank, p, q) of each module of rank 1 or more from the cache.
 
+        None where a seed gives the frozen factors.
+
         Raises:
             AdapterError: Every rank is 0, or a cache entry was removed meanwhile.
         """
@@ -117,6 +119,9 @@ class Spectra:
         for (plan, key, _), layer in zip(self.found, report.layers, strict=True):
             if layer.rank == 0:
                 continue
+            if self.is_drawn:
+                # The adapter draws them itself.
+                return {}
             entry = self.cache.read(key, plan.shape, layer.rank)
             if entry is None:
                 raise AdapterError(
@@ -184,7 +189,14 @@ def collect_spectra(
     settings = Settings(default_cache_dir(), rank.window, rank.tolerance, seed, device)
     found = _Collected(plans, progress)
     worker = SpectraWorker(reader, settings)
-    if processes > 1:
+    if adapter.is_drawn:
+        for plan in plans:
+            began = time.perf_counter()
+            square = float(reader.load(plan.name).float().square().sum())
+            plan = plan.with_random_terms(square, rank.window)
+            plan = replace(plan, seconds=time.perf_counter() - began)
+            found.add(Found(plan, "", "computed"))
+    elif processes > 1:
         # Starting workers takes seconds: only for what the cache does not have.
         run_processes(source, worker.look_up(plans, found.add), settings, processes, found.add)
     else:

@@ -21,6 +21,7 @@ from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
     COMPLETIONS_FILE,
     SETTINGS_FILE,
+    Completion,
     append_completion,
     read_completions,
     repair_completions,
@@ -39,8 +40,8 @@ from kpsvd_tune.evaluation.questions import (
     read_shots,
     stop_strings,
 )
-from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission
-from kpsvd_tune.evaluation.scoring import missing_scorers, score_completions
+from kpsvd_tune.evaluation.sandbox.run import Sandbox
+from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers, score_completions
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
@@ -53,77 +54,6 @@ from kpsvd_tune.storage.durable import make_folder, rename, replace_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
 
 _SAMPLED_WEIGHTS = 64
-
-
-def evaluate(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: EvaluationRecipe,
-    output_folder: Path,
-    events: Events,
-    *,
-    permission: CodePermission = NO_CODE,
-    set_aside: bool = False,
-) -> list[Score]:
-    """Run one task on a model and give a score for each scorer; an interrupted run goes on.
-
-    Under torch.distributed every process calls this with the same folder: they share the prompts,
-    each tells of its own share, and all get the scores. `set_aside` moves completions of another
-    model or with other settings out of the way, instead of refusing to go on.
-
-    Raises:
-        InputError: programs would be run and may not be (before any work is done), or the folder
-            holds completions of another evaluation.
-        DataError: the data cannot be read or do not fit the task.
-    """
-    if TASKS[recipe.task].runs_code:
-        permission.for_task(recipe.task)
-    template = recipe.template or TASKS[recipe.task].template
-    if recipe.task in LOSS_TASKS:
-        return score_loss(model, tokenizer, recipe, template, partial(events.advance, "measuring"))
-    prompts, end_token_ids = build_prompts(
-        read_questions(recipe), tokenizer, template, recipe, read_shots(recipe)
-    )
-    options = GenerationOptions(
-        max_new_tokens=recipe.max_new_tokens,
-        batch_size=recipe.batch_size,
-        temperature=recipe.temperature,
-        num_samples=recipe.samples,
-        stop=stop_strings(recipe, template),
-        seed=recipe.sampling_seed,
-        end_token_ids=end_token_ids,
-    )
-    file = output_folder / COMPLETIONS_FILE
-    settings = _settings(model, recipe.task, options)
-
-    def make_ready() -> None:
-        with explained(f"write into {output_folder}", "an --output"):
-            _open_folder(output_folder, settings, prompts, set_aside)
-
-    on_main_process(make_ready)
-    done = {each.key for each in read_completions(file)} if file.exists() else set()
-    wanted = {(prompt.id, sample) for prompt in prompts for sample in range(recipe.samples)}
-    if found := len(wanted & done):
-        events.note(f"{found} of {len(wanted)} answers are in {file} already")
-    wait_for_all()  # nobody appends before everybody has read
-    shares = num_processes()
-    mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: shares]
-    phase = "answering" if shares == 1 else f"answering, one share of {shares},"
-    progress = partial(events.advance, phase)
-    for completion in generate_completions(
-        model, tokenizer, mine, options, done=done, progress=progress
-    ):
-        append_completion(file, completion)
-    wait_for_all()
-    completions = [each for each in read_completions(file) if each.key in wanted]
-    return on_main_process(
-        lambda: score_completions(
-            recipe.task,
-            completions,
-            permission=permission,
-            progress=partial(events.advance, "running programs"),
-        )
-    )
 
 
 def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
@@ -160,7 +90,7 @@ class Scorer:
     dataset: DatasetRecipe | None
     place: torch.device  # to compute on
     events: Events  # told of progress and scores
-    permission: CodePermission  # to run programs, which mbpp needs
+    sandbox: Sandbox | None  # for programs, which mbpp runs; None: they may not run
 
     def score_all(
         self, model: Any, tasks: Mapping[str, EvaluationRecipe], folder: Path
@@ -183,19 +113,77 @@ class Scorer:
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
     ) -> list[Score]:
-        """Run one task; an interrupted one goes on from the completions in ``folder``."""
+        """Run one task and give a score for each scorer; an interrupted one goes on in `folder`.
+
+        Under torch.distributed every process calls this with the same folder: they share the
+        prompts, each tells of its own share, and all get the scores. `set_aside` moves completions
+        of another model or with other settings out of the way, instead of refusing to go on.
+
+        Raises:
+            InputError: programs would be run and may not be (before any work is done), or the
+                folder holds completions of another evaluation.
+            DataError: the data cannot be read or do not fit the task.
+        """
         task = as_trained(task, self.dataset)
         self.events.stage(f"scoring {task.task}: {conditions(task)}")
+        check_code_execution([task.task], self.sandbox)
         model.to(self.place)
-        scores = evaluate(
-            *(model, self.tokenizer, task, folder, self.events),
-            permission=self.permission,
-            set_aside=set_aside,
-        )
+        template = task.template or TASKS[task.task].template
+        if task.task in LOSS_TASKS:
+            progress = partial(self.events.advance, "measuring")
+            scores = score_loss(model, self.tokenizer, task, template, progress)
+        else:
+            completions = self._answers(model, task, template, folder, set_aside)
+            progress = partial(self.events.advance, "running programs")
+            scores = on_main_process(
+                lambda: score_completions(
+                    task.task, completions, sandbox=self.sandbox, progress=progress
+                )
+            )
         self.events.end_progress()
         for note in missing_scorers(task.task):
             self.events.note(note)
         return scores
+
+    def _answers(
+        self, model: Any, task: EvaluationRecipe, template: str, folder: Path, set_aside: bool
+    ) -> list[Completion]:
+        """Answer what is not yet answered in the folder; gives all answers that the task wants."""
+        prompts, end_token_ids = build_prompts(
+            read_questions(task), self.tokenizer, template, task, read_shots(task)
+        )
+        options = GenerationOptions(
+            max_new_tokens=task.max_new_tokens,
+            batch_size=task.batch_size,
+            temperature=task.temperature,
+            num_samples=task.samples,
+            stop=stop_strings(task, template),
+            seed=task.sampling_seed,
+            end_token_ids=end_token_ids,
+        )
+        file = folder / COMPLETIONS_FILE
+        settings = _settings(model, task.task, options)
+
+        def make_ready() -> None:
+            with explained(f"write into {folder}", "an --output"):
+                _open_folder(folder, settings, prompts, set_aside)
+
+        on_main_process(make_ready)
+        done = {each.key for each in read_completions(file)} if file.exists() else set()
+        wanted = {(prompt.id, sample) for prompt in prompts for sample in range(task.samples)}
+        if found := len(wanted & done):
+            self.events.note(f"{found} of {len(wanted)} answers are in {file} already")
+        wait_for_all()  # nobody appends before everybody has read
+        shares = num_processes()
+        mine = sorted(prompts, key=lambda prompt: -len(prompt.input_ids))[rank() :: shares]
+        phase = "answering" if shares == 1 else f"answering, one share of {shares},"
+        progress = partial(self.events.advance, phase)
+        for completion in generate_completions(
+            model, self.tokenizer, mine, options, done=done, progress=progress
+        ):
+            append_completion(file, completion)
+        wait_for_all()
+        return [each for each in read_completions(file) if each.key in wanted]
 
     def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
         """Score one task and say what its scores are of; the completions go to `folder`.

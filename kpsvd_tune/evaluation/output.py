@@ -13,7 +13,7 @@ from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
 from kpsvd_tune.report.run import score_label
-from kpsvd_tune.runs.adapter_card import update_card
+from kpsvd_tune.runs.adapter_folder import update_card
 from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.find import Found
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import SETTINGS_FILE, Completion
-from kpsvd_tune.evaluation.sandbox.run import NO_CODE, CodePermission, Sandbox, check_sandbox
+from kpsvd_tune.evaluation.sandbox.run import Sandbox, check_sandbox
 from kpsvd_tune.evaluation.tasks import TASKS, Progress, Verdict
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
@@ -17,19 +17,22 @@ from kpsvd_tune.storage.json_files import parse_json, read_bytes
 _USUAL_K = (1, 5, 10, 25, 50, 100)
 
 
-def permission_for(tasks: Iterable[str], is_allowed: bool, sandbox: Sandbox) -> CodePermission:
-    """The permission that a command gives, checked before any work is done for its tasks.
+def check_code_execution(tasks: Iterable[str], sandbox: Sandbox | None) -> None:
+    """Refuse tasks that run programs, before any work is done, where these may not run.
 
-    `is_allowed` says whether the user typed --allow-code-execution.
+    `sandbox` is None where --allow-code-execution was not typed, and "none" for no protection.
 
     Raises:
-        InputError: a task runs programs, and they may not run or there is no sandbox for them.
+        InputError: programs would run and may not, or there is no sandbox for them.
     """
-    permission = CodePermission(sandbox if is_allowed else None)
     for task in tasks:
         if task in TASKS and TASKS[task].runs_code:
-            check_sandbox(permission.for_task(task))
-    return permission
+            if sandbox is None:
+                raise InputError(
+                    f"the task {task} runs programs the model wrote, and that was not allowed. "
+                    "Type --allow-code-execution to run them in a sandbox."
+                )
+            check_sandbox(sandbox)
 
 
 def missing_scorers(task: str) -> tuple[str, ...]:
@@ -41,7 +44,7 @@ def score_completions(
     task: str,
     completions: Sequence[Completion],
     *,
-    permission: CodePermission = NO_CODE,
+    sandbox: Sandbox | None = None,
     progress: Progress | None = None,
 ) -> list[Score]:
     """All scores of a task on its completions, without a model; `progress` counts programs.
@@ -58,7 +61,7 @@ def score_completions(
     scored = [name for name, each in TASKS.items() if each.scorers]
     if task not in scored:
         raise InputError(f"the task must be one of {', '.join(scored)}, got {task!r}.")
-    sandbox = permission.for_task(task) if TASKS[task].runs_code else None
+    check_code_execution([task], sandbox)
     if not completions:
         raise DataError(
             f"there is no completion to score for the task {task}: expected at least 1."

@@ -79,6 +79,17 @@ class LayerPlan:
         values = tuple(terms.values.tolist())
         return replace(self, values=values, squared_norm=terms.squared_norm, seconds=seconds)
 
+    def with_random_terms(self, squared_norm: float, num_terms: int) -> Self:
+        """The plan with the spectrum that random directions have, for which nothing is decomposed.
+
+        Each holds the same share of ||W||_F^2 on average: one part in p*q of random right
+        directions (form left), in m*n of left ones (right), in m*n*p*q of pairs (core).
+        """
+        rows, columns = self.shape.m * self.shape.n, self.shape.p * self.shape.q
+        parts = {"left": columns, "right": rows}.get(self.form, rows * columns)
+        values = (math.sqrt(squared_norm / parts),) * min(num_terms, self.shape.max_rank)
+        return replace(self, values=values, squared_norm=squared_norm)
+
     def within(self, window: int) -> Self:
         """The plan as if no more leading terms had been computed."""
         return replace(self, values=self.values[:window])

@@ -7,13 +7,12 @@ changes nothing in either, so the base's own files are kept, and both versions' 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.json_files import read_json, to_json
 
 _OF_TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -43,10 +42,10 @@ def keep_base_files(
         for name in (*_OF_PROCESSORS, *(() if has_own_tokenizer else _OF_TOKENIZER)):
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
-    _write(folder / "config.json", for_both_versions(config, dtype))
+    (folder / "config.json").write_bytes(to_json(for_both_versions(config, dtype)))
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and (known := tokenizer_for_both_versions(read_json(tokenizer))):
-        _write(tokenizer, known)
+        tokenizer.write_bytes(to_json(known))
 
 
 def tokenizer_for_both_versions(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -57,10 +56,6 @@ def tokenizer_for_both_versions(config: Mapping[str, Any]) -> dict[str, Any] | N
     if isinstance(content.get("extra_special_tokens"), list):
         content["additional_special_tokens"] = content.pop("extra_special_tokens")
     return content if content != dict(config) else None
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def for_both_versions(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

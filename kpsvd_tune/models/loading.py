@@ -37,7 +37,7 @@ _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError,
 
 
 def load_model(
-    source: ModelSource, dtype: str | torch.dtype, attn_implementation: str | None = None
+    source: ModelSource, dtype: str, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """Load the base model on the CPU in evaluation mode, in float32, bfloat16 or float16.
 
@@ -50,7 +50,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": _dtype(dtype), "config": _config(source)}
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "config": _config(source)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if source.gguf_file is not None:
@@ -283,14 +285,6 @@ def _gguf_config(source: ModelSource, modified_ns: int) -> PretrainedConfig:
         source.folder, local_files_only=True, gguf_file=source.gguf_file
     )
     return config
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ModelError(f"model.dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def _require_gguf(source: ModelSource) -> None:

@@ -1,14 +1,22 @@
-"""The folder of one run: where everything lies, who may write it, and where it goes on."""
+"""The folder of one run: where everything lies, who may write it, and where it goes on.
+
+A signal can stop a run between a step and its validation; the checkpoint is then named
+`step-000100-pending`. The run that goes on from it first makes that validation. Where a run without
+the signal would have saved the step, it commits `step-000100` beside the pending checkpoint, and
+only then deletes that one. So it ends with the checkpoints of a run that was never stopped, and
+there is a whole one at every moment.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict
 
@@ -17,7 +25,6 @@ from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.runs.identity import changes, refusal, run_id
-from kpsvd_tune.runs.listing import abandon_newer, checkpoint_name, clean, list_saved
 from kpsvd_tune.runs.ownership import is_run, refuse_foreign
 from kpsvd_tune.runs.state import TrainingState, from_files, to_files
 from kpsvd_tune.storage import durable
@@ -41,6 +48,20 @@ _ENTRIES = (
 _BESIDE = ("previous", "logs")
 # The files of init/, by which that of init-only is known.
 _INIT_FILES = ("rank_report.", "factors.", "plotly")
+_CHECKPOINT = re.compile(r"step-(\d{6,})(-pending)?")
+
+
+def checkpoint_name(step: int, is_pending: bool = False) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:06d}{'-pending' if is_pending else ''}"
+
+
+class Saved(NamedTuple):
+    """One checkpoint, whole or not; the larger one is the newer."""
+
+    step: int  # optimiser steps done
+    is_settled: bool  # False for a pending one: its step is not done
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -100,12 +121,12 @@ class RunDirectory:
         self._named(resume)
         if self.run_file.exists():
             read_json(self.run_file)  # one that is damaged is named as such
-            if is_run(self.path) or list_saved(self.checkpoints):
+            if is_run(self.path) or self._saved():
                 return
         if any(is_run(folder) for folder in self.path.glob("previous/*")):
             # A run was set aside here, and the one to follow it was killed before its first file.
             return
-        if list_saved(self.checkpoints):
+        if self._saved():
             if resume == "never":
                 return
             raise CheckpointError(
@@ -149,7 +170,6 @@ class RunDirectory:
         Raises:
             CheckpointError: The folder holds a run with other settings, or no whole checkpoint.
             InputError: The folder holds files that no run of ours wrote.
-            ResourceError: The disk refused.
         """
         self.check_ours(resume)
         durable.make_folder(self.path)
@@ -158,11 +178,11 @@ class RunDirectory:
         if not self.run_file.exists():
             return self._anew(recipe_text, identity, about)
         recorded = read_json(self.run_file, RunRecord)
-        # By way of JSON, for what was read back must equal what was not.
+        # Through JSON first, so that it can be compared with what was read back.
         found = changes(recorded.get("identity", {}), as_read_back(identity))
         explicit = self._named(resume)
         is_finished = recorded.get("status") == "finished" and self.results_file.exists()
-        rebuild = rebuild and bool(list_saved(self.checkpoints))
+        rebuild = rebuild and bool(self._saved())
         if is_finished and not found and explicit is None and not rebuild:
             return Start(is_finished=True, is_same=True)
         checkpoint = explicit or self.newest_checkpoint()
@@ -191,7 +211,7 @@ class RunDirectory:
 
     def holds_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint, whole or not, that a run could go on from."""
-        return bool(list_saved(self.checkpoints))
+        return bool(self._saved())
 
     def update(self, **about: Any) -> None:
         """Add to run.json."""
@@ -226,8 +246,8 @@ class RunDirectory:
         state = replace(state, metrics_bytes=durable.sync_file(self.metrics_file))
         folder = self.checkpoints / checkpoint_name(state.step, is_pending)
         commit(folder, to_files(state), self._id())
-        clean(self.checkpoints, folder)
-        for old in list_saved(self.checkpoints)[keep:]:
+        self._clean(folder)
+        for old in self._saved()[keep:]:
             if old.step != best_step:
                 durable.remove_folder(old.folder)
         return folder
@@ -247,7 +267,7 @@ class RunDirectory:
     def newest_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; warns of damaged newer ones, CheckpointError if all are."""
         faults: list[str] = []
-        for _, _, folder in list_saved(self.checkpoints):
+        for _, _, folder in self._saved():
             try:
                 self._read(folder)
             except CheckpointError as error:
@@ -269,16 +289,42 @@ class RunDirectory:
         if durable.sync_file(self.metrics_file) < state.metrics_bytes:
             _log.warning("%s lost lines that %s counts on", self.metrics_file, checkpoint.name)
         # Before the log is cut: a newer checkpoint that could still be chosen needs those lines.
-        abandon_newer(self.checkpoints, checkpoint)
+        self._abandon_newer(checkpoint)
         durable.truncate_file(self.metrics_file, state.metrics_bytes)
-        clean(self.checkpoints, checkpoint)
+        self._clean(checkpoint)
         return state
+
+    def _saved(self) -> list[Saved]:
+        """Every checkpoint, newest first, whole or not."""
+        found = []
+        for folder in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            if match := _CHECKPOINT.fullmatch(folder.name):
+                found.append(Saved(int(match[1]), match[2] is None, folder))
+        return sorted(found, reverse=True)
+
+    def _clean(self, newest: Path) -> None:
+        """Delete pending checkpoints that a newer one replaced, and what kills left behind."""
+        for old in self._saved():
+            if not old.is_settled and old.folder.name != newest.name:
+                durable.remove_folder(old.folder)
+        durable.remove_leftovers(self.checkpoints, is_alone=True)
+        for leftover in self.checkpoints.glob(".removed-*"):
+            durable.remove_folder(leftover)
+
+    def _abandon_newer(self, chosen: Path) -> None:
+        """Move newer checkpoints than `chosen` away: damaged ones, or of a path not taken."""
+        saved = [each.folder for each in self._saved()]
+        for newer in saved[: saved.index(chosen)]:
+            abandoned = newer.with_name(f"abandoned-{newer.name}")
+            if abandoned.exists():
+                durable.remove_folder(abandoned)
+            durable.rename(newer, abandoned)
 
     def _named(self, resume: str) -> Path | None:
         """The checkpoint that a path names; None for auto and never."""
         if resume in ("auto", "never"):
             return None
-        saved = [each.folder for each in list_saved(self.checkpoints)]
+        saved = [each.folder for each in self._saved()]
         for folder in saved:
             if folder.resolve() == Path(resume).resolve():
                 return folder

@@ -75,9 +75,8 @@ class Loaded:
 def find(source: str) -> Found:
     """Tell a run from an adapter from a model.
 
-    Raises:
-        InputError: Something else lies there, or a run without a finished adapter.
-        AdapterError: The adapter is of another method.
+    InputError: something else lies there, or a run without a finished adapter; AdapterError: the
+    adapter is of another method.
     """
     check_source(source)
     path = expand(source)
@@ -139,18 +138,10 @@ def load(
     source: ModelSource,
     dtype: str,
     *,
-    base_only: bool = False,
+    base_only: bool = False,  # without the adapter
     allow_other_base: bool = False,
 ) -> Loaded:
-    """Load a model, with its adapter where it has one.
-
-    Args:
-        found: What was typed.
-        source: The base model, or the model itself.
-        dtype: Of the weights of the base.
-        base_only: Leave the adapter out.
-        allow_other_base: As for :func:`load_adapter`, which may raise AdapterError.
-    """
+    """Load a model in a dtype, with its adapter, as by :func:`load_adapter`, where it has one."""
     tokenizer = load_tokenizer(source, found.adapter)
     model: Any = load_model(source, dtype)
     if found.adapter is None or base_only:
@@ -162,16 +153,10 @@ def load(
 def load_adapter(
     model: Any, folder: Path, allow_other_base: bool = False, **options: Any
 ) -> tuple[PeftModel, str | None]:
-    """Put a saved adapter on its base model.
+    """Put an adapter that we saved on its base model; `options` are of PEFT's `from_pretrained`.
 
-    Args:
-        model: The base model.
-        folder: An adapter folder of ours.
-        allow_other_base: Take any base whose sizes fit; what is returned beside the model says so.
-        **options: Of PEFT's ``from_pretrained``.
-
-    Raises:
-        AdapterError: The file of weights is damaged, or is of another base or other layers.
+    With `allow_other_base` any base whose sizes fit will do; what is returned beside the model
+    says so. AdapterError: the file of weights is damaged, or is of another base or other layers.
     """
     check_adapter(folder, [name for name, _ in model.named_modules()])
     file = folder / WEIGHTS

@@ -11,11 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kpsvd_tune.errors import CheckpointError, InputError
+from kpsvd_tune.errors import CheckpointError, InputError, some_of
 from kpsvd_tune.storage.json_files import read_json
 
-# How many names a message lists.
-_MOST_NAMES = 5
 # What other commands leave: a file, a key in it, and what a folder with it is.
 _MARKS = (
     ("compare.json", "shared", "the folder of a comparison"),
@@ -65,12 +63,9 @@ def refuse_foreign(folder: Path, ours: Collection[str], key: str = "output_dir")
                 f"{key}: {folder} is {what}, and nothing else is written into it; choose an empty "
                 f"folder or a new one, such as {folder}-new"
             )
-    listed = ", ".join(foreign[:_MOST_NAMES])
-    more = len(foreign) - _MOST_NAMES
-    listed += f" and {more} more" if more > 0 else ""
     raise InputError(
-        f"{key}: {folder} holds {listed}, which nothing of kpsvd-tune wrote there, and which would "
-        f"be replaced or mixed with; choose an empty folder or a new one, such as "
+        f"{key}: {folder} holds {some_of(foreign, 5)}, which nothing of kpsvd-tune wrote there, "
+        "and which would be replaced or mixed with; choose an empty folder or a new one, such as "
         f"{folder / 'new'}"
     )
 

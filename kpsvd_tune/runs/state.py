@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -180,13 +180,13 @@ def random_state(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
             if device.type != "cpu"
         },
     }
-    if "numpy" in sys.modules:
-        kind, keys, position, has_gauss, gauss = sys.modules["numpy"].random.get_state()
-        state["numpy"] = {
-            "kind": str(kind),
-            "keys": torch.tensor(keys.tolist()),
-            "numbers": [int(position), int(has_gauss), float(gauss)],
-        }
+    generator: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = generator
+    state["numpy"] = {
+        "kind": str(kind),
+        "keys": torch.tensor(keys.tolist()),
+        "numbers": [int(position), int(has_gauss), float(gauss)],
+    }
     return state
 
 
@@ -198,10 +198,7 @@ def load_random_state(state: Mapping[str, Any]) -> None:
     for name, value in state["devices"].items():
         device = torch.device(name)
         torch.get_device_module(device).set_rng_state(value, device)
-    if "numpy" in state:
-        import numpy as np
-
-        saved = state["numpy"]
+    if saved := state.get("numpy"):
         keys = np.array(saved["keys"].tolist(), dtype=np.uint32)
         np.random.set_state((saved["kind"], keys, *saved["numbers"]))
 

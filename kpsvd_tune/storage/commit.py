@@ -30,13 +30,10 @@ class _Entry(TypedDict):
 
 
 def commit(folder: Path, files: Iterable[tuple[str, bytes]], run: str | None = None) -> None:
-    """Write `files` as the folder `folder`, atomically.
+    """Write pairs of file name and content as the folder `folder`, atomically.
 
-    Args:
-        folder: The folder to make; it must not exist.
-        files: Pairs of file name and content; taken one at a time, so that a generator keeps only
-            one content in memory.
-        run: What the run is known by, which :func:`run_of` gives back.
+    They are taken one at a time, so that a generator keeps only one content in memory. `run` is
+    what :func:`run_of` gives back.
 
     Raises:
         CheckpointError: `folder` exists.
@@ -53,13 +50,9 @@ def commit(folder: Path, files: Iterable[tuple[str, bytes]], run: str | None = N
 
 
 def read_committed(folder: Path) -> dict[str, bytes]:
-    """Read a committed folder, every file checked against the manifest.
+    """The content of each committed file but the manifest, by name, checked against that.
 
-    Returns:
-        The content of each file but the manifest, by name.
-
-    Raises:
-        CheckpointError: A file is missing, cut short or changed; the message names it.
+    CheckpointError: a file is missing, cut short or changed; the message names it.
     """
     files = _read_manifest(folder, folder.name)["files"]
     return {name: _read_listed(folder / name, entry) for name, entry in files.items()}
@@ -68,8 +61,7 @@ def read_committed(folder: Path) -> dict[str, bytes]:
 def run_of(folder: Path) -> str | None:
     """What the run that committed a folder is known by; None where it was not said.
 
-    Raises:
-        CheckpointError: The manifest is missing or damaged.
+    CheckpointError: the manifest is missing or damaged.
     """
     run: str | None = _read_manifest(folder, folder.name).get("run")
     return run
@@ -78,27 +70,19 @@ def run_of(folder: Path) -> str | None:
 def manifest(kind: str, files: Mapping[str, bytes]) -> bytes:
     """The content of a manifest that seals files of a folder which may be renamed and copied.
 
-    Args:
-        kind: What the folder is, which :func:`check_sealed` must be told.
-        files: Name to content.
+    `kind` is what the folder is, which :func:`check_sealed` must be told.
     """
     return _manifest(kind, {name: _entry(data) for name, data in files.items()})
 
 
-def check_sealed(folder: Path, kind: str) -> bool:
-    """Compare a folder's files with its seal.
+def check_sealed(folder: Path, kind: str) -> None:
+    """Compare a folder's files with its seal; folders of older versions and of others have none.
 
-    Returns:
-        Whether there is one: folders of older versions and of other programs have none.
-
-    Raises:
-        CheckpointError: A file is missing, cut short or changed; the message names it.
+    CheckpointError: a file is missing, cut short or changed; the message names it.
     """
-    if not (folder / MANIFEST).exists():
-        return False
-    for name, entry in _read_manifest(folder, kind)["files"].items():
-        _read_listed(folder / name, entry)
-    return True
+    if (folder / MANIFEST).exists():
+        for name, entry in _read_manifest(folder, kind)["files"].items():
+            _read_listed(folder / name, entry)
 
 
 def _entry(data: bytes) -> _Entry:
@@ -130,7 +114,7 @@ def _read_manifest(folder: Path, expected: str) -> dict[str, Any]:
         )
     if not is_whole:
         raise CheckpointError(f"{path} is damaged: its own hash does not fit its content")
-    # A renamed folder is told from its content, so that no step is taken for another.
+    # The manifest holds the folder's name, so that a renamed step is not taken for another.
     if name != expected:
         raise CheckpointError(f"{path} is of {name}; expected {expected}")
     return content

@@ -30,15 +30,12 @@ _RUST = re.compile(r"os error (\d+)")
 
 @contextlib.contextmanager
 def explained(attempt: str, place: str | None = None) -> Iterator[None]:
-    """Turn what a disk refuses inside into a message.
+    """Turn what a disk refuses inside into a ResourceError: why it failed, and what to do.
 
     Args:
         attempt: What is tried, as in "could not write FILE".
         place: What the user can choose instead: the key or option that names the folder. Inside
             another one it is the other's by default, else an output_dir.
-
-    Raises:
-        ResourceError: What was tried, why it failed, and what to do.
     """
     token = _place.set(place or _place.get())
     try:
@@ -67,12 +64,7 @@ def as_disk_error(error: Exception) -> OSError | None:
 
 
 def cure(error: OSError, place: str) -> str:
-    """What to do about it.
-
-    Args:
-        error: With the system's number.
-        place: As by :func:`explained`.
-    """
+    """What to do about an error with the system's number; `place` is as in :func:`explained`."""
     text = _CURES.get(error.errno or 0, "try again, or choose {place} on another disk")
     bare = place.removeprefix("an ").removeprefix("a ")
     return text.replace("another {place}", "another {bare}").format(place=place, bare=bare)

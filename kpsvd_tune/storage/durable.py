@@ -1,7 +1,8 @@
 """Files and folders written so that a crash at any moment leaves the old content or the new.
 
 Everything that is written, synced, renamed or deleted goes through `os` in this module and nowhere
-else, so a test can enumerate every operation, and fail or kill at each of them.
+else, so a test can enumerate every operation, and fail or kill at each of them. What a disk refuses
+is a ResourceError that names the path.
 
 What will be called NAME is written aside as `.NAME.XXXXXXXX.tmp`, with X random, then synced and
 renamed. Its writer holds a lock on it meanwhile. So the next writer of NAME can tell what a killed
@@ -30,14 +31,9 @@ _RANDOM = "[0-9a-f]" * 8
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Give `path` new content; a crash leaves the old content or the new, never a mixture.
+    """Give `path`, in a folder that exists, new content; a crash leaves the old or the new.
 
-    Args:
-        path: In a folder that exists.
-        data: The content.
-
-    Raises:
-        ResourceError: The disk refused; the old content stays.
+    ResourceError: the disk refused; the old content stays.
     """
     with explained(f"write {len(data):,} bytes to {path}"), _aside(path, False) as aside:
         temporary, descriptor = aside
@@ -50,17 +46,9 @@ def replace_file(path: Path, data: bytes) -> None:
 def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a folder to fill, which is called `path` when the block has ended without an error.
 
-    By then all of it is on the disk, and has the modes of the user's other files.
-
-    Args:
-        path: Missing or an empty folder, or with `replace` a folder that stays until then.
-        replace: Whether a folder with that name is replaced.
-
-    Yields:
-        The folder to fill, beside `path`.
-
-    Raises:
-        ResourceError: The disk refused; what was called `path` stays.
+    By then all of it is on the disk, and has the modes of the user's other files. `path` is missing
+    or an empty folder, or with `replace` a folder that stays until then. ResourceError: the disk
+    refused; what was called `path` stays.
     """
     with explained(f"write {path}"):
         path = Path(os.path.realpath(path))  # where a link leads to
@@ -75,31 +63,19 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a new file into a folder of :func:`write_folder`, which syncs it.
-
-    Raises:
-        ResourceError: The disk refused; the message holds the path and the size.
-    """
+    """Write a new file into a folder of :func:`write_folder`, which syncs it."""
     with explained(f"write {len(data):,} bytes to {path}"):
         _write(path, _ANEW, data)
 
 
 def append_file(path: Path, data: bytes) -> None:
-    """Append to a file, which is made if need be; `sync_file` makes it last.
-
-    Raises:
-        ResourceError: The disk refused.
-    """
+    """Append to a file, which is made if need be; `sync_file` makes it last."""
     with explained(f"append {len(data):,} bytes to {path}"):
         _write(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, data)
 
 
 def sync_file(path: Path) -> int:
-    """Wait until an appended file is on the disk.
-
-    Returns:
-        Its size in bytes, 0 where there is no such file.
-    """
+    """Wait until an appended file is on the disk; its size in bytes, 0 where there is none."""
     with explained(f"save {path}"):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -161,13 +137,10 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None, *, is_alone: bool = False) -> None:
-    """Delete what killed writers left.
+    """Delete what killed writers left in a folder, of the file or folder `name` or of any.
 
-    Args:
-        folder: Where they wrote.
-        name: The file or folder that they were writing; by default any.
-        is_alone: Nobody else writes there, as the caller holds a lock; so what is left is deleted
-            on file systems without locks too.
+    `is_alone`: nobody else writes there, as the caller holds a lock; so what is left is deleted
+    on file systems without locks too.
     """
     for leftover in folder.glob(f".{'*' if name is None else glob.escape(name)}.{_RANDOM}.tmp"):
         # What another user left is not ours to delete.
@@ -201,7 +174,7 @@ def _claim(path: Path, is_folder: bool) -> tuple[Path, int]:
         if is_folder:
             os.makedirs(temporary)
         descriptor = os.open(temporary, _FOLDER if is_folder else _ANEW, 0o666)
-        # Between the two, another writer may have taken it for a leftover.
+        # Before it was locked, another writer may have removed it as a leftover.
         if lock_descriptor(descriptor) is not False and temporary.exists():
             return temporary, descriptor
         os.close(descriptor)

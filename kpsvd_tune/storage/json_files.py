@@ -40,7 +40,7 @@ def read_json(
     error: type[KpsvdTuneError] = CheckpointError,
     cure: str = "was it edited or cut? Restore it from a copy",
 ) -> Any:
-    """Read one JSON value from a file.
+    """Read one JSON value of the expected type from a file.
 
     Args:
         path: The file.
@@ -48,9 +48,6 @@ def read_json(
             become tuples where it says so; by default an object with any content.
         error: Raised when the file cannot be read or holds something else.
         cure: What the user should do then.
-
-    Returns:
-        A value of the expected type.
     """
     try:
         content = read_bytes(path)
@@ -62,14 +59,9 @@ def read_json(
 
 
 def parse_json(content: bytes | str, expected: Any = dict[str, Any]) -> Any:
-    """Parse JSON and check its types.
+    """Parse JSON, UTF-8 or text, and check its types as :func:`read_json` does.
 
-    Args:
-        content: UTF-8, or text.
-        expected: As for :func:`read_json`.
-
-    Raises:
-        ValueError: Says what is wrong, as the end of a sentence that begins with the file.
+    ValueError says what is wrong, as the end of a sentence that begins with the file.
     """
     try:
         # Text first: from bytes the library would guess at other encodings.
@@ -89,8 +81,7 @@ def parse_json(content: bytes | str, expected: Any = dict[str, Any]) -> Any:
 def check_types(value: object, expected: Any) -> Any:
     """Give a value of plain JSON the types that are expected.
 
-    Raises:
-        ValueError: Names the first places that are wrong, as the end of a sentence.
+    ValueError names the first places that are wrong, as the end of a sentence.
     """
     try:
         return _adapter(expected).validate_python(value)
@@ -109,14 +100,8 @@ def check_types(value: object, expected: Any) -> Any:
 def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     """Read the header of a safetensors file: 8 bytes of its length, a JSON object, then the data.
 
-    Args:
-        stream: At its start.
-
-    Returns:
-        The object, and where the data begins.
-
-    Raises:
-        ValueError: Says what is wrong, as the end of a sentence that begins with the file.
+    Gives the object and where the data begins, of a stream that stands at its start. ValueError
+    says what is wrong, as the end of a sentence that begins with the file.
     """
     start = stream.read(8)
     length = int.from_bytes(start, "little")
@@ -136,21 +121,13 @@ def as_read_back(value: Any) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a whole regular file; a pipe or device, which might never end, is refused.
-
-    Raises:
-        OSError: As :func:`open` does.
-    """
+    """Read a whole regular file; OSError for a pipe or device, which might never end."""
     check_regular(path)
     return path.read_bytes()
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no regular file, links followed: opening a pipe waits for its writer.
-
-    Raises:
-        OSError: There is none, or it is a folder, pipe, socket or device.
-    """
+    """Refuse what is no regular file, links followed, by OSError: a pipe waits for its writer."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a named pipe, socket or device"

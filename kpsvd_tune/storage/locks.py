@@ -29,17 +29,10 @@ _shared: dict[tuple[int, int], int] = {}
 
 @contextlib.contextmanager
 def hold(file: Path, *, wait: bool) -> Iterator[bool | None]:
-    """Hold the exclusive lock of a file, which is made if need be; its folder must exist.
+    """Hold the exclusive lock of a file that is kept for it, and made if need be.
 
-    Args:
-        file: Kept for the lock alone.
-        wait: Whether to wait for another process that holds it.
-
-    Yields:
-        True; False where another process holds it; None where the file system has no locks.
-
-    Raises:
-        OSError: The file cannot be made.
+    Yields True; False where another process holds it and is not to be waited for; None where the
+    file system has no locks. OSError: the file cannot be made.
     """
     # The soft lock, which the package falls back to, would outlive a killed process.
     lock = filelock.FileLock(file, blocking=wait, thread_local=False, fallback_to_soft=False)
@@ -61,9 +54,7 @@ def hold(file: Path, *, wait: bool) -> Iterator[bool | None]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder that exists.
 
-    Raises:
-        FolderInUseError: Another process holds the lock; the message names it.
-        ResourceError: The lock's file cannot be made.
+    FolderInUseError names the process that holds it; ResourceError: the lock cannot be made.
     """
     file = folder / ".lock"
     with contextlib.ExitStack() as stack:
@@ -86,11 +77,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def lock_descriptor(descriptor: int) -> bool | None:
-    """Lock an open file or folder until its descriptor is closed.
-
-    Returns:
-        True; False where another process holds it; None where the file system has no locks.
-    """
+    """Lock an open file or folder until its descriptor is closed; the result is as by `hold`."""
     try:
         return filelock.lock_descriptor(descriptor, blocking=False)
     except OSError as error:

@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        # Errors of ours have been judged by those who raised them.
+        # Not our own errors: where those are raised, memory was looked for already.
         if isinstance(error, (RuntimeError, OSError)) or type(error).__name__ == "SafetensorError":
             words = str(error).lower()
             if any(each in words for each in _WORDS):
@@ -52,15 +52,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def explained_memory(doing: str, *cures: str) -> Iterator[None]:
-    """Turn an out-of-memory error inside into a ResourceError with figures and cures.
-
-    Args:
-        doing: The stage, as in "out of memory while ...".
-        *cures: What helps there, the most useful first.
-
-    Raises:
-        ResourceError: Memory could not be had.
-    """
+    """Turn an out-of-memory error inside into the ResourceError of :func:`out_of_memory`."""
     try:
         yield
     except KpsvdTuneError:
@@ -72,7 +64,10 @@ def explained_memory(doing: str, *cures: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException, doing: str, cures: Sequence[str]) -> ResourceError:
-    """The error to raise: what was asked for, what is free, and what helps."""
+    """The error to raise: what was asked for, what is free, and what helps.
+
+    `doing` is the stage, as in "out of memory while ..."; of the cures the most useful comes first.
+    """
     first = _first_that_says(error)
     is_device = _is_of_device(first)
     place = "GPU memory" if is_device else "memory"

@@ -46,8 +46,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/kpsvd-tune``, by default ``~/.cache/kpsvd-tune``.
 
-    Raises:
-        InputError: The variable names the home of a user who is not there, or there is no home.
+    InputError: the variable names the home of a user who is not there, or there is no home.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
@@ -92,8 +91,7 @@ def named(kind: Kind) -> str:
 def siblings(path: str | os.PathLike[str]) -> str:
     """What a message adds of a path where nothing lies: from where it was looked for, what is near.
 
-    Returns:
-        The words, beginning with " (looked from ...)" for a relative path.
+    It begins with " (looked from ...)" for a relative path.
     """
     place = expand(path)
     looked = "" if place.is_absolute() else f" (looked from {_cwd()})"
@@ -103,7 +101,7 @@ def siblings(path: str | os.PathLike[str]) -> str:
         if os.path.isfile(place.parent):
             return f"{looked}; {place.parent} is a file"
         return f"{looked}; there is no folder {place.parent} either"
-    # Suffixes are alike anyway: train.jsonl is not meant by test.jsonl.
+    # Compared without suffixes, whose letters would make test.jsonl look like train.jsonl.
     stems = {Path(name).stem: name for name in names}
     if near := closest(place.stem, stems):
         return f"{looked}; did you mean {place.with_name(stems[near])}?"
@@ -111,10 +109,9 @@ def siblings(path: str | os.PathLike[str]) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before long work whether a folder can be made and written; nothing is left behind.
+    """Find out before long work whether a folder can be made and written; InputError if not.
 
-    Raises:
-        InputError: It cannot; the message says why, and to name another folder.
+    Nothing is left behind.
     """
     place = folder.absolute()
     try:
@@ -130,11 +127,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_replaceable(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a folder where something other than a file bears a name that is to be written.
-
-    Raises:
-        InputError: A folder, a pipe or a device is in the way.
-    """
+    """Refuse a folder where a folder, a pipe or a device bears a name that is to be written."""
     for name in names:
         kind = kind_of(folder / name)
         if kind is not None and not os.path.isfile(folder / name):

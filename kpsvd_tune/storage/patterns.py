@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
-# Sane patterns take microseconds a name, and a large model has some ten thousand names.
+# Usual patterns take microseconds a name, and a large model has some ten thousand names.
 SECONDS = 5.0
 
 
@@ -60,12 +60,8 @@ def raise_after(seconds: float, error: Exception) -> Iterator[None]:
 def check_patterns(patterns: Mapping[str, object], names: Iterable[str]) -> None:
     """Refuse patterns that cannot be compiled, or not be matched with some names in time.
 
-    Args:
-        patterns: The key of each setting to its value; only texts are patterns.
-        names: What they will be matched with.
-
-    Raises:
-        ValueError: Names the key.
+    `patterns` has the value of each setting by its key, which the ValueError names; only texts are
+    patterns.
     """
     listed = list(names)
     for key, pattern in patterns.items():

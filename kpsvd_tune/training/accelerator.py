@@ -1,4 +1,4 @@
-"""The Accelerator and the engine of a run, checked against what the recipe asks for."""
+"""The Accelerator of a run, checked against what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.engines import Engine, deepspeed_config
-from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
-from kpsvd_tune.training.engines.deepspeed_config import zero_stage
-from kpsvd_tune.training.engines.plain import PlainEngine
-from kpsvd_tune.training.engines.sharded import ShardedEngine
-from kpsvd_tune.training.recovery import check_halving
+from kpsvd_tune.training.engines import deepspeed_config
+from kpsvd_tune.training.progress import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
 
 
@@ -34,17 +30,11 @@ def make_accelerator(
     logging_dir: Path | None = None,
     init_method: str | None = None,
 ) -> Accelerator:
-    """Make the Accelerator that `Training` expects.
+    """Make the Accelerator that `Training` expects, with trackers that write into `logging_dir`.
 
-    Args:
-        recipe: Its precision and its way of sharing work.
-        tracking: Names of trackers.
-        logging_dir: Where trackers that write files put them.
-        init_method: Where torch finds the other processes, if not by its environment.
-
-    Raises:
-        RecipeError: A tracker is not installed, or the device cannot do what the recipe asks, or
-            the optimiser or the schedule it names cannot work.
+    `init_method` is where torch finds the other processes, if not by its environment. RecipeError:
+    a tracker is not installed, or the device cannot do what the recipe asks, or the optimiser or
+    the schedule it names cannot work.
     """
     for name in tracking:
         if name not in [str(tracker) for tracker in get_available_trackers()]:
@@ -67,7 +57,7 @@ def make_accelerator(
         mixed_precision=recipe.precision,
         log_with=list(tracking) or None,
         project_dir=logging_dir,
-        # Given outright, as an environment variable would otherwise win: the loop accumulates.
+        # The loop accumulates. Given here, because an environment variable would win otherwise.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_with_dataloader=False
         ),
@@ -86,14 +76,6 @@ def make_accelerator(
     deepspeed_config.check_parallel(accelerator, recipe)
     meet()
     return accelerator
-
-
-def engine_class(recipe: TrainRecipe, accelerator: Accelerator) -> type[Engine]:
-    """The engine for the way in which a run shares its work."""
-    if zero_stage(accelerator) is not None:
-        return DeepSpeedEngine
-    is_sharded = recipe.parallel == "fsdp" and accelerator.num_processes > 1
-    return ShardedEngine if is_sharded else PlainEngine
 
 
 def _accelerator(**settings: Any) -> Accelerator:

@@ -17,15 +17,10 @@ _EXAMPLE_TOKENS = 16
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of one process.
+    """One forward pass of one process."""
 
-    Attributes:
-        inputs: What `SummedTokenLoss` takes.
-        num_tokens: Tokens without padding, supervised or not.
-    """
-
-    inputs: dict[str, Tensor]
-    num_tokens: int
+    inputs: dict[str, Tensor]  # what `SummedTokenLoss` takes
+    num_tokens: int  # without padding, supervised or not
 
     @property
     def num_supervised(self) -> int:
@@ -87,8 +82,8 @@ def stream_steps(
         collate_fn=make_batch,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        # Of its own: the loader draws a seed for its workers, and the model's dropout must not
-        # notice.
+        # The loader draws a seed for its workers: from a generator of its own, so that the model's
+        # dropout draws the same numbers with and without workers.
         generator=torch.Generator(),
     )
     with signals_held():

@@ -67,7 +67,7 @@ def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftMo
         events.note(f"training {other}")
     elif config.base_files is not None and config.base_files != base_files:
         events.note(f"the base model's files differ from those of the adapter; {COMPARED}")
-    # What is trained on belongs to the base at hand, in the dtype at hand.
+    # What is recorded of the base is now that of this base, in this dtype.
     layers = dict(kpsvd_layers(model))
     for name, layer in layers.items():
         if "default" not in layer.kpsvd_base:

@@ -24,16 +24,15 @@ from kpsvd_tune.processes import gather_numbers, is_lost_process, peak_memory_by
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs.directory import RunDirectory
-from kpsvd_tune.runs.state import load_random_state, random_state
 from kpsvd_tune.signals import StopSignals
-from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
 from kpsvd_tune.training.batches import MicroBatch, first_tokens, make_micro_batch, stream_steps
 from kpsvd_tune.training.loss import validation_loss
 from kpsvd_tune.training.packing import attend_by_rows, prove_packing
-from kpsvd_tune.training.recovery import (
+from kpsvd_tune.training.progress import (
     MicroStepOutOfMemory,
     give_memory_back,
     halve,
+    memory_refused,
     rows_at_once,
     skip_or_refuse,
 )
@@ -54,22 +53,6 @@ class Training:
     the sum over the supervised tokens of its whole global batch (all micro steps, all processes)
     divided by their number.
 
-    Args:
-        model: A causal language model with some trainable parameters, usually a PEFT model.
-        train_rows: Rows to learn from.
-        validation_rows: Held-out rows; may be empty.
-        recipe: The `train` section.
-        accelerator: From `make_accelerator`, with the same section.
-        run: The run's folder; the main process writes there.
-        pad_token_id: Fills short rows; any id will do, since padding is masked.
-        checkpoint: Where to go on from, as `RunDirectory.begin` said; None: from the first step.
-        settings: Shown by trackers; None keeps them out of it.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-
-    Attributes:
-        num_steps: Optimiser steps of the whole run.
-        progress: Where it stands.
-
     Raises:
         AdapterError: Nothing is trainable.
         CheckpointError: The checkpoint is damaged or does not fit the model.
@@ -78,17 +61,17 @@ class Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module,  # a causal language model, usually a PEFT model
         train_rows: Sequence[TokenizedRow],
-        validation_rows: Sequence[TokenizedRow],
+        validation_rows: Sequence[TokenizedRow],  # may be empty
         recipe: TrainRecipe,
-        accelerator: Accelerator,
-        run: RunDirectory,
+        accelerator: Accelerator,  # from `make_accelerator`, with the same section
+        run: RunDirectory,  # the main process writes there
         *,
-        pad_token_id: int,
-        checkpoint: Path | None = None,
-        settings: Mapping[str, Any] | None = None,
-        rate_factors: Mapping[str, float] | None = None,
+        pad_token_id: int,  # any id will do, since padding is masked
+        checkpoint: Path | None = None,  # as `RunDirectory.begin` said; None: from the first step
+        settings: Mapping[str, Any] | None = None,  # for trackers; None: they get nothing
+        rate_factors: Mapping[str, float] | None = None,  # of learning rates, by parameter; else 1
     ) -> None:
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
         self._train_rows, self._validation_rows = train_rows, validation_rows
@@ -100,6 +83,7 @@ class Training:
             recipe.seed,
             row_lengths(train_rows) if recipe.group_by_length else None,
         )
+        # Optimiser steps of the whole run.
         self.num_steps = recipe.max_steps or self._sampler.num_steps(recipe.epochs)
         # A row alone is left as it is, so that any model will do.
         self._is_packed = recipe.packing and recipe.batch_size > 1
@@ -129,7 +113,7 @@ class Training:
         given, and those of the last step lie in its checkpoint.
 
         Raises:
-            CheckpointError: The checkpoint of the best step cannot be read.
+            CheckpointError: A checkpoint to go back to, or that of the best step, cannot be read.
             NonFiniteError: A loss or gradient is infinite or NaN, and the recipe wants no skip or
                 retry, or no more of them; the step was not taken.
             RecipeError: The rows are to be packed and this model cannot keep them apart.
@@ -159,7 +143,7 @@ class Training:
             validation_loss=progress.validation_loss,
             validation_loss_before=progress.validation_loss_before,
             steps=progress.step,
-            trainable_parameters=self._stepper.num_trained,
+            trainable_parameters=sum(map(math.prod, self._stepper.shapes.values())),
             wall_seconds=progress.seconds,
             peak_memory_bytes=int(max(each for (each,) in peak)),
             best_step=progress.best_step,
@@ -246,18 +230,9 @@ class Training:
         began = time.monotonic()
         step = self.progress.step + 1
         self._begin("step")
-        halves = self._recipe.on_oom == "halve"
-        random = random_state(self._stepper.devices()) if halves else None
-        try:
-            sums = self._stepper.take(
-                step, batches, partial(self._rows_of, step), lambda: self._signals.requested
-            )
-        except MicroStepOutOfMemory:
-            if random is not None:
-                # Where memory runs out may differ from one session to the next; what the step
-                # draws must not.
-                load_random_state(random)
-            raise
+        sums = self._stepper.take(
+            step, batches, partial(self._rows_of, step), lambda: self._signals.requested
+        )
         self._signal = sums.signal
         if sums.fault is not None:
             is_main = self._accelerator.is_main_process
@@ -304,6 +279,7 @@ class Training:
         return metrics
 
     def _validate(self) -> float | None:
+        """The validation loss; None where a signal ended the validation."""
         self._begin("validation")
         loss = self._measure()
         if loss is None:
@@ -319,21 +295,18 @@ class Training:
     def _measure(self) -> float | None:
         """The validation loss, with fewer rows at a time where memory runs out and may."""
         while True:
-            refusal = None
             try:
-                return validation_loss(
-                    self._stepper.token_loss,
-                    self._validation_rows,
-                    self._rows_at_once,
-                    self._accelerator,
-                    self._make_batch,
-                    lambda: bool(self._signals.requested),
-                )
-            except Exception as error:
-                if self._recipe.on_oom != "halve" or not is_out_of_memory(error):
-                    raise
-                refusal = out_of_memory(error, "measuring the validation loss", ())
-            halve(refusal, self._recipe, self.progress)
+                with memory_refused(self._recipe, "measuring the validation loss"):
+                    return validation_loss(
+                        self._stepper.token_loss,
+                        self._validation_rows,
+                        self._rows_at_once,
+                        self._accelerator,
+                        self._make_batch,
+                        lambda: bool(self._signals.requested),
+                    )
+            except MicroStepOutOfMemory as error:
+                halve(error, self._recipe, self.progress)
             give_memory_back()
 
     def _agree_on_signal(self) -> None:
@@ -369,17 +342,16 @@ class Training:
             raise StoppedBySignal(self._signal)
 
     def _log(self, metrics: StepMetrics) -> None:
+        values = {name: value for name, value in asdict(metrics).items() if value is not None}
         if self._accelerator.is_main_process:
             # JSON has no infinity, which a loss scaler's skipped step may show as its norm.
             self._run.log(
                 {
                     name: None if isinstance(value, float) and not math.isfinite(value) else value
-                    for name, value in asdict(metrics).items()
-                    if value is not None
+                    for name, value in values.items()
                 }
             )
-        numbers = {name: value for name, value in asdict(metrics).items() if value is not None}
-        self._tracking.log({k: v for k, v in numbers.items() if k != "step"}, metrics.step)
+        self._tracking.log(values, values.pop("step"))
 
     def _save(self) -> None:
         self._begin("saving")

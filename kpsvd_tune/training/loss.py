@@ -29,42 +29,25 @@ class SummedTokenLoss(nn.Module):
     hook on that module: whatever the model does to logits afterwards (scaling, soft caps) still
     happens, and a prompt costs no V numbers a token. A model without such a module, or one that
     calls it with another shape, gives all logits, and the same positions are taken from those.
-
-    Args:
-        model: A causal language model of transformers, or a PEFT model around one.
-
-    Attributes:
-        is_sharded: Each process holds a part of the weights, so that all of them must call the
-            model equally often.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model = model  # of transformers, or a PEFT model around one
+        # Whether each process holds a part of the weights, so that all of them must call the model
+        # equally often.
         self.is_sharded = False
 
     def forward(
         self,
-        input_ids: Tensor,
-        positions: Tensor,
-        targets: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        reduction: str = "sum",
+        input_ids: Tensor,  # (B, T) int64
+        positions: Tensor,  # (K,) int64, indices into the flattened (B * T)
+        targets: Tensor,  # (K,) int64, the token that follows each position
+        attention_mask: Tensor | None = None,  # (B, T) int64, 0 on padding; None for packed rows
+        position_ids: Tensor | None = None,  # (1, T) int64, from 0 in each packed row; None: padded
+        reduction: str = "sum",  # or "none"
     ) -> Tensor:
-        """Sum the losses.
-
-        Args:
-            input_ids: (B, T) int64.
-            positions: (K,) int64, indices into the flattened (B * T).
-            targets: (K,) int64, the token that follows each position.
-            attention_mask: (B, T) int64, 0 on padding; None for packed rows.
-            position_ids: (1, T) int64, from 0 in each packed row; None for padded rows.
-            reduction: "none" for the loss of each of the K tokens.
-
-        Returns:
-            A float32 scalar, in nats; 0 where K is 0. Or (K,) float32.
-        """
+        """The summed loss in nats, a float32 scalar, 0 where K is 0; or each loss, (K,) float32."""
         # Without a mask, and only then, transformers finds the rows by their positions.
         inputs = {"attention_mask": attention_mask}
         if position_ids is not None:
@@ -124,21 +107,11 @@ def validation_loss(
     make_batch: Callable[[Sequence[TokenizedRow]], MicroBatch],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss over the supervised tokens of all rows, divided over the processes.
+    """Mean loss over the supervised tokens of one or more rows, divided over the processes.
 
-    The model is in evaluation mode meanwhile and comes back in the mode it was in. No random
-    number is drawn.
-
-    Args:
-        token_loss: The model with its loss, not wrapped for several processes.
-        rows: At least one row.
-        batch_size: Rows a process takes at a time.
-        accelerator: The processes.
-        make_batch: Pads rows.
-        stop_requested: Asked before every batch; all processes give up when it is true on one.
-
-    Returns:
-        Nats per token, equal on all processes; None when it was given up.
+    In nats per token, equal on all processes; None where `stop_requested`, asked before every
+    batch, is true on any. A process takes `batch_size` rows at a time. The model is in evaluation
+    mode meanwhile and comes back in the mode it was in. No random number is drawn.
     """
     # Rows of like length share a batch, which spares padding; padding changes no result.
     ordered = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
@@ -150,8 +123,8 @@ def validation_loss(
                 return None
             own = first + accelerator.process_index * batch_size
             part = ordered[own : own + batch_size]
-            # The last round may leave a process without rows. It still answers the question above,
-            # and computes something where others need its part of the weights.
+            # The last round may leave a process without rows. It still takes part in the exchange
+            # above, and computes something where others need its part of the weights.
             if part or token_loss.is_sharded:
                 batch = make_batch(part or ordered[-1:])
                 with torch.no_grad():

@@ -50,7 +50,14 @@ def make_optimizer(
     recipe: TrainRecipe, parameters: Sequence[Tensor], rate_factors: Sequence[float] = ()
 ) -> torch.optim.Optimizer:
     """Make the optimiser of `train.optimizer`, with a group for each `rate_factor` (else 1)."""
-    groups = _groups(recipe, parameters, rate_factors)
+    members: dict[float, list[Tensor]] = {}
+    factors = rate_factors or [1.0] * len(parameters)
+    for parameter, factor in zip(parameters, factors, strict=True):
+        members.setdefault(factor, []).append(parameter)
+    groups = [
+        {"params": group, "lr": recipe.learning_rate * factor, "rate_factor": factor}
+        for factor, group in members.items()
+    ]
     kind = optimizer_class(recipe)
     arguments: dict[str, Any] = dict(recipe.optimizer_args)
     accepted = check_arguments("train.optimizer_args", kind, recipe.optimizer, arguments)
@@ -74,7 +81,7 @@ def make_optimizer(
     try:
         return kind(groups, **arguments)
     except Exception as error:
-        # Whatever a class makes of an argument it did not expect: betas of one number, say.
+        # Of any type, as a class comes upon an argument that does not fit: betas of one number.
         raise RecipeError(f"train.optimizer_args: {recipe.optimizer}: {error}") from error
 
 
@@ -128,19 +135,6 @@ def stand_in(num_dims: int) -> nn.Parameter:
     parameter = nn.Parameter(torch.zeros((2,) * num_dims))
     parameter.grad = torch.ones_like(parameter)
     return parameter
-
-
-def _groups(
-    recipe: TrainRecipe, parameters: Sequence[Tensor], rate_factors: Sequence[float]
-) -> list[dict[str, Any]]:
-    factors = rate_factors or [1.0] * len(parameters)
-    members: dict[float, list[Tensor]] = {}
-    for parameter, factor in zip(parameters, factors, strict=True):
-        members.setdefault(factor, []).append(parameter)
-    return [
-        {"params": group, "lr": recipe.learning_rate * factor, "rate_factor": factor}
-        for factor, group in members.items()
-    ]
 
 
 def check_arguments(key: str, function: Any, name: str, given: dict[str, Any]) -> set[str]:

@@ -26,7 +26,7 @@ from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.loss import SummedTokenLoss, evaluating
 
-# Rows that are tried; the model's code treats the fifth like the fourth.
+# Rows that are tried; more would show nothing new.
 _NUM_ROWS = 4
 # By the bits that the model computes in, the mean difference a token, in nats, that rounding alone
 # may make: where one row is changed and all shapes stay (experts see other groups of tokens even
@@ -147,25 +147,13 @@ def attend_by_rows(model: nn.Module) -> None:
 
 def sdpa_by_rows(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    query: Tensor,  # (B, heads, T, head size)
+    key: Tensor,  # (B, key heads, T, head size)
+    value: Tensor,  # (B, key heads, T, value size)
+    attention_mask: Tensor | None,  # (B, 1, T, T) bool, True where a query sees a key; or another
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' `sdpa_attention_forward`, one call a block of the mask.
-
-    Args:
-        module: The attention module.
-        query: (B, heads, T, head size).
-        key: (B, key heads, T, head size).
-        value: (B, key heads, T, value size).
-        attention_mask: (B, 1, T, T) bool, True where a query sees a key; or another one.
-        **kwargs: Passed on.
-
-    Returns:
-        (B, T, heads, value size), and None in place of the attention weights.
-    """
+) -> tuple[Tensor, None]:  # (B, T, heads, value size), and None in place of attention weights
+    """Transformers' `sdpa_attention_forward`, one call a block of the mask."""
     # A bias has the whole sequence's shape, and a paged cache has keys of its own.
     is_plain = kwargs.get("position_bias") is None and kwargs.get("cache") is None
     blocks = _blocks_of(attention_mask) if is_plain else []

@@ -17,12 +17,10 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.runs.directory import RunDirectory
-from kpsvd_tune.runs.listing import checkpoint_name
+from kpsvd_tune.runs.directory import RunDirectory, checkpoint_name
 from kpsvd_tune.runs.state import TrainingState, load_random_state, random_state
 from kpsvd_tune.training.optim import knows_state
-from kpsvd_tune.training.progress import Progress
-from kpsvd_tune.training.recovery import retry_or_refuse
+from kpsvd_tune.training.progress import Progress, retry_or_refuse
 from kpsvd_tune.training.step import Stepper
 
 _log = logging.getLogger(__name__)
@@ -83,7 +81,7 @@ class Saving:
             )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
-        # The machine has no more memory than before.
+        # There is no more memory after going back than before.
         restored.micro_batch_size = progress.micro_batch_size
         restored.num_halvings = progress.num_halvings
         return restored

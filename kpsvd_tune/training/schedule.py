@@ -36,7 +36,7 @@ _LOWEST_RATE = 1e-7
 
 @dataclass(frozen=True)
 class RunLength:
-    """What a run amounts to."""
+    """How long a run is, and what of its settings cannot work or is worth a note then."""
 
     num_steps: int  # optimiser steps
     passes: float  # over the training rows
@@ -47,23 +47,13 @@ class RunLength:
 def run_length(
     train: TrainRecipe, num_rows: int, num_validation_rows: int, num_processes: int = 1
 ) -> RunLength:
-    """Work out the length of a run and hold its settings against it.
-
-    Args:
-        train: The `train` section.
-        num_rows: Training rows, at least 1.
-        num_validation_rows: Held-out rows.
-        num_processes: Processes that share a step.
-    """
+    """Work out the length of a run of one or more rows, and compare its settings with it."""
     sampler = StatelessSampler(
         num_rows, train.batch_size, num_processes, train.gradient_accumulation, train.seed
     )
     num_steps = train.max_steps or sampler.num_steps(train.epochs)
     passes = sampler.epoch(num_steps)
-    faults = (
-        *_warmup_faults(train, num_steps),
-        *_validation_faults(train, num_rows, num_validation_rows),
-    )
+    faults = tuple(_faults(train, num_steps, num_rows, num_validation_rows))
     notes = [
         f"{num_steps:,} steps of {sampler.global_batch_size:,} rows: {passes:.3g} passes over "
         f"{num_rows:,} rows"
@@ -75,20 +65,16 @@ def run_length(
     return RunLength(num_steps, passes, faults, tuple(notes))
 
 
-def _warmup_faults(train: TrainRecipe, num_steps: int) -> Iterator[str]:
-    if train.warmup_steps is None or train.scheduler == "constant":
-        return
-    if train.warmup_steps and train.warmup_steps >= num_steps:
+def _faults(
+    train: TrainRecipe, num_steps: int, num_rows: int, num_validation_rows: int
+) -> Iterator[str]:
+    warmup = 0 if train.scheduler == "constant" else train.warmup_steps or 0
+    if warmup and warmup >= num_steps:
         yield (
-            f"train.warmup_steps: is {train.warmup_steps} and the run has {num_steps} steps, so "
-            "the warm-up would take all of it; set it below that, or train.warmup_steps=null for "
+            f"train.warmup_steps: is {warmup} and the run has {num_steps} steps, so the warm-up "
+            "would take all of it; set it below that, or train.warmup_steps=null for "
             "train.warmup_ratio"
         )
-
-
-def _validation_faults(
-    train: TrainRecipe, num_rows: int, num_validation_rows: int
-) -> Iterator[str]:
     if num_validation_rows:
         return
     cure = "set dataset.validation to a number of rows or a file"
@@ -169,7 +155,8 @@ def _rate_notes(train: TrainRecipe, num_steps: int) -> Iterator[str]:
             "warning: train.scheduler: constant has no warm-up, so train.warmup_steps does "
             "nothing; constant_with_warmup has one"
         )
-    factors = schedule_factors(train, num_steps)
+    scheduler = make_scheduler(train, make_optimizer(train, [stand_in(3)]), num_steps)
+    factors = [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
     highest = max(factors)
     if highest < 0.999:
         yield (
@@ -216,7 +203,7 @@ def make_scheduler(
     num_warmup = num_warmup_steps(recipe, num_steps, starts_at_zero=starts_at_zero)
     try:
         with warnings.catch_warnings():
-            # That num_stable_steps wins over the length of the run, which it is given for.
+            # It warns that num_stable_steps overrides the length of the run, as it is meant to.
             warnings.simplefilter("ignore", UserWarning)
             scheduler = get_scheduler(
                 name,
@@ -257,12 +244,6 @@ def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable
         return 1.0 if step < num_warmup else factor(step)
 
     return ahead
-
-
-def schedule_factors(recipe: TrainRecipe, num_steps: int) -> list[float]:
-    """What the schedule of a run multiplies `train.learning_rate` with, step by step."""
-    scheduler = make_scheduler(recipe, make_optimizer(recipe, [stand_in(3)]), num_steps)
-    return [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
 
 
 def num_warmup_steps(recipe: TrainRecipe, num_steps: int, *, starts_at_zero: bool = False) -> int:

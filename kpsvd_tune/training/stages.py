@@ -1,4 +1,7 @@
-"""The stages of `train`: prepare the run, read the data, start the model, train it, finish."""
+"""The stages of `train`: prepare the run, read the data, start the model, train it, finish.
+
+And what they would do, for `train --dry-run`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
+from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.context import Context, RunInput, RunOptions
-from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import RecipeError
@@ -26,7 +30,6 @@ from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_s
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
-    ModelSource,
     base_fingerprint,
     load_skeleton,
     load_tokenizer,
@@ -44,8 +47,13 @@ from kpsvd_tune.processes import end_processes, name_lost_process, on_main_proce
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
-from kpsvd_tune.runs.adapter_card import adapter_card
-from kpsvd_tune.runs.adapter_folder import adapter_hash, check_own, holds_adapter, save_adapter
+from kpsvd_tune.runs.adapter_folder import (
+    adapter_card,
+    adapter_hash,
+    check_own,
+    holds_adapter,
+    save_adapter,
+)
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
@@ -95,8 +103,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             recipe.train, recipe.tracking, run.path / "logs", init_method()
         )
         stack.enter_context(name_lost_process(lambda: phase.name))
-        if recipe.evaluation and zero_stage(accelerator) == 3:
-            raise _unscorable("DeepSpeed's ZeRO 3")
+        _check_scorable(recipe, "DeepSpeed's ZeRO 3", zero_stage(accelerator) == 3)
 
         def claim() -> None:
             if not is_run(run.path):
@@ -117,12 +124,13 @@ def read_data(context: Context) -> RunInput:
     phase.enter("reading and tokenising the data", data_cures(recipe))
     assert recipe.dataset is not None  # checked when the run was prepared
     dataset = recipe.dataset
-    train, validation, sha256, template = on_main_process(
-        lambda: _read_rows(context, dataset, tokenizer, source)
-    )
-    # Only the first process has read the rows, and where the recipe names no chat template the
-    # rows decide which one is used.
-    tokenizer.chat_template = on_main_process(lambda: tokenizer.chat_template)
+
+    def read() -> tuple[Any, ...]:
+        found = _read_rows(recipe, dataset, tokenizer, load_skeleton(source), context.events)
+        return found.train, found.validation, found.sha256, found.template, tokenizer.chat_template
+
+    # Where the recipe names no chat template the rows decide which one is used.
+    train, validation, sha256, template, tokenizer.chat_template = on_main_process(read)
     length = run_length(
         recipe.train, len(train), len(validation), context.accelerator.num_processes
     )
@@ -252,42 +260,76 @@ def finish_run(
     return results
 
 
+def plan(recipe: Recipe, events: Events) -> dict[str, Any]:
+    """Say what `train` would do, without loading weights or writing anything."""
+    if recipe.dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `train` needs")
+    source = resolve_model(recipe.model.path, recipe.model.revision)
+    skeleton = load_skeleton(source)
+    data = _read_rows(recipe, recipe.dataset, load_tokenizer(source), skeleton, events)
+    adapter = recipe.adapter
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    train = recipe.train
+    length = run_length(train, len(data.train), len(data.validation))
+    if length.faults:
+        raise RecipeError("\n".join(length.faults))
+    for note in length.notes:
+        events.note(note)
+    bytes_each = 4 if recipe.model.dtype == "float32" else 2
+    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    return {
+        "model": recipe.model.path,
+        "base_parameters": num_parameters,
+        "base_model_bytes": num_parameters * bytes_each,
+        "target_matrices": len(names),
+        "rank_rule": adapter.rank.method,
+        "training_rows": len(data.train),
+        "validation_rows": len(data.validation),
+        "steps": length.num_steps,
+        "passes_over_rows": length.passes,
+        "rows_per_step": train.batch_size * train.gradient_accumulation,
+        "output_dir": recipe.output_dir,
+        "output_dir_exists": Path(recipe.output_dir).exists(),
+    }
+
+
 def _check(recipe: Recipe) -> None:
     """Refuse before the first long stage whatever can be refused."""
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
-    if recipe.train.parallel == "fsdp" and recipe.evaluation:
-        raise _unscorable("train.parallel: fsdp")
+    _check_scorable(recipe, "train.parallel: fsdp", recipe.train.parallel == "fsdp")
     check_tasks(recipe.evaluation, recipe.dataset)
     find_adapter(recipe)
 
 
-def _unscorable(sharding: str) -> RecipeError:
-    return RecipeError(
-        f"evaluation: answers are not generated from sharded weights ({sharding}); "
-        "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
-    )
+def _check_scorable(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
+    if is_sharded and recipe.evaluation:
+        raise RecipeError(
+            f"evaluation: answers are not generated from sharded weights ({sharding}); "
+            "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
+        )
 
 
 def _read_rows(
-    context: Context,
+    recipe: Recipe,
     dataset: DatasetRecipe,
     tokenizer: PreTrainedTokenizerBase,
-    source: ModelSource,
-) -> tuple[Sequence[TokenizedRow], Sequence[TokenizedRow], str, str]:
-    """Rows to train on, held-out rows, the hash of both, and the template of both."""
-    events = context.events
+    skeleton: PreTrainedModel,
+    events: Events,
+) -> PreparedData:
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
         tokenizer,
-        seed=context.recipe.train.seed,
+        seed=recipe.train.seed,
         progress=lambda done, total: events.advance("tokenising", done, total),
-        limits=model_limits(load_skeleton(source)),
+        limits=model_limits(skeleton),
     )
     events.note(data.cache_note)
     events.preflight(data.report)
-    return data.train, data.validation, data.sha256, data.template
+    return data
 
 
 def _identity(
@@ -336,24 +378,21 @@ def _scorer(context: Context, data: RunInput) -> Scorer:
         data.dataset,
         context.accelerator.device,
         context.events,
-        context.options.permission,
+        context.options.sandbox,
     )
 
 
 def _scores(
     before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]
 ) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    if after:
-        results["scores"] = {task: as_mapping(scores) for task, scores in after.items()}
-    if before:
-        results["base_scores"] = {task: as_mapping(scores) for task, scores in before.items()}
-    for task in before:
-        results[task] = {
-            "before": before[task][0].value,
-            "after": after[task][0].value,
-            "n": after[task][0].n,
-        }
+    results: dict[str, Any] = {
+        key: {task: as_mapping(scores) for task, scores in found.items()}
+        for key, found in (("scores", after), ("base_scores", before))
+        if found
+    }
+    for task, scores in before.items():
+        now = after[task][0]
+        results[task] = {"before": scores[0].value, "after": now.value, "n": now.n}
     return results
 
 

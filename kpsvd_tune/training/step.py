@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +16,14 @@ from kpsvd_tune.adapter.idle import idle_layers, idle_message, trained_by_layer
 from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
-from kpsvd_tune.training.accelerator import engine_class
+from kpsvd_tune.runs.state import load_random_state, random_state
 from kpsvd_tune.training.batches import MicroBatch
+from kpsvd_tune.training.engines.deepspeed import DeepSpeedEngine
+from kpsvd_tune.training.engines.deepspeed_config import zero_stage
+from kpsvd_tune.training.engines.plain import Engine
+from kpsvd_tune.training.engines.sharded import ShardedEngine
 from kpsvd_tune.training.loss import SummedTokenLoss
-from kpsvd_tune.training.recovery import MicroStepOutOfMemory, find_fault
+from kpsvd_tune.training.progress import MicroStepOutOfMemory, find_fault, memory_refused
 from kpsvd_tune.training.schedule import make_scheduler, set_rates
 
 _log = logging.getLogger(__name__)
@@ -44,17 +45,8 @@ class StepSums:
 class Stepper:
     """The model with its loss, its optimiser and its schedule, moved together by `take`.
 
-    Args:
-        model: Goes to the accelerator's device.
-        recipe: The `train` section.
-        accelerator: The processes.
-        num_steps: Length of the schedule.
-        rate_factors: Parameter name to what its learning rate is multiplied with; 1 elsewhere.
-        example: A batch that uses every weight that text can use, the same on every process.
-
-    Raises:
-        AdapterError: Nothing is trainable.
-        RecipeError: The recipe asks for what cannot be done with sharded weights.
+    The arguments are those of `Engine`, and the length of the schedule in steps. AdapterError:
+    nothing is trainable; RecipeError: the recipe asks for what the engine cannot do.
     """
 
     def __init__(
@@ -72,16 +64,15 @@ class Stepper:
             _enable_checkpointing(model)
         self._recipe, self._accelerator, self._num_steps = recipe, accelerator, num_steps
         self.token_loss = SummedTokenLoss(model)  # not wrapped for several processes
-        engine = engine_class(recipe, accelerator)
+        engine: type[Engine] = Engine
+        if zero_stage(accelerator) is not None:
+            engine = DeepSpeedEngine
+        elif recipe.parallel == "fsdp" and accelerator.num_processes > 1:
+            engine = ShardedEngine
         self._engine = engine(self.token_loss, recipe, accelerator, rate_factors or {}, example)
         self.shapes = self._engine.shapes  # of each trained parameter, by its name in the model
         self._schedule_from(starts_at_zero=False)
         self._base_rates = list(self._scheduler.base_lrs)
-
-    @property
-    def num_trained(self) -> int:
-        """Trained numbers."""
-        return sum(map(math.prod, self.shapes.values()))
 
     def take(
         self,
@@ -101,8 +92,17 @@ class Stepper:
         num_supervised = sum(each for (each,) in gather_numbers(accelerator, [own]))
         # DDP takes the mean of the processes' gradients, where the loss is a sum over them.
         scale = accelerator.num_processes / max(1.0, num_supervised)
-        with self._gradients_dropped_without_memory(step):
-            loss = self._accumulate(batches, scale)
+        random = random_state(self.devices()) if self._recipe.on_oom == "halve" else {}
+        try:
+            with memory_refused(self._recipe, f"computing step {step}"):
+                loss = self._accumulate(batches, scale)
+        except MicroStepOutOfMemory:
+            # Where memory runs out may differ from one session to the next; what the step draws
+            # must not, so it is left as if it had not begun.
+            engine.optimizer.zero_grad(set_to_none=True)
+            load_random_state(random)
+            raise
+        # They are found by their missing gradients, so before gradients are reset.
         if step == 1 and engine.keeps_gradients and accelerator.is_main_process:
             _warn_of_idle_layers(self.token_loss.model)
         grad_norm = engine.clip()
@@ -140,20 +140,6 @@ class Stepper:
             is_last = index == len(batches) - 1
             loss += self._engine.backward(batch.to(device), scale, is_last)
         return loss
-
-    @contextmanager
-    def _gradients_dropped_without_memory(self, step: int) -> Iterator[None]:
-        """With `train.on_oom: halve`, leave a step that found no memory as if never begun."""
-        refusal = None
-        try:
-            yield
-        except Exception as error:
-            if self._recipe.on_oom != "halve" or not is_out_of_memory(error):
-                raise
-            refusal = out_of_memory(error, f"computing step {step}", ())
-        if refusal is not None:
-            self._engine.optimizer.zero_grad(set_to_none=True)
-            raise MicroStepOutOfMemory(str(refusal))
 
     def devices(self) -> list[torch.device]:
         """The devices that hold parts of the model."""
@@ -216,7 +202,6 @@ class Stepper:
 
 
 def _warn_of_idle_layers(model: nn.Module) -> None:
-    """Name the layers without gradients; to be called before those are reset."""
     if idle := idle_layers(model):
         _log.warning(idle_message(idle, list(trained_by_layer(model))))
 

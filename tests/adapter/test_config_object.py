@@ -249,3 +249,25 @@ def test_an_adapter_whose_shapes_an_earlier_version_chose_is_loaded(
     config = KpsvdConfig(target_modules=["q_proj"], factor_shape="auto")
     with pytest.raises(AdapterError, match="unknown factor shape 'auto': expected one of balanced"):
         get_peft_model(model_factory(), config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("target_modules", ["q_proj", 3], r"a string or a list of names, got \['q_proj', 3\]"),
+        ("exclude_modules", 3, "a string or a list of names, got 3"),
+        ("modules_to_save", "norm", "a list of names, got 'norm'"),
+        ("modules_to_save", [-1], r"a list of names, got \[-1\]"),
+        ("trainable_token_indices", 0.5, "a list of token ids, or a mapping"),
+        ("trainable_token_indices", {"wte": [10**30]}, "a list of token ids, or a mapping"),
+        ("rank_pattern", "q_proj", "a mapping of patterns to ranks"),
+        ("dropout", "0.1", "a number, got '0.1'"),
+        ("layers", ["q_proj"], "a mapping of names to a shape of four sizes and a rank"),
+        ("layers", {"q_proj": {"shape": [4, 4, 4], "rank": 1}}, "a shape of four sizes and a rank"),
+        ("layers", {"q_proj": {"shape": [4, 4, 4, 4], "rank": None}}, "four sizes and a rank"),
+        ("layers", {"q_proj": {"shape": [4, 4, 4, 0], "rank": 1}}, "four sizes and a rank"),
+    ],
+)
+def test_values_of_other_kinds_are_refused_by_key(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(AdapterError, match=f"^{key}: expected .*{expected}"):
+        KpsvdConfig(**{"target_modules": ["q_proj"]} | {key: value})

@@ -159,6 +159,17 @@ def test_numbers_that_no_training_saved_are_refused(
             road()
 
 
+@pytest.mark.parametrize("part", ["kpsvd_left", "kpsvd_left0", "kpsvd_base"])
+def test_tensors_of_other_sizes_are_refused_by_name(
+    folder: Path, model_factory: Any, part: str
+) -> None:
+    change(folder, lambda w: w.update({f"{Q_PROJ}{part}": w[f"{Q_PROJ}{part}"].flatten()[:3]}))
+    words = rf"hold model.layers.0.self_attn.q_proj.{part} of size \(3,\), expected \("
+    for road in roads(folder, model_factory):
+        with pytest.raises(AdapterError, match=words):
+            road()
+
+
 def test_embeddings_that_peft_saved_with_the_adapter(
     tiny_model: Any, model_factory: Any, tmp_path: Path
 ) -> None:

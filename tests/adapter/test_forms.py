@@ -223,3 +223,12 @@ def test_zero_directions_stay_zero() -> None:
 def test_wrong_configurations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         KpsvdConfig(**options)
+
+
+@pytest.mark.parametrize("form", ["left", "right", "core"])
+def test_nothing_is_decomposed_for_factors_of_a_seed(
+    tiny_model: Any, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpsvd_tune.adapter.model.decompose_layer", None)
+    model = adapt(tiny_model, form=form, frozen_seed=3)
+    assert all(layer.kpsvd_form["default"].rank == 2 for _, layer in kpsvd_layers(model))

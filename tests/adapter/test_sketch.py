@@ -224,6 +224,21 @@ def test_one_changed_entry_is_seen(dtype: torch.dtype) -> None:
     assert tolerance == TOLERANCE < far
 
 
+def test_constants_beside_float32_weights_hide_no_small_change(
+    model_factory: Make, tmp_path: Path
+) -> None:
+    """Norms of ones are exact in 16 bits, which says nothing of the other weights."""
+    base, other = model_factory(), model_factory()
+    assert (base.model.norm.weight == 1).all()
+    with torch.no_grad():
+        base.model.embed_tokens.weight[3, 4], other.model.embed_tokens.weight[3, 4] = 0.3, 0.3002
+    rounded = (each.model.embed_tokens.weight.bfloat16() for each in (base, other))
+    assert torch.equal(*rounded)
+    folder = saved(base, tmp_path)
+    with pytest.raises(AdapterError, match=WRONG):
+        from_folder(other, folder)
+
+
 @pytest.mark.parametrize("size", [(1,), (4095,), (4096,), (4097,), (3, 5, 7), ((1 << 20) + 9,)])
 def test_sketches_know_sizes_places_and_signs(size: tuple[int, ...]) -> None:
     weight = torch.randn(size)

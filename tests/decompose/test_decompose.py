@@ -27,7 +27,7 @@ from kpsvd_tune.decompose.spectra import divide, work
 from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan, kpsvd, unrearrange
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
-from kpsvd_tune.recipe.adapter import AdapterRecipe
+from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.console import rank_summary
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
@@ -424,3 +424,22 @@ def test_a_model_in_memory_is_decomposed_as_its_files_are(
     for name, layer in kpsvd_layers(model):
         assert torch.equal(layer.kpsvd_left0["default"], streamed.factors[name][0])
         assert torch.equal(layer.kpsvd_right0["default"], streamed.factors[name][1])
+
+
+def test_directions_of_a_seed_need_no_decomposition(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpsvd_tune.decompose.spectra.decompose_layer", None)
+    adapter = AdapterRecipe(form="left", factor_size=8, init="random", rank=RankRecipe(max=3))
+    found = decompose(resolve_model(str(tiny_model_dir)), adapter)
+    assert found.factors == {}
+    assert found.report.form == "left"
+    weights = load_file(tiny_model_dir / "model.safetensors")
+    for layer in found.report.layers:
+        norm = float(weights[f"{layer.name}.weight"].norm())
+        assert found.layers[layer.name]["norm"] == pytest.approx(norm, rel=1e-6)
+    nothing = AdapterRecipe(
+        form="left", init="random", rank=RankRecipe(min=0, budget=1, method="fixed")
+    )
+    with pytest.raises(AdapterError, match="every layer got rank 0"):
+        decompose(resolve_model(str(tiny_model_dir)), nothing)

@@ -35,7 +35,9 @@ class Notes:
 
 
 def evaluate(model, tokenizer, recipe, folder, events: Any = None, **options):
-    return module.evaluate(model, tokenizer, recipe, folder, events or Notes(), **options)
+    place = torch.device("cpu")
+    scorer = module.Scorer(tokenizer, None, place, events or Notes(), None)
+    return scorer.score(model, recipe, folder, **options)
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import make_model, make_tokenizer
-from kpsvd_tune.evaluation.evaluate import evaluate
+from kpsvd_tune.evaluation.evaluate import Scorer
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
 
@@ -284,7 +286,8 @@ recipe = EvaluationRecipe(
     task="exact_match", path={rows!r}, max_new_tokens=6, batch_size=3,
     columns={{"prompt": "question", "completion": "answer"}},
 )
-scores = evaluate(make_model(tokenizer), tokenizer, recipe, Path({folder!r}) / "eval", Silent())
+scorer = Scorer(tokenizer, None, torch.device("cpu"), Silent(), None)
+scores = scorer.score(make_model(tokenizer), recipe, Path({folder!r}) / "eval")
 (Path({folder!r}) / f"scores-{{rank}}").write_text(repr(scores))
 torch.distributed.destroy_process_group()
 """

@@ -12,10 +12,10 @@ import pytest
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import tasks
 from kpsvd_tune.evaluation.completions import Completion, read_completions
-from kpsvd_tune.evaluation.sandbox.run import CodePermission, Program, RunResult, Status
+from kpsvd_tune.evaluation.sandbox.run import Program, RunResult, Status
 from kpsvd_tune.evaluation.scoring import (
+    check_code_execution,
     missing_scorers,
-    permission_for,
     score_completions,
 )
 from kpsvd_tune.report.results import Score
@@ -106,7 +106,7 @@ def test_the_figures_of_a_score(num_right: int):
 def test_mbpp_counts_questions_and_broken_programs():
     gold = {"test_list": ["assert True"]}
     pairs = [("right", gold), ("wrong", gold), ("broken", gold), ("", gold)]
-    scores = scores_of("mbpp", pairs, permission=CodePermission("bwrap"))
+    scores = scores_of("mbpp", pairs, sandbox="none")
     assert scores == {"pass@1": Score("pass@1", 0.25, 4, math.sqrt(0.25 * 0.75 / 4), 2)}
 
 
@@ -119,7 +119,7 @@ def test_pass_at_k_of_several_samples():
         for i, samples in texts.items()
         for sample, text in enumerate(samples)
     ]
-    scores = score_completions("mbpp", completions, permission=CodePermission("bwrap"))
+    scores = score_completions("mbpp", completions, sandbox="none")
     assert [(s.scorer, s.value, s.n) for s in scores] == [("pass@1", 0.125, 2), ("pass@4", 0.5, 2)]
 
 
@@ -137,10 +137,10 @@ def test_code_is_refused_before_anything_is_run(monkeypatch: pytest.MonkeyPatch)
 
 def test_only_programs_need_permission():
     for task in ("gsm8k", "math", "exact_match"):
-        assert permission_for([task], False, "bwrap") == CodePermission()
+        check_code_execution([task], None)
     with pytest.raises(InputError, match="task mbpp runs programs .* Type --allow-code-execution"):
-        permission_for(["gsm8k", "mbpp"], False, "bwrap")
-    assert permission_for(["mbpp"], True, "none").for_task("mbpp") == "none"
+        check_code_execution(["gsm8k", "mbpp"], None)
+    check_code_execution(["mbpp"], "none")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from kpsvd_tune.linalg import (
     KroneckerShape,
@@ -14,6 +15,7 @@ from kpsvd_tune.linalg import (
     choose_ranks,
     decompose_layer,
     kpsvd,
+    rearrange,
 )
 
 SHAPE = KroneckerShape(4, 3, 2, 5)
@@ -55,3 +57,49 @@ def test_an_adapter_keeps_shape_rank_and_fingerprint() -> None:
     assert plan.settings() == {"shape": [4, 3, 2, 5], "rank": 2, "fingerprint": 9.0}
     assert plan.settings(is_of_weight=False)["fingerprint"] is None
     assert plan.num_parameters == 2 * SHAPE.num_parameters
+
+
+@pytest.mark.parametrize("form", ["left", "right", "core"])
+def test_random_directions_hold_their_mean_share(form: str) -> None:
+    """The mean of ||R(W) v||^2 over unit vectors v of random directions, by drawing many."""
+    torch.manual_seed(0)
+    shape, weight = KroneckerShape(2, 3, 4, 2), torch.randn(8, 6)
+    matrix = rearrange(weight, shape)
+    left, right = (nn.functional.normalize(torch.randn(4000, size), dim=1) for size in matrix.shape)
+    held = {
+        "left": (right @ matrix.T).square().sum(1),
+        "right": (left @ matrix).square().sum(1),
+        "core": ((left @ matrix) * right).sum(1).square(),
+    }[form]
+    squared_norm = float(weight.square().sum())
+    plan = LayerPlan("layer", shape, form=form).with_random_terms(squared_norm, 4)
+    assert plan.values[0] ** 2 == pytest.approx(float(held.mean()), rel=0.1)
+    assert len(plan.values) == 4
+    assert len(plan.with_random_terms(squared_norm, 100).values) == shape.max_rank
+    assert plan.squared_norm == squared_norm
+
+
+@pytest.mark.parametrize(
+    ("form", "rank", "drawn", "stored"),
+    [
+        ("both", 2, False, 88),
+        ("left", 2, False, 44),
+        ("right", 2, False, 44),
+        ("core", 3, False, 75),
+    ]
+    + [("left", 2, True, 24), ("right", 2, True, 20), ("core", 3, True, 9)],
+)
+def test_what_a_file_holds_of_a_layer(form: str, rank: int, drawn: bool, stored: int) -> None:
+    """SHAPE has left factors of 12 numbers and right ones of 10."""
+    assert LayerPlan("a", SHAPE, rank=rank, form=form).stored(drawn) == stored
+
+
+def test_a_core_costs_its_square_in_the_budget() -> None:
+    plans = [
+        LayerPlan(name, SHAPE, form="core", values=(2.0, 1.0, 1.0, 1.0), squared_norm=8.0)
+        for name in "ab"
+    ]
+    rule = RankRule(method="fixed", window=4, min=1, max=4, budget=13)
+    chosen = choose_ranks(plans, rule)
+    assert [plan.rank for plan in chosen] == [3, 2]
+    assert sum(plan.num_parameters for plan in chosen) == 13

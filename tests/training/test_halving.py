@@ -14,7 +14,7 @@ import torch
 from kpsvd_tune.errors import RecipeError, ResourceError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.storage.commit import read_committed
-from kpsvd_tune.training import recovery
+from kpsvd_tune.training import progress
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 CUDA = (
@@ -193,6 +193,6 @@ def test_without_the_key_an_error_of_memory_stays_what_it_is(
 )
 def test_several_processes_are_refused(processes: int, is_zero: bool, words: str) -> None:
     with pytest.raises(RecipeError, match=f"works with one plain process, and {words}"):
-        recovery.check_halving(TrainRecipe(on_oom="halve"), processes, is_zero)
-    recovery.check_halving(TrainRecipe(on_oom="halve"), 1, False)
-    recovery.check_halving(TrainRecipe(), 2, False)
+        progress.check_halving(TrainRecipe(on_oom="halve"), processes, is_zero)
+    progress.check_halving(TrainRecipe(on_oom="halve"), 1, False)
+    progress.check_halving(TrainRecipe(), 2, False)

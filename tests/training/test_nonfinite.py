@@ -11,7 +11,7 @@ import torch
 
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 from kpsvd_tune.training import Training
-from kpsvd_tune.training.recovery import find_fault
+from kpsvd_tune.training.progress import find_fault
 
 
 def weights(model):

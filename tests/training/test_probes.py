@@ -12,8 +12,8 @@ import pytest
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.report.results import Probe
-from kpsvd_tune.training import probes
-from kpsvd_tune.training.probes import (
+from kpsvd_tune.training import initialise as module
+from kpsvd_tune.training.initialise import (
     CANDIDATES,
     EnergyProbes,
     best_first,
@@ -86,7 +86,7 @@ def test_probes_that_are_done_are_not_run_again(
     calls: list[float] = []
 
     def stop_at_the_third(*args: Any) -> Probe | None:
-        calls.append(args[2])
+        calls.append(args[1])
         if len(calls) == 3:
             raise KeyboardInterrupt
         return run(*args)
@@ -127,8 +127,7 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kpsvd_tune.decompose import start
-    from kpsvd_tune.training import stages as module
-    from kpsvd_tune.training import tracking
+    from kpsvd_tune.training import stages, tracking
 
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
@@ -145,8 +144,8 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
         started.append(name)
         raise OSError("not today")
 
-    monkeypatch.setattr(probes, "adapt", watch)
     monkeypatch.setattr(module, "adapt", watch)
+    monkeypatch.setattr(stages, "adapt", watch)
     monkeypatch.setattr(tracking, "make_tracker", make_tracker)
     assert cli.run(["train", str(recipe), "tracking=[tensorboard]"]) == 0
     assert len(alive) > 2

@@ -75,25 +75,6 @@ class RunResult:
         return self.status == "passed"
 
 
-@dataclass(frozen=True)
-class CodePermission:
-    """Whether programs that a model wrote may run; made and checked once, by the command."""
-
-    sandbox: Sandbox | None = None  # "none" for no protection; None: they may not run
-
-    def for_task(self, task: str) -> Sandbox:
-        """What the programs of a task run in; InputError where they may not run."""
-        if self.sandbox is None:
-            raise InputError(
-                f"the task {task} runs programs the model wrote, and that was not allowed. Type "
-                "--allow-code-execution to run them in a sandbox."
-            )
-        return self.sandbox
-
-
-NO_CODE = CodePermission()
-
-
 def check_sandbox(sandbox: str) -> None:
     """Refuse a sandbox that is not "none" or a working "bwrap"; the message says how to get one."""
     if sandbox not in ("bwrap", "none"):

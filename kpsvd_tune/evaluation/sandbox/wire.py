@@ -220,11 +220,10 @@ class Codec:
 
     def _parts_of_object(self, value: Any, kind: type) -> list[Any]:
         where = (kind.__module__, kind.__name__)
-        # Whatever bears such a name may be another type; nothing is imported to find that out.
-        is_known = where[0] == "builtins" or kind is getattr(
-            sys.modules.get(where[0]), where[1], None
-        )
-        if where in _VALUES and is_known:
+        # Another type may bear such a name; nothing is imported to find that out.
+        if where in _VALUES and (
+            where[0] == "builtins" or kind is getattr(sys.modules.get(where[0]), where[1], None)
+        ):
             parts = _VALUES[where](value)
             return [*parts, _Step("v", *where, len(parts))]
         if isinstance(value, type):

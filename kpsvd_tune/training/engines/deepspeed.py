@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.runs.state import check_groups
-from kpsvd_tune.training.engines import Engine
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
+from kpsvd_tune.training.engines.plain import Engine
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 
@@ -120,7 +120,18 @@ class DeepSpeedEngine(Engine):
             {**group, "params": names}
             for group, names in zip(self.optimizer.param_groups, self._group_names, strict=True)
         ]
-        return {"state": self._whole_state(), "groups": groups}
+        state: dict[str, dict[str, Any]] = {}
+        if any(self.optimizer.state.values()):
+            self._link_state()
+            get = self._deepspeed.utils.safe_get_full_optimizer_state
+            # All parts have taken the same steps, so what is one number for a part holds for all.
+            one: Mapping[str, Any] = self.optimizer.state[self._parts()[0]]
+            for parameter, name in self._names.items():
+                state[name] = {
+                    key: get(parameter, key) if _is_per_entry(value) else _copy(value)
+                    for key, value in one.items()
+                }
+        return {"state": state, "groups": groups}
 
     def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
         """Put back the state of each parameter."""
@@ -142,21 +153,6 @@ class DeepSpeedEngine(Engine):
             for key, value in values.get(name, {}).items():
                 if _is_per_entry(value):
                     put(parameter, value.to(parameter.device), key)
-
-    def _whole_state(self) -> dict[str, dict[str, Any]]:
-        if not any(self.optimizer.state.values()):
-            return {}
-        self._link_state()
-        get = self._deepspeed.utils.safe_get_full_optimizer_state
-        # All parts have taken the same steps, so what is one number for a part holds for all.
-        one: Mapping[str, Any] = self.optimizer.state[self._parts()[0]]
-        return {
-            name: {
-                key: get(parameter, key) if _is_per_entry(value) else _copy(value)
-                for key, value in one.items()
-            }
-            for parameter, name in self._names.items()
-        }
 
     def _link_state(self) -> None:
         """Let the engine look at the state that there is now.

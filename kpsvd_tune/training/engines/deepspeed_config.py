@@ -52,12 +52,8 @@ _IGNORED = (
 def launch_environment(file: str, num_processes: int) -> dict[str, str]:
     """The variables by which `accelerate launch --config_file FILE` tells its ranks of DeepSpeed.
 
-    Args:
-        file: A configuration of Accelerate, as `accelerate config` writes it.
-        num_processes: Used instead of the file's.
-
-    Raises:
-        InputError: The file cannot be used, or asks for something other than DeepSpeed.
+    `num_processes` counts instead of the file's. InputError: the file cannot be used, or asks for
+    something other than DeepSpeed.
     """
     # Accelerate's own reading of its file, so that a key means here what it means there.
     from accelerate.commands.launch import (  # type: ignore[import-untyped]
@@ -78,7 +74,7 @@ def launch_environment(file: str, num_processes: int) -> dict[str, str]:
             environment: dict[str, str] = prepare_deepspeed_cmd_env(options)[1]
             return {k: v for k, v in environment.items() if k.startswith("ACCELERATE_")}
     except Exception as error:
-        # Whatever a file can hold that Accelerate does not expect.
+        # Accelerate raises errors of any type for a file that it does not expect.
         raise InputError(
             f"--accelerate-config {file}: {error}; expected a file as `accelerate config` writes it"
         ) from error

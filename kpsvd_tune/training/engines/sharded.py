@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.engines.plain import PlainEngine
+from kpsvd_tune.training.engines.plain import Engine
 from kpsvd_tune.training.loss import SummedTokenLoss
 
 Tree = TypeVar("Tree")
 
 
-class ShardedEngine(PlainEngine):
+class ShardedEngine(Engine):
     """The plain engine over DTensors; every process must call the loss equally often.
 
     A block's weights are whole only while it computes; buffers, with the frozen factors, always.
@@ -38,7 +38,7 @@ class ShardedEngine(PlainEngine):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         token_loss.is_sharded = True
-        # Sets up the precision; what is "evaluated" is not wrapped by DDP.
+        # Sets up the precision; in evaluation mode Accelerate does not wrap the module in DDP.
         module: nn.Module = self._accelerator.prepare_model(token_loss, evaluation_mode=True)
         return module
 

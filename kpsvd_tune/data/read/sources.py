@@ -77,10 +77,12 @@ def load_rows(
     if not paths:
         raise DataError("dataset.path is an empty list; expected at least one file or hub id")
     sources = [each for one in paths for each in open_sources(one, name=name, split=split)]
-    rows = tuple(row for source in sources for row in source.read())
-    if faults := [row.fault for row in rows if row.fault is not None]:
-        raise faults[0]
-    return LoadedRows(rows, tuple(note for source in sources for note in source.notes))
+    rows = []
+    for row in (row for source in sources for row in source.read()):
+        if row.fault is not None:
+            raise row.fault
+        rows.append(row)
+    return LoadedRows(tuple(rows), tuple(note for source in sources for note in source.notes))
 
 
 def open_sources(

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -147,6 +147,14 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object_without_repeats)
     except RecursionError as error:
         raise ValueError("the nesting is too deep to read") from error
+
+
+def parsed(value: Any) -> Any:
+    """What a text says where it is JSON, as in csv files and columns of Arrow; else the value."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return parse_json(value)
+    return value
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

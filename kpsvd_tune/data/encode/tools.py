@@ -65,10 +65,7 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
 
 
 def read_calls(
-    name: str,
-    message: dict[str, Any],
-    tools: Sequence[Any] | None,
-    notes: list[Note],
+    name: str, message: dict[str, Any], tools: Sequence[Any] | None, notes: list[Note]
 ) -> list[Any]:
     """Take the calls of `tool_calls`, or of OpenAI's older `function_call`, out of a message.
 

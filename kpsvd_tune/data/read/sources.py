@@ -58,10 +58,7 @@ class LoadedRows:
 
 
 def load_rows(
-    path: str | Sequence[str],
-    *,
-    name: str | Sequence[str] | None = None,
-    split: str = "train",
+    path: str | Sequence[str], *, name: str | Sequence[str] | None = None, split: str = "train"
 ) -> LoadedRows:
     """Read one or several sources into memory, one after the other.
 
@@ -192,7 +189,7 @@ def _file(path: Path, part: Part) -> RowSource:
         row_unit(path),
         lambda: _sliced(lambda: read_file(path), part, str(path)),
         # The kind of file decides how the bytes are read.
-        lambda: f"{''.join(path.suffixes[-2:]).lower()} {_file_sha256(path)}",
+        lambda: f"{''.join(path.suffixes[-2:]).lower()} {file_sha256(path)}",
         part.stretch,
     )
 
@@ -228,7 +225,7 @@ def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
 
 def _table(table: Any, label: str, part: Part) -> RowSource:
     def fingerprint() -> str:
-        digests = [bytes.fromhex(_file_sha256(file["filename"])) for file in table.cache_files]
+        digests = [bytes.fromhex(file_sha256(file["filename"])) for file in table.cache_files]
         return f"saved {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
     def read() -> Iterator[Row]:
@@ -247,7 +244,8 @@ def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowS
     return [replace(first, notes=tuple(notes)), *others]
 
 
-def _file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
+    """Hash the bytes of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

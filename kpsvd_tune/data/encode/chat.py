@@ -29,6 +29,7 @@ from kpsvd_tune.data.encode.messages import REASONING_KEYS
 from kpsvd_tune.data.encode.templates import Template, shipped_name, texts_of
 from kpsvd_tune.data.encode.tools import render_calls
 from kpsvd_tune.data.encode.written import WrittenCheck
+from kpsvd_tune.data.read.files import shortened
 from kpsvd_tune.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -384,7 +385,7 @@ class _MarkedFinder(_Finder):
 
 def head(text: str) -> str:
     """The beginning of a text, as messages show it."""
-    return repr(text if len(text) <= 50 else text[:47] + "...")
+    return repr(shortened(text, 50))
 
 
 def tail(text: str) -> str:
@@ -433,7 +434,12 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     start = turn.find(reasoning)
     place = turn.find(answer, max(start, 0) + len(reasoning))
     if start < 0 or place < 0:
-        raise _drops_reasoning(text, turn)
+        raise TemplateError(
+            "the chat template drops or changes the assistant's reasoning: expected "
+            f"{head(text)}, it wrote {head(turn)}; take the reasoning out of the rows to train "
+            f"answers alone (the key reasoning_content, or the text up to {_THINK_END}), or use "
+            f"{_OTHER_TEMPLATE} that keeps it, such as qwen3, deepseek-r1 or chatml"
+        )
     start = start if reasoning else place
     marker_place = turn.rfind("<think>", 0, start)
     return (start if marker_place < 0 else marker_place), place + len(answer)
@@ -445,15 +451,6 @@ def _only_mentions_thinking(reasoning: str, answer: str) -> bool:
         return False
     is_inline = not (reasoning.endswith("\n") or answer.startswith("\n"))
     return "<think>" in reasoning + answer or (bool(answer) and is_inline)
-
-
-def _drops_reasoning(expected: str, turn: str) -> TemplateError:
-    return TemplateError(
-        f"the chat template drops or changes the assistant's reasoning: expected {head(expected)}, "
-        f"it wrote {head(turn)}; take the reasoning out of the rows to train answers alone (the "
-        f"key reasoning_content, or the text up to {_THINK_END}), or use {_OTHER_TEMPLATE} that "
-        "keeps it, such as qwen3, deepseek-r1 or chatml"
-    )
 
 
 def _asks_otherwise(before: str, after: str, arguments: str) -> TemplateError:

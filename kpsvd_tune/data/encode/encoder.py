@@ -123,7 +123,10 @@ class Encoder:
         self._learn = learn
         self._notes: dict[str, str] = {}  # by what they are about
         # Read once: a tokenizer looks its special tokens up anew at every call.
-        special = _special_tokens(tokenizer)
+        special = {str(t): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        # The longest first, so that a search takes the whole one.
+        special = dict(sorted(special.items(), key=lambda item: -len(item[0])))
         self._special_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._special_ids = frozenset(special.values())
         self._bos, self._bos_id = tokenizer.bos_token, tokenizer.bos_token_id
@@ -360,13 +363,6 @@ def _refuse_chat_parts(pair: Pair) -> None:
                 "dataset.template: chat (the tokenizer's own template), or leave it out with "
                 f"dataset.ignore_columns: [{column}]"
             )
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text and id of every special token; longest first, so that a search takes the whole one."""
-    tokens = {str(t): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
 
 
 class SegmentTokenizer:

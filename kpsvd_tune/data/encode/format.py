@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from kpsvd_tune.data.read.columns import (
     read_list,
     text_of,
 )
-from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.data.read.files import Row, parsed
 from kpsvd_tune.errors import DataError
 
 # The roles whose column must be there; input, history and system may be absent.
@@ -176,10 +175,7 @@ class RowFormat:
     def _history(self, row: Row) -> tuple[tuple[str, str], ...]:
         """Earlier rounds as LLaMA-Factory holds them: pairs of a question and its answer."""
         name = self.columns["history"]
-        value = column(row, name)
-        if isinstance(value, str) and value.strip():  # csv
-            with contextlib.suppress(ValueError):  # refused below, with its content
-                value = parse_json(value)
+        value = parsed(column(row, name))
         rounds = value or []
         if not isinstance(rounds, list) or not all(
             isinstance(each, list) and len(each) == 2 and all(isinstance(t, str) for t in each)

@@ -7,7 +7,7 @@ from typing import Any
 
 from kpsvd_tune.data.encode.tools import Note, read_calls
 from kpsvd_tune.data.read.columns import check_characters, is_empty
-from kpsvd_tune.data.read.files import parse_json
+from kpsvd_tune.data.read.files import parsed
 from kpsvd_tune.errors import DataError
 
 # LLaMA-Factory's speaker of a turn that calls tools; its text is the call as JSON.
@@ -119,10 +119,7 @@ def read_part(name: str, part: Any, key: str) -> str:
 
 def _called(name: str, content: str) -> list[dict[str, Any]]:
     """The calls in the text of a turn from `function_call`: an object of name and arguments."""
-    try:
-        value = parse_json(content)
-    except ValueError:
-        value = None
+    value = parsed(content)
     calls = value if isinstance(value, list) else [value]
     for call in calls:
         is_call = isinstance(call, Mapping) and isinstance(call.get("name"), str)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.data.read.files import Row, parse_json, parsed
 from kpsvd_tune.errors import DataError
 
 Rendered = TypeVar("Rendered", bound=tuple[str, Any])
@@ -54,7 +53,7 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
     if value is None:
         return None
     if isinstance(value, list):  # Arrow holds tools of different keys as JSON texts
-        value = [_parsed(each) for each in value]
+        value = [parsed(each) for each in value]
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise DataError(
             f"the column {name!r} holds {type(value).__name__} ({str(value)[:40]}); "
@@ -65,18 +64,8 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
     return tuple(_without_nulls(value)) or None
 
 
-def _parsed(value: Any) -> Any:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # refused below, with its type
-            return parse_json(value)
-    return value
-
-
 def read_calls(
-    name: str,
-    message: dict[str, Any],
-    tools: Sequence[Any] | None,
-    notes: list[Note],
+    name: str, message: dict[str, Any], tools: Sequence[Any] | None, notes: list[Note]
 ) -> list[Any]:
     """Take the calls of `tool_calls`, or of OpenAI's older `function_call`, out of a message.
 
@@ -84,11 +73,8 @@ def read_calls(
     Nulls that the tool's schema does not allow are left out: Arrow fills each call with the
     arguments of all tools. `notes` gets what a user should know.
     """
-    calls = message.pop("tool_calls", None) or []
+    calls = parsed(message.pop("tool_calls", None) or [])
     legacy = message.pop("function_call", None)
-    if isinstance(calls, str):
-        with contextlib.suppress(ValueError):  # refused below, with its content
-            calls = parse_json(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(
             f"'tool_calls' of a message in {name!r} is {str(calls)[:60]!r}; expected "
@@ -123,11 +109,8 @@ def _read_call(
     if is_without or set(call) <= {"name", "id", "type", "index"}:
         return {**call, "arguments": {}}
     if isinstance(arguments, str):
-        try:
-            parsed = parse_json(arguments)
-        except ValueError:
-            return call
-        return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+        value = parsed(arguments)
+        return {**call, "arguments": value} if isinstance(value, dict) else call
     if isinstance(arguments, Mapping):
         kept = _given(arguments, _schema(call.get("name"), tools))
         if kept != arguments:

@@ -111,85 +111,81 @@ class UnusedColumns:
         return notes
 
     def _judge(self, row: Row, name: str, value: Any) -> None:
-        plain = _last(name)
-        self._check_split(row, name, plain, value)
-        if fault := _fault_of_kind(plain, value, self._form) or _fault_of_row(
-            plain, value, self._form
-        ):
+        plain, form = _last(name), self._form
+        is_context = form.name != "text" and _looks_like_context(plain, value)
+        fault = (
+            self._fault_of_split(name, plain, value)
+            or _fault_of_kind(plain, value, form)
+            or _fault_of_row(plain, value, form)
+        )
+        if not fault and not form.is_named:
+            fault = self._fault_of_answer(row, plain)
+        if not fault and not form.is_named:
+            check_preference(row, _SETTING)
+            fault = self._fault_of_form(row, name, value)
+        if not fault and is_context and not (form.is_named or form.is_chat):
+            fault = self._fault_of_context(row, name)
+        if fault:
             raise DataError(
                 f"the column {name!r} {fault}; if it means nothing here, leave it out with "
                 f"dataset.ignore_columns: [{name}]"
             )
-        if not self._form.is_named:
-            self._check_answer(row, name, plain)
-            check_preference(row, _SETTING)
-            if message_kind(value):
-                raise self._unused_messages(row, name)
-            self._check_plain_text(row, name)
-        if _looks_like_context(plain, value) and self._form.name != "text":
-            if not self._form.is_named and not self._form.is_chat:
-                raise self._missing_context(row, name)
+        if is_context:
             self._context[name] = None
         self._unused[name] = None
         if plain not in _TELLING:
             self._settled.add(name)
 
-    def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
+    def _fault_of_split(self, name: str, plain: str, value: Any) -> str | None:
         """Refuse rows of several splits in one file; a file of one split is what a user chose."""
         if plain not in _SPLITS or not isinstance(value, str):
-            return
+            return None
         is_held_out = value.strip().lower() in _HELD_OUT
-        if self._splits.setdefault(name, is_held_out) != is_held_out:
-            raise DataError(
-                f"the column {name!r} is {value!r} and earlier rows are of another "
-                "split, so rows for tests would be learnt with the others; expected one split in "
-                "a file: make a file of each (dataset.validation takes the held-out one), or, if "
-                f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
-            )
+        if self._splits.setdefault(name, is_held_out) == is_held_out:
+            return None
+        return (
+            f"is {value!r} and earlier rows are of another split, so rows for tests would be "
+            "learnt with the others; expected one split in a file: make a file of each "
+            "(dataset.validation takes the held-out one)"
+        )
 
-    def _check_answer(self, row: Row, name: str, plain: str) -> None:
+    def _fault_of_answer(self, row: Row, plain: str) -> str | None:
         """Refuse an answer beside a chat that ends with a question: it would not be learnt."""
-        if plain not in _ANSWERS:
-            return
         taken = self._form.columns.get("messages") or self._form.columns.get("conversations")
-        if taken is not None and ends_with_question(column(row, taken)):
-            raise DataError(
-                f"the chat in {taken!r} ends without an answer and the column {name!r} seems to "
-                "hold it, which would not be learnt; expected the answer as the chat's last "
-                f"message: put it there, or leave it out with dataset.ignore_columns: [{name}]"
-            )
+        if plain not in _ANSWERS or taken is None or not ends_with_question(column(row, taken)):
+            return None
+        return (
+            f"seems to hold the answer to the chat in {taken!r}, which ends without an answer, and "
+            "would not be learnt; expected it as the chat's last message: put it there"
+        )
 
-    def _check_plain_text(self, row: Row, name: str) -> None:
-        """Refuse a later row of plain text for columns with which it could not be the first."""
-        is_found = self._form.name == "text" and not self._form.is_format_named
+    def _fault_of_form(self, row: Row, name: str, value: Any) -> str | None:
+        """Refuse what would have given the first row another form."""
+        form = self._form
+        if message_kind(value):
+            for taken in form.columns.values():
+                if message_kind(column(row, taken)):
+                    raise several_messages(row, [taken, name], _SETTING)
+            return (
+                f"holds messages, and other rows have the form {form.name}, which does not use it; "
+                "expected rows of one form: make a file of each form"
+            )
+        is_found = form.name == "text" and not form.is_format_named
         if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
-            raise DataError(
-                f"the column {name!r} looks like a prompt or an answer, and earlier "
-                "rows hold plain text alone; expected rows of one form: make a file of each form, "
-                f"or leave it out with dataset.ignore_columns: [{name}]"
+            return (
+                "looks like a prompt or an answer, and earlier rows hold plain text alone; "
+                "expected rows of one form: make a file of each form"
             )
+        return None
 
-    def _unused_messages(self, row: Row, name: str) -> DataError:
-        used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
-        if used:
-            return several_messages(row, [*used[:1], name], _SETTING)
-        return DataError(
-            f"the column {name!r} holds messages, and other rows have the form "
-            f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
-            f"each form, or leave it out with dataset.ignore_columns: [{name}]"
-        )
-
-    def _missing_context(self, row: Row, name: str) -> DataError:
+    def _fault_of_context(self, row: Row, name: str) -> str:
         taken = self._form.columns.get("input")
-        cure = (
-            f"join it with {taken!r}"
-            if taken is not None and row.values.get(taken)
-            else f"dataset.columns={{{self._mapping(name)}}} puts it into the prompt"
-        )
-        return DataError(
-            f"the column {name!r} looks like a part of the prompt and no role takes "
-            f"it; expected every part of the example to have one: {cure}, and "
-            f"dataset.ignore_columns: [{name}] leaves it out"
+        cure = f"dataset.columns={{{self._mapping(name)}}} puts it into the prompt"
+        if taken is not None and row.values.get(taken):
+            cure = f"join it with {taken!r}"
+        return (
+            "looks like a part of the prompt and no role takes it; expected every part of the "
+            f"example to have one: {cure}"
         )
 
     def _mapping(self, name: str) -> str:

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -149,6 +149,14 @@ def parse_json(text: str) -> Any:
         raise ValueError("the nesting is too deep to read") from error
 
 
+def parsed(value: Any) -> Any:
+    """What a text says where it is JSON, as in csv files and columns of Arrow; else the value."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return parse_json(value)
+    return value
+
+
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -217,7 +225,7 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
         except ValueError as error:
             found = (
                 f"{_json_fault(error)}; expected one JSON object a line, such as "
-                f'{{"prompt": "...", "completion": "..."}}; found {_shorten(line)}'
+                f'{{"prompt": "...", "completion": "..."}}; found {shortened(line.strip(), 60)!r}'
             )
         yield number, found
 
@@ -341,9 +349,9 @@ def _quote_behind_spaces(fields: list[str], record: list[str], separator: str) -
             other = next(csv.reader(record, delimiter=separator, skipinitialspace=True))
             if other[place : place + 1] != [field]:
                 return (
-                    f"a field has spaces before its quotes ({_shorten(field, 40)}), so the quotes "
-                    "would be learnt as a part of the text; expected quotes right behind the "
-                    "separator: remove the spaces (pandas reads such files with "
+                    f"a field has spaces before its quotes ({shortened(field.strip(), 40)!r}), so "
+                    "the quotes would be learnt as a part of the text; expected quotes right "
+                    "behind the separator: remove the spaces (pandas reads such files with "
                     "skipinitialspace=True)"
                 )
     return ""
@@ -383,9 +391,9 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _shorten(text: str, length: int = 60) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= length else text[: length - 3] + "...")
+def shortened(text: str, length: int) -> str:
+    """A text as messages show it, with dots for what is beyond a length."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def without_filled_nulls(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,10 +58,7 @@ class LoadedRows:
 
 
 def load_rows(
-    path: str | Sequence[str],
-    *,
-    name: str | Sequence[str] | None = None,
-    split: str = "train",
+    path: str | Sequence[str], *, name: str | Sequence[str] | None = None, split: str = "train"
 ) -> LoadedRows:
     """Read one or several sources into memory, one after the other.
 
@@ -77,10 +74,12 @@ def load_rows(
     if not paths:
         raise DataError("dataset.path is an empty list; expected at least one file or hub id")
     sources = [each for one in paths for each in open_sources(one, name=name, split=split)]
-    rows = tuple(row for source in sources for row in source.read())
-    if faults := [row.fault for row in rows if row.fault is not None]:
-        raise faults[0]
-    return LoadedRows(rows, tuple(note for source in sources for note in source.notes))
+    rows = []
+    for row in (row for source in sources for row in source.read()):
+        if row.fault is not None:
+            raise row.fault
+        rows.append(row)
+    return LoadedRows(tuple(rows), tuple(note for source in sources for note in source.notes))
 
 
 def open_sources(
@@ -190,7 +189,7 @@ def _file(path: Path, part: Part) -> RowSource:
         row_unit(path),
         lambda: _sliced(lambda: read_file(path), part, str(path)),
         # The kind of file decides how the bytes are read.
-        lambda: f"{''.join(path.suffixes[-2:]).lower()} {_file_sha256(path)}",
+        lambda: f"{''.join(path.suffixes[-2:]).lower()} {file_sha256(path)}",
         part.stretch,
     )
 
@@ -226,7 +225,7 @@ def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
 
 def _table(table: Any, label: str, part: Part) -> RowSource:
     def fingerprint() -> str:
-        digests = [bytes.fromhex(_file_sha256(file["filename"])) for file in table.cache_files]
+        digests = [bytes.fromhex(file_sha256(file["filename"])) for file in table.cache_files]
         return f"saved {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
     def read() -> Iterator[Row]:
@@ -245,7 +244,8 @@ def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowS
     return [replace(first, notes=tuple(notes)), *others]
 
 
-def _file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
+    """Hash the bytes of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -35,9 +35,7 @@ def check_end_tokens(rows: Sequence[TokenizedRow], end_token_ids: Sequence[int])
 
 
 def check_known_tokens(
-    rows: Sequence[TokenizedRow],
-    num_embeddings: int,
-    where: Callable[[int], str] | None = None,
+    rows: Sequence[TokenizedRow], num_embeddings: int, where: Callable[[int], str] | None = None
 ) -> None:
     """Refuse token ids that the model has no embedding for, as added special tokens may be.
 
@@ -58,10 +56,7 @@ def check_known_tokens(
 
 
 def check_lengths(
-    lengths: NDArray[np.int64],
-    limits: ModelLimits,
-    max_length: int,
-    where: Callable[[int], str],
+    lengths: NDArray[np.int64], limits: ModelLimits, max_length: int, where: Callable[[int], str]
 ) -> list[str]:
     """Refuse rows with more tokens than the model has positions; `where` names a row by its place.
 

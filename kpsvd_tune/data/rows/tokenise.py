@@ -18,7 +18,7 @@ from kpsvd_tune.data.encode.format import RowFormat, find_format
 from kpsvd_tune.data.encode.templates import Template, TextTemplate
 from kpsvd_tune.data.encode.unused import UnusedColumns
 from kpsvd_tune.data.read.columns import column, is_empty
-from kpsvd_tune.data.read.files import Row
+from kpsvd_tune.data.read.files import Row, shortened
 from kpsvd_tune.data.read.sources import (
     RowSource,
     SourceSettings,
@@ -370,7 +370,10 @@ def faulty_rows_note(facts: Mapping[str, Any], label: str, unit: str, max_share:
     reasons = [f"{number} x {reason}" for reason, number in facts["reasons"][:5]]
     if more := len(facts["reasons"]) - len(reasons):
         reasons.append(f"{more} more reasons")
-    first = " | ".join(f"{label}, {unit} {number}: {_cut(text)}" for number, text in facts["first"])
+    first = " | ".join(
+        f"{label}, {unit} {number}: {shortened(text, _LONGEST_FAULT)}"
+        for number, text in facts["first"]
+    )
     found = (
         f"{faulty} of {rows} rows of {label} {'are' if faulty > 1 else 'is'} faulty: "
         f"{'; '.join(reasons)}. First: {first}"
@@ -390,7 +393,3 @@ def _reason(text: str) -> str:
     text = re.sub(r"\s*\([^()]*\)", "", text)
     text = re.split(r"[;:] ", text, maxsplit=1)[0]
     return re.sub(r"\d+", "N", text)[:100]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_FAULT else text[: _LONGEST_FAULT - 3] + "..."

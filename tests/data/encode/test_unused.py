@@ -344,9 +344,7 @@ def test_an_empty_first_row_does_not_hide_the_form(read: Read) -> None:
 
 def test_context_beside_an_input_has_to_be_joined_with_it(read: Read) -> None:
     row = {"instruction": "2 + 3?", "input": "ints", "context": "base ten", "output": "5"}
-    with pytest.raises(
-        DataError, match=r"'context' looks like .*: join it with 'input'; if it means"
-    ):
+    with pytest.raises(DataError, match="'context' looks .*: join it with 'input'; if it means"):
         read(row)
 
 

@@ -68,7 +68,6 @@ def read_examples(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    format: str = "auto",  # the recipe's key
     columns: Mapping[str, str] | None = None,
     template: str = "chat",
 ) -> ReadRows:
@@ -78,7 +77,6 @@ def read_examples(
         path: Local file, hub id, or several.
         name: Configuration of a hub dataset, or several.
         split: Split of a hub dataset.
-        format: The form, or "auto" to detect it.
         columns: Column of each role, where its name differs.
         template: Only tells which roles are needed.
 
@@ -86,7 +84,7 @@ def read_examples(
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split)
-    form = find_form(loaded.rows, format, columns or {}, template, setting="columns")
+    form = find_form(loaded.rows, "auto", columns or {}, template, setting="columns")
     notes = without_place(loaded.rows, form, template)
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 

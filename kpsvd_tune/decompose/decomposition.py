@@ -30,19 +30,13 @@ _KIND = "init"
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What the stage gives to the adapter.
+    """What the stage gives to the adapter."""
 
-    Attributes:
-        report: The ranks of all target modules, rank 0 included.
-        factors: Per module of rank 1 and more A0 (rank, m, n) and B0 (rank, p, q), float32.
-        is_of_weight: Whether the factors are the weight's own terms.
-        notes: What the user should know, such as damaged cache entries.
-    """
-
-    report: RankReport
+    report: RankReport  # the ranks of all target modules, rank 0 included
+    # Per module of rank 1 and more A0 (rank, m, n) and B0 (rank, p, q), float32.
     factors: dict[str, tuple[Tensor, Tensor]]
-    is_of_weight: bool = True
-    notes: tuple[str, ...] = ()
+    is_of_weight: bool = True  # the factors are the weight's own terms
+    notes: tuple[str, ...] = ()  # what the user should know, such as damaged cache entries
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:

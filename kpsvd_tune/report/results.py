@@ -167,16 +167,6 @@ class PreflightReport(Result):
     sample: tuple[tuple[str, bool], ...] = ()  # one row as (text, is_trained) pieces, in order
     sources: tuple[SourceCount, ...] = ()  # each source where there are several
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> PreflightReport:
-        """Read back what `to_dict` gave.
-
-        Raises:
-            ValueError: It holds something else.
-        """
-        report: PreflightReport = check_types(dict(content), cls)
-        return report
-
 
 @dataclass(frozen=True)
 class StepMetrics(Result):

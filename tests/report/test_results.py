@@ -84,7 +84,7 @@ def test_a_rank_report_comes_back_equal_from_json(report: RankReport):
 def test_a_rank_report_has_the_agreed_keys_in_order(report: RankReport):
     content = report.to_dict()
     assert list(content) == [
-        *("model", "totals", "layers", "untouched", "rule", "probes", "form"),
+        *("model", "totals", "layers", "untouched", "rule", "probes", "form", "frozen_seed"),
     ]
     assert list(content["layers"][0]) == LAYER_KEYS
     assert content["layers"][0]["factor_shape"] == [3, 2, 2, 2]

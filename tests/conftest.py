@@ -78,8 +78,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    # Its own for each test, since some add tokens.
     return make_tokenizer()
 
 

@@ -406,9 +406,11 @@ def check_terms(
 def _mark(factors: tuple[Tensor, ...]) -> int:
     """Two random projections of frozen factors, relative to their norm, as a number of 23 bits.
 
-    Equal up to the slack for factors rounded to 16 bits; others have it once in ten thousand.
+    Equal up to the slack for factors rounded to 16 bits; others have it once in ten thousand. Each
+    counts by its direction: the scale that one of a pair carries would hide the other.
     """
-    found = sketch(torch.cat([factor.detach().flatten() for factor in factors]))
+    flat = [factor.detach().cpu().double().flatten() for factor in factors]
+    found = sketch(torch.cat([each / (each.norm() or 1.0) for each in flat]))
     marks = (found.values[0, :2] / (found.norm or 1.0) * 256).round().clamp(-1024, 1023) + 1024
     return int(marks[0]) | int(marks[1]) << 11 | 1 << 22
 

@@ -13,7 +13,7 @@ from peft.utils.peft_types import PeftType
 
 from kpsvd_tune.adapter.registration import NAME
 from kpsvd_tune.errors import AdapterError
-from kpsvd_tune.linalg import FORMS, RankRule
+from kpsvd_tune.linalg import FORMS, RankRule, nearest_shape
 
 PATHS = ("auto", "activations", "weight")
 Names = set[str] | list[str] | str | None
@@ -106,6 +106,16 @@ class KpsvdConfig(PeftConfig):
                 f"factor_size is the size of the one factor that the forms left and right train, "
                 f"and form is {self.form}: set factor_shape instead"
             )
+        if self.factor_size is not None:
+            try:
+                nearest_shape(1, 1, self.form, self.factor_size)
+            except ValueError as error:
+                raise AdapterError(str(error)) from error
+            if self.factor_shape != "balanced" and self.layers is None:
+                raise AdapterError(
+                    f"factor_size {self.factor_size} and factor_shape {self.factor_shape!r}: each "
+                    "decides the sizes of the factors; set one of the two"
+                )
         if self.frozen_seed is not None and self.form == "both":
             raise AdapterError(
                 "frozen_seed draws the frozen factors of the forms left, right and core; the form "

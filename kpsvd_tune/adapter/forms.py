@@ -23,6 +23,10 @@ from kpsvd_tune.adapter.ways import BOTH, Batched, Dense, Flat, Sides
 from kpsvd_tune.linalg import KroneckerShape, drawn_factor, num_trained
 
 Way = type[Flat] | type[Batched] | type[Dense]
+Tensors = Sequence[Tensor]  # a form's own, trained ones first
+# x (t, in) and gy (t, out), contiguous and of one dtype, and the projection of gy on the left
+# factors, if it is at hand, (t, n*s, p).
+Operands = tuple[Tensor, Tensor, Tensor | None]
 LEFT, RIGHT, CORE = "kpsvd_left", "kpsvd_right", "kpsvd_core"
 LEFT0, RIGHT0 = "kpsvd_left0", "kpsvd_right0"
 TRAINED, FROZEN = (LEFT, RIGHT, CORE), (LEFT0, RIGHT0)
@@ -66,9 +70,7 @@ class Form(ABC):
         return self.rank
 
     @abstractmethod
-    def terms(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return the s terms of Delta, (s, m, n) and (s, p, q), in ``dtype``.
 
         The sums are taken in the tensors' own dtype, which is the default too.
@@ -76,15 +78,9 @@ class Form(ABC):
 
     @abstractmethod
     def gradients(
-        self,
-        way: Way,
-        x: Tensor,
-        gy: Tensor,
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-        projected: Tensor | None,
+        self, way: Way, operands: Operands, tensors: Tensors, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Gradients of what is trained, from x and gy as :meth:`Flat.gradients` has them."""
+        """Gradients of what is trained; ``tensors`` are taken in ``dtype``."""
 
     def freeze(self, left: Tensor, right: Tensor, norm: float) -> tuple[Tensor, ...]:
         """Return the frozen tensors of terms left (r, m, n), right (r, p, q), of any norms.
@@ -103,7 +99,8 @@ class Form(ABC):
         The update is then zero, or about as large as the weight.
         """
         make = torch.zeros if is_at_base else torch.randn
-        return tuple(make(self.size(part)) for part in self.trained)
+        # Whatever torch's default is: it may be in 16 bits while a model is loaded.
+        return tuple(make(self.size(part), dtype=torch.float32) for part in self.trained)
 
     def draw(self, seed: int, name: str, norm: float) -> tuple[Tensor, ...]:
         """Return frozen tensors of random directions, drawn for the layer of that name.
@@ -171,31 +168,22 @@ class Both(Form):
             return super().start(frozen, is_at_base=True)
         return tuple(torch.randn_like(f) * f.float().square().mean().sqrt() for f in frozen)
 
-    def terms(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`Form.terms`.
 
         The first r left factors are the trained A0 + a, so that a projection on all of them
         serves the gradients.
         """
         a, b, left0, right0 = tensors
-        left, right = torch.cat([left0 + a, a]), torch.cat([b, right0])
-        return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
+        return _in(dtype, torch.cat([left0 + a, a]), torch.cat([b, right0]))
 
     def gradients(
-        self,
-        way: Way,
-        x: Tensor,
-        gy: Tensor,
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-        projected: Tensor | None,
+        self, way: Way, operands: Operands, tensors: Tensors, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         """Those of A0 + a and B0 + b, which are those of a and b."""
         a, b, left0, right0 = tensors
         left, right = (left0 + a).to(dtype), (right0 + b).to(dtype)
-        return way.gradients(x, gy, left, right, projected)
+        return way.gradients(*operands, left, right)
 
 
 class Left(Form):
@@ -204,23 +192,15 @@ class Left(Form):
     name = "left"
     trained, frozen, sides = (LEFT,), (RIGHT0,), ("left",)
 
-    def terms(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`Form.terms`."""
         return _in(dtype, *tensors)
 
     def gradients(
-        self,
-        way: Way,
-        x: Tensor,
-        gy: Tensor,
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-        projected: Tensor | None,
+        self, way: Way, operands: Operands, tensors: Tensors, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         """As :meth:`Form.gradients`."""
-        return way.gradients(x, gy, *_in(dtype, *tensors), projected, self.sides)[:1]
+        return way.gradients(*operands, *_in(dtype, *tensors), self.sides)[:1]
 
 
 class Right(Form):
@@ -229,24 +209,16 @@ class Right(Form):
     name = "right"
     trained, frozen, sides = (RIGHT,), (LEFT0,), ("right",)
 
-    def terms(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`Form.terms`."""
         return _in(dtype, tensors[1], tensors[0])
 
     def gradients(
-        self,
-        way: Way,
-        x: Tensor,
-        gy: Tensor,
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-        projected: Tensor | None,
+        self, way: Way, operands: Operands, tensors: Tensors, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         """As :meth:`Form.gradients`."""
         left, right = _in(dtype, tensors[1], tensors[0])
-        return way.gradients(x, gy, left, right, projected, self.sides)[1:]
+        return way.gradients(*operands, left, right, self.sides)[1:]
 
 
 class Core(Form):
@@ -258,25 +230,18 @@ class Core(Form):
     name = "core"
     trained, frozen, sides = (CORE,), (LEFT0, RIGHT0), ("right",)
 
-    def terms(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`Form.terms`: U_k and sum_l c_kl s V_l."""
         core, left0, right0 = tensors
-        return _in(dtype, left0, (core @ right0.flatten(1)).view_as(right0))
+        wide = torch.promote_types(core.dtype, right0.dtype)
+        return _in(dtype, left0, (core.to(wide) @ right0.to(wide).flatten(1)).view_as(right0))
 
     def gradients(
-        self,
-        way: Way,
-        x: Tensor,
-        gy: Tensor,
-        tensors: Sequence[Tensor],
-        dtype: torch.dtype,
-        projected: Tensor | None,
+        self, way: Way, operands: Operands, tensors: Tensors, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
         """As :meth:`Form.gradients`: those of the right factors, projected on V."""
         left, right = self.terms(tensors, dtype)
-        gb = way.gradients(x, gy, left, right, projected, self.sides)[1]
+        gb = way.gradients(*operands, left, right, self.sides)[1]
         return (gb.flatten(1) @ tensors[2].to(gb.dtype).flatten(1).T,)
 
 
@@ -285,11 +250,15 @@ FORMS: dict[str, type[Form]] = {form.name: form for form in (Both, Left, Right, 
 
 def _in(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     left, right = tensors
-    return left.to(dtype or left.dtype), right.to(dtype or right.dtype)
+    # Trained values may have been cast without the frozen ones, as optimisers in 16 bits do.
+    dtype = dtype or torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype), right.to(dtype)
 
 
 def _unit(factors: Tensor) -> Tensor:
     """Scale each of (r, .., ..) to norm 1; zeros stay zeros."""
-    norms = torch.linalg.vector_norm(factors, dim=(1, 2), keepdim=True)
-    unit: Tensor = factors / norms.where(norms > 0, torch.ones_like(norms))
+    # In float64, so that the order of sums, which machines choose, does not show after rounding.
+    # On the CPU, since not every device knows float64.
+    norms = torch.linalg.vector_norm(factors.cpu(), dim=(1, 2), keepdim=True, dtype=torch.float64)
+    unit: Tensor = factors / norms.where(norms > 0, torch.ones_like(norms)).to(factors)
     return unit

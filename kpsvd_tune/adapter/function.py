@@ -111,10 +111,10 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         gx = gx.to(x.dtype).view(x.shape)
     if any(ctx.needs_input_grad[-len(tensors) :]):
         flat_x = kernel.rows_of(x)
-        operands = flat_x.to(dtype), wide_gy
+        operands = flat_x.to(dtype), wide_gy, projected
         if plan.gradient is Dense:
-            operands = flat_x.to(large_dtype), large_gy
-        found = form.gradients(plan.gradient, *operands, tensors, dtype, projected)
+            operands = flat_x.to(large_dtype), large_gy, None
+        found = form.gradients(plan.gradient, operands, tensors, dtype)
         for index, gradient in enumerate(found):
             gradients[index] = gradient.to(tensors[index].dtype)
     return gx, gy if needs_result else None, *[None] * 6, *gradients

@@ -135,12 +135,19 @@ class KpsvdModel(BaseTuner):
         layer = (config.layers or {}).get(name) or self._stated.get(name)
         if layer is None:
             raise AdapterError(f"{name}: the adapter has no factors for this module")
+        seed, frozen = config.frozen_seed, None
+        if not layer or (seed is not None and layer.get("norm") is None):
+            # No tensor tells what a seed and the configuration give.
+            raise AdapterError(
+                f"{name}: layers of the adapter's configuration lacks its "
+                f"{'norm' if layer else 'shape, rank and norm'}, by which frozen_seed draws frozen "
+                "factors; expected adapter_config.json as it was saved"
+            )
         if not isinstance(target, KpsvdLayer):
             new = KpsvdLinear(target, adapter_name)
             self._replace_module(parent, target_name, new, target)
             target = new
         form = FORMS[config.form](KroneckerShape(*layer["shape"]), layer["rank"])
-        seed, frozen = config.frozen_seed, None
         if seed is not None:
             frozen = form.draw(seed, name, layer["norm"])
         elif name in self._factors:

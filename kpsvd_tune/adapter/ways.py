@@ -92,9 +92,9 @@ class Flat:
         cls,
         x: Tensor,
         gy: Tensor,
+        projected: Tensor | None,
         left: Tensor,
         right: Tensor,
-        projected: Tensor | None,
         sides: Sides = BOTH,
     ) -> Gradients:
         """Gradients of the factors A (r, m, n) and B (r, p, q) of those sides, of the same sizes.
@@ -180,9 +180,9 @@ class Batched:
         cls,
         x: Tensor,
         gy: Tensor,
+        projected: Tensor | None,
         left: Tensor,
         right: Tensor,
-        projected: Tensor | None,
         sides: Sides = BOTH,
     ) -> Gradients:
         """As :meth:`Flat.gradients`; ``projected`` is not used."""
@@ -241,9 +241,9 @@ class Dense:
     def gradients(
         x: Tensor,
         gy: Tensor,
+        projected: Tensor | None,
         left: Tensor,
         right: Tensor,
-        projected: Tensor | None,
         sides: Sides = BOTH,
     ) -> Gradients:
         """As :meth:`Flat.gradients`; ``projected`` is not used.

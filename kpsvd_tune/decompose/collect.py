@@ -14,7 +14,7 @@ from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.ranks import rank_report, rank_rule
 from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, work
 from kpsvd_tune.decompose.workers import run_processes
-from kpsvd_tune.errors import AdapterError
+from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import LayerPlan, check_rule
 from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
@@ -25,21 +25,13 @@ from kpsvd_tune.units import time_left
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a decomposition is.
+    """How far a decomposition is."""
 
-    Attributes:
-        name: The matrix just finished.
-        done: Matrices finished.
-        total: Matrices in all.
-        seconds_left: Estimate from the work done so far; None before anything was computed.
-        energy: Mean share of ||W||_F^2 that the windows of the finished matrices hold.
-    """
-
-    name: str
-    done: int
-    total: int
-    seconds_left: float | None
-    energy: float
+    name: str  # of the matrix just finished
+    done: int  # matrices finished
+    total: int  # in all
+    seconds_left: float | None  # by the work done so far; None before anything was computed
+    energy: float  # mean share of ||W||_F^2 that the windows of the finished matrices hold
 
 
 Show = Callable[[Progress], None]
@@ -59,27 +51,16 @@ def report_decomposition(events: Events) -> Show:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The spectra of all target modules, ready for any rank rule.
-
-    Attributes:
-        source: The base model.
-        window: Leading terms computed of each matrix, as far as it has them.
-        found: The target modules, in model order.
-        cache: Where their factors lie.
-        base_parameters: Parameters of the base model.
-        left_alone: (name, reason) of the weight matrices that are not targeted.
-        notes: What happened on the way.
-        is_drawn: Whether a seed gives the frozen factors.
-    """
+    """The spectra of all target modules, ready for any rank rule."""
 
     source: ModelSource
-    window: int
-    found: tuple[Found, ...]
-    cache: SpectraCache
-    base_parameters: int
-    left_alone: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    is_drawn: bool = False
+    window: int  # leading terms computed of each matrix, as far as it has them
+    found: tuple[Found, ...]  # the target modules, in model order
+    cache: SpectraCache  # where their factors lie
+    base_parameters: int  # of the base model
+    left_alone: tuple[tuple[str, str], ...]  # (name, reason) of what is not targeted
+    notes: tuple[str, ...]  # what happened on the way
+    is_drawn: bool = False  # a seed gives the frozen factors
 
     def report(self, rank: RankRecipe) -> RankReport:
         """Apply a rank rule.
@@ -193,7 +174,10 @@ def collect_spectra(
         for plan in plans:
             began = time.perf_counter()
             square = float(reader.load(plan.name).float().square().sum())
-            plan = plan.with_random_terms(square, rank.window)
+            try:
+                plan = plan.with_random_terms(square, rank.window)
+            except ValueError as error:
+                raise ModelError(f"{plan.name} cannot be adapted: {error}") from error
             plan = replace(plan, seconds=time.perf_counter() - began)
             found.add(Found(plan, "", "computed"))
     elif processes > 1:

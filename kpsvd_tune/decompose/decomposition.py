@@ -30,19 +30,13 @@ _KIND = "init"
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What the stage gives to the adapter.
+    """What the stage gives to the adapter."""
 
-    Attributes:
-        report: The ranks of all target modules, rank 0 included.
-        factors: Per module of rank 1 and more A0 (rank, m, n) and B0 (rank, p, q), float32.
-        is_of_weight: Whether the factors are the weight's own terms.
-        notes: What the user should know, such as damaged cache entries.
-    """
-
-    report: RankReport
+    report: RankReport  # the ranks of all target modules, rank 0 included
+    # Per module of rank 1 and more A0 (rank, m, n) and B0 (rank, p, q), float32.
     factors: dict[str, tuple[Tensor, Tensor]]
-    is_of_weight: bool = True
-    notes: tuple[str, ...] = ()
+    is_of_weight: bool = True  # the factors are the weight's own terms
+    notes: tuple[str, ...] = ()  # what the user should know, such as damaged cache entries
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:
@@ -165,8 +159,9 @@ def start_from(spectra: Spectra, adapter: AdapterRecipe, seed: int = 0) -> Decom
     report = spectra.report(adapter.rank)
     found = Decomposition(report, spectra.factors(report), notes=spectra.notes)
     if adapter.is_drawn:
-        # The adapter draws them, from a seed that it keeps.
-        return replace(found, is_of_weight=False)
+        # The adapter draws them, from a seed that it keeps. So does the report: a run that goes on
+        # with another train.seed keeps the factors that its checkpoints were trained with.
+        return replace(found, report=replace(report, frozen_seed=seed), is_of_weight=False)
     return found if adapter.init == "weight" else _random(found, seed)
 
 
@@ -181,7 +176,7 @@ def _random(found: Decomposition, seed: int) -> Decomposition:
 
 
 def _drawn_like(factor: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(factor.shape, generator=generator)
+    drawn = torch.randn(factor.shape, generator=generator, dtype=torch.float32)
     wanted, given = (torch.linalg.vector_norm(each, dim=(1, 2)) for each in (factor, drawn))
     scale: Tensor = (wanted / given)[:, None, None]
     return drawn * scale

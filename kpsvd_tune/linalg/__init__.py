@@ -13,7 +13,7 @@ from kpsvd_tune.linalg.kronecker import (
 from kpsvd_tune.linalg.plan import LayerPlan, decompose_layer
 from kpsvd_tune.linalg.rank import check_rule, choose_ranks
 from kpsvd_tune.linalg.rule import RankRule
-from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape
+from kpsvd_tune.linalg.shape import ShapeChoice, choose_shape, nearest_shape
 
 __all__ = [
     "FORMS",
@@ -29,6 +29,7 @@ __all__ = [
     "drawn_factor",
     "kpsvd",
     "kron_sum",
+    "nearest_shape",
     "num_trained",
     "rearrange",
     "unrearrange",

@@ -17,34 +17,21 @@ from kpsvd_tune.linalg.shape import choose_shape, nearest_shape
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is known of one layer: its shape first, then its spectrum, then its rank.
+    """What is known of one layer: its shape first, then its spectrum, then its rank."""
 
-    Attributes:
-        name: The module's name.
-        shape: The Kronecker shape.
-        note: What a rule fell back on, or None.
-        values: KP singular values over the window, descending; empty before the decomposition.
-        squared_norm: ||W||_F^2.
-        seconds: Time that the decomposition took.
-        rank: The number of terms chosen.
-        rank_energy: What the energy threshold alone would choose.
-        rank_elbow: What the elbow alone would choose.
-        bound_by: What decided: energy, elbow, noise_edge, fixed, override, min, max, budget, or
-            window where all computed or usable terms ended first.
-        form: What of the terms is trained; one of FORMS.
-    """
-
-    name: str
+    name: str  # of the module
     shape: KroneckerShape
-    note: str | None = None
-    values: tuple[float, ...] = ()
-    squared_norm: float = 0.0
-    seconds: float = 0.0
-    rank: int = 0
-    rank_energy: int = 0
-    rank_elbow: int = 0
+    note: str | None = None  # what a rule fell back on
+    values: tuple[float, ...] = ()  # KP singular values over the window, descending
+    squared_norm: float = 0.0  # ||W||_F^2
+    seconds: float = 0.0  # that the decomposition took
+    rank: int = 0  # the number of terms chosen
+    rank_energy: int = 0  # what the energy threshold alone would choose
+    rank_elbow: int = 0  # what the elbow alone would choose
+    # What decided: energy, elbow, noise_edge, fixed, override, min, max, budget, or window where
+    # all computed or usable terms ended first.
     bound_by: str = ""
-    form: str = "both"
+    form: str = "both"  # what of the terms is trained; one of FORMS
 
     @classmethod
     def of_weight(
@@ -84,7 +71,12 @@ class LayerPlan:
 
         Each holds the same share of ||W||_F^2 on average: one part in p*q of random right
         directions (form left), in m*n of left ones (right), in m*n*p*q of pairs (core).
+
+        Raises:
+            ValueError: The norm is not finite.
         """
+        if not math.isfinite(squared_norm):
+            raise ValueError("its norm is not finite, so it holds NaN or infinite entries")
         rows, columns = self.shape.m * self.shape.n, self.shape.p * self.shape.q
         parts = {"left": columns, "right": rows}.get(self.form, rows * columns)
         values = (math.sqrt(squared_norm / parts),) * min(num_terms, self.shape.max_rank)

@@ -19,33 +19,24 @@ Override = int | Mapping[str, Any]
 class RankRule:
     """How ranks are chosen: the one form of it, which recipes and configurations write down.
 
-    Attributes:
-        method: energy, elbow, energy+elbow (the smaller of the two), noise_edge or fixed.
-        energy: The threshold tau in (0, 1].
-        energy_of: What tau is a share of: the ``pooled`` window of all layers, each layer's own
-            ``window``, or each layer's ``total`` ||W||_F^2.
-        window: Leading terms that are computed and looked at.
-        min: Fewest terms of a layer; 0 lets a layer stay untouched.
-        max: Most terms of a layer; what ``fixed`` uses everywhere.
-        budget: Most trainable parameters of all layers together, or None.
-        tolerance: Share of the window's energy that the decomposition may miss, in [0, 1).
-        overrides: Patterns (regular expressions, matched against a module's whole name or its
-            end after a dot) to a fixed rank or to a mapping with some of method, energy, min,
-            max. The first match wins. A layer with its own ``energy`` applies it to its own
-            window when the rule pools, and leaves the pool.
-
     Raises:
         ValueError: A value is out of range.
     """
 
-    method: str = "energy+elbow"
-    energy: float = 0.5
+    method: str = "energy+elbow"  # energy+elbow takes the smaller of the two
+    energy: float = 0.5  # the threshold tau in (0, 1]
+    # What tau is a share of: the pooled window of all layers, each layer's own window, or each
+    # layer's total ||W||_F^2.
     energy_of: str = "pooled"
-    window: int = 32
-    min: int = 1
-    max: int = 16
-    budget: int | None = None
-    tolerance: float = 5e-3
+    window: int = 32  # leading terms that are computed and looked at
+    min: int = 1  # fewest terms of a layer; 0 lets a layer stay untouched
+    max: int = 16  # most terms of a layer; what fixed uses everywhere
+    budget: int | None = None  # most trainable parameters of all layers together
+    tolerance: float = 5e-3  # share of the window's energy that may be missed, in [0, 1)
+    # Patterns (regular expressions, matched against a module's whole name or its end after a dot)
+    # to a fixed rank or to a mapping with some of method, energy, min, max. The first match wins.
+    # A layer with its own energy applies it to its own window when the rule pools, and leaves the
+    # pool.
     overrides: Mapping[str, Override] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -112,8 +112,9 @@ def nearest_shape(
 
 
 def _pair(wanted: Sequence[int]) -> tuple[int, int]:
-    if len(wanted) != 2 or not all(isinstance(each, int) for each in wanted):
-        raise ValueError(f"factor_size: got {list(wanted)}; expected two whole numbers or one")
+    is_list = isinstance(wanted, (list, tuple))
+    if not is_list or len(wanted) != 2 or not all(isinstance(each, int) for each in wanted):
+        raise ValueError(f"factor_size: got {wanted!r}; expected two whole numbers or one")
     return wanted[0], wanted[1]
 
 

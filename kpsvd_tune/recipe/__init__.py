@@ -1,14 +1,13 @@
 """The recipe: a closed YAML schema, read safely, with every fault reported at once.
 
-`schema`, `dataset`, `adapter` and `evaluation` hold the keys; `values` the kinds of
-value; `reading` turns YAML and key=value into plain values with lines; `checking` and `faults` turn
-what is wrong into messages; `loading` is the way in. Imports neither torch nor
-transformers.
+`schema`, `dataset`, `adapter` and `evaluation` hold the keys; `values` the kinds of value;
+`reading` turns YAML and key=value into plain values with lines; `checking` and `faults` turn what
+is wrong into messages; `loading` is the way in. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from kpsvd_tune.recipe.adapter import AdapterRecipe, FactorSides, RankOverride, RankRecipe
+from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.recipe.dataset import Columns, DatasetRecipe, SourceRecipe
 from kpsvd_tune.recipe.evaluation import LOSS_TASKS, EvaluationRecipe
 from kpsvd_tune.recipe.loading import (
@@ -17,26 +16,16 @@ from kpsvd_tune.recipe.loading import (
     recipe_to_yaml,
     shipped_recipes,
 )
-from kpsvd_tune.recipe.schema import (
-    CompareRecipe,
-    EarlyStopping,
-    ModelRecipe,
-    Recipe,
-    TrainRecipe,
-)
+from kpsvd_tune.recipe.schema import EarlyStopping, Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [
     "LOSS_TASKS",
     "AdapterRecipe",
     "Columns",
-    "CompareRecipe",
     "DatasetRecipe",
     "EarlyStopping",
     "EvaluationRecipe",
-    "FactorSides",
-    "ModelRecipe",
-    "RankOverride",
     "RankRecipe",
     "Recipe",
     "SourceRecipe",

@@ -51,9 +51,8 @@ def check(document: Document, *, of_run: bool = False) -> Recipe | None:
         # What could not be read stands as null in the data: its own fault is enough.
         if written not in broken:
             others = each.get("ctx", {}).get("others", ())
-            origin = origin_of(document, written, others)
-            message = message_of(each, path)
-            document.faults.append(Fault(origin, written, message))
+            origin = document.origin_of(written, others)
+            document.faults.append(Fault(origin, written, message_of(each, path)))
     return None
 
 
@@ -117,8 +116,8 @@ def _rename(document: Document, path: Path, spelling: dict[Path, str]) -> bool:
     if meant is None or meant in section:
         return False
     written = _written(path, spelling)
-    fault = Fault(origin_of(document, written), written, f"unknown key; {advice}")
-    document.faults.append(fault)
+    origin = document.origin_of(written)
+    document.faults.append(Fault(origin, written, f"unknown key; {advice}"))
     spelling[(*path[:-1], meant)] = str(path[-1])
     section[meant] = section.pop(path[-1])
     return True
@@ -126,13 +125,3 @@ def _rename(document: Document, path: Path, spelling: dict[Path, str]) -> bool:
 
 def _written(path: Path, spelling: dict[Path, str]) -> Path:
     return tuple(spelling.get(path[: index + 1], step) for index, step in enumerate(path))
-
-
-def origin_of(document: Document, path: Path, others: tuple[str, ...] = ()) -> int | str | None:
-    """Where the value came from; of a conflict between keys, the override among them if any."""
-    keys = [path, *((*path[:-1], other) for other in others)]
-    found = [document.origins[key] for key in keys if key in document.origins]
-    found.sort(key=lambda origin: isinstance(origin, int))
-    above = (path[:length] for length in range(len(path) - 1, -1, -1))
-    found += [document.origins[key] for key in above if key in document.origins]
-    return found[0] if found else None

@@ -84,6 +84,13 @@ def _levels(section: Any, level: Level = ()) -> dict[Level, dict[str, str]]:
 
 
 LEVELS = _levels(Recipe)
+# Every key by its dotted name, but those of a source: they are keys of the dataset section too.
+_DOTTED = {
+    ".".join((*level, key)): key
+    for level, keys in LEVELS.items()
+    for key in keys
+    if "*" not in level and level != ("dataset", "path")
+}
 
 
 def near_key(path: Path) -> tuple[str | None, str]:
@@ -92,11 +99,9 @@ def near_key(path: Path) -> tuple[str | None, str]:
     key = str(path[-1]).replace("-", "_").lower()
     here = list(LEVELS.get(level, ()))
     elsewhere = {
-        ".".join((*place, name)) if place else f"{name} at the top level": name
-        for place, names in LEVELS.items()
-        for name in names
-        # The keys of a source are keys of the dataset section too.
-        if place not in (level, ("dataset", "path")) and "*" not in place
+        dotted if "." in dotted else f"{name} at the top level": name
+        for dotted, name in _DOTTED.items()
+        if dotted.rpartition(".")[0] != ".".join(level)
     }
     if key in elsewhere and "." in key:
         return None, "dots are for overrides; in a file nest the keys"
@@ -120,23 +125,17 @@ def near_key(path: Path) -> tuple[str | None, str]:
 def key_like(name: str) -> str | None:
     """The dotted key of a recipe that a name stands for, which may be another toolkit's."""
     name = name.replace("-", "_")
-    keys = [
-        ".".join((*place, key))
-        for place, names in LEVELS.items()
-        for key in names
-        if "*" not in place and place[:1] != ("evaluation",) and place != ("dataset", "path")
-    ]
+    keys = [dotted for dotted in _DOTTED if not dotted.startswith("evaluation.")]
     if name in keys:
         return name
     if found := _SYNONYMS.get(name.rpartition(".")[2]):
         return found
     # The section of training first: most options of other tools are there.
-    ends = sorted((key for key in keys if key.endswith(f".{name}")), key=_is_elsewhere)
-    return ends[0] if ends else next(iter(_close(name, keys)), None)
-
-
-def _is_elsewhere(key: str) -> bool:
-    return not key.startswith("train.")
+    ends = sorted(
+        (key for key in keys if key.endswith(f".{name}")),
+        key=lambda key: not key.startswith("train."),
+    )
+    return ends[0] if ends else closest(name, keys, 0.8)
 
 
 def message_of(error: ErrorDetails, path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from kpsvd_tune.errors import RecipeError, did_you_mean
-from kpsvd_tune.recipe.checking import MAX_FAULTS, check, origin_of, written_path
+from kpsvd_tune.recipe.checking import MAX_FAULTS, check, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
 from kpsvd_tune.recipe.paths import path_faults
 from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, apply_override, read_yaml
@@ -143,7 +143,7 @@ def _look_up(document: Document, sections: Collection[str]) -> None:
     """Add the faults of local paths, before others of the same line: those may follow from them."""
     broken = {fault.path for fault in document.faults}
     found = [
-        Fault(origin_of(document, fault.path), fault.path, fault.message)
+        Fault(document.origin_of(fault.path), fault.path, fault.message)
         for fault in path_faults(document, sections)
         # What an adapter decides is a conflict of this key with others, and true beside it.
         if fault.path not in broken or fault.path == ("adapter", "from")

@@ -43,6 +43,15 @@ class Document:
     faults: list[Fault] = field(default_factory=list)
     num_unlisted: int = 0  # Faults beyond those listed, where there are too many to look at.
 
+    def origin_of(self, path: Path, others: tuple[str, ...] = ()) -> int | str | None:
+        """Where a value came from; of a conflict with `others` the override among them if any."""
+        keys = [path, *((*path[:-1], other) for other in others)]
+        found = [self.origins[key] for key in keys if key in self.origins]
+        found.sort(key=lambda origin: isinstance(origin, int))
+        above = (path[:length] for length in range(len(path) - 1, -1, -1))
+        found += [self.origins[key] for key in above if key in self.origins]
+        return found[0] if found else None
+
 
 def read_yaml(text: str) -> Document:
     """Read one YAML document of at most a mebibyte, a limit that the caller keeps.

@@ -90,7 +90,8 @@ def take_removed(document: Document, *, of_run: bool = False) -> None:
             continue
         value = section.pop(path[-1])
         if not of_run and value != removed.value:
-            _refuse(document, path, f"this key was removed (got {show(value)})", removed)
+            told = f"this key was removed (got {show(value)}): {removed.advice}"
+            document.faults.append(Fault(document.origin_of(path), path, told))
     for path, values in _VALUES.items():
         section = _section(document, path)
         given = section.get(path[-1])
@@ -105,7 +106,8 @@ def take_removed(document: Document, *, of_run: bool = False) -> None:
         else:
             section[path[-1]] = instead
         for each in () if of_run else gone:
-            _refuse(document, path, f"{each} was removed", values[each])
+            told = f"{each} was removed: {values[each].advice}"
+            document.faults.append(Fault(document.origin_of(path), path, told))
 
 
 def had_no_effect(key: str, value: object) -> bool:
@@ -122,9 +124,3 @@ def _section(document: Document, path: Path) -> dict[Any, Any]:
     for step in path[:-1]:
         section = section.get(step) if isinstance(section, dict) else None
     return section if isinstance(section, dict) else {}
-
-
-def _refuse(document: Document, path: Path, said: str, removed: _Removed) -> None:
-    origins = [document.origins.get(path[:length]) for length in range(len(path), -1, -1)]
-    origin = next((found for found in origins if found is not None), None)
-    document.faults.append(Fault(origin, path, f"{said}: {removed.advice}"))

@@ -113,6 +113,7 @@ class RankReport(Result):
     rule: Mapping[str, Any] = field(default_factory=dict)  # the rank rule, with the recipe's keys
     probes: tuple[Probe, ...] = ()  # trainings that chose the energy threshold, where it is auto
     form: str = "both"  # what of the terms is trained
+    frozen_seed: int | None = None  # draws the frozen factors, where no file holds them
 
     @property
     def stored_parameters(self) -> int:
@@ -165,16 +166,6 @@ class PreflightReport(Result):
     warnings: tuple[str, ...] = ()  # what looks wrong without being an error
     sample: tuple[tuple[str, bool], ...] = ()  # one row as (text, is_trained) pieces, in order
     sources: tuple[SourceCount, ...] = ()  # each source where there are several
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> PreflightReport:
-        """Read back what `to_dict` gave.
-
-        Raises:
-            ValueError: It holds something else.
-        """
-        report: PreflightReport = check_types(dict(content), cls)
-        return report
 
 
 @dataclass(frozen=True)

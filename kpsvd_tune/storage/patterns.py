@@ -11,7 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -23,9 +23,21 @@ class SlowPatternError(ValueError):
     """Matching took too long."""
 
 
+def time_limit(what: str) -> AbstractContextManager[None]:
+    """End what is matched inside when it takes too long, with a SlowPatternError.
+
+    `what` is the setting, as the error names it.
+    """
+    error = SlowPatternError(
+        f"{what} takes more than {SECONDS:g} s to match, as patterns with repeats inside repeats "
+        "do, such as (a+)+; write it without them, or list the names"
+    )
+    return raise_after(SECONDS, error)
+
+
 @contextmanager
-def time_limit(what: str) -> Iterator[None]:
-    """End what is matched inside when it takes too long, by SlowPatternError on the setting `what`.
+def raise_after(seconds: float, error: Exception) -> Iterator[None]:
+    """Interrupt what takes longer; a timer that somebody else has set goes on afterwards.
 
     Outside the main thread, where Python delivers no signals, nothing is bounded.
     """
@@ -34,13 +46,10 @@ def time_limit(what: str) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SlowPatternError(
-            f"{what} takes more than {SECONDS:g} s to match, as patterns with repeats inside "
-            "repeats do, such as (a+)+; write it without them, or list the names"
-        )
+        raise error
 
     handler: Any = signal.signal(signal.SIGALRM, stop)
-    earlier = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    earlier = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

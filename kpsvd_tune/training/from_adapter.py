@@ -115,6 +115,7 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
         untouched=tuple(untouched(base, [layer.name for layer in layers])),
         rule={"from": recipe.adapter.from_},
         form=plans[0].form,
+        frozen_seed=config.frozen_seed,
     )
 
 

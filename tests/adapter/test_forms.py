@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -217,6 +217,13 @@ def test_zero_directions_stay_zero() -> None:
     [
         ({"form": "lefts"}, "form 'lefts': expected one of both, left, right, core"),
         ({"form": "core", "factor_size": 8}, "factor_size .* form is core: set factor_shape"),
+        ({"form": "left", "factor_size": 8.0}, "factor_size: got 8.0; expected two whole numbers"),
+        ({"form": "left", "factor_size": [8]}, r"factor_size: got \[8\]; expected two whole"),
+        ({"form": "left", "factor_size": 0}, "factor_size must be at least 1, got 0 x 0"),
+        (
+            {"form": "left", "factor_size": 8, "factor_shape": "thin"},
+            "factor_size 8 and factor_shape 'thin': each decides .* set one of the two",
+        ),
         ({"frozen_seed": 1}, "frozen_seed draws the frozen factors of the forms left, right"),
     ],
 )
@@ -232,3 +239,101 @@ def test_nothing_is_decomposed_for_factors_of_a_seed(
     monkeypatch.setattr("kpsvd_tune.adapter.model.decompose_layer", None)
     model = adapt(tiny_model, form=form, frozen_seed=3)
     assert all(layer.kpsvd_form["default"].rank == 2 for _, layer in kpsvd_layers(model))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("part", [0, 1])
+def test_both_frozen_factors_of_a_core_are_known_whatever_their_scale(
+    tiny_model: Any, part: int, scale: float
+) -> None:
+    """One of the two carries ||W||, beside which the other must not go unseen."""
+    with torch.no_grad():
+        for name, weight in tiny_model.named_parameters():
+            if name.endswith("up_proj.weight"):
+                weight.mul_(scale)
+    model = adapt(tiny_model, form="core")
+    state = get_peft_model_state_dict(model)
+    held = FORMS["core"].frozen[part]
+    first, second = (f"base_model.model.model.layers.{n}.mlp.up_proj.{held}" for n in (0, 1))
+    state[first], state[second] = state[second].clone(), state[first].clone()
+    with pytest.raises(AdapterError, match="frozen factors project to .* were exchanged"):
+        set_peft_model_state_dict(model, state)
+
+
+@pytest.mark.parametrize("options", EACH, ids=str)
+def test_trained_values_may_be_cast_without_the_frozen(
+    tiny_model: Any, options: dict[str, Any]
+) -> None:
+    model = adapt(tiny_model, **options)
+    after = train(model)
+    for parameter in trained(model).values():
+        parameter.data, parameter.grad = parameter.data.bfloat16(), None
+    torch.testing.assert_close(logits(model), after, rtol=0, atol=0.02)
+    model(IDS, labels=IDS).loss.backward()
+    grads = [p.grad for p in trained(model).values()]
+    assert all(grad is not None and grad.dtype == torch.bfloat16 for grad in grads)
+    torch.testing.assert_close(logits(model.merge_and_unload()), after, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("options", EACH, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_torch_makes_by_default_changes_nothing(
+    tiny_model: Any, model_factory: Any, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    expected = adapt(model_factory(), **options)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        model = adapt(tiny_model, **options)
+    finally:
+        torch.set_default_dtype(default)
+    pairs = zip(kpsvd_layers(model), kpsvd_layers(expected), strict=True)
+    for (_, layer), (_, other) in pairs:
+        for got, wanted in zip(layer.tensors("default"), other.tensors("default"), strict=True):
+            assert got.dtype == torch.float32
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("options", EACH, ids=str)
+def test_transformers_loads_every_form(
+    tiny_model: Any, model_factory: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = adapt(tiny_model, **options)
+    after = train(model)
+    model.save_pretrained(tmp_path)
+    loaded = model_factory()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded), after)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("norm", "q_proj: layers of .* lacks its norm, by which frozen_seed draws"),
+        (None, "q_proj: layers of .* lacks its shape, rank and norm"),
+    ],
+)
+def test_what_no_tensor_tells_of_drawn_factors_must_be_in_the_configuration(
+    tiny_model: Any, model_factory: Any, key: str | None, message: str
+) -> None:
+    model = adapt(tiny_model, form="core", frozen_seed=2)
+    state = {
+        key.removeprefix("base_model.model."): value
+        for key, value in get_peft_model_state_dict(model).items()
+    }
+    config = model.peft_config["default"]
+    layers = {name: dict(layer) for name, layer in config.layers.items()}
+    for name in [each for each in layers if each.endswith("q_proj")]:
+        if key is None:
+            del layers[name]
+        else:
+            del layers[name][key]
+    again = KpsvdConfig(
+        target_modules="all-linear",
+        form="core",
+        frozen_seed=2,
+        layers=layers,
+        task_type="CAUSAL_LM",
+    )
+    with pytest.raises(AdapterError, match=message):
+        inject_adapter_in_model(again, model_factory(), state_dict=state)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -24,9 +26,11 @@ from kpsvd_tune.decompose import (
     default_cache_dir,
 )
 from kpsvd_tune.decompose.spectra import divide, work
+from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan, kpsvd, unrearrange
 from kpsvd_tune.models import ModelSource, load_model, resolve_model
+from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.console import rank_summary
 from kpsvd_tune.report.rank_page import write_rank_report
@@ -443,3 +447,38 @@ def test_directions_of_a_seed_need_no_decomposition(
     )
     with pytest.raises(AdapterError, match="every layer got rank 0"):
         decompose(resolve_model(str(tiny_model_dir)), nothing)
+
+
+def test_drawn_directions_of_a_damaged_weight_are_refused(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    adapter = AdapterRecipe(form="core", init="random")
+    with pytest.raises(ModelError, match="layers.0.mlp.up_proj cannot be adapted: its norm is not"):
+        decompose(resolve_model(str(folder)), adapter)
+
+
+def test_the_seed_of_drawn_directions_stays_with_the_decomposition(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """So that a run which goes on with another train.seed keeps its frozen factors."""
+    source = resolve_model(str(tiny_model_dir))
+    adapter = AdapterRecipe(form="core", init="random", rank=RankRecipe(max=2))
+    decompose(source, adapter, start_seed=3).save(tmp_path)
+    found = Decomposition.load(tmp_path, is_of_weight=False)
+    recipe = Recipe.model_validate(
+        {
+            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+            "adapter": adapter.model_dump(by_alias=True),
+            "train": {"seed": 4},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    older = replace(found, report=replace(found.report, frozen_seed=None))
+    for decomposition, seed in ((found, 3), (older, 4)):
+        model = adapt(recipe, source, decomposition, None)
+        assert model.peft_config["default"].to_dict()["frozen_seed"] == seed

@@ -79,6 +79,12 @@ def test_random_directions_hold_their_mean_share(form: str) -> None:
     assert plan.squared_norm == squared_norm
 
 
+@pytest.mark.parametrize("squared_norm", [math.nan, math.inf])
+def test_random_terms_need_a_finite_weight(squared_norm: float) -> None:
+    with pytest.raises(ValueError, match="norm is not finite, so it holds NaN or infinite"):
+        LayerPlan("a", SHAPE, form="core").with_random_terms(squared_norm, 4)
+
+
 @pytest.mark.parametrize(
     ("form", "rank", "drawn", "stored"),
     [

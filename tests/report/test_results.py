@@ -18,6 +18,7 @@ from kpsvd_tune.report.results import (
     StepMetrics,
     TrainResult,
 )
+from kpsvd_tune.storage.json_files import check_types
 
 LAYER_KEYS = [
     "name",
@@ -82,7 +83,9 @@ def test_a_rank_report_comes_back_equal_from_json(report: RankReport):
 
 def test_a_rank_report_has_the_agreed_keys_in_order(report: RankReport):
     content = report.to_dict()
-    assert list(content) == ["model", "totals", "layers", "untouched", "rule", "probes"]
+    assert list(content) == [
+        *("model", "totals", "layers", "untouched", "rule", "probes", "form", "frozen_seed"),
+    ]
     assert list(content["layers"][0]) == LAYER_KEYS
     assert content["layers"][0]["factor_shape"] == [3, 2, 2, 2]
     assert content["layers"][0]["singular_values"] == [3.0, 2.0, 1.0]
@@ -174,6 +177,7 @@ def test_a_preflight_report_comes_back_equal_from_json():
     assert isinstance(found, PreflightReport)
     sources = (SourceCount("a.jsonl", 2.0, 16, 80, "chat"),)
     report = dataclasses.replace(found, sources=sources)
-    assert PreflightReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    content = json.loads(json.dumps(report.to_dict()))
+    assert check_types(content, PreflightReport) == report
     with pytest.raises(ValueError, match="num_rows: input should be a valid integer"):
-        PreflightReport.from_dict({**report.to_dict(), "num_rows": "many"})
+        check_types({**content, "num_rows": "many"}, PreflightReport)

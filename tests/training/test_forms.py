@@ -64,3 +64,20 @@ def test_a_run_resumes_goes_on_and_merges(
     for key in ("trainable_parameters", "stored_parameters"):
         assert again["totals"][key] == ranks["totals"][key]
     assert cli.run(["merge", str(runs[0]), "--output", str(runs[3])]) == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_another_seed_keeps_its_drawn_factors(
+    tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = write_recipe(train={"save_every": 2, "learning_rate": 1e-2, "keep": "last"})
+    run = tmp_path / "run"
+    options = ["adapter.form=core", "adapter.init=random", "adapter.rank={window: 8, max: 2}"]
+    assert cli.run(["train", str(recipe), *options, "train.max_steps=2"]) == 0
+    allowed = [f"--allow-change={key}" for key in ("train", "dataset")]
+    more = ["train.max_steps=4", "train.seed=1", *allowed]
+    # Whether so few steps on other rows help is not asked here.
+    cli.run(["train", str(recipe), *options, *more])
+    settings = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert settings["frozen_seed"] == 0
+    assert json.loads((run / "results.json").read_text())["adapter_step"] == 4

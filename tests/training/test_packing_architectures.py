@@ -11,6 +11,7 @@ import torch
 import transformers as t
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from architectures import SIZES
+from packaging.version import Version
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import RecipeError
@@ -156,7 +157,12 @@ def try_packing(config: Any, attention: str) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("architecture", APART)
 def test_rows_are_apart(architecture, attention):
-    try_packing(APART[architecture](), attention)
+    if architecture == "llama4" and Version(t.__version__) < Version("5.23"):
+        # There its chunks of attention are counted on from row to row.
+        with pytest.raises(RecipeError, match="gives packed rows other losses than the same rows"):
+            try_packing(APART[architecture](), attention)
+    else:
+        try_packing(APART[architecture](), attention)
 
 
 @pytest.mark.parametrize("architecture", APART_WITH_EAGER)

@@ -26,9 +26,10 @@ from kpsvd_tune.data.encode.chat_program import (
 )
 from kpsvd_tune.data.encode.format import Chat
 from kpsvd_tune.data.encode.messages import REASONING_KEYS
-from kpsvd_tune.data.encode.templates import Template, shipped_name
+from kpsvd_tune.data.encode.templates import Template, shipped_name, texts_of
 from kpsvd_tune.data.encode.tools import render_calls
 from kpsvd_tune.data.encode.written import WrittenCheck
+from kpsvd_tune.data.read.files import shortened
 from kpsvd_tune.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -71,9 +72,8 @@ class ChatRenderer:
             )
         self._template: Template = tokenizer.chat_template
         self._compared_with = compared_with
-        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
         # Templates of this package must mark exactly the answer; other authors may choose.
-        self.is_strict = any(map(shipped_name, texts))
+        self.is_strict = any(map(shipped_name, texts_of(self._template)))
         self._special_tokens = tuple(special_tokens)
         # Read once: a tokenizer makes this anew at every call.
         self._special_token_names = dict(tokenizer.special_tokens_map)
@@ -105,10 +105,10 @@ class ChatRenderer:
         messages = chat.messages[: answers[-1] + 1]
         text, marked = self.render(messages, chat.tools)
         if self._program(chat.tools).has_markers:
-            finder: _Finder = _MarkedTurns(self, messages, chat.tools, text, marked)
+            by_place = _by_place(messages, marked)
+            spans = _MarkedFinder(self, messages, chat.tools, text, by_place).spans(answers)
         else:
-            finder = _Finder(self, messages, chat.tools, text)
-        spans = finder.spans(answers)
+            spans = _Finder(self, messages, chat.tools, text, {}).spans(answers)
         turns = {place: text[start:end] for place, (start, end) in zip(answers, spans, strict=True)}
         self._written.check(messages, chat.tools, turns, text)
         segments: list[Segment] = []
@@ -125,8 +125,7 @@ class ChatRenderer:
     @cached_property
     def arguments(self) -> str:
         """Advice about the template's arguments for reasoning; empty where it has none."""
-        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
-        found = set().union(*map(variables_of, texts))
+        found = set().union(*map(variables_of, texts_of(self._template)))
         known = sorted(name for name in found if "think" in name or "reasoning" in name)
         if not known:
             return ""
@@ -187,8 +186,8 @@ class ChatRenderer:
         if self._compared_with is None:
             return
         try:
-            asked = self.render(messages[:-1], tools, True, self._compared_with)[0]
-            written = self.render(messages, tools, False, self._compared_with)[0]
+            asked, _ = self.render(messages[:-1], tools, True, self._compared_with)
+            written, _ = self.render(messages, tools, False, self._compared_with)
         except TemplateError:
             return
         if written.startswith(asked) and not written.startswith(turn, len(asked)):
@@ -249,14 +248,15 @@ class ChatRenderer:
         return found
 
 
+@dataclass(frozen=True)
 class _Finder:
     """Finds the answers of one chat, which ends with an answer, in the text it was rendered to."""
 
-    def __init__(self, renderer: ChatRenderer, messages: Messages, tools: Any, text: str) -> None:
-        self._renderer = renderer
-        self._messages = messages
-        self._tools = tools
-        self._text = text
+    _renderer: ChatRenderer
+    _messages: Messages
+    _tools: Any
+    _text: str
+    _marked: Mapping[int, tuple[int, int]]  # stretch of each assistant turn, where they are marked
 
     def spans(self, answers: Sequence[int]) -> list[tuple[int, int]]:
         """Start and end in the text of each answer, which are given by place, ascending."""
@@ -327,25 +327,8 @@ class _Finder:
         return near if len(near) <= 2 * _NEAR else None
 
 
-class _MarkedTurns(_Finder):
+class _MarkedFinder(_Finder):
     """Finds the answers of a chat whose template marks them, one stretch for each turn."""
-
-    def __init__(
-        self,
-        renderer: ChatRenderer,
-        messages: Messages,
-        tools: Any,
-        text: str,
-        marked: Sequence[tuple[int, int]],
-    ) -> None:
-        super().__init__(renderer, messages, tools, text)
-        turns = [i for i, message in enumerate(messages) if _is(message, "assistant")]
-        if len(marked) != len(turns):
-            raise TemplateError(
-                f"the chat template marks {len(marked)} stretches with {{% generation %}} for "
-                f"{len(turns)} assistant turns; expected one each: correct the template's markers"
-            )
-        self._marked = dict(zip(turns, marked, strict=True))
 
     def _whole(self, index: int) -> tuple[int, int]:
         text, renderer = self._text, self._renderer
@@ -353,8 +336,8 @@ class _MarkedTurns(_Finder):
         message = self._messages[index]
         is_asked = text.startswith(before)
         start, end = self._cut(text, self._marked[index], message, len(before), is_asked)
+        is_last = index == len(self._messages) - 1
         if text[:start] != before and renderer.is_strict:
-            is_last = index == len(self._messages) - 1
             if is_last:
                 raise _asks_otherwise(before, text, renderer.arguments)
             raise _rewrites(renderer.arguments)
@@ -364,13 +347,13 @@ class _MarkedTurns(_Finder):
                 f"marks for training: it asks with {tail(before)}, the marked text follows "
                 f"{tail(text[:start])}"
             ] = None
-        if index < len(self._messages) - 1:
+        if not is_last:
             # The turn is learnt as the long chat has it: it must be the same where it is last.
             alone, marked = renderer.render(self._messages[: index + 1], self._tools)
             is_asked = alone.startswith(before)
             place = self._cut(alone, marked[-1], message, len(before), is_asked)
             if place != (start, end) or alone[:end] != text[:end]:
-                raise _rewrites(self._renderer.arguments)
+                raise _rewrites(renderer.arguments)
         return start, end
 
     def _near(self, previous: int, index: int, position: int) -> tuple[int, int] | None:
@@ -402,7 +385,7 @@ class _MarkedTurns(_Finder):
 
 def head(text: str) -> str:
     """The beginning of a text, as messages show it."""
-    return repr(text if len(text) <= 50 else text[:47] + "...")
+    return repr(shortened(text, 50))
 
 
 def tail(text: str) -> str:
@@ -412,6 +395,17 @@ def tail(text: str) -> str:
 
 def _is(message: Mapping[str, Any], role: str) -> bool:
     return bool(message["role"] == role)
+
+
+def _by_place(messages: Messages, marked: Sequence[tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """The marked stretch of each assistant turn."""
+    turns = [i for i, message in enumerate(messages) if _is(message, "assistant")]
+    if len(marked) != len(turns):
+        raise TemplateError(
+            f"the chat template marks {len(marked)} stretches with {{% generation %}} for "
+            f"{len(turns)} assistant turns; expected one each: correct the template's markers"
+        )
+    return dict(zip(turns, marked, strict=True))
 
 
 def _is_rendered_whole(number: int, count: int) -> bool:
@@ -440,7 +434,12 @@ def _place_of(content: str, turn: str) -> tuple[int, int]:
     start = turn.find(reasoning)
     place = turn.find(answer, max(start, 0) + len(reasoning))
     if start < 0 or place < 0:
-        raise _drops_reasoning(text, turn)
+        raise TemplateError(
+            "the chat template drops or changes the assistant's reasoning: expected "
+            f"{head(text)}, it wrote {head(turn)}; take the reasoning out of the rows to train "
+            f"answers alone (the key reasoning_content, or the text up to {_THINK_END}), or use "
+            f"{_OTHER_TEMPLATE} that keeps it, such as qwen3, deepseek-r1 or chatml"
+        )
     start = start if reasoning else place
     marker_place = turn.rfind("<think>", 0, start)
     return (start if marker_place < 0 else marker_place), place + len(answer)
@@ -452,15 +451,6 @@ def _only_mentions_thinking(reasoning: str, answer: str) -> bool:
         return False
     is_inline = not (reasoning.endswith("\n") or answer.startswith("\n"))
     return "<think>" in reasoning + answer or (bool(answer) and is_inline)
-
-
-def _drops_reasoning(expected: str, turn: str) -> TemplateError:
-    return TemplateError(
-        f"the chat template drops or changes the assistant's reasoning: expected {head(expected)}, "
-        f"it wrote {head(turn)}; take the reasoning out of the rows to train answers alone (the "
-        f"key reasoning_content, or the text up to {_THINK_END}), or use {_OTHER_TEMPLATE} that "
-        "keeps it, such as qwen3, deepseek-r1 or chatml"
-    )
 
 
 def _asks_otherwise(before: str, after: str, arguments: str) -> TemplateError:

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import lru_cache
-from types import FrameType
 from typing import Any
 
 import jinja2
@@ -30,6 +27,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.storage.patterns import raise_after
 
 # Seconds that one rendering may take; a chat of thousands of turns takes a fraction of one.
 MAX_SECONDS = 20.0
@@ -57,7 +55,7 @@ class ChatProgram:
         # It marks what the assistant writes with {% generation %}
         self.has_markers = bool(_MARKER.search(template))
         self._environment = _Environment()
-        with _time_limit(MAX_SECONDS):
+        with _time_limit():
             self._template = self._environment.from_string(template)
 
     @property
@@ -75,7 +73,7 @@ class ChatProgram:
         environment = self._environment
         environment.length, environment.marked = 0, []
         chunks = []
-        with _time_limit(MAX_SECONDS):
+        with _time_limit():
             for chunk in self._template.generate(**variables):
                 environment.length += len(chunk)
                 if environment.length > _MAX_CHARACTERS:
@@ -116,9 +114,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, jinja2.ext.loopcontrols],
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         self.length = 0
         self.marked: list[tuple[int, int]] = []
@@ -196,11 +192,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
@@ -235,31 +227,12 @@ def _bounded(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     return checked
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer, in the main thread, where signals are delivered.
-
-    A timer that somebody else has set goes on afterwards. What takes longer gets a TimeoutError.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it was not done after {seconds:g} seconds, as if it never ended")
-
-    earlier = signal.signal(signal.SIGALRM, stop)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        signal.signal(signal.SIGALRM, earlier)
+def _time_limit() -> AbstractContextManager[None]:
+    late = TimeoutError(f"it was not done after {MAX_SECONDS:g} seconds, as if it never ended")
+    return raise_after(MAX_SECONDS, late)
 
 
-def with_reasoning_names(
-    messages: Sequence[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
+def with_reasoning_names(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages with their reasoning under both names that families of templates read."""
     named = []
     for message in messages:

@@ -46,24 +46,19 @@ UNUSABLE = Mark.EMPTY | Mark.FULL_PROMPT | Mark.FAULTY
 
 
 class TokenizedRow:
-    """One row as the model sees it: arrays, or slices of the arrays of a store.
-
-    Attributes:
-        input_ids: (tokens,) int32 token ids; none where the row cannot be used.
-        labels: (tokens,) int32, the same ids where a token is learnt, `IGNORED` elsewhere; never
-            at the first position, which nothing predicts.
-        row: Number of the row in its source.
-        marks: What is out of the ordinary with it.
-    """
+    """One row as the model sees it: arrays, or slices of the arrays of a store."""
 
     __slots__ = ("input_ids", "labels", "marks", "row")
 
     def __init__(
         self, input_ids: ArrayLike, labels: ArrayLike, row: int, marks: Mark = NO_MARK
     ) -> None:
+        # (tokens,) token ids; none where the row cannot be used
         self.input_ids: NDArray[np.int32] = np.asarray(input_ids, dtype=np.int32)
+        # (tokens,) the same ids where a token is learnt, `IGNORED` elsewhere; never learnt at the
+        # first position, which nothing predicts
         self.labels: NDArray[np.int32] = np.asarray(labels, dtype=np.int32)
-        self.row = row
+        self.row = row  # its number in the source
         self.marks = marks
 
     def __len__(self) -> int:
@@ -124,15 +119,16 @@ class Encoder:
         learn: Learn = "all",
         compared_with: Template | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
         self._max_length = max_length
         self._learn = learn
-        self._notes: dict[str, None] = {}
-        self._told: set[str] = set()
-        self._special_ids = _special_tokens(tokenizer)
-        self._special_pattern = re.compile("|".join(map(re.escape, self._special_ids)) or r"(?!)")
+        self._notes: dict[str, str] = {}  # by what they are about
         # Read once: a tokenizer looks its special tokens up anew at every call.
-        self._all_special_ids = frozenset(self._special_ids.values())
+        special = {str(t): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        # The longest first, so that a search takes the whole one.
+        special = dict(sorted(special.items(), key=lambda item: -len(item[0])))
+        self._special_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._special_ids = frozenset(special.values())
         self._bos, self._bos_id = tokenizer.bos_token, tokenizer.bos_token_id
         if tokenizer.eos_token_id is None:
             raise DataError(
@@ -141,18 +137,16 @@ class Encoder:
             )
         self._eos_id = int(tokenizer.eos_token_id)
         self._template = None if template == "chat" else TextTemplate(template)
-        self._chat = (
-            ChatRenderer(tokenizer, tuple(self._special_ids), compared_with)
-            if template == "chat"
-            else None
-        )
+        self._chat = None
+        if template == "chat":
+            self._chat = ChatRenderer(tokenizer, tuple(special), compared_with)
         self._segment_tokenizer = SegmentTokenizer(tokenizer)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about tokenizer and template, as far as rows have shown it."""
         of_chat = self._chat.notes if self._chat else {}
-        return (*self._notes, *of_chat)
+        return (*self._notes.values(), *of_chat)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -168,11 +162,9 @@ class Encoder:
 
     @property
     def last_token_ids(self) -> tuple[int, ...]:
-        """Ids that a whole row may end with: in chats any special token, else the end token.
-
-        Templates end calls of tools with another token than answers.
-        """
-        special = self._special_ids.values() if self._chat is not None else ()
+        """Ids that a whole row may end with: in chats any special token, else the end token."""
+        # Templates end calls of tools with another token than answers.
+        special = sorted(self._special_ids) if self._chat is not None else ()
         return tuple(dict.fromkeys((self._eos_id, *special)))
 
     def parts(self, example: Pair | Chat) -> list[Pair | Chat]:
@@ -191,14 +183,9 @@ class Encoder:
         ]
 
     def encode(self, example: Pair | Chat, row: int) -> TokenizedRow:
-        """Encode one example; its ids are cut at the maximal length.
+        """Encode one of the `parts` of an example, which is row number `row` of its source.
 
-        Args:
-            example: What `RowFormat.example` read, or one of its :meth:`parts`.
-            row: Number to keep in the result.
-
-        Raises:
-            DataError: The chat template does not give the messages back.
+        Its ids are cut at the maximal length. DataError: the template does not give it back.
         """
         return self.encode_laid_out([self.lay_out(example)], [row])[0]
 
@@ -230,11 +217,11 @@ class Encoder:
             for segment, piece in zip(layout.segments, pieces[place], strict=True)
             if segment.is_trained
         ]
-        gives_back = self._segment_tokenizer.gives_back(
-            [piece for _, piece, _ in learnt], [text for _, _, text in learnt]
-        )
+        decoded = self._segment_tokenizer.decode_all([piece for _, piece, _ in learnt])
         inexact = {
-            place for (place, _, _), fits in zip(learnt, gives_back, strict=True) if not fits
+            place
+            for (place, _, text), back in zip(learnt, decoded, strict=True)
+            if not self._segment_tokenizer.are_same(back, text)
         }
         return [
             self._assemble(*each, is_exact=place not in inexact)
@@ -251,13 +238,13 @@ class Encoder:
             labels += piece if segment.is_trained else [IGNORED] * len(piece)
         bos, eos = self._bos_id, self._eos_id
         if bos is not None and bos != eos and ids[:2] == [bos, bos]:
-            self._notes[
+            self._notes["two starts"] = (
                 f"rows begin with {self._bos!r} twice, which no model has seen in "
                 "pretraining: take it out of the chat template, or out of the rows"
-            ] = None
+            )
         # A text that its tokenizer drops as a whole leaves no id.
         last = ids[-1] if ids else None
-        if not (last in self._all_special_ids if layout.is_chat else last == eos):
+        if not (last in self._special_ids if layout.is_chat else last == eos):
             ids.append(eos)
             labels.append(eos)
         labels[0] = IGNORED
@@ -280,10 +267,8 @@ class Encoder:
     ) -> list[int]:
         """The ids that stand before the answer in training, for generation to continue.
 
-        Args:
-            prompt: What the prompt column holds, or chat messages up to a user's.
-            system: System prompt, where the rows have one.
-            tools: What the assistant may call, beside messages.
+        `prompt` is what the prompt column holds, or chat messages up to a user's, which may have
+        `tools` beside them.
         """
         prefix: Sequence[int] = ()
         if not isinstance(prompt, str):
@@ -315,10 +300,7 @@ class Encoder:
     def _take_notes(self, chat: Chat) -> None:
         """Keep what a user should know about a row; of equal notes only the first."""
         for note in chat.notes:
-            about = note.partition(" (first: ")[0]
-            if about not in self._told:
-                self._told.add(about)
-                self._notes[note] = None
+            self._notes.setdefault(note.partition(" (first: ")[0], note)
 
     def _chat_prompt(
         self, messages: tuple[Mapping[str, Any], ...], tools: tuple[Any, ...] | None = None
@@ -355,10 +337,10 @@ class Encoder:
         bos = self._bos
         if not (self._segment_tokenizer.start_ids and bos and first.startswith(bos)):
             return self._segment_tokenizer.start_ids
-        self._notes[
+        self._notes["start of the template"] = (
             f"dataset.template starts with {bos!r}, which the tokenizer adds by itself: it is "
             "written once; remove it from the template"
-        ] = None
+        )
         return []
 
 
@@ -381,13 +363,6 @@ def _refuse_chat_parts(pair: Pair) -> None:
                 "dataset.template: chat (the tokenizer's own template), or leave it out with "
                 f"dataset.ignore_columns: [{column}]"
             )
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text and id of every special token; longest first, so that a search takes the whole one."""
-    tokens = {str(t): int(i) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
 
 
 class SegmentTokenizer:
@@ -445,15 +420,13 @@ class SegmentTokenizer:
             )
         )
 
-    def gives_back(self, pieces: Sequence[list[int]], texts: Sequence[str]) -> list[bool]:
-        """For each piece whether its ids decode to the text that they were made from."""
-        return [
-            # Tokenizers that put a space first drop it again when they decode.
-            decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
-            for decoded, text in zip(self._decode_all(pieces), texts, strict=True)
-        ]
+    def are_same(self, decoded: str, text: str) -> bool:
+        """Whether ids that decode to one text are exactly those of another."""
+        # Tokenizers that put a space first drop it again when they decode.
+        return decoded == text or (self._adds_space and decoded.lstrip() == text.lstrip())
 
-    def _decode_all(self, pieces: Sequence[list[int]]) -> Sequence[str]:
+    def decode_all(self, pieces: Sequence[list[int]]) -> Sequence[str]:
+        """The texts of many pieces, each as from `decode`."""
         kind = type(self._tokenizer)
         if (
             kind.decode is not PreTrainedTokenizerBase.decode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +13,15 @@ from kpsvd_tune.data.read.columns import (
     absent_column,
     check_preference,
     column,
-    from_struct_of_lists,
     is_blank,
     is_empty,
-    is_python_list,
     looks_like_pair,
     message_kind,
     missing_column,
+    read_list,
     text_of,
 )
-from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.data.read.files import Row, parsed
 from kpsvd_tune.errors import DataError
 
 # The roles whose column must be there; input, history and system may be absent.
@@ -72,20 +70,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages as the tokenizer's chat template takes them.
-
-    Attributes:
-        messages: The messages; every assistant turn that says something is learnt.
-        tools: What the assistant may call.
-        context: Places of assistant turns that are not learnt all the same: those of a prompt,
-            and those that the row itself switches off.
-        notes: What a user should know about the row.
-    """
+    """Messages as the tokenizer's chat template takes them; turns that say something are learnt."""
 
     messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Any, ...] | None = None
+    tools: tuple[Any, ...] | None = None  # what the assistant may call
+    # Places of assistant turns that are not learnt all the same: those of a prompt, and those that
+    # the row itself switches off.
     context: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what a user should know
 
     @property
     def learnt(self) -> tuple[int, ...]:
@@ -127,23 +119,21 @@ class RowFormat:
         # A csv line of commas, `{}`, or nulls throughout.
         if all(value is None or value == "" for value in row.values.values()):
             return None
-        if self.is_chat:
-            return self._chat(row)
-        return self._pair(row)
+        with row.told_in_errors():
+            return self._chat(row) if self.is_chat else self._pair(row)
 
     def _pair(self, row: Row) -> Pair | None:
-        texts = {role: name for role, name in self.columns.items() if role != "history"}
         self._check_single_answer(row)
-        read = {role: self._text(row, role) for role in texts}
+        read = {role: self._text(row, role) for role in self.columns if role != "history"}
         answer = read[REQUIRED_ROLES[self.name][-1]]
         if is_blank(answer):
             return None
         if self.name == "text":
             return Pair("", answer, is_plain=True)
         asking = "instruction" if self.name == "alpaca" else "prompt"
-        if asking in texts and column(row, texts[asking]) is None:
+        if asking in read and column(row, self.columns[asking]) is None:
             raise DataError(
-                f"{row.where}: the column {texts[asking]!r} is null, so nothing asks for the "
+                f"the column {self.columns[asking]!r} is null, so nothing asks for the "
                 'answer; expected text: remove the row, or write "" where the prompt is meant to '
                 "be empty"
             )
@@ -161,7 +151,7 @@ class RowFormat:
         is_several = isinstance(value, list) and len(value) > 1 and message_kind(value) is None
         if self.name != "text" and is_several and all(isinstance(each, str) for each in value):
             raise DataError(
-                f"{row.where}: the column {name!r} holds a list of {len(value)} "
+                f"the column {name!r} holds a list of {len(value)} "
                 f"({json.dumps(value, default=str)[:60]}), which would be learnt as one answer; "
                 "expected one text: keep one of them, or join them where they are its lines"
             )
@@ -171,7 +161,7 @@ class RowFormat:
         name = self.columns["system"]
         value = column(row, name)
         if isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-            return "".join(read_part(row, name, part, "text") for part in value)
+            return "".join(read_part(name, part, "text") for part in value)
         return self._text(row, "system")
 
     def _text(self, row: Row, role: str) -> str:
@@ -185,17 +175,14 @@ class RowFormat:
     def _history(self, row: Row) -> tuple[tuple[str, str], ...]:
         """Earlier rounds as LLaMA-Factory holds them: pairs of a question and its answer."""
         name = self.columns["history"]
-        value = column(row, name)
-        if isinstance(value, str) and value.strip():  # csv
-            with contextlib.suppress(ValueError):  # refused below, with its content
-                value = parse_json(value)
+        value = parsed(column(row, name))
         rounds = value or []
         if not isinstance(rounds, list) or not all(
             isinstance(each, list) and len(each) == 2 and all(isinstance(t, str) for t in each)
             for each in rounds
         ):
             raise DataError(
-                f"{row.where}: the column {name!r} holds {json.dumps(value, default=str)[:60]}; "
+                f"the column {name!r} holds {json.dumps(value, default=str)[:60]}; "
                 "expected the earlier rounds of the chat, [[question, answer], ...]: correct it, "
                 f"or leave it out with dataset.ignore_columns: [{name}]"
             )
@@ -209,15 +196,13 @@ class RowFormat:
         for role in REQUIRED_ROLES[self.name]:
             name = self.columns[role]
             entries = _as_list(row, name, may_be_single=self.has_messages)
-            kind = self.name
-            if self.has_messages:
-                kind = message_kind(entries) or "chat"
+            kind = (message_kind(entries) or "chat") if self.has_messages else self.name
             for entry in entries:
-                message, is_learnt, more = read_message(row, name, entry, kind, tools)
+                message, is_learnt, more = read_message(name, entry, kind, tools)
                 if role == "prompt" or not is_learnt:
                     context.add(len(messages))
                 messages.append(message)
-                notes += more
+                notes += [f"{about} (first: {row.where}{rest}" for about, rest in more]
                 if only_thinks(message):
                     notes.append(
                         "assistant messages that hold reasoning alone, without text or call, are "
@@ -226,7 +211,7 @@ class RowFormat:
         if "system" in self.columns and (system := self._system(row)):
             if any(message["role"] == "system" for message in messages):
                 raise DataError(
-                    f"{row.where}: both {name!r} and the column {self.columns['system']!r} give a "
+                    f"both {name!r} and the column {self.columns['system']!r} give a "
                     "system message; expected one of them: remove the other"
                 )
             messages.insert(0, {"role": "system", "content": system})
@@ -238,7 +223,7 @@ class RowFormat:
             return None
         if messages[0]["role"] == "assistant" and 0 not in context:
             raise DataError(
-                f"{row.where}: the chat starts with the assistant; expected a system or user "
+                "the chat starts with the assistant; expected a system or user "
                 "message first, since nothing asks for that answer: remove it or add the question"
             )
         return Chat(tuple(messages), tools, frozenset(context & answers), tuple(notes))
@@ -249,7 +234,7 @@ class RowFormat:
             name = REQUIRED_ROLES[form][-1]
             if name not in self.columns.values() and not is_empty(row.values.get(name)):
                 raise DataError(
-                    f"{row.where}: the row has no messages, as others have, but an answer in the "
+                    f"the row has no messages, as others have, but an answer in the "
                     f"column {name!r}; expected rows of one form: make a file of each form, or "
                     f"leave it out with dataset.ignore_columns: [{name}]"
                 )
@@ -272,7 +257,9 @@ def find_format(
     first, reason, named = filled[0], _NAMED, columns
     if name == "auto":
         for row in filled:
-            if found := _detect(row, columns, needs_prompt, setting):
+            with row.told_in_errors():
+                found = _detect(row, columns, needs_prompt, setting)
+            if found:
                 first, (name, columns, reason) = row, found
                 break
         else:
@@ -328,7 +315,9 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
         if not all(values.values()):
             continue
         if not all(kinds.values()):  # then a JSON object in a text is the text that was asked for
-            kinds = {role: _unless_object(values[role], kind) for role, kind in kinds.items()}
+            for role, value in values.items():
+                if isinstance(value, str) and value.lstrip().startswith("{"):
+                    kinds[role] = None
         if any(kinds.values()) and (not all(kinds.values()) or len(kinds) == 1):
             role = next(role for role, kind in kinds.items() if kind)
             other = "completion" if role == "prompt" else "prompt"
@@ -341,10 +330,6 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
             )
         return any(kinds.values())
     return False
-
-
-def _unless_object(value: Any, kind: str | None) -> str | None:
-    return None if isinstance(value, str) and value.lstrip().startswith("{") else kind
 
 
 def _detect(
@@ -386,7 +371,7 @@ def _refuse_single_messages(row: Row) -> None:
     if speaker is None or text is None:
         return
     raise DataError(
-        f"{row.where}: the columns {speaker!r} ({row.values[speaker]!r}) and {text!r} are those of "
+        f"the columns {speaker!r} ({row.values[speaker]!r}) and {text!r} are those of "
         "one message of a chat; expected a whole chat in each row: join the messages of a chat to "
         "a list, messages: [{'role': ..., 'content': ...}], or learn every row as plain text with "
         f"dataset.format=text dataset.columns={{text: {text}}}"
@@ -408,34 +393,17 @@ def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:
     listed = ", ".join(f"{role}: {name}" for role, name in columns.items())
     others = ", ".join(name for name in names if name not in kept)
     return DataError(
-        f"{row.where}: the columns {', '.join(map(repr, names))} all hold messages; expected one "
+        f"the columns {', '.join(map(repr, names))} all hold messages; expected one "
         f"such column, since only one can be learnt: name it, as with {setting}={{{listed}}}, or "
         f"leave the others out with dataset.ignore_columns: [{others}]"
     )
 
 
 def _as_list(row: Row, name: str, may_be_single: bool) -> list[Any]:
-    value = column(row, name)
-    if isinstance(value, str):  # csv has no lists: the messages stand there as JSON text
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            cure = (
-                ": it is a list as Python prints it, so write the column with json.dumps"
-                if is_python_list(value)
-                else ""
-            )
-            raise DataError(
-                f"{row.where}: the column {name!r} is text and not a JSON list of messages "
-                f"({error}); expected [{{...}}, ...]{cure}"
-            ) from error
     try:
-        value = from_struct_of_lists(value)
+        value = read_list(column(row, name))
     except ValueError as error:
-        raise DataError(
-            f"{row.where}: the column {name!r} holds one object of lists and {error}; expected a "
-            "role and a text for each message: mend the row"
-        ) from error
+        raise DataError(f"the column {name!r} {error}") from error
     if value is None and name not in row.values:
         raise absent_column(row, name)
     if value is None:
@@ -444,8 +412,8 @@ def _as_list(row: Row, name: str, may_be_single: bool) -> list[Any]:
         return [value]
     if not isinstance(value, list):
         raise DataError(
-            f"{row.where}: the column {name!r} holds {json.dumps(value, default=str)[:60]}; "
-            "expected a list of messages"
+            f"the column {name!r} holds {json.dumps(value, default=str)[:60]}; expected a list of "
+            "messages"
         )
     return value
 

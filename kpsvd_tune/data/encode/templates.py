@@ -88,9 +88,14 @@ def shipped_name(template: str) -> str | None:
     return next((name for name in FAMILIES if template.endswith(shipped_template(name))), None)
 
 
+def texts_of(template: Template) -> list[str]:
+    """The one text of a template, or those of all that a tokenizer chooses among."""
+    return [template] if isinstance(template, str) else list(template.values())
+
+
 def family_of(template: Template | None) -> str | None:
     """The family that a tokenizer's own template belongs to; None where it is of none."""
-    text = template if isinstance(template, str) else "".join((template or {}).values())
+    text = "".join(texts_of(template or ""))
     return next(
         (name for name, each in FAMILIES.items() if all(mark in text for mark in each.marks)), None
     )
@@ -112,8 +117,7 @@ def use_recipe_template(tokenizer: PreTrainedTokenizerBase, dataset: DatasetReci
             )
         _check_arguments(template, dataset.template_arguments, tokenizer)
         template = with_arguments(template, dataset.template_arguments)
-    if template != tokenizer.chat_template:
-        tokenizer.chat_template = template
+    tokenizer.chat_template = template
 
 
 def with_arguments(template: Template, arguments: Mapping[str, Any]) -> Template:
@@ -130,9 +134,8 @@ def with_arguments(template: Template, arguments: Mapping[str, Any]) -> Template
 
 def reads(template: Template, tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The arguments that a template reads."""
-    texts = [template] if isinstance(template, str) else list(template.values())
     try:
-        names: set[str] = set().union(*map(variables_of, texts))
+        names: set[str] = set().union(*map(variables_of, texts_of(template)))
     except jinja2.TemplateError as error:
         raise DataError(f"the chat template does not compile: {error}; correct it") from error
     return names - _GIVEN - set(tokenizer.special_tokens_map)
@@ -172,14 +175,12 @@ def _check_arguments(
     template: Template, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     known = reads(template, tokenizer)
-    for name in arguments:
-        if name in known:
-            continue
+    if unknown := [name for name in arguments if name not in known]:
         listed = f"it reads {', '.join(sorted(known))}"
         raise DataError(
-            f"dataset.template_arguments: the chat template does not read {name!r}, so it would "
-            f"change nothing; {listed if known else 'it reads no arguments: remove them'}"
-            f"{did_you_mean(name, known)}"
+            f"dataset.template_arguments: the chat template does not read {unknown[0]!r}, so it "
+            f"would change nothing; {listed if known else 'it reads no arguments: remove them'}"
+            f"{did_you_mean(unknown[0], known)}"
         )
 
 
@@ -207,12 +208,7 @@ class TextTemplate:
 
     Only the three placeholders are replaced, each once and in one pass: braces in a template
     ("\boxed{}") or in a row stay as they are. Text behind {completion} is learnt with it.
-
-    Args:
-        template: Text with {completion} once, and {prompt} and {system} before it or not at all.
-
-    Raises:
-        DataError: An unknown placeholder, or one missing, repeated or behind {completion}.
+    DataError: a placeholder is unknown, or {completion} is not there once, as the last of them.
     """
 
     def __init__(self, template: str) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kpsvd_tune.data.read.files import Row, parse_json
+from kpsvd_tune.data.read.files import Row, parse_json, parsed
 from kpsvd_tune.errors import DataError
 
 Rendered = TypeVar("Rendered", bound=tuple[str, Any])
+# What a user should know: the text before the place of the row, and that behind it.
+Note = tuple[str, str]
 # "functions" is OpenAI's older name.
 TOOL_COLUMNS = ("tools", "functions")
+
+
+def function_of(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a tool or a call holds under "function", or itself, as they may be written too."""
+    inner = entry.get("function")
+    return inner if isinstance(inner, Mapping) else entry
 
 
 def read_tools(row: Row) -> tuple[Any, ...] | None:
@@ -20,7 +27,7 @@ def read_tools(row: Row) -> tuple[Any, ...] | None:
     found = {name: read for name in TOOL_COLUMNS if (read := _read_column(row, name))}
     if len(found) > 1:
         raise DataError(
-            f"{row.where}: both the columns 'tools' and 'functions' hold tools; expected one of "
+            "both the columns 'tools' and 'functions' hold tools; expected one of "
             "them: leave one out with dataset.ignore_columns: [functions]"
         )
     if "functions" in found:
@@ -40,16 +47,16 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
             value = parse_json(value)
         except ValueError as error:
             raise DataError(
-                f"{row.where}: the column {name!r} is text and not JSON ({error}); expected a "
+                f"the column {name!r} is text and not JSON ({error}); expected a "
                 f"list of tools: correct it, or leave it out with dataset.ignore_columns: [{name}]"
             ) from error
     if value is None:
         return None
     if isinstance(value, list):  # Arrow holds tools of different keys as JSON texts
-        value = [_parsed(each) for each in value]
+        value = [parsed(each) for each in value]
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise DataError(
-            f"{row.where}: the column {name!r} holds {type(value).__name__} ({str(value)[:40]}); "
+            f"the column {name!r} holds {type(value).__name__} ({str(value)[:40]}); "
             "expected a list of tools, each an object: "
             + ("write [...] around it" if isinstance(value, Mapping) else "correct it")
             + f", or leave it out with dataset.ignore_columns: [{name}]"
@@ -57,19 +64,8 @@ def _read_column(row: Row, name: str) -> tuple[Any, ...] | None:
     return tuple(_without_nulls(value)) or None
 
 
-def _parsed(value: Any) -> Any:
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # refused below, with its type
-            return parse_json(value)
-    return value
-
-
 def read_calls(
-    row: Row,
-    name: str,
-    message: dict[str, Any],
-    tools: Sequence[Any] | None,
-    notes: list[str],
+    name: str, message: dict[str, Any], tools: Sequence[Any] | None, notes: list[Note]
 ) -> list[Any]:
     """Take the calls of `tool_calls`, or of OpenAI's older `function_call`, out of a message.
 
@@ -77,38 +73,35 @@ def read_calls(
     Nulls that the tool's schema does not allow are left out: Arrow fills each call with the
     arguments of all tools. `notes` gets what a user should know.
     """
-    calls = message.pop("tool_calls", None) or []
+    calls = parsed(message.pop("tool_calls", None) or [])
     legacy = message.pop("function_call", None)
-    if isinstance(calls, str):
-        with contextlib.suppress(ValueError):  # refused below, with its content
-            calls = parse_json(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DataError(
-            f"{row.where}: 'tool_calls' of a message in {name!r} is {str(calls)[:60]!r}; expected "
+            f"'tool_calls' of a message in {name!r} is {str(calls)[:60]!r}; expected "
             "a list of objects such as {'function': {'name': ..., 'arguments': {...}}}"
         )
     if legacy:
         if calls or not isinstance(legacy, Mapping) or not legacy.get("name"):
             what = "stands beside 'tool_calls'" if calls else f"is {str(legacy)[:60]!r}"
             raise DataError(
-                f"{row.where}: 'function_call' of a message in {name!r} {what}; expected "
+                f"'function_call' of a message in {name!r} {what}; expected "
                 "{'name': ..., 'arguments': ...} and no 'tool_calls' in the same message: "
                 "correct it, or remove the key"
             )
         calls = [{"type": "function", "function": legacy}]
-    return [_read_call(row, call, tools, notes) for call in calls]
+    return [_read_call(call, tools, notes) for call in calls]
 
 
 def _read_call(
-    row: Row, call: Mapping[str, Any], tools: Sequence[Any] | None, notes: list[str]
+    call: Mapping[str, Any], tools: Sequence[Any] | None, notes: list[Note]
 ) -> dict[str, Any]:
     call = {key: value for key, value in call.items() if value is not None}
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _read_call(row, call["function"], tools, notes)}
+        return {**call, "function": _read_call(call["function"], tools, notes)}
     name, arguments = call.get("name"), call.get("arguments")
     if not isinstance(name, str) or not name.strip():
         raise DataError(
-            f"{row.where}: a call of a tool has no name: {json.dumps(call, default=str)[:60]}; "
+            f"a call of a tool has no name: {json.dumps(call, default=str)[:60]}; "
             "expected {'function': {'name': ..., 'arguments': {...}}}: correct it, or remove it"
         )
     # Some files write a call without arguments in this way; a template would write "" or nothing.
@@ -116,29 +109,25 @@ def _read_call(
     if is_without or set(call) <= {"name", "id", "type", "index"}:
         return {**call, "arguments": {}}
     if isinstance(arguments, str):
-        try:
-            parsed = parse_json(arguments)
-        except ValueError:
-            return call
-        return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+        value = parsed(arguments)
+        return {**call, "arguments": value} if isinstance(value, dict) else call
     if isinstance(arguments, Mapping):
         kept = _given(arguments, _schema(call.get("name"), tools))
         if kept != arguments:
-            notes.append(
-                f"null arguments of tool calls are left out (first: {row.where}, "
-                f"{call.get('name')}): files exported through Arrow hold them where a call gives "
-                "none; to keep one, let the tool's schema allow null, or write the arguments as "
-                "JSON text"
+            cure = (
+                "files exported through Arrow hold them where a call gives none; to keep one, let "
+                "the tool's schema allow null, or write the arguments as JSON text"
             )
+            about = "null arguments of tool calls are left out"
+            notes.append((about, f", {call.get('name')}): {cure}"))
         return {**call, "arguments": kept}
     return call
 
 
 def _schema(name: Any, tools: Sequence[Any] | None) -> Any:
     for tool in tools or ():
-        function = tool.get("function", tool)
-        if isinstance(function, Mapping) and function.get("name") == name:
-            return function.get("parameters")
+        if function_of(tool).get("name") == name:
+            return function_of(tool).get("parameters")
     return None
 
 
@@ -201,7 +190,7 @@ def render_calls(
         arguments
         for message in messages
         for call in message.get("tool_calls") or ()
-        if isinstance(arguments := _function(call).get("arguments"), Mapping)
+        if isinstance(arguments := function_of(call).get("arguments"), Mapping)
     ]
     if not objects:
         return render(messages)
@@ -216,11 +205,6 @@ def render_calls(
     # The same text may stand in a message, which is no reason to take the other rendering.
     is_other = all(other[0].count(each) < found[0].count(each) for each in shown)
     return other if is_other else found
-
-
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = call.get("function")
-    return inner if isinstance(inner, Mapping) else call
 
 
 def _with_text_arguments(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from kpsvd_tune.data.encode.format import RowFormat, several_messages
@@ -19,7 +18,7 @@ from kpsvd_tune.data.read.columns import (
     plain_name,
 )
 from kpsvd_tune.data.read.files import Row
-from kpsvd_tune.errors import DataError
+from kpsvd_tune.errors import DataError, some_of
 
 # Names by what such a column holds; lower case, without "_" and "-".
 _MEDIA = {
@@ -56,6 +55,8 @@ _ANSWERS = {
     *("completion", "answer", "response", "output", "target", "reply", "assistant", "choices"),
     *("groundtruth", "reference", "modelresponse", "finalanswer", "solution", "generation"),
 }
+# Columns of these names are looked at in every row: a later value may change its meaning.
+_TELLING = _ANSWERS | _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
 _SHOWN = 12
 _SETTING = "dataset.columns"
 
@@ -72,15 +73,22 @@ class UnusedColumns:
 
     def check(self, row: Row) -> None:
         """Look at a row; DataError where a column changes its meaning or surely belongs to it."""
-        for name, value in row.values.items():
-            if name in self._settled:
-                continue
-            if self._is_used_in_part(row, name):
-                self._check_inside(row, name, value)
-            elif self._is_used(row, name):
-                self._settled.add(name)
-            elif not is_empty(value):
-                self._judge(row, name, value)
+        with row.told_in_errors():
+            for name, value in row.values.items():
+                self._look_at(row, name, value)
+
+    def _look_at(self, row: Row, name: str, value: Any) -> None:
+        """Look at a column, or at a key of an object of which others are taken ("data.label")."""
+        taken = self._form.columns.values()
+        if name in self._settled:
+            return
+        if any(each not in row.values and each.startswith(f"{name}.") for each in taken):
+            for key, inner in value.items() if isinstance(value, dict) else ():
+                self._look_at(row, f"{name}.{key}", inner)
+        elif name in taken or (name in TOOL_COLUMNS and self._form.name != "text"):
+            self._settled.add(name)
+        elif not is_empty(value):
+            self._judge(row, name, value)
 
     def notes(self) -> list[str]:
         """What a user should know about the columns of all rows looked at."""
@@ -96,133 +104,99 @@ class UnusedColumns:
                 f"{how}; to leave it out knowingly, dataset.ignore_columns: [{name}]"
             )
         if names := [name for name in self._unused if name not in self._context]:
-            listed = ", ".join(name or "'' (a column without a name)" for name in names[:_SHOWN])
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            listed = some_of([name or "'' (a column without a name)" for name in names], _SHOWN)
             notes.append(
-                f"columns that are not used: {listed}{more} (dataset.ignore_columns silences this)"
+                f"columns that are not used: {listed} (dataset.ignore_columns silences this)"
             )
         return notes
 
-    def _check_inside(self, row: Row, name: str, value: Any) -> None:
-        """Look at the keys of an object of which others are taken ("data" of "data.question")."""
-        if not isinstance(value, dict):
-            return
-        for key, inner in value.items():
-            path = f"{name}.{key}"
-            if path in self._settled or path in self._form.columns.values():
-                continue
-            if self._is_used_in_part(row, path):
-                self._check_inside(row, path, inner)
-            elif not is_empty(inner):
-                self._judge(row, path, inner)
-
-    def _is_used_in_part(self, row: Row, path: str) -> bool:
-        return any(
-            taken not in row.values and taken.startswith(f"{path}.")
-            for taken in self._form.columns.values()
-        )
-
-    def _is_used(self, row: Row, name: str) -> bool:
-        if name in self._form.columns.values():
-            return True
-        return name in TOOL_COLUMNS and self._form.name != "text"
-
     def _judge(self, row: Row, name: str, value: Any) -> None:
-        plain = _last(name)
-        self._check_split(row, name, plain, value)
-        for refuses in _REFUSALS:
-            if fault := refuses(plain, value, self._form):
-                raise DataError(
-                    f"{row.where}: the column {name!r} {fault}; if it means nothing here, leave it "
-                    f"out with dataset.ignore_columns: [{name}]"
-                )
-        if not self._form.is_named:
-            self._check_answer(row, name, plain)
-            check_preference(row, _SETTING)
-            if message_kind(value):
-                raise self._unused_messages(row, name)
-            self._check_plain_text(row, name)
-        if _looks_like_context(plain, value) and self._form.name != "text":
-            if not self._form.is_named and not self._form.is_chat:
-                raise self._missing_context(row, name)
-            self._context[name] = None
-        self._unused[name] = None
-        # Columns of these names are looked at in every row: a later value may change its meaning.
-        telling = (
-            _ANSWERS | _LABELS | _VERDICTS | _WEIGHTS | _SWITCHES | _SPLITS | _EXCLUDED | _STATES
+        plain, form = _last(name), self._form
+        is_context = form.name != "text" and _looks_like_context(plain, value)
+        fault = (
+            self._fault_of_split(name, plain, value)
+            or _fault_of_kind(plain, value, form)
+            or _fault_of_row(plain, value, form)
         )
-        if plain not in telling:
-            self._settled.add(name)
-
-    def _check_split(self, row: Row, name: str, plain: str, value: Any) -> None:
-        """Refuse rows of several splits in one file; a file of one split is what a user chose."""
-        if plain not in _SPLITS or not isinstance(value, str):
-            return
-        is_held_out = value.strip().lower() in _HELD_OUT
-        if self._splits.setdefault(name, is_held_out) != is_held_out:
+        if not fault and not form.is_named:
+            fault = self._fault_of_answer(row, plain)
+        if not fault and not form.is_named:
+            check_preference(row, _SETTING)
+            fault = self._fault_of_form(row, name, value)
+        if not fault and is_context and not (form.is_named or form.is_chat):
+            fault = self._fault_of_context(row, name)
+        if fault:
             raise DataError(
-                f"{row.where}: the column {name!r} is {value!r} and earlier rows are of another "
-                "split, so rows for tests would be learnt with the others; expected one split in "
-                "a file: make a file of each (dataset.validation takes the held-out one), or, if "
-                f"it means nothing here, leave the column out with dataset.ignore_columns: [{name}]"
-            )
-
-    def _check_answer(self, row: Row, name: str, plain: str) -> None:
-        """Refuse an answer beside a chat that ends with a question: it would not be learnt."""
-        if plain not in _ANSWERS:
-            return
-        taken = self._form.columns.get("messages") or self._form.columns.get("conversations")
-        if taken is not None and ends_with_question(column(row, taken)):
-            raise DataError(
-                f"{row.where}: the chat in {taken!r} ends without an answer and the column "
-                f"{name!r} seems to hold it, which would not be learnt; expected the answer as the "
-                f"chat's last message: put it there, or leave it out with "
+                f"the column {name!r} {fault}; if it means nothing here, leave it out with "
                 f"dataset.ignore_columns: [{name}]"
             )
+        if is_context:
+            self._context[name] = None
+        self._unused[name] = None
+        if plain not in _TELLING:
+            self._settled.add(name)
 
-    def _check_plain_text(self, row: Row, name: str) -> None:
-        """Refuse a later row of plain text for columns with which it could not be the first."""
-        is_found = self._form.name == "text" and not self._form.is_format_named
-        if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
-            raise DataError(
-                f"{row.where}: the column {name!r} looks like a prompt or an answer, and earlier "
-                "rows hold plain text alone; expected rows of one form: make a file of each form, "
-                f"or leave it out with dataset.ignore_columns: [{name}]"
+    def _fault_of_split(self, name: str, plain: str, value: Any) -> str | None:
+        """Refuse rows of several splits in one file; a file of one split is what a user chose."""
+        if plain not in _SPLITS or not isinstance(value, str):
+            return None
+        is_held_out = value.strip().lower() in _HELD_OUT
+        if self._splits.setdefault(name, is_held_out) == is_held_out:
+            return None
+        return (
+            f"is {value!r} and earlier rows are of another split, so rows for tests would be "
+            "learnt with the others; expected one split in a file: make a file of each "
+            "(dataset.validation takes the held-out one)"
+        )
+
+    def _fault_of_answer(self, row: Row, plain: str) -> str | None:
+        """Refuse an answer beside a chat that ends with a question: it would not be learnt."""
+        taken = self._form.columns.get("messages") or self._form.columns.get("conversations")
+        if plain not in _ANSWERS or taken is None or not ends_with_question(column(row, taken)):
+            return None
+        return (
+            f"seems to hold the answer to the chat in {taken!r}, which ends without an answer, and "
+            "would not be learnt; expected it as the chat's last message: put it there"
+        )
+
+    def _fault_of_form(self, row: Row, name: str, value: Any) -> str | None:
+        """Refuse what would have given the first row another form."""
+        form = self._form
+        if message_kind(value):
+            for taken in form.columns.values():
+                if message_kind(column(row, taken)):
+                    raise several_messages(row, [taken, name], _SETTING)
+            return (
+                f"holds messages, and other rows have the form {form.name}, which does not use it; "
+                "expected rows of one form: make a file of each form"
             )
+        is_found = form.name == "text" and not form.is_format_named
+        if is_found and any(nearest(role, [name]) for role in ("prompt", "completion")):
+            return (
+                "looks like a prompt or an answer, and earlier rows hold plain text alone; "
+                "expected rows of one form: make a file of each form"
+            )
+        return None
 
-    def _unused_messages(self, row: Row, name: str) -> DataError:
-        used = [taken for taken in self._form.columns.values() if message_kind(column(row, taken))]
-        if used:
-            return several_messages(row, [*used[:1], name], _SETTING)
-        return DataError(
-            f"{row.where}: the column {name!r} holds messages, and other rows have the form "
-            f"{self._form.name}, which does not use it; expected rows of one form: make a file of "
-            f"each form, or leave it out with dataset.ignore_columns: [{name}]"
-        )
-
-    def _missing_context(self, row: Row, name: str) -> DataError:
+    def _fault_of_context(self, row: Row, name: str) -> str:
         taken = self._form.columns.get("input")
-        cure = (
-            f"join it with {taken!r}"
-            if taken is not None and row.values.get(taken)
-            else f"dataset.columns={{{self._mapping(name)}}} puts it into the prompt"
-        )
-        return DataError(
-            f"{row.where}: the column {name!r} looks like a part of the prompt and no role takes "
-            f"it; expected every part of the example to have one: {cure}, and "
-            f"dataset.ignore_columns: [{name}] leaves it out"
+        cure = f"dataset.columns={{{self._mapping(name)}}} puts it into the prompt"
+        if taken is not None and row.values.get(taken):
+            cure = f"join it with {taken!r}"
+        return (
+            "looks like a part of the prompt and no role takes it; expected every part of the "
+            f"example to have one: {cure}"
         )
 
     def _mapping(self, name: str) -> str:
+        """The columns of all roles with this one among them, as the recipe would write them."""
         takes = dict(self._form.columns)
         if _last(name) in SYSTEM_NAMES:
             takes["system"] = name
         else:
-            renamed = {"prompt": "instruction", "completion": "output"}
-            takes = {renamed.get(role, role): taken for role, taken in takes.items()}
-            takes = {
-                role: taken for role, taken in takes.items() if role in ("instruction", "output")
-            }
+            alpaca = {"prompt": "instruction", "completion": "output"}
+            named = {alpaca.get(role, role): taken for role, taken in takes.items()}
+            takes = {role: named[role] for role in named if role in alpaca.values()}
             takes["history" if _last(name) == "history" else "input"] = name
         return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
 
@@ -265,8 +239,8 @@ def _fault_of_kind(plain: str, value: Any, form: RowFormat) -> str | None:
     return None
 
 
-def _fault_of_label(plain: str, value: Any, form: RowFormat) -> str | None:
-    """What is wrong with a column that says how good the answer is."""
+def _fault_of_row(plain: str, value: Any, form: RowFormat) -> str | None:
+    """What is wrong with a column that says how good, or how much to be learnt, a row is."""
     text = str(value).strip().lower()
     if plain in _LABELS and isinstance(value, list) and any(each is False for each in value):
         return (
@@ -281,18 +255,12 @@ def _fault_of_label(plain: str, value: Any, form: RowFormat) -> str | None:
             "only: keep those in the file"
         )
     # `correct` may also be the number of the right choice.
-    is_number = plain != "correct" and text in ("0", "0.0")
-    if plain in _VERDICTS and (is_number or text in ("false", "no")):
+    is_zero = plain != "correct" and text in ("0", "0.0")
+    if plain in _VERDICTS and (is_zero or text in ("false", "no")):
         return (
             f"is {value!r}, so the answer seems to be a bad one, and would be learnt like the "
             "others; expected rows with good answers only: take such rows out of the file"
         )
-    return None
-
-
-def _fault_of_use(plain: str, value: Any, form: RowFormat) -> str | None:
-    """What is wrong with a column that says whether, or how much, a row is to be learnt."""
-    text = str(value).strip().lower()
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_share = is_number and (0 <= value < 1 or plain in _WEIGHTS - {"weight", "weights"})
     if plain in _WEIGHTS and is_share and value != 1:
@@ -312,10 +280,3 @@ def _fault_of_use(plain: str, value: Any, form: RowFormat) -> str | None:
             "alone: take such rows out of the file"
         )
     return None
-
-
-_REFUSALS: tuple[Callable[[str, Any, RowFormat], str | None], ...] = (
-    _fault_of_kind,
-    _fault_of_label,
-    _fault_of_use,
-)

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from kpsvd_tune.data.encode.messages import MEDIA_KEYS, REASONING_KEYS
+from kpsvd_tune.data.encode.tools import function_of
 from kpsvd_tune.data.read.columns import is_empty
 from kpsvd_tune.errors import DataError
 
@@ -67,11 +69,12 @@ class WrittenCheck:
                 "with dataset.ignore_columns: [tools] (or functions)"
             )
         said = _Said(messages, tools)
-        doubts = [
-            doubt
-            for place, message in enumerate(messages)
-            for doubt in _doubts(place, message, turns.get(place), text, said)
-        ]
+        doubts: list[_Doubt] = []
+        for place, message in enumerate(messages):
+            # What is learnt must be in its own turn, all else in the chat.
+            turn = turns.get(place)
+            scope, own = (text, said) if turn is None else (turn, _Said([message], None))
+            doubts += _doubts(place, message, scope, own, is_learnt=turn is not None)
         self._settle(doubts, chat, last=max(turns))
         self._check_order_of_results(chat)
         for place, message in enumerate(messages):
@@ -94,32 +97,36 @@ class WrittenCheck:
         if self._render(chat.messages, None)[0] == chat.text:
             return "the row's tools"
         marks = [f"Qz{number}zQ" for number in range(len(tools))]
-        renamed = [_with_name(tool, mark) for tool, mark in zip(tools, marks, strict=True)]
+        renamed = [
+            _with_function(tool, {**function_of(tool), "name": mark})
+            for tool, mark in zip(tools, marks, strict=True)
+        ]
         rendered = ""
         with suppress(DataError):  # the template looks at the names: then one by one
             rendered, _ = self._render(chat.messages, renamed)
         for number, (tool, mark) in enumerate(zip(tools, marks, strict=True)):
             others = [*tools[:number], *tools[number + 1 :]]
             if mark not in rendered and others and not self._differs(chat, chat.messages, others):
-                return f"all of the row's tools (missing: {_function(tool).get('name')!r})"
+                return f"all of the row's tools (missing: {function_of(tool).get('name')!r})"
         self._note_parts(chat)
         return ""
 
     def _note_parts(self, chat: _Rendered) -> None:
         """Note the keys of tools that the template leaves out, as far as the first one has them."""
         tool, *others = chat.tools
-        function = _function(tool)
+        function = function_of(tool)
         for key in ("description", "parameters"):
-            known = ("tools", key)
-            if is_empty(function.get(key)) or not 0 <= self._tries.get(known, 0) < _TRIES:
+            if is_empty(function.get(key)) or not 0 <= self._tries.get(("tools", key), 0) < _TRIES:
                 continue
             without = _with_function(tool, {k: v for k, v in function.items() if k != key})
-            is_written = self._differs(chat, chat.messages, [without, *others])
-            self._note_key(known, f"the key {key!r} of tools", is_written)
+            self._note_key("tools", key, self._differs(chat, chat.messages, [without, *others]))
 
-    def _note_key(self, known: tuple[str, str], what: str, is_written: bool) -> None:
+    def _note_key(self, owner: str, key: str, is_written: bool) -> None:
         """Note a key that no row has shown to be written; one that is written is tried no more."""
-        note = f"the chat template does not write {what}: the model never sees it"
+        known = (owner, key)
+        note = (
+            f"the chat template does not write the key {key!r} of {owner}: the model never sees it"
+        )
         if is_written:
             self._tries[known] = -1
             self._notes.pop(note, None)
@@ -177,7 +184,7 @@ class WrittenCheck:
         """Note a text that the template changes between its two ends."""
         content = str(chat.messages[doubt.place]["content"])
         is_assistant = doubt.role == "assistant"  # its reasoning may be left out, as in use
-        if is_assistant or written.strip() in {each.strip() for each in _text_forms(content)}:
+        if is_assistant or written.strip() in _text_forms(content):
             return
         # Once for each role: the texts of other rows would make notes without end.
         about = f"the chat template changes texts of {doubt.role} messages"
@@ -219,8 +226,8 @@ class WrittenCheck:
     def _try_key(self, place: int, key: str, chat: _Rendered) -> None:
         """Note, or refuse, a key of a message that the template does not write."""
         message = chat.messages[place]
-        known = (str(message["role"]), key)
-        tries = self._tries.get(known, 0)
+        owner = f"{message['role']} messages"
+        tries = self._tries.get((owner, key), 0)
         if tries < 0 or (tries >= _TRIES and key not in (*MEDIA_KEYS, *_TOOL_KEYS)):
             return
         without: list[Message] = list(chat.messages)
@@ -237,7 +244,7 @@ class WrittenCheck:
                 "be learnt without the tools; expected them in a column of the row (tools), or "
                 f"{_OTHER_TEMPLATE}"
             )
-        self._note_key(known, f"the key {key!r} of {known[0]} messages", is_written)
+        self._note_key(owner, key, is_written)
 
 
 @dataclass(frozen=True)
@@ -306,43 +313,31 @@ class _Said:
     def __init__(self, messages: Sequence[Message], tools: Any) -> None:
         self._messages = messages
         self._tools = tools
-        self._texts: dict[int | None, str] = {}
-        self._calls: dict[int | None, Counter[str]] = {}
 
-    def count(self, part: str, place: int | None) -> int:
-        """How often a part is said in one message, or in the chat with its tools (None)."""
-        if place not in self._texts:
-            texts = [] if place is not None else [_dumped(self._tools)]
-            for message in self._in(place):
-                texts.append(str(message["content"]))
-                texts += _reasoning(message)
-                texts += _strings(_calls(message))
-            self._texts[place] = "\0".join(texts)
-        return max(self._texts[place].count(part), 1)
+    @cached_property
+    def text(self) -> str:
+        """All texts of messages and tools."""
+        texts = [_dumped(self._tools)]
+        for message in self._messages:
+            texts += [str(message["content"]), *_reasoning(message), *_strings(_calls(message))]
+        return "\0".join(texts)
 
-    def count_calls(self, call: Message, place: int | None) -> int:
-        """How often a call is made in one message, or in the chat (None)."""
-        if place not in self._calls:
-            calls = [call for message in self._in(place) for call in _calls(message)]
-            self._calls[place] = Counter(_dumped(_core(each)) for each in calls)
-        return self._calls[place][_dumped(_core(call))]
-
-    def _in(self, place: int | None) -> Sequence[Message]:
-        return self._messages if place is None else [self._messages[place]]
+    @cached_property
+    def calls(self) -> Counter[str]:
+        """How often each call is made."""
+        calls = [call for message in self._messages for call in _calls(message)]
+        return Counter(_dumped(_core(each)) for each in calls)
 
 
 def _doubts(
-    place: int, message: Message, turn: str | None, text: str, said: _Said
+    place: int, message: Message, scope: str, said: _Said, *, is_learnt: bool
 ) -> Iterator[_Doubt]:
-    """The parts of a message that are not surely in the text of its turn, or of the chat."""
+    """The parts of a message that are not surely in a text; equal parts must be there each."""
     role, content = str(message["role"]), str(message["content"]).strip()
-    is_learnt = turn is not None
-    # What is learnt must be in its own turn, all else in the chat; equal parts each for itself.
-    scope, within = (text, None) if turn is None else (turn, place)
     has_more = message.get("tool_calls") or any(message.get(key) for key in REASONING_KEYS)
 
     def is_surely_in(part: str) -> bool:
-        return len(part) >= _TELLING and scope.count(part) >= said.count(part, within)
+        return len(part) >= _TELLING and scope.count(part) >= max(said.text.count(part), 1)
 
     # The text of a learnt turn has been compared already; it may be part of a call.
     if content and not (is_learnt and not has_more) and not is_surely_in(content):
@@ -351,11 +346,10 @@ def _doubts(
     for value, key in _reasoning(message).items():
         if not is_surely_in(value):
             yield _Doubt(place, (key,), role, key, is_learnt)
-    for number, call in enumerate(message.get("tool_calls") or ()):
-        path: tuple[str | int, ...] = ("tool_calls", number)
-        if isinstance(call.get("function"), Mapping):
-            call, path = call["function"], (*path, "function")
-        times = said.count_calls(call, within)
+    for number, outer in enumerate(message.get("tool_calls") or ()):
+        call = function_of(outer)
+        path = ("tool_calls", number, *(() if call is outer else ("function",)))
+        times = said.calls[_dumped(_core(call))]
         if call.get("arguments") and any(
             scope.count(written) >= times for written in _json_forms(_core(call))
         ):
@@ -374,8 +368,8 @@ def _doubts_of_call(
             yield _Doubt(place, (*path, key), role, what, is_learnt)
     if not arguments:
         return
-    what = f"the arguments of the call of {name!r}"
     if not isinstance(arguments, Mapping):
+        what = f"the arguments of the call of {name!r}"
         yield _Doubt(place, (*path, "arguments"), role, what, is_learnt)
         return
     for key in arguments:
@@ -394,11 +388,7 @@ def _reasoning(message: Message) -> dict[str, str]:
 
 
 def _calls(message: Message) -> list[Message]:
-    found = []
-    for call in message.get("tool_calls") or ():
-        inner = call.get("function")
-        found.append(inner if isinstance(inner, Mapping) else call)
-    return found
+    return [function_of(call) for call in message.get("tool_calls") or ()]
 
 
 def _core(call: Message) -> dict[str, Any]:
@@ -420,17 +410,8 @@ def _swapped_results(messages: Sequence[Message]) -> Iterator[set[int]]:
         ids = [call["id"] for call in message.get("tool_calls") or () if call.get("id")]
 
 
-def _function(tool: Message) -> Message:
-    function = tool.get("function", tool)
-    return function if isinstance(function, Mapping) else {}
-
-
 def _with_function(tool: Message, function: Message) -> Message:
     return {**tool, "function": function} if "function" in tool else function
-
-
-def _with_name(tool: Message, name: str) -> Message:
-    return _with_function(tool, {**_function(tool), "name": name})
 
 
 def _dumped(value: Any) -> str:
@@ -441,11 +422,8 @@ def _strings(value: Any) -> Iterator[str]:
     """The texts inside of a value, as they stand where they are not written as JSON."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(inner)
 
 
@@ -455,11 +433,10 @@ def _json_forms(value: Any) -> Iterable[str]:
             yield json.dumps(value, ensure_ascii=ascii_only, separators=separators, default=str)
 
 
-def _text_forms(text: str) -> Iterable[str]:
-    """A text as it is, and as it stands inside of JSON."""
-    yield text
-    for ascii_only in (False, True):
-        yield json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+def _text_forms(text: str) -> set[str]:
+    """A text as it is, and as it stands inside of JSON, without spaces around it."""
+    forms = [text, *(json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))]
+    return {each.strip() for each in forms}
 
 
 def _replaced(value: Any, path: Sequence[str | int], mark: str) -> Any:

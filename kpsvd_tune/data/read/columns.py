@@ -65,7 +65,7 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
     With `may_be_single` one message that stands without a list counts too.
     """
     if isinstance(value, str):
-        if is_python_list(value):
+        if _is_python_list(value):
             return "chat" if "'role'" in value else "sharegpt"
         if not value.lstrip().startswith(("[", "{")):
             return None
@@ -74,7 +74,7 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
         except ValueError:
             return None
     try:
-        value = from_struct_of_lists(value)
+        value = read_list(value)
     except ValueError:
         return "chat" if "role" in value else "sharegpt"
     messages = [value] if may_be_single and isinstance(value, Mapping) else value
@@ -87,40 +87,48 @@ def message_kind(value: Any, *, may_be_single: bool = False) -> str | None:
     return None
 
 
-def from_struct_of_lists(value: Any) -> Any:
-    """Messages that Arrow holds as one object of lists as a list of objects; else as they are.
+def read_list(value: Any) -> Any:
+    """Messages as a list, which may stand as JSON text or as one object of lists; else as it is.
 
-    Raises ValueError where the lists have different lengths.
+    Raises ValueError, in words that follow the column's name, where they cannot be read.
     """
+    if isinstance(value, str):  # csv has no lists
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            cure = ": it is a list as Python prints it, so write the column with json.dumps"
+            raise ValueError(
+                f"is text and not a JSON list of messages ({error}); expected [{{...}}, ...]"
+                f"{cure if _is_python_list(value) else ''}"
+            ) from error
     if not isinstance(value, Mapping):
         return value
+    # Arrow holds messages as one object of lists.
     lists = {key: each for key, each in value.items() if isinstance(each, list)}
     is_struct = {"role", "content"} <= set(lists) or {"from", "value"} <= set(lists)
     if not is_struct or any(each is not None for key, each in value.items() if key not in lists):
         return value
     if len({len(each) for each in lists.values()}) > 1:
         lengths = ", ".join(f"{key}: {len(each)}" for key, each in lists.items())
-        raise ValueError(f"its lists have different lengths ({lengths})")
+        raise ValueError(
+            f"holds one object of lists and its lists have different lengths ({lengths}); expected "
+            "a role and a text for each message: mend the row"
+        )
     return [dict(zip(lists, entries, strict=True)) for entries in zip(*lists.values(), strict=True)]
 
 
 def ends_with_question(value: Any) -> bool:
     """Whether the last message of a chat is the user's; False where it cannot be told."""
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return False
     try:
-        value = from_struct_of_lists(value)
+        value = read_list(value)
     except ValueError:
         return False
     if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
         return False
-    return (value[-1].get("role") or value[-1].get("from")) in ("user", "human")
+    return _speaker(value[-1]) in ("user", "human")
 
 
-def is_python_list(text: str) -> bool:
+def _is_python_list(text: str) -> bool:
     """Whether a text is a list of messages as Python prints it, which pandas writes into csv."""
     return re.match(r"\s*\[\s*\{\s*'", text) is not None and (
         ("'role'" in text and "'content'" in text) or ("'from'" in text and "'value'" in text)
@@ -133,7 +141,7 @@ def text_of(row: Row, name: str) -> str:
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         value = "\n".join(value)  # a list of texts holds lines, such as the tests of a task
     if isinstance(value, str):
-        check_characters(row, name, value)
+        check_characters(name, value)
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -152,18 +160,17 @@ def text_of(row: Row, name: str) -> str:
         )
     else:
         cure = "; write it as text, so that exactly these characters are learnt"
-    raise DataError(f"{row.where}: the column {name!r} holds {_kind(value)}; expected text{cure}")
+    raise DataError(f"the column {name!r} holds {_kind(value)}; expected text{cure}")
 
 
-def check_characters(row: Row, name: str, text: str) -> None:
+def check_characters(name: str, text: str) -> None:
     """Refuse half a surrogate pair, which JSON can hold and no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row.where}: the column {name!r} has half a surrogate pair "
-            f"({text[error.start]!r}), which is no character; remove it or write the whole "
-            "character"
+            f"the column {name!r} has half a surrogate pair ({text[error.start]!r}), which is no "
+            "character; remove it or write the whole character"
         ) from error
 
 
@@ -174,7 +181,7 @@ def absent_column(row: Row, name: str) -> DataError:
         near = nearest(name, list(row.values))
     cure = f"rename {near!r} to {name!r}" if near else f"write a {name!r} into it"
     return DataError(
-        f"{row.where}: has no column {name!r}, which other rows have; found "
+        f"has no column {name!r}, which other rows have; found "
         f"{describe_columns(row)}; expected rows of one form: {cure}, remove the row or put it "
         "into a file of its own, or have such rows left out with dataset.on_bad_row=drop"
     )
@@ -232,10 +239,12 @@ def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str
         return form, {role: found[role] for role in required}, True
     if form not in ("prompt-completion", "alpaca") or left:
         return form, {role: found.get(role, "COLUMN") for role in required}, False
-    more: dict[str, str] = {}
-    for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES)):
-        if fitting := [path for path in free if plain_name(path.split(".")[-1]) in names]:
-            more[role] = fitting[0]
+    more = {
+        role: path
+        for role, names in (("input", CONTEXT_NAMES), ("system", SYSTEM_NAMES))
+        for path in reversed(free)  # the first of several counts
+        if plain_name(path.split(".")[-1]) in names
+    }
     if "input" in more:
         asking, answer = found.values()
         return "alpaca", {"instruction": asking, "output": answer, **more}, False
@@ -274,8 +283,7 @@ def looks_like_pair(row: Row, name: str) -> bool:
 
 def describe_columns(row: Row) -> str:
     """The names of a row's columns, as an error message lists them."""
-    names = ", ".join(map(str, row.values))
-    return f"the columns {names}" if names else "no columns"
+    return f"the columns {', '.join(map(str, row.values))}" if row.values else "no columns"
 
 
 def nearest(role: str, names: Sequence[str]) -> str | None:
@@ -296,14 +304,9 @@ def _text_paths(row: Row) -> list[str]:
     for name, value in row.values.items():
         if isinstance(value, Mapping):
             paths += [f"{name}.{key}" for key in value]
-        elif not _is_token_ids(value):
-            paths.append(name)
+        elif not (isinstance(value, list) and value and isinstance(value[0], int)):
+            paths.append(name)  # lists of numbers are ids of rows that were tokenised elsewhere
     return paths
-
-
-def _is_token_ids(value: Any) -> bool:
-    """Whether a value is a list of numbers, as rows that were tokenised elsewhere hold them."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], int)
 
 
 def _kind(value: Any) -> str:
@@ -317,13 +320,12 @@ _CHOSEN = re.compile(r"(.*[_-])?chosen([_-].*)?", re.IGNORECASE)
 
 def check_preference(row: Row, setting: str) -> None:
     """Refuse a row that holds a preferred and a rejected answer: only one is to be learnt."""
-    rejected = _answer(row, _REJECTED)
+    rejected, chosen = _answer(row, _REJECTED), _answer(row, _CHOSEN)
     if rejected is None:
         return
-    chosen = _answer(row, _CHOSEN)
     names = f"{chosen!r} and {rejected!r}" if chosen else repr(rejected)
     raise DataError(
-        f"{row.where}: {'columns' if chosen else 'the column'} {names}: these are rows of "
+        f"{'columns' if chosen else 'the column'} {names}: these are rows of "
         "preferences, and this tool learns answers as they are (supervised fine-tuning); expected "
         f"one answer a row: {_cure(row, chosen, rejected, setting)}"
     )
@@ -331,14 +333,10 @@ def check_preference(row: Row, setting: str) -> None:
 
 def _answer(row: Row, pattern: re.Pattern[str]) -> str | None:
     """The first column of such a name with an answer in it, rather than its score."""
-    return next(
-        (
-            name
-            for name, value in row.values.items()
-            if pattern.fullmatch(name) and value and isinstance(value, str | list | dict)
-        ),
-        None,
-    )
+    for name, value in row.values.items():
+        if pattern.fullmatch(name) and value and isinstance(value, str | list | dict):
+            return name
+    return None
 
 
 def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
@@ -346,15 +344,10 @@ def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
         return f"leave the other out with dataset.ignore_columns: [{rejected}]"
     value: Any = row.values[chosen]
     kind = message_kind(value, may_be_single=True)
-    before = next(
-        (
-            name
-            for name in ("prompt", "messages", "conversations", "question", "instruction", "input")
-            if row.values.get(name)
-        ),
-        None,
-    )
-    starts_with_answer = kind is not None and _first_speaker(value) in ("assistant", "gpt")
+    asking = ("prompt", "messages", "conversations", "question", "instruction", "input")
+    before = next((name for name in asking if row.values.get(name)), None)
+    first = value[0] if isinstance(value, list) else value
+    starts_with_answer = isinstance(first, dict) and _speaker(first) in ("assistant", "gpt")
     if kind is not None and not starts_with_answer:
         role = "messages" if kind == "chat" else "conversations"
         columns = f"{role}: {chosen}"
@@ -370,6 +363,5 @@ def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
     return f"to learn the preferred one, write {setting}={{{columns}}}"
 
 
-def _first_speaker(value: Any) -> Any:
-    first = value[0] if isinstance(value, list) else value
-    return (first.get("role") or first.get("from")) if isinstance(first, dict) else None
+def _speaker(message: Mapping[str, Any]) -> Any:
+    return message.get("role") or message.get("from")

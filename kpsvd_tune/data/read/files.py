@@ -13,16 +13,17 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from kpsvd_tune.errors import DataError
 
-# A row, or what is wrong with it.
-Numbered = tuple[int, Mapping[str, Any] | DataError]
+# The number of a row with its values, or with what is wrong with it in words.
+Numbered = tuple[int, dict[str, Any] | str]
 _COMPRESSED = (".gz", ".zst")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".bz2", ".xz")
 
@@ -42,6 +43,19 @@ class Row:
         """Source and place, as error messages print it."""
         return f"{self.source}, {self.unit} {self.number}"
 
+    @contextmanager
+    def told_in_errors(self) -> Iterator[None]:
+        """Put the row's place before the message of a DataError from inside."""
+        try:
+            yield
+        except DataError as error:
+            raise type(error)(f"{self.where}: {error}") from error
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a file, with that before .gz or .zst."""
+    return "".join(path.suffixes[-2 if path.suffix.lower() in _COMPRESSED else -1 :])
+
 
 def kind_of(path: Path) -> str:
     """The suffix that tells the kind of a file, in small letters: that before .gz or .zst."""
@@ -58,9 +72,8 @@ def check_file(path: Path) -> None:
             f"({', '.join(SUFFIXES)}, also as .gz or .zst): unpack it first"
         )
     if kind not in _READERS:
-        found = "".join(path.suffixes[-2:]) if suffix in _COMPRESSED else suffix
         raise DataError(
-            f"{path}: cannot read {found or 'a file without suffix'}; expected one of "
+            f"{path}: cannot read {suffix_of(path) or 'a file without suffix'}; expected one of "
             f"{', '.join(SUFFIXES)}, also compressed, such as .jsonl.gz or .jsonl.zst: convert "
             "the file, or rename it if only the suffix is wrong"
         )
@@ -90,8 +103,9 @@ def read_file(path: Path) -> Iterator[Row]:
     try:
         for number, found in _READERS[kind_of(path)](path):
             is_empty = False
-            if isinstance(found, DataError):
-                yield Row(str(path), number, {}, unit, found)
+            if isinstance(found, str):
+                row = Row(str(path), number, {}, unit)
+                yield replace(row, fault=DataError(f"{row.where}: {found}"))
             else:
                 yield Row(str(path), number, found, unit)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -102,14 +116,6 @@ def read_file(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if is_empty:
         raise DataError(f"{path}: holds no rows; expected at least one")
-
-
-def readable(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, refusing the first that cannot be read."""
-    for row in rows:
-        if row.fault is not None:
-            raise row.fault
-        yield row
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
@@ -143,15 +149,27 @@ def parse_json(text: str) -> Any:
         raise ValueError("the nesting is too deep to read") from error
 
 
+def parsed(value: Any) -> Any:
+    """What a text says where it is JSON, as in csv files and columns of Arrow; else the value."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return parse_json(value)
+    return value
+
+
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        repeated = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
         raise ValueError(
-            f"the key {repeated!r} occurs twice in one object: keep one of the two, "
-            "it is unclear which one is meant"
+            f"the key {_repeated([key for key, _ in pairs])!r} occurs twice in one object: keep "
+            "one of the two, it is unclear which one is meant"
         )
     return values
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _missing(path: Path) -> str:
@@ -203,14 +221,13 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
             continue
         try:
             values = parse_json(line)
+            found = _object(values, _line_cure(values))
         except ValueError as error:
-            fault = DataError(
-                f"{path}, line {number}: {_json_fault(error)}; expected one JSON object a line, "
-                f'such as {{"prompt": "...", "completion": "..."}}; found {_shorten(line)}'
+            found = (
+                f"{_json_fault(error)}; expected one JSON object a line, such as "
+                f'{{"prompt": "...", "completion": "..."}}; found {shortened(line.strip(), 60)!r}'
             )
-            yield number, fault
-            continue
-        yield number, _object(values, f"{path}, line {number}", _line_cure(values))
+        yield number, found
 
 
 def _line_cure(values: Any) -> str:
@@ -237,12 +254,12 @@ def _read_json(path: Path) -> Iterator[Numbered]:
     if isinstance(content, dict):
         raise DataError(
             f"{path}: expected a JSON array of objects, found one object with the keys "
-            f"{_names(content)}{_json_cure(content)}"
+            f"{', '.join(content)}{_json_cure(content)}"
         )
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_kind(content)}")
     for number, values in enumerate(content, start=1):
-        yield number, _object(values, f"{path}, row {number}")
+        yield number, _object(values)
 
 
 def _json_cure(content: Mapping[str, Any]) -> str:
@@ -262,13 +279,11 @@ def _json_cure(content: Mapping[str, Any]) -> str:
     return "; if this is one row, write [...] around it"
 
 
-def _object(values: Any, place: str, cure: str = "") -> dict[str, Any] | DataError:
-    """The values, or the error that they are no JSON object."""
+def _object(values: Any, cure: str = "") -> dict[str, Any] | str:
+    """The values, or in words that they are no JSON object."""
     if isinstance(values, dict):
         return values
-    return DataError(
-        f"{place}: expected a JSON object (columns by name), found {_kind(values)}{cure}"
-    )
+    return f"expected a JSON object (columns by name), found {_kind(values)}{cure}"
 
 
 def _read_csv(path: Path) -> Iterator[Numbered]:
@@ -300,17 +315,17 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
                 continue
             quoted = _quote_behind_spaces(fields, record, separator)
             if header is None:
-                if quoted is not None:
-                    raise _not_at_start(path, number, quoted)
+                if quoted:
+                    raise DataError(f"{path}, line {number}: {quoted}")
                 header = _csv_header(path, fields)
-            elif quoted is not None:
-                yield number, _not_at_start(path, number, quoted)
+            elif quoted:
+                yield number, quoted
             elif len(fields) != len(header):
-                fault = DataError(
-                    f"{path}, line {number}: found {len(fields)} fields, expected {len(header)} "
-                    f'({_names(header)}): put double quotes (") around a text with a comma in it'
+                yield (
+                    number,
+                    f"found {len(fields)} fields, expected {len(header)} ({', '.join(header)}): "
+                    'put double quotes (") around a text with a comma in it',
                 )
-                yield number, fault
             else:
                 yield number, dict(zip(header, fields, strict=True))
     except csv.Error as error:
@@ -326,23 +341,20 @@ def _recorded(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
         yield line
 
 
-def _quote_behind_spaces(fields: list[str], record: list[str], separator: str) -> str | None:
-    """A field whose quotes are not at its start, so that csv takes them for a part of the text."""
+def _quote_behind_spaces(fields: list[str], record: list[str], separator: str) -> str:
+    """The fault that a field's quotes are not at its start, so that csv takes them for text."""
     for place, field in enumerate(fields):
         if field[:1] == " " and field.lstrip(" ").startswith('"'):
             # In `" ""a"""` space and quotes are the text; in ` "a"` they only surround it.
             other = next(csv.reader(record, delimiter=separator, skipinitialspace=True))
             if other[place : place + 1] != [field]:
-                return field
-    return None
-
-
-def _not_at_start(path: Path, number: int, field: str) -> DataError:
-    return DataError(
-        f"{path}, line {number}: a field has spaces before its quotes ({_shorten(field, 40)}), so "
-        "the quotes would be learnt as a part of the text; expected quotes right behind the "
-        "separator: remove the spaces (pandas reads such files with skipinitialspace=True)"
-    )
+                return (
+                    f"a field has spaces before its quotes ({shortened(field.strip(), 40)!r}), so "
+                    "the quotes would be learnt as a part of the text; expected quotes right "
+                    "behind the separator: remove the spaces (pandas reads such files with "
+                    "skipinitialspace=True)"
+                )
+    return ""
 
 
 def _csv_header(path: Path, fields: list[str]) -> list[str]:
@@ -353,13 +365,16 @@ def _csv_header(path: Path, fields: list[str]) -> list[str]:
                 f"{path}, line 1: the header {header[0]!r} is separated by {name}; expected "
                 "commas: export the file as comma-separated values"
             )
-    repeated = [name for name, count in Counter(header).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{path}, line 1: the column {repeated[0]!r} occurs twice in the header; expected "
-            "each column once: rename or remove one"
-        )
+    _check_distinct(header, f"{path}, line 1", " in the header")
     return header
+
+
+def _check_distinct(names: list[str], place: str, where: str = "") -> None:
+    if (repeated := _repeated(names)) is not None:
+        raise DataError(
+            f"{place}: the column {repeated!r} occurs twice{where}; expected each column once: "
+            "rename or remove one"
+        )
 
 
 def _json_fault(error: ValueError) -> str:
@@ -376,13 +391,9 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _names(names: Any) -> str:
-    return ", ".join(str(name) for name in names)
-
-
-def _shorten(text: str, length: int = 60) -> str:
-    text = text.strip()
-    return repr(text if len(text) <= length else text[: length - 3] + "...")
+def shortened(text: str, length: int) -> str:
+    """A text as messages show it, with dots for what is beyond a length."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def without_filled_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,7 +412,7 @@ def _clean(value: Any) -> Any:
     return value
 
 
-def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _read_parquet(path: Path) -> Iterator[Numbered]:
     """The rows of a .parquet file with their numbers, a thousand at a time in memory."""
     import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
@@ -409,7 +420,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names)
+            _check_distinct(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1000):
                 for values in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
@@ -427,15 +438,6 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         ) from error
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{path}: the column {repeated[0]!r} occurs twice; expected each column once: rename "
-            "or remove one"
-        )
-
-
 _FOREIGN_STARTS = (
     (codecs.BOM_UTF32_LE, "UTF-32 text", "save it with that encoding"),
     (codecs.BOM_UTF16_LE, "UTF-16 text", "save it with that encoding"),
@@ -449,6 +451,6 @@ _READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".parquet": read_parquet,
+    ".parquet": _read_parquet,
 }
 SUFFIXES = tuple(_READERS)

@@ -12,25 +12,15 @@ from typing import Any
 
 import yaml
 
-from kpsvd_tune.data.read.files import SUFFIXES, kind_of
-from kpsvd_tune.errors import DataError
+from kpsvd_tune.data.read.files import SUFFIXES, kind_of, suffix_of
+from kpsvd_tune.errors import DataError, some_of
 from kpsvd_tune.storage.paths import exists, expand
 
 # Files that tools write beside the rows.
-_METADATA = frozenset(
-    {
-        "config.json",
-        "croissant.json",
-        "dataset_dict.json",
-        "dataset_info.json",
-        "dataset_infos.json",
-        "info.json",
-        "meta.json",
-        "metadata.json",
-        "package.json",
-        "state.json",
-    }
-)
+_METADATA = {
+    *("config.json", "croissant.json", "dataset_dict.json", "dataset_info.json", "info.json"),
+    *("dataset_infos.json", "meta.json", "metadata.json", "package.json", "state.json"),
+}
 # The words that the datasets library reads as splits, and a few more that people write.
 _SPLITS = {
     word: split
@@ -98,16 +88,16 @@ class Listing:
         if unnamed:
             left.append(f"{self._names(unnamed)} (named after no split)")
         if self.others:
-            left.append(f"{_listed(self.others)} (no rows)")
+            left.append(f"{some_of(self.others, _LISTED)} (no rows)")
         note = f"{self.label}: read as {wanted}: {self._names(splits[wanted])}"
         return splits[wanted], note + (f"; left out: {', '.join(left)}" if left else "")
 
     def _names(self, files: Sequence[Path]) -> str:
-        return _listed([os.path.relpath(file, self.root) for file in files])
+        return some_of([os.path.relpath(file, self.root) for file in files], _LISTED)
 
     def _split_of(self, file: Path) -> str:
         *folders, name = Path(os.path.relpath(file, self.root)).parts
-        stem = name.removesuffix("".join(_endings(file)))
+        stem = name.removesuffix(suffix_of(file))
         by_name, by_folder = _words(stem), {s for part in folders for s in _words(part)}
         if not by_name and (shard := _SHARD.fullmatch(stem)):
             by_name = {shard["name"]}
@@ -137,8 +127,9 @@ def list_folder(folder: Path) -> Listing:
                 others.append(os.path.relpath(file, folder))
     if not files:
         raise DataError(
-            f"{folder}: the folder holds no file of rows (it has {_listed(others) or 'nothing'}); "
-            f"expected {', '.join(SUFFIXES)}, also compressed as .gz or .zst"
+            f"{folder}: the folder holds no file of rows (it has "
+            f"{some_of(others, _LISTED) or 'nothing'}); expected {', '.join(SUFFIXES)}, also "
+            "compressed as .gz or .zst"
         )
     return _of_one_kind(Listing(str(folder), folder, tuple(sorted(files)), tuple(others)))
 
@@ -168,13 +159,13 @@ def _of_card(folder: Path, cards: Sequence[Mapping[str, Any]], name: str | None)
     known = ", ".join(by_name)
     if name is None:
         defaults = [key for key, card in by_name.items() if card.get("default")]
-        name = next(iter(defaults), "default" if "default" in by_name else None)
-        if name is None and len(by_name) > 1:
+        likely = [*defaults, *({"default"} & set(by_name)), *(by_name if len(by_name) == 1 else ())]
+        if not likely:
             raise DataError(
                 f"{folder}: its README.md has the configurations {known}; expected dataset.name to "
                 "be one of these"
             )
-        name = name or next(iter(by_name))
+        name = likely[0]
     if name not in by_name:
         raise DataError(
             f"dataset.name is {name!r} and the README.md of {folder} has the configurations "
@@ -231,8 +222,8 @@ def list_pattern(pattern: str) -> Listing:
     if not files:
         raise DataError(
             f"{pattern}: no file of rows matches this pattern (looked from {Path.cwd()}; it "
-            f"matches {_listed(others) or 'nothing'}); expected {', '.join(SUFFIXES)}, also "
-            "compressed as .gz or .zst"
+            f"matches {some_of(others, _LISTED) or 'nothing'}); expected {', '.join(SUFFIXES)}, "
+            "also compressed as .gz or .zst"
         )
     return _of_one_kind(Listing(pattern, root, tuple(files), tuple(others), is_pattern=True))
 
@@ -259,18 +250,6 @@ def _is_data(file: Path) -> bool:
     return kind_of(file) in SUFFIXES and not is_hidden and file.name.lower() not in _METADATA
 
 
-def _endings(file: Path) -> list[str]:
-    endings = file.suffixes[-1:]
-    if endings and endings[0].lower() in (".gz", ".zst"):
-        endings = file.suffixes[-2:]
-    return endings
-
-
 def _words(text: str) -> set[str]:
     words = re.split(r"[-._\s\d]+", text.lower())
     return {_SPLITS[word] for word in words if word in _SPLITS}
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from kpsvd_tune.data.read.files import (
     SUFFIXES,
@@ -17,7 +17,6 @@ from kpsvd_tune.data.read.files import (
     check_file,
     kind_of,
     read_file,
-    readable,
     row_unit,
     without_filled_nulls,
 )
@@ -59,10 +58,7 @@ class LoadedRows:
 
 
 def load_rows(
-    path: str | Sequence[str],
-    *,
-    name: str | Sequence[str] | None = None,
-    split: str = "train",
+    path: str | Sequence[str], *, name: str | Sequence[str] | None = None, split: str = "train"
 ) -> LoadedRows:
     """Read one or several sources into memory, one after the other.
 
@@ -74,16 +70,16 @@ def load_rows(
     Raises:
         DataError: A source is missing or faulty; the message names source and line.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    paths = [path] if isinstance(path, str) else path
     if not paths:
         raise DataError("dataset.path is an empty list; expected at least one file or hub id")
-    rows: list[Row] = []
-    notes: list[str] = []
-    for one in paths:
-        for source in open_sources(one, name=name, split=split):
-            rows += readable(source.read())
-            notes += source.notes
-    return LoadedRows(tuple(rows), tuple(notes))
+    sources = [each for one in paths for each in open_sources(one, name=name, split=split)]
+    rows = []
+    for row in (row for source in sources for row in source.read()):
+        if row.fault is not None:
+            raise row.fault
+        rows.append(row)
+    return LoadedRows(tuple(rows), tuple(note for source in sources for note in source.notes))
 
 
 def open_sources(
@@ -188,16 +184,12 @@ def _across(files: Sequence[Path], part: Part, label: str) -> list[RowSource]:
 
 
 def _file(path: Path, part: Part) -> RowSource:
-    def fingerprint() -> str:
-        # The kind of file decides how the bytes are read.
-        return f"{''.join(path.suffixes[-2:]).lower()} {_file_sha256(path)}"
-
-    label = str(path)
     return RowSource(
-        label,
+        str(path),
         row_unit(path),
-        lambda: read_file(path) if part.is_whole else _sliced(lambda: read_file(path), part, label),
-        fingerprint,
+        lambda: _sliced(lambda: read_file(path), part, str(path)),
+        # The kind of file decides how the bytes are read.
+        lambda: f"{''.join(path.suffixes[-2:]).lower()} {file_sha256(path)}",
         part.stretch,
     )
 
@@ -232,17 +224,19 @@ def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
 
 
 def _table(table: Any, label: str, part: Part) -> RowSource:
-    def rows() -> Iterator[Row]:
-        for number, values in enumerate(table, start=1):
-            yield Row(label, number, without_filled_nulls(values), "row")
-
     def fingerprint() -> str:
-        digest = hashlib.sha256()
-        for file in table.cache_files:
-            digest.update(bytes.fromhex(_file_sha256(file["filename"])))
-        return f"saved {digest.hexdigest()}"
+        digests = [bytes.fromhex(file_sha256(file["filename"])) for file in table.cache_files]
+        return f"saved {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
-    return RowSource(label, "row", lambda: _sliced(rows, part, label), fingerprint, part.stretch)
+    def read() -> Iterator[Row]:
+        return _sliced(lambda: _rows(label, table), part, label)
+
+    return RowSource(label, "row", read, fingerprint, part.stretch)
+
+
+def _rows(label: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for number, values in enumerate(records, start=1):
+        yield Row(label, number, without_filled_nulls(values), "row")
 
 
 def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowSource]:
@@ -250,7 +244,8 @@ def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowS
     return [replace(first, notes=tuple(notes)), *others]
 
 
-def _file_sha256(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
+    """Hash the bytes of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -313,11 +308,7 @@ def _not_asked(offline: bool) -> Iterator[None]:
 
 def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSource:
     # Imported here: a run on local files pays nothing for it.
-    from datasets import (
-        DownloadConfig,
-        load_dataset,
-        load_dataset_builder,
-    )
+    from datasets import DownloadConfig, load_dataset, load_dataset_builder
 
     parts = parse_split(split)
     if streaming and (len(parts) > 1 or parts[0].is_percent):
@@ -354,9 +345,7 @@ def _hub(source: str, name: str | None, split: str, streaming: bool) -> RowSourc
 
     def rows() -> Iterator[Row]:
         records = iter(table)
-        found = iter(lambda: explained(lambda: next(records, None)), None)
-        for number, values in enumerate(found, start=1):
-            yield Row(label, number, without_filled_nulls(values), "row")
+        return _rows(label, iter(lambda: explained(lambda: next(records, None)), None))
 
     def read() -> Iterator[Row]:
         return _sliced(rows, parts[0], source) if streaming else rows()
@@ -424,33 +413,29 @@ def parse_split(split: str) -> tuple[Part, ...]:
     for text in split.split("+"):
         match = _PART.fullmatch(text.strip())
         if match is None:
-            raise DataError(f"dataset.split is {split!r}; {_EXPECTED}")
-        sides = [match["start"], match["stop"]]
-        percent = {bool(match[f"{s}_pct"]) for s in ("start", "stop") if match[s] is not None}
+            raise DataError(
+                f"dataset.split is {split!r}; expected a name such as train, a stretch of its rows "
+                "such as train[:100], train[-100:] or train[10%:20%], or several joined by +"
+            )
+        sides = {side: int(match[side]) for side in ("start", "stop") if match[side] is not None}
+        percent = {match[f"{side}_pct"] == "%" for side in sides}
+        is_percent, rounding = percent == {True}, match["rounding"]
+        fault = None
         if len(percent) == 2:
-            raise DataError(
-                f"dataset.split is {split!r}, which mixes rows and per cent in one stretch; "
-                "expected two numbers of rows, or both with %"
+            fault = (
+                ", which mixes rows and per cent in one stretch; expected two numbers of rows, or "
+                "both with %"
             )
-        start, stop = (None if side is None else int(side) for side in sides)
-        is_percent = percent == {True}
-        if is_percent and any(side is not None and abs(side) > 100 for side in (start, stop)):
-            raise DataError(f"dataset.split is {split!r}; expected from -100% to 100%")
-        rounding = match["rounding"]
-        if rounding and not is_percent:
-            raise DataError(
-                f"dataset.split is {split!r}: ({rounding}) says how per cent are rounded, and "
-                "there are none; remove it"
-            )
+        elif is_percent and any(abs(side) > 100 for side in sides.values()):
+            fault = "; expected from -100% to 100%"
+        elif rounding and not is_percent:
+            fault = f": ({rounding}) says how per cent are rounded, and there are none; remove it"
+        if fault:
+            raise DataError(f"dataset.split is {split!r}{fault}")
+        start, stop = sides.get("start"), sides.get("stop")
         drops_remainder = rounding == "pct1_dropremainder"
         parts.append(Part(match["name"], start, stop, is_percent, drops_remainder, split))
     return tuple(parts)
-
-
-_EXPECTED = (
-    "expected a name such as train, a stretch of its rows such as train[:100], train[-100:] or "
-    "train[10%:20%], or several joined by +"
-)
 
 
 @dataclass(frozen=True)
@@ -501,18 +486,14 @@ def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) ->
 
 
 def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
-    columns = dataset.columns if source.columns is None else source.columns
+    taken: dict[str, Any] = {
+        key: getattr(dataset if getattr(source, key) is None else source, key)
+        for key in ("name", "split", "format", "columns", "ignore_columns", "template")
+    }
     return SourceSettings(
         path=source.path,
-        name=dataset.name if source.name is None else source.name,
-        split=source.split or dataset.split,
-        format=source.format or dataset.format,
-        columns=cast(Mapping[str, str], columns),
-        ignore_columns=(
-            dataset.ignore_columns if source.ignore_columns is None else source.ignore_columns
-        ),
-        template=source.template or dataset.template,
         weight=source.weight,
         names_template=source.template is not None or "template" in dataset.model_fields_set,
         drops_faulty=dataset.on_bad_row == "drop",
+        **taken,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -41,15 +42,12 @@ def collate(
     length = max(map(len, rows))
     if pad_to_multiple_of:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-    shape = (len(rows), length)
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
+    fillers = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORED}
+    batch = {name: np.full((len(rows), length), fill, np.int64) for name, fill in fillers.items()}
     for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = row.input_ids
-        attention_mask[index, : len(row)] = 1
-        labels[index, : len(row)] = row.labels
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch["input_ids"][index, : len(row)] = row.input_ids
+        batch["attention_mask"][index, : len(row)] = 1
+        batch["labels"][index, : len(row)] = row.labels
     return {name: torch.from_numpy(values) for name, values in batch.items()}
 
 
@@ -84,6 +82,7 @@ def pack(rows: Sequence[TokenizedRow]) -> dict[str, Tensor]:
     }
 
 
+@dataclass(eq=False)
 class StatelessSampler:
     """An endless stream of shuffled epochs, cut into equal global batches.
 
@@ -95,47 +94,26 @@ class StatelessSampler:
     rows are dealt out in order of length, so that each micro batch spans as little as it can. Then
     the order of an epoch is f(seed, epoch, lengths, G).
 
-    Args:
-        num_rows: Rows in the data set, at least 1.
-        batch_size: Rows per process and micro step, at least 1.
-        num_processes: Processes that share a step, at least 1.
-        gradient_accumulation: Micro steps per step, at least 1.
-        seed: Seed of the orders.
-        lengths: Tokens of every row, to group rows by; None: grouped by chance alone.
-
-    Raises:
-        ValueError: A size below 1, or not one length a row.
+    ValueError: a size is below 1, or there is not one length a row.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        num_processes: int,
-        gradient_accumulation: int,
-        seed: int,
-        lengths: Sequence[int] | None = None,
-    ) -> None:
-        sizes = {
-            "num_rows": num_rows,
-            "batch_size": batch_size,
-            "num_processes": num_processes,
-            "gradient_accumulation": gradient_accumulation,
-        }
-        for name, size in sizes.items():
-            if size < 1:
+    num_rows: int  # in the data set
+    batch_size: int  # rows per process and micro step
+    num_processes: int  # that share a step
+    gradient_accumulation: int  # micro steps per step
+    seed: int  # of the orders
+    lengths: Sequence[int] | None = None  # tokens of every row, to group rows by
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "batch_size", "num_processes", "gradient_accumulation"):
+            if (size := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {size}; expected at least 1")
-        if lengths is not None and len(lengths) != num_rows:
+        if self.lengths is not None and len(self.lengths) != self.num_rows:
             raise ValueError(
-                f"got {len(lengths)} lengths; expected one for each of {num_rows} rows"
+                f"got {len(self.lengths)} lengths; expected one for each of {self.num_rows} rows"
             )
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.num_processes = num_processes
-        self.gradient_accumulation = gradient_accumulation
-        self.seed = seed
-        self._lengths = lengths
-        self._orders: OrderedDict[int, Sequence[int]] = OrderedDict()
+        # A batch touches neighbouring epochs only: two orders are enough.
+        self._order = lru_cache(maxsize=2)(self._make_order)
 
     @property
     def global_batch_size(self) -> int:
@@ -154,15 +132,14 @@ class StatelessSampler:
         ):
             if not 0 <= value < end:
                 raise IndexError(f"{name} is {value}; expected at least 0 and below {end}")
-        slot = micro_step * self.num_processes + process_index
-        start = slot * self.batch_size
-        if self._lengths is None:
-            start += step * self.global_batch_size
-            return [self._row(position) for position in range(start, start + self.batch_size)]
+        start = (micro_step * self.num_processes + process_index) * self.batch_size
+        own = slice(start, start + self.batch_size)
         first = step * self.global_batch_size
-        rows = [self._row(position) for position in range(first, first + self.global_batch_size)]
-        rows.sort(key=self._lengths.__getitem__, reverse=True)
-        return rows[start : start + self.batch_size]
+        positions = range(first, first + self.global_batch_size)
+        if self.lengths is None:
+            return [self._row(position) for position in positions[own]]
+        rows = map(self._row, positions)
+        return sorted(rows, key=self.lengths.__getitem__, reverse=True)[own]
 
     def epoch(self, step: int) -> float:
         """Passes over the rows once `step` steps are done."""
@@ -178,19 +155,14 @@ class StatelessSampler:
         epoch, offset = divmod(position, self.num_rows)
         return self._order(epoch)[offset]
 
-    def _order(self, epoch: int) -> Sequence[int]:
-        if epoch not in self._orders:
-            key = f"epoch {self.seed} {epoch}"
-            order: Sequence[int] = permutation(self.num_rows, key)
-            if self._lengths is not None:
-                size = self.global_batch_size
-                num_head = -epoch * self.num_rows % size
-                order = group_by_length(order, self._lengths, size, num_head, f"batches of {key}")
-            self._orders[epoch] = order
-            # A batch touches neighbouring epochs only: two orders are enough.
-            while len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
+    def _make_order(self, epoch: int) -> Sequence[int]:
+        key = f"epoch {self.seed} {epoch}"
+        order = permutation(self.num_rows, key)
+        if self.lengths is None:
+            return order
+        size = self.global_batch_size
+        num_head = -epoch * self.num_rows % size
+        return group_by_length(order, self.lengths, size, num_head, f"batches of {key}")
 
 
 def permutation(num_rows: int, key: str) -> array[int]:

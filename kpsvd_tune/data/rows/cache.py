@@ -7,8 +7,8 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.rows.store import FACTS, StoreWriter, TokenStore, json_sha256, store_files
 from kpsvd_tune.errors import ResourceError
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import (
-    make_folder,
-    remove_leftovers,
-    replace_file,
-    write_folder,
-)
+from kpsvd_tune.storage.durable import make_folder, remove_leftovers, replace_file, write_folder
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.locks import hold, is_shared, share
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
@@ -107,13 +102,11 @@ class TokenCache:
         for note in notes[1000:]:
             note.unlink(missing_ok=True)
 
-    @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
+    def _lock(self, key: str) -> AbstractContextManager[bool | None]:
         locks = self.folder / "locks"
         make_folder(locks)
         # Renames keep stores whole where there are no locks.
-        with hold(locks / f"{key[:2]}.lock", wait=True):
-            yield
+        return hold(locks / f"{key[:2]}.lock", wait=True)
 
 
 def _allow_many_files() -> None:

@@ -35,19 +35,12 @@ def check_end_tokens(rows: Sequence[TokenizedRow], end_token_ids: Sequence[int])
 
 
 def check_known_tokens(
-    rows: Sequence[TokenizedRow],
-    num_embeddings: int,
-    where: Callable[[int], str] | None = None,
+    rows: Sequence[TokenizedRow], num_embeddings: int, where: Callable[[int], str] | None = None
 ) -> None:
     """Refuse token ids that the model has no embedding for, as added special tokens may be.
 
-    Args:
-        rows: Rows to train or validate on.
-        num_embeddings: Rows of the model's input embedding.
-        where: Names a row by its place in `rows`, for the message; None: by its number.
-
-    Raises:
-        DataError: An id is `num_embeddings` or more.
+    `num_embeddings` are the rows of the model's input embedding; `where` names a row by its place
+    in `rows`, for the message (None: by its number). DataError: an id is too large.
     """
     # A store knows its largest id, which spares reading many millions of rows.
     if isinstance(rows, StoredRows) and rows.max_token_id < num_embeddings:
@@ -63,10 +56,7 @@ def check_known_tokens(
 
 
 def check_lengths(
-    lengths: NDArray[np.int64],
-    limits: ModelLimits,
-    max_length: int,
-    where: Callable[[int], str],
+    lengths: NDArray[np.int64], limits: ModelLimits, max_length: int, where: Callable[[int], str]
 ) -> list[str]:
     """Refuse rows with more tokens than the model has positions; `where` names a row by its place.
 
@@ -134,18 +124,13 @@ _FIXED = ("mpt",)
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What rows must keep to.
+    """What rows must keep to."""
 
-    Attributes:
-        positions: Most tokens of a row; None where the configuration names no limit.
-        is_hard: Whether the model has no positions beyond (they are learnt or tabulated), so that
-            longer rows end in an error; else (rotary positions) it was merely not trained there.
-        vocabulary: Rows of the input embedding: ids are below it.
-    """
-
-    positions: int | None
+    positions: int | None  # most tokens of a row; None where the configuration names no limit
+    # Whether the model has no positions beyond (they are learnt or tabulated), so that longer rows
+    # end in an error; else (rotary positions) it was merely not trained there.
     is_hard: bool
-    vocabulary: int
+    vocabulary: int  # rows of the input embedding: ids are below it
 
 
 def model_limits(skeleton: Any) -> ModelLimits:

@@ -33,6 +33,7 @@ from kpsvd_tune.data.rows.tokenise import (
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.report.results import PreflightReport, SourceCount
+from kpsvd_tune.storage.json_files import check_types
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ def read_examples(
     *,
     name: str | Sequence[str] | None = None,
     split: str = "train",
-    format: str = "auto",  # the recipe's key
     columns: Mapping[str, str] | None = None,
     template: str = "chat",
 ) -> ReadRows:
@@ -77,7 +77,6 @@ def read_examples(
         path: Local file, hub id, or several.
         name: Configuration of a hub dataset, or several.
         split: Split of a hub dataset.
-        format: The form, or "auto" to detect it.
         columns: Column of each role, where its name differs.
         template: Only tells which roles are needed.
 
@@ -85,7 +84,7 @@ def read_examples(
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split)
-    form = find_form(loaded.rows, format, columns or {}, template, setting="columns")
+    form = find_form(loaded.rows, "auto", columns or {}, template, setting="columns")
     notes = without_place(loaded.rows, form, template)
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 
@@ -148,7 +147,7 @@ def prepare(
         report = _report(train, validation, parts, rows, encoder, about)
         found = {"report": report.to_dict(), "sha256": rows_sha256(rows, others)}
         cache.write_note(known, found)
-    preflight = PreflightReport.from_dict(found["report"])
+    preflight: PreflightReport = check_types(found["report"], PreflightReport)
     if limits is not None:
         too_long = [
             *_check_limits(rows, train, limits, dataset.max_length),

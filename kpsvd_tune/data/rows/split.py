@@ -40,10 +40,10 @@ class Selection:
         self._is_dropped_long = is_whole & self._has(Mark.CUT) & (dataset.too_long == "drop")
         self._is_short = is_whole & (lengths < dataset.min_length)
         is_usable = is_whole & ~self._is_short & ~self._is_dropped_long
-        is_cut = is_usable & self._has(Mark.CUT)
+        self._is_cut = is_usable & self._has(Mark.CUT)
         self.usable: Places = places[is_usable]  # those of the rows that are used
-        self.whole: Places = places[is_usable & ~is_cut]  # of these, those that were not cut
-        self.num_cut = int(is_cut.sum())
+        self.whole: Places = places[is_usable & ~self._is_cut]  # of these, those not cut
+        self.num_cut = int(self._is_cut.sum())
 
     def stored(self, places: Places) -> StoredRows:
         """The rows at some places, a place maybe several times."""
@@ -75,19 +75,18 @@ class Selection:
                 "it unless it is meant",
             ),
             (self._has(Mark.INEXACT), "whose text this tokenizer does not give back exactly"),
+            (
+                self._is_cut,
+                f"cut to dataset.max_length ({limit} tokens), which takes the end token away: "
+                "raise it to learn whole completions, or leave such rows out with "
+                "dataset.too_long: drop",
+            ),
         )
-        notes = [
+        return [
             f"{_rows(int(which.sum()))} {what} (first: {self.where(self.places[which.argmax()])})"
             for which, what in kinds
             if which.any()
         ]
-        if self.num_cut:
-            notes.append(
-                f"{_rows(self.num_cut)} cut to dataset.max_length ({limit} tokens), which takes "
-                "the end token away: raise it to learn whole completions, or leave such rows out "
-                "with dataset.too_long: drop"
-            )
-        return notes
 
     def where(self, place: int | np.int64) -> str:
         """Source and number of the row at a place, as messages print them."""

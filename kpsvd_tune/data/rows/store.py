@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Mark, TokenizedRow
+from kpsvd_tune.data.read.sources import file_sha256
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.json_files import check_regular, parse_json, read_bytes
 
@@ -146,9 +147,8 @@ class TokenStore:
                 return None
             for name, expected in content["digests"].items():
                 check_regular(folder / f"{name}.npy")
-                with (folder / f"{name}.npy").open("rb") as stream:
-                    if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                        return None
+                if file_sha256(folder / f"{name}.npy") != expected:
+                    return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return cls(folder)

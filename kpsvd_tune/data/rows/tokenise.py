@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
@@ -17,7 +18,7 @@ from kpsvd_tune.data.encode.format import RowFormat, find_format
 from kpsvd_tune.data.encode.templates import Template, TextTemplate
 from kpsvd_tune.data.encode.unused import UnusedColumns
 from kpsvd_tune.data.read.columns import column, is_empty
-from kpsvd_tune.data.read.files import Row
+from kpsvd_tune.data.read.files import Row, shortened
 from kpsvd_tune.data.read.sources import (
     RowSource,
     SourceSettings,
@@ -61,29 +62,25 @@ class TokenizedSource:
         return f"{self.label}, {self.unit} {self.store.numbers[place]}"
 
 
+@dataclass
 class Tokeniser:
     """Makes the stores of a recipe's sources, or finds them in the cache."""
 
-    def __init__(
-        self,
-        dataset: DatasetRecipe,
-        tokenizer: PreTrainedTokenizerBase,
-        cache: TokenCache,
-        progress: Progress | None,
-        # The tokenizer's own template where another one is tried: both must write prompts alike.
-        own_template: Template | None = None,
-    ) -> None:
-        self._dataset = dataset
-        self._tokenizer = tokenizer
-        self._cache = cache
-        self._progress = progress
-        self._own_template = own_template
-        self._fingerprint = tokenizer_fingerprint(tokenizer)
-        self._num_read = 0
+    dataset: DatasetRecipe
+    tokenizer: PreTrainedTokenizerBase
+    cache: TokenCache
+    progress: Progress | None
+    # The tokenizer's own chat template where another one is tried: both must write prompts alike.
+    own_template: Template | None = None
+    num_read: int = 0
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
 
     def tokenise_all(self) -> tuple[list[TokenizedSource], list[TokenizedSource]]:
         """The sources to train on, and those to hold rows out of."""
-        dataset = self._dataset
+        dataset = self.dataset
         settings = training_sources(dataset)
         sources = [source for each in settings for source in self._tokenised(each)]
         held_out = sources
@@ -92,8 +89,8 @@ class Tokeniser:
             held_out = self._tokenised(own, is_held_out=True)
         stores = [source.store for source in (*sources, *held_out)]
         check_ignored({name for store in stores for name in store.facts["ignored"]}, settings)
-        if self._progress is not None and self._num_read:
-            self._progress(self._num_read, self._num_read)
+        if self.progress is not None and self.num_read:
+            self.progress(self.num_read, self.num_read)
         return sources, held_out
 
     def _tokenised(
@@ -103,7 +100,7 @@ class Tokeniser:
             settings.path,
             name=settings.name,
             split=settings.split,
-            streaming=self._dataset.streaming,
+            streaming=self.dataset.streaming,
             is_held_out=is_held_out,
         )
         return [self._tokenise(source, settings) for source in found]
@@ -114,15 +111,15 @@ class Tokeniser:
         key = store_key(
             *(fingerprint, source.part, self._fingerprint, settings.format, dict(settings.columns)),
             *(sorted(settings.ignore_columns), settings.template, settings.names_template),
-            *(self._dataset.max_length, self._dataset.learn, settings.drops_faulty),
-            self._own_template,
+            *(self.dataset.max_length, self.dataset.learn, settings.drops_faulty),
+            self.own_template,
         )
-        store, was_cached = self._cache.find_or_make(
+        store, was_cached = self.cache.find_or_make(
             key, lambda writer: self._make(source, settings, fingerprint, writer)
         )
         notes = [*source.notes]
         if settings.drops_faulty and store.facts["faults"]["faulty"]:
-            most = self._dataset.max_bad_rows
+            most = self.dataset.max_bad_rows
             notes.append(faulty_rows_note(store.facts["faults"], source.label, source.unit, most))
         form = RowFormat(**store.facts["form"])
         return TokenizedSource(
@@ -150,11 +147,11 @@ class Tokeniser:
         form, notes = _find_form(head, settings, source.label)
         template, more = _template_for(form, settings)
         encoder = Encoder(
-            self._tokenizer,
+            self.tokenizer,
             template,
-            self._dataset.max_length,
-            learn=self._dataset.learn,
-            compared_with=self._own_template,
+            self.dataset.max_length,
+            learn=self.dataset.learn,
+            compared_with=self.own_template,
         )
         unused = UnusedColumns(form)
         rows = chain(head, rows)
@@ -163,9 +160,9 @@ class Tokeniser:
                 writer.add(row)
             # A later row may be the first with a system prompt.
             notes = list(dict.fromkeys([*notes, *without_place(chunk, form, template)]))
-            self._num_read += len(chunk)
-            if self._progress is not None:
-                self._progress(self._num_read, 0)
+            self.num_read += len(chunk)
+            if self.progress is not None:
+                self.progress(self.num_read, 0)
         if source.fingerprint() != fingerprint:
             raise DataError(
                 f"{source.label}: changed while it was read; expected a file that nothing writes "
@@ -329,11 +326,9 @@ def _lay_out(row: Row, form: RowFormat, unused: UnusedColumns, encoder: Encoder)
         raise row.fault
     unused.check(row)
     example = form.example(row)
-    try:
+    with row.told_in_errors():
         parts = [] if example is None else encoder.parts(example)
         return [encoder.lay_out(part) for part in parts]
-    except DataError as error:
-        raise type(error)(f"{row.where}: {error}") from error
 
 
 class Faults:
@@ -375,7 +370,10 @@ def faulty_rows_note(facts: Mapping[str, Any], label: str, unit: str, max_share:
     reasons = [f"{number} x {reason}" for reason, number in facts["reasons"][:5]]
     if more := len(facts["reasons"]) - len(reasons):
         reasons.append(f"{more} more reasons")
-    first = " | ".join(f"{label}, {unit} {number}: {_cut(text)}" for number, text in facts["first"])
+    first = " | ".join(
+        f"{label}, {unit} {number}: {shortened(text, _LONGEST_FAULT)}"
+        for number, text in facts["first"]
+    )
     found = (
         f"{faulty} of {rows} rows of {label} {'are' if faulty > 1 else 'is'} faulty: "
         f"{'; '.join(reasons)}. First: {first}"
@@ -395,7 +393,3 @@ def _reason(text: str) -> str:
     text = re.sub(r"\s*\([^()]*\)", "", text)
     text = re.split(r"[;:] ", text, maxsplit=1)[0]
     return re.sub(r"\d+", "N", text)[:100]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST_FAULT else text[: _LONGEST_FAULT - 3] + "..."

@@ -344,7 +344,7 @@ def test_an_empty_first_row_does_not_hide_the_form(read: Read) -> None:
 
 def test_context_beside_an_input_has_to_be_joined_with_it(read: Read) -> None:
     row = {"instruction": "2 + 3?", "input": "ints", "context": "base ten", "output": "5"}
-    with pytest.raises(DataError, match=r"'context' looks like .*: join it with 'input', and"):
+    with pytest.raises(DataError, match="'context' looks .*: join it with 'input'; if it means"):
         read(row)
 
 
@@ -500,12 +500,12 @@ def test_an_answer_beside_a_chat_that_ends_with_a_question_is_refused(
         "text": {"messages": json.dumps(talk)},
     }
     row = {**rows[form], "response": "4"}
-    with pytest.raises(DataError, match=r"ends without an answer and the column 'response'"):
+    with pytest.raises(DataError, match=r"'response' seems to hold the answer to the chat in"):
         read(row)
     assert learnt(read(row, ignore_columns=["response"])) == learnt(read(rows[form]))
     # Where the chat has its answer, or the recipe names its column, a note is enough.
     assert "response" in unused(read({**CHAT, "response": "4"}))[0]
-    with pytest.raises(DataError, match="line 2: the chat in 'messages' ends without an answer"):
+    with pytest.raises(DataError, match="line 2: .*'messages', which ends without an answer"):
         read({**CHAT, "response": "4"}, {"messages": talk, "response": "4"})
 
 

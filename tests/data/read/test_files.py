@@ -18,7 +18,7 @@ PAIR = '{"prompt": "1+1?", "completion": "2"}'
 
 
 def read_file(path: Path) -> list[Row]:
-    return list(files.readable(files.read_file(path)))
+    return list(load_rows(str(path)).rows)
 
 
 def write(folder: Path, name: str, content: bytes | str) -> Path:

@@ -125,7 +125,8 @@ def test_filters_by_length_are_counted(tmp_path: Path, tokenizer: PreTrainedToke
     assert cut.report.num_truncated == 2
     assert cut.report.warnings == (
         "2 rows cut to dataset.max_length (30 tokens), which takes the end token away: raise it "
-        "to learn whole completions, or leave such rows out with dataset.too_long: drop",
+        "to learn whole completions, or leave such rows out with dataset.too_long: drop "
+        f"(first: {path}, line 3)",
     )
     kept = read(tokenizer, path=str(path), max_length=30, too_long="drop", min_length=3)
     assert [row.row for row in kept.train] == [2]

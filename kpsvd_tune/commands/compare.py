@@ -31,8 +31,8 @@ def compare(
         str,
         typer.Option(
             metavar="A,B,C",
-            help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, lora-xs, pissa, hira, lokr, randlora, "
-            "vera, ia3; with settings as kpsvd:init=random, lora:on=q_proj+v_proj or "
+            help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, lora-xs, pissa, hira, lokr, "
+            "randlora, vera, ia3; with settings as kpsvd:init=random, lora:on=q_proj+v_proj or "
             "vera:rates=1e-3+1e-2.",
         ),
     ] = DEFAULT_METHODS,

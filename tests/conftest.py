@@ -78,9 +78,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    # Its own for each test, since some add tokens.
     return make_tokenizer()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import copy
 import json
 import math
 import os
@@ -411,6 +412,8 @@ def test_tokens_that_were_added_for_the_adapter_come_along(
 def test_a_tokenizer_that_only_version_5_knows_is_written_for_both(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    # All tests share the fixture.
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|call|>", "<|end_call|>"]})
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"

@@ -156,7 +156,8 @@ def message_of(error: ErrorDetails, path: Path) -> str:
         bound, words = _BOUNDS[kind]
         return f"got {got}; expected {words} {context[bound]:g}"
     if kind == "too_short":
-        return f"got {got}; expected at least {context['min_length']} item"
+        least = context["min_length"]
+        return f"got {got}; expected at least {least} item{'s' if least > 1 else ''}"
     if kind in _TYPES:
         return f"got {got}; expected {_TYPES[kind]}{_hint(kind, error['input'], path)}"
     return error["msg"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import copy
+import fcntl
 import json
 import math
 import os

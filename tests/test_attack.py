@@ -59,6 +59,7 @@ def _fail(error: BaseException | None) -> Callable[..., None]:
     return load_recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "said"),
     [

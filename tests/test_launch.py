@@ -169,6 +169,7 @@ def test_the_first_failure_is_the_exit_code(program: Path) -> None:
     assert launch.launch([], 2, use_cpu=True) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_those_that_wait_for_it(
     program: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +216,7 @@ def test_a_signal_reaches_every_rank_once(
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+@pytest.mark.slow
 def test_two_signals_at_once_are_one_request(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

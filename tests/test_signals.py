@@ -57,6 +57,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once_but_an_echo_of_the_first_does_not():
     done = run(GRACEFUL)
     assert done.stdout == "15\n", done.stderr
@@ -67,6 +68,7 @@ def test_a_second_signal_ends_the_process_at_once_but_an_echo_of_the_first_does_
     )
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_alone_answers():
     done = run(GRACEFUL, RANK="1")
     assert (done.returncode, done.stderr) == (5, "")
@@ -99,11 +101,13 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_where_nothing_is_to_be_finished_a_signal_interrupts_at_once():
     done = run(IMMEDIATE.replace("WORK", "time.sleep(20)"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted 15\n", "")
 
 
+@pytest.mark.slow
 def test_an_interruption_that_takes_a_while_is_told_of():
     done = run(IMMEDIATE.replace("WORK", "busy(3)"))
     assert (done.returncode, done.stdout) == (0, "busy\ninterrupted 15\n")
@@ -123,6 +127,7 @@ def test_a_block_inside_another_takes_over_and_gives_back():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_line_takes_the_place_of_a_progress_bar():
     ours, theirs = os.openpty()
     with subprocess.Popen([sys.executable, "-c", PROGRAM + GRACEFUL], stderr=theirs) as process:

@@ -28,6 +28,7 @@ def command(folder: Path, body: str) -> None:
     program.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_signal_is_passed_on_and_the_job_is_queued_again(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -202,6 +202,7 @@ def test_the_tensors_that_differ_are_named(model_factory: Make, tmp_path: Path) 
         from_folder(other, folder)
 
 
+@pytest.mark.slow
 def test_a_module_that_the_checkpoint_lacks_is_named_with_what_to_do(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = BertConfig(

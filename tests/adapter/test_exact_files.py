@@ -170,6 +170,7 @@ def test_tensors_of_other_sizes_are_refused_by_name(
             road()
 
 
+@pytest.mark.slow
 def test_embeddings_that_peft_saved_with_the_adapter(
     tiny_model: Any, model_factory: Any, tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_exchanged_frozen_factors_are_refused(
         PeftModel.from_pretrained(model_factory(), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EACH[1:], ids=str)
 def test_rounded_to_16_bits_an_adapter_still_loads(
     tiny_model: Any, model_factory: Any, options: dict[str, Any], tmp_path: Path
@@ -164,6 +165,7 @@ def test_rounded_to_16_bits_an_adapter_still_loads(
     torch.testing.assert_close(logits(loaded), after, rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EACH, ids=str)
 def test_the_state_of_a_model_goes_into_another(
     tiny_model: Any, model_factory: Any, options: dict[str, Any]
@@ -260,6 +262,7 @@ def test_both_frozen_factors_of_a_core_are_known_whatever_their_scale(
         set_peft_model_state_dict(model, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EACH, ids=str)
 def test_trained_values_may_be_cast_without_the_frozen(
     tiny_model: Any, options: dict[str, Any]
@@ -275,6 +278,7 @@ def test_trained_values_may_be_cast_without_the_frozen(
     torch.testing.assert_close(logits(model.merge_and_unload()), after, rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EACH, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_torch_makes_by_default_changes_nothing(
@@ -294,6 +298,7 @@ def test_what_torch_makes_by_default_changes_nothing(
             assert torch.equal(got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", EACH, ids=str)
 def test_transformers_loads_every_form(
     tiny_model: Any, model_factory: Any, options: dict[str, Any], tmp_path: Path

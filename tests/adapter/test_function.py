@@ -152,6 +152,7 @@ def test_every_way_is_the_oracle(
         oracle.assert_close(module(x), y.detach(), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", WAYS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ pytestmark = [
 Make = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_low_memory_loading_of_two_adapters_leaves_nothing_on_meta(
     model_factory: Make, tmp_path: Path
 ) -> None:
@@ -61,6 +62,7 @@ def test_low_memory_loading_of_two_adapters_leaves_nothing_on_meta(
     assert torch.equal(logits(plain), logits(model))
 
 
+@pytest.mark.slow
 def test_transformers_own_adapter_methods(model_factory: Make, tmp_path: Path) -> None:
     model = model_factory()
     model.add_adapter(config())

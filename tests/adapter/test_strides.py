@@ -162,6 +162,7 @@ def test_every_layout_is_the_dense_formula(
             raise AssertionError(f"{layout}: {error}") from error
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_any_strides_are_the_dense_formula(data: st.DataObject) -> None:

@@ -66,6 +66,7 @@ def test_compiled_bases_take_adapters(
             assert torch.allclose(logits(loaded), logits(plain), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_around_a_compiled_one(model_factory: Make, tmp_path: Path) -> None:
     adapt(compiled(model_factory(0))).save_pretrained(tmp_path)
     for base in (model_factory(1), compiled(model_factory(1))):

@@ -26,6 +26,7 @@ def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_init_only_names_the_page_and_leaves_a_training_run_alone(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,6 +50,7 @@ def test_init_only_without_plotly_says_how_to_get_the_page(
     assert "in a browser" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--sweep", "adapter.rank.energy=0.2,0.9"]])
 def test_a_stopped_decomposition_says_that_nothing_is_lost(
     recipe: Path,

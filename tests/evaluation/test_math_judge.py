@@ -46,6 +46,7 @@ def test_verdicts_come_in_order_and_a_bad_pair_harms_no_other():
     assert judge_by_value(pairs, num_workers=2) == [right, wrong, none, none, none, right]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
 def test_a_judgement_that_never_ends_counts_as_wrong():
     start = time.monotonic()

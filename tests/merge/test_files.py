@@ -52,6 +52,7 @@ def merged(adapter: Path, tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
+@pytest.mark.slow
 def test_processors_come_along(
     base: Path, adapter: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def another_way_to_split(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [other_special_tokens, an_added_token, another_way_to_split])
 def test_a_tokenizer_that_was_changed_beside_the_adapter_wins(
     base: Path, adapter: Path, tmp_path: Path, change: Callable[[Any], None]
@@ -95,6 +97,7 @@ def test_a_tokenizer_that_was_changed_beside_the_adapter_wins(
     assert found("A <tool>").input_ids == own("A <tool>").input_ids
 
 
+@pytest.mark.slow
 def test_another_vocabulary_wins_and_is_named(
     base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,6 +113,7 @@ def test_another_vocabulary_wins_and_is_named(
     assert "'a', 'b' of the base's vocabulary are other tokens or none" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_equal_tokenizer_leaves_the_bases_files(
     base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,6 +165,7 @@ def the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_text", fill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [weights, tokenizer_files, the_report])
 def test_a_disk_that_fills_while_merging_is_called_full(
     adapter: Path,

@@ -62,6 +62,7 @@ def test_a_finished_run_stays_finished(earlier: Path, capsys: pytest.CaptureFixt
     assert (earlier / "finished/results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_scored(earlier: Path) -> None:
     assert cli.run(["merge", "finished", "--output", "merged"]) == 0
     columns = "columns={prompt: question, completion: answer}"
@@ -69,6 +70,7 @@ def test_an_adapter_is_merged_and_scored(earlier: Path) -> None:
     assert cli.run([*scoring, "--output", "scores"]) == 0
 
 
+@pytest.mark.slow
 def test_a_training_begins_with_an_adapter(earlier: Path) -> None:
     recipe = (earlier / "recipe.yaml").read_text()
     assert "\nadapter: {rank: {window: 4, max: 2}}\n" in recipe
@@ -77,6 +79,7 @@ def test_a_training_begins_with_an_adapter(earlier: Path) -> None:
     assert cli.run(["train", "next.yaml", "output_dir=next"]) == 0
 
 
+@pytest.mark.slow
 def test_ranks_come_from_the_spectra_cache(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("decomposed although the cache holds it")

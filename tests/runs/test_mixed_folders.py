@@ -28,6 +28,7 @@ def train(tmp_path: Path, write_recipe: Callable[..., Path]) -> Train:
     return run
 
 
+@pytest.mark.slow
 def test_the_adapter_of_another_run_does_not_count_as_the_runs_own(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_the_adapter_of_another_run_does_not_count_as_the_runs_own(
     train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "adapter_config.json"])
 def test_a_file_of_the_adapter_that_was_swapped_is_named_by_every_command(
     train: Train, rows_file: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -86,6 +88,7 @@ def test_folders_of_other_commands_are_called_what_they_are(
         shutil.rmtree(place)
 
 
+@pytest.mark.slow
 def test_what_a_link_names_is_decided_at_the_start(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -120,6 +123,7 @@ def test_what_a_link_names_is_decided_at_the_start(
     assert os.path.isfile(target / "results.json")
 
 
+@pytest.mark.slow
 def test_a_moved_run_says_where_its_base_was_looked_for(
     train: Train, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -150,6 +150,7 @@ def test_a_cut_or_missing_file_is_named(two, name):
         read_committed(two / "step-1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.bin", "b.json", MANIFEST])
 def test_any_flipped_byte_is_named(two, name):
     path = two / "step-1" / name

@@ -167,6 +167,7 @@ def test_a_long_chat_that_the_template_rewrites_is_refused(
             ChatRenderer(changed, ("</s>",)).segments(long_chat(140))
 
 
+@pytest.mark.slow
 def test_the_time_of_a_long_chat_grows_with_its_length(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

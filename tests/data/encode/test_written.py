@@ -322,6 +322,7 @@ def test_a_text_that_its_call_repeats_is_missed_all_the_same(read: Read) -> None
     assert learnt(read([row], LOOP + CALLS["json object"] + END))[0].count(why) == 2
 
 
+@pytest.mark.slow
 def test_what_stands_outside_of_the_markers_is_not_lost_in_silence(read: Read) -> None:
     template = LOOP + INSIDE + CALLS["json object"].removeprefix("{{ m.content }}") + END
     with pytest.raises(DataError, match="call of 'w' outside of its {% generation %} markers"):

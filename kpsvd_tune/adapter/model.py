@@ -151,7 +151,7 @@ class KpsvdModel(BaseTuner):
         if seed is not None:
             frozen = form.draw(seed, name, layer["norm"])
         elif name in self._factors:
-            frozen = form.freeze(*self._factors[name], _norm(target, name))
+            frozen = _frozen(form, self._factors[name], target, name)
         target.update_layer(
             adapter_name,
             form,
@@ -240,7 +240,7 @@ def load_factors(
                 raise AdapterError(
                     f"{name}: factor of size {tuple(value.shape)}, expected {form.size(part)}"
                 )
-        frozen = form.freeze(*factors[name], _norm(layer, name))
+        frozen = _frozen(form, factors[name], layer, name)
         for held, value in zip(layer.frozen(adapter_name), frozen, strict=True):
             held.copy_(value)
         # They come from a decomposition of this base.
@@ -331,9 +331,14 @@ def _unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _norm(module: nn.Module | KpsvdLayer, name: str) -> float:
-    """||W||_F of a layer's weight."""
-    return float(torch.linalg.vector_norm(base_weight(module, name).float()))
+def _frozen(
+    form: Form, factors: tuple[Tensor, Tensor], module: nn.Module | KpsvdLayer, name: str
+) -> tuple[Tensor, ...]:
+    """The frozen tensors of a layer from its weight's terms; its norm only where it counts."""
+    norm = 1.0
+    if form.is_scaled:
+        norm = float(torch.linalg.vector_norm(base_weight(module, name).float()))
+    return form.freeze(dict(zip(FROZEN, factors, strict=True)), norm)
 
 
 def _stated_layers(state_dict: Mapping[str, Tensor], form: type[Form]) -> dict[str, dict[str, Any]]:

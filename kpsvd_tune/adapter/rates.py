@@ -34,7 +34,7 @@ def rate_factors(
     factors: dict[int, float] = {}
     for _, layer in kpsvd_layers(model, adapter_name):
         form = layer.kpsvd_form[adapter_name]
-        if form.name != "both":
+        if form.is_scaled:
             # Their frozen factors hold the scale that makes the rate relative.
             factors |= dict.fromkeys(map(id, layer.trained(adapter_name)), 1.0)
             continue

@@ -34,17 +34,13 @@ def adapt(
         base = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
     adapter = recipe.adapter
     shape = adapter.factor_shape
-    frozen_seed = decomposition.report.frozen_seed
-    if frozen_seed is None and adapter.is_drawn:
-        # Of a run that began before its report held the seed.
-        frozen_seed = recipe.train.seed
     config = KpsvdConfig(
         task_type="CAUSAL_LM",
         target_modules=_plain(adapter.target_modules),
         exclude_modules=_plain(adapter.exclude_modules),
         form=adapter.form,
         factor_size=adapter.factor_size,
-        frozen_seed=frozen_seed,
+        frozen_seed=decomposition.report.frozen_seed,
         factor_shape=shape if isinstance(shape, str) else {"n": shape["n"], "p": shape["p"]},
         rank=adapter.rank.model_dump(exclude={"overrides", "tolerance"}),
         dropout=adapter.dropout,

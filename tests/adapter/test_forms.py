@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kpsvd_tune.adapter import KpsvdConfig
-from kpsvd_tune.adapter.forms import FORMS, Left
+from kpsvd_tune.adapter.forms import FORMS, RIGHT0, Left
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.errors import AdapterError
@@ -210,7 +210,7 @@ def test_random_trained_values_change_the_outputs(tiny_model: Any) -> None:
 
 def test_zero_directions_stay_zero() -> None:
     shape = KroneckerShape(2, 2, 3, 3)
-    (frozen,) = Left(shape, 1).freeze(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3), 1.0)
+    (frozen,) = Left(shape, 1).freeze({RIGHT0: torch.zeros(1, 3, 3)}, 1.0)
     assert not frozen.any()
 
 

@@ -155,6 +155,10 @@ class Training:
             adapter_validation_loss=kept_loss,
         )
 
+    def validate(self) -> float | None:
+        """The validation loss of the model as it is now; None without rows. All must ask."""
+        return self._measure() if self._validation_rows else None
+
     def halvings(self) -> dict[str, int]:
         """What `train.on_oom: halve` did, for results.json; empty where it did nothing."""
         if not self.progress.num_halvings:

@@ -51,7 +51,8 @@ def layers(of: LlamaConfig, rank: int = 2) -> list[LayerPlan]:
         model = build_model(of)
     found = []
     for name in target_names(model, "all-linear"):
-        size = tuple(model.get_submodule(name).weight.shape)
+        linear: Any = model.get_submodule(name)
+        size = (linear.out_features, linear.in_features)
         plan = LayerPlan.of_weight(name, size, "balanced")
         found.append(LayerPlan(name, plan.shape, rank=rank))
     return found

@@ -99,11 +99,11 @@ def test_a_cut_update_is_the_least_of_what_was_asked_for(
 
         values = part.detach().double().requires_grad_()
         least = objective(values)
-        least.backward()  # type: ignore[no-untyped-call]
+        least.backward()
         assert values.grad is not None
         # No direction leads further down: the gradient is rounding beside that of other values.
         start = (2 * values.detach()).requires_grad_()
-        objective(start).backward()  # type: ignore[no-untyped-call]
+        objective(start).backward()
         assert start.grad is not None
         assert values.grad.norm() < 1e-3 * start.grad.norm()
 

@@ -22,6 +22,7 @@ from kpsvd_tune.commands.generate import generate
 from kpsvd_tune.commands.init_only import init_only
 from kpsvd_tune.commands.merge import merge
 from kpsvd_tune.commands.options import RanksEnded, is_later_rank
+from kpsvd_tune.commands.plan import plan
 from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
 from kpsvd_tune.commands.train import train
@@ -41,7 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _COMMANDS = (
-    *(train, init_only, merge, export, evaluate, generate, chat),
+    *(plan, train, init_only, merge, export, evaluate, generate, chat),
     *(compare, report, validate),
 )
 for _command in _COMMANDS:
@@ -50,7 +51,7 @@ for _command in _COMMANDS:
 app.add_typer(recipes_app, name="recipes")
 
 # The commands with KEY=VALUE for a recipe.
-_TAKE_KEYS = ("train", "compare", "init-only", "validate")
+_TAKE_KEYS = ("plan", "train", "compare", "init-only", "validate")
 
 
 def _version(value: bool) -> None:

@@ -1,7 +1,13 @@
 """Base models: find them, load them, name their target layers, and stream their weights."""
 
 from kpsvd_tune.models.loading import load_model, load_skeleton, load_tokenizer
-from kpsvd_tune.models.source import ModelSource, base_fingerprint, describe_base, resolve_model
+from kpsvd_tune.models.source import (
+    ModelSource,
+    base_fingerprint,
+    describe_base,
+    find_configuration,
+    resolve_model,
+)
 from kpsvd_tune.models.stream import TensorLocation, WeightReader
 
 __all__ = [
@@ -10,6 +16,7 @@ __all__ = [
     "WeightReader",
     "base_fingerprint",
     "describe_base",
+    "find_configuration",
     "load_model",
     "load_skeleton",
     "load_tokenizer",

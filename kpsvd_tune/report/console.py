@@ -18,7 +18,7 @@ from kpsvd_tune.report.layout import (
     print_table,
 )
 from kpsvd_tune.report.results import LoraReport, MergeReport, PreflightReport, RankReport
-from kpsvd_tune.report.run import figures, result_figures, score_lines, score_text, score_value
+from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
 from kpsvd_tune.units import percent
 
 # The summary names at most this many matrices.
@@ -136,11 +136,6 @@ def show_lora(report: LoraReport) -> None:
     print_line(out, f"the adapter changes a logit of its base by at most {change}")
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
-
-
-def show_plan(plan: Mapping[str, Any]) -> None:
-    """What a run would do."""
-    print_pairs(figures(plan))
 
 
 def show_results(results: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "plan": {"--gpus", "--processes", "--without-rows", "--offline", "--json", "--debug"},
     "compare": {
         "--methods",
         "--budgets",

@@ -96,7 +96,7 @@ class Conversation:
                 new = self._generate(ids, room, streamer, is_stopped)
         except KeyboardInterrupt:
             new = streamer.token_ids
-        streamer.end()
+        streamer.end()  # type: ignore[no-untyped-call]
         is_whole = bool(new) and new[-1] in self._ends
         said = new[:-1] if is_whole else new
         if said or is_whole:
@@ -127,7 +127,8 @@ class Conversation:
         """The new tokens, the end token among them."""
         temperature = self._options.temperature
         sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        config = GenerationConfig(
+        make_config: Any = GenerationConfig
+        config = make_config(
             max_new_tokens=room,
             do_sample=temperature > 0,
             eos_token_id=self._ends,

@@ -271,7 +271,7 @@ def _config(model: PeftModel, source: ModelSource, names: Sequence[str], rank: i
 
 def _config_file(config: LoraConfig) -> bytes:
     """The configuration as PEFT saves it, with sets in one order, so that equal ones are equal."""
-    fields = config.to_dict()
+    fields = config.to_dict()  # type: ignore[no-untyped-call]
     return to_json({k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()})
 
 

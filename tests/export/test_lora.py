@@ -322,7 +322,7 @@ def test_the_rank_is_the_smallest_that_servers_know() -> None:
 
 
 def test_layers_that_lora_does_not_take_are_named(tiny_model: Any) -> None:
-    peft = get_peft_model(tiny_model, KpsvdConfig(target_modules=["v_proj"], rank=1))
+    peft: Any = get_peft_model(tiny_model, KpsvdConfig(target_modules=["v_proj"], rank=1))
     layer: Any = peft.base_model.model.model.layers[1].self_attn.v_proj
     layer.base_layer = torch.nn.Bilinear(2, 2, 2)
     with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.v_proj: a Bilinear\n"):

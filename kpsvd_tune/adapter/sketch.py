@@ -100,11 +100,12 @@ def sketch(weight: Tensor, is_quantised: bool = False, known: int | None = None)
         first = begin // _BLOCK
         for index, form in enumerate(FORMS[:1] if is_alike else FORMS):
             rounded = chunk if form is None else chunk.float().to(form)
-            is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
+            if form is not None:
+                is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
             # Neither infinity nor NaN may hide all other entries.
             entries = torch.nan_to_num(rounded.double(), posinf=7e4, neginf=-7e4)
             if form is None:
-                square += float(entries.square().sum())
+                square += float(torch.dot(entries, entries))
             whole = entries[: len(entries) // _BLOCK * _BLOCK].view(-1, _BLOCK)
             sums = [whole @ signs]
             if rest := len(entries) % _BLOCK:

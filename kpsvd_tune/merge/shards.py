@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from kpsvd_tune.merge.update import Update
 from kpsvd_tune.models import Checkpoint, StoredTensor, WeightFile
 from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.models.stream import FLOATS, TensorLocation, read_tensor, tensors_of
-from kpsvd_tune.storage.durable import NewFile, make_folder, new_file, write_file
+from kpsvd_tune.storage.durable import NewFile, make_folder, new_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
 
 # Each holds one tensor; more would wait for the disk.
@@ -373,8 +372,7 @@ def _workers(
     pool = ThreadPoolExecutor(_WORKERS, "merge", initializer=lambda: torch.set_num_threads(each))
 
     def submit(task: Callable[[], None]) -> Future[None]:
-        # With the words that messages about the disk are made of.
-        return pool.submit(copy_context().run, task)
+        return pool.submit(task)
 
     try:
         yield submit
@@ -456,4 +454,5 @@ def _write_index(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
     order += [key for key in names if key not in set(order)]
     content["metadata"] = {**(content.get("metadata") or {}), "total_size": plan.num_bytes}
     content["weight_map"] = {key: names[key] for key in order}
-    write_file(folder / "model.safetensors.index.json", to_json(content))
+    with new_file(folder / "model.safetensors.index.json") as new:
+        new.write_at(0, to_json(content))

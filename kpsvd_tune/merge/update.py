@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,26 +77,34 @@ class Update:
         for begin in range(0, len(weight), step):
             before = weight[begin : begin + step].double()
             end = begin + len(before)
-            delta = torch.zeros_like(before)
-            for term in self._terms:
-                part = kron_sum_rows(term.left, term.right, begin, end)
-                delta.add_(part, alpha=term.weight)
+            delta = self._delta(begin, end)
             yield begin, self._stored(before, delta)
+
+    def _delta(self, begin: int, end: int) -> Tensor:
+        """Rows of the update."""
+        found: Tensor | None = None
+        for term in self._terms:
+            part = kron_sum_rows(term.left, term.right, begin, end)
+            part = part if term.weight == 1 else part.mul_(term.weight)
+            found = part if found is None else found.add_(part)
+        assert found is not None
+        return found
 
     def _stored(self, before: Tensor, delta: Tensor) -> Tensor:
         exact = before + delta
         stored = exact.to(self._dtype)
-        if not torch.isfinite(stored).all():
+        after = stored.double()
+        far = float(exact.sub_(after).abs_().div_(last_places(stored)).max())
+        # Whatever is not finite in the dtype is not finite here.
+        if not math.isfinite(far):
             raise MergeError(
                 f"{self._name}: the merged weight is not finite in {self._dtype}: the adapter is "
                 "broken or the dtype's range too small; try --dtype float32"
             )
-        after = stored.double()
-        self._of_weight += float(before.square().sum())
-        self._of_update += float(delta.square().sum())
-        self._overlap += float(((after - before) * delta).sum())
-        far = exact.sub_(after).abs_().div_(last_places(stored))
-        self._deviation = max(self._deviation, float(far.max()))
+        self._deviation = max(self._deviation, far)
+        self._of_weight += _product(before, before)
+        self._of_update += _product(delta, delta)
+        self._overlap += _product(after.sub_(before), delta)
         return stored
 
     @property
@@ -115,6 +124,11 @@ class Update:
     def deviation(self) -> float:
         """The largest |W' - (W + Delta)|, in units in the last place of the stored number."""
         return self._deviation
+
+
+def _product(one: Tensor, other: Tensor) -> float:
+    """The inner product of two matrices."""
+    return float(torch.dot(one.reshape(-1), other.reshape(-1)))
 
 
 def last_places(stored: Tensor) -> Tensor:

@@ -76,36 +76,36 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 class NewFile:
-    """A file of a known size that is filled in pieces, in any order and by several threads."""
+    """A file that is filled in pieces, in any order and by several threads.
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor = path, descriptor
+    What the disk refuses is an OSError, which :func:`write_folder` puts into words.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
     def write_at(self, begin: int, data: Buffer) -> None:
         """Write bytes from `begin` on."""
-        with explained(f"write {self._path}"):
-            rest = memoryview(data).cast("B")
-            while rest:
-                count = os.pwrite(self._descriptor, rest[:_PIECE_BYTES], begin)
-                rest, begin = rest[count:], begin + count
+        rest = memoryview(data).cast("B")
+        while rest:
+            count = os.pwrite(self._descriptor, rest[:_PIECE_BYTES], begin)
+            rest, begin = rest[count:], begin + count
 
     def copy_from(self, source: Path, begin: int, end: int, to: int) -> None:
         """Copy the bytes `begin` to `end` of a file to `to`, inside the kernel where it can."""
-        with explained(f"copy {source} to {self._path}"):
-            descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                while begin < end:
-                    count = self._copy(descriptor, begin, end - begin, to)
-                    if count == 0:
-                        raise OSError(errno.EIO, "the file became shorter meanwhile", str(source))
-                    begin, to = begin + count, to + count
-            finally:
-                os.close(descriptor)
+        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while begin < end:
+                count = self._copy(descriptor, begin, end - begin, to)
+                if count == 0:
+                    raise OSError(errno.EIO, "a file became shorter meanwhile", str(source))
+                begin, to = begin + count, to + count
+        finally:
+            os.close(descriptor)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
-        with explained(f"save {self._path}"):
-            os.fsync(self._descriptor)
+        os.fsync(self._descriptor)
 
     def _copy(self, source: int, begin: int, count: int, to: int) -> int:
         if hasattr(os, "copy_file_range"):
@@ -123,12 +123,11 @@ class NewFile:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[NewFile]:
     """Make a file in a folder of :func:`write_folder`, to be filled inside the block."""
-    with explained(f"write {path}"):
-        descriptor = os.open(path, _ANEW, 0o666)
-        try:
-            yield NewFile(path, descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, _ANEW, 0o666)
+    try:
+        yield NewFile(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_file(path: Path, data: bytes) -> None:

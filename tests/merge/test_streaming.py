@@ -197,7 +197,7 @@ def test_shards_without_an_adapter_are_copied_as_they_are(base: Path, tmp_path: 
     index = json.loads((base / "model.safetensors.index.json").read_text())
     changed = index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     files = sorted(file.name for file in base.glob("*.safetensors"))
-    assert len(files) > 3
+    assert len(files) >= 3
     for name in files:
         is_same = (base / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
         assert is_same == (name != changed), name
@@ -235,6 +235,7 @@ def test_tensors_of_other_dtypes_stay_and_are_converted_when_asked(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
 @pytest.mark.parametrize("proof", ["tensors", "both"])
 def test_tied_embeddings_of_which_one_was_trained_part(
@@ -425,6 +426,7 @@ def test_a_layout_that_is_split_while_loading_is_merged_in_memory(
     base = tmp_path / "base"
     config: Any = architectures.CONFIGS["llama"]()
     config.num_key_value_heads = config.num_attention_heads
+    config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -462,7 +464,7 @@ def test_logits_are_left_out_where_the_model_does_not_fit(
     monkeypatch.setattr(merging, "free_memory", lambda: 10**8)
     assert run("merge", tmp_path / "adapter", "-o", tmp_path / "m") == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "the logits are not compared: that takes 1.07 GB of memory" in said
+    assert "the logits are not compared: that takes 1.1 GB of memory" in said
     assert json.loads((tmp_path / "m" / "merge_report.json").read_text())["proof"] == "tensors"
     monkeypatch.setattr(merging, "unstreamable", lambda *_: "a test wants it")
     assert run("merge", tmp_path / "adapter", "-o", tmp_path / "n") == 1

@@ -20,6 +20,7 @@ from kpsvd_tune.commands.generate import generate
 from kpsvd_tune.commands.init_only import init_only
 from kpsvd_tune.commands.merge import merge
 from kpsvd_tune.commands.options import RanksEnded, is_later_rank
+from kpsvd_tune.commands.plan import plan
 from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
 from kpsvd_tune.commands.train import train
@@ -38,13 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (train, init_only, merge, evaluate, generate, compare, report, validate):
+for _command in (plan, train, init_only, merge, evaluate, generate, compare, report, validate):
     # A function of Python has the name `eval`.
     app.command("eval" if _command is evaluate else None)(_command)
 app.add_typer(recipes_app, name="recipes")
 
 # The commands with KEY=VALUE for a recipe.
-_TAKE_KEYS = ("train", "compare", "init-only", "validate")
+_TAKE_KEYS = ("plan", "train", "compare", "init-only", "validate")
 
 
 def _version(value: bool) -> None:

@@ -18,10 +18,12 @@ from kpsvd_tune.commands.options import (
     Processes,
     RecipeArgument,
     SandboxOption,
+    check_devices,
     emit,
     launch_processes,
     prepare_libraries,
 )
+from kpsvd_tune.commands.plan import show_plan_of
 from kpsvd_tune.errors import WorseThanBaseError
 from kpsvd_tune.evaluation.scoring import check_code_execution
 from kpsvd_tune.recipe import load_recipe
@@ -59,7 +61,12 @@ def train(
     )
     tasks = [each.task for each in resolved.evaluation]
     allowed = sandbox if allow_code_execution else None
-    check_code_execution(() if dry_run else tasks, allowed)
+    if dry_run:
+        check_devices(gpus, processes)
+        prepare_libraries(offline, debug)
+        show_plan_of(resolved, gpus, processes, as_json=as_json)
+        return
+    check_code_execution(tasks, allowed)
     launch_processes(gpus, processes, accelerate_config)
     prepare_libraries(offline, debug)
     from kpsvd_tune.context import RunOptions
@@ -67,9 +74,6 @@ def train(
     from kpsvd_tune.training.ending import worse_message
 
     with ConsoleEvents() as events:
-        if dry_run:
-            emit(stages.plan(resolved, events), as_json, view.show_plan)
-            return
         options = RunOptions(resume, tuple(allow_change or ()), allow_other_base, allowed)
         with stages.prepare_run(resolved, events, options) as context:
             data = stages.read_data(context)

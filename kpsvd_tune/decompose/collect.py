@@ -160,7 +160,7 @@ def collect_spectra(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
     )
     reader = WeightReader(source, names, skeleton)
-    plans = _plans(reader, adapter)
+    plans = layer_plans(reader, adapter)
     if is_rule_final:
         try:
             check_rule(plans, rank_rule(adapter.rank))
@@ -199,7 +199,24 @@ def collect_spectra(
     )
 
 
-def _plans(reader: WeightReader, adapter: AdapterRecipe) -> list[LayerPlan]:
+def cached_spectra(
+    reader: WeightReader, plans: Sequence[LayerPlan], adapter: AdapterRecipe, seed: int
+) -> dict[str, LayerPlan]:
+    """Spectra that the cache holds of weights whose hashes are known, by the layers' names.
+
+    No weight is read, so a matrix whose files were never hashed counts as absent.
+    """
+    if not reader.source.weight_files or adapter.is_drawn:
+        return {}
+    rank = adapter.rank
+    worker = SpectraWorker(reader, Settings(default_cache_dir(), rank.window, rank.tolerance, seed))
+    found: dict[str, LayerPlan] = {}
+    worker.look_up(plans, lambda each: found.update({each.plan.name: each.plan}))
+    return found
+
+
+def layer_plans(reader: WeightReader, adapter: AdapterRecipe) -> list[LayerPlan]:
+    """The target layers with their factor shapes; AdapterError for a shape that cannot be met."""
     given = adapter.factor_shape
     rule = given if isinstance(given, str) else {"n": given["n"], "p": given["p"]}
     plans: list[LayerPlan] = []

@@ -2,7 +2,13 @@
 
 from kpsvd_tune.models.checkpoint import Checkpoint, StoredTensor, WeightFile
 from kpsvd_tune.models.loading import load_model, load_skeleton, load_tokenizer
-from kpsvd_tune.models.source import ModelSource, base_fingerprint, describe_base, resolve_model
+from kpsvd_tune.models.source import (
+    ModelSource,
+    base_fingerprint,
+    describe_base,
+    find_configuration,
+    resolve_model,
+)
 from kpsvd_tune.models.stream import TensorLocation, WeightReader
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     "WeightReader",
     "base_fingerprint",
     "describe_base",
+    "find_configuration",
     "load_model",
     "load_skeleton",
     "load_tokenizer",

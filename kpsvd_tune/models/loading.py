@@ -123,7 +123,6 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
 
     config = _config(source)
     known: Any = AutoModelForCausalLM._model_mapping
-    build: Any = AutoModelForCausalLM.from_config
     if type(config) not in known:
         # transformers' own message lists every class it knows.
         raise ModelError(
@@ -131,8 +130,24 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
             f"language model of transformers {transformers_version}"
         )
     with _building(source), torch.device("meta"):
-        skeleton: PreTrainedModel = build(config)
-    return skeleton
+        return build_model(config)
+
+
+def build_model(
+    config: Any, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Build a causal language model from its configuration, on the default device.
+
+    Without a dtype it is the configuration's, and without an attention transformers chooses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    build: Any = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = build(copy.deepcopy(config), **options)
+    return model
 
 
 def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrainedTokenizerBase:

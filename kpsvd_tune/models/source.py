@@ -27,7 +27,8 @@ from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 # What transformers reads of a hub repository, and its card, which states the licence; the rest
 # (other frameworks, other formats) is not fetched. Pickled weights are fetched only where a
 # repository has no safetensors.
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "README.md"]
+_WEIGHTS = "*.safetensors"
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", _WEIGHTS, "README.md"]
 HUB_IGNORED = ["*/*", "consolidated*"]
 PICKLED = ["pytorch_model*.bin"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -80,6 +81,18 @@ def resolve_model(path: str, revision: str | None = None) -> ModelSource:
             "(expected owner/name)"
         )
     return _from_hub(path, revision)
+
+
+def find_configuration(path: str, revision: str | None = None) -> ModelSource:
+    """As :func:`resolve_model`, but weights that are still on the hub are not fetched.
+
+    `weight_files` is then empty, and the folder holds the configuration and the tokenizer.
+    """
+    local = expand(path)
+    is_here = exists(local) or path.endswith(".gguf") or path.startswith("package:")
+    if is_here or not HUB_ID.fullmatch(path):
+        return resolve_model(path, revision)
+    return _from_hub(path, revision, with_weights=False)
 
 
 def base_fingerprint(source: ModelSource) -> dict[str, str]:
@@ -152,7 +165,7 @@ def _inside_package(path: str) -> Path:
     return file
 
 
-def _from_hub(path: str, revision: str | None) -> ModelSource:
+def _from_hub(path: str, revision: str | None, *, with_weights: bool = True) -> ModelSource:
     from huggingface_hub import errors, snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
@@ -167,8 +180,8 @@ def _from_hub(path: str, revision: str | None) -> ModelSource:
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        folder = fetch(HUB_FILES)
-        if not any(folder.glob("*.safetensors")):
+        folder = fetch(HUB_FILES if with_weights else [p for p in HUB_FILES if p != _WEIGHTS])
+        if with_weights and not any(folder.glob(_WEIGHTS)):
             folder = fetch(HUB_FILES + PICKLED)
     except errors.GatedRepoError as error:
         raise ModelError(
@@ -190,7 +203,13 @@ def _from_hub(path: str, revision: str | None) -> ModelSource:
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error
-    return ModelSource(path, "hub", folder, _weight_files(path, folder), revision=folder.name)
+    try:
+        files = _weight_files(path, folder)
+    except ModelError:
+        if with_weights:
+            raise
+        files = ()
+    return ModelSource(path, "hub", folder, files, revision=folder.name)
 
 
 def _weight_files(path: str, folder: Path) -> tuple[Path, ...]:

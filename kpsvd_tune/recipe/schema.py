@@ -153,7 +153,7 @@ class CompareRecipe(Section):
         None, "a UTF-8 text of another kind, to see what training forgets"
     )
     price_per_hour: Number | None = key(
-        None, "price of an hour of one device; null: no costs", gt=0
+        None, "price of an hour of one device, also for `plan`; null: no costs", gt=0
     )
     currency: Text = key("USD", "of that price")
 

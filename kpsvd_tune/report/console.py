@@ -18,7 +18,7 @@ from kpsvd_tune.report.layout import (
     print_table,
 )
 from kpsvd_tune.report.results import MergeReport, PreflightReport, RankReport
-from kpsvd_tune.report.run import figures, result_figures, score_lines, score_text, score_value
+from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
 
 # The summary names at most this many matrices.
 _LISTED = 3
@@ -121,11 +121,6 @@ def show_merge(report: MergeReport) -> None:
     print_line(out, f"of every layer's update at least {kept} {rounding}")
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
-
-
-def show_plan(plan: Mapping[str, Any]) -> None:
-    """What a run would do."""
-    print_pairs(figures(plan))
 
 
 def show_results(results: Mapping[str, Any]) -> None:

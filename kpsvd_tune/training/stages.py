@@ -1,7 +1,4 @@
-"""The stages of `train`: prepare the run, read the data, start the model, train it, finish.
-
-And what they would do, for `train --dry-run`.
-"""
+"""The stages of `train`: prepare the run, read the data, start the model, train it, finish."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.rates import rate_factors
-from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
@@ -126,7 +122,7 @@ def read_data(context: Context) -> RunInput:
     dataset = recipe.dataset
 
     def read() -> tuple[Any, ...]:
-        found = _read_rows(recipe, dataset, tokenizer, load_skeleton(source), context.events)
+        found = read_rows(recipe, dataset, tokenizer, load_skeleton(source), context.events)
         return found.train, found.validation, found.sha256, found.template, tokenizer.chat_template
 
     # Where the recipe names no chat template the rows decide which one is used.
@@ -260,41 +256,6 @@ def finish_run(
     return results
 
 
-def plan(recipe: Recipe, events: Events) -> dict[str, Any]:
-    """Say what `train` would do, without loading weights or writing anything."""
-    if recipe.dataset is None:
-        raise RecipeError("the recipe has no dataset section, which `train` needs")
-    source = resolve_model(recipe.model.path, recipe.model.revision)
-    skeleton = load_skeleton(source)
-    data = _read_rows(recipe, recipe.dataset, load_tokenizer(source), skeleton, events)
-    adapter = recipe.adapter
-    names = target_names(
-        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
-    )
-    train = recipe.train
-    length = run_length(train, len(data.train), len(data.validation))
-    if length.faults:
-        raise RecipeError("\n".join(length.faults))
-    for note in length.notes:
-        events.note(note)
-    bytes_each = 4 if recipe.model.dtype == "float32" else 2
-    num_parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    return {
-        "model": recipe.model.path,
-        "base_parameters": num_parameters,
-        "base_model_bytes": num_parameters * bytes_each,
-        "target_matrices": len(names),
-        "rank_rule": adapter.rank.method,
-        "training_rows": len(data.train),
-        "validation_rows": len(data.validation),
-        "steps": length.num_steps,
-        "passes_over_rows": length.passes,
-        "rows_per_step": train.batch_size * train.gradient_accumulation,
-        "output_dir": recipe.output_dir,
-        "output_dir_exists": Path(recipe.output_dir).exists(),
-    }
-
-
 def _check(recipe: Recipe) -> None:
     """Refuse before the first long stage whatever can be refused."""
     if recipe.dataset is None:
@@ -312,13 +273,14 @@ def _check_scorable(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
         )
 
 
-def _read_rows(
+def read_rows(
     recipe: Recipe,
     dataset: DatasetRecipe,
     tokenizer: PreTrainedTokenizerBase,
     skeleton: PreTrainedModel,
     events: Events,
 ) -> PreparedData:
+    """Read, tokenise and check the rows of a recipe, and tell what they look like."""
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,

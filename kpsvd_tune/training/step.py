@@ -61,7 +61,7 @@ class Stepper:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise AdapterError("the model has no trainable parameter; expected an adapter on it")
         if recipe.gradient_checkpointing:
-            _enable_checkpointing(model)
+            enable_checkpointing(model)
         self._recipe, self._accelerator, self._num_steps = recipe, accelerator, num_steps
         self.token_loss = SummedTokenLoss(model)  # not wrapped for several processes
         engine: type[Engine] = Engine
@@ -206,7 +206,7 @@ def _warn_of_idle_layers(model: nn.Module) -> None:
         _log.warning(idle_message(idle, list(trained_by_layer(model))))
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass, in torch's non-reentrant way.
 
     That way needs no input that requires a gradient, which a frozen embedding would not give.

@@ -30,6 +30,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "plan": {"--gpus", "--processes", "--without-rows", "--offline", "--json", "--debug"},
     "compare": {
         "--methods",
         "--budgets",
@@ -46,7 +47,9 @@ OPTIONS = {
     "merge": {
         "--output",
         "-o",
+        "--weights",
         "--dtype",
+        "--proof",
         "--base",
         "--allow-other-base",
         "--tolerance",

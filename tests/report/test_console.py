@@ -227,12 +227,3 @@ def test_a_score_of_the_base_alone_has_its_own_conditions(capsys: pytest.Capture
 def test_a_run_that_is_not_finished_says_so(capsys: pytest.CaptureFixture[str]):
     view.show_run({"results": None, "ranks": None})
     assert capsys.readouterr().out.splitlines() == [f"{'results':<26} the run is not finished"]
-
-
-def test_a_plan_is_shown_in_units(capsys: pytest.CaptureFixture[str]):
-    view.show_plan({"base_model_bytes": 269_000_000, "steps": 40, "output_dir_exists": True})
-    assert capsys.readouterr().out.splitlines() == [
-        f"{'base model':<26} 269 MB",
-        f"{'steps':<26} 40",
-        f"{'output dir exists':<26} yes",
-    ]

@@ -21,7 +21,7 @@ from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.packing import NAME, _blocks_of, attend_by_rows, prove_packing
-from kpsvd_tune.training.step import _enable_checkpointing
+from kpsvd_tune.training.step import enable_checkpointing
 
 ATTENTIONS = ("eager", "sdpa", NAME)
 
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_recomputes_the_same():
         attend_by_rows(model)
         model.train()
         if checkpointing:
-            _enable_checkpointing(model.get_base_model())
+            enable_checkpointing(model.get_base_model())
         found.append(loss_and_gradients(model, rows, packing=True)[1])
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)

@@ -1,0 +1,128 @@
+"""The most memory that a run holds at once, on the host and on a device.
+
+On a CPU everything is in one process: Python with its libraries, the base model, the adapter, the
+optimiser's state, gradients, and what a forward and a backward pass keep. On another device the
+host only holds the base model while it is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kpsvd_tune.adapter.forms import FORMS
+from kpsvd_tune.adapter.targets import saved_modules
+from kpsvd_tune.estimate.trace import Trace
+from kpsvd_tune.linalg import LayerPlan
+from kpsvd_tune.models import ModelSource
+from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.recipe import Recipe, TrainRecipe
+from kpsvd_tune.report.plan import MemoryPlan
+from kpsvd_tune.storage.memory import free_memory
+from kpsvd_tune.training.optim import make_optimizer
+
+# Resident memory of a process after the libraries of `train` are imported, where the system does
+# not tell what this one has.
+_USUAL_PROCESS = 700_000_000
+_FLOAT = 4  # bytes; adapters are kept and trained in float32
+
+
+def base_bytes(skeleton: nn.Module, dtype: str) -> int:
+    """Bytes of the base's weights in a dtype; shared ones count once."""
+    return sum(each.numel() for each in skeleton.parameters()) * DTYPES[dtype].itemsize
+
+
+def adapter_bytes(plans: Sequence[LayerPlan]) -> tuple[int, int]:
+    """Bytes of what is trained and of what is frozen in adapters with these ranks."""
+    trained = frozen = 0
+    for plan in plans:
+        if plan.rank > 0:
+            form = FORMS[plan.form](plan.shape, plan.rank)
+            trained += form.num_trained
+            frozen += sum(math.prod(form.size(part)) for part in form.frozen)
+    return _FLOAT * trained, _FLOAT * frozen
+
+
+def saved_whole_bytes(skeleton: nn.Module, recipe: Recipe) -> int:
+    """Bytes of the copies of modules that are trained whole."""
+    found = saved_modules(skeleton, recipe.adapter.modules_to_save)
+    names = {name for each in found.values() for name in each}
+    numel = sum(p.numel() for name in names for p in skeleton.get_submodule(name).parameters())
+    return numel * DTYPES[recipe.model.dtype].itemsize
+
+
+def optimiser_bytes(train: TrainRecipe, trained: int) -> int:
+    """Bytes of the optimiser's state for so many bytes of float32 parameters."""
+    parameter = nn.Parameter(torch.zeros(4, 32, 32))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make_optimizer(train, [parameter])
+    optimizer.step()
+    state = [each for each in optimizer.state[parameter].values() if isinstance(each, torch.Tensor)]
+    return round(trained * sum(each.nbytes for each in state) / parameter.nbytes)
+
+
+def process_bytes() -> int:
+    """Resident memory of this process, which has imported what `train` imports."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return _USUAL_PROCESS
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else _USUAL_PROCESS
+
+
+def training_parts(
+    recipe: Recipe, skeleton: nn.Module, plans: Sequence[LayerPlan], trace: Trace
+) -> dict[str, int]:
+    """Bytes of each part of one process's training, by its name."""
+    trained, frozen = adapter_bytes(plans)
+    whole = saved_whole_bytes(skeleton, recipe)
+    return {
+        "weights": base_bytes(skeleton, recipe.model.dtype),
+        "adapter": trained + frozen + whole,
+        "optimiser": optimiser_bytes(recipe.train, trained + whole),
+        "gradients": trained + whole,
+        "activations": trace.activations,
+    }
+
+
+def loading_bytes(source: ModelSource, skeleton: nn.Module, dtype: str) -> int:
+    """Bytes beside the process that loading the base model takes at its peak.
+
+    The weights, the files mapped into memory, and for GGUF the largest tensor twice while it is
+    dequantised; what cannot be streamed is loaded in float32 to be decomposed.
+    """
+    files = sum(file.stat().st_size for file in source.weight_files)
+    largest = max(each.numel() for each in skeleton.parameters())
+    if source.weight_files and not source.is_safetensors:
+        return base_bytes(skeleton, "float32") + files + 2 * _FLOAT * largest
+    return base_bytes(skeleton, dtype) + files
+
+
+def host_memory(process: int, loading: int, parts: dict[str, int]) -> MemoryPlan:
+    """The host's memory of a command whose training has these parts."""
+    parts = {"Python and libraries": process, **parts}
+    training, own = sum(parts.values()), process_bytes()
+    is_loading = process + loading > training
+    free = free_memory()
+    return MemoryPlan(
+        parts,
+        max(training, process + loading),
+        # What this process holds is there for the run as well.
+        None if free is None else free + own,
+        "loading the base model" if is_loading else "training",
+    )
+
+
+def device_memory(parts: dict[str, int]) -> MemoryPlan:
+    """The memory of one CUDA device in a training with these parts."""
+    free: Any = None
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+    return MemoryPlan(parts, sum(parts.values()), free, "training")

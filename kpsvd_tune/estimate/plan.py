@@ -1,0 +1,374 @@
+"""What `train` would do and take: resolved by configuration, headers and rows, without weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpsvd_tune.adapter.base import RECORD
+from kpsvd_tune.adapter.forms import FORMS
+from kpsvd_tune.adapter.targets import target_names, untouched
+from kpsvd_tune.data import PreparedData
+from kpsvd_tune.decompose import layer_plans
+from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches
+from kpsvd_tune.estimate.memory import (
+    device_memory,
+    host_memory,
+    loading_bytes,
+    process_bytes,
+    training_parts,
+)
+from kpsvd_tune.estimate.ranks import PossibleRanks, possible_ranks, ranks_of_adapter
+from kpsvd_tune.estimate.time import (
+    decomposition_seconds,
+    measure_speed,
+    run_seconds,
+    seconds_by_steps,
+    step_seconds,
+)
+from kpsvd_tune.estimate.trace import Trace, trace_step
+from kpsvd_tune.events import Events
+from kpsvd_tune.models import (
+    ModelSource,
+    WeightReader,
+    find_configuration,
+    load_skeleton,
+    load_tokenizer,
+)
+from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.plan import (
+    AdapterPlan,
+    DataPlan,
+    MemoryPlan,
+    ModuleKind,
+    Plan,
+    TimePlan,
+)
+from kpsvd_tune.storage.json_files import parse_json
+from kpsvd_tune.training.from_adapter import find_adapter
+from kpsvd_tune.training.schedule import RunLength, run_length
+from kpsvd_tune.training.stages import read_rows
+from kpsvd_tune.units import size
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_FEWEST_TOKENS = 64  # rows are not cut further to make a run fit
+# A forward pass without a backward one, in times of a step.
+_VALIDATION = 1 / 3
+# Half-width of what the steps of a run that has begun tell.
+_BY_STEPS = 0.1
+_HEADER_BYTES = 130  # of a tensor in a safetensors file, its name among them
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What the estimates need to know."""
+
+    recipe: Recipe
+    source: ModelSource
+    skeleton: Any
+    ranks: PossibleRanks
+    data: PreparedData | None
+    length: RunLength | None
+    device: torch.device
+    processes: int
+    process_bytes: int
+
+
+def make_plan(
+    recipe: Recipe,
+    events: Events,
+    *,
+    processes: int = 1,
+    on_cpu: bool = False,
+    reads_rows: bool = True,
+) -> Plan:
+    """Say what a training would do and take; nothing is written but the cache of tokenised rows.
+
+    Args:
+        recipe: The recipe.
+        events: Told of stages and notes.
+        processes: Processes that would share the work.
+        on_cpu: Whether they would work on the CPU although there is a GPU.
+        reads_rows: Whether to read and tokenise the rows; else every row counts as the longest.
+
+    Raises:
+        RecipeError: The recipe has no rows, or its settings cannot work with their number.
+        ModelError: The base model cannot be found or read.
+        AdapterError: No layer to adapt, or a rank rule that cannot be met.
+        DataError: The rows cannot be used.
+    """
+    dataset = recipe.dataset
+    if dataset is None:
+        raise RecipeError("the recipe has no dataset section, which `train` needs")
+    events.stage(f"reading the configuration of {recipe.model.path}")
+    source = find_configuration(recipe.model.path, recipe.model.revision)
+    skeleton = load_skeleton(source)
+    adapter = recipe.adapter
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    folder = find_adapter(recipe)
+    if folder is not None:
+        ranks = ranks_of_adapter(folder)
+    else:
+        reader = WeightReader(source, names, skeleton)
+        ranks = possible_ranks(reader, layer_plans(reader, adapter), adapter, recipe.train.seed)
+    data = length = None
+    if reads_rows:
+        data = read_rows(recipe, dataset, load_tokenizer(source), skeleton, events)
+        length = run_length(recipe.train, len(data.train), len(data.validation), processes)
+        if length.faults:
+            raise RecipeError("\n".join(length.faults))
+        for note in length.notes:
+            events.note(note)
+    is_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU") == "true"
+    device = torch.device("cuda" if torch.cuda.is_available() and not is_cpu else "cpu")
+    setting = _Setting(
+        recipe, source, skeleton, ranks, data, length, device, processes, process_bytes()
+    )
+    events.stage("tracing a step of the largest batch on tensors without numbers")
+    return _plan(setting, dataset)
+
+
+def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
+    recipe, ranks, skeleton = setting.recipe, setting.ranks, setting.skeleton
+    batches = _batches(setting, recipe, dataset.max_length)
+    trace = trace_step(skeleton.config, recipe, ranks.most, batches.largest)
+    host, on_device = _memory(setting, recipe, trace)
+    does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
+    time = _time(setting, batches, trace)
+    price = recipe.compare.price_per_hour
+    cost = None
+    if price is not None and time.training_seconds is not None:
+        hours = [(time.decomposition_seconds + each) / 3600 for each in time.training_seconds]
+        cost = (hours[0] * price * setting.processes, hours[1] * price * setting.processes)
+    numel = sum(parameter.numel() for parameter in skeleton.parameters())
+    return Plan(
+        model=recipe.model.path,
+        base_parameters=numel,
+        base_model_bytes=numel * DTYPES[recipe.model.dtype].itemsize,
+        target_matrices=len(ranks.most),
+        rank_rule=recipe.adapter.rank.method,
+        device=setting.device.type,
+        processes=setting.processes,
+        adapter=_adapter(setting),
+        data=_data(setting, batches),
+        host=host,
+        on_device=on_device,
+        memory_basis=_memory_basis(setting),
+        cure=_cure(setting, dataset.max_length) if does_not_fit else None,
+        time=time,
+        cost=cost,
+        currency=recipe.compare.currency,
+        output_dir=recipe.output_dir,
+        output_dir_exists=Path(recipe.output_dir).exists(),
+    )
+
+
+def _batches(setting: _Setting, recipe: Recipe, max_length: int) -> RunBatches:
+    if setting.data is None or setting.length is None:
+        return full_batches(recipe.train, max_length, setting.processes)
+    return batches_of(
+        setting.data.train,
+        recipe.train,
+        setting.length.num_steps,
+        num_processes=setting.processes,
+        multiple=1 if setting.device.type == "cpu" else 8,
+        max_length=max_length,
+    )
+
+
+def _adapter(setting: _Setting) -> AdapterPlan:
+    ranks, recipe = setting.ranks, setting.recipe
+    kinds: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for low, high in zip(ranks.least, ranks.most, strict=True):
+        key = (_NUMBER.sub("*", low.name), low.shape)
+        kinds.setdefault(key, []).append((low.rank, high.rank))
+    stored = ranks.num_stored(is_drawn=recipe.adapter.is_drawn)
+    form = FORMS[ranks.most[0].form]
+    tensors = len(form.trained) + (0 if recipe.adapter.is_drawn else len(form.frozen)) + 1
+    extra = len(ranks.most) * (4 * math.prod(RECORD) + tensors * _HEADER_BYTES)
+    names = [plan.name for plan in ranks.most]
+    return AdapterPlan(
+        form=ranks.most[0].form,
+        kinds=tuple(
+            ModuleKind(
+                name=name,
+                count=len(found),
+                out_features=shape.out_features,
+                in_features=shape.in_features,
+                factor_shape=shape.as_tuple(),
+                ranks=(min(low for low, _ in found), max(high for _, high in found)),
+            )
+            for (name, shape), found in kinds.items()
+        ),
+        untouched=tuple(untouched(setting.skeleton, names)),
+        trainable_parameters=ranks.num_trained(),
+        file_bytes=(4 * stored[0] + extra, 4 * stored[1] + extra),
+        basis=ranks.basis,
+    )
+
+
+def _data(setting: _Setting, batches: RunBatches) -> DataPlan:
+    train, data, length = setting.recipe.train, setting.data, setting.length
+    largest = batches.largest
+    steps = train.max_steps if length is None else length.num_steps
+    found = DataPlan(
+        steps=steps,
+        passes=None if length is None else length.passes,
+        rows_per_step=train.batch_size * train.gradient_accumulation * setting.processes,
+        training_rows=None if data is None else len(data.train),
+        validation_rows=None if data is None else len(data.validation),
+        tokens=None if data is None or steps is None else round(batches.tokens_per_step * steps),
+        largest_batch=(largest.rows, largest.tokens, largest.supervised),
+        basis="the tokenised rows, in the order that the run takes them",
+    )
+    if data is None:
+        return replace(found, basis="dataset.max_length: the rows were not read")
+    return found
+
+
+def _memory(
+    setting: _Setting, recipe: Recipe, trace: Trace
+) -> tuple[MemoryPlan, MemoryPlan | None]:
+    """Of the host, and of each device where that is another."""
+    count = setting.processes
+    parts = training_parts(recipe, setting.skeleton, setting.ranks.most, trace)
+    if recipe.train.parallel == "fsdp" and count > 1:
+        parts = {n: b if n == "activations" else b // count for n, b in parts.items()}
+    loading = loading_bytes(setting.source, setting.skeleton, recipe.model.dtype)
+    process = setting.process_bytes
+    if setting.device.type == "cpu":
+        everything = {name: each * count for name, each in parts.items()}
+        return host_memory(process * count, loading * count, everything), None
+    return host_memory(process * count, loading * count, {}), device_memory(parts)
+
+
+def _memory_basis(setting: _Setting) -> tuple[str, ...]:
+    found = [
+        "weights and adapter by their sizes; activations by a forward and a backward pass of the "
+        "largest batch, traced without numbers; libraries by what this process holds",
+    ]
+    if setting.device.type != "cpu":
+        found.append("predictions for GPUs have not been held against measured ones yet")
+    if setting.recipe.evaluation:
+        found.append("answers that the evaluation generates are not counted")
+    return tuple(found)
+
+
+def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
+    recipe, length = setting.recipe, setting.length
+    rank, todo = recipe.adapter.rank, setting.ranks.to_decompose
+    seconds = decomposition_seconds(todo, rank.window, rank.tolerance, setting.device)
+    basis = ["decomposition by a small matrix decomposed now"] if todo else []
+    steps = recipe.train.max_steps if length is None else length.num_steps
+    if steps is None:
+        return TimePlan(seconds, len(todo), None, tuple(basis))
+    validations, share = _validations(setting, steps)
+    tokens = batches.tokens_per_step * steps
+    known = seconds_by_steps(_begun(recipe), tokens, validations)
+    if known is not None:
+        basis.append(f"training by the steps that the run in {recipe.output_dir} has done")
+        ends = ((1 - _BY_STEPS) * known, (1 + _BY_STEPS) * known)
+        return TimePlan(seconds, len(todo), ends, tuple(basis))
+    precision = recipe.train.precision
+    dtype = DTYPES[{"bf16": "bfloat16", "fp16": "float16"}.get(precision, recipe.model.dtype)]
+    speed = measure_speed(setting.device, dtype)
+    trace = largest.scaled(batches.mean_size / batches.largest.size)
+    low, high = step_seconds(trace, recipe.train.gradient_accumulation, speed)
+    basis.append(
+        "training by the operations of a step and the speed that this machine shows now; after "
+        "five steps the run itself tells it, and so does `plan`"
+    )
+    most, least = (run_seconds(each, steps, validations, share) for each in (high, low))
+    return TimePlan(seconds, len(todo), (least, most), tuple(basis))
+
+
+def _validations(setting: _Setting, steps: int) -> tuple[int, float]:
+    """How often the held-out rows are looked at, and what it takes in times of a step."""
+    train, data = setting.recipe.train, setting.data
+    if data is None or not len(data.validation):
+        return 0, 0.0
+    rows = train.batch_size * train.gradient_accumulation * setting.processes
+    every = train.eval_every
+    count = 1 + (steps // every if every else 0) + (0 if every and steps % every == 0 else 1)
+    return count, _VALIDATION * len(data.validation) / rows
+
+
+def _begun(recipe: Recipe) -> list[Mapping[str, Any]]:
+    """The metrics of the run in output_dir, where it is of this very recipe."""
+    folder = Path(recipe.output_dir)
+    try:
+        if (folder / "recipe.yaml").read_text(encoding="utf-8") != recipe_to_yaml(recipe):
+            return []
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        return [parse_json(line, dict[str, Any]) for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def _cure(setting: _Setting, max_length: int) -> str | None:
+    """The cheapest change of those tried that makes the run fit; None where none does."""
+    for changes, recipe, length in _changes(setting.recipe, max_length):
+        batches = _batches(setting, recipe, length)
+        nothing = _memory(setting, recipe, Trace(0, 0, 0))
+        if False in [each.fits for each in nothing if each is not None]:
+            continue
+        trace = trace_step(setting.skeleton.config, recipe, setting.ranks.most, batches.largest)
+        found = [each for each in _memory(setting, recipe, trace) if each is not None]
+        if all(each.fits for each in found):
+            keys = " ".join(f"{key}={value}" for key, value in changes.items())
+            return f"{keys} (peak {size(found[-1].peak_bytes)})"
+    return None
+
+
+def _changes(recipe: Recipe, max_length: int) -> Iterator[tuple[dict[str, object], Recipe, int]]:
+    """Changes that take less memory, the cheapest first, each with the recipe that has it.
+
+    Smaller batches with more accumulation leave the steps what they are; checkpointing costs a
+    third more time; bfloat16 rounds the base; shorter rows change what is learnt.
+    """
+    halvings = list(_halvings(recipe))
+    for changes, changed in halvings:
+        yield changes, changed, max_length
+    if not recipe.train.gradient_checkpointing:
+        for changes, changed in [({}, recipe), *halvings]:
+            train = changed.train.model_copy(update={"gradient_checkpointing": True})
+            keys = {**changes, "train.gradient_checkpointing": "true"}
+            yield keys, changed.model_copy(update={"train": train}), max_length
+    least, changed = halvings[-1] if halvings else ({}, recipe)
+    train = changed.train.model_copy(update={"gradient_checkpointing": True})
+    changed = changed.model_copy(update={"train": train})
+    keys = {**least}
+    if not recipe.train.gradient_checkpointing:
+        keys["train.gradient_checkpointing"] = "true"
+    if recipe.model.dtype == "float32":
+        model = recipe.model.model_copy(update={"dtype": "bfloat16"})
+        changed, keys = (
+            changed.model_copy(update={"model": model}),
+            {**keys, "model.dtype": "bfloat16"},
+        )
+        yield keys, changed, max_length
+    while max_length > _FEWEST_TOKENS:
+        max_length //= 2
+        yield {**keys, "dataset.max_length": max_length}, changed, max_length
+
+
+def _halvings(recipe: Recipe) -> Iterator[tuple[dict[str, object], Recipe]]:
+    """The same steps with ever fewer rows at a time."""
+    train = recipe.train
+    rows, times = train.batch_size, train.gradient_accumulation
+    while rows > 1 and rows % 2 == 0:
+        rows, times = rows // 2, times * 2
+        update = {"batch_size": rows, "gradient_accumulation": times}
+        keys: dict[str, object] = {f"train.{key}": value for key, value in update.items()}
+        yield keys, recipe.model_copy(update={"train": train.model_copy(update=update)})

@@ -1,0 +1,186 @@
+"""The plan of a recipe on the tiny model: what is resolved, what it takes, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kpsvd_tune.commands import main as cli
+from kpsvd_tune.estimate import memory
+from kpsvd_tune.estimate import plan as plans
+from kpsvd_tune.estimate.time import Speed
+
+
+@pytest.fixture(autouse=True)
+def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of the machine take time, and what they find is not tested here."""
+    monkeypatch.setattr(plans, "measure_speed", lambda *_: Speed(1e9, 1e9))
+    monkeypatch.setattr(plans, "decomposition_seconds", lambda todo, *_: float(len(todo)))
+
+
+@pytest.fixture
+def planned(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    def make(*keys: str, **sections: Any) -> dict[str, Any]:
+        recipe = write_recipe(**sections)
+        assert cli.run(["plan", str(recipe), *keys, "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    return make
+
+
+def test_bounds_without_spectra_and_ranks_with_them(
+    planned: Callable[..., dict[str, Any]],
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kpsvd_tune.decompose.hashes.SETTLED_SECONDS", 0.0)
+    before = planned()
+    low, high = before["adapter"]["trainable_parameters"]
+    assert low < high
+    assert before["adapter"]["basis"].startswith("bounds of the ranks: 14 of 14 spectra")
+    assert before["time"]["to_decompose"] == 14
+    assert {kind["name"]: kind["count"] for kind in before["adapter"]["kinds"]}[
+        "model.layers.*.mlp.up_proj"
+    ] == 2
+    assert not (tmp_path / "run").exists()
+    recipe = write_recipe()
+    assert cli.run(["init-only", str(recipe)]) == 0
+    report = json.loads((tmp_path / "run" / "init" / "rank_report.json").read_text())
+    after = planned()
+    chosen = report["totals"]["trainable_parameters"]
+    assert after["adapter"]["trainable_parameters"] == [chosen, chosen]
+    assert low <= chosen <= high
+    assert after["adapter"]["basis"].startswith("ranks by the spectra in the cache")
+    assert after["time"]["to_decompose"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["adapter.rank.method=fixed", "adapter.rank.max=3"],
+        ["adapter.form=left", "adapter.init=random", "adapter.rank.method=fixed"],
+        ["adapter.form=core", "adapter.rank.method=fixed", "adapter.rank.max=2"],
+    ],
+)
+def test_the_plan_is_what_the_run_then_is(
+    planned: Callable[..., dict[str, Any]],
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    keys: list[str],
+) -> None:
+    found = planned(*keys)
+    assert cli.run(["train", str(write_recipe()), *keys]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    trained = results["trainable_parameters"]
+    assert found["adapter"]["trainable_parameters"] == [trained, trained]
+    assert found["data"]["steps"] == results["steps"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert found["data"]["tokens"] == sum(json.loads(line)["tokens"] for line in lines)
+    size = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert found["adapter"]["file_bytes"][0] == pytest.approx(size, rel=0.15)
+
+
+def test_a_budget_bounds_what_is_trained(planned: Callable[..., dict[str, Any]]) -> None:
+    found = planned("adapter.rank.budget=3000", "adapter.rank.min=1")
+    assert found["adapter"]["trainable_parameters"][1] <= 3000
+
+
+def test_rows_are_left_unread_when_asked(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(dataset={"max_length": 32}, train={"max_steps": 3})
+    assert cli.run(["plan", str(recipe), "--without-rows", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"]["largest_batch"] == [2, 32, 64]
+    assert (found["data"]["steps"], found["data"]["training_rows"]) == (3, None)
+    assert not (tmp_path / "cache" / "kpsvd-tune" / "tokens").exists()
+
+
+def test_a_run_that_is_too_large_is_told_with_the_cheapest_cure(
+    planned: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {
+        rows: planned(f"train.batch_size={rows}", dataset={"validation": 0})["host"]
+        for rows in (1, 4)
+    }
+    assert peaks[1]["parts"]["activations"] < peaks[4]["parts"]["activations"]
+    # Activations of the tiny model are lost in the size of Python, so Python is left out.
+    monkeypatch.setattr(plans, "process_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "process_bytes", lambda: 0)
+    parts = (peaks[1]["parts"], peaks[4]["parts"])
+    low, high = (sum(v for k, v in each.items() if "Python" not in k) for each in parts)
+    monkeypatch.setattr(memory, "free_memory", lambda: (low + high) // 2)
+    found = planned("train.batch_size=4", dataset={"validation": 0})
+    assert found["fits"] is False
+    assert found["cure"].startswith("train.batch_size=")
+    assert "train.gradient_accumulation=" in found["cure"]
+    monkeypatch.setattr(memory, "free_memory", lambda: 10)
+    assert planned("train.batch_size=4")["cure"] is None
+
+
+def test_money_is_told_where_there_is_a_price(
+    planned: Callable[..., dict[str, Any]],
+) -> None:
+    found = planned("compare.price_per_hour=3600")
+    low, high = found["time"]["training_seconds"]
+    init = found["time"]["decomposition_seconds"]
+    assert found["cost"] == pytest.approx([init + low, init + high])
+    assert planned()["cost"] is None
+
+
+@pytest.mark.slow
+def test_steps_that_are_done_tell_the_time(
+    planned: Callable[..., dict[str, Any]], write_recipe: Callable[..., Path]
+) -> None:
+    keys = {"train": {"max_steps": 6}}
+    assert cli.run(["train", str(write_recipe(**keys))]) == 0
+    found = planned(**keys)
+    assert any("has done" in line for line in found["time"]["basis"])
+    low, high = found["time"]["training_seconds"]
+    assert high / low == pytest.approx(1.1 / 0.9)
+
+
+def test_text_says_all_of_it(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["plan", str(write_recipe()), "compare.price_per_hour=2"]) == 0
+    out = capsys.readouterr().out
+    for said in ("target modules", "activations", "it fits this machine", "USD", "adapter on disk"):
+        assert said in out
+    assert "lm_head (output head" in out
+
+
+def test_from_an_adapter(
+    planned: Callable[..., dict[str, Any]],
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    assert cli.run(["train", str(write_recipe(train={"max_steps": 1}))]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = planned(adapter={"from": str(tmp_path / "run")}, output_dir=str(tmp_path / "next"))
+    trained = results["trainable_parameters"]
+    assert found["adapter"]["trainable_parameters"] == [trained, trained]
+    assert found["time"]["to_decompose"] == 0
+
+
+def test_memory_of_a_gpu_is_apart_from_the_hosts(
+    planned: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 20))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    found = planned("adapter.rank.method=fixed")
+    assert found["device"] == "cuda"
+    assert "activations" in found["on_device"]["parts"]
+    assert list(found["host"]["parts"]) == ["Python and libraries"]
+    assert (found["on_device"]["free_bytes"], found["fits"]) == (10, False)

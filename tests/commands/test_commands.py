@@ -47,7 +47,9 @@ OPTIONS = {
     "merge": {
         "--output",
         "-o",
+        "--weights",
         "--dtype",
+        "--proof",
         "--base",
         "--allow-other-base",
         "--tolerance",

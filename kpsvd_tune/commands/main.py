@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from kpsvd_tune import __version__
 from kpsvd_tune.commands.compare import compare
+from kpsvd_tune.commands.doctor import doctor
 from kpsvd_tune.commands.eval import evaluate
 from kpsvd_tune.commands.generate import generate
 from kpsvd_tune.commands.init_only import init_only
@@ -39,7 +40,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (plan, train, init_only, merge, evaluate, generate, compare, report, validate):
+for _command in (
+    plan,
+    train,
+    init_only,
+    merge,
+    evaluate,
+    generate,
+    compare,
+    report,
+    validate,
+    doctor,
+):
     # A function of Python has the name `eval`.
     app.command("eval" if _command is evaluate else None)(_command)
 app.add_typer(recipes_app, name="recipes")

@@ -399,10 +399,10 @@ def test_a_misspelt_key_beside_the_right_one_is_one_fault(faults):
          "key; did you mean max?"),
         ("evaluation: [{task: math, limt: 3}]", "evaluation[0].limt: unknown key; did you mean "
          "limit?"),
-        ("<<: 1", "<<: unknown key; expected model, dataset, adapter, train, evaluation, "
-         "compare, output_dir or tracking"),
+        ("<<: 1", "<<: unknown key; expected model, dataset, adapter, train, "
+         "restrain, evaluation, compare, output_dir or tracking"),
         ('"a\\nb": 1', "'a\\nb': unknown key; expected model, dataset, adapter, train, "
-         "evaluation, compare, output_dir or tracking"),
+         "restrain, evaluation, compare, output_dir or tracking"),
         ("model.revision: x", "'model.revision': unknown key; dots are for overrides; in a file "
          "nest the keys"),
     ],

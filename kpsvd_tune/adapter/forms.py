@@ -70,6 +70,13 @@ class Form(ABC):
         """Terms of Delta."""
         return self.rank
 
+    @property
+    def num_features(self) -> int:
+        """Entries of the features of one token."""
+        shape, r = self.shape, self.rank
+        sizes = {"left": shape.p * shape.n, "right": shape.m * shape.q}
+        return r * sizes.get(self.name, shape.out_features * r)
+
     @abstractmethod
     def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return the s terms of Delta, (s, m, n) and (s, p, q), in ``dtype``.
@@ -112,6 +119,24 @@ class Form(ABC):
             part: drawn_factor(seed, f"{name} {part}", self.size(part)) for part in self.frozen
         }
         return self.freeze(drawn, norm)
+
+    def features(self, x: Tensor, tensors: Tensors) -> Tensor | None:
+        """What the update multiplies with the trained values, of inputs x (t, in) in float32.
+
+        Returns:
+            Samples (.., k), such that the update of a token is ``as_rows`` of what is trained, a
+            matrix (.., k), times those of the token; None for a form that is not linear.
+        """
+        return None
+
+    def as_rows(self, trained: Tensor) -> Tensor:
+        """What is trained as the matrix (.., k) that multiplies the features."""
+        return trained.permute(1, 0, 2).flatten(1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Undo :meth:`as_rows`."""
+        r, height, width = self.size(self.trained[0])
+        return rows.view(height, r, width).permute(1, 0, 2)
 
     def plan(
         self, tokens: int, path: str = "auto", is_training: bool = True, can_add: bool = True
@@ -205,6 +230,11 @@ class Left(Form):
         """As :meth:`Form.gradients`."""
         return way.gradients(*operands, *_in(dtype, *tensors), self.sides)[:1]
 
+    def features(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """As :meth:`Form.features`: the columns of X B_k^T, (t*p, r*n)."""
+        found = torch.einsum("tnq,kpq->tpkn", x.view(len(x), self.shape.n, -1), tensors[1])
+        return found.flatten(2).flatten(0, 1)
+
 
 class Right(Form):
     """Trained right factors b of frozen left ones: Delta = sum_k s U_k kron b_k."""
@@ -222,6 +252,11 @@ class Right(Form):
         """As :meth:`Form.gradients`."""
         left, right = _in(dtype, tensors[1], tensors[0])
         return way.gradients(*operands, left, right, self.sides)[1:]
+
+    def features(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """As :meth:`Form.features`: the rows of A_k X, (t*m, r*q)."""
+        found = torch.einsum("tnq,kmn->tmkq", x.view(len(x), self.shape.n, -1), tensors[1])
+        return found.flatten(2).flatten(0, 1)
 
 
 class Core(Form):
@@ -246,6 +281,19 @@ class Core(Form):
         left, right = self.terms(tensors, dtype)
         gb = way.gradients(*operands, left, right, self.sides)[1]
         return (gb.flatten(1) @ tensors[2].to(gb.dtype).flatten(1).T,)
+
+    def features(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """As :meth:`Form.features`: entries of U_k X V_l^T, (t*m*p, r*r)."""
+        inner = torch.einsum("tnq,kmn->tmkq", x.view(len(x), self.shape.n, -1), tensors[1])
+        return torch.einsum("tmkq,lpq->tmpkl", inner, tensors[2]).flatten(3).flatten(0, 2)
+
+    def as_rows(self, trained: Tensor) -> Tensor:
+        """As :meth:`Form.as_rows`: one row."""
+        return trained.reshape(1, -1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """As :meth:`Form.from_rows`."""
+        return rows.view(self.rank, self.rank)
 
 
 FORMS: dict[str, type[Form]] = {form.name: form for form in (Both, Left, Right, Core)}

@@ -189,7 +189,8 @@ class Batched:
         (r, m, n), (_, p, q) = left.shape, right.shape
         ga, gb = x.new_zeros(m, n * r), x.new_zeros(r * p, q)
         folded, right_t = cls.arrange(left, p), right.reshape(r * p, q).T
-        step = chunk_tokens(x, n * r * p)
+        # The left factors' gradients exist for every token of a chunk, beside its rows of gy.
+        step = chunk_tokens(x, n * r * p + (m * n * r + m * p if "left" in sides else 0))
         for xs, gys in zip(torch.split(x, step), torch.split(gy, step), strict=True):
             if "left" in sides:
                 inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)

@@ -109,6 +109,8 @@ def compare(
         plan.prepare(source, budgets, events)
         for note in plan.notes:
             events.note(note)
+        if recipe.restrain is not None:
+            events.note("restrain is for `train`: the updates of the trials stay as trained")
         if grid.plan != "done":
             grid = grid.with_budgets(plan.budgets)
         rows = open_results(run.path, shared, plan.adapters())

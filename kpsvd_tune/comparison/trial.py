@@ -99,6 +99,8 @@ def run_trial(
             pad_token_id=material.pad_token_id,
             checkpoint=begun.checkpoint,
             rate_factors=_rate_factors(model, setup),
+            # All but PiSSA, which rounds what it takes out of the weights, begin as the base.
+            loss_before=None if setup.method.kind == "pissa" else setup.base["validation_loss"],
         )
         failed = None
         try:

@@ -123,7 +123,7 @@ def completion_loss(
             f"{recipe.path} holds no completion to compute a loss on. Expected at least one row "
             f"whose completion begins within the first {recipe.window} tokens; check the columns."
         )
-    return _summarise(_token_losses(model, tokenizer, rows, recipe.batch_size, progress))
+    return summarise(token_losses(model, tokenizer, rows, recipe.batch_size, progress))
 
 
 def text_loss(
@@ -146,8 +146,8 @@ def text_loss(
         DataError: the file is no readable UTF-8 text or has fewer than two tokens.
         InputError: the window is smaller than two tokens.
     """
-    rows = _windows(model, tokenizer, path, window)[:limit]
-    return _summarise(_token_losses(model, tokenizer, rows, batch_size, progress))
+    rows = text_windows(model, tokenizer, path, window)[:limit]
+    return summarise(token_losses(model, tokenizer, rows, batch_size, progress))
 
 
 def forgetting(
@@ -171,12 +171,12 @@ def forgetting(
             f"{type(model).__name__} has no adapter, so there is nothing it could have forgotten. "
             "Expected a base model with an adapter; use text_loss for a model alone."
         )
-    rows = _windows(model, tokenizer, path, window)[:limit]
+    rows = text_windows(model, tokenizer, path, window)[:limit]
     with disable_adapter():
-        base = _token_losses(model, tokenizer, rows, batch_size, progress)
-    adapted = _token_losses(model, tokenizer, rows, batch_size, progress)
-    change = _summarise(adapted - base)
-    return Forgetting(_summarise(base), _summarise(adapted), change.value, change.stderr)
+        base = token_losses(model, tokenizer, rows, batch_size, progress)
+    adapted = token_losses(model, tokenizer, rows, batch_size, progress)
+    change = summarise(adapted - base)
+    return Forgetting(summarise(base), summarise(adapted), change.value, change.stderr)
 
 
 def _read_text(path: str | Path) -> str:
@@ -207,9 +207,13 @@ def _score(name: str, loss: TokenLoss) -> Score:
     return Score(name, loss.value, loss.n, loss.stderr)
 
 
-def _windows(
+def text_windows(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, path: Path, window: int
 ) -> list[TokenizedRow]:
+    """A UTF-8 text file in windows that do not overlap, the first token of each not counted.
+
+    A window has `window` tokens, at most the model's context. Raises as :func:`text_loss`.
+    """
     if window < 2:
         raise InputError(f"window must be 2 tokens or more, got {window}.")
     text = _read_text(path)
@@ -226,12 +230,12 @@ def _windows(
     ]
 
 
-def _token_losses(
+def token_losses(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TokenizedRow],
     batch_size: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """The loss of each counted token, float64, row by row in their order."""
     padding = tokenizer.pad_token_id or 0  # masked, so any token does
@@ -252,7 +256,8 @@ def _token_losses(
     return torch.cat(losses)
 
 
-def _summarise(losses: Tensor) -> TokenLoss:
+def summarise(losses: Tensor) -> TokenLoss:
+    """Mean, number and standard error of the losses of tokens."""
     n = losses.numel()
     spread = float(losses.std()) if n > 1 else 0.0
     return TokenLoss(float(losses.mean()), n, spread / math.sqrt(n))

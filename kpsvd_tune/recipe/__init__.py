@@ -16,7 +16,7 @@ from kpsvd_tune.recipe.loading import (
     recipe_to_yaml,
     shipped_recipes,
 )
-from kpsvd_tune.recipe.schema import EarlyStopping, Recipe, TrainRecipe
+from kpsvd_tune.recipe.schema import EarlyStopping, Recipe, RestrainRecipe, TrainRecipe
 from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "EvaluationRecipe",
     "RankRecipe",
     "Recipe",
+    "RestrainRecipe",
     "SourceRecipe",
     "TrainRecipe",
     "evaluation_section",

@@ -19,7 +19,7 @@ from kpsvd_tune.recipe.reading import Document, Fault, Path
 from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 
 # The sections that `validate` looks at; a command passes those that it uses.
-SECTIONS = ("model", "dataset", "adapter", "evaluation", "compare")
+SECTIONS = ("model", "dataset", "adapter", "restrain", "evaluation", "compare")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE = re.compile(r"\.(jsonl|json|csv|parquet|arrow|txt|md|gguf|safetensors|gz|zst)", re.I)
 
@@ -158,6 +158,7 @@ _PROBLEMS: dict[tuple[str, ...], Callable[[str], str | None]] = {
     ("adapter", "from"): adapter_problem,
     ("evaluation", "path"): rows_problem,
     ("evaluation", "shots_path"): rows_problem,
+    ("restrain", "text"): text_problem,
     ("compare", "test"): rows_problem,
     ("compare", "forgetting"): text_problem,
 }

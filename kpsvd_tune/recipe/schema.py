@@ -145,6 +145,16 @@ class TrainRecipe(Section):
         return value
 
 
+class RestrainRecipe(Section):
+    """What training may make the model forget: its update is cut back until that holds."""
+
+    text: PathText = Field(
+        description="a UTF-8 text of the kind that is to be known as well as before; half of it "
+        "shows the model's inputs, the other half measures"
+    )
+    limit: Number = key(0.01, "largest rise of the loss on that text, in nats a token", ge=0)
+
+
 class CompareRecipe(Section):
     """What `compare` measures beside the validation loss."""
 
@@ -167,6 +177,9 @@ class Recipe(Section):
     )
     adapter: AdapterRecipe = key(AdapterRecipe(), "the Kronecker adapter")
     train: TrainRecipe = key(TrainRecipe(), "the training loop")
+    restrain: RestrainRecipe | None = key(
+        None, "what the trained model may forget, at least {text: ...}; null: not looked at"
+    )
     evaluation: list[EvaluationRecipe] = key([], "tasks to score the trained model on")
     compare: CompareRecipe = key(CompareRecipe(), "what `compare` measures besides")
     output_dir: OutputFolder = Field(description="folder of the run, such as runs/my_run")

@@ -209,6 +209,21 @@ class TrainResult(Result):
 
 
 @dataclass(frozen=True)
+class RestraintReport(Result):
+    """How the trained update was cut back so that a text is known as before: `restrain`."""
+
+    text: str  # the file
+    limit: float  # largest rise of its loss that was asked for, in nats a token
+    is_met: bool  # whether any strength that was tried keeps to it
+    strength: float  # what the update was cut back with; 0: as it was trained
+    num_tokens: int  # tokens of the half of the text that judges
+    base_loss: float  # the base model's loss on them
+    change_before: float  # what the update as trained adds to that
+    change: float  # what the saved update adds
+    stderr: float  # standard error of that change, token by token
+
+
+@dataclass(frozen=True)
 class MergeReport(Result):
     """The proof that merged weights are base plus adapter: the content of merge_report.json."""
 

@@ -28,6 +28,7 @@ _SHOWN = 8
 _NAMES = {
     "validation_loss": "validation loss",
     "validation_loss_before": "the same before training",
+    "text_loss_change": "rise of the loss on the text of restrain",
     "best_step": "lowest at step",
     "train_loss": "training loss, last steps",
     "steps": "steps",

@@ -72,6 +72,7 @@ class Training:
         checkpoint: Path | None = None,  # as `RunDirectory.begin` said; None: from the first step
         settings: Mapping[str, Any] | None = None,  # for trackers; None: they get nothing
         rate_factors: Mapping[str, float] | None = None,  # of learning rates, by parameter; else 1
+        loss_before: float | None = None,  # of the validation rows, where it is known already
     ) -> None:
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
         self._train_rows, self._validation_rows = train_rows, validation_rows
@@ -103,6 +104,8 @@ class Training:
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._saving = Saving(self._stepper, run, accelerator, recipe)
         self.progress = self._saving.start(checkpoint)
+        if loss_before is not None and self.progress.step == 0:
+            self.progress.validation_loss_before = self.progress.validation_loss = loss_before
         self._began = time.monotonic() - self.progress.seconds
         self._tracking = Tracking(accelerator, settings)
 
@@ -151,6 +154,10 @@ class Training:
             adapter_step=kept,
             adapter_validation_loss=kept_loss,
         )
+
+    def validate(self) -> float | None:
+        """The validation loss of the model as it is now; None without rows. All must ask."""
+        return self._measure() if self._validation_rows else None
 
     def halvings(self) -> dict[str, int]:
         """What `train.on_oom: halve` did, for results.json; empty where it did nothing."""

@@ -59,6 +59,7 @@ from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.loop import Training
+from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
@@ -122,7 +123,10 @@ def read_data(context: Context) -> RunInput:
     dataset = recipe.dataset
 
     def read() -> tuple[Any, ...]:
-        found = read_rows(recipe, dataset, tokenizer, load_skeleton(source), context.events)
+        skeleton = load_skeleton(source)
+        if recipe.restrain is not None:  # only looked at, so that a fault is found now
+            read_text(skeleton, tokenizer, recipe.restrain.text)
+        found = read_rows(recipe, dataset, tokenizer, skeleton, context.events)
         return found.train, found.validation, found.sha256, found.template, tokenizer.chat_template
 
     # Where the recipe names no chat template the rows decide which one is used.
@@ -230,12 +234,17 @@ def finish_run(
 ) -> dict[str, Any]:
     """Score the trained model, save its adapter, write results.json and return its content."""
     recipe, run, training = started.recipe, context.run, trained.training
+    results = training.result().to_dict() | training.halvings()
+    if recipe.restrain is not None:
+        context.phase.enter("restraining the update", training_cures(recipe), _KEPT)
+        report = restrain(context, data, started.model, recipe.restrain)
+        results |= {"restraint": report.to_dict(), "text_loss_change": report.change}
+        if report.strength:
+            results["adapter_validation_loss"] = training.validate()
     context.phase.enter("scoring and saving", answering_cures(recipe.evaluation), _KEPT)
-    outcome = training.result()
     weights = training.trained_weights()
     scorer, tasks = _scorer(context, data), labelled(recipe.evaluation)
     after = scorer.score_all(started.model, tasks, run.path / "evaluation" / "after")
-    results = outcome.to_dict() | training.halvings()
     results |= ending(results, from_adapter=data.adapter is not None)
     results |= _scores(trained.scores_before, after)
     if started.other_base is not None:
@@ -266,6 +275,11 @@ def _check(recipe: Recipe) -> None:
 
 
 def _check_scorable(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
+    if is_sharded and recipe.restrain is not None:
+        raise RecipeError(
+            f"restrain: an update is not cut back on sharded weights ({sharding}); remove the "
+            "section, or train without sharding"
+        )
     if is_sharded and recipe.evaluation:
         raise RecipeError(
             f"evaluation: answers are not generated from sharded weights ({sharding}); "

@@ -133,6 +133,7 @@ def test_every_way_is_the_oracle(
     use(monkeypatch, plan)
     # Small pieces, so that their seams are crossed: 27 tokens in chunks of 4, W in rows.
     monkeypatch.setattr(kernel, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(kernel, "CACHED_ENTRIES", 1)
     monkeypatch.setattr(kernel, "BLOCK_ENTRIES", 100)
     module = adapted(sizes, form=form)
     if not is_fused:

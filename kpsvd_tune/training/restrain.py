@@ -1,0 +1,163 @@
+"""`restrain`: after the training the update is cut back until a text is known as well as before.
+
+The user's text is read in windows. Every other one tells where the update must not act, and the
+ones between judge, so that the figure is of text that nothing was fitted to. The smallest strength
+that keeps to the limit is looked for on a logarithmic scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast  # type: ignore[import-untyped]
+from torch import Tensor
+
+from kpsvd_tune.adapter.restraint import Restraint
+from kpsvd_tune.context import Context, RunInput
+from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.errors import DataError
+from kpsvd_tune.evaluation.generation import evaluation_mode
+from kpsvd_tune.evaluation.loss import TokenLoss, summarise, text_windows, token_losses
+from kpsvd_tune.processes import on_main_process
+from kpsvd_tune.recipe import RestrainRecipe
+from kpsvd_tune.report.results import RestraintReport
+
+WINDOW_TOKENS = 256
+# Windows of either half of the text, and rows of the training set, that are looked at.
+MOST_WINDOWS = 32
+MOST_ROWS = 128
+BATCH_SIZE = 4
+STRENGTHS = (1 / 256, 256.0)  # tried, from one to the next by this factor
+FACTOR = 4.0
+HALVINGS = 3  # of the factor, to come nearer to the limit
+
+
+@dataclass(frozen=True)
+class Text:
+    """The user's text, read and divided."""
+
+    shown: list[TokenizedRow]  # tells where the update must not act
+    judged: list[TokenizedRow]  # tells what was forgotten
+
+
+def read_text(model: Any, tokenizer: Any, path: str) -> Text:
+    """Read the text of `restrain`, at most twice MOST_WINDOWS windows spread evenly over it.
+
+    Raises:
+        DataError: It is no readable UTF-8 text, or too short to be divided.
+    """
+    windows = text_windows(model, tokenizer, Path(path), WINDOW_TOKENS)
+    if len(windows) < 4:
+        raise DataError(
+            f"restrain.text: {path} has {sum(len(row.input_ids) for row in windows):,} tokens; "
+            f"expected more than {3 * WINDOW_TOKENS:,}, for one half of it says what to keep and "
+            "the other half measures that"
+        )
+    wanted = min(len(windows), 2 * MOST_WINDOWS)
+    chosen = [windows[place * len(windows) // wanted] for place in range(wanted)]
+    return Text(chosen[::2], chosen[1::2])
+
+
+def restrain(
+    context: Context, data: RunInput, model: Any, settings: RestrainRecipe
+) -> RestraintReport:
+    """Cut the trained update of a model back; all processes get the same.
+
+    The main process looks for the strength, the others are given what it found.
+
+    Raises:
+        DataError: The text cannot be used.
+    """
+    found = on_main_process(lambda: _search(context, data, model, settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(broadcast(parameter.detach()))
+    return found
+
+
+def _search(
+    context: Context, data: RunInput, model: Any, settings: RestrainRecipe
+) -> RestraintReport:
+    events = context.events
+    text = read_text(model, data.tokenizer, settings.text)
+    with evaluation_mode(model):
+        events.stage(f"measuring what was forgotten of {settings.text}")
+        base: Tensor
+        with model.disable_adapter():
+            base = token_losses(model, data.tokenizer, text.judged, BATCH_SIZE)
+        restraint: Restraint | None = None
+        changes: dict[float, TokenLoss] = {}
+
+        def rise(strength: float) -> float:
+            """The rise of the loss with the update cut back, which the model is left with."""
+            nonlocal restraint
+            if strength and restraint is None:
+                rows = data.train[: min(MOST_ROWS, len(data.train))]
+                restraint = Restraint(
+                    model, _ids(rows, model.device), _ids(text.shown, model.device)
+                )
+            if restraint is not None:
+                restraint.apply(strength)
+            if strength not in changes:
+                losses = token_losses(model, data.tokenizer, text.judged, BATCH_SIZE)
+                changes[strength] = change = summarise(losses - base)
+                events.note(
+                    f"restrain, strength {strength:.3g}: the loss on the text changes by "
+                    f"{change.value:+.4f} (standard error {change.stderr:.4f})"
+                )
+            return changes[strength].value
+
+        strength, is_met = smallest_strength(rise, settings.limit)
+        rise(strength)
+    return RestraintReport(
+        text=settings.text,
+        limit=settings.limit,
+        is_met=is_met,
+        strength=strength,
+        num_tokens=len(base),
+        base_loss=float(base.mean()),
+        change_before=changes[0.0].value,
+        change=changes[strength].value,
+        stderr=changes[strength].stderr,
+    )
+
+
+def smallest_strength(rise: Callable[[float], float], limit: float) -> tuple[float, bool]:
+    """The smallest strength that keeps to a limit, of those looked at, and whether any did.
+
+    ``rise`` tells the rise of the loss by strength, and is taken to fall with it. 0, which leaves
+    the update as it was trained, is looked at first; then powers of FACTOR from 1, then HALVINGS
+    between the last that failed and the first that kept to the limit.
+    """
+    if rise(0.0) <= limit:
+        return 0.0, True
+    low, high = STRENGTHS
+    strength = 1.0
+    if rise(strength) <= limit:
+        while strength > low and rise(strength / FACTOR) <= limit:
+            strength /= FACTOR
+    else:
+        while strength < high:
+            strength *= FACTOR
+            if rise(strength) <= limit:
+                break
+        else:
+            return strength, False
+    failed = strength / FACTOR
+    for _ in range(HALVINGS):
+        middle = math.sqrt(failed * strength)
+        if rise(middle) <= limit:
+            strength = middle
+        else:
+            failed = middle
+    return strength, True
+
+
+def _ids(rows: Sequence[TokenizedRow], device: torch.device) -> list[torch.Tensor]:
+    return [torch.tensor([list(row.input_ids)], device=device) for row in rows]

@@ -22,7 +22,7 @@ from kpsvd_tune.doctor.packages import (
 )
 from kpsvd_tune.errors import KpsvdTuneError
 from kpsvd_tune.offline import is_offline
-from kpsvd_tune.report.doctor import Check
+from kpsvd_tune.report.doctor import Check, Status
 from kpsvd_tune.storage.memory import free_memory, host_memory
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 from kpsvd_tune.units import size
@@ -88,7 +88,8 @@ def _packages() -> Check:
         shown = ", ".join(f"{name} {here[name]}" for name in names if name in here)
         return Check("packages", "ok", f"{shown}; all within the tested versions")
     said = "; ".join(text for text, _ in faults.values())
-    status = "fault" if any(missing for _, missing in faults.values()) else "warning"
+    is_missing = any(missing for _, missing in faults.values())
+    status: Status = "fault" if is_missing else "warning"
     return Check("packages", status, said, install_command(list(faults)))
 
 

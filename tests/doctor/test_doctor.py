@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +42,7 @@ def diagnosis(capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, di
 
 
 def older(name: str) -> Any:
-    true = packages.version
-    return lambda asked: "0.9.0" if asked == name else true(asked)
+    return lambda asked: "0.9.0" if asked == name else version(asked)
 
 
 def test_every_check_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,14 +84,12 @@ def test_an_import_that_no_version_explains_is_raised(monkeypatch: pytest.Monkey
 def test_a_missing_package_makes_work_impossible(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    true = packages.version
-
-    def version(name: str) -> str:
+    def without_peft(name: str) -> str:
         if name == "peft":
-            raise packages.PackageNotFoundError(name)
-        return true(name)
+            raise PackageNotFoundError(name)
+        return version(name)
 
-    monkeypatch.setattr(packages, "version", version)
+    monkeypatch.setattr(packages, "version", without_peft)
     found = diagnosis(capsys, code=1)["packages"]
     assert found["status"] == "fault"
     assert "peft is not installed, expected" in found["found"]
@@ -200,7 +198,7 @@ def test_a_self_test_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     found = selftest.self_test()
     assert found.status == "fault"
-    assert "`kpsvd-tune train` on a made-up model failed: exit code 1" in found.found
+    assert "training and merging a made-up model failed: exit code 1" in found.found
 
 
 @pytest.mark.slow

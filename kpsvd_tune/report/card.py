@@ -46,7 +46,6 @@ def front_matter(base: Base, library: str, *tags: str) -> list[str]:
 
 def merged_card(report: MergeReport, base: Base) -> str:
     """The README.md of a merged model: what it was made of, how, and what proves it."""
-    verdict = "passed" if report.passed else "**did not pass**"
     licence = (
         f"The base model's card states the licence `{base.licence}`."
         if base.licence
@@ -57,10 +56,11 @@ def merged_card(report: MergeReport, base: Base) -> str:
         "",
         f"# {base.name} with a KPSVD adapter merged in",
         "",
-        f"Base model: {base.name}. Adapter: {adapter_name(report.adapter)}, trained with "
-        f"kpsvd-tune. Version {__version__} added its update to {len(report.kept_share)} weight "
-        f"matrices and stored all weights in {report.dtype}. The result is a plain model of the "
+        f"Base model: {base.name}. {_merged_adapters(report)}, trained with "
+        f"kpsvd-tune. Version {__version__} added the update to {len(report.kept_share)} weight "
+        f"matrices and stored the weights in {report.dtype}. The result is a plain model of the "
         "base's architecture: it needs neither kpsvd-tune nor PEFT.",
+        *report.notes,
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -71,16 +71,7 @@ def merged_card(report: MergeReport, base: Base) -> str:
         "",
         "## Proof",
         "",
-        "This folder was loaded afresh and compared in float32 with the adapter on its base, on "
-        f"{report.num_positions} token positions of {len(report.prompts)} prompts. The comparison "
-        f"{verdict}; all figures are in merge_report.json.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        f"| largest logit difference | {report.max_logit_difference:.3g} |",
-        f"| tolerance | {report.tolerance:.3g} |",
-        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
-        f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |",
+        *_proof_lines(report),
         *([""] if report.warnings else []),
         *(f"Warning: {warning}" for warning in report.warnings),
         "",
@@ -89,6 +80,47 @@ def merged_card(report: MergeReport, base: Base) -> str:
         licence,
     ]
     return without_folders("\n".join(lines) + "\n")
+
+
+def _merged_adapters(report: MergeReport) -> str:
+    if len(report.adapters) < 2:
+        return f"Adapter: {adapter_name(report.adapter)}"
+    pairs = zip(report.adapters, report.weights, strict=True)
+    return "Adapters: " + ", ".join(f"{weight:g} x {adapter_name(path)}" for path, weight in pairs)
+
+
+def _proof_lines(report: MergeReport) -> list[str]:
+    """What was compared, and a table of what was found."""
+    verdict = "passed" if report.passed else "**did not pass**"
+    compared, figures = [], []
+    if report.max_deviation is not None:
+        compared.append(
+            f"Each of the {len(report.deviation)} updated matrices was compared, number by number, "
+            "with base + update in float64."
+        )
+        figures.append(
+            f"| largest deviation of a stored weight, units in the last place | "
+            f"{report.max_deviation:.4f} |"
+        )
+    if report.max_logit_difference is not None:
+        compared.append(
+            "This folder was loaded afresh and compared in float32 with the adapter on its base, "
+            f"on {report.num_positions} token positions of {len(report.prompts)} prompts."
+        )
+        figures += [
+            f"| largest logit difference | {report.max_logit_difference:.3g} |",
+            f"| tolerance | {report.tolerance:.3g} |",
+            f"| same most likely token | {100 * (report.top1_agreement or 0):.1f} % |",
+        ]
+    kept = f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |"
+    return [
+        " ".join([*compared, f"The comparison {verdict}; all figures are in merge_report.json."]),
+        "",
+        "| figure | value |",
+        "|---|---|",
+        *figures,
+        kept,
+    ]
 
 
 def adapter_name(path: str) -> str:

@@ -97,13 +97,22 @@ def show_sweep(reports: Mapping[str, RankReport | Mapping[str, str]]) -> None:
 
 def show_merge(report: MergeReport) -> None:
     """What the proof of the merge found."""
-    out, verdict = output(), "equal" if report.passed else "NOT equal"
-    proof = (
-        f"merged and adapter-on-base are {verdict}: largest logit difference "
-        f"{report.max_logit_difference:.3g} (tolerance {report.tolerance:g}), top-1 agreement "
-        f"{100 * report.top1_agreement:.1f} %"
-    )
-    print_line(out, Text(proof, style="green" if report.passed else "bold red"))
+    out, style = output(), "green" if report.passed else "bold red"
+    if report.max_logit_difference is not None and report.tolerance is not None:
+        verdict = "equal" if report.max_logit_difference <= report.tolerance else "NOT equal"
+        agreement = f"{100 * (report.top1_agreement or 0):.1f} %"
+        proof = (
+            f"merged and adapter-on-base are {verdict}: largest logit difference "
+            f"{report.max_logit_difference:.3g} (tolerance {report.tolerance:g}), top-1 agreement "
+            f"{agreement}"
+        )
+        print_line(out, Text(proof, style=style))
+    if report.max_deviation is not None:
+        far = (
+            f"every stored weight is within {report.max_deviation:.3f} units in the last place of "
+            f"base + update in float64 ({len(report.deviation)} layers)"
+        )
+        print_line(out, Text(far, style=style))
     if report.adapter_logit_difference is not None:
         change = f"{report.adapter_logit_difference:.3g}"
         print_line(out, f"the adapter changes a logit of its base by at most {change}")

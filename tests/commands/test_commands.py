@@ -48,7 +48,9 @@ OPTIONS = {
     "merge": {
         "--output",
         "-o",
+        "--weights",
         "--dtype",
+        "--proof",
         "--base",
         "--allow-other-base",
         "--tolerance",

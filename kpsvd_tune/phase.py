@@ -127,9 +127,18 @@ def answering_cures(tasks: Sequence[EvaluationRecipe]) -> list[str]:
 
 
 def merging_cures() -> list[str]:
-    """What helps to merge, which holds the base in float32, twice for a while."""
+    """What helps to merge, where the logits of the base and of the result are compared."""
     return [
-        "a machine with more memory: the base is held in float32, and twice for a while",
-        "--dtype bfloat16, which stores the result in half the memory",
+        "--proof tensors: the model is not loaded, and every tensor is compared as it is written",
+        "a machine with more memory: to compare logits, the model is held in float32",
+        "other programs ended",
+    ]
+
+
+def exporting_cures() -> list[str]:
+    """What helps to export, which holds the base in float32, and later a second process too."""
+    return [
+        "a machine with more memory: the base is held in float32",
+        "a lower --max-rank: fewer directions of each update are kept",
         "other programs ended",
     ]

@@ -11,6 +11,8 @@ OPERATIONS = (
     "makedirs",
     "open",
     "write",
+    "pwrite",
+    "copy_file_range",
     "fsync",
     "close",
     "replace",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from kpsvd_tune.adapter.sketch import (
     without_peft,
 )
 from kpsvd_tune.errors import AdapterError, some_of
-from kpsvd_tune.linalg import rearrange
+from kpsvd_tune.linalg import KroneckerShape, rearrange
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ RECORD = (2, SIZE)
 # forms), the second has the configuration.
 _BITS = 8
 _MARK_SLACK = 3
+# Entries of a weight that are projected on factors at a time.
+_BAND = 1 << 20
 # A model has a few hundred tensors; beyond this no number of each is kept.
 _MOST_NUMBERS = 4096
 
@@ -198,11 +200,11 @@ def check_record(
     A weight on the meta device or sharded passes. With :func:`other_base_allowed` another weight
     passes too.
     """
-    found = sketch_module(layer.get_base_layer())
+    stored = unpacked(record[0])
+    found = sketch_module(layer.get_base_layer(), stored.kind)
     if found is None:
         return
     place: Place = layer.kpsvd_place[adapter_name]
-    stored = unpacked(record[0])
     far, tolerance = distance(stored, found)
     if not far <= tolerance:
         refuse(_other(place.name, far, tolerance, place.made_for, given))
@@ -221,21 +223,22 @@ def check_rest(
     record: Tensor,  # as stored in any of the layers
     config: Any = None,
     given: str = "",  # name of the model at hand
-) -> None:
+    fetch: Callable[[str], Tensor | None] | None = None,  # reads a weight that is not loaded
+) -> bool:
     """Refuse other weights where no adapter lies, and another configuration of the model.
 
     Weights are embeddings, norms, biases, layers left alone and buffers. With
-    :func:`other_base_allowed` all may be others.
+    :func:`other_base_allowed` all may be others. Tells whether the weights were compared.
     """
     if model is None or not layers:
-        return
+        return False
     base = without_peft(model)
     place: Place = next(iter(layers.values())).kpsvd_place[adapter_name]
     told, stored = int(record[1, 0]) >> _BITS, unpacked(record[1])
     found = None
     if stored.kind:
         # Records of older versions hold nothing of the configuration and of buffers.
-        found = sketch_rest(base, list(layers), place.saved_whole, place.task, bool(told))
+        found = sketch_rest(base, list(layers), place.saved_whole, place.task, bool(told), fetch)
     if found is not None:
         far, tolerance = distance(stored, found.sketch)
         if not far <= tolerance:
@@ -246,6 +249,28 @@ def check_rest(
         _check_config(values_of(base), config, told, place.made_for)
     else:
         say_uncompared()
+    return found is not None
+
+
+@torch.no_grad()
+def check_weight(layer: Any, adapter_name: str, weight: Tensor) -> None:
+    """Compare one weight of the base with what the adapter stored of it, as loading does.
+
+    `weight` is in the base layer's own layout; the layer, on the meta device, does not keep it.
+    Whatever differs is refused as in :func:`check_record` and :func:`check_base`.
+    """
+    own: Any = layer.get_base_layer()._parameters
+    held = own["weight"]
+    own["weight"] = nn.Parameter(weight, requires_grad=False)
+    try:
+        record: Tensor | None = dict(layer.kpsvd_base.items()).get(adapter_name)
+        place: Place = layer.kpsvd_place[adapter_name]
+        if record is not None and record.any():
+            check_record(layer, adapter_name, record, unchecked=place)
+        else:
+            check_base(layer, adapter_name, place)
+    finally:
+        own["weight"] = held
 
 
 def say_uncompared() -> None:
@@ -450,10 +475,18 @@ def _projections(
     held: Tensor = layer.weight
     if held.device.type == "meta" or hasattr(held, "full_tensor"):
         return None
-    weight: Tensor = layer.get_base_weight().float()
+    weight: Tensor = layer.get_base_weight()
     if isinstance(layer.get_base_layer(), Conv1D):
         weight = weight.T
     left0, right0 = factors or layer.frozen(adapter_name)
-    rearranged = rearrange(weight, layer.kpsvd_form[adapter_name].shape)
-    a, b = (factor.flatten(1).to(rearranged) for factor in (left0, right0))
-    return ((a @ rearranged) * b).sum(1), a.square().sum(1) * b.square().sum(1)
+    a, b = (factor.float().to(weight.device) for factor in (left0, right0))
+    shape: KroneckerShape = layer.kpsvd_form[adapter_name].shape
+    found = a.new_zeros(len(a))
+    # In bands of rows, so that no copies of the whole weight are made.
+    step = max(1, _BAND // (shape.p * shape.in_features))
+    for first in range(0, shape.m, step):
+        band = a[:, first : first + step]
+        rows = weight[first * shape.p : (first + step) * shape.p].float()
+        part = KroneckerShape(band.shape[1], *shape.as_tuple()[1:])
+        found += ((band.flatten(1) @ rearrange(rows, part)) * b.flatten(1)).sum(1)
+    return found, a.square().sum((1, 2)) * b.square().sum((1, 2))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +78,13 @@ def unpacked(stored: Tensor) -> Sketch:
 
 
 @torch.no_grad()
-def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
-    """Project one floating-point weight of any size, which may be dequantised from fewer bits."""
+def sketch(weight: Tensor, is_quantised: bool = False, known: int | None = None) -> Sketch:
+    """Project one floating-point weight of any size, which may be dequantised from fewer bits.
+
+    With the kind of the sketch that it is compared with, the forms are left out (as zeros) that
+    :func:`distance` does not look at for two weights of 16 bits and one dtype.
+    """
+    is_alike = not is_quantised and known in (_BF16, _FP16) and _KINDS.get(weight.dtype) == known
     flat = weight.detach().reshape(-1)
     signs = _block_signs()
     if flat.device.type not in ("cpu", "mps"):
@@ -93,13 +98,14 @@ def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
         if chunk.device.type == "mps":
             chunk = chunk.cpu()
         first = begin // _BLOCK
-        for index, form in enumerate(FORMS):
+        for index, form in enumerate(FORMS[:1] if is_alike else FORMS):
             rounded = chunk if form is None else chunk.float().to(form)
-            is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
+            if form is not None:
+                is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
             # Neither infinity nor NaN may hide all other entries.
             entries = torch.nan_to_num(rounded.double(), posinf=7e4, neginf=-7e4)
             if form is None:
-                square += float(entries.square().sum())
+                square += float(torch.dot(entries, entries))
             whole = entries[: len(entries) // _BLOCK * _BLOCK].view(-1, _BLOCK)
             sums = [whole @ signs]
             if rest := len(entries) % _BLOCK:
@@ -110,14 +116,18 @@ def sketch(weight: Tensor, is_quantised: bool = False) -> Sketch:
     if kind == _EXACT:
         # A 16-bit file that was loaded in float32, as merging does, is a 16-bit weight still.
         kind = _BF16 if is_form[1] else _FP16 if is_form[2] else _EXACT
-    return Sketch(kind, values, math.sqrt(square), all(is_form) and not is_quantised)
+    is_any_kind = all(is_form) and not is_quantised and not is_alike
+    return Sketch(kind, values, math.sqrt(square), is_any_kind)
 
 
-def sketch_module(module: nn.Module) -> Sketch | None:
-    """Project the weight of one adapted layer's base; None where it is not here."""
+def sketch_module(module: nn.Module, known: int | None = None) -> Sketch | None:
+    """Project the weight of one adapted layer's base; None where it is not here.
+
+    `known` is as in :func:`sketch`.
+    """
     for name, weight, is_quantised in _weights(module):
         if name == "weight" and weight is not None:
-            return sketch(weight, is_quantised)
+            return sketch(weight, is_quantised, known)
     return None
 
 
@@ -136,8 +146,9 @@ def sketch_rest(
     saved_whole: Sequence[str],  # modules_to_save, left out too
     task: str | None,  # PEFT's task type, some of which save a head whole
     with_buffers: bool = True,  # floating buffers that are saved with the model count as weights
+    fetch: Callable[[str], Tensor | None] | None = None,  # reads one that is not loaded, by name
 ) -> Rest | None:
-    """Project all weights of a base but the adapted; None where some are sharded or not loaded."""
+    """Project all weights of a base but the adapted; None where some are sharded or not there."""
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
     left_out = {f"{name}.weight" for name in adapted}
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
@@ -152,6 +163,8 @@ def sketch_rest(
             full = f"{path}.{name}" if path else name
             if full in left_out:
                 continue
+            if weight is None and fetch is not None:
+                weight = fetch(full)
             if weight is None:
                 return None
             one = sketch(weight, is_quantised)

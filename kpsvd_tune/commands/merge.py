@@ -1,10 +1,10 @@
-"""The command `merge`: bake an adapter into plain weights and prove the result."""
+"""The command `merge`: bake adapters into plain weights and prove the result."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,6 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
-    DtypeOption,
     Json,
     Offline,
     emit,
@@ -25,11 +24,25 @@ from kpsvd_tune.storage.disk import explained
 
 
 def merge(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER...", help="A finished run, or an adapter folder; or several."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the model.")],
-    dtype: DtypeOption = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="What each adapter's update is multiplied by, such as 0.7,0.3."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; default: the base's."),
+    ] = None,
+    proof: Annotated[
+        Literal["tensors", "logits", "both"] | None,
+        typer.Option(help="tensors, logits or both; default: both where the model fits in memory."),
+    ] = None,
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
     tolerance: Annotated[
@@ -39,30 +52,33 @@ def merge(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Bake an adapter into plain weights and prove that they are the same model."""
+    """Bake adapters into plain weights and prove that they are the same model."""
     prepare_libraries(offline, debug)
     from kpsvd_tune.merge import merging
-    from kpsvd_tune.runs.find import compare_files, find, load, resolve_base
+    from kpsvd_tune.merge.changes import Part
+    from kpsvd_tune.runs.find import find, resolve_base
 
     with ConsoleEvents() as events:
-        found = find(source)
-        adapter = merging.check_source(source, found)
-        base_model = resolve_base(found, source, base)
+        found = [find(source) for source in sources]
+        adapters = [merging.check_source(*each) for each in zip(sources, found, strict=True)]
+        shares = merging.weights_for(len(adapters), weights)
+        base_model = resolve_base(found[0], sources[0], base)
         own = [base_model.folder] if base_model.kind == "folder" else []
-        place = merging.check_output(output, [adapter, Path(source), *own])
+        inputs = [*adapters, *map(Path, sources), *own]
+        place = merging.check_output(output, inputs)
         with watched(goes_on=False) as phase:
             phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
-            events.stage(f"loading {base_model.path}")
-            loaded = load(found, base_model, "float32", allow_other_base=allow_other_base)
-            warnings = [f"merged {loaded.other_base}"] if loaded.other_base else []
-            if not warnings:
-                compare_files(loaded.model, base_model, events)
-            settings = merging.settings_for(found, base_model, base, dtype or found.dtype)
-            settings = replace(settings, tolerance=tolerance, warnings=tuple(warnings))
+            settings = merging.settings_for(found, base_model, base, dtype)
+            settings = replace(
+                settings,
+                tolerance=tolerance,
+                proof=proof,
+                weights=shares,
+                allow_other_base=allow_other_base,
+            )
+            parts = [Part(*each) for each in zip(adapters, shares, strict=True)]
             with explained(f"write {place}", "an --output"):
-                report = merging.merge(
-                    loaded.model, loaded.tokenizer, place, settings, events.stage
-                )
+                report = merging.merge(parts, base_model, place, settings, events)
         emit(report, as_json, view.show_merge)
         events.note(f"written: {output}")
     if not report.passed:

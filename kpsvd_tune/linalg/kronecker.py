@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -136,6 +137,41 @@ def kron_sum(left: Tensor, right: Tensor) -> Tensor:
     """
     shape = _shape_of(left, right)
     return unrearrange(left.flatten(1).T @ right.flatten(1), shape)
+
+
+def kron_sum_rows(left: Tensor, right: Tensor, begin: int, end: int) -> Tensor:
+    """Return some rows of :func:`kron_sum`, of which nothing else is made.
+
+    Args:
+        left: A, (r, m, n), floating.
+        right: B, (r, p, q), same dtype and number of terms.
+        begin: The first row.
+        end: One past the last row, at most m*p.
+
+    Returns:
+        (end - begin, n*q), same dtype.
+
+    Raises:
+        ValueError: As :func:`kron_sum`, or there are no such rows.
+    """
+    shape = _shape_of(left, right)
+    if not 0 <= begin < end <= shape.out_features:
+        raise ValueError(f"rows {begin} to {end} of {shape.out_features}")
+    p = shape.p
+    parts = []
+    row = begin
+    while row < end:
+        # Row i*p + k belongs to row i of A and row k of B.
+        i, k = divmod(row, p)
+        if k == 0 and end - row >= p:
+            count = (end - row) // p
+            parts.append(kron_sum(left[:, i : i + count], right))
+            row += count * p
+        else:
+            last = min(p, k + end - row)
+            parts.append(kron_sum(left[:, i : i + 1], right[:, k:last]))
+            row += last - k
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _shape_of(left: Tensor, right: Tensor) -> KroneckerShape:

@@ -25,12 +25,17 @@ _OF_PROCESSORS = tuple(
 
 
 def keep_base_files(
-    folder: Path, base: Path | None, dtype: str, has_own_tokenizer: bool = False
+    folder: Path,
+    base: Path | None,
+    dtype: str,
+    has_own_tokenizer: bool = False,
+    is_untied: bool = False,
 ) -> None:
     """Give a merged model the base's own files where the merge changed nothing in them.
 
     The chat template that transformers saved stays. `base` is None for a single file such as GGUF;
-    `has_own_tokenizer` says that the tokenizer written is another than the base's.
+    `has_own_tokenizer` says that the tokenizer written is another than the base's, `is_untied` that
+    embeddings which were one tensor are two now.
     """
     written = read_json(folder / "config.json")
     config = written
@@ -42,10 +47,32 @@ def keep_base_files(
         for name in (*_OF_PROCESSORS, *(() if has_own_tokenizer else _OF_TOKENIZER)):
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
+    if is_untied:
+        config = untied(config)
     (folder / "config.json").write_bytes(to_json(for_both_versions(config, dtype)))
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and (known := tokenizer_for_both_versions(read_json(tokenizer))):
         tokenizer.write_bytes(to_json(known))
+
+
+def copy_configurations(folder: Path, base: Path) -> None:
+    """Copy the base's configurations of the model and of its generation, where it has one."""
+    for name in ("config.json", "generation_config.json"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose input and output embeddings are two tensors."""
+    content = {**config, "tie_word_embeddings": False}
+    for key, value in config.items():
+        if (
+            key.endswith("_config")
+            and isinstance(value, Mapping)
+            and "tie_word_embeddings" in value
+        ):
+            content[key] = {**value, "tie_word_embeddings": False}
+    return content
 
 
 def tokenizer_for_both_versions(config: Mapping[str, Any]) -> dict[str, Any] | None:

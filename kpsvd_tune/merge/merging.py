@@ -1,4 +1,9 @@
-"""Adapter + base model -> plain weights, proved to be the same model."""
+"""Adapters + base model -> plain weights, proved to be the same model.
+
+A base is merged tensor by tensor from its files wherever its tensors can be told apart there. One
+that has to be loaded (GGUF, layouts that transformers joins or splits) is merged in memory; the
+update, its rounding, the proof and the report are the same.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +11,69 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
-from kpsvd_tune.errors import InputError, MergeError, ResourceError, some_of
-from kpsvd_tune.linalg import kron_sum
-from kpsvd_tune.merge.files import keep_base_files
+from kpsvd_tune.errors import InputError, ResourceError
+from kpsvd_tune.events import Events
+from kpsvd_tune.merge.changes import Changes, Part, changes_of
+from kpsvd_tune.merge.files import copy_configurations, keep_base_files
+from kpsvd_tune.merge.loaded import check_finite, load_adapted, merge_into
 from kpsvd_tune.merge.proof import PROMPTS, Proof
-from kpsvd_tune.models import ModelSource, describe_base
+from kpsvd_tune.merge.shards import (
+    Plan,
+    ShardWriter,
+    Written,
+    plan_files,
+    stored_dtype,
+    unstreamable,
+)
+from kpsvd_tune.merge.update import MOST_DEVIATION
+from kpsvd_tune.models import Checkpoint, ModelSource, describe_base, load_skeleton, load_tokenizer
 from kpsvd_tune.models.loading import DTYPES, same_tokenizer
 from kpsvd_tune.report.card import Base, merged_card
 from kpsvd_tune.report.results import MergeReport
-from kpsvd_tune.runs.find import Found
+from kpsvd_tune.runs.find import Found, compare_files
 from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.durable import write_folder
+from kpsvd_tune.storage.memory import free_memory
 from kpsvd_tune.storage.paths import check_writable, kind_of
 from kpsvd_tune.units import size
 
 # Below this share of an update surviving the rounding, the merge has quietly undone training.
 KEPT_SHARE_WARNING = 0.9
+# What a model in float32 takes beside its weights: the libraries, and a few short prompts.
+_BESIDE_WEIGHTS = 1 << 30
+ProofKind = Literal["tensors", "logits", "both"]
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """How an adapter is merged."""
+    """How adapters are merged."""
 
-    adapter: str  # where it came from, for the report
-    dtype: str  # of the stored weights: float32, bfloat16 or float16
+    # Of the stored weights: float32, bfloat16 or float16; None keeps the base's, each tensor's own.
+    dtype: str | None = None
+    adapter: str = ""  # where the adapters came from, for the report
     base: Base = Base("a base model", is_on_hub=False)  # for the card
     # Its configuration and tokenizer files are kept; None where the base is a single file.
     base_folder: Path | None = None
     # Largest logit difference that passes; None: the dtype's share of the largest logit.
     tolerance: float | None = None
     prompts: tuple[str, ...] = PROMPTS  # texts to compare the two models on
+    # What proves the result; None: both where the model fits into memory, else the tensors.
+    proof: ProofKind | None = None
+    allow_other_base: bool = False
+    # What the adapters were given as, and the share of each one's update; for the report.
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()  # for the report, before its own
+    notes: tuple[str, ...] = ()  # for the report
 
 
 def check_source(source: str, found: Found) -> Path:
@@ -91,80 +113,284 @@ def check_output(output: Path, inputs: Sequence[Path]) -> Path:
     return resolved
 
 
-def settings_for(found: Found, source: ModelSource, base: str | None, dtype: str) -> MergeSettings:
-    """The settings for an adapter that was found; `base` is its place where one was typed."""
-    named = describe_base(found.base or source.path, source.folder)
+def weights_for(num_adapters: int, text: str | None) -> tuple[float, ...]:
+    """The weights of several adapters, from a text such as 0.7,0.3; one alone has the weight 1.
+
+    InputError: the text is none of so many numbers.
+    """
+    example = ",".join(["0.5"] * num_adapters)
+    if text is None:
+        if num_adapters > 1:
+            raise InputError(
+                f"{num_adapters} adapters need a weight each, by which its update is multiplied: "
+                f"give them in the same order, as --weights {example}"
+            )
+        return (1.0,)
+    try:
+        weights = tuple(float(each) for each in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != num_adapters or not all(abs(each) < float("inf") for each in weights):
+        raise InputError(
+            f"--weights {text!r}: expected {num_adapters} numbers with commas between them, one "
+            f"for each adapter, as {example}"
+        )
+    return weights
+
+
+def settings_for(
+    found: Sequence[Found], source: ModelSource, base: str | None, dtype: str | None
+) -> MergeSettings:
+    """The settings for adapters that were found; `base` is its place where one was typed."""
+    named = describe_base(found[0].base or source.path, source.folder)
     if base and not named.is_on_hub:
         named = describe_base(base, source.folder)
     folder = None if source.kind == "gguf" else source.folder
-    return MergeSettings(str(found.adapter), dtype, named, folder)
+    names = tuple(str(each.adapter) for each in found)
+    if source.kind == "gguf":
+        dtype = dtype or found[0].dtype
+    return MergeSettings(dtype, names[0], named, folder, adapters=names)
 
 
 def merge(
+    parts: Sequence[Part],
+    source: ModelSource,
+    output: Path,
+    settings: MergeSettings,
+    events: Events,
+) -> MergeReport:
+    """Merge adapters into their base, and prove the result.
+
+    The folder `output`, missing or empty so far, appears under its name only when it is complete;
+    merge_report.json inside says what was measured, README.md what it is.
+
+    Args:
+        parts: The adapters and their weights; the tokenizer beside the first counts.
+        source: The base model.
+        output: The folder.
+        settings: How it is done.
+        events: Told what is being done.
+
+    Returns:
+        The report; ``passed`` is False when the proof fails.
+
+    Raises:
+        AdapterError: The base is another than an adapter's, or an adapter is damaged.
+        InputError: Two adapters have trained the same module whole.
+        MergeError: Weights are not finite in the dtype, or logits are not finite or all equal, so
+            that nothing could be proved by them.
+        ResourceError: The disk or the memory has no room.
+    """
+    events.stage("reading the adapter" if len(parts) == 1 else f"reading {len(parts)} adapters")
+    tokenizer = load_tokenizer(source, parts[0].folder)
+    changes = changes_of(parts, source, settings.allow_other_base)
+    skeleton = load_skeleton(source)
+    needed = 4 * sum(each.numel() for each in skeleton.parameters()) + _BESIDE_WEIGHTS
+    checkpoint, reason = None, _must_be_loaded(source, skeleton)
+    if reason is None:
+        checkpoint = Checkpoint(source, skeleton)
+        reason = unstreamable(checkpoint, changes)
+    with_logits = _with_logits(settings, needed, events)
+    if checkpoint is None or reason is not None:
+        events.note(f"the whole base is loaded, for {reason}")
+        _check_memory(needed, reason)
+        model = _load(parts, source, settings, events)
+        stored = None if checkpoint is None else stored_dtype(checkpoint)
+        settings = replace(
+            settings,
+            dtype=settings.dtype or stored,
+            warnings=(*settings.warnings, *_other_base(model[1])),
+            notes=(f"The base was loaded as a whole, for {reason}.",),
+        )
+        return merge_loaded(model[0], tokenizer, output, settings, events, with_logits)
+    plan = plan_files(checkpoint, changes, settings.dtype)
+    proof = None
+    if with_logits:
+        model = _load(parts, source, settings, events)
+        check_finite(model[0])
+        events.stage("computing the logits of the adapter on its base")
+        proof = Proof(model[0], tokenizer, settings.prompts)
+        del model
+        gc.collect()
+    try:
+        return _stream(checkpoint, changes, plan, tokenizer, output, settings, events, proof)
+    finally:
+        checkpoint.close()
+
+
+def _stream(
+    checkpoint: Checkpoint,
+    changes: Changes,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    settings: MergeSettings,
+    events: Events,
+    proof: Proof | None,
+) -> MergeReport:
+    """Merge tensor by tensor; with a proof by logits, loading has compared the base's weights."""
+
+    def advance(done: int, total: int) -> None:
+        events.advance("merging weights", done, total)
+
+    with write_folder(output) as partial:
+        # What a killed merge left is gone by now, and its room is free.
+        _check_room(plan.num_bytes, output)
+        events.stage(f"merging tensor by tensor and writing {output}")
+        writer = ShardWriter(checkpoint, changes, proof is None, advance)
+        written = writer.write(plan, partial)
+        events.end_progress()
+        folder = settings.base_folder
+        assert folder is not None
+        copy_configurations(partial, folder)
+        tokenizer.save_pretrained(partial)
+        has_own = _has_own_tokenizer(tokenizer, folder)
+        keep_base_files(partial, folder, plan.dtype, has_own, plan.is_untied)
+        warnings = [*settings.warnings, *_other_base(changes.conclude())]
+        if not written.is_rest_compared:
+            warnings.append(
+                "weights that no adapter lies on were not compared with those of the training, "
+                "since transformers joins or splits some of them while loading"
+            )
+        settings = replace(settings, dtype=plan.dtype, warnings=tuple(warnings))
+        return _prove_and_report(partial, output, settings, written, proof, events)
+
+
+def merge_loaded(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     settings: MergeSettings,
-    stage: Callable[[str], None] = lambda _: None,
+    events: Events,
+    with_logits: bool = True,
 ) -> MergeReport:
-    """Merge an adapter into its base in float32, save it, load it again and compare.
-
-    The folder `output`, missing or empty so far, appears under its name only when it is complete;
-    merge_report.json inside says what was measured, README.md what it is. The model given is used
-    up, the tokenizer saved beside the weights, and `stage` is told what is being done.
-
-    Returns:
-        The report; ``passed`` is False when the tolerance is exceeded.
-
-    Raises:
-        MergeError: Weights are not finite in the dtype, or logits are not finite or all equal, so
-            that nothing could be proved by them.
-        ResourceError: The disk has no room.
-    """
-    dtype = settings.dtype
-    stage("computing the logits of the adapter on its base")
-    proof = Proof(model, tokenizer, settings.prompts)
-    tolerance = proof.tolerance(dtype) if settings.tolerance is None else settings.tolerance
-    stage("merging")
-    kept, sizes = _survival(model, DTYPES[dtype])
-    plain: Any = model.merge_and_unload()
-    plain.to(DTYPES[dtype])
-    _check_finite(plain, dtype)
+    """Merge the active adapters of a loaded model, which is used up, as :func:`merge` does."""
+    dtype = settings.dtype or "float32"
+    proof = None
+    if with_logits:
+        events.stage("computing the logits of the adapter on its base")
+        proof = Proof(model, tokenizer, settings.prompts)
+    events.stage("merging")
+    config: Any = model.config
+    was_tied = getattr(config, "tie_word_embeddings", False)
+    plain: Any
+    plain, written = merge_into(model, DTYPES[dtype])
+    is_untied = bool(was_tied and not plain.config.tie_word_embeddings)
     with write_folder(output) as partial:
         # What a killed merge left is gone by now, and its room is free.
-        _check_room(plain, output)
-        stage(f"writing {output}")
+        _check_room(sum(p.numel() * p.element_size() for p in plain.parameters()), output)
+        events.stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         has_own = _has_own_tokenizer(tokenizer, settings.base_folder)
-        keep_base_files(partial, settings.base_folder, dtype, has_own)
+        keep_base_files(partial, settings.base_folder, dtype, has_own, is_untied)
         del plain, model
         gc.collect()
-        stage("loading the merged model afresh and comparing")
+        settings = replace(settings, dtype=dtype)
+        return _prove_and_report(partial, output, settings, written, proof, events)
+
+
+def _prove_and_report(
+    partial: Path,
+    output: Path,
+    settings: MergeSettings,
+    written: Written,
+    proof: Proof | None,
+    events: Events,
+) -> MergeReport:
+    """Compare the logits of what was written, if they are asked for, and write the report."""
+    dtype, kept, deviations = str(settings.dtype), written.kept, written.deviations
+    furthest = max(deviations.values(), default=0.0)
+    tensors_pass = settings.proof == "logits" or furthest <= MOST_DEVIATION
+    report = MergeReport(
+        adapter=settings.adapter,
+        output=str(output),
+        dtype=dtype,
+        tolerance=None,
+        max_logit_difference=None,
+        top1_agreement=None,
+        num_positions=0,
+        prompts=(),
+        kept_share=kept,
+        relative_update=written.sizes,
+        min_kept_share=min(kept.values(), default=1.0),
+        passed=tensors_pass,
+        warnings=(*settings.warnings, *_lost_updates(kept, dtype)),
+        deviation=deviations,
+        max_deviation=furthest,
+        proof=(settings.proof or "both") if proof else "tensors",
+        adapters=settings.adapters,
+        weights=settings.weights,
+        notes=settings.notes,
+    )
+    if proof is not None:
+        events.stage("loading the merged model afresh and comparing")
         merged: Any = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32)
         difference, agreement = proof.compare(merged)
-        report = MergeReport(
-            adapter=settings.adapter,
-            output=str(output),
-            dtype=dtype,
+        tolerance = proof.tolerance(dtype) if settings.tolerance is None else settings.tolerance
+        report = replace(
+            report,
+            tolerance=tolerance,
             max_logit_difference=difference,
             adapter_logit_difference=proof.change,
             top1_agreement=agreement,
             num_positions=proof.num_positions,
-            kept_share=kept,
-            relative_update=sizes,
-            min_kept_share=min(kept.values(), default=1.0),
-            tolerance=tolerance,
             prompts=settings.prompts,
             # Written so that a difference that is not a number fails.
-            passed=difference <= tolerance,
-            warnings=(*settings.warnings, *_lost_updates(kept, dtype), *proof.unseen(tolerance)),
+            passed=tensors_pass and difference <= tolerance,
+            warnings=(*report.warnings, *proof.unseen(tolerance)),
         )
-        (partial / "merge_report.json").write_text(
-            json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
-        (partial / "README.md").write_text(merged_card(report, settings.base), encoding="utf-8")
+    text = json.dumps(report.to_dict(), indent=2) + "\n"
+    (partial / "merge_report.json").write_text(text, encoding="utf-8")
+    (partial / "README.md").write_text(merged_card(report, settings.base), encoding="utf-8")
     return report
+
+
+def _must_be_loaded(source: ModelSource, skeleton: Any) -> str | None:
+    """Why a base cannot be read from its files alone, as far as they need not be opened."""
+    if source.kind == "gguf":
+        return "it is a GGUF file, whose weights are dequantised while loading"
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        return "its weights are quantised"
+    return None
+
+
+def _with_logits(settings: MergeSettings, needed: int, events: Events) -> bool:
+    """Whether logits are compared; by default where the model in float32 fits into memory."""
+    if settings.proof is not None:
+        return settings.proof != "tensors"
+    free = free_memory()
+    if free is None or free >= needed:
+        return True
+    events.note(
+        f"the logits are not compared: that takes {size(needed)} of memory, and {size(free)} are "
+        "free (--proof both compares them all the same); every tensor is"
+    )
+    return False
+
+
+def _check_memory(needed: int, reason: str | None) -> None:
+    free = free_memory()
+    if free is not None and free < needed:
+        raise ResourceError(
+            f"the base has to be loaded to be merged, for {reason}; that takes {size(needed)} of "
+            f"memory, and {size(free)} are free: expected a machine with more memory, or a base in "
+            "safetensors with plain weights, which is merged tensor by tensor"
+        )
+
+
+def _load(
+    parts: Sequence[Part], source: ModelSource, settings: MergeSettings, events: Events
+) -> tuple[PeftModel, str | None]:
+    events.stage(f"loading {source.path}")
+    model, other = load_adapted(parts, source, settings.allow_other_base)
+    if other is None:
+        compare_files(model, source, events)
+    return model, other
+
+
+def _other_base(other: str | None) -> tuple[str, ...]:
+    return (f"merged {other}",) if other else ()
 
 
 def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | None) -> bool:
@@ -173,42 +399,6 @@ def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | N
         return False
     own: Any = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
     return not same_tokenizer(tokenizer, own)
-
-
-@torch.no_grad()
-def _survival(model: PeftModel, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
-    """Per layer the share of the update that rounding keeps, and ||Delta||_F / ||W||_F.
-
-    The share is <W' - W, Delta> / ||Delta||^2 with W' the stored weight: far below 1 where W has 16
-    bits and Delta is smaller than half the spacing around it.
-    """
-    kept: dict[str, float] = {}
-    sizes: dict[str, float] = {}
-    for name, layer in kpsvd_layers(model, model.active_adapter):
-        delta = kron_sum(*layer.terms(model.active_adapter))
-        weight = base_weight(layer).float()
-        stored = (weight + delta).to(dtype)
-        if not torch.isfinite(stored).all():
-            raise MergeError(
-                f"{name}: the merged weight is not finite in {dtype}: the adapter is broken or "
-                "the dtype's range too small; try --dtype float32"
-            )
-        square = delta.double().square().sum()
-        overlap = ((stored.double() - weight.double()) * delta.double()).sum()
-        kept[name] = float(overlap / square) if square > 0 else 1.0
-        norm = torch.linalg.vector_norm(weight)
-        sizes[name] = float(torch.linalg.vector_norm(delta) / norm) if norm > 0 else 0.0
-    return kept, sizes
-
-
-def _check_finite(model: PreTrainedModel, dtype: str) -> None:
-    """Name the weights, adapted or not, that are not finite in the dtype they are stored in."""
-    weights = [each for each in model.named_parameters() if each[1].is_floating_point()]
-    if broken := [name for name, weight in weights if not torch.isfinite(weight).all()]:
-        raise MergeError(
-            f"{some_of(broken)}: not finite in {dtype}; the base model is damaged, or the dtype's "
-            "range too small: try --dtype float32. Nothing was written"
-        )
 
 
 def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:
@@ -222,8 +412,7 @@ def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:
     )
 
 
-def _check_room(model: PreTrainedModel, output: Path) -> None:
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+def _check_room(needed: int, output: Path) -> None:
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < 1.05 * needed:

@@ -1,5 +1,6 @@
 """Base models: find them, load them, name their target layers, and stream their weights."""
 
+from kpsvd_tune.models.checkpoint import Checkpoint, StoredTensor, WeightFile
 from kpsvd_tune.models.loading import load_model, load_skeleton, load_tokenizer
 from kpsvd_tune.models.source import (
     ModelSource,
@@ -11,8 +12,11 @@ from kpsvd_tune.models.source import (
 from kpsvd_tune.models.stream import TensorLocation, WeightReader
 
 __all__ = [
+    "Checkpoint",
     "ModelSource",
+    "StoredTensor",
     "TensorLocation",
+    "WeightFile",
     "WeightReader",
     "base_fingerprint",
     "describe_base",

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
-_DAMAGED = (SafetensorError, EOFError, UnpicklingError)
+DAMAGED = (SafetensorError, EOFError, UnpicklingError)
 # Of layers, and of experts in a layer; the largest models have a few hundred.
 _MOST_MODULES = 4096
 # What a configuration of the right form with impossible values raises.
@@ -64,7 +64,7 @@ def load_model(
             model, info = load(
                 source.folder, local_files_only=True, output_loading_info=True, **options
             )
-        except _DAMAGED as error:
+        except DAMAGED as error:
             if is_out_of_memory(error):
                 raise
             files = ", ".join(file.name for file in source.weight_files[:3])

@@ -122,8 +122,8 @@ def _locate(
 ) -> dict[str, TensorLocation]:
     if not source.is_safetensors:
         return {}
-    stored = {key: place for file in source.weight_files for key, place in _header(file).items()}
-    parameters = _names_in_model(skeleton, list(stored))
+    stored = {key: place for file in source.weight_files for key, place in tensors_of(file).items()}
+    parameters, _ = names_in_model(skeleton, list(stored))
     # Now, and not when the model is loaded after hours of work.
     taken = set(parameters.values())
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -157,8 +157,16 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _header(file: Path) -> dict[str, TensorLocation]:
-    """Where the tensors of a safetensors file lie, by their names."""
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, such as {"format": "pt"}."""
+    with file.open("rb") as stream:
+        entries, _ = read_header(stream)
+    found = entries.get("__metadata__") or {}
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def tensors_of(file: Path) -> dict[str, TensorLocation]:
+    """Where the tensors of a safetensors file lie, by their names; ModelError for a damaged one."""
     try:
         check_regular(file)
         file_bytes = file.stat().st_size
@@ -205,11 +213,12 @@ def _are_counts(value: object) -> TypeGuard[list[int]]:
     )
 
 
-def _names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, str]:
+def names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str, str], set[str]]:
     """Map parameter names to the stored tensors that become them unchanged.
 
     As transformers' core_model_loading renames them. Tensors that a converter splits, joins or
-    transposes are left out, and so are names that two stored tensors claim.
+    transposes are left out, and so are names that two stored tensors claim; what they become is
+    the second result.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -224,6 +233,7 @@ def _names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, str
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     parameters = skeleton.state_dict()
     prefix = skeleton.base_model_prefix
+    by_source = {pattern: each for each in converters for pattern in each.source_patterns}
     direct: dict[str, str] = {}
     claimed: set[str] = set()
     # Some renamings remember what they have seen, so the order must be the loader's.
@@ -236,4 +246,8 @@ def _names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, str
         elif name in parameters:
             direct[name] = key
         claimed.add(name)
-    return direct
+        if converted is not None:
+            # A tensor that is split is named after the first of its parts.
+            first, *others = by_source[converted].target_patterns
+            claimed.update(name.replace(first, each) for each in others)
+    return direct, claimed - direct.keys()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kpsvd_tune import __version__
-from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.report.results import LoraReport, MergeReport
+from kpsvd_tune.units import percent
 
 # What begins at the root, at home or at the current folder; addresses of the web do not.
 _LOCAL = re.compile(r"""(?<![\w.:/<\\])(?:~\w*|\.{1,2})?/(?:[^\s,;'"`|/]+/)+([^\s,;'"`|/]+)""")
@@ -46,21 +47,16 @@ def front_matter(base: Base, library: str, *tags: str) -> list[str]:
 
 def merged_card(report: MergeReport, base: Base) -> str:
     """The README.md of a merged model: what it was made of, how, and what proves it."""
-    verdict = "passed" if report.passed else "**did not pass**"
-    licence = (
-        f"The base model's card states the licence `{base.licence}`."
-        if base.licence
-        else "The licence of the base model holds for these weights too; look it up there."
-    )
     lines = [
         *front_matter(base, "transformers", "kpsvd", "merged"),
         "",
         f"# {base.name} with a KPSVD adapter merged in",
         "",
-        f"Base model: {base.name}. Adapter: {adapter_name(report.adapter)}, trained with "
-        f"kpsvd-tune. Version {__version__} added its update to {len(report.kept_share)} weight "
-        f"matrices and stored all weights in {report.dtype}. The result is a plain model of the "
+        f"Base model: {base.name}. {_merged_adapters(report)}, trained with "
+        f"kpsvd-tune. Version {__version__} added the update to {len(report.kept_share)} weight "
+        f"matrices and stored the weights in {report.dtype}. The result is a plain model of the "
         "base's architecture: it needs neither kpsvd-tune nor PEFT.",
+        *report.notes,
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -71,24 +67,109 @@ def merged_card(report: MergeReport, base: Base) -> str:
         "",
         "## Proof",
         "",
-        "This folder was loaded afresh and compared in float32 with the adapter on its base, on "
-        f"{report.num_positions} token positions of {len(report.prompts)} prompts. The comparison "
-        f"{verdict}; all figures are in merge_report.json.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        f"| largest logit difference | {report.max_logit_difference:.3g} |",
-        f"| tolerance | {report.tolerance:.3g} |",
-        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
-        f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |",
+        *_proof_lines(report),
         *([""] if report.warnings else []),
         *(f"Warning: {warning}" for warning in report.warnings),
         "",
         "## Licence",
         "",
-        licence,
+        _licence(base),
     ]
     return without_folders("\n".join(lines) + "\n")
+
+
+def _merged_adapters(report: MergeReport) -> str:
+    if len(report.adapters) < 2:
+        return f"Adapter: {adapter_name(report.adapter)}"
+    pairs = zip(report.adapters, report.weights, strict=True)
+    return "Adapters: " + ", ".join(f"{weight:g} x {adapter_name(path)}" for path, weight in pairs)
+
+
+def _proof_lines(report: MergeReport) -> list[str]:
+    """What was compared, and a table of what was found."""
+    verdict = "passed" if report.passed else "**did not pass**"
+    compared, figures = [], []
+    if report.max_deviation is not None:
+        compared.append(
+            f"Each of the {len(report.deviation)} updated matrices was compared, number by number, "
+            "with base + update in float64."
+        )
+        figures.append(
+            f"| largest deviation of a stored weight, units in the last place | "
+            f"{report.max_deviation:.4f} |"
+        )
+    if report.max_logit_difference is not None:
+        compared.append(
+            "This folder was loaded afresh and compared in float32 with the adapter on its base, "
+            f"on {report.num_positions} token positions of {len(report.prompts)} prompts."
+        )
+        figures += [
+            f"| largest logit difference | {report.max_logit_difference:.3g} |",
+            f"| tolerance | {report.tolerance:.3g} |",
+            f"| same most likely token | {100 * (report.top1_agreement or 0):.1f} % |",
+        ]
+    kept = f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |"
+    return [
+        " ".join([*compared, f"The comparison {verdict}; all figures are in merge_report.json."]),
+        "",
+        "| figure | value |",
+        "|---|---|",
+        *figures,
+        kept,
+    ]
+
+
+def lora_card(report: LoraReport, base: Base) -> str:
+    """The README.md of an exported LoRA: what it holds of the adapter, and what proves it."""
+    kept = (
+        "It holds the whole update, to the rounding of float32."
+        if report.exact
+        else f"**It is an approximation:** it holds {percent(report.energy)} of the energy of the "
+        f"update; of {report.worst_layer}, the worst layer, {percent(report.worst_energy)}."
+    )
+    lines = [
+        *front_matter(base, "peft", "lora", "kpsvd"),
+        "",
+        f"# LoRA of a KPSVD adapter for {base.name}",
+        "",
+        f"Made of the adapter {adapter_name(report.adapter)} by kpsvd-tune {__version__}: rank "
+        f"{report.rank} in all {len(report.layer_energies)} layers, alpha {report.rank}, "
+        f"{report.dtype}. {kept} It needs PEFT, or a server of LoRA, and not kpsvd-tune.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base.place}")',
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+        "## Proof",
+        "",
+        "This folder was loaded by transformers and PEFT in a process without kpsvd-tune, and "
+        f"compared in float32 with the adapter on its base, on {report.num_positions} token "
+        f"positions of {len(report.prompts)} prompts; all figures are in export_report.json.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| largest logit difference | {report.max_logit_difference:.3g} |",
+        f"| what the adapter changes a logit by, at most | {report.adapter_logit_difference:.3g} |",
+        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
+        f"| share of the update held | {percent(report.energy)} |",
+        *([""] if report.warnings else []),
+        *(f"Warning: {warning}" for warning in report.warnings),
+        "",
+        "## Licence",
+        "",
+        _licence(base),
+    ]
+    return without_folders("\n".join(lines) + "\n")
+
+
+def _licence(base: Base) -> str:
+    if base.licence:
+        return f"The base model's card states the licence `{base.licence}`."
+    return "The licence of the base model holds for these weights too; look it up there."
 
 
 def adapter_name(path: str) -> str:

@@ -227,12 +227,13 @@ class RestraintReport(Result):
 class MergeReport(Result):
     """The proof that merged weights are base plus adapter: the content of merge_report.json."""
 
-    adapter: str  # where the adapter came from
+    adapter: str  # where the adapter came from; the first of several
     output: str  # folder of the merged model
-    dtype: str  # type the merged weights are stored in
-    tolerance: float  # largest logit difference that passes
-    max_logit_difference: float  # largest absolute difference of a logit over all prompts
-    top1_agreement: float  # share of positions where both models prefer the same token, 0 to 1
+    dtype: str  # type that most of the merged weights are stored in
+    tolerance: float | None  # largest logit difference that passes; None: no logits were compared
+    max_logit_difference: float | None  # largest absolute difference of a logit over all prompts
+    # Share of positions where both models prefer the same token, 0 to 1.
+    top1_agreement: float | None
     num_positions: int  # token positions compared
     prompts: tuple[str, ...]  # the texts both models were run on
     # For each layer the share of the update that survived rounding, <W' - W, Delta> / ||Delta||^2;
@@ -241,11 +242,48 @@ class MergeReport(Result):
     # For each layer the Frobenius norm of the update over the weight's.
     relative_update: Mapping[str, float]
     min_kept_share: float  # the smallest kept share; 1 without layers
-    passed: bool  # whether the difference is within the tolerance
+    passed: bool  # whether the proof that was asked for succeeded
     warnings: tuple[str, ...] = ()  # what passed and should be looked at nevertheless
     # Largest absolute difference that the adapter makes to a logit of its base model; 0: it changes
-    # nothing. None in reports of older versions.
+    # nothing. None in reports of older versions, and where no logits were compared.
     adapter_logit_difference: float | None = None
+    # For each layer the largest |W' - (W + Delta)|, with W + Delta in float64, in units in the last
+    # place of the stored number: rounding to nearest gives at most a half. Empty in reports of
+    # older versions.
+    deviation: Mapping[str, float] = field(default_factory=dict)
+    max_deviation: float | None = None  # the largest of them
+    proof: str = "logits"  # what was judged: tensors, logits or both
+    adapters: tuple[str, ...] = ()  # all that were merged, and the weight of each one's update
+    weights: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences on how it was merged
+
+
+@dataclass(frozen=True)
+class LoraReport(Result):
+    """What an exported LoRA holds of the adapter, and its proof: export_report.json."""
+
+    adapter: str  # where the adapter came from
+    output: str  # folder of the LoRA
+    dtype: str  # type its matrices are stored in
+    rank: int  # of every layer, zeros beyond what the layer needs; alpha is the same
+    exact: bool  # whether it holds every update to the rounding of float32
+    energy: float  # share of the energy of all updates together that it holds, 0 to 1
+    worst_layer: str  # of whose update it holds the least
+    worst_energy: float  # that share
+    layer_energies: Mapping[str, float]  # the share for each layer
+    # For each layer the numerical rank of its update; None where that is above the LoRA's.
+    layer_ranks: Mapping[str, int | None]
+    # Largest absolute difference of a logit between the adapter on its base and the LoRA, loaded by
+    # transformers and PEFT in a process without this package.
+    max_logit_difference: float
+    # The same between that process and the LoRA as it was computed here.
+    file_logit_difference: float
+    adapter_logit_difference: float  # between the adapter on its base and the base alone
+    tolerance: float | None  # largest logit difference that passes; None for one that is not exact
+    top1_agreement: float  # share of positions where both prefer the same token, 0 to 1
+    num_positions: int  # token positions compared
+    prompts: tuple[str, ...]  # the texts both were run on
+    warnings: tuple[str, ...] = ()  # what passed and should be looked at nevertheless
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,28 @@ def load_adapter(
     With `allow_other_base` any base whose sizes fit will do; what is returned beside the model
     says so. AdapterError: the file of weights is damaged, or is of another base or other layers.
     """
+
+    def load() -> PeftModel:
+        return PeftModel.from_pretrained(model, folder, **options)
+
+    return _loaded(load, model, folder, allow_other_base)
+
+
+def add_adapter(
+    model: PeftModel, folder: Path, name: str, allow_other_base: bool = False
+) -> str | None:
+    """Put another adapter beside those of a model; otherwise as :func:`load_adapter`."""
+
+    def load() -> Any:
+        return model.load_adapter(str(folder), name)
+
+    return _loaded(load, model, folder, allow_other_base)[1]
+
+
+def _loaded(
+    load: Callable[[], Any], model: Any, folder: Path, allow_other_base: bool
+) -> tuple[Any, str | None]:
+    """What PEFT loads, its errors in words, and the note on another base."""
     check_adapter(folder, [name for name, _ in model.named_modules()])
     file = folder / WEIGHTS
     differences: list[str] = []
@@ -165,7 +188,7 @@ def load_adapter(
         with ExitStack() as stack:
             if allow_other_base:
                 differences = stack.enter_context(other_base_allowed())
-            adapted = PeftModel.from_pretrained(model, folder, **options)
+            adapted = load()
     except SafetensorError as error:
         raise AdapterError(f"{file} is damaged: {error}") from error
     except AdapterError as error:
@@ -179,10 +202,15 @@ def load_adapter(
             f"{folder} does not fit the base model: {reason[:300]}\nExpected the base that it was "
             "trained on, and adapter_config.json and the weights as they were saved"
         ) from error
+    return adapted, other_base_note(differences)
+
+
+def other_base_note(differences: Sequence[str]) -> str | None:
+    """What is said of a base that was accepted in spite of these differences; None without any."""
     if not differences:
-        return adapted, None
+        return None
     more = f" {len(differences)} such differences were found." if len(differences) > 1 else ""
-    return adapted, f"on another base model (--allow-other-base): {differences[0]}{more}"
+    return f"on another base model (--allow-other-base): {differences[0]}{more}"
 
 
 def compare_files(model: PeftModel, source: ModelSource, events: Events) -> None:

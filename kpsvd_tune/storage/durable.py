@@ -20,9 +20,16 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+# collections.abc has it from Python 3.12 on.
+from typing_extensions import Buffer
+
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.locks import lock_descriptor
 
+# Why a file system does not copy inside the kernel; the bytes are then read and written.
+_NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EBADF)
+# Of a copy through this process's memory.
+_COPIED_BYTES = 1 << 22
 # One write call moves at most 2 GiB on Linux; a smaller piece keeps its size out of every limit.
 _PIECE_BYTES = 1 << 28
 _ANEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -66,6 +73,61 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a new file into a folder of :func:`write_folder`, which syncs it."""
     with explained(f"write {len(data):,} bytes to {path}"):
         _write(path, _ANEW, data)
+
+
+class NewFile:
+    """A file that is filled in pieces, in any order and by several threads.
+
+    What the disk refuses is an OSError, which :func:`write_folder` puts into words.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write_at(self, begin: int, data: Buffer) -> None:
+        """Write bytes from `begin` on."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            count = os.pwrite(self._descriptor, rest[:_PIECE_BYTES], begin)
+            rest, begin = rest[count:], begin + count
+
+    def copy_from(self, source: Path, begin: int, end: int, to: int) -> None:
+        """Copy the bytes `begin` to `end` of a file to `to`, inside the kernel where it can."""
+        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while begin < end:
+                count = self._copy(descriptor, begin, end - begin, to)
+                if count == 0:
+                    raise OSError(errno.EIO, "a file became shorter meanwhile", str(source))
+                begin, to = begin + count, to + count
+        finally:
+            os.close(descriptor)
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._descriptor)
+
+    def _copy(self, source: int, begin: int, count: int, to: int) -> int:
+        if hasattr(os, "copy_file_range"):
+            try:
+                most = min(count, _PIECE_BYTES)
+                return os.copy_file_range(source, self._descriptor, most, begin, to)
+            except OSError as error:
+                if error.errno not in _NO_COPY:
+                    raise
+        data = os.pread(source, min(count, _COPIED_BYTES), begin)
+        self.write_at(to, data)
+        return len(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[NewFile]:
+    """Make a file in a folder of :func:`write_folder`, to be filled inside the block."""
+    descriptor = os.open(path, _ANEW, 0o666)
+    try:
+        yield NewFile(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def append_file(path: Path, data: bytes) -> None:

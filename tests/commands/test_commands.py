@@ -30,6 +30,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "doctor": {"--quick", "--offline", "--json", "--debug"},
     "plan": {"--gpus", "--processes", "--without-rows", "--offline", "--json", "--debug"},
     "compare": {
         "--methods",
@@ -47,7 +48,9 @@ OPTIONS = {
     "merge": {
         "--output",
         "-o",
+        "--weights",
         "--dtype",
+        "--proof",
         "--base",
         "--allow-other-base",
         "--tolerance",

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kpsvd_tune.linalg import KroneckerShape, kron_sum, rearrange, unrearrange
+from kpsvd_tune.linalg import (
+    KroneckerShape,
+    kron_sum,
+    kron_sum_rows,
+    rearrange,
+    unrearrange,
+)
 
 # Square, tall, wide, odd, prime, single rows and columns, and PiSSA's n = p = 1.
 SHAPES = [
@@ -145,3 +151,20 @@ def test_factors_that_do_not_pair_are_refused(left, right):
     message = r"expected factors of sizes \(r, m, n\) and \(r, p, q\), got "
     with pytest.raises(ValueError, match=message):
         kron_sum(torch.zeros(left), torch.zeros(right))
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_any_rows_of_a_sum_are_those_of_the_whole(sizes: tuple[int, int, int, int]) -> None:
+    left, right = factors(sizes, 3)
+    whole = torch.from_numpy(oracle.kron_sum(left.numpy(), right.numpy()))
+    for begin in range(len(whole)):
+        for end in range(begin + 1, len(whole) + 1):
+            rows = kron_sum_rows(left, right, begin, end)
+            torch.testing.assert_close(rows, whole[begin:end])
+
+
+@pytest.mark.parametrize(("begin", "end"), [(-1, 2), (2, 2), (3, 2), (0, 7)])
+def test_rows_that_are_not_there_are_refused(begin: int, end: int) -> None:
+    left, right = factors((2, 2, 3, 2), 1)
+    with pytest.raises(ValueError, match=f"rows {begin} to {end} of 6"):
+        kron_sum_rows(left, right, begin, end)

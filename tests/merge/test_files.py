@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
-from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -26,6 +25,7 @@ from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.models import load_tokenizer, resolve_model
 from kpsvd_tune.models.loading import same_tokenizer
+from kpsvd_tune.storage.durable import NewFile
 
 
 @pytest.fixture
@@ -138,13 +138,13 @@ def test_a_chat_template_in_the_configuration_of_transformers_4_wins(
 
 
 def weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(state: Any, filename: Any, **options: Any) -> None:
-        Path(filename).write_bytes(b"half of it")
-        raise SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )
+    write = NewFile.write_at
 
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fill)
+    def fill(self: NewFile, begin: int, data: Any) -> None:
+        write(self, begin, memoryview(data)[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(NewFile, "write_at", fill)
 
 
 def tokenizer_files(monkeypatch: pytest.MonkeyPatch) -> None:

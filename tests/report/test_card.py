@@ -42,7 +42,7 @@ def test_a_merged_model_tells_base_adapter_dtype_proof_and_licence():
     for text in (
         "# owner/name with a KPSVD adapter merged in",
         "Adapter: first, trained with kpsvd-tune",
-        "2 weight matrices and stored all weights in bfloat16",
+        "2 weight matrices and stored the weights in bfloat16",
         "57 token positions of 2 prompts. The comparison passed",
         "| largest logit difference | 0.00267 |",
         "states the licence `apache-2.0`",

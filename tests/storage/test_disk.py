@@ -65,7 +65,7 @@ TOKENIZER = "transformers.PreTrainedTokenizerFast.save_pretrained"
         (["init-only", "RECIPE"], "kpsvd_tune.report.rank_page.write_rank_report", full,
          "write RUN/init"),
         (["merge", "RUN", "-o", "MERGED"], TOKENIZER, full_in_rust, "write MERGED"),
-        (["merge", "RUN", "-o", "MERGED"], "transformers.PreTrainedModel.save_pretrained", full,
+        (["merge", "RUN", "-o", "MERGED"], "kpsvd_tune.storage.durable.NewFile.copy_from", full,
          "write MERGED"),
         (["eval", "RUN", "--task", "gsm8k", "--path", "ROWS", "--limit", "1",
           "--max-new-tokens", "2"],

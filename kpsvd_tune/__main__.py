@@ -15,6 +15,16 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write("stopped\n")
         sys.exit(130)
+    except ImportError as error:
+        # A package of another version may lack what the commands import.
+        from kpsvd_tune.doctor.packages import install_command, package_faults
+
+        faults = package_faults()
+        if not faults:
+            raise
+        said = "; ".join(text for text, _ in faults.values())
+        sys.stderr.write(f"error: {error}: {said}; {install_command(list(faults))}\n")
+        sys.exit(1)
     run()
 
 

@@ -14,8 +14,11 @@ import typer
 from typer.exceptions import TyperException
 
 from kpsvd_tune import __version__
+from kpsvd_tune.commands.chat import chat
 from kpsvd_tune.commands.compare import compare
+from kpsvd_tune.commands.doctor import doctor
 from kpsvd_tune.commands.eval import evaluate
+from kpsvd_tune.commands.export import export
 from kpsvd_tune.commands.generate import generate
 from kpsvd_tune.commands.init_only import init_only
 from kpsvd_tune.commands.merge import merge
@@ -39,7 +42,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (plan, train, init_only, merge, evaluate, generate, compare, report, validate):
+for _command in (
+    plan,
+    train,
+    init_only,
+    merge,
+    export,
+    evaluate,
+    generate,
+    chat,
+    compare,
+    report,
+    validate,
+    doctor,
+):
     # A function of Python has the name `eval`.
     app.command("eval" if _command is evaluate else None)(_command)
 app.add_typer(recipes_app, name="recipes")

@@ -30,6 +30,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "doctor": {"--quick", "--offline", "--json", "--debug"},
     "plan": {"--gpus", "--processes", "--without-rows", "--offline", "--json", "--debug"},
     "compare": {
         "--methods",

@@ -10,6 +10,7 @@ KpsvdTuneError                 1
 │   ├── CheckpointError        1   a run directory or checkpoint is damaged or of another run
 │   │   └── FolderInUseError   1   another process holds the lock of a run's folder
 │   ├── MergeError             1   the merged model is not the model that was trained
+│   ├── ExportError            1   what was exported is not the model that was trained
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
 ├── WorseThanBaseError         4   the run is done and saved, and its adapter is worse than the base
@@ -102,6 +103,10 @@ class FolderInUseError(CheckpointError):
 
 class MergeError(RunError):
     """The merged weights differ from base plus adapter by more than the tolerance."""
+
+
+class ExportError(RunError):
+    """What was exported differs from the adapter on its base by more than the tolerance."""
 
 
 class ResourceError(RunError):

@@ -133,3 +133,12 @@ def merging_cures() -> list[str]:
         "a machine with more memory: to compare logits, the model is held in float32",
         "other programs ended",
     ]
+
+
+def exporting_cures() -> list[str]:
+    """What helps to export, which holds the base in float32, and later a second process too."""
+    return [
+        "a machine with more memory: the base is held in float32",
+        "a lower --max-rank: fewer directions of each update are kept",
+        "other programs ended",
+    ]

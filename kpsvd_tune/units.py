@@ -46,3 +46,8 @@ def _whole(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+def percent(share: float) -> str:
+    """A share, 0 to 1, in per cent; one that is not all of it never looks like all of it."""
+    return f"{min(100 * share, 99.99) if share < 1 else 100:.4g} %"

@@ -14,9 +14,11 @@ import typer
 from typer.exceptions import TyperException
 
 from kpsvd_tune import __version__
+from kpsvd_tune.commands.chat import chat
 from kpsvd_tune.commands.compare import compare
 from kpsvd_tune.commands.doctor import doctor
 from kpsvd_tune.commands.eval import evaluate
+from kpsvd_tune.commands.export import export
 from kpsvd_tune.commands.generate import generate
 from kpsvd_tune.commands.init_only import init_only
 from kpsvd_tune.commands.merge import merge
@@ -45,8 +47,10 @@ for _command in (
     train,
     init_only,
     merge,
+    export,
     evaluate,
     generate,
+    chat,
     compare,
     report,
     validate,

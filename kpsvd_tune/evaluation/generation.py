@@ -116,8 +116,7 @@ def generate_completions(
         NonFiniteError: the model's logits hold NaN.
         ResourceError: the memory of host or device does not hold a batch.
     """
-    end_token_ids = _end_token_ids(model, tokenizer, options)
-    options = replace(options, end_token_ids=end_token_ids)
+    options = replace(options, end_token_ids=end_token_ids(model, tokenizer, options))
     answers = [
         _Answer(prompt, sample, _room(model, prompt, options), _draws(options, prompt.id, sample))
         for prompt in sorted(prompts, key=lambda prompt: -len(prompt.input_ids))
@@ -323,7 +322,7 @@ def _draws(options: GenerationOptions, identifier: RowId, sample: int) -> torch.
     return torch.Generator().manual_seed(seed)
 
 
-def _end_token_ids(
+def end_token_ids(
     model: LanguageModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
 ) -> tuple[int, ...]:
     """Every token that ends an answer: the tokenizer's, and the model's, which may be a list."""

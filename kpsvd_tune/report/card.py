@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kpsvd_tune import __version__
-from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.report.results import LoraReport, MergeReport
+from kpsvd_tune.units import percent
 
 # What begins at the root, at home or at the current folder; addresses of the web do not.
 _LOCAL = re.compile(r"""(?<![\w.:/<\\])(?:~\w*|\.{1,2})?/(?:[^\s,;'"`|/]+/)+([^\s,;'"`|/]+)""")
@@ -46,11 +47,6 @@ def front_matter(base: Base, library: str, *tags: str) -> list[str]:
 
 def merged_card(report: MergeReport, base: Base) -> str:
     """The README.md of a merged model: what it was made of, how, and what proves it."""
-    licence = (
-        f"The base model's card states the licence `{base.licence}`."
-        if base.licence
-        else "The licence of the base model holds for these weights too; look it up there."
-    )
     lines = [
         *front_matter(base, "transformers", "kpsvd", "merged"),
         "",
@@ -77,7 +73,7 @@ def merged_card(report: MergeReport, base: Base) -> str:
         "",
         "## Licence",
         "",
-        licence,
+        _licence(base),
     ]
     return without_folders("\n".join(lines) + "\n")
 
@@ -121,6 +117,59 @@ def _proof_lines(report: MergeReport) -> list[str]:
         *figures,
         kept,
     ]
+
+
+def lora_card(report: LoraReport, base: Base) -> str:
+    """The README.md of an exported LoRA: what it holds of the adapter, and what proves it."""
+    kept = (
+        "It holds the whole update, to the rounding of float32."
+        if report.exact
+        else f"**It is an approximation:** it holds {percent(report.energy)} of the energy of the "
+        f"update; of {report.worst_layer}, the worst layer, {percent(report.worst_energy)}."
+    )
+    lines = [
+        *front_matter(base, "peft", "lora", "kpsvd"),
+        "",
+        f"# LoRA of a KPSVD adapter for {base.name}",
+        "",
+        f"Made of the adapter {adapter_name(report.adapter)} by kpsvd-tune {__version__}: rank "
+        f"{report.rank} in all {len(report.layer_energies)} layers, alpha {report.rank}, "
+        f"{report.dtype}. {kept} It needs PEFT, or a server of LoRA, and not kpsvd-tune.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base.place}")',
+        'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
+        "```",
+        "",
+        "## Proof",
+        "",
+        "This folder was loaded by transformers and PEFT in a process without kpsvd-tune, and "
+        f"compared in float32 with the adapter on its base, on {report.num_positions} token "
+        f"positions of {len(report.prompts)} prompts; all figures are in export_report.json.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| largest logit difference | {report.max_logit_difference:.3g} |",
+        f"| what the adapter changes a logit by, at most | {report.adapter_logit_difference:.3g} |",
+        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
+        f"| share of the update held | {percent(report.energy)} |",
+        *([""] if report.warnings else []),
+        *(f"Warning: {warning}" for warning in report.warnings),
+        "",
+        "## Licence",
+        "",
+        _licence(base),
+    ]
+    return without_folders("\n".join(lines) + "\n")
+
+
+def _licence(base: Base) -> str:
+    if base.licence:
+        return f"The base model's card states the licence `{base.licence}`."
+    return "The licence of the base model holds for these weights too; look it up there."
 
 
 def adapter_name(path: str) -> str:

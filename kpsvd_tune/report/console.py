@@ -17,8 +17,9 @@ from kpsvd_tune.report.layout import (
     print_pairs,
     print_table,
 )
-from kpsvd_tune.report.results import MergeReport, PreflightReport, RankReport
+from kpsvd_tune.report.results import LoraReport, MergeReport, PreflightReport, RankReport
 from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
+from kpsvd_tune.units import percent
 
 # The summary names at most this many matrices.
 _LISTED = 3
@@ -119,6 +120,29 @@ def show_merge(report: MergeReport) -> None:
     kept = f"{100 * report.min_kept_share:.1f} %"
     rounding = f"survived the rounding to {report.dtype}"
     print_line(out, f"of every layer's update at least {kept} {rounding}")
+    for warning in report.warnings:
+        print_line(out, Text(f"warning: {warning}", style="yellow"))
+
+
+def show_lora(report: LoraReport) -> None:
+    """What an exported LoRA holds, and what its proof found."""
+    out = output()
+    held = (
+        f"exact: a LoRA of rank {report.rank} holds the whole update"
+        if report.exact
+        else f"NOT exact: a LoRA of rank {report.rank} holds {percent(report.energy)} of the "
+        f"update's energy; of {report.worst_layer}, the worst layer, {percent(report.worst_energy)}"
+    )
+    print_line(out, Text(held, style="green" if report.exact else "yellow"))
+    print_line(
+        out,
+        "loaded with plain PEFT: largest logit difference from the adapter "
+        f"{report.max_logit_difference:.3g}"
+        + (f" (tolerance {report.tolerance:.3g})" if report.tolerance is not None else "")
+        + f", top-1 agreement {100 * report.top1_agreement:.1f} %",
+    )
+    change = f"{report.adapter_logit_difference:.3g}"
+    print_line(out, f"the adapter changes a logit of its base by at most {change}")
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
 

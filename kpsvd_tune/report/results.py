@@ -259,6 +259,34 @@ class MergeReport(Result):
 
 
 @dataclass(frozen=True)
+class LoraReport(Result):
+    """What an exported LoRA holds of the adapter, and its proof: export_report.json."""
+
+    adapter: str  # where the adapter came from
+    output: str  # folder of the LoRA
+    dtype: str  # type its matrices are stored in
+    rank: int  # of every layer, zeros beyond what the layer needs; alpha is the same
+    exact: bool  # whether it holds every update to the rounding of float32
+    energy: float  # share of the energy of all updates together that it holds, 0 to 1
+    worst_layer: str  # of whose update it holds the least
+    worst_energy: float  # that share
+    layer_energies: Mapping[str, float]  # the share for each layer
+    # For each layer the numerical rank of its update; None where that is above the LoRA's.
+    layer_ranks: Mapping[str, int | None]
+    # Largest absolute difference of a logit between the adapter on its base and the LoRA, loaded by
+    # transformers and PEFT in a process without this package.
+    max_logit_difference: float
+    # The same between that process and the LoRA as it was computed here.
+    file_logit_difference: float
+    adapter_logit_difference: float  # between the adapter on its base and the base alone
+    tolerance: float | None  # largest logit difference that passes; None for one that is not exact
+    top1_agreement: float  # share of positions where both prefer the same token, 0 to 1
+    num_positions: int  # token positions compared
+    prompts: tuple[str, ...]  # the texts both were run on
+    warnings: tuple[str, ...] = ()  # what passed and should be looked at nevertheless
+
+
+@dataclass(frozen=True)
 class Score(Result):
     """A share of right answers, or a loss."""
 

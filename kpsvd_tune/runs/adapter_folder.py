@@ -206,7 +206,8 @@ def adapter_card(
         *([f"**Warning: {worse}.**", ""] if (worse := worse_line(results)) else []),
         "## Use",
         "",
-        "PEFT learns this method by an import; without it loading ends in `KeyError: 'KPSVD'`.",
+        "PEFT learns this method by an import; without it loading ends in `KeyError: 'KPSVD'`. "
+        "Install it first: `pip install kpsvd-tune`.",
         "",
         "```python",
         "import kpsvd_tune.adapter  # registers KPSVD with PEFT",
@@ -217,7 +218,9 @@ def adapter_card(
         'model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")',
         "```",
         "",
-        "Or bake it into plain weights: `kpsvd-tune merge PATH_OF_THIS_FOLDER --output DIR`.",
+        "Without that package: bake it into plain weights (`kpsvd-tune merge PATH_OF_THIS_FOLDER "
+        "--output DIR`), or into a plain LoRA where that holds it (`kpsvd-tune export "
+        "PATH_OF_THIS_FOLDER --to lora --output DIR`).",
         "",
         "## Results",
         "",

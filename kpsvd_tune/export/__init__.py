@@ -1,0 +1,1 @@
+"""An adapter in a form that other programs serve, proved equal where that form can hold it."""

@@ -357,7 +357,9 @@ class ShardWriter:
                 return None
             value = self._checkpoint.read(key)
             # In pieces: what is asked of a whole embedding takes twice its memory.
-            if not all(torch.isfinite(each).all() for each in value.reshape(-1).split(_BLOCK)):
+            if not all(
+                torch.isfinite(each).all() for each in torch.split(value.reshape(-1), _BLOCK)
+            ):
                 raise not_finite(name, value.dtype)
             return value
 

@@ -22,12 +22,25 @@ from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.storage.disk import explained
 
+# Which rules split a text before BPE is named in a GGUF file, by a table of hashes that only
+# llama.cpp's converter has; a file with another name there would be read without an error, and its
+# texts split into other tokens.
+_GGUF = (
+    "--to gguf: llama.cpp's own converter writes that, for it alone knows all tokenizers. Merge "
+    "first, then convert: kpsvd-tune merge RUN --output merged; python "
+    "llama.cpp/convert_hf_to_gguf.py merged --outtype q8_0 --outfile model.gguf (or f16). "
+    "docs/serving.md has the whole way"
+)
+
 
 def export(
     source: Annotated[
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A finished run, or an adapter folder.")
     ],
-    to: Annotated[Literal["lora"], typer.Option("--to", help="What to write: a plain LoRA.")],
+    to: Annotated[
+        Literal["lora", "gguf"],
+        typer.Option("--to", help="What to write: lora; gguf says which program writes that."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for it.")],
     max_rank: Annotated[
         int, typer.Option(help="Widest LoRA: 1, 8, 16, 32, 64, 128, 256, 320 or 512.")
@@ -46,6 +59,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write an adapter as a plain LoRA, and prove it with plain PEFT."""
+    if to == "gguf":
+        raise InputError(_GGUF)
     prepare_libraries(offline, debug)
     from kpsvd_tune.export import lora
     from kpsvd_tune.merge.merging import check_output

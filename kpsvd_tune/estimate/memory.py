@@ -30,6 +30,11 @@ from kpsvd_tune.training.optim import make_optimizer
 # Resident memory of a process after the libraries of `train` are imported, where the system does
 # not tell what this one has.
 _USUAL_PROCESS = 700_000_000
+# Holes that the C library's heap is left with where tensors of layers come and go, as a share of
+# what the layers would keep without gradient checkpointing: a block that is freed does not fit
+# the next aligned one of its size. Fitted on two runs of SmolLM2-135M with glibc 2.36, one with
+# and one without checkpointing (docs/performance.md).
+_HOLES = 0.44
 _FLOAT = 4  # bytes; adapters are kept and trained in float32
 
 
@@ -103,6 +108,11 @@ def loading_bytes(source: ModelSource, skeleton: nn.Module, dtype: str) -> int:
     if source.weight_files and not source.is_safetensors:
         return base_bytes(skeleton, "float32") + files + 2 * _FLOAT * largest
     return base_bytes(skeleton, dtype) + files
+
+
+def heap_bytes(whole: Trace) -> int:
+    """Bytes of holes in the heap of a CPU process; ``whole`` is traced without checkpointing."""
+    return round(_HOLES * whole.in_layers)
 
 
 def host_memory(process: int, loading: int, parts: dict[str, int]) -> MemoryPlan:

@@ -21,6 +21,7 @@ from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches
 from kpsvd_tune.estimate.memory import (
     device_memory,
+    heap_bytes,
     host_memory,
     loading_bytes,
     process_bytes,
@@ -34,7 +35,7 @@ from kpsvd_tune.estimate.time import (
     seconds_by_steps,
     step_seconds,
 )
-from kpsvd_tune.estimate.trace import Trace, trace_step
+from kpsvd_tune.estimate.trace import MicroStep, Trace, trace_step
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
     ModelSource,
@@ -142,8 +143,8 @@ def make_plan(
 def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     recipe, ranks, skeleton = setting.recipe, setting.ranks, setting.skeleton
     batches = _batches(setting, recipe, dataset.max_length)
-    trace = trace_step(skeleton.config, recipe, ranks.most, batches.largest)
-    host, on_device = _memory(setting, recipe, trace)
+    trace, whole = _trace(setting, recipe, batches.largest)
+    host, on_device = _memory(setting, recipe, trace, whole)
     does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
     time = _time(setting, batches, trace)
     price = recipe.compare.price_per_hour
@@ -237,8 +238,18 @@ def _data(setting: _Setting, batches: RunBatches) -> DataPlan:
     return found
 
 
+def _trace(setting: _Setting, recipe: Recipe, step: MicroStep) -> tuple[Trace, Trace]:
+    """A step's trace, and the one without gradient checkpointing."""
+    config, layers = setting.skeleton.config, setting.ranks.most
+    found = trace_step(config, recipe, layers, step)
+    if not recipe.train.gradient_checkpointing or setting.device.type != "cpu":
+        return found, found
+    train = recipe.train.model_copy(update={"gradient_checkpointing": False})
+    return found, trace_step(config, recipe.model_copy(update={"train": train}), layers, step)
+
+
 def _memory(
-    setting: _Setting, recipe: Recipe, trace: Trace
+    setting: _Setting, recipe: Recipe, trace: Trace, whole: Trace
 ) -> tuple[MemoryPlan, MemoryPlan | None]:
     """Of the host, and of each device where that is another."""
     count = setting.processes
@@ -248,6 +259,7 @@ def _memory(
     loading = loading_bytes(setting.source, setting.skeleton, recipe.model.dtype)
     process = setting.process_bytes
     if setting.device.type == "cpu":
+        parts["holes in the heap"] = heap_bytes(whole)
         everything = {name: each * count for name, each in parts.items()}
         return host_memory(process * count, loading * count, everything), None
     return host_memory(process * count, loading * count, {}), device_memory(parts)
@@ -258,6 +270,11 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
         "weights and adapter by their sizes; activations by a forward and a backward pass of the "
         "largest batch, traced without numbers; libraries by what this process holds",
     ]
+    if setting.device.type == "cpu":
+        found.append(
+            "holes in the heap by a share fitted on two runs; see docs/performance.md for how far "
+            "predictions were from measured peaks"
+        )
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")
     if setting.recipe.evaluation:
@@ -320,11 +337,11 @@ def _cure(setting: _Setting, max_length: int) -> str | None:
     """The cheapest change of those tried that makes the run fit; None where none does."""
     for changes, recipe, length in _changes(setting.recipe, max_length):
         batches = _batches(setting, recipe, length)
-        nothing = _memory(setting, recipe, Trace(0, 0, 0))
+        nothing = _memory(setting, recipe, Trace(0, 0, 0), Trace(0, 0, 0))
         if False in [each.fits for each in nothing if each is not None]:
             continue
-        trace = trace_step(setting.skeleton.config, recipe, setting.ranks.most, batches.largest)
-        found = [each for each in _memory(setting, recipe, trace) if each is not None]
+        traces = _trace(setting, recipe, batches.largest)
+        found = [each for each in _memory(setting, recipe, *traces) if each is not None]
         if all(each.fits for each in found):
             keys = " ".join(f"{key}={value}" for key, value in changes.items())
             return f"{keys} (peak {size(found[-1].peak_bytes)})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ class Trace:
     activations: int  # most bytes at once beside weights, adapter and gradients
     multiply_adds: int  # of all products, forward and backward
     traffic: int  # bytes that operations read and write
+    in_layers: int = 0  # of the activations, what grows with the number of layers
 
     def scaled(self, share: float) -> Trace:
         """That of a batch with this share of the tokens."""
@@ -95,7 +96,10 @@ def trace_step(config: Any, recipe: Recipe, layers: Iterable[LayerPlan], step: M
     high, _ = traced(_DEPTHS[1])
     if whole <= _DEPTHS[1]:
         return high
-    return high.beyond(low, (whole - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0]))
+    more = _DEPTHS[1] - _DEPTHS[0]
+    found = high.beyond(low, (whole - _DEPTHS[1]) / more)
+    each = max(0, high.activations - low.activations) / more
+    return replace(found, in_layers=round(whole * each))
 
 
 def _trace(

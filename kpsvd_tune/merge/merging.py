@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from kpsvd_tune.errors import InputError, ResourceError
+from kpsvd_tune.errors import InputError, ResourceError, some_of
 from kpsvd_tune.events import Events
 from kpsvd_tune.merge.changes import Changes, Part, changes_of
 from kpsvd_tune.merge.files import copy_configurations, keep_base_files
@@ -183,6 +183,17 @@ def merge(
     """
     events.stage("reading the adapter" if len(parts) == 1 else f"reading {len(parts)} adapters")
     tokenizer = load_tokenizer(source, parts[0].folder)
+    others = [load_tokenizer(source, part.folder) for part in parts[1:]]
+    if odd := [
+        str(part.folder)
+        for part, other in zip(parts[1:], others, strict=True)
+        if not same_tokenizer(tokenizer, other)
+    ]:
+        told = (
+            f"the tokenizer of {parts[0].folder} is written, and {some_of(odd)} was trained with "
+            "another"
+        )
+        settings = replace(settings, warnings=(*settings.warnings, told))
     changes = changes_of(parts, source, settings.allow_other_base)
     skeleton = load_skeleton(source)
     needed = 4 * sum(each.numel() for each in skeleton.parameters()) + _BESIDE_WEIGHTS
@@ -207,6 +218,7 @@ def merge(
     proof = None
     if with_logits:
         model = _load(parts, source, settings, events)
+        changes.other_base = model[1]
         check_finite(model[0])
         events.stage("computing the logits of the adapter on its base")
         proof = Proof(model[0], tokenizer, settings.prompts)

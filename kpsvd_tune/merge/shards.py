@@ -129,7 +129,12 @@ def plan_files(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> P
     dtype = dtype or most or "float32"
     target = None if dtype == most else _FLOAT_NAMES[DTYPES[dtype]]
     layers = {checkpoint.key_of(f"{name}.weight"): name for name in changes.layers}
-    rows = {checkpoint.key_of(name): found for name, found in changes.rows.items()}
+    # A tied tensor may be stored under each of its names.
+    rows = {
+        checkpoint.key_of(each): found
+        for name, found in changes.rows.items()
+        for each in (name, *checkpoint.ties.get(name, ()))
+    }
     values, added = _whole(checkpoint, changes)
 
     def planned(stored: StoredTensor) -> NewTensor:
@@ -151,7 +156,19 @@ def plan_files(checkpoint: Checkpoint, changes: Changes, dtype: str | None) -> P
         own = NewTensor(name, target or stored.dtype, stored.size, stored, value=value)
         at = [file.path for file, _ in files].index(checkpoint.file_of[stored.key].path)
         files[at] = (files[at][0], (*files[at][1], own))
-    return Plan(tuple(files), dtype, bool(added))
+    return Plan(tuple(files), dtype, bool(added) or _part(checkpoint, values))
+
+
+def _part(checkpoint: Checkpoint, values: Mapping[str, Tensor]) -> bool:
+    """Whether one of two tied tensors that are both stored was trained apart from the other."""
+    for name, others in checkpoint.ties.items():
+        for other in others:
+            one, two = (checkpoint.parameters.get(each) for each in (name, other))
+            if one in values and two is not None and two != one:
+                twin = values.get(two)
+                if twin is None or not torch.equal(values[str(one)], twin):
+                    return True
+    return False
 
 
 def _whole(
@@ -339,7 +356,10 @@ class ShardWriter:
             if key is None or not self._checkpoint.tensors[key].is_float:
                 return None
             value = self._checkpoint.read(key)
-            if not torch.isfinite(value).all():
+            # In pieces: what is asked of a whole embedding takes twice its memory.
+            if not all(
+                torch.isfinite(each).all() for each in torch.split(value.reshape(-1), _BLOCK)
+            ):
                 raise not_finite(name, value.dtype)
             return value
 

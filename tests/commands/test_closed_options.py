@@ -13,6 +13,7 @@ import pytest
     ("words", "expected"),
     [
         ("merge x -o y --dtype int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        ("export x --to onnx -o y", "'onnx' is not one of 'lora', 'gguf'"),
         ("eval x --dtype=int8", "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         ("train x --sandbox docker", "'docker' is not one of 'bwrap', 'none'"),
         ("compare x --plan half", "'half' is not one of 'full', 'staged', 'done'"),

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kpsvd_tune.adapter import KpsvdConfig, load_factors
 from kpsvd_tune.commands import main as cli
@@ -212,6 +213,45 @@ def test_what_is_saved_whole_goes_along(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
+def test_layers_with_transposed_weights(tmp_path: Path, tokenizer: Any) -> None:
+    """GPT-2's Conv1D; its names in the file and in the model differ by a prefix."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    assert export(adapter, tmp_path / "lora") == 0
+    report = json.loads((tmp_path / "lora" / "export_report.json").read_text())
+    assert report["exact"] is True
+    assert report["adapter_logit_difference"] > 10 * report["tolerance"]
+    stored = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert stored["fan_in_fan_out"] is True
+    assert stored["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_leaves_nothing(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = save_adapter(tiny_model_dir, tmp_path / "adapter")
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def refuse(*_: Any) -> None:
+        raise full
+
+    monkeypatch.setattr(lora, "save_file", refuse)
+    assert export(adapter, tmp_path / "lora") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "lora: No space left on device; free some space, or choose an --output on ano" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_factors_in_16_bits(tiny_model_dir: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tiny_model_dir, tmp_path / "adapter")
     output = tmp_path / "lora"
@@ -281,6 +321,12 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     assert not output.exists()
     assert export(adapter, output) == 0
     assert list(output.parent.iterdir()) == [output]
+
+
+def test_gguf_is_left_to_the_converter_of_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["export", "runs/my", "--to", "gguf", "-o", "model.gguf"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "kpsvd-tune merge RUN --output merged; python llama.cpp/convert_hf_to_gguf.py" in said
 
 
 def test_sources_and_options_that_cannot_be_exported(

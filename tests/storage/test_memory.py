@@ -179,7 +179,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
     [
         (["init-only"], "kpsvd_tune.decompose.decompose", "decomposing", "rank.window"),
         (["merge", "-o", "merged"], "kpsvd_tune.merge.merging.merge", "merging",
-         "--dtype"),
+         "--proof tensors"),
         (["merge", "-o", "merged"], "transformers.AutoModelForCausalLM.from_pretrained", "merging",
          "a machine with more memory"),
         (["eval", "--task", "gsm8k", "--limit", "1", "--path", "rows"],

@@ -44,6 +44,16 @@ def dotted(node: ast.expr) -> str:
     return ""
 
 
+def is_weights_only(call: ast.Call) -> bool:
+    """Whether a call of torch.load says in so many words that it runs nothing."""
+    return dotted(call.func) == "torch.load" and any(
+        each.arg == "weights_only"
+        and isinstance(each.value, ast.Constant)
+        and each.value.value is True
+        for each in call.keywords
+    )
+
+
 def unsafe_uses(source: str) -> list[str]:
     """What a module imports or calls that could run code hidden in data."""
     found = []
@@ -55,7 +65,7 @@ def unsafe_uses(source: str) -> list[str]:
             if (node.module or "").split(".")[0] in UNSAFE_MODULES or names & UNSAFE_CALLS:
                 found.append(f"from {node.module}")
         elif isinstance(node, ast.Call):
-            if dotted(node.func) in UNSAFE_CALLS:
+            if dotted(node.func) in UNSAFE_CALLS and not is_weights_only(node):
                 found.append(dotted(node.func))
             found += ["shell=" for keyword in node.keywords if keyword.arg == "shell"]
             found += ["allow_pickle=" for k in node.keywords if k.arg == "allow_pickle"]
@@ -70,6 +80,9 @@ def unsafe_uses(source: str) -> list[str]:
         ("from pickle import loads", ["from pickle"]),
         ("from torch import load", ["from torch"]),
         ("def f():\n    return torch.load('x')", ["torch.load"]),
+        ("torch.load('x', weights_only=is_safe)", ["torch.load"]),
+        ("torch.load('x', weights_only=False)", ["torch.load"]),
+        ("torch.load('x', mmap=True, weights_only=True)", []),
         ("yaml.load(text, Loader=yaml.SafeLoader)", ["yaml.load"]),
         ("subprocess.run('ls', shell=True)", ["shell="]),
         ("eval('1')", ["eval"]),

@@ -20,6 +20,7 @@ EXIT_CODES = {
     "CheckpointError": 1,
     "FolderInUseError": 1,
     "MergeError": 1,
+    "ExportError": 1,
     "ResourceError": 1,
     "NonFiniteError": 3,
     "WorseThanBaseError": 4,
@@ -48,7 +49,7 @@ def test_what_the_user_gave_is_an_input_error(name: str):
     assert issubclass(getattr(errors, name), errors.InputError)
 
 
-@pytest.mark.parametrize("name", ["CheckpointError", "MergeError", "ResourceError"])
+@pytest.mark.parametrize("name", ["CheckpointError", "MergeError", "ExportError", "ResourceError"])
 def test_what_failed_while_running_is_a_run_error(name: str):
     assert issubclass(getattr(errors, name), errors.RunError)
 

@@ -72,10 +72,8 @@ class Form(ABC):
 
     @property
     def num_features(self) -> int:
-        """Entries of the features of one token."""
-        shape, r = self.shape, self.rank
-        sizes = {"left": shape.p * shape.n, "right": shape.m * shape.q}
-        return r * sizes.get(self.name, shape.out_features * r)
+        """Entries of the features of one token; 0 for a form that is not linear."""
+        return 0
 
     @abstractmethod
     def terms(self, tensors: Tensors, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -230,6 +228,11 @@ class Left(Form):
         """As :meth:`Form.gradients`."""
         return way.gradients(*operands, *_in(dtype, *tensors), self.sides)[:1]
 
+    @property
+    def num_features(self) -> int:
+        """As :attr:`Form.num_features`."""
+        return self.rank * self.shape.n * self.shape.p
+
     def features(self, x: Tensor, tensors: Tensors) -> Tensor:
         """As :meth:`Form.features`: the columns of X B_k^T, (t*p, r*n)."""
         found = torch.einsum("tnq,kpq->tpkn", x.view(len(x), self.shape.n, -1), tensors[1])
@@ -252,6 +255,11 @@ class Right(Form):
         """As :meth:`Form.gradients`."""
         left, right = _in(dtype, tensors[1], tensors[0])
         return way.gradients(*operands, left, right, self.sides)[1:]
+
+    @property
+    def num_features(self) -> int:
+        """As :attr:`Form.num_features`."""
+        return self.rank * self.shape.m * self.shape.q
 
     def features(self, x: Tensor, tensors: Tensors) -> Tensor:
         """As :meth:`Form.features`: the rows of A_k X, (t*m, r*q)."""
@@ -281,6 +289,11 @@ class Core(Form):
         left, right = self.terms(tensors, dtype)
         gb = way.gradients(*operands, left, right, self.sides)[1]
         return (gb.flatten(1) @ tensors[2].to(gb.dtype).flatten(1).T,)
+
+    @property
+    def num_features(self) -> int:
+        """As :attr:`Form.num_features`."""
+        return self.rank**2 * self.shape.out_features
 
     def features(self, x: Tensor, tensors: Tensors) -> Tensor:
         """As :meth:`Form.features`: entries of U_k X V_l^T, (t*m*p, r*r)."""

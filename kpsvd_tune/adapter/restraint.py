@@ -85,7 +85,7 @@ class Restraint:
         def add(name: str, layer: KpsvdLayer, arguments: Sequence[Any]) -> None:
             form, tensors = layer.kpsvd_form[self._name], layer.tensors(self._name)
             x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
-            step = max(1, _ENTRIES // form.num_features)
+            step = max(1, _ENTRIES // max(1, form.num_features))
             for part in torch.split(x, step):
                 features = form.features(part, tensors)
                 if features is None:

@@ -21,8 +21,8 @@ from kpsvd_tune.adapter.targets import LINEAR, modules_by_name
 from kpsvd_tune.errors import AdapterError, ExportError, InputError
 from kpsvd_tune.events import Events
 from kpsvd_tune.export.low_rank import LowRank, low_rank
-from kpsvd_tune.export.proof import difference, logits, plain_logits
-from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES
+from kpsvd_tune.export.proof import plain_logits
+from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES, difference, logits
 from kpsvd_tune.models import ModelSource, describe_base
 from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.report.card import Base, lora_card
@@ -109,12 +109,14 @@ def export_lora(
 
     events.stage("computing the logits of the adapter on its base")
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    of_adapter = logits(model, prompts, "the adapter on its base")
+    batches = [torch.tensor([ids]) for ids in prompts]
+    model.eval()
+    of_adapter = logits(model, batches, "the adapter on its base", ExportError)
     with model.disable_adapter():
-        of_base = logits(model, prompts, "the base model")
+        of_base = logits(model, batches, "the base model", ExportError)
     change, _ = difference(of_base, of_adapter)
     _replace_updates(model, factors)
-    of_lora = logits(model, prompts, "the LoRA on its base")
+    of_lora = logits(model, batches, "the LoRA on its base", ExportError)
     config = _config(model, source, list(factors), update.rank)
     # The process that is started next needs the room.
     del loaded, model, of_base

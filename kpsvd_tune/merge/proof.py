@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.errors import MergeError
+from kpsvd_tune.errors import MergeError, RunError
 
 # Largest logit difference that passes, as a share of the largest logit. In float32 it is the
 # order of operations; in 16 bits the rounding of every merged weight, which adds up over layers.
@@ -39,10 +39,10 @@ class Proof:
     ) -> None:
         self._batches = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
         model.eval()
-        self._expected = _logits(model, self._batches, "the adapter on its base")
+        self._expected = logits(model, self._batches, "the adapter on its base")
         with model.disable_adapter():
-            of_base = _logits(model, self._batches, "the base model")
-        self.change, _ = _difference(of_base, self._expected)
+            of_base = logits(model, self._batches, "the base model")
+        self.change, _ = difference(of_base, self._expected)
         self.num_positions = sum(len(logits) for logits in self._expected)
 
     def tolerance(self, dtype: str) -> float:
@@ -53,7 +53,7 @@ class Proof:
     def compare(self, merged: Any) -> tuple[float, float]:
         """Largest logit difference, and the share of positions with the same likeliest token."""
         merged.eval()
-        return _difference(self._expected, _logits(merged, self._batches, "the merged model"))
+        return difference(self._expected, logits(merged, self._batches, "the merged model"))
 
     def unseen(self, tolerance: float) -> tuple[str, ...]:
         """A warning where the proof could not tell the merged model from the base."""
@@ -72,25 +72,36 @@ class Proof:
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, batches: Sequence[Tensor], whose: str) -> list[Tensor]:
-    """The logits of each prompt; refuses those that would equal any others, or none."""
+def logits(
+    model: Any, batches: Sequence[Tensor], whose: str, error: type[RunError] = MergeError
+) -> list[Tensor]:
+    """The logits (tokens, vocabulary), float32, of each prompt of token ids (1, tokens).
+
+    Raises:
+        RunError: Of that class, as :func:`check_logits`.
+    """
     found = [model(input_ids=ids).logits[0].float() for ids in batches]
+    check_logits(found, whose, error)
+    return found
+
+
+def check_logits(found: Sequence[Tensor], whose: str, error: type[RunError] = MergeError) -> None:
+    """Refuse logits that would equal any others, or none."""
     for number, each in enumerate(found, 1):
         if not torch.isfinite(each).all():
-            raise MergeError(
+            raise error(
                 f"the logits of {whose} are not finite for prompt {number}: the weights of the "
                 "base or of the adapter are damaged; nothing was written"
             )
         if each.max() == each.min():
-            raise MergeError(
+            raise error(
                 f"the logits of {whose} are all {float(each.max()):g} for prompt {number}, so that "
                 "comparing them proves nothing: the weights of the base or of the adapter are "
                 "damaged; nothing was written"
             )
-    return found
 
 
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
+def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float]:
     """Largest absolute logit difference, and the share of positions with the same top token."""
     pairs = list(zip(expected, found, strict=True))
     # torch's max keeps a NaN, which Python's max() of floats may lose.

@@ -98,7 +98,7 @@ def _search(
             """The rise of the loss with the update cut back, which the model is left with."""
             nonlocal restraint
             if strength and restraint is None:
-                rows = data.train[: min(MOST_ROWS, len(data.train))]
+                rows = data.train[:MOST_ROWS]
                 restraint = Restraint(
                     model, _ids(rows, model.device), _ids(text.shown, model.device)
                 )
@@ -115,6 +115,11 @@ def _search(
 
         strength, is_met = smallest_strength(rise, settings.limit)
         rise(strength)
+    if not is_met:
+        events.note(
+            f"restrain: no strength up to {strength:g} keeps to the limit {settings.limit:g}; the "
+            "last one is kept. Allow more, or train with a lower rate"
+        )
     return RestraintReport(
         text=settings.text,
         limit=settings.limit,

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from kpsvd_tune.adapter import KpsvdConfig, load_factors
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import AdapterError, ExportError, InputError
-from kpsvd_tune.export import lora, proof
+from kpsvd_tune.export import lora
 from kpsvd_tune.export.lora import RANKS, check_share, fitted
 from kpsvd_tune.export.low_rank import low_rank
+from kpsvd_tune.merge.proof import check_logits, logits
 from kpsvd_tune.models import load_model, resolve_model
 
 
@@ -81,7 +82,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load_here(adapter: Path, source: Any, prompts: Any, whose: str) -> Any:
         base: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-        return proof.logits(PeftModel.from_pretrained(base, str(adapter)), prompts, whose)
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+        batches = [torch.tensor([ids]) for ids in prompts]
+        return logits(model, batches, whose, ExportError)
 
     monkeypatch.setattr(lora, "plain_logits", load_here)
 
@@ -386,7 +389,7 @@ def test_modules_are_named_as_shortly_as_is_exact() -> None:
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "are not finite"), (0, "are all 0")])
 def test_logits_that_prove_nothing_are_refused(value: float, words: str) -> None:
     with pytest.raises(ExportError, match=f"logits of it {words} for prompt 2"):
-        proof.check([torch.eye(3), torch.full((2, 3), value)], "it")
+        check_logits([torch.eye(3), torch.full((2, 3), value)], "it", ExportError)
 
 
 def test_a_difference_that_is_no_number_fails() -> None:

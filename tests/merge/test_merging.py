@@ -198,7 +198,7 @@ def test_a_broken_update_is_named_though_no_prompt_shows_it(tiny_model: Any) -> 
 def test_a_number_that_is_none_in_a_later_prompt_fails_the_proof() -> None:
     """Python's max() keeps the first of two when the second is NaN."""
     whole, broken = torch.ones(2, 3), torch.tensor([[1.0, float("nan"), 1.0]] * 2)
-    difference, _ = proof._difference([whole, whole], [whole, broken])
+    difference, _ = proof.difference([whole, whole], [whole, broken])
     assert math.isnan(difference)
 
 

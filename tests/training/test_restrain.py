@@ -102,6 +102,23 @@ def test_a_run_keeps_to_its_limit(
     assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
 
 
+@pytest.mark.slow
+def test_a_limit_that_cannot_be_kept_is_told(
+    text: Path,
+    write_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def never(rise: Callable[[float], float], _limit: float) -> tuple[float, bool]:
+        return smallest_strength(lambda strength: rise(strength) + 100, 0.01)
+
+    monkeypatch.setattr("kpsvd_tune.training.restrain.smallest_strength", never)
+    recipe = write_recipe(train=TRAIN | {"max_steps": 2})
+    cli.run(["train", str(recipe), f"restrain={{text: {text}}}"])
+    said = " ".join(capfd.readouterr().err.split())
+    assert "no strength up to 256 keeps to the limit 0.01; the last one is kept" in said
+
+
 def test_a_text_too_short_is_refused_before_the_work(
     tmp_path: Path, write_recipe: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

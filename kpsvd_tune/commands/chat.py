@@ -69,13 +69,26 @@ def chat(
         if template != "chat":
             events.note(f"asked by the template {template!r}, which shows one question at a time")
         events.note(_HELP)
-    while (question := _read()) is not None:
-        if question == "/reset":
-            conversation.reset()
-        elif question.startswith("/"):
-            typer.echo(f"{question}: expected a question; {_HELP}", err=True)
-        elif question:
-            _answer(conversation, question, max_new_tokens)
+    is_on = True
+    while is_on:
+        try:
+            is_on = _one_exchange(conversation, max_new_tokens)
+        except KeyboardInterrupt:
+            typer.echo(f"\n{_HELP}", err=True)
+
+
+def _one_exchange(conversation: Conversation, max_new_tokens: int) -> bool:
+    """Read a question and answer it; whether there may be another."""
+    question = _read()
+    if question is None:
+        return False
+    if question == "/reset":
+        conversation.reset()
+    elif question.startswith("/"):
+        typer.echo(f"{question}: expected a question; {_HELP}", err=True)
+    elif question:
+        _answer(conversation, question, max_new_tokens)
+    return True
 
 
 def _read() -> str | None:
@@ -84,17 +97,13 @@ def _read() -> str | None:
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() its line editing and history
-    while True:
-        try:
-            line = input("> " if is_terminal else "").strip()
-        except EOFError:
-            if is_terminal:
-                typer.echo()
-            return None
-        except KeyboardInterrupt:
-            typer.echo(f"\n{_HELP}", err=True)
-            continue
-        return None if line in ("/quit", "/exit") else line
+    try:
+        line = input("> " if is_terminal else "").strip()
+    except EOFError:
+        if is_terminal:
+            typer.echo()
+        return None
+    return None if line in ("/quit", "/exit") else line
 
 
 def _answer(conversation: Conversation, question: str, max_new_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,31 +44,55 @@ class Terminal:
                 self.seen += os.read(self._end, 4096).decode(errors="replace")
         self.seen = self.seen[found.end() :]
 
-    def close(self) -> int:
-        code = self.process.wait(60)
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C until a pattern comes.
+
+        readline shows its prompt a moment before it waits for keys, and a signal in that moment
+        is seen with the next key only.
+        """
+        for _ in range(60):
+            os.kill(self.process.pid, signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                self.wait_for(pattern, seconds=2)
+                return
+        raise AssertionError(self.seen)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
         os.close(self._end)
-        return code
+
+
+@contextlib.contextmanager
+def _terminal(*command: str) -> Iterator[Terminal]:
+    terminal = Terminal(*command)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
 
 
 @pytest.mark.slow
 def test_a_conversation_in_a_terminal(tiny_model_dir: Path) -> None:
     # So many tokens that the first answer lasts until it is stopped.
     command = ["chat", str(tiny_model_dir), "--max-new-tokens", "480"]
-    terminal = Terminal(sys.executable, "-m", "kpsvd_tune", *command)
-    terminal.wait_for("> ")
-    terminal.type("How many?\n")
-    terminal.wait_for(r"How many\?\r\n.")
-    os.kill(terminal.process.pid, signal.SIGINT)
-    terminal.wait_for(r"\((stopped|cut at)")
-    terminal.wait_for("> ")
-    os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt: it says how to leave
-    terminal.wait_for("Ctrl-D leaves")
-    terminal.type("/nothing\n")
-    terminal.wait_for("/nothing: expected a question; /reset forgets")
-    terminal.type("/reset\n")
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.close() == 0
+    with _terminal(sys.executable, "-m", "kpsvd_tune", *command) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("How many?\n")
+        terminal.wait_for(r"How many\?\r\n.")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        terminal.wait_for(r"\((stopped|cut at)")
+        terminal.wait_for("> ")
+        terminal.interrupt_until("Ctrl-D leaves")  # at the prompt it says how to leave
+        terminal.wait_for("> ")
+        terminal.type("/nothing\n")
+        terminal.wait_for("/nothing: expected a question; /reset forgets")
+        terminal.wait_for("> ")
+        terminal.type("/reset\n")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
 
 
 @pytest.mark.slow

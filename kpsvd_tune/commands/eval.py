@@ -35,6 +35,7 @@ from kpsvd_tune.evaluation.scoring import (
     score_completions,
     stored_task,
 )
+from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
 from kpsvd_tune.phase import answering_cures, loading_cures, watched
 from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
@@ -68,7 +69,10 @@ def evaluate(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="gsm8k, math, mbpp, exact_match, loss or forgetting."),
+        typer.Option(
+            help="gsm8k, math, mbpp, exact_match, label, json, text, loss or forgetting.",
+            autocompletion=lambda: list(TASKS),
+        ),
     ] = None,
     path: Annotated[
         str | None, typer.Option(help="The questions: file or hub id; default: the task's own.")

@@ -103,6 +103,7 @@ class Plan(Result):
     currency: str
     output_dir: str
     output_dir_exists: bool
+    cure_keys: tuple[str, ...] = ()  # the same change as KEY=VALUE, one for each key
 
     @property
     def fits(self) -> bool | None:

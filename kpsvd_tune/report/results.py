@@ -295,6 +295,8 @@ class Score(Result):
     n: int  # questions judged; for a loss the tokens
     stderr: float  # standard error of the value; of a share sqrt(value * (1 - value) / n)
     unextractable: int = 0  # answers in which the rule found nothing to judge; they count as wrong
+    # For each right label how often which one was answered; None where no labels are judged.
+    confusion: Mapping[str, Mapping[str, int]] | None = None
 
 
 def _plain(value: Any) -> Any:

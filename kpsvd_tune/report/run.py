@@ -224,12 +224,15 @@ def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
 
 def score_table(results: Mapping[str, Any]) -> list[str]:
     """Every score of results.json as lines of a Markdown table; empty without a score."""
-    head = ("scored", "task", "scorer", "value", "uncertainty", "n", "without an answer", "asked")
+    head = (
+        *("scored", "task", "scorer", "value", "standard error", "95 % interval", "n"),
+        *("without an answer", "asked"),
+    )
     rows = [
         (
             *(model, name, scorer, score_value(scorer, score["value"])),
-            *(_uncertainty(scorer, score), str(score["n"]), str(score["unextractable"])),
-            conditions or "not known",
+            *(score_value(scorer, score["stderr"]), _interval(scorer, score)),
+            *(str(score["n"]), str(score["unextractable"]), conditions or "not known"),
         )
         for model, name, scorer, score, conditions in score_lines(results)
     ]
@@ -278,6 +281,13 @@ def _is_of(results: Mapping[str, Any], name: str, source: str) -> bool:
 def _uncertainty(scorer: str, score: Mapping[str, Any]) -> str:
     if scorer in LOSSES:
         return f"standard error {score_value(scorer, score['stderr'])}"
+    return f"95 % interval {_interval(scorer, score)}"
+
+
+def _interval(scorer: str, score: Mapping[str, Any]) -> str:
+    """The 95 % confidence interval of a share of right answers; of a loss nothing is said."""
+    if scorer in LOSSES:
+        return "-"
     # By value and n, for results of earlier versions have no interval.
     low, high = wilson_interval(score["value"], score["n"])
-    return f"95 % interval {score_value(scorer, low)} to {score_value(scorer, high)}"
+    return f"{score_value(scorer, low)} to {score_value(scorer, high)}"

@@ -47,7 +47,8 @@ class Usage:
 
     def joules(self) -> float | None:
         """Energy so far; None where no device tells it, or one of the GPUs does not."""
-        found = [each.joules() for each in (*self._gpus, *self._zones)]
+        counters: list[_Gpu | _Zone] = [*self._gpus, *self._zones]
+        found = [each.joules() for each in counters]
         known = [each for each in found if each is not None]
         return sum(known) if known and len(known) == len(found) else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +28,8 @@ from kpsvd_tune.report.card import Base, lora_card
 from kpsvd_tune.report.results import LoraReport
 from kpsvd_tune.runs.adapter_folder import CONFIG, WEIGHTS
 from kpsvd_tune.runs.find import Found, compare_files, load
-from kpsvd_tune.storage.durable import write_folder
+from kpsvd_tune.storage.commit import seal
+from kpsvd_tune.storage.durable import write_file, write_folder
 from kpsvd_tune.storage.json_files import to_json
 from kpsvd_tune.units import percent
 
@@ -127,8 +127,9 @@ def export_lora(
     tolerance = TOLERANCES[settings.dtype] * smallest if update.is_exact else None
     with write_folder(output) as partial:
         events.stage(f"writing {output}")
-        (partial / CONFIG).write_bytes(_config_file(config))
-        save_file({**_named(factors), **_others(folder)}, partial / WEIGHTS, {"format": "pt"})
+        write_file(partial / CONFIG, _config_file(config))
+        tensors = {**_named(factors), **_others(folder)}
+        write_file(partial / WEIGHTS, save(tensors, {"format": "pt"}))
         tokenizer.save_pretrained(partial)
         events.stage("loading it with plain PEFT in a process of its own and comparing")
         plain = plain_logits(partial, source, prompts, "the LoRA in plain PEFT")
@@ -157,11 +158,10 @@ def export_lora(
             prompts=PROMPTS,
             warnings=_warnings(config, change, other_base),
         )
-        (partial / "export_report.json").write_text(
-            json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
+        write_file(partial / "export_report.json", to_json(report.to_dict()))
         card = lora_card(report, _described(found, source))
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_file(partial / "README.md", card.encode())
+        seal(partial, "lora", but="README.md")
     return report
 
 

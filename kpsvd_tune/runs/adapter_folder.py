@@ -21,7 +21,7 @@ from kpsvd_tune.report.card import adapter_name, front_matter, without_folders
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.report.run import result_figures, score_table, worse_line
 from kpsvd_tune.storage import durable
-from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
+from kpsvd_tune.storage.commit import MANIFEST, check_sealed, seal
 from kpsvd_tune.storage.json_files import check_regular, check_types, read_json
 from kpsvd_tune.storage.patterns import check_patterns
 
@@ -128,15 +128,7 @@ def save_adapter(
         )
         tokenizer.save_pretrained(aside)  # PEFT's users expect it there
         (aside / _CARD).write_text(card, encoding="utf-8")
-        durable.write_file(aside / MANIFEST, _seal(aside))
-
-
-def _seal(folder: Path) -> bytes:
-    """A manifest of all that an adapter's folder holds but the model card, which takes scores."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    contents.pop(_CARD, None)
-    return manifest(_KIND, contents)
+        seal(aside, _KIND, but=_CARD)  # the card takes scores
 
 
 def adapter_hash(folder: Path) -> str:

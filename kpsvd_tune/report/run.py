@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.cost import cost_in_words
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.paths import kind_of, named, siblings
@@ -136,7 +137,7 @@ def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         is_known = key == "adapter_step" and value == results.get("steps")
         if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):
             shown[key] = value
-    return figures(shown)
+    return figures(cost_in_words(shown))
 
 
 def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -57,6 +57,7 @@ from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training.accelerator import make_accelerator
+from kpsvd_tune.training.cost import run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.initialise import initialise
@@ -111,7 +112,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             stack.enter_context(run.lock())
 
         on_main_process(claim)
-        yield Context(recipe, run, accelerator, events, phase, options)
+        yield Context(recipe, run, accelerator, events, phase, options, start_usage(accelerator))
 
 
 def read_data(context: Context) -> RunInput:
@@ -255,6 +256,8 @@ def finish_run(
     if tasks:
         results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
         results["score_conditions"] = scorer.conditions(tasks)
+
+    results |= run_cost(context.usage, context.accelerator, recipe, training.seconds_before)
 
     def save() -> None:
         found = _with_earlier_scores(run, results)

@@ -41,7 +41,7 @@ def test_the_three_cards(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    task = {"task": "exact_match", "path": str(rows_file), "max_new_tokens": 4}
+    task: dict[str, Any] = {"task": "exact_match", "path": str(rows_file), "max_new_tokens": 4}
     task["columns"] = {"prompt": "question", "completion": "answer"}
     recipe = write_recipe(adapter={"factor_shape": "thin"}, train={"max_steps": 2})
     text = recipe.read_text()
@@ -96,13 +96,13 @@ def test_the_three_cards(
         assert cli.run([*shlex.split(line)[1:], "--max-new-tokens", "2"]) == 0
 
     # What a user wrote stays when scores are added.
-    card = adapter / "README.md"
-    card.write_text(card.read_text().replace("## Licence\n", f"## Licence\n\n{MINE}"))
+    file = adapter / "README.md"
+    file.write_text(file.read_text().replace("## Licence\n", f"## Licence\n\n{MINE}"))
     options = ["--task", "loss", "--path", str(rows_file), "--limit", "3"]
     assert cli.run(["eval", str(tmp_path / "run"), *options]) == 0
-    assert MINE in card.read_text()
-    assert card.read_text().count("## Evaluation") == 1
-    assert "| loss | loss |" in card.read_text()
+    assert MINE in file.read_text()
+    assert file.read_text().count("## Evaluation") == 1
+    assert "| loss | loss |" in file.read_text()
 
 
 def test_an_adapter_without_its_run_tells_what_its_configuration_knows(

@@ -131,7 +131,7 @@ def macro_f1(completions: Sequence[Completion]) -> Score:
     )
 
 
-def _mean_f1(cells: NDArray[Any], weights: NDArray[np.float64], num_labels: int) -> float:
+def _mean_f1(cells: NDArray[Any], weights: NDArray[Any], num_labels: int) -> float:
     """Of the right and given labels in `cells`, each counted `weights` times."""
     import numpy as np
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from rich.text import Text
 
-from kpsvd_tune.report.comparison import money
 from kpsvd_tune.report.layout import Column, output, print_line, print_pairs, print_table
 from kpsvd_tune.report.results import Result
-from kpsvd_tune.units import duration, size
+from kpsvd_tune.units import duration, money, size
 
 # Untouched matrices that are named one by one.
 _LISTED = 3

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.report.cost import cost_in_words
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.paths import kind_of, named, siblings
@@ -138,7 +139,7 @@ def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         is_known = key == "adapter_step" and value == results.get("steps")
         if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):
             shown[key] = value
-    return figures(shown)
+    return figures(cost_in_words(shown))
 
 
 def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -238,12 +239,15 @@ def score_interval(scorer: str, score: Mapping[str, Any]) -> tuple[float, float]
 
 def score_table(results: Mapping[str, Any]) -> list[str]:
     """Every score of results.json as lines of a Markdown table; empty without a score."""
-    head = ("scored", "task", "scorer", "value", "uncertainty", "n", "without an answer", "asked")
+    head = (
+        *("scored", "task", "scorer", "value", "standard error", "95 % interval", "n"),
+        *("without an answer", "asked"),
+    )
     rows = [
         (
             *(model, name, scorer, score_value(scorer, score["value"])),
-            *(_uncertainty(scorer, score), str(score["n"]), str(score["unextractable"])),
-            conditions or "not known",
+            *(score_value(scorer, score["stderr"]), _interval(scorer, score)),
+            *(str(score["n"]), str(score["unextractable"]), conditions or "not known"),
         )
         for model, name, scorer, score, conditions in score_lines(results)
     ]
@@ -292,6 +296,13 @@ def _is_of(results: Mapping[str, Any], name: str, source: str) -> bool:
 def _uncertainty(scorer: str, score: Mapping[str, Any]) -> str:
     if scorer in LOSSES:
         return f"standard error {score_value(scorer, score['stderr'])}"
+    return f"95 % interval {_interval(scorer, score)}"
+
+
+def _interval(scorer: str, score: Mapping[str, Any]) -> str:
+    """The 95 % confidence interval of a share of right answers; of a loss nothing is said."""
+    if scorer in LOSSES:
+        return "-"
     # By value and n, for results of earlier versions have no interval.
     low, high = score_interval(scorer, score)
-    return f"95 % interval {score_value(scorer, low)} to {score_value(scorer, high)}"
+    return f"{score_value(scorer, low)} to {score_value(scorer, high)}"

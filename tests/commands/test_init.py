@@ -12,12 +12,12 @@ import yaml
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.data.encode.format import RowFormat
-from kpsvd_tune.draft import settings
 from kpsvd_tune.draft.budget import Budget, read_budget
 from kpsvd_tune.draft.rows import suited_task
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.estimate import plan as plans
 from kpsvd_tune.estimate.time import Speed
+from kpsvd_tune.events import Silence
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.recipe.reference import SCHEMA_NAME, place_schema
 
@@ -283,7 +283,7 @@ def test_settings_are_changed_until_the_plan_fits(
     options = ("--model", tiny_model_dir, "--data", rows.name, "--task", "none", "--yes")
     assert init(*options) == 0
     assert drafted()["train"]["batch_size"] == 8
-    found = plans.make_plan(load_recipe("mine.yaml"), settings.Silence())
+    found = plans.make_plan(load_recipe("mine.yaml"), Silence())
     monkeypatch.setattr(memory, "free_memory", lambda: round(0.8 * found.host.peak_bytes))
     Path("mine.yaml").unlink()
     Path("mine_heldout.jsonl").unlink()

@@ -227,7 +227,7 @@ assert cli.run(["train", recipe]) == 0
 for line in open("/proc/self/status"):
     if line.startswith("VmSize"):
         used = int(line.split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)
 sys.exit(cli.run(["train", recipe, "--resume", "never", *sys.argv[2:]]))
 """
 
@@ -235,7 +235,7 @@ sys.exit(cli.run(["train", recipe, "--resume", "never", *sys.argv[2:]]))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_whose_memory_is_limited_says_so(recipe: Path) -> None:
-    big = ["train.batch_size=4096", "train.max_steps=1", "dataset.validation=0"]
+    big = ["train.batch_size=1024", "train.max_steps=1", "dataset.validation=0"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(recipe), *big],
         capture_output=True,
@@ -247,7 +247,7 @@ def test_a_process_whose_memory_is_limited_says_so(recipe: Path) -> None:
     assert last.startswith("error: out of memory while training, step 1 of 1: "), last
     assert " MB were asked for; " in last or " GB were asked for; " in last
     assert "of the limit (ulimit -v) of " in last
-    assert "train.batch_size=2048 train.gradient_accumulation=2" in last
+    assert "train.batch_size=512 train.gradient_accumulation=2" in last
     assert "Traceback" not in done.stderr
 
 

@@ -200,7 +200,7 @@ def merge(
     changes = changes_of(parts, source, settings.allow_other_base)
     skeleton = load_skeleton(source)
     needed = 4 * sum(each.numel() for each in skeleton.parameters()) + _BESIDE_WEIGHTS
-    checkpoint, reason = None, _must_be_loaded(source, skeleton)
+    checkpoint, reason = None, needs_whole_base(source, skeleton)
     if reason is None:
         checkpoint = Checkpoint(source, skeleton)
         reason = unstreamable(checkpoint, changes)
@@ -362,7 +362,7 @@ def _prove_and_report(
     return report
 
 
-def _must_be_loaded(source: ModelSource, skeleton: Any) -> str | None:
+def needs_whole_base(source: ModelSource, skeleton: Any) -> str | None:
     """Why a base cannot be read from its files alone, as far as they need not be opened."""
     if source.kind == "gguf":
         return "it is a GGUF file, whose weights are dequantised while loading"

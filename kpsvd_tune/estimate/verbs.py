@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from kpsvd_tune.estimate.memory import (
     process_bytes,
 )
 from kpsvd_tune.estimate.memory import device_memory as on_one_device
+from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds, measure_speed
 from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
 from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_shots
 from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.events import Silence
 from kpsvd_tune.merge.merging import needs_whole_base
 from kpsvd_tune.models import (
     ModelSource,
@@ -39,7 +42,7 @@ from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe, Recipe
 from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.work import DiskPlan, WorkPlan
 from kpsvd_tune.runs.find import Found
-from kpsvd_tune.units import size
+from kpsvd_tune.units import duration, money, size
 
 _FLOAT = 4
 _BY_CONFIGURATION = "sizes by the configuration and the files' headers"
@@ -232,6 +235,47 @@ def evaluation_work(
         on_device=None if on_cpu else on_one_device(parts),
         disk=_disk(output, 0, lines),
         basis=("; ".join(basis),),
+    )
+
+
+def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> WorkPlan:
+    """What `compare` would do: trainings like that of the recipe, with at most `budget` parameters.
+
+    Raises:
+        RecipeError, ModelError, AdapterError, DataError: As `plan` refuses the recipe.
+    """
+    rank = recipe.adapter.rank.model_copy(update={"budget": budget, "min": 0})
+    adapter = recipe.adapter.model_copy(update={"rank": rank})
+    plan = make_plan(recipe.model_copy(update={"adapter": adapter}), Silence())
+    parts = {f"{name}, {jobs} at a time": part * jobs for name, part in plan.host.parts.items()}
+    peak = max(plan.host.peak_bytes * jobs, sum(parts.values()))
+    host = replace(plan.host, parts=parts if jobs > 1 else plan.host.parts, peak_bytes=peak)
+    on_device = plan.on_device
+    if on_device is not None:
+        shared = {name: part * jobs for name, part in on_device.parts.items()}
+        on_device = replace(on_device, parts=shared, peak_bytes=sum(shared.values()))
+    steps = [("trials", f"{num_trials:,}, {jobs} at a time")]
+    seconds = None
+    if plan.time.training_seconds is not None:
+        each = plan.time.training_seconds
+        low, high = (plan.time.decomposition_seconds + num_trials * one / jobs for one in each)
+        seconds = (low, high)
+        steps.append(("a trial", span(each, duration)))
+        if (price := recipe.compare.price_per_hour) is not None:
+            bill = (low * price / 3600, high * price / 3600)
+            steps.append(("cost", f"{span(bill, money)} {recipe.compare.currency}"))
+    stored = plan.adapter.file_bytes[1] * num_trials
+    return WorkPlan(
+        command="compare",
+        steps=tuple(steps),
+        seconds=seconds,
+        host=host,
+        on_device=on_device,
+        disk=_disk(Path(recipe.output_dir), 0, stored),
+        basis=(
+            "each trial as the recipe's own training by `plan`, with the largest budget; baselines "
+            "take somewhat less or up to twice the time a step (docs/performance.md)",
+        ),
     )
 
 

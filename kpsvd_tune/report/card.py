@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kpsvd_tune import __version__
-from kpsvd_tune.report.results import LoraReport, MergeReport
-from kpsvd_tune.units import percent
+from kpsvd_tune.report.results import GgufReport, LoraReport, MergeReport
+from kpsvd_tune.units import percent, size
 
 # What begins at the root, at home or at the current folder; addresses of the web do not.
 _LOCAL = re.compile(r"""(?<![\w.:/<\\])(?:~\w*|\.{1,2})?/(?:[^\s,;'"`|/]+/)+([^\s,;'"`|/]+)""")
@@ -156,6 +156,54 @@ def lora_card(report: LoraReport, base: Base) -> str:
         f"| what the adapter changes a logit by, at most | {report.adapter_logit_difference:.3g} |",
         f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
         f"| share of the update held | {percent(report.energy)} |",
+        *([""] if report.warnings else []),
+        *(f"Warning: {warning}" for warning in report.warnings),
+        "",
+        "## Licence",
+        "",
+        _licence(base),
+    ]
+    return without_folders("\n".join(lines) + "\n")
+
+
+def gguf_card(report: GgufReport, base: Base) -> str:
+    """The README.md of an exported GGUF file: what it was made of, and what proves it."""
+    copied = (
+        f" {report.num_copied} of its {report.num_tensors} tensors, which the training did not "
+        "change, are copied from the base's file in the types that they have there."
+        if report.num_copied
+        else ""
+    )
+    lines = [
+        *front_matter(base, "gguf", "gguf", "kpsvd"),
+        "",
+        f"# {base.name} with a KPSVD adapter merged in, as GGUF",
+        "",
+        f"Base model: {base.name}. Adapter: {adapter_name(report.adapter)}. kpsvd-tune "
+        f"{__version__} added the update to {len(report.kept_share)} weight matrices and wrote "
+        f"{report.file}, {size(report.num_bytes)}, architecture {report.architecture}, matrices in "
+        f"{report.dtype}.{copied} Tokenizer and settings are those of {report.metadata_from}.",
+        *report.notes,
+        "",
+        "```bash",
+        f"llama-cli -m {report.file}",
+        "```",
+        "",
+        "## Proof",
+        "",
+        "The file was read by transformers and compared in float32 with the adapter on its base, "
+        f"on {report.num_positions} token positions of {len(report.prompts)} prompts; all figures "
+        "are in export_report.json.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| largest logit difference from the adapter on its base | "
+        f"{report.max_logit_difference:.3g} |",
+        f"| what the adapter changes a logit by, at most | {report.adapter_logit_difference:.3g} |",
+        f"| largest logit difference from the rounded weights | "
+        f"{report.file_logit_difference:.3g} |",
+        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
+        f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |",
         *([""] if report.warnings else []),
         *(f"Warning: {warning}" for warning in report.warnings),
         "",

@@ -16,6 +16,7 @@ from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
 from kpsvd_tune.recipe import DatasetRecipe, Recipe
 from kpsvd_tune.runs.directory import RunDirectory, Start
+from kpsvd_tune.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Context:
     events: Events  # told of stages, notes and progress
     phase: Phase  # what the command does now, for messages
     options: RunOptions = field(default_factory=RunOptions)  # what was typed
+    usage: Usage = field(default_factory=Usage)  # time and energy since the command began
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,14 @@ def is_lost_process(error: RuntimeError) -> bool:
     return is_distributed() and any(each in words for each in _LOST)
 
 
+def gpu_identity(place: torch.device) -> list[str]:
+    """The GPU that a process computes on, as NVML knows it; none on a CPU."""
+    if place.type != "cuda":
+        return []
+    about: Any = torch.cuda.get_device_properties(place)
+    return [f"GPU-{getattr(about, 'uuid', '')}"]
+
+
 def gather_numbers(accelerator: Accelerator, numbers: Sequence[float]) -> list[list[float]]:
     """The numbers of every process, in the order of processes; one wait for the device."""
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64

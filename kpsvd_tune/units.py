@@ -35,6 +35,20 @@ def size(num_bytes: float) -> str:
     return f"{value:,.0f} {_SIZES[unit]}" if value >= 9.95 else f"{value:.1f} {_SIZES[unit]}"
 
 
+def energy(joules: float) -> str:
+    """Energy in watt-hours, 3600 joules each: 0.42 Wh, 12 Wh, 1.3 kWh."""
+    hours = joules / 3600
+    if hours >= 999.5:
+        return f"{hours / 1000:,.1f} kWh"
+    return f"{hours:.0f} Wh" if hours >= 9.95 else f"{hours:.2g} Wh"
+
+
+def money(amount: float) -> str:
+    """Two digits behind the point, or as many as show two of a small amount."""
+    digits = 2 if not 0 < abs(amount) < 0.1 else 1 - math.floor(math.log10(abs(amount)))
+    return f"{amount:,.{digits}f}"
+
+
 def _whole(seconds: float) -> str:
     whole = max(1, round(seconds))
     if whole < 60:

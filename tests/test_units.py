@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kpsvd_tune.units import duration, size, time_left
+from kpsvd_tune.units import duration, energy, money, size, time_left
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,14 @@ def test_a_size(num_bytes: float, text: str):
 )
 def test_the_time_left_is_said_in_one_way(seconds: float | None, text: str):
     assert time_left(seconds) == text
+
+
+def test_money_shows_two_digits_however_small():
+    amounts = (1234.5, 12.0, 0.091, 0.00012, 0.0, -0.5, -0.012)
+    shown = ["1,234.50", "12.00", "0.091", "0.00012", "0.00", "-0.50", "-0.012"]
+    assert [money(each) for each in amounts] == shown
+
+
+def test_energy_is_in_watt_hours():
+    joules = (360, 3600, 43_200, 3_600_000, 4_680_000)
+    assert [energy(each) for each in joules] == ["0.1 Wh", "1 Wh", "12 Wh", "1.0 kWh", "1.3 kWh"]

@@ -27,7 +27,6 @@ def self_test() -> Check:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kpsvd-tune-doctor-") as name:
         folder = Path(name)
-        _write_model(folder / "model")
         (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in _ROWS))
         recipe = folder / "recipe.yaml"
         recipe.write_text(json.dumps(_recipe(folder)))
@@ -44,11 +43,16 @@ def self_test() -> Check:
     return Check("self-test", "ok", f"decomposed, trained two steps and merged in {taken}")
 
 
-# One process for all: importing the libraries takes most of the time. 4: the adapter is worse than
-# its base, which two steps may well make it.
+# One process for all, the model's making too: importing the libraries takes most of the time.
+# 4: the adapter is worse than its base, which two steps may well make it.
 _PROGRAM = """
 import json, sys
+from pathlib import Path
 from kpsvd_tune.commands.main import run
+from kpsvd_tune.commands.options import prepare_libraries
+prepare_libraries(offline=True, debug=False)
+from kpsvd_tune.doctor.selftest import write_model
+write_model(Path(sys.argv[2]))
 for command in json.loads(sys.argv[1]):
     if run(command) not in (0, 4):
         sys.exit(f"kpsvd-tune {command[0]} failed")
@@ -60,7 +64,7 @@ def _run(*commands: list[str], folder: Path) -> str | None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, json.dumps(commands)],
+            [sys.executable, "-c", _PROGRAM, json.dumps(commands), str(folder / "model")],
             env=environment,
             capture_output=True,
             text=True,
@@ -84,7 +88,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path) -> None:
     """A Llama of two small layers and a tokenizer of bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

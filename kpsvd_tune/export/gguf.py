@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,16 +33,18 @@ from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES, difference, logits
 from kpsvd_tune.merge.update import Term
 from kpsvd_tune.models import (
     ModelSource,
-    describe_base,
     load_skeleton,
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.report.card import gguf_card
+from kpsvd_tune.models.source import base_of
+from kpsvd_tune.report.card import CARD, gguf_card
 from kpsvd_tune.report.results import GgufReport
+from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files, load
 from kpsvd_tune.storage.disk import check_room
-from kpsvd_tune.storage.durable import write_folder
+from kpsvd_tune.storage.durable import write_file, write_folder
+from kpsvd_tune.storage.json_files import to_json
 
 NAME = "model.gguf"  # of the file in the output folder
 # Entries whose update is computed at a time.
@@ -76,6 +77,7 @@ def export_gguf(
     """
     folder = found.adapter
     assert folder is not None
+    training = training_of(folder)
     file = GgufModel(choose_file(source, settings.metadata_from))
     is_base = source.kind == "gguf"
     if not is_base:
@@ -147,11 +149,9 @@ def export_gguf(
         )
         _check_proof(report, TOLERANCES["float32"] * smallest)
         report = replace(report, warnings=_warnings(report, file, is_base, other_base))
-        (partial / "export_report.json").write_text(
-            json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
-        card = gguf_card(report, describe_base(found.base or source.path, source.folder))
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_file(partial / "export_report.json", to_json(report.to_dict()))
+        card = gguf_card(report, base_of(source, found.base), training)
+        write_file(partial / CARD, card.encode())
     return report
 
 

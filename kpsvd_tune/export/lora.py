@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,13 +22,15 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.export.low_rank import LowRank, low_rank
 from kpsvd_tune.export.proof import plain_logits
 from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES, difference, logits
-from kpsvd_tune.models import ModelSource, describe_base
+from kpsvd_tune.models import ModelSource, base_of
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.report.card import Base, lora_card
+from kpsvd_tune.report.card import CARD, lora_card
 from kpsvd_tune.report.results import LoraReport
 from kpsvd_tune.runs.adapter_folder import CONFIG, WEIGHTS
+from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files, load
-from kpsvd_tune.storage.durable import write_folder
+from kpsvd_tune.storage.commit import seal
+from kpsvd_tune.storage.durable import write_file, write_folder
 from kpsvd_tune.storage.json_files import to_json
 from kpsvd_tune.units import percent
 
@@ -95,6 +96,7 @@ def export_lora(
     check_rank(settings.max_rank)
     folder = found.adapter
     assert folder is not None
+    training = training_of(folder)
     events.stage(f"loading {source.path}")
     loaded = load(found, source, "float32", allow_other_base=settings.allow_other_base)
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
@@ -127,8 +129,9 @@ def export_lora(
     tolerance = TOLERANCES[settings.dtype] * smallest if update.is_exact else None
     with write_folder(output) as partial:
         events.stage(f"writing {output}")
-        (partial / CONFIG).write_bytes(_config_file(config))
-        save_file({**_named(factors), **_others(folder)}, partial / WEIGHTS, {"format": "pt"})
+        write_file(partial / CONFIG, _config_file(config))
+        tensors = {**_named(factors), **_others(folder)}
+        write_file(partial / WEIGHTS, save(tensors, {"format": "pt"}))
         tokenizer.save_pretrained(partial)
         events.stage("loading it with plain PEFT in a process of its own and comparing")
         plain = plain_logits(partial, source, prompts, "the LoRA in plain PEFT")
@@ -157,11 +160,10 @@ def export_lora(
             prompts=PROMPTS,
             warnings=_warnings(config, change, other_base),
         )
-        (partial / "export_report.json").write_text(
-            json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
-        card = lora_card(report, _described(found, source))
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_file(partial / "export_report.json", to_json(report.to_dict()))
+        card = lora_card(report, base_of(source, found.base), training)
+        write_file(partial / CARD, card.encode())
+        seal(partial, "lora", but=CARD)
     return report
 
 
@@ -327,7 +329,3 @@ def _warnings(config: LoraConfig, change: float, other_base: str | None) -> tupl
             "them, vLLM and llama.cpp do not: serve the merged model there"
         )
     return tuple(found)
-
-
-def _described(found: Found, source: ModelSource) -> Base:
-    return describe_base(found.base or source.path, source.folder)

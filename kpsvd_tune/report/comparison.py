@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.results import CLOSED, Result
 from kpsvd_tune.storage.json_files import check_types, read_json
-from kpsvd_tune.units import duration, size
+from kpsvd_tune.units import duration, money, size
 
 
 @dataclass(frozen=True, order=True)
@@ -230,9 +229,3 @@ def plus_minus(found: Estimate | None) -> str:
     if found is None:
         return "–"
     return f"{found.mean:.4f}" + ("" if found.deviation is None else f" ± {found.deviation:.4f}")
-
-
-def money(amount: float) -> str:
-    """Two digits behind the point, or as many as show two of a small amount."""
-    digits = 2 if not 0 < amount < 0.1 else 1 - math.floor(math.log10(amount))
-    return f"{amount:,.{digits}f}"

@@ -75,6 +75,17 @@ def manifest(kind: str, files: Mapping[str, bytes]) -> bytes:
     return _manifest(kind, {name: _entry(data) for name, data in files.items()})
 
 
+def seal(folder: Path, kind: str, *, but: str) -> None:
+    """Write the manifest of all that a folder of :func:`durable.write_folder` holds by now.
+
+    The file `but` is left out, for a user may edit it.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    contents.pop(but, None)
+    durable.write_file(folder / MANIFEST, manifest(kind, contents))
+
+
 def check_sealed(folder: Path, kind: str) -> None:
     """Compare a folder's files with its seal; folders of older versions and of others have none.
 

@@ -106,6 +106,8 @@ class Training:
         self.progress = self._saving.start(checkpoint)
         if loss_before is not None and self.progress.step == 0:
             self.progress.validation_loss_before = self.progress.validation_loss = loss_before
+        # Of earlier calls of this run.
+        self.seconds_before = self.progress.seconds
         self._began = time.monotonic() - self.progress.seconds
         self._tracking = Tracking(accelerator, settings)
 

@@ -304,6 +304,18 @@ def test_metadata_are_those_of_the_base(base: Path, adapter: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_dry_run_says_what_it_takes(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(adapter, tmp_path / "out", "--dry-run", "--json", "--dtype", "q8_0") == 0
+    work = json.loads(capsys.readouterr().out)
+    assert ["architecture", "llama"] in work["steps"]
+    assert ["tokenizer and settings of", str(base)] in work["steps"]
+    assert work["disk"]["needed_bytes"][1] >= base.stat().st_size / 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_the_template_and_the_end_of_answers_are_those_of_the_training(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from trial_rows import row
 
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.comparison import Comparison, TrialRow, money, plus_minus
+from kpsvd_tune.report.comparison import Comparison, TrialRow, plus_minus
 from kpsvd_tune.report.comparison_page import PALETTES, comparison_page
 from kpsvd_tune.report.console import show_comparison
 
@@ -97,16 +97,6 @@ def test_no_figure_of_the_verdict_is_cut_at_any_width(
     # A column is there or it is named among those that are not.
     assert ("grad. CV" in shown.partition("left out")[0]) != ("grad. CV" in told)
     assert bool(told) == (width == 140)
-
-
-def test_costs_show_two_digits_however_small() -> None:
-    assert [money(each) for each in (1234.5, 12.0, 0.091, 0.00012, 0.0)] == [
-        "1,234.50",
-        "12.00",
-        "0.091",
-        "0.00012",
-        "0.00",
-    ]
 
 
 def _luminance(colour: str) -> float:

@@ -55,7 +55,12 @@ def test_train_report_merge_generate(
         "trainable_parameters",
         "wall_seconds",
         "peak_memory_bytes",
+        "device_seconds",
     } <= set(results)
+    # The loop, and what came before and after it.
+    assert results["device_seconds"] > results["wall_seconds"]
+    # No price was given.
+    assert "cost" not in results
     assert results["validation_loss"] < results["validation_loss_before"]
     assert results["steps"] == 6
 

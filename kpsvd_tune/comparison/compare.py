@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.comparison.advice import lines_to_use
 from kpsvd_tune.comparison.baselines import Sizes
 from kpsvd_tune.comparison.methods import Method
 from kpsvd_tune.comparison.plan import Grid, next_trials, num_left
@@ -129,9 +130,9 @@ def compare(
         except StoppedBySignal:
             # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):
-                _conclude(recipe, grid, rows, base, jobs, plan.notes, events)
+                _conclude(recipe, grid, rows, base, jobs, plan, events)
             raise
-        return _conclude(recipe, grid, rows, base, jobs, plan.notes, events)
+        return _conclude(recipe, grid, rows, base, jobs, plan, events)
 
 
 def _material(
@@ -199,7 +200,7 @@ def _conclude(
     rows: Sequence[TrialRow],
     base: Mapping[str, float | None],
     jobs: int,
-    notes: Sequence[str],
+    plan: Setups,
     events: Events,
 ) -> Comparison:
     """Write the verdict on the trials of the grid, also where more of them are to come."""
@@ -217,7 +218,10 @@ def _conclude(
         currency=recipe.compare.currency,
         num_missing=len(next_trials(grid, rows)),
         jobs=jobs,
-        notes=notes,
+        notes=plan.notes,
+        lines=lambda row: (
+            lines_to_use(plan.setup(row.trial, base)) if plan.knows(row.trial) else ()
+        ),
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"

@@ -137,7 +137,8 @@ class Workers(AbstractContextManager["Workers", None]):
         context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
         own, other = context.Pipe()
         slot, threads = len(self._workers), max(1, torch.get_num_threads() // self._jobs)
-        arguments = (self._material, self._recipe, slot, threads, other)
+        is_alone = self._jobs == 1
+        arguments = (self._material, self._recipe, slot, threads, is_alone, other)
         process = context.Process(target=_work, args=arguments, daemon=True)
         # The server that forks never sees the terminal's Ctrl-C. Running already it leaves the
         # mask alone; started by the server it would lift it.
@@ -198,7 +199,9 @@ def _stop(workers: dict[Connection, _Worker]) -> None:
     workers.clear()
 
 
-def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: Connection) -> None:
+def _work(
+    material: Material, recipe: Recipe, slot: int, threads: int, is_alone: bool, parent: Connection
+) -> None:
     # Out of the terminal's group: its Ctrl-C reaches the parent alone, which passes it on once.
     os.setsid()
     torch.set_num_threads(threads)
@@ -214,7 +217,8 @@ def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: C
     # The parent is gone, or has no more to do; what a trial saved is kept.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            answer = _answer(parent.recv(), material, recipe, base, parent.send)
+            task = parent.recv()
+            answer = _answer(task, material, recipe, base, parent.send, is_alone=is_alone)
             if answer is None:
                 return
             parent.send(answer)
@@ -223,7 +227,13 @@ def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: C
 
 
 def _answer(
-    task: Task, material: Material, recipe: Recipe, base: KeptBase, send: Callable[[Any], None]
+    task: Task,
+    material: Material,
+    recipe: Recipe,
+    base: KeptBase,
+    send: Callable[[Any], None],
+    *,
+    is_alone: bool = True,
 ) -> Any:
     """What came of a task: its result, or the error that ended it; None where it was stopped."""
 
@@ -237,7 +247,7 @@ def _answer(
         with explained_memory(doing, *cures):
             if task is None:
                 return measure_base(material, recipe, base)
-            return _patiently(lambda: run_trial(task, material, base, report))
+            return _patiently(lambda: run_trial(task, material, base, report, is_alone=is_alone))
     except StoppedBySignal:
         return None
     except (BrokenPipeError, ConnectionResetError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.storage.json_files import check_types
@@ -188,6 +188,33 @@ class StepMetrics(Result):
 
 
 @dataclass(frozen=True)
+class Event(Result):
+    """Something that happened in a run and is worth knowing: a line of events.jsonl."""
+
+    time: str  # ISO 8601, with the zone
+    kind: Literal["stage", "note", "warning", "fallback", "end"]
+    text: str  # what happened, one sentence
+    code: str = ""  # short name of a warning or a fallback; empty for other kinds
+    step: int | None = None  # optimiser steps done; None outside of training
+    evidence: Mapping[str, int | float | str] = field(default_factory=dict)  # what it rests on
+    cure: str = ""  # what to do, one sentence; empty for stages and notes
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Event:
+        """Read a line of events.jsonl; keys of later versions are left out.
+
+        Raises:
+            InputError: A key is missing, or a value is of another type.
+        """
+        known = {each.name: data[each.name] for each in fields(cls) if each.name in data}
+        try:
+            event: Event = check_types(known, cls)
+        except ValueError as error:
+            raise InputError(f"the event {error}; was events.jsonl edited?") from error
+        return event
+
+
+@dataclass(frozen=True)
 class TrainResult(Result):
     """How a training run ended: the core of results.json."""
 
@@ -295,6 +322,8 @@ class Score(Result):
     n: int  # questions judged; for a loss the tokens
     stderr: float  # standard error of the value; of a share sqrt(value * (1 - value) / n)
     unextractable: int = 0  # answers in which the rule found nothing to judge; they count as wrong
+    # For each right label how often which one was answered; None where no labels are judged.
+    confusion: Mapping[str, Mapping[str, int]] | None = None
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,8 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError
+from kpsvd_tune.report.events import EVENTS_FILE
+from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.identity import changes, refusal, run_id
 from kpsvd_tune.runs.ownership import is_run, refuse_foreign
 from kpsvd_tune.runs.state import TrainingState, from_files, to_files
@@ -39,6 +41,7 @@ _ENTRIES = (
     "init",
     "probes",
     "metrics.jsonl",
+    EVENTS_FILE,
     "checkpoints",
     "adapter",
     "results.json",
@@ -85,7 +88,7 @@ class RunRecord(TypedDict, total=False):
 
 
 class RunDirectory:
-    """The layout of `output_dir`, its lock, its log of metrics and its checkpoints.
+    """The layout of `output_dir`, its lock, its logs of metrics and events, and its checkpoints.
 
     Making it touches nothing. Only the main process writes; others use its paths, and load.
     """
@@ -96,6 +99,7 @@ class RunDirectory:
         self.run_file = self.path / "run.json"
         self.init = self.path / "init"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.events_file = self.path / EVENTS_FILE
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.results_file = self.path / "results.json"
@@ -199,6 +203,7 @@ class RunDirectory:
                 "other settings; choose another output_dir or pass --resume never"
             )
         state = self._return_to(checkpoint)
+        self._end_events()
         durable.replace_file(self.recipe_file, recipe_text.encode())
         history = recorded.get("changes", []) + [
             {"step": state.step, "key": key, "old": old, "new": new}
@@ -226,6 +231,15 @@ class RunDirectory:
         """Append one line to metrics.jsonl."""
         text = json.dumps(line, allow_nan=False)
         durable.append_file(self.metrics_file, f"{text}\n".encode())
+
+    def tell(self, event: Event) -> None:
+        """Append one line to events.jsonl, which no return to a checkpoint shortens.
+
+        It is on the disk afterwards: what was told once is not told again, whatever happens next.
+        """
+        text = json.dumps(event.to_dict(), allow_nan=False)
+        durable.append_file(self.events_file, f"{text}\n".encode())
+        durable.sync_file(self.events_file)
 
     def save(
         self,
@@ -294,6 +308,11 @@ class RunDirectory:
         self._clean(checkpoint)
         return state
 
+    def _end_events(self) -> None:
+        """Cut off half a line that a kill has left, so that the next one begins a line."""
+        if self.events_file.exists():
+            durable.truncate_file(self.events_file, self.events_file.read_bytes().rfind(b"\n") + 1)
+
     def _saved(self) -> list[Saved]:
         """Every checkpoint, newest first, whole or not."""
         found = []
@@ -357,6 +376,7 @@ class RunDirectory:
         is_same: bool = False,
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
+        durable.truncate_file(self.events_file, 0)
         # First, because this file shows that the others belong to a run.
         self._write_run(
             {"status": "running", **about, "id": run_id(identity), "identity": identity}

@@ -9,6 +9,7 @@ import pytest
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.results import (
+    Event,
     LayerReport,
     MergeReport,
     PreflightReport,
@@ -181,3 +182,32 @@ def test_a_preflight_report_comes_back_equal_from_json():
     assert check_types(content, PreflightReport) == report
     with pytest.raises(ValueError, match="num_rows: input should be a valid integer"):
         check_types({**content, "num_rows": "many"}, PreflightReport)
+
+
+def test_an_event_comes_back_from_its_line_and_keys_of_later_versions_are_left_out():
+    event = Event(
+        time="2026-01-02T03:04:05+00:00",
+        kind="warning",
+        text="The loss rose.",
+        code="loss_spike",
+        step=7,
+        evidence={"loss": 3.5, "median": 1, "rows": "1, 2"},
+        cure="Lower train.learning_rate.",
+    )
+    assert Event.from_dict(json.loads(json.dumps(event.to_dict() | {"later": 1}))) == event
+    stage = Event(time="2026-01-02T03:04:05+00:00", kind="stage", text="reading rows")
+    assert Event.from_dict({"time": stage.time, "kind": "stage", "text": stage.text}) == stage
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "alarm"}, r"the event holds something unexpected \(kind: .*got \"alarm\""),
+        ({"step": "seven"}, r"\(step: .*got \"seven\"\); was events.jsonl edited"),
+        ({"evidence": {"loss": [1]}}, r"evidence.loss"),
+    ],
+)
+def test_an_event_with_a_value_of_another_type_is_refused(change, message):
+    line = {"time": "2026-01-02T03:04:05+00:00", "kind": "note", "text": "x"} | change
+    with pytest.raises(InputError, match=message):
+        Event.from_dict(line)

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from kpsvd_tune.errors import CheckpointError, ResourceError
+from kpsvd_tune.report.events import read_events
+from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.identity import changes
 from kpsvd_tune.runs.state import TrainingState
@@ -374,3 +376,30 @@ def test_what_made_the_factors_cannot_be_accepted(run):
     assert "--allow-change" not in message
     with pytest.raises(CheckpointError, match=r"adapter: '\(not set\)' in the run, 'aa' now"):
         run.begin("recipe", {**identity(), "adapter": "aa"}, {}, allow_change=["adapter"])
+
+
+def event(text: str) -> Event:
+    return Event(time="2026-01-02T03:04:05+00:00", kind="note", text=text)
+
+
+def test_events_outlive_a_return_to_a_checkpoint_and_half_a_line_is_cut_off(run):
+    run.tell(event("one"))
+    run.log({"step": 7})
+    with run.events_file.open("a") as file:
+        file.write('{"time": "20')
+    assert run.begin("recipe: 1", identity(), {}).checkpoint is not None
+    run.tell(event("two"))
+    assert [each.text for each in read_events(run.path)] == ["one", "two"]
+    assert steps_logged(run) == [1, 2, 3, 4, 5, 6]
+    run.rewind()
+    assert len(read_events(run.path)) == 2
+
+
+def test_events_go_with_a_run_that_is_set_aside_or_begun_again(run, tmp_path):
+    run.tell(event("one"))
+    run.begin("recipe: 1", identity(), {}, resume="never")
+    assert not run.events_file.exists()
+    assert [each.text for each in read_events(run.path / "previous" / "001")] == ["one"]
+    run.tell(event("two"))
+    run.begin("recipe: 1", identity(), {})
+    assert read_events(run.path) == ()

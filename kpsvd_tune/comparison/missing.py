@@ -22,10 +22,12 @@ def missing(
     *,
     by_score: bool,
     num_missing: int,
+    to_come: str = "",  # what to do about those; empty: the same command runs them
 ) -> Iterable[str]:
     """One sentence for each thing that is missing, the one that costs least first."""
     if num_missing:
-        yield f"trials: at least {num_missing} are still to come; the same command runs them"
+        told = f"trials: at least {num_missing} are still to come; the same command runs them"
+        yield to_come or told
     if chosen.is_edge:
         yield _rates(found, chosen)
     if by_score:

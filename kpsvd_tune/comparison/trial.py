@@ -27,7 +27,7 @@ from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_tokenizer
 from kpsvd_tune.processes import device, gpu_identity, reset_peak_memory
-from kpsvd_tune.recipe import Recipe, recipe_to_yaml
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs.directory import RunDirectory, RunRecord
@@ -53,6 +53,8 @@ class Material:
     test: Sequence[TokenizedRow]  # rows that no choice looks at; may be empty
     forgetting: Path | None  # a text of another kind; None: not measured
     pad_token_id: int  # fills short rows
+    dataset: DatasetRecipe  # with the template that the rows turned out to take
+    chat_template: str | None = None  # of the tokenizer, as the rows were written
 
 
 def measure_base(material: Material, recipe: Recipe, base: KeptBase) -> dict[str, float | None]:
@@ -95,7 +97,7 @@ def run_trial(
             # It ended, and whoever started it was gone before the row could be written down.
             return TrialRow.from_dict(read_json(run.results_file))
         reset_peak_memory(accelerator.device)
-        model, rank, init_seconds = _adapted(setup, material, base.fresh())
+        model, rank, init_seconds = adapted(setup, material, base.fresh())
         training = Training(
             model,
             material.train,
@@ -188,7 +190,7 @@ def known_identity(run: RunDirectory, identity: Mapping[str, Any]) -> Mapping[st
     return None
 
 
-def _adapted(setup: Setup, material: Material, base: Any) -> tuple[PeftModel, str, float]:
+def adapted(setup: Setup, material: Material, base: Any) -> tuple[PeftModel, str, float]:
     """The model with its adapter, its rank as text, and the seconds the adapter's start took."""
     recipe, source = setup.recipe, material.source
     # Last, so that nothing that came before has drawn from it.

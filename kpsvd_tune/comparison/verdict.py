@@ -33,6 +33,7 @@ def compare_rows(
     price_per_hour: float | None = None,  # of one device; None: no costs
     currency: str = "USD",
     num_missing: int = 0,  # trials still to come; with any, no claim is judged
+    to_come: str = "",  # what to do about them; empty: the same command runs them
     jobs: int = 1,  # trials that ran at a time
     notes: Sequence[str] = (),  # what a reader must know of the plan
     base_score: TrialScore | None = None,  # of the base model; None: not scored
@@ -62,7 +63,7 @@ def compare_rows(
         model=model,
         steps=steps,
         base=dict(base),
-        recommendation=_recommend(found, num_missing, lines),
+        recommendation=_recommend(found, num_missing, to_come, lines),
         reference=found.reference,
         summaries=found.summaries,
         differences=tuple(found.differences()),
@@ -79,7 +80,10 @@ def compare_rows(
 
 
 def _recommend(
-    found: Findings, num_missing: int, lines: Callable[[TrialRow], tuple[str, ...]]
+    found: Findings,
+    num_missing: int,
+    to_come: str,
+    lines: Callable[[TrialRow], tuple[str, ...]],
 ) -> Recommendation:
     """Name the method, size and rate to take, what is not proved, and what would prove it.
 
@@ -103,6 +107,7 @@ def _recommend(
             judged.rivals,
             by_score=scored is not None,
             num_missing=num_missing,
+            to_come=to_come,
         )
     )
     if not judged.is_gain:

@@ -271,6 +271,10 @@ def preflight_lines(report: PreflightReport) -> list[str]:
 def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
+        if key == "plan_of_the_money":
+            for line in value:
+                print_line(output(), line)
+            continue
         parts = value if isinstance(value, Mapping) else {"": value}
         for name, part in parts.items():
             shown = ", ".join(map(str, part)) if isinstance(part, list) else str(part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,10 +261,15 @@ class Return(Result):
             "device time": duration(3600 * self.hours),
             "cost": "–" if self.cost is None else f"{money(self.cost)} {currency}",
             "energy": "–" if self.energy_joules is None else energy(self.energy_joules),
-            "gain over base": "–" if self.gain is None else f"{self.gain:+.4f} nats",
-            "gain for the money": _rate(self.gain, paid, "nats", unit),
-            "points over base": "–" if self.points is None else f"{self.points:+.1f} points",
-            "points for the money": _rate(self.points, paid, "points", unit),
+            "gain over base": _joined(
+                [
+                    None if self.gain is None else f"{self.gain:+.4f} nats",
+                    None if self.points is None else f"{self.points:+.1f} points",
+                ]
+            ),
+            f"gain per {unit}": _joined(
+                [_rate(self.gain, paid, "nats"), _rate(self.points, paid, "points")]
+            ),
             "against the best baseline": self._against(extra, unit),
         }
 
@@ -280,10 +285,8 @@ class Return(Result):
         told = " and ".join(text for _, text, _ in gains)
         paid = f"{money(abs(extra))} {unit}"
         said = f"{self.baseline}: {told} of gain for {paid} {'more' if extra > 0 else 'less'}"
-        rates = [
-            _rate(gain, extra, name, unit) for gain, _, name in gains if gain > 0 and extra > 0
-        ]
-        return f"{said}, {' and '.join(rates)}" if rates else said
+        rates = [each for gain, _, name in gains if (each := _rate(gain, extra, name))]
+        return f"{said}: {' and '.join(rates)} per {unit}" if rates else said
 
 
 @dataclass(frozen=True)
@@ -420,9 +423,16 @@ def round_amount(each: float) -> float:
     return float(10 ** max(0, math.ceil(math.log10(10 * each))))
 
 
-def _rate(gain: float | None, paid: float, name: str, unit: str) -> str:
-    """A gain for a unit of money or time."""
-    return "–" if gain is None or paid <= 0 else f"{gain / paid:.3g} {name} per {unit}"
+def _rate(gain: float | None, paid: float, name: str) -> str | None:
+    """A gain for a unit of what was paid; None where nothing was gained or paid."""
+    if gain is None or gain <= 0 or paid <= 0:
+        return None
+    rate = gain / paid
+    return f"{rate:,.0f} {name}" if rate >= 1000 else f"{rate:.3g} {name}"
+
+
+def _joined(parts: Sequence[str | None]) -> str:
+    return ", ".join(each for each in parts if each) or "–"
 
 
 def plus_minus(found: Estimate | None) -> str:

@@ -49,7 +49,7 @@ def test_a_run_costs_its_device_hours_and_brings_nats() -> None:
     assert cells["cost"] == "0.12 EUR"
     assert cells["gain over base"] == "+1.0000 nats"
     # 1.0 / 0.12
-    assert cells["gain for the money"] == "8.33 nats per EUR"
+    assert cells["gain per EUR"] == "8.33 nats"
     assert cells["against the best baseline"] == "is the best baseline"
     assert cells["energy"] == "–"
 
@@ -59,7 +59,7 @@ def test_without_a_price_an_hour_is_what_is_paid() -> None:
     cells = found.in_words("EUR")
     assert (found.cost, cells["cost"]) == (None, "–")
     # One nat in 12 s: 300 in an hour.
-    assert cells["gain for the money"] == "300 nats per hour"
+    assert cells["gain per hour"] == "300 nats"
 
 
 def test_more_money_than_the_baseline_is_held_against_what_it_brings() -> None:
@@ -71,7 +71,7 @@ def test_more_money_than_the_baseline_is_held_against_what_it_brings() -> None:
     assert found.extra_gain is not None
     assert found.extra_gain.mean == pytest.approx(0.1)
     assert found.in_words("EUR")["against the best baseline"] == (
-        "lora: +0.1000 nats of gain for 0.080 EUR more, 1.25 nats per EUR"
+        "lora: +0.1000 nats of gain for 0.080 EUR more: 1.25 nats per EUR"
     )
 
 
@@ -81,6 +81,19 @@ def test_a_cheaper_run_says_so_and_has_no_rate() -> None:
     assert found.in_words("EUR")["against the best baseline"] == (
         "lora: -0.1000 nats of gain for 0.040 EUR less"
     )
+
+
+def test_what_is_lost_has_no_rate_for_the_money() -> None:
+    cells = of(verdict(seeds("lora", [2.5])), "lora").in_words("EUR")
+    assert (cells["gain over base"], cells["gain per EUR"]) == ("-0.5000 nats", "–")
+
+
+def test_points_are_bought_beside_nats() -> None:
+    rows = [row("lora", loss=1.0, score=scored((1.0, 0.0)))]
+    cells = of(verdict(rows, base_score=scored((0.0, 0.0))), "lora").in_words("EUR")
+    assert cells["gain over base"] == "+1.0000 nats, +50.0 points"
+    # 50 / 0.12
+    assert cells["gain per EUR"] == "8.33 nats, 417 points"
 
 
 def test_the_interval_of_a_gain_is_that_of_the_loss_turned_round() -> None:

@@ -199,8 +199,8 @@ def test_what_is_asked_is_the_recipes_own_task_or_held_out_rows(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("exactmatch", r"--score: got 'exactmatch'; expected gsm8k, math, exact_match"),
-        ("loss", r"--score: got 'loss'; expected"),
+        ("exactmatch", r"--score: got 'exactmatch'; expected one of gsm8k, math, exact_match"),
+        ("loss", r"--score: got 'loss'; expected one of"),
         ("mbpp", r"it runs programs: score the adapter of one trial with `kpsvd-tune eval`"),
         ("exact_match", r"--score exact_match: no rows to ask; name a file of rows"),
     ],
@@ -219,7 +219,7 @@ def test_a_task_that_cannot_be_asked_is_refused(recipe: Path, name: str, message
             ["--money", "5", "compare.price_per_hour=null"],
             "--money needs a price: set what an hour of one device costs, as in",
         ),
-        (["--score", "exactmatch"], "--score: got 'exactmatch'; expected gsm8k"),
+        (["--score", "exactmatch"], "--score: got 'exactmatch'; expected one of gsm8k"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_done(

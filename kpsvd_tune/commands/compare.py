@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +22,7 @@ from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import Recipe, load_recipe, read_number_of_parameters
 from kpsvd_tune.report.console import show_comparison, show_grid
 from kpsvd_tune.report.live import ConsoleEvents, TrialTable
+from kpsvd_tune.report.work import WorkPlan, show_work
 
 DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
 
@@ -99,13 +101,16 @@ def compare(
     if money is not None:
         _check_money(money, shared)
     if dry_run:
-        found = grid.summary()
+        prepare_libraries(offline, debug)
+        from kpsvd_tune.estimate.verbs import comparison_work
+
+        summary = grid.summary()
         if money is not None:
-            prepare_libraries(offline, debug)
             from kpsvd_tune.comparison.compare import money_summary
 
-            found |= money_summary(shared, grid, money, jobs)
-        emit(found, as_json, show_grid)
+            summary |= money_summary(shared, grid, money, jobs)
+        work = comparison_work(shared, max(sizes), summary["trials"], jobs)
+        emit({**summary, "work": work.to_dict()}, as_json, lambda _: _show(summary, work))
         return
     prepare_libraries(offline, debug)
     from kpsvd_tune.comparison.compare import compare as run_comparison
@@ -125,6 +130,11 @@ def _check_money(money: float, recipe: Recipe) -> None:
             "--money needs a price: set what an hour of one device costs, as in "
             "compare.price_per_hour=2.5 compare.currency=EUR"
         )
+
+
+def _show(summary: Mapping[str, Any], work: WorkPlan) -> None:
+    show_grid(summary)
+    show_work(work)
 
 
 def _items(option: str, text: str) -> list[str]:

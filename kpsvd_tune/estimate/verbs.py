@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from kpsvd_tune.estimate.memory import (
     process_bytes,
 )
 from kpsvd_tune.estimate.memory import device_memory as on_one_device
+from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds, measure_speed
 from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
 from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_shots
 from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.events import Silence
+from kpsvd_tune.export.gguf_model import GgufModel, choose_file
 from kpsvd_tune.merge.merging import needs_whole_base
 from kpsvd_tune.models import (
     ModelSource,
@@ -39,9 +43,11 @@ from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe, Recipe
 from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.work import DiskPlan, WorkPlan
 from kpsvd_tune.runs.find import Found
-from kpsvd_tune.units import size
+from kpsvd_tune.units import duration, money, size
 
 _FLOAT = 4
+# Bytes a number takes in a GGUF file; q8_0 has two more for every 32.
+_GGUF_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "q8_0": 34 / 32}
 _BY_CONFIGURATION = "sizes by the configuration and the files' headers"
 # Tensors in hand at once: read and rearranged by the decomposition, or one of each merging thread.
 _IN_HAND = 2
@@ -176,6 +182,45 @@ def export_work(
     )
 
 
+def gguf_work(
+    found: Found, source: ModelSource, output: Path, metadata_from: Path | None, dtype: str
+) -> WorkPlan:
+    """What `export --to gguf` would do: merge, round, write the file, read it and compare.
+
+    Raises:
+        InputError, ModelError: As the export refuses the file whose metadata it takes.
+    """
+    assert found.adapter is not None
+    file = GgufModel(choose_file(source, metadata_from))
+    skeleton = load_skeleton(source)
+    layers = ranks_of_adapter(found.adapter).most
+    whole = base_bytes(skeleton, "float32")
+    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
+    parts = {
+        "base in float32": whole,
+        "what transformers reads of a GGUF file, before it is the model": whole,
+        "adapter": _adapter_bytes(found),
+        "an update in float64": 8 * _IN_HAND * largest,
+    }
+    # What is copied from the base is as large as it is there, which is not larger.
+    most = int(whole / _FLOAT * _GGUF_BYTES[dtype])
+    return WorkPlan(
+        command="export",
+        steps=(
+            ("adapter", str(found.adapter)),
+            ("base model", source.path),
+            ("layers", f"{sum(p.rank > 0 for p in layers):,}"),
+            ("architecture", file.architecture),
+            ("tokenizer and settings of", str(file.path)),
+        ),
+        seconds=None,
+        host=host_memory(process_bytes(), 0, parts),
+        on_device=None,
+        disk=_disk(output, 0, most),
+        basis=(f"{_BY_CONFIGURATION}; the time is not estimated",),
+    )
+
+
 def evaluation_work(
     found: Found,
     source: ModelSource,
@@ -232,6 +277,47 @@ def evaluation_work(
         on_device=None if on_cpu else on_one_device(parts),
         disk=_disk(output, 0, lines),
         basis=("; ".join(basis),),
+    )
+
+
+def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> WorkPlan:
+    """What `compare` would do: trainings like that of the recipe, with at most `budget` parameters.
+
+    Raises:
+        RecipeError, ModelError, AdapterError, DataError: As `plan` refuses the recipe.
+    """
+    rank = recipe.adapter.rank.model_copy(update={"budget": budget, "min": 0})
+    adapter = recipe.adapter.model_copy(update={"rank": rank})
+    plan = make_plan(recipe.model_copy(update={"adapter": adapter}), Silence())
+    parts = {f"{name}, {jobs} at a time": part * jobs for name, part in plan.host.parts.items()}
+    peak = max(plan.host.peak_bytes * jobs, sum(parts.values()))
+    host = replace(plan.host, parts=parts if jobs > 1 else plan.host.parts, peak_bytes=peak)
+    on_device = plan.on_device
+    if on_device is not None:
+        shared = {name: part * jobs for name, part in on_device.parts.items()}
+        on_device = replace(on_device, parts=shared, peak_bytes=sum(shared.values()))
+    steps = [("trials", f"{num_trials:,}, {jobs} at a time")]
+    seconds = None
+    if plan.time.training_seconds is not None:
+        each = plan.time.training_seconds
+        low, high = (plan.time.decomposition_seconds + num_trials * one / jobs for one in each)
+        seconds = (low, high)
+        steps.append(("a trial", span(each, duration)))
+        if (price := recipe.compare.price_per_hour) is not None:
+            bill = (low * price / 3600, high * price / 3600)
+            steps.append(("cost", f"{span(bill, money)} {recipe.compare.currency}"))
+    stored = plan.adapter.file_bytes[1] * num_trials
+    return WorkPlan(
+        command="compare",
+        steps=tuple(steps),
+        seconds=seconds,
+        host=host,
+        on_device=on_device,
+        disk=_disk(Path(recipe.output_dir), 0, stored),
+        basis=(
+            "each trial as the recipe's own training by `plan`, with the largest budget; baselines "
+            "take somewhat less or up to twice the time a step (docs/performance.md)",
+        ),
     )
 
 

@@ -153,6 +153,10 @@ def compare(
             with suppress(InputError):
                 session.conclude()
             raise
+        finally:
+            # Also of a call that an error ends.
+            account.tick()
+            account.write()
         return session.conclude()
 
 

@@ -349,7 +349,9 @@ class Spent(Result):
         if each <= 0:
             return told
         amount = round_amount(each) if self.money is None else self.money
-        return f"{told}: {money(amount)} {currency} buy {int(amount / each):,} such trials"
+        return (
+            f"{told}: {money(amount)} {currency} would pay for {int(amount / each):,} such trials"
+        )
 
 
 @dataclass(frozen=True)

@@ -183,14 +183,14 @@ def test_what_was_spent_is_the_account_and_else_the_trials() -> None:
     # 72 s at a cent a second; a trial of 36 s costs 0.36, so 10 buy 27.
     assert found == Spent(2, 72.0, 36.0, 36.0)
     assert found.in_words("EUR") == (
-        "2 trials, 1 min 12 s of device time in all, 0.72 EUR; 0.36 EUR a trial: 10.00 EUR buy 27 "
-        "such trials"
+        "2 trials, 1 min 12 s of device time in all, 0.72 EUR; 0.36 EUR a trial: 10.00 EUR would "
+        "pay for 27 such trials"
     )
     with_money = verdict(rows, device_seconds=100.0, money=2.0).spent
     assert with_money is not None
     assert with_money.in_words("EUR") == (
         "2 trials, 1 min 40 s of device time in all, 1.00 EUR; 0.36 EUR a trial; the budget was "
-        "2.00 EUR: 2.00 EUR buy 5 such trials"
+        "2.00 EUR: 2.00 EUR would pay for 5 such trials"
     )
     # Rows of older versions: the start of 4 s and the training of 8 s.
     assert verdict([row()]).spent == Spent(1, 12.0, 12.0, 36.0)

@@ -26,6 +26,7 @@ from kpsvd_tune.commands.options import RanksEnded, is_later_rank
 from kpsvd_tune.commands.plan import plan
 from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
+from kpsvd_tune.commands.runs import runs
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
@@ -53,6 +54,7 @@ for _command in (
     chat,
     compare,
     report,
+    runs,
     validate,
     doctor,
 ):

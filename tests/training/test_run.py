@@ -34,7 +34,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per_second")
+    timings = ("seconds", "tokens_per_second", "memory_bytes")
     return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 

@@ -27,10 +27,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 NUM_PROJECTIONS = 8
-# A chunk of a million entries takes 8 MB in float64, in which everything is added up.
-_BLOCK, _CHUNK = 4096, 1 << 20
+# Everything is added up in float64. A chunk of a megabyte stays in a processor's cache, and in
+# memory that the allocator keeps: larger ones are given back and fetched again page by page.
+_BLOCK, _CHUNK = 4096, 1 << 17
 FORMS: tuple[torch.dtype | None, ...] = (None, torch.bfloat16, torch.float16)
 SIZE = 1 + len(FORMS) * NUM_PROJECTIONS
 _EXACT, _BF16, _FP16, _OTHER, _MIXED, _MIXED_OTHER = range(1, 7)
@@ -102,14 +104,17 @@ def sketch(weight: Tensor, is_quantised: bool = False, known: int | None = None)
             rounded = chunk if form is None else chunk.float().to(form)
             if form is not None:
                 is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
-            # Neither infinity nor NaN may hide all other entries.
-            entries = torch.nan_to_num(rounded.double(), posinf=7e4, neginf=-7e4)
-            if form is None:
-                square += float(torch.dot(entries, entries))
+            entries = rounded.double()
+            own = float(torch.dot(entries, entries))
+            if not math.isfinite(own):
+                # Neither infinity nor NaN may hide all other entries.
+                entries = torch.nan_to_num(entries, posinf=7e4, neginf=-7e4)
+                own = float(torch.dot(entries, entries))
+            square += own if form is None else 0.0
             whole = entries[: len(entries) // _BLOCK * _BLOCK].view(-1, _BLOCK)
-            sums = [whole @ signs]
+            sums = [linear(whole, signs)]
             if rest := len(entries) % _BLOCK:
-                sums.append((entries[-rest:] @ signs[:rest])[None])
+                sums.append(linear(entries[None, -rest:], signs[:, :rest]))
             projected = torch.cat(sums).cpu()
             values[index] += (projected * of_blocks[first : first + len(projected)]).sum(0)
     kind = _OTHER if is_quantised else _KINDS.get(weight.dtype, _OTHER)
@@ -265,7 +270,8 @@ def _weights(
 
 @functools.cache
 def _block_signs() -> Tensor:
-    return _signs("entries", _BLOCK)
+    """(projections, entries of a block): the layout that the product is fastest with."""
+    return _signs("entries", _BLOCK).T.contiguous()
 
 
 def _signs(label: str, count: int) -> Tensor:

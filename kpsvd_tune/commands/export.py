@@ -11,6 +11,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DryRun,
     Json,
     Offline,
     emit,
@@ -20,6 +21,7 @@ from kpsvd_tune.errors import InputError
 from kpsvd_tune.phase import exporting_cures, watched
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
+from kpsvd_tune.report.work import show_work
 from kpsvd_tune.storage.disk import explained
 
 # Which rules split a text before BPE is named in a GGUF file, by a table of hashes that only
@@ -54,6 +56,7 @@ def export(
     ] = "float32",
     base: BaseOption = None,
     allow_other_base: AllowOtherBase = False,
+    dry_run: DryRun = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -74,9 +77,14 @@ def export(
                 f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
                 "adapter/, or one with adapter_config.json"
             )
-        base_model = resolve_base(found, source, base)
+        base_model = resolve_base(found, source, base, with_weights=not dry_run)
         own = [base_model.folder] if base_model.kind == "folder" else []
         place = check_output(output, [found.adapter, Path(source), *own])
+        if dry_run:
+            from kpsvd_tune.estimate.verbs import export_work
+
+            emit(export_work(found, base_model, place, max_rank, dtype), as_json, show_work)
+            return
         settings = lora.LoraSettings(max_rank, dtype, lossy, allow_other_base)
         with watched(goes_on=False) as phase, explained(f"write {place}", "an --output"):
             phase.enter("exporting the adapter", exporting_cures(), "nothing was written")

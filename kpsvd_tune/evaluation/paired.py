@@ -39,8 +39,13 @@ def paired_scores(first: Path, second: Path) -> dict[str, PairedScore]:
     ]
     if not shared:
         raise DataError("the answers have no question in common")
-    rules = {name: rule for name, rule in TASKS[task].scorers.items() if rule.missing() is None}
-    return {name: _paired(rule, answers, shared) for name, rule in rules.items()}
+    together = [each for side in answers for key in shared for each in side[key]]
+    return {
+        name: _paired(rule, answers, shared)
+        for name, rule in TASKS[task].scorers.items()
+        # A figure of all answers together has no difference at one question.
+        if rule.total is None and rule.missing() is None and rule.applies(together)
+    }
 
 
 def _by_question(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
@@ -68,6 +73,6 @@ def _paired(
 
 
 def _share(rule: ScoringRule, completions: Sequence[Completion]) -> float:
-    """The share of right answers among the samples of one question."""
+    """The mean of what the samples of one question are worth."""
     verdicts = rule.judge(completions, None, None)
-    return sum(each.is_correct for each in verdicts) / len(verdicts)
+    return sum(each.points for each in verdicts) / len(verdicts)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from kpsvd_tune.report.comparison import Comparison
@@ -24,6 +25,8 @@ from kpsvd_tune.units import percent
 # The summary names at most this many matrices.
 _LISTED = 3
 _SOURCES = 20
+# Labels that a table of right and given ones has room for.
+_MOST_LABELS = 10
 # Columns that hold the whole table of a comparison.
 _WIDE = 140
 # Below this width a row of the table is written as a block, which leaves nothing out.
@@ -177,7 +180,23 @@ def show_scores(result: Mapping[str, Any]) -> None:
 def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: str | None) -> None:
     # Each line says how it was asked: lines are quoted one by one.
     asked = f"; {conditions}" if conditions else ""
-    print_line(output(), f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
+    out = output()
+    print_line(out, f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
+    if score.get("confusion"):
+        _show_confusion(out, score["confusion"])
+
+
+def _show_confusion(out: Console, table: Mapping[str, Mapping[str, int]]) -> None:
+    """Right labels below each other, given ones beside; of many the commonest mistakes alone."""
+    given = sorted({label for row in table.values() for label in row})
+    if len(given) <= _MOST_LABELS:
+        columns = [Column("right \\ given", is_text=True), *(Column(label) for label in given)]
+        rows = [[right, *(str(row.get(each, 0)) for each in given)] for right, row in table.items()]
+        print_table(out, columns, rows)
+        return
+    wrong = [(n, r, g) for r, row in table.items() for g, n in row.items() if r != g]
+    for number, right, label in sorted(wrong, reverse=True)[:_MOST_LABELS]:
+        print_line(out, f"  {right} answered as {label}: {number} times", 4)
 
 
 def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:

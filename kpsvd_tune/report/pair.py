@@ -232,11 +232,7 @@ def _scores(first: RunFiles, second: RunFiles, paired: Paired) -> Iterator[Score
             continue
         errors = [float(each["stderr"]) for each in (a, b) if each.get("stderr") is not None]
         stderr = math.hypot(*errors) if len(errors) == 2 else None
-        why = (
-            found
-            if isinstance(found, str)
-            else f"the answers of {scorer} are not judged one by one"
-        )
+        why = found if isinstance(found, str) else f"{scorer} is no mean over questions"
         if scorer in LOSSES:
             why = "losses of single tokens are not stored"
         asked = "" if one.conditions == two.conditions else "; they were asked in different ways"

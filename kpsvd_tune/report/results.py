@@ -352,16 +352,18 @@ class Score(Result):
     n: int  # questions judged; for a loss the tokens
     stderr: float  # standard error of the value; of a share sqrt(value * (1 - value) / n)
     unextractable: int = 0  # answers in which the rule found nothing to judge; they count as wrong
+    # For each right label how often which one was answered; None where no labels are judged.
+    confusion: Mapping[str, Mapping[str, int]] | None = None
 
 
 @dataclass(frozen=True)
 class PairedScore(Result):
     """How two models' answers to the same questions differ, question by question."""
 
-    difference: float  # mean share of right answers of the second minus that of the first
+    difference: float  # mean points of the second's answers, 0 to 1, minus those of the first's
     stderr: float | None  # standard error of that mean over the questions; None for one question
     n: int  # questions that both answered
-    first_better: int  # questions where the first has the larger share
+    first_better: int  # questions where the first has more points
     second_better: int
 
 

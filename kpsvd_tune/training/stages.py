@@ -27,6 +27,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
     base_fingerprint,
+    base_of,
     load_skeleton,
     load_tokenizer,
     resolve_model,
@@ -41,15 +42,16 @@ from kpsvd_tune.phase import (
 )
 from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
+from kpsvd_tune.report.card import adapter_card
 from kpsvd_tune.report.results import LearnedReport, RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs.adapter_folder import (
-    adapter_card,
     adapter_hash,
     check_own,
     holds_adapter,
     save_adapter,
 )
+from kpsvd_tune.runs.described import ROWS_KEY, describe_training
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
@@ -166,8 +168,12 @@ def read_data(context: Context) -> RunInput:
     base_files = on_main_process(lambda: base_fingerprint(source))
     adapter = find_adapter(recipe)
     identity = _identity(context, base_files, sha256, adapter)
-    start = on_main_process(lambda: _begin(context, identity, template, preflight))
+    rows = {"train": len(train), "validation": len(validation)}
+    start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
+        file = context.run.preflight_file
+        on_main_process(lambda: replace_file(file, to_json(preflight)))
+        context.page.refresh()
         for note in length.notes:
             context.events.note(note)
     return RunInput(
@@ -284,7 +290,10 @@ def finish_run(
 
     def save() -> None:
         found = _with_earlier_scores(run, results)
-        card = adapter_card(started.model, recipe, started.ranks, found)
+        record = read_json(run.run_file)
+        training = describe_training(str(run.adapter), recipe, started.ranks, record, found)
+        base = base_of(data.source, recipe.model.path)
+        card = adapter_card(training, base, recipe.adapter.from_)
         save_adapter(started.model, weights, data.tokenizer, run.adapter, card)
         run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
         if learned is not None:
@@ -367,7 +376,7 @@ def _identity(
 
 
 def _begin(
-    context: Context, identity: Mapping[str, Any], template: str, preflight: Mapping[str, Any]
+    context: Context, identity: Mapping[str, Any], template: str, rows: Mapping[str, int]
 ) -> Start:
     """Begin the run or find where it goes on, and record how it was started."""
     recipe, run, accelerator = context.recipe, context.run, context.accelerator
@@ -380,8 +389,9 @@ def _begin(
         "seed": recipe.train.seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         TEMPLATE_KEY: template,
+        ROWS_KEY: rows,
     }
-    start = run.begin(
+    return run.begin(
         recipe_to_yaml(recipe),
         identity,
         about,
@@ -389,10 +399,6 @@ def _begin(
         allow_change=context.options.allow_change,
         rebuild=not holds_adapter(run.adapter),
     )
-    if not start.is_finished:
-        replace_file(run.preflight_file, to_json(preflight))
-        context.page.refresh()
-    return start
 
 
 def _scorer(context: Context, data: RunInput) -> Scorer:

@@ -128,6 +128,8 @@ def test_thin_factors_of_a_real_model_are_an_exact_lora(tmp_path: Path) -> None:
     assert (report["exact"], report["rank"], len(report["layer_ranks"])) == (True, 32, 210)
     assert report["max_logit_difference"] < 1e-4
     assert report["adapter_logit_difference"] > 0.1
+    name = place.partition("/")[2]
+    assert f'"FOLDER_OF_THE_BASE_MODEL", gguf_file="{name}")' in (output / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -127,8 +127,8 @@ def test_a_difference_is_judged_by_its_standard_error(
 def test_other_rows_and_another_base_are_warned_of(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    other = {"identity": {"dataset": "e" * 64, "base": {"config.json": "f" * 64}, "recipe": {}}}
-    third = write_run(tmp_path / "three", finished=False, **other)
+    other = {"dataset": "e" * 64, "base": {"config.json": "f" * 64}, "recipe": {}}
+    third = write_run(tmp_path / "three", finished=False, identity=other)
     found = report(capsys, runs[0], third)
     assert ["rows", "d" * 12, "e" * 12] in found["made_of"]
     assert ["base model, config.json", "c" * 12, "f" * 12] in found["made_of"]

@@ -16,9 +16,8 @@ import pytest
 from run_folder import EVIL, write_events, write_run
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report import live_page
 from kpsvd_tune.report.figures import MOST_POINTS, smooth, thinned
-from kpsvd_tune.report.live_page import LivePage
+from kpsvd_tune.report.live_page import LEAST_SECONDS, LivePage
 from kpsvd_tune.report.pages import check_page
 from kpsvd_tune.report.run_files import read_answers, read_run_files
 from kpsvd_tune.report.run_page import LONGEST_TEXT, run_page, write_run_page
@@ -265,7 +264,7 @@ def test_the_live_page_is_written_now_and_then(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(live_page.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("kpsvd_tune.report.live_page.time.monotonic", lambda: now[0])
     page, live = folder / "report.html", LivePage(folder)
 
     def is_written() -> bool:
@@ -274,7 +273,7 @@ def test_the_live_page_is_written_now_and_then(
         return page.exists()
 
     assert is_written()
-    now[0] += live_page.LEAST_SECONDS - 1
+    now[0] += LEAST_SECONDS - 1
     assert not is_written()
     now[0] += 2
     assert is_written()

@@ -29,6 +29,7 @@ from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
 from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_shots
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Silence
+from kpsvd_tune.export.gguf_model import GgufModel, choose_file
 from kpsvd_tune.merge.merging import needs_whole_base
 from kpsvd_tune.models import (
     ModelSource,
@@ -45,6 +46,8 @@ from kpsvd_tune.runs.find import Found
 from kpsvd_tune.units import duration, money, size
 
 _FLOAT = 4
+# Bytes a number takes in a GGUF file; q8_0 has two more for every 32.
+_GGUF_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "q8_0": 34 / 32}
 _BY_CONFIGURATION = "sizes by the configuration and the files' headers"
 # Tensors in hand at once: read and rearranged by the decomposition, or one of each merging thread.
 _IN_HAND = 2
@@ -176,6 +179,45 @@ def export_work(
             f"{_BY_CONFIGURATION}; the proof loads the base a second time in another process; the "
             "time is not estimated, for it depends on the rank of the updates",
         ),
+    )
+
+
+def gguf_work(
+    found: Found, source: ModelSource, output: Path, metadata_from: Path | None, dtype: str
+) -> WorkPlan:
+    """What `export --to gguf` would do: merge, round, write the file, read it and compare.
+
+    Raises:
+        InputError, ModelError: As the export refuses the file whose metadata it takes.
+    """
+    assert found.adapter is not None
+    file = GgufModel(choose_file(source, metadata_from))
+    skeleton = load_skeleton(source)
+    layers = ranks_of_adapter(found.adapter).most
+    whole = base_bytes(skeleton, "float32")
+    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
+    parts = {
+        "base in float32": whole,
+        "what transformers reads of a GGUF file, before it is the model": whole,
+        "adapter": _adapter_bytes(found),
+        "an update in float64": 8 * _IN_HAND * largest,
+    }
+    # What is copied from the base is as large as it is there, which is not larger.
+    most = int(whole / _FLOAT * _GGUF_BYTES[dtype])
+    return WorkPlan(
+        command="export",
+        steps=(
+            ("adapter", str(found.adapter)),
+            ("base model", source.path),
+            ("layers", f"{sum(p.rank > 0 for p in layers):,}"),
+            ("architecture", file.architecture),
+            ("tokenizer and settings of", str(file.path)),
+        ),
+        seconds=None,
+        host=host_memory(process_bytes(), 0, parts),
+        on_device=None,
+        disk=_disk(output, 0, most),
+        basis=(f"{_BY_CONFIGURATION}; the time is not estimated",),
     )
 
 

@@ -18,9 +18,15 @@ from kpsvd_tune.report.layout import (
     print_pairs,
     print_table,
 )
-from kpsvd_tune.report.results import LoraReport, MergeReport, PreflightReport, RankReport
+from kpsvd_tune.report.results import (
+    GgufReport,
+    LoraReport,
+    MergeReport,
+    PreflightReport,
+    RankReport,
+)
 from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
-from kpsvd_tune.units import percent
+from kpsvd_tune.units import percent, size
 
 # The summary names at most this many matrices.
 _LISTED = 3
@@ -146,6 +152,40 @@ def show_lora(report: LoraReport) -> None:
     )
     change = f"{report.adapter_logit_difference:.3g}"
     print_line(out, f"the adapter changes a logit of its base by at most {change}")
+    for warning in report.warnings:
+        print_line(out, Text(f"warning: {warning}", style="yellow"))
+
+
+def show_gguf(report: GgufReport) -> None:
+    """What an exported GGUF file holds, and what its proof found."""
+    out = output()
+    passed = f" (tolerance {report.tolerance:.3g})" if report.tolerance is not None else ""
+    print_line(
+        out,
+        Text(
+            "read by transformers: the file holds what was written (largest logit difference "
+            f"{report.file_logit_difference:.3g})",
+            style="green",
+        ),
+    )
+    print_line(
+        out,
+        f"largest logit difference from the adapter on its base, by rounding to {report.dtype}: "
+        f"{report.max_logit_difference:.3g}{passed}, top-1 agreement "
+        f"{100 * report.top1_agreement:.1f} %",
+    )
+    change = f"{report.adapter_logit_difference:.3g}"
+    print_line(out, f"the adapter changes a logit of its base by at most {change}")
+    kept = f"{100 * report.min_kept_share:.1f} %"
+    print_line(out, f"of every layer's update at least {kept} survived the rounding")
+    copied = f", {report.num_copied} of them copied from the base" if report.num_copied else ""
+    print_line(
+        out,
+        f"{report.num_tensors} tensors{copied}; {size(report.num_bytes)}; tokenizer and settings "
+        f"of {report.metadata_from}",
+    )
+    for note in report.notes:
+        print_line(out, note)
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
 

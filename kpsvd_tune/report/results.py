@@ -344,6 +344,36 @@ class LoraReport(Result):
 
 
 @dataclass(frozen=True)
+class GgufReport(Result):
+    """What an exported GGUF file holds, and its proof: export_report.json."""
+
+    adapter: str  # where the adapter came from
+    output: str  # folder of the file
+    file: str  # its name there
+    dtype: str  # type of its matrices: float32, float16, bfloat16 or q8_0
+    architecture: str  # llama.cpp's name of the kind of model
+    metadata_from: str  # name of the GGUF file whose tokenizer and settings it has
+    num_tensors: int
+    num_copied: int  # of them, copied as the base's file has them, in its own types
+    num_bytes: int  # of the file
+    # For each layer the share of the update that survived rounding, <W' - W, Delta> / ||Delta||^2.
+    kept_share: Mapping[str, float]
+    min_kept_share: float  # the smallest of them; 1 without layers
+    # Largest absolute difference of a logit between the adapter on its base and the file, as
+    # transformers reads it, in float32.
+    max_logit_difference: float
+    top1_agreement: float  # share of positions where both prefer the same token, 0 to 1
+    # The same between the file and the rounded weights that it was written from.
+    file_logit_difference: float
+    adapter_logit_difference: float  # between the adapter on its base and the base alone
+    tolerance: float | None  # largest logit difference that passes; None for q8_0
+    num_positions: int  # token positions compared
+    prompts: tuple[str, ...]  # the texts both were run on
+    notes: tuple[str, ...] = ()  # sentences on what was written
+    warnings: tuple[str, ...] = ()  # what passed and should be looked at nevertheless
+
+
+@dataclass(frozen=True)
 class Score(Result):
     """A share of right answers, or a loss."""
 

@@ -28,6 +28,7 @@ from kpsvd_tune.commands.plan import plan
 from kpsvd_tune.commands.push import push
 from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
+from kpsvd_tune.commands.runs import runs
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
@@ -56,6 +57,7 @@ for _command in (
     chat,
     compare,
     report,
+    runs,
     validate,
     doctor,
 ):

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
@@ -53,6 +53,7 @@ from kpsvd_tune.runs.adapter_folder import (
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training.accelerator import make_accelerator
 from kpsvd_tune.training.cost import run_cost, start_usage
@@ -62,11 +63,15 @@ from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.loop import Training
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
+from kpsvd_tune.watch.before import row_warnings, without
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
 # Parts of results.json that `eval RUN` writes as well.
 _ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
+
+# Figures of results.json that the last event of a run rests on.
+_END_EVIDENCE = ("steps", "train_loss", "validation_loss", "adapter_step", "wall_seconds")
 
 _KEPT = "the training and finished completions are kept"
 
@@ -110,7 +115,13 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             stack.enter_context(run.lock())
 
         on_main_process(claim)
-        yield Context(recipe, run, accelerator, events, phase, options, start_usage(accelerator))
+        told = RunEvents(events, run, is_main=accelerator.is_main_process)
+        usage = start_usage(accelerator)
+        try:
+            yield Context(recipe, run, accelerator, told, phase, options, usage)
+        except BaseException as error:
+            told.ended(_how_it_ended(error, phase.name))
+            raise
 
 
 def read_data(context: Context) -> RunInput:
@@ -144,8 +155,11 @@ def read_data(context: Context) -> RunInput:
     identity = _identity(context, base_files, sha256, adapter)
     start = on_main_process(lambda: _begin(context, identity, template))
     if not start.is_finished:
+        context.events.begin(start.changed)
         for note in length.notes:
             context.events.note(note)
+        for warning in length.warnings:
+            context.events.tell(warning)
     return RunInput(
         source=source,
         base_files=base_files,
@@ -217,7 +231,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
         rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
+        tell=events.tell,
     )
+    events.mark_with(training.mark)
     if data.start.checkpoint is not None:
         events.note(f"continuing from {data.start.checkpoint}")
     total = training.num_steps
@@ -235,7 +251,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Score the trained model, save its adapter, write results.json and return its content."""
     recipe, run, training = started.recipe, context.run, trained.training
-    results = training.result().to_dict() | training.halvings()
+    results = training.result().to_dict() | training.halvings() | training.fallbacks()
     if recipe.restrain is not None:
         context.phase.enter("restraining the update", training_cures(recipe), _KEPT)
         report = restrain(context, data, started.model, recipe.restrain)
@@ -265,7 +281,17 @@ def finish_run(
 
     on_main_process(save)
     context.events.note(f"adapter: {run.adapter}, results: {run.results_file}")
+    evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
+    context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
     return results
+
+
+def _how_it_ended(error: BaseException, phase: str) -> str:
+    """A sentence for the events of a run that did not reach its end."""
+    if isinstance(error, StoppedBySignal):
+        return f"Stopped by a signal while {phase}; the same command goes on."
+    said = str(error).splitlines()[0] if isinstance(error, KpsvdTuneError) and str(error) else ""
+    return f"Ended by {said or type(error).__name__} while {phase}."
 
 
 def _check(recipe: Recipe) -> None:
@@ -307,7 +333,10 @@ def read_rows(
         limits=model_limits(skeleton),
     )
     events.note(data.cache_note)
-    events.preflight(data.report)
+    warnings = list(row_warnings(data.report))
+    events.preflight(replace(data.report, warnings=without(data.report, warnings)))
+    for warning in warnings:
+        events.tell(warning)
     return data
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.function import without_bf16
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
@@ -64,6 +65,7 @@ from kpsvd_tune.training.loop import Training
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
 from kpsvd_tune.watch.before import row_warnings, without
+from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
@@ -220,6 +222,10 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     # The preflight held them against the configuration; this is the model itself.
     for part in (data.train, data.validation):
         check_known_tokens(part, model.get_input_embeddings().num_embeddings)
+    for choice in rank_fallbacks(started.ranks):
+        events.tell(choice)
+    if recipe.train.precision == "bf16" and (slow := without_bf16(context.accelerator.device)):
+        events.tell(bf16_fallback(slow, "train.precision: bf16"))
     training = Training(
         model,
         data.train,

@@ -16,8 +16,8 @@ SPIKE_LEAST = 10
 # A jump has to be far outside of what the batches vary by (the median absolute deviation, scaled to
 # a standard deviation), above everything seen lately, and large in itself: batches of one row vary
 # by several deviations, and a loss near 0 by large factors of next to nothing.
-SPIKE_DEVIATIONS = 8.0
-SPIKE_OVER_LARGEST = 1.3
+SPIKE_DEVIATIONS = 10.0
+SPIKE_OVER_LARGEST = 1.5
 SPIKE_NATS = 0.5
 _TO_DEVIATION = 1.4826
 
@@ -25,7 +25,7 @@ _TO_DEVIATION = 1.4826
 RISING_CHECKS = 3
 # What they have to rise by together, as a share of the first: less is noise of a flat curve.
 RISING_SHARE = 0.02
-# A model this far above its start, in a validation or in the mean of the last ten steps, has lost
+# A model this far above its start, in a validation or in the median of the last ten steps, has lost
 # what it knew. Single batches differ by less than that from the first one.
 WORSE_FACTOR = 1.5
 WORSE_NATS = 0.5
@@ -127,15 +127,18 @@ def divergence(
             before=before,
         )
     start = max((each for each in (before, first) if each is not None), default=None)
-    mean = sum(losses) / max(1, len(losses))
-    if len(losses) >= RECENT_STEPS and start is not None and _is_worse(mean, start):
+    if len(losses) < RECENT_STEPS or start is None:
+        return None
+    # The median: one spike is no divergence.
+    median = statistics.median(losses)
+    if _is_worse(median, start):
         return warning(
             "divergence",
-            f"The mean training loss of the last {len(losses)} steps is {mean:.4g}, far above the "
-            f"{start:.4g} that the run began with.",
+            f"The training loss of the last {len(losses)} steps is {median:.4g} (median), far "
+            f"above the {start:.4g} that the run began with.",
             _RATE_CURE,
             step,
-            train_loss=mean,
+            train_loss=median,
             start=start,
         )
     return None

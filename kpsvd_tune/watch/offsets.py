@@ -10,9 +10,9 @@ from kpsvd_tune.watch.telling import warning
 # Steps after which a layer that has not moved at all will hardly ever move: every optimiser moves
 # what has a gradient in its first or second step.
 DEAD_STEPS = 10
-# Norm of a layer's update over that of its weight. Useful updates are 0.001 to 0.1; from 1 on the
-# update is the layer, and what the base model knew is gone.
-EXPLODING_SHARE = 1.0
+# Norm of a layer's update over that of its weight. Useful updates of trained models are 0.001 to
+# 0.1; the small random weights of made-up ones are outgrown a few times by runs that learn well.
+EXPLODING_SHARE = 10.0
 _LISTED = 4
 
 
@@ -58,7 +58,7 @@ def exploding_offsets(shares: Mapping[str, float], step: int) -> Event | None:
         return None
     return warning(
         "exploding_offsets",
-        f"The update of {len(large)} of {len(shares)} layers is larger than the weight itself; the "
+        f"The update of {len(large)} of {len(shares)} layers has outgrown the weight; the "
         f"largest is {shares[large[0]]:.3g} times its weight: {_named(large)}.",
         "Lower train.learning_rate, or set train.weight_decay, which draws the offsets towards the "
         "base.",

@@ -33,3 +33,39 @@ class Events(Protocol):
 
     def end_progress(self) -> None:
         """Close the bar that is open, if any."""
+
+
+class Silence(Events):
+    """Events that nobody is told of, for work that is done on the side."""
+
+    def stage(self, text: str) -> None:
+        """Say nothing."""
+        return
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+        return
+
+    def tell(self, event: Event) -> None:
+        """Show nothing."""
+        return
+
+    def preflight(self, report: PreflightReport) -> None:
+        """Show nothing."""
+        return
+
+    def ranks(self, report: RankReport) -> None:
+        """Show nothing."""
+        return
+
+    def step(self, metrics: StepMetrics, total: int) -> None:
+        """Report nothing."""
+        return
+
+    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """Report nothing."""
+        return
+
+    def end_progress(self) -> None:
+        """Have no bar to close."""
+        return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,17 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
+from kpsvd_tune.commands import main
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import (
+    DatasetRecipe,
+    EvaluationRecipe,
+    RankRecipe,
     Recipe,
     SourceRecipe,
+    TrainRecipe,
     evaluation_section,
     load_recipe,
     loading,
@@ -23,6 +30,7 @@ from kpsvd_tune.recipe import (
     shipped_recipes,
 )
 from kpsvd_tune.recipe.faults import LEVELS, message_of
+from kpsvd_tune.recipe.reference import MODELINE, SCHEMA_NAME, reference_page, schema_text
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -82,7 +90,7 @@ def one_fault(lines: list[str]) -> str:
 def test_every_shipped_recipe_is_valid_and_opens_with_purpose_needs_command(path: Path):
     load_recipe(path)
     opening = path.read_text(encoding="utf-8").split("\n\n")[0]
-    assert opening.startswith("# Purpose: ")
+    assert opening.startswith(f"{MODELINE}\n# Purpose: ")
     assert "\n# Needs: " in opening
     assert "\n# Command: " in opening
     assert all(line.startswith("#") for line in opening.splitlines())
@@ -1042,3 +1050,46 @@ def test_every_synonym_names_a_key_that_exists():
 def test_text_that_is_no_yaml_on_the_command_line_is_answered_with_its_quotes(write):
     with pytest.raises(RecipeError, match="""'dataset.template="...\\"'$"""):
         load_recipe(write(MINIMAL), ["dataset.template=Q: {question} A: {answer}"])
+
+
+# The reference, for editors and for people
+
+
+def test_the_committed_reference_is_that_of_the_recipe():
+    schema = (ROOT / "recipes" / SCHEMA_NAME).read_text("utf-8")
+    assert json.loads(schema) == json.loads(schema_text()), (
+        f"stale: kpsvd-tune recipes schema --output recipes/{SCHEMA_NAME}"
+    )
+    page = (ROOT / "docs" / "recipe.md").read_text("utf-8")
+    assert page == reference_page(), "stale: kpsvd-tune recipes docs --output docs/recipe.md"
+
+
+def test_every_key_is_on_the_page():
+    page = reference_page()
+    for section in (Recipe, TrainRecipe, DatasetRecipe, EvaluationRecipe, RankRecipe):
+        for name, field in section.model_fields.items():
+            assert f"| `{field.alias or name}` | " in page
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_editors_accept_the_shipped_recipes(path: Path):
+    Draft202012Validator(json.loads(schema_text())).validate(yaml.safe_load(path.read_text()))
+
+
+def test_editors_flag_a_key_that_does_not_exist_and_take_a_budget_as_it_is_written():
+    validator = Draft202012Validator(json.loads(schema_text()))
+    recipe = yaml.safe_load(MINIMAL)
+    recipe["adapter"] = {"rank": {"budget": "0.6M", "enregy": 0.5}}
+    faults = [error.message for error in validator.iter_errors(recipe)]
+    assert len(faults) == 1
+    assert "'enregy' was unexpected" in faults[0]
+
+
+def test_schema_and_page_are_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for verb, text in (("schema", schema_text()), ("docs", reference_page())):
+        assert main.run(["recipes", verb]) == 0
+        assert capsys.readouterr().out == text
+        assert main.run(["recipes", verb, "--output", str(tmp_path / verb)]) == 0
+        assert (tmp_path / verb).read_text("utf-8") == text
+        assert main.run(["recipes", verb, "-o", str(tmp_path / "no" / verb)]) == 2
+        assert "cannot be written: No such file or directory" in capsys.readouterr().err

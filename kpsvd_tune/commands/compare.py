@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +21,7 @@ from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import load_recipe, read_number_of_parameters
 from kpsvd_tune.report.console import show_comparison, show_grid
 from kpsvd_tune.report.live import ConsoleEvents, TrialTable
+from kpsvd_tune.report.work import WorkPlan, show_work
 
 DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
 
@@ -81,7 +83,12 @@ def compare(
     ]
     grid = Grid(entries, seeds, plan)
     if dry_run:
-        emit(grid.summary(), as_json, show_grid)
+        prepare_libraries(offline, debug)
+        from kpsvd_tune.estimate.verbs import comparison_work
+
+        summary = grid.summary()
+        work = comparison_work(shared, max(sizes), summary["trials"], jobs)
+        emit({**summary, "work": work.to_dict()}, as_json, lambda _: _show(summary, work))
         return
     prepare_libraries(offline, debug)
     from kpsvd_tune.comparison.compare import compare as run_comparison
@@ -89,6 +96,11 @@ def compare(
     with ConsoleEvents() as events, TrialTable() as table:
         verdict = run_comparison(shared, recipes, chosen, grid, events, table, jobs=jobs)
     emit(verdict, as_json, show_comparison)
+
+
+def _show(summary: Mapping[str, Any], work: WorkPlan) -> None:
+    show_grid(summary)
+    show_work(work)
 
 
 def _items(option: str, text: str) -> list[str]:

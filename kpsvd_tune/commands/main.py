@@ -20,12 +20,14 @@ from kpsvd_tune.commands.doctor import doctor
 from kpsvd_tune.commands.eval import evaluate
 from kpsvd_tune.commands.export import export
 from kpsvd_tune.commands.generate import generate
+from kpsvd_tune.commands.init import init
 from kpsvd_tune.commands.init_only import init_only
 from kpsvd_tune.commands.merge import merge
 from kpsvd_tune.commands.options import RanksEnded, is_later_rank
 from kpsvd_tune.commands.plan import plan
 from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
+from kpsvd_tune.commands.runs import runs
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
@@ -38,11 +40,11 @@ app = typer.Typer(
     name="kpsvd-tune",
     help="Fine-tune language models with KPSVD: Kronecker-product SVD adapters.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for _command in (
+    init,
     plan,
     train,
     init_only,
@@ -53,6 +55,7 @@ for _command in (
     chat,
     compare,
     report,
+    runs,
     validate,
     doctor,
 ):

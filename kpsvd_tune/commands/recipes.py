@@ -1,4 +1,4 @@
-"""The commands `recipes list`, `show` and `copy`: the recipes that come with the package."""
+"""The commands `recipes`: those that come with the package, and what a recipe may hold."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import typer
 from kpsvd_tune.commands.options import Json, emit
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import shipped_recipes
+from kpsvd_tune.recipe.reference import place_schema, reference_page, schema_text
 from kpsvd_tune.report.layout import print_pairs
 from kpsvd_tune.storage.paths import exists
 
-recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+recipes_app = typer.Typer(
+    help="Recipes: those that come along, and every key.", no_args_is_help=True
+)
 
 
 @recipes_app.command("list")
@@ -53,7 +56,42 @@ def copy_recipe(
         raise InputError(
             f"{path} cannot be written: {error.strerror or error}; name a file in another folder"
         ) from error
+    place_schema(path.parent)
     typer.echo(str(path))
+
+
+@recipes_app.command("schema")
+def recipe_schema(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file; default: standard output.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes, with which editors complete and check their keys."""
+    _give(schema_text(), output)
+
+
+@recipes_app.command("docs")
+def recipe_docs(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file; default: standard output.")
+    ] = None,
+) -> None:
+    """Print a page of all keys of a recipe: values, default and meaning."""
+    _give(reference_page(), output)
+
+
+def _give(text: str, output: Path | None) -> None:
+    """Print what is made anew at any time, or write it, over an earlier one too."""
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written: {error.strerror or error}; name another file"
+        ) from error
+    typer.echo(str(output))
 
 
 def _shipped(name: str) -> Path:
@@ -67,5 +105,5 @@ def _shipped(name: str) -> Path:
 def _purpose(path: Path) -> str:
     """What the opening comment says between "Purpose:" and "Needs:", on one line."""
     opening = path.read_text(encoding="utf-8").partition("# Needs:")[0]
-    words = " ".join(line.lstrip("# ") for line in opening.splitlines())
-    return words.removeprefix("Purpose: ")
+    opening = opening.partition("# Purpose:")[2]
+    return " ".join(line.lstrip("# ") for line in opening.splitlines())

@@ -148,6 +148,7 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     trace, whole = _trace(setting, recipe, batches.largest)
     host, on_device = _memory(setting, recipe, trace, whole)
     does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
+    cure = _cure(setting, dataset.max_length) if does_not_fit else None
     time = _time(setting, batches, trace)
     price = recipe.compare.price_per_hour
     cost = None
@@ -168,7 +169,8 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
         host=host,
         on_device=on_device,
         memory_basis=_memory_basis(setting),
-        cure=_cure(setting, dataset.max_length) if does_not_fit else None,
+        cure=None if cure is None else f"{' '.join(cure[0])} (peak {size(cure[1])})",
+        cure_keys=() if cure is None else cure[0],
         time=time,
         cost=cost,
         currency=recipe.compare.currency,
@@ -335,8 +337,11 @@ def _begun(recipe: Recipe) -> list[Mapping[str, Any]]:
         return []
 
 
-def _cure(setting: _Setting, max_length: int) -> str | None:
-    """The cheapest change of those tried that makes the run fit; None where none does."""
+def _cure(setting: _Setting, max_length: int) -> tuple[tuple[str, ...], int] | None:
+    """The cheapest change of those tried that makes the run fit; None where none does.
+
+    Gives it as KEY=VALUE, one for each key, and the peak in bytes that is left then.
+    """
     for changes, recipe, length in _changes(setting.recipe, max_length):
         batches = _batches(setting, recipe, length)
         nothing = _memory(setting, recipe, Trace(0, 0, 0), Trace(0, 0, 0))
@@ -345,8 +350,8 @@ def _cure(setting: _Setting, max_length: int) -> str | None:
         traces = _trace(setting, recipe, batches.largest)
         found = [each for each in _memory(setting, recipe, *traces) if each is not None]
         if all(each.fits for each in found):
-            keys = " ".join(f"{key}={value}" for key, value in changes.items())
-            return f"{keys} (peak {size(found[-1].peak_bytes)})"
+            keys = tuple(f"{key}={value}" for key, value in changes.items())
+            return keys, found[-1].peak_bytes
     return None
 
 

@@ -41,11 +41,16 @@ from kpsvd_tune.evaluation.questions import (
     stop_strings,
 )
 from kpsvd_tune.evaluation.sandbox.run import Sandbox
-from kpsvd_tune.evaluation.scoring import check_code_execution, missing_scorers, score_completions
+from kpsvd_tune.evaluation.scoring import (
+    check_code_execution,
+    check_scorers,
+    missing_scorers,
+    score_completions,
+)
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
-from kpsvd_tune.recipe import LOSS_TASKS, DatasetRecipe, EvaluationRecipe
+from kpsvd_tune.recipe import LOSS_TASKS, OWN_ROWS_TASKS, DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_text
 from kpsvd_tune.runs.find import Loaded
@@ -69,11 +74,13 @@ def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None
     """Find now what would stop the scoring after a training, by reading all rows.
 
     Raises:
-        InputError: Worked examples are wanted, and there are no rows to take them from.
+        InputError: Worked examples are wanted, and there are no rows to take them from; or no
+            scorer of the task is installed.
         DataError: A task's rows or text cannot be read.
     """
     for task in tasks:
         recipe = as_trained(task, dataset)
+        check_scorers(task.task)
         if recipe.task in LOSS_TASKS:
             check_loss(recipe)
         else:
@@ -213,7 +220,7 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
         "template": task.template or dataset.template,
         "learn": task.learn or dataset.learn,
     }
-    if task.task in ("exact_match", "loss") and not task.columns:
+    if task.task in OWN_ROWS_TASKS and not task.columns:
         # They have no columns of their own; those of the training are the likeliest.
         update["columns"] = dataset.columns
     return task.model_copy(update=update)

@@ -23,6 +23,8 @@ from kpsvd_tune.data.read.sources import is_local_file, load_rows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import RowId
 from kpsvd_tune.evaluation.generation import NO_LIMIT, Prompt
+from kpsvd_tune.evaluation.json_answer import gold_of, read_schema
+from kpsvd_tune.evaluation.label_answer import labels_of
 from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.recipe import EvaluationRecipe
@@ -84,6 +86,18 @@ def read_questions(recipe: EvaluationRecipe) -> list[Question]:
             f"evaluation of {recipe.task}: {path} holds no row of the split {recipe.split!r}. "
             "Expected at least one; check evaluation.path and evaluation.split."
         )
+    if recipe.task == "label":
+        labels = labels_of([each.answer for each in questions], recipe.labels, str(path))
+        questions = [
+            replace(each, gold={"label": each.answer.strip(), "labels": list(labels)})
+            for each in questions
+        ]
+    elif recipe.task == "json":
+        schema = None if recipe.json_schema is None else read_schema(recipe.json_schema)
+        questions = [
+            replace(each, gold=gold_of(each.answer, schema, f"{path}, the row {each.id}"))
+            for each in questions
+        ]
     return questions[: recipe.limit]
 
 

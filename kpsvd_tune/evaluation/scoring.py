@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.completions import SETTINGS_FILE, Completion
+from kpsvd_tune.evaluation.completions import SETTINGS_FILE, Completion, RowId
 from kpsvd_tune.evaluation.sandbox.run import Sandbox, check_sandbox
 from kpsvd_tune.evaluation.tasks import TASKS, Progress, Verdict
 from kpsvd_tune.report.results import Score
+from kpsvd_tune.report.run import MEANS
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
 _USUAL_K = (1, 5, 10, 25, 50, 100)
@@ -37,7 +40,15 @@ def check_code_execution(tasks: Iterable[str], sandbox: Sandbox | None) -> None:
 
 def missing_scorers(task: str) -> tuple[str, ...]:
     """Why a scorer of this task will be missing, one message each, with what to do about it."""
-    return tuple(why for each in TASKS[task].scorers.values() if (why := each.missing()))
+    reasons = (each.missing() for each in TASKS[task].scorers.values())
+    return tuple(dict.fromkeys(why for why in reasons if why is not None))
+
+
+def check_scorers(task: str) -> None:
+    """Refuse a task none of whose scorers is installed, with what to do (InputError)."""
+    scorers = TASKS[task].scorers.values()
+    if scorers and all(each.missing() is not None for each in scorers):
+        raise InputError("; ".join(missing_scorers(task)))
 
 
 def score_completions(
@@ -52,7 +63,8 @@ def score_completions(
     Returns:
         One score for each scorer of the task in `TASKS` that is there on this machine (pass@k: one
         for each usual k up to the number of samples). n is the number of questions, however many
-        samples each has; the standard error is that of a share, sqrt(value (1 - value) / n).
+        samples each has; the standard error is that of a share, sqrt(value (1 - value) / n), or of
+        a mean where a scorer gives parts of a point.
 
     Raises:
         InputError: the task is unknown, or it runs programs and may or can not.
@@ -62,23 +74,29 @@ def score_completions(
     if task not in scored:
         raise InputError(f"the task must be one of {', '.join(scored)}, got {task!r}.")
     check_code_execution([task], sandbox)
+    check_scorers(task)
     if not completions:
         raise DataError(
             f"there is no completion to score for the task {task}: expected at least 1."
         )
     scores = []
     for name, scorer in TASKS[task].scorers.items():
-        if scorer.missing() is not None:
+        if scorer.missing() is not None or not scorer.applies(completions):
+            continue
+        if scorer.total is not None:
+            scores.append(scorer.total(completions))
             continue
         verdicts = scorer.judge(completions, sandbox, progress)
-        counts = _counts(completions, verdicts)
         if scorer.is_pass_at_k:
+            counts = _counts(completions, verdicts)
             most = min(total for total, _ in counts)
             for k in sorted({k for k in _USUAL_K if k <= most} | {most}):
                 shares = [pass_at_k(total, right, k) for total, right in counts]
                 scores.append(_score(f"{name}@{k}", shares, verdicts))
         else:
-            scores.append(_score(name, [right / total for total, right in counts], verdicts))
+            score = _score(name, _means(completions, verdicts), verdicts)
+            table = None if scorer.confusion is None else scorer.confusion(completions)
+            scores.append(replace(score, confusion=table))
     return scores
 
 
@@ -110,6 +128,14 @@ def _counts(
     return [(total, right[row]) for row, total in Counter(each.id for each, _ in pairs).items()]
 
 
+def _means(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> list[float]:
+    """The mean points of each question's samples."""
+    points: dict[RowId, list[float]] = {}
+    for completion, verdict in zip(completions, verdicts, strict=True):
+        points.setdefault(completion.id, []).append(verdict.points)
+    return [math.fsum(each) / len(each) for each in points.values()]
+
+
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:
     value = math.fsum(shares) / len(shares)
     # Rounding may leave a mean of ones above 1, and no standard error below 0.
@@ -118,6 +144,13 @@ def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) ->
         scorer=scorer,
         value=value,
         n=len(shares),
-        stderr=math.sqrt(value * (1 - value) / len(shares)),
+        stderr=_stderr(scorer, value, shares),
         unextractable=sum(not each.is_extracted for each in verdicts),
     )
+
+
+def _stderr(scorer: str, value: float, shares: Sequence[float]) -> float:
+    """Of a share by its value, of a mean of parts by their spread."""
+    if scorer not in MEANS or len(shares) < 2:
+        return math.sqrt(value * (1 - value) / len(shares))
+    return statistics.stdev(shares) / math.sqrt(len(shares))

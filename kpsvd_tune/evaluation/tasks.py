@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.evaluation import text_answer
 from kpsvd_tune.evaluation.completions import Completion
+from kpsvd_tune.evaluation.json_answer import (
+    Right,
+    parse_answer,
+    right_answer,
+    same,
+    schema_fault,
+    shared_fields,
+)
+from kpsvd_tune.evaluation.label_answer import confusion, given_label, macro_f1
 from kpsvd_tune.evaluation.math_answer import (
     INSTALL,
     boxed_answer,
@@ -34,6 +44,7 @@ from kpsvd_tune.evaluation.numeric_answer import (
     strict_answer,
 )
 from kpsvd_tune.evaluation.sandbox.run import Program, Sandbox, run_programs
+from kpsvd_tune.report.results import Score
 
 Progress = Callable[[int, int], None]  # told (done, total)
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -46,6 +57,12 @@ class Verdict:
 
     is_correct: bool
     is_extracted: bool = True
+    credit: float | None = None  # 0 to 1, of a scorer that gives parts; None: 1 or 0
+
+    @property
+    def points(self) -> float:
+        """What the completion is worth, 0 to 1."""
+        return float(self.is_correct) if self.credit is None else self.credit
 
 
 Judge = Callable[[Sequence[Completion], Sandbox | None, Progress | None], list[Verdict]]
@@ -57,6 +74,13 @@ class ScoringRule:
 
     judge: Judge  # from completions, the sandbox and progress: one verdict each, in order
     is_pass_at_k: bool = False  # instead of the share of right answers
+    # A figure of all answers together, in place of the mean of the verdicts.
+    total: Callable[[Sequence[Completion]], Score] | None = None
+    # How often each right label was answered by which, where that is asked for.
+    confusion: Callable[[Sequence[Completion]], Mapping[str, Mapping[str, int]]] | None = None
+    applies: Callable[[Sequence[Completion]], bool] = lambda _: (
+        True
+    )  # whether there is such a score
     missing: Callable[[], str | None] = lambda: None  # why it cannot be used here, and what to do
 
 
@@ -73,9 +97,14 @@ class Task:
     runs_code: bool = False  # scoring runs what the model wrote
 
 
-def each(verdict: Callable[[str, str], Verdict]) -> ScoringRule:
+def each(
+    verdict: Callable[[str, str], Verdict], missing: Callable[[], str | None] = lambda: None
+) -> ScoringRule:
     """A scorer that judges completions one by one, each as (its text, its gold text)."""
-    return ScoringRule(lambda found, *_: [verdict(one.completion, gold_text(one)) for one in found])
+    return ScoringRule(
+        lambda found, *_: [verdict(one.completion, gold_text(one)) for one in found],
+        missing=missing,
+    )
 
 
 def gold_text(completion: Completion) -> str:
@@ -121,6 +150,39 @@ def _math_gold(gold: str) -> str:
 def _same_value(completions: Sequence[Completion], *_: object) -> list[Verdict]:
     judged = judge_by_value([(gold_text(one), one.completion) for one in completions])
     return [Verdict(is_correct, is_extracted) for is_extracted, is_correct in judged]
+
+
+def _same_label(completions: Sequence[Completion], *_: object) -> list[Verdict]:
+    pairs = [given_label(completion)[:2] for completion in completions]
+    return [Verdict(given == right, given is not None) for right, given in pairs]
+
+
+def _of_json(
+    points: Callable[[Any, Right], float],
+) -> Callable[[Sequence[Completion], Sandbox | None, Progress | None], list[Verdict]]:
+    """Gives each answer that is JSON its points, and others none."""
+
+    def judge(completions: Sequence[Completion], *_: object) -> list[Verdict]:
+        verdicts = []
+        for completion in completions:
+            right = right_answer(completion)
+            is_json, value = parse_answer(completion.completion)
+            credit = points(value, right) if is_json else 0.0
+            verdicts.append(Verdict(credit == 1, is_json, credit))
+        return verdicts
+
+    return judge
+
+
+def _like_text(measure: Callable[[str, str], float]) -> Callable[[str, str], Verdict]:
+    """Gives each answer points by how near it is to the right one."""
+
+    def verdict(completion: str, gold: str) -> Verdict:
+        is_there = bool(completion.strip())
+        credit = measure(completion, gold) if is_there else 0.0
+        return Verdict(credit == 1, is_there, credit)
+
+    return verdict
 
 
 _exact_number = _same(last_number, last_number)
@@ -216,6 +278,32 @@ TASKS: Mapping[str, Task] = {
     "exact_match": Task(
         template="Question: {prompt}\nAnswer: {completion}",
         scorers={"exact_match": each(_exact_match), "exact_text": each(_exact_text)},
+    ),
+    "label": Task(
+        template="Question: {prompt}\nAnswer: {completion}",
+        scorers={
+            "accuracy": ScoringRule(_same_label, confusion=confusion),
+            "macro_f1": ScoringRule(_same_label, total=macro_f1),
+        },
+    ),
+    "json": Task(
+        template="Question: {prompt}\nAnswer: {completion}",
+        scorers={
+            "exact": ScoringRule(_of_json(lambda value, right: float(same(value, right.value)))),
+            "fields": ScoringRule(_of_json(lambda value, right: shared_fields(value, right.value))),
+            "valid": ScoringRule(_of_json(lambda *_: 1.0)),
+            "schema": ScoringRule(
+                _of_json(lambda value, right: float(schema_fault(value, right.schema) is None)),
+                applies=lambda found: all(right_answer(one).schema is not None for one in found),
+            ),
+        },
+    ),
+    "text": Task(
+        template="Question: {prompt}\nAnswer: {completion}",
+        scorers={
+            "chrf": each(_like_text(text_answer.chrf), missing=text_answer.missing),
+            "rouge_l": each(_like_text(text_answer.rouge_l), missing=text_answer.missing),
+        },
     ),
     # These two measure a loss instead of judging answers.
     "loss": Task(template="Question: {prompt}\nAnswer: {completion}"),

@@ -22,11 +22,12 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.export.low_rank import LowRank, low_rank
 from kpsvd_tune.export.proof import plain_logits
 from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES, difference, logits
-from kpsvd_tune.models import ModelSource, describe_base
+from kpsvd_tune.models import ModelSource, base_of
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.report.card import Base, lora_card
+from kpsvd_tune.report.card import CARD, lora_card
 from kpsvd_tune.report.results import LoraReport
 from kpsvd_tune.runs.adapter_folder import CONFIG, WEIGHTS
+from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files, load
 from kpsvd_tune.storage.commit import seal
 from kpsvd_tune.storage.durable import write_file, write_folder
@@ -95,6 +96,7 @@ def export_lora(
     check_rank(settings.max_rank)
     folder = found.adapter
     assert folder is not None
+    training = training_of(folder)
     events.stage(f"loading {source.path}")
     loaded = load(found, source, "float32", allow_other_base=settings.allow_other_base)
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
@@ -159,9 +161,9 @@ def export_lora(
             warnings=_warnings(config, change, other_base),
         )
         write_file(partial / "export_report.json", to_json(report.to_dict()))
-        card = lora_card(report, _described(found, source))
-        write_file(partial / "README.md", card.encode())
-        seal(partial, "lora", but="README.md")
+        card = lora_card(report, base_of(source, found.base), training)
+        write_file(partial / CARD, card.encode())
+        seal(partial, "lora", but=CARD)
     return report
 
 
@@ -327,7 +329,3 @@ def _warnings(config: LoraConfig, change: float, other_base: str | None) -> tupl
             "them, vLLM and llama.cpp do not: serve the merged model there"
         )
     return tuple(found)
-
-
-def _described(found: Found, source: ModelSource) -> Base:
-    return describe_base(found.base or source.path, source.folder)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +34,14 @@ from kpsvd_tune.merge.shards import (
     unstreamable,
 )
 from kpsvd_tune.merge.update import MOST_DEVIATION
-from kpsvd_tune.models import Checkpoint, ModelSource, describe_base, load_skeleton, load_tokenizer
+from kpsvd_tune.models import Checkpoint, ModelSource, base_of, load_skeleton, load_tokenizer
 from kpsvd_tune.models.loading import DTYPES, same_tokenizer
-from kpsvd_tune.report.card import Base, merged_card
+from kpsvd_tune.report.card import CARD, Base, Training, merged_card
 from kpsvd_tune.report.results import MergeReport
+from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files
 from kpsvd_tune.runs.ownership import refuse_inside_run
+from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_folder
 from kpsvd_tune.storage.memory import free_memory
 from kpsvd_tune.storage.paths import check_writable, kind_of
@@ -74,6 +75,7 @@ class MergeSettings:
     weights: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()  # for the report, before its own
     notes: tuple[str, ...] = ()  # for the report
+    trainings: tuple[Training, ...] = ()  # of the adapters, for the card
 
 
 def check_source(source: str, found: Found) -> Path:
@@ -142,14 +144,15 @@ def settings_for(
     found: Sequence[Found], source: ModelSource, base: str | None, dtype: str | None
 ) -> MergeSettings:
     """The settings for adapters that were found; `base` is its place where one was typed."""
-    named = describe_base(found[0].base or source.path, source.folder)
+    named = base_of(source, found[0].base)
     if base and not named.is_on_hub:
-        named = describe_base(base, source.folder)
+        named = base_of(source, base)
     folder = None if source.kind == "gguf" else source.folder
     names = tuple(str(each.adapter) for each in found)
     if source.kind == "gguf":
         dtype = dtype or found[0].dtype
-    return MergeSettings(dtype, names[0], named, folder, adapters=names)
+    trainings = tuple(training_of(each.adapter) for each in found if each.adapter is not None)
+    return MergeSettings(dtype, names[0], named, folder, adapters=names, trainings=trainings)
 
 
 def merge(
@@ -197,7 +200,7 @@ def merge(
     changes = changes_of(parts, source, settings.allow_other_base)
     skeleton = load_skeleton(source)
     needed = 4 * sum(each.numel() for each in skeleton.parameters()) + _BESIDE_WEIGHTS
-    checkpoint, reason = None, _must_be_loaded(source, skeleton)
+    checkpoint, reason = None, needs_whole_base(source, skeleton)
     if reason is None:
         checkpoint = Checkpoint(source, skeleton)
         reason = unstreamable(checkpoint, changes)
@@ -247,7 +250,7 @@ def _stream(
 
     with write_folder(output) as partial:
         # What a killed merge left is gone by now, and its room is free.
-        _check_room(plan.num_bytes, output)
+        check_room(plan.num_bytes, output, "the merged model")
         events.stage(f"merging tensor by tensor and writing {output}")
         writer = ShardWriter(checkpoint, changes, proof is None, advance)
         written = writer.write(plan, partial)
@@ -290,7 +293,8 @@ def merge_loaded(
     is_untied = bool(was_tied and not plain.config.tie_word_embeddings)
     with write_folder(output) as partial:
         # What a killed merge left is gone by now, and its room is free.
-        _check_room(sum(p.numel() * p.element_size() for p in plain.parameters()), output)
+        needed = sum(p.numel() * p.element_size() for p in plain.parameters())
+        check_room(needed, output, "the merged model")
         events.stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -354,11 +358,12 @@ def _prove_and_report(
         )
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     (partial / "merge_report.json").write_text(text, encoding="utf-8")
-    (partial / "README.md").write_text(merged_card(report, settings.base), encoding="utf-8")
+    card = merged_card(report, settings.base, settings.trainings)
+    (partial / CARD).write_text(card, encoding="utf-8")
     return report
 
 
-def _must_be_loaded(source: ModelSource, skeleton: Any) -> str | None:
+def needs_whole_base(source: ModelSource, skeleton: Any) -> str | None:
     """Why a base cannot be read from its files alone, as far as they need not be opened."""
     if source.kind == "gguf":
         return "it is a GGUF file, whose weights are dequantised while loading"
@@ -422,13 +427,3 @@ def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:
         f"rounding to {dtype} lost part of the update in {len(lost)} of {len(kept)} layers "
         f"(least kept: {100 * kept[worst]:.0f} % in {worst}); use --dtype float32",
     )
-
-
-def _check_room(needed: int, output: Path) -> None:
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < 1.05 * needed:
-        raise ResourceError(
-            f"the merged model needs {size(needed)} on disk and {existing} has {size(free)} free: "
-            "make room or choose another --output"
-        )

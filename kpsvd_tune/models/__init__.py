@@ -5,6 +5,7 @@ from kpsvd_tune.models.loading import load_model, load_skeleton, load_tokenizer
 from kpsvd_tune.models.source import (
     ModelSource,
     base_fingerprint,
+    base_of,
     describe_base,
     find_configuration,
     resolve_model,
@@ -19,6 +20,7 @@ __all__ = [
     "WeightFile",
     "WeightReader",
     "base_fingerprint",
+    "base_of",
     "describe_base",
     "find_configuration",
     "load_model",

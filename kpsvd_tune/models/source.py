@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -290,6 +290,13 @@ def describe_base(path: str, folder: Path | None = None) -> Base:
     if known is not None:
         return Base(known, True, licence)
     return Base(Path(path).name or local.resolve().name, False, licence)
+
+
+def base_of(source: ModelSource, path: str | None = None) -> Base:
+    """A base model that was found, as a card names it; `path` is what it was called before."""
+    named = describe_base(path or source.path, source.folder)
+    commit = source.revision if named.is_on_hub else None
+    return replace(named, revision=commit, gguf_file=source.gguf_file)
 
 
 def _cached(path: Path) -> str | None:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.recipe.dataset import Columns, DatasetRecipe, SourceRecipe
-from kpsvd_tune.recipe.evaluation import LOSS_TASKS, EvaluationRecipe
+from kpsvd_tune.recipe.evaluation import LOSS_TASKS, OWN_ROWS_TASKS, EvaluationRecipe
 from kpsvd_tune.recipe.loading import (
     evaluation_section,
     load_recipe,
     recipe_to_yaml,
     shipped_recipes,
+    value_to_yaml,
 )
 from kpsvd_tune.recipe.schema import EarlyStopping, Recipe, RestrainRecipe, TrainRecipe
 from kpsvd_tune.recipe.values import read_number_of_parameters
 
 __all__ = [
     "LOSS_TASKS",
+    "OWN_ROWS_TASKS",
     "AdapterRecipe",
     "Columns",
     "DatasetRecipe",
@@ -36,4 +38,5 @@ __all__ = [
     "read_number_of_parameters",
     "recipe_to_yaml",
     "shipped_recipes",
+    "value_to_yaml",
 ]

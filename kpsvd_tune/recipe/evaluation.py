@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -22,15 +22,17 @@ from kpsvd_tune.recipe.values import (
 HARNESS_PROMPTS = {"lm-eval": ("gsm8k", "mbpp"), "bigcode": ("mbpp",)}
 # Tasks that measure a loss and write no answer.
 LOSS_TASKS = ("loss", "forgetting")
-_NEED_A_PATH = ("exact_match", *LOSS_TASKS)
+# Tasks for rows of one's own that `init` can choose among.
+OWN_ROWS_TASKS = ("exact_match", "label", "json", "text", "loss")
+_NEED_A_PATH = ("exact_match", "label", "json", "text", *LOSS_TASKS)
 
 
 class EvaluationRecipe(Section):
     """One task to score the model on."""
 
-    task: Literal["gsm8k", "math", "mbpp", "exact_match", "loss", "forgetting"] = Field(
-        description="scorer and prompt"
-    )
+    task: Literal[
+        "gsm8k", "math", "mbpp", "exact_match", "label", "json", "text", "loss", "forgetting"
+    ] = Field(description="scorer and prompt")
     path: PathOrList | None = key(
         None,
         "hub id or local file; null: the task's own; for forgetting a text file",
@@ -69,6 +71,12 @@ class EvaluationRecipe(Section):
     temperature: Number = key(0.0, "0: the likeliest token; above: samples", ge=0)
     samples: int = key(1, "answers to each question; pass@k needs k or more", ge=1, le=100_000)
     sampling_seed: int = key(0, "seed of the sampling", ge=0, le=2**32 - 1)
+    labels: list[Text] | None = key(
+        None, "label: the labels there are; null: those of the rows", min_length=2
+    )
+    json_schema: PathText | None = key(
+        None, "json: a file with the JSON schema that answers have to follow; null: none"
+    )
     window: int = key(1024, "tokens of a row (loss) or of a window (forgetting)", ge=2)
 
     @field_validator("path")
@@ -81,6 +89,15 @@ class EvaluationRecipe(Section):
             raise conflict(f"{task} has no data of its own; give a path", "task")
         if task == "forgetting" and not isinstance(value, str):
             raise conflict("forgetting reads one text file; give its path", "task")
+        return value
+
+    @field_validator("labels", "json_schema")
+    @classmethod
+    def _check_use(cls, value: Any, info: ValidationInfo) -> Any:
+        task = info.data.get("task")
+        owner = "label" if info.field_name == "labels" else "json"
+        if value is not None and task not in (owner, None):
+            raise conflict(f"only the task {owner} uses it, and task is {task}", "task")
         return value
 
     @field_validator("before")

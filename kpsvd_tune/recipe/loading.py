@@ -139,6 +139,12 @@ def recipe_to_yaml(recipe: Recipe) -> str:
     )
 
 
+def value_to_yaml(value: Any) -> str:
+    """A value as a recipe holds it, on one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=2**20)
+    return text.removesuffix("...\n").strip()
+
+
 def _look_up(document: Document, sections: Collection[str]) -> None:
     """Add the faults of local paths, before others of the same line: those may follow from them."""
     broken = {fault.path for fault in document.faults}

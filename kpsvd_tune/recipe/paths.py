@@ -158,6 +158,7 @@ _PROBLEMS: dict[tuple[str, ...], Callable[[str], str | None]] = {
     ("adapter", "from"): adapter_problem,
     ("evaluation", "path"): rows_problem,
     ("evaluation", "shots_path"): rows_problem,
+    ("evaluation", "json_schema"): text_problem,
     ("restrain", "text"): text_problem,
     ("compare", "test"): rows_problem,
     ("compare", "forgetting"): text_problem,

@@ -263,7 +263,10 @@ PatternOrList = _OneOrMany[Pattern, Text]
 Targets = _OneOrMany[Annotated[Pattern, AfterValidator(_check_target)], Text]
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_read_precision)]
 Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
-Budget = Annotated[int | None, BeforeValidator(_read_budget)]
+# Editors take what a user may write, and not what is made of it.
+Budget = Annotated[
+    int | None, BeforeValidator(_read_budget, json_schema_input_type=int | float | str | None)
+]
 Validation = Annotated[int | float | str, BeforeValidator(_read_validation)]
 PlainValues = dict[
     Annotated[str, AfterValidator(_check_name)], Annotated[Any, BeforeValidator(_freeze)]

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from kpsvd_tune.report.comparison import Comparison
@@ -17,13 +18,21 @@ from kpsvd_tune.report.layout import (
     print_pairs,
     print_table,
 )
-from kpsvd_tune.report.results import LoraReport, MergeReport, PreflightReport, RankReport
+from kpsvd_tune.report.results import (
+    GgufReport,
+    LoraReport,
+    MergeReport,
+    PreflightReport,
+    RankReport,
+)
 from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
-from kpsvd_tune.units import percent
+from kpsvd_tune.units import percent, size
 
 # The summary names at most this many matrices.
 _LISTED = 3
 _SOURCES = 20
+# Labels that a table of right and given ones has room for.
+_MOST_LABELS = 10
 # Columns that hold the whole table of a comparison.
 _WIDE = 140
 # Below this width a row of the table is written as a block, which leaves nothing out.
@@ -147,6 +156,40 @@ def show_lora(report: LoraReport) -> None:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
 
 
+def show_gguf(report: GgufReport) -> None:
+    """What an exported GGUF file holds, and what its proof found."""
+    out = output()
+    passed = f" (tolerance {report.tolerance:.3g})" if report.tolerance is not None else ""
+    print_line(
+        out,
+        Text(
+            "read by transformers: the file holds what was written (largest logit difference "
+            f"{report.file_logit_difference:.3g})",
+            style="green",
+        ),
+    )
+    print_line(
+        out,
+        f"largest logit difference from the adapter on its base, by rounding to {report.dtype}: "
+        f"{report.max_logit_difference:.3g}{passed}, top-1 agreement "
+        f"{100 * report.top1_agreement:.1f} %",
+    )
+    change = f"{report.adapter_logit_difference:.3g}"
+    print_line(out, f"the adapter changes a logit of its base by at most {change}")
+    kept = f"{100 * report.min_kept_share:.1f} %"
+    print_line(out, f"of every layer's update at least {kept} survived the rounding")
+    copied = f", {report.num_copied} of them copied from the base" if report.num_copied else ""
+    print_line(
+        out,
+        f"{report.num_tensors} tensors{copied}; {size(report.num_bytes)}; tokenizer and settings "
+        f"of {report.metadata_from}",
+    )
+    for note in report.notes:
+        print_line(out, note)
+    for warning in report.warnings:
+        print_line(out, Text(f"warning: {warning}", style="yellow"))
+
+
 def show_results(results: Mapping[str, Any]) -> None:
     """A run's figures of results.json, then a line for every score of the base and the adapter."""
     print_pairs(result_figures(results))
@@ -177,7 +220,23 @@ def show_scores(result: Mapping[str, Any]) -> None:
 def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: str | None) -> None:
     # Each line says how it was asked: lines are quoted one by one.
     asked = f"; {conditions}" if conditions else ""
-    print_line(output(), f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
+    out = output()
+    print_line(out, f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
+    if score.get("confusion"):
+        _show_confusion(out, score["confusion"])
+
+
+def _show_confusion(out: Console, table: Mapping[str, Mapping[str, int]]) -> None:
+    """Right labels below each other, given ones beside; of many the commonest mistakes alone."""
+    given = sorted({label for row in table.values() for label in row})
+    if len(given) <= _MOST_LABELS:
+        columns = [Column("right \\ given", is_text=True), *(Column(label) for label in given)]
+        rows = [[right, *(str(row.get(each, 0)) for each in given)] for right, row in table.items()]
+        print_table(out, columns, rows)
+        return
+    wrong = [(n, r, g) for r, row in table.items() for g, n in row.items() if r != g]
+    for number, right, label in sorted(wrong, reverse=True)[:_MOST_LABELS]:
+        print_line(out, f"  {right} answered as {label}: {number} times", 4)
 
 
 def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:

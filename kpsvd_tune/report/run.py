@@ -20,6 +20,8 @@ from kpsvd_tune.units import duration, size
 
 # Scorers whose value is no share of right answers: their n counts tokens.
 LOSSES = frozenset({"loss", "perplexity", "loss_change", "base_loss"})
+# Scorers whose value is a mean of parts of a point, and no share of answers that are right.
+MEANS = frozenset({"chrf", "rouge_l", "macro_f1", "fields"})
 # 97.5 % quantile of the normal distribution.
 _Z = 1.959963984540054
 # Rounding alone moves a loss by less; any real change moves it by more.
@@ -50,7 +52,8 @@ def read_run(run: Path) -> dict[str, Any]:
         kind = kind_of(run)
         got = f"; it is {named(kind)}" if kind else "; nothing lies there"
         if within := _runs_in(run):
-            got += f" with {', '.join(within)} in it: name one of them"
+            listed = f"`kpsvd-tune runs {run}` lists them"
+            got += f" with {', '.join(within)} in it: name one of them ({listed})"
         raise InputError(
             f"{run} holds neither init/rank_report.json nor results.json{got}; expected the "
             "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"
@@ -207,30 +210,45 @@ def score_text(scorer: str, score: Mapping[str, Any]) -> str:
     value = score_value(scorer, score["value"])
     if scorer in LOSSES:
         return f"{value} over {score['n']:,} tokens ({_uncertainty(scorer, score)})"
+    of = f"mean {value} over" if scorer in MEANS else f"{value} of"
     return (
-        f"{value} of {score['n']} ({_uncertainty(scorer, score)}), {score['unextractable']} "
+        f"{of} {score['n']} ({_uncertainty(scorer, score)}), {score['unextractable']} "
         "without an answer"
     )
 
 
 def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
-    """Scorer to its value, n, stderr and unextractable; a share with its interval."""
+    """Scorer to its value, n, stderr and unextractable; all but a loss with their interval."""
     found: dict[str, dict[str, Any]] = {}
     for score in scores:
-        found[score.scorer] = {k: v for k, v in score.to_dict().items() if k != "scorer"}
+        left_out = {"scorer", *(["confusion"] if score.confusion is None else [])}
+        own = {k: v for k, v in score.to_dict().items() if k not in left_out}
         if score.scorer not in LOSSES:
-            found[score.scorer]["interval"] = list(wilson_interval(score.value, score.n))
+            own["interval"] = list(score_interval(score.scorer, own))
+        found[score.scorer] = own
     return found
+
+
+def score_interval(scorer: str, score: Mapping[str, Any]) -> tuple[float, float]:
+    """The 95 % confidence interval of a score that is no loss; it never leaves 0 to 1."""
+    value, stderr = score["value"], score["stderr"]
+    # Parts that are all equal have no spread, which says little where they are few.
+    if scorer not in MEANS or stderr == 0:
+        return wilson_interval(value, score["n"])
+    return max(0.0, value - _Z * stderr), min(1.0, value + _Z * stderr)
 
 
 def score_table(results: Mapping[str, Any]) -> list[str]:
     """Every score of results.json as lines of a Markdown table; empty without a score."""
-    head = ("scored", "task", "scorer", "value", "uncertainty", "n", "without an answer", "asked")
+    head = (
+        *("scored", "task", "scorer", "value", "standard error", "95 % interval", "n"),
+        *("without an answer", "asked"),
+    )
     rows = [
         (
             *(model, name, scorer, score_value(scorer, score["value"])),
-            *(_uncertainty(scorer, score), str(score["n"]), str(score["unextractable"])),
-            conditions or "not known",
+            *(score_value(scorer, score["stderr"]), _interval(scorer, score)),
+            *(str(score["n"]), str(score["unextractable"]), conditions or "not known"),
         )
         for model, name, scorer, score, conditions in score_lines(results)
     ]
@@ -279,6 +297,13 @@ def _is_of(results: Mapping[str, Any], name: str, source: str) -> bool:
 def _uncertainty(scorer: str, score: Mapping[str, Any]) -> str:
     if scorer in LOSSES:
         return f"standard error {score_value(scorer, score['stderr'])}"
+    return f"95 % interval {_interval(scorer, score)}"
+
+
+def _interval(scorer: str, score: Mapping[str, Any]) -> str:
+    """The 95 % confidence interval of a share of right answers; of a loss nothing is said."""
+    if scorer in LOSSES:
+        return "-"
     # By value and n, for results of earlier versions have no interval.
-    low, high = wilson_interval(score["value"], score["n"])
-    return f"95 % interval {score_value(scorer, low)} to {score_value(scorer, high)}"
+    low, high = score_interval(scorer, score)
+    return f"{score_value(scorer, low)} to {score_value(scorer, high)}"

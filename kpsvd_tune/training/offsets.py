@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kpsvd_tune.adapter.idle import exclusion, trained_by_layer
-from kpsvd_tune.adapter.layer import KpsvdLayer
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+from kpsvd_tune.training.learned import update_norm
 
 
 class Offsets:
@@ -32,7 +32,7 @@ class Offsets:
     def shares(self) -> dict[str, float]:
         """Norm of each KPSVD layer's update over that of its weight; empty for other adapters."""
         return {
-            name: update_norm(layer) / self._weights[name]
+            name: update_norm(*layer.terms("default")) / self._weights[name]
             for name, layer in self._layers.items()
             if self._weights[name] > 0
         }
@@ -57,18 +57,6 @@ class Offsets:
                 name: float(base_weight(layer).float().norm())
                 for name, layer in self._layers.items()
             }
-
-
-@torch.no_grad()
-def update_norm(layer: KpsvdLayer, adapter_name: str = "default") -> float:
-    """Frobenius norm of Delta = sum_k L_k kron R_k, from products of the factors alone.
-
-    ||Delta||^2 = sum_kl <L_k, L_l> <R_k, R_l>, in float64 where the device has it.
-    """
-    wide = _wide(layer.trained(adapter_name)[0])
-    left, right = (part.flatten(1).to(wide) for part in layer.terms(adapter_name))
-    squared = ((left @ left.T) * (right @ right.T)).sum()
-    return float(squared.clamp(min=0).sqrt())
 
 
 @torch.no_grad()

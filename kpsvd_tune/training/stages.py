@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
     base_fingerprint,
+    base_of,
     load_skeleton,
     load_tokenizer,
     resolve_model,
@@ -42,25 +43,28 @@ from kpsvd_tune.phase import (
 )
 from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
-from kpsvd_tune.report.results import RankReport, Score
+from kpsvd_tune.report.card import adapter_card
+from kpsvd_tune.report.results import LearnedReport, RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs.adapter_folder import (
-    adapter_card,
     adapter_hash,
     check_own,
     holds_adapter,
     save_adapter,
 )
+from kpsvd_tune.runs.described import ROWS_KEY, describe_training
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.record import RunEvents
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import make_accelerator
 from kpsvd_tune.training.cost import run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.initialise import initialise
+from kpsvd_tune.training.learned import measure_learned
 from kpsvd_tune.training.loop import Training
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
@@ -119,11 +123,26 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         on_main_process(claim)
         told = RunEvents(events, run, is_main=accelerator.is_main_process)
         usage = start_usage(accelerator)
-        try:
-            yield Context(recipe, run, accelerator, told, phase, options, usage)
-        except BaseException as error:
-            told.ended(_how_it_ended(error, phase.name))
-            raise
+        context = Context(recipe, run, accelerator, told, phase, options, usage)
+        with _ending_recorded(context):
+            yield context
+
+
+@contextmanager
+def _ending_recorded(context: Context) -> Iterator[None]:
+    """Write down how the run ended where it did not reach its end, for its report."""
+    try:
+        yield
+    except BaseException as error:
+        context.events.ended(_how_it_ended(error, context.phase.name))
+        if context.accelerator.is_main_process:
+            is_stopped = isinstance(error, StoppedBySignal | KeyboardInterrupt)
+            reason = str(error) or type(error).__name__
+            # What goes wrong here would hide why the run ended.
+            with suppress(KpsvdTuneError):
+                if context.run.interrupted("stopped" if is_stopped else "failed", reason):
+                    context.page.refresh(is_last=True)
+        raise
 
 
 def read_data(context: Context) -> RunInput:
@@ -141,10 +160,12 @@ def read_data(context: Context) -> RunInput:
         if recipe.restrain is not None:  # only looked at, so that a fault is found now
             read_text(skeleton, tokenizer, recipe.restrain.text)
         found = read_rows(recipe, dataset, tokenizer, skeleton, context.events)
-        return found.train, found.validation, found.sha256, found.template, tokenizer.chat_template
+        told = found.report.to_dict(), tokenizer.chat_template
+        return found.train, found.validation, found.sha256, found.template, *told
 
+    train, validation, sha256, template, preflight, chat_template = on_main_process(read)
     # Where the recipe names no chat template the rows decide which one is used.
-    train, validation, sha256, template, tokenizer.chat_template = on_main_process(read)
+    tokenizer.chat_template = chat_template
     length = run_length(
         recipe.train, len(train), len(validation), context.accelerator.num_processes
     )
@@ -155,9 +176,13 @@ def read_data(context: Context) -> RunInput:
     base_files = on_main_process(lambda: base_fingerprint(source))
     adapter = find_adapter(recipe)
     identity = _identity(context, base_files, sha256, adapter)
-    start = on_main_process(lambda: _begin(context, identity, template))
+    rows = {"train": len(train), "validation": len(validation)}
+    start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
         context.events.begin(start.changed)
+        file = context.run.preflight_file
+        on_main_process(lambda: replace_file(file, to_json(preflight)))
+        context.page.refresh()
         for note in length.notes:
             context.events.note(note)
         for warning in length.warnings:
@@ -248,6 +273,7 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     for metrics in training.steps():
         events.step(metrics, total)
         phase.enter(f"training, step {metrics.step + 1} of {total}", cures)
+        context.page.refresh()
     events.end_progress()
     return TrainedModel(training, before)
 
@@ -276,19 +302,26 @@ def finish_run(
         results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
         results["score_conditions"] = scorer.conditions(tasks)
 
+    learned = _learned(context, started.model, results["adapter_step"])
     results |= run_cost(context.usage, context.accelerator, recipe, training.seconds_before)
 
     def save() -> None:
         found = _with_earlier_scores(run, results)
-        card = adapter_card(started.model, recipe, started.ranks, found)
+        record = read_json(run.run_file)
+        training = describe_training(str(run.adapter), recipe, started.ranks, record, found)
+        base = base_of(data.source, recipe.model.path)
+        card = adapter_card(training, base, recipe.adapter.from_)
         save_adapter(started.model, weights, data.tokenizer, run.adapter, card)
         run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
+        if learned is not None:
+            replace_file(run.learned_file, to_json(learned.to_dict()))
         run.finish(found)
 
     on_main_process(save)
     context.events.note(f"adapter: {run.adapter}, results: {run.results_file}")
     evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
     context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
+    on_main_process(lambda: context.page.refresh(is_last=True))
     return results
 
 
@@ -298,6 +331,15 @@ def _how_it_ended(error: BaseException, phase: str) -> str:
         return f"Stopped by a signal while {phase}; the same command goes on."
     said = str(error).splitlines()[0] if isinstance(error, KpsvdTuneError) and str(error) else ""
     return f"Ended by {said or type(error).__name__} while {phase}."
+
+
+def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | None:
+    """How far each layer has moved; None where no process has whole weights, and on the others."""
+    accelerator = context.accelerator
+    is_sharded = context.recipe.train.parallel == "fsdp" or zero_stage(accelerator) == 3
+    if is_sharded or not accelerator.is_main_process:
+        return None
+    return measure_learned(model, step)
 
 
 def _check(recipe: Recipe) -> None:
@@ -363,7 +405,9 @@ def _identity(
     return identity
 
 
-def _begin(context: Context, identity: Mapping[str, Any], template: str) -> Start:
+def _begin(
+    context: Context, identity: Mapping[str, Any], template: str, rows: Mapping[str, int]
+) -> Start:
     """Begin the run or find where it goes on, and record how it was started."""
     recipe, run, accelerator = context.recipe, context.run, context.accelerator
     about = {
@@ -375,6 +419,7 @@ def _begin(context: Context, identity: Mapping[str, Any], template: str) -> Star
         "seed": recipe.train.seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         TEMPLATE_KEY: template,
+        ROWS_KEY: rows,
     }
     return run.begin(
         recipe_to_yaml(recipe),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,18 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "init": {
+        "--model",
+        "--data",
+        "--columns",
+        "--task",
+        "--budget",
+        "--price",
+        "--yes",
+        "-y",
+        "--offline",
+        "--debug",
+    },
     "doctor": {"--quick", "--offline", "--json", "--debug"},
     "plan": {"--gpus", "--processes", "--without-rows", "--offline", "--json", "--debug"},
     "compare": {
@@ -44,7 +57,15 @@ OPTIONS = {
         "--json",
         "--debug",
     },
-    "init-only": {"--gpus", "--processes", "--sweep", "--offline", "--json", "--debug"},
+    "init-only": {
+        "--gpus",
+        "--processes",
+        "--sweep",
+        "--dry-run",
+        "--offline",
+        "--json",
+        "--debug",
+    },
     "merge": {
         "--output",
         "-o",
@@ -54,6 +75,7 @@ OPTIONS = {
         "--base",
         "--allow-other-base",
         "--tolerance",
+        "--dry-run",
         "--offline",
         "--json",
         "--debug",
@@ -78,6 +100,7 @@ OPTIONS = {
         "--sandbox",
         "--gpus",
         "--processes",
+        "--dry-run",
         "--offline",
         "--json",
         "--debug",
@@ -103,6 +126,7 @@ OPTIONS = {
         "--lossy",
         "--base",
         "--allow-other-base",
+        "--dry-run",
         "--offline",
         "--json",
         "--debug",
@@ -122,6 +146,8 @@ OPTIONS = {
     "recipes list": {"--json"},
     "recipes show": set(),
     "recipes copy": set(),
+    "recipes schema": {"--output", "-o"},
+    "recipes docs": {"--output", "-o"},
 }
 
 
@@ -391,3 +417,50 @@ def test_a_stopped_run_says_how_it_goes_on(monkeypatch, capsys, option):
     # With the option it would begin again where it began.
     assert cli.run(["train", "my.yaml", *option]) == 143
     assert "the same command without --resume goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shell", "words", "found"),
+    [
+        ("bash", "kpsvd-tune in", {"init", "init-only"}),
+        ("bash", "kpsvd-tune recipes s", {"show", "schema"}),
+        ("bash", "kpsvd-tune plan --without", {"--without-rows"}),
+        ("bash", "kpsvd-tune eval --task l", {"label", "loss"}),
+        ("zsh", "kpsvd-tune init mine --task js", {"json"}),
+        ("fish", "kpsvd-tune init-", {"init-only"}),
+    ],
+)
+def test_shells_complete_commands_options_and_tasks(
+    shell: str, words: str, found: set[str]
+) -> None:
+    last = len(words.split()) - 1
+    asked = {
+        "_KPSVD_TUNE_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(last),
+        "_TYPER_COMPLETE_ARGS": words,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "kpsvd_tune"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shown = done.stdout.replace('"', " ").replace(":", " ").split()
+    assert found <= set(shown), done
+    assert done.stderr == ""
+
+
+def test_completion_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kpsvd_tune", "--show-completion", "bash"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+    )
+    assert "_KPSVD_TUNE_COMPLETE=complete_bash" in done.stdout
+    assert "complete -o default" in done.stdout

@@ -146,7 +146,7 @@ def test_only_programs_need_permission():
 @pytest.mark.parametrize(
     ("task", "gold", "error", "message"),
     [
-        ("gsm", "1", InputError, "the task must be one of gsm8k, math, mbpp, exact_match, got"),
+        ("gsm", "1", InputError, "the task must be one of gsm8k, math, mbpp, exact_match, label, "),
         ("gsm8k", ["assert True"], DataError, "was this file written for another task"),
         ("math", None, DataError, "completion with id 0 is 'None'. Expected a text"),
     ],

@@ -128,6 +128,8 @@ def test_thin_factors_of_a_real_model_are_an_exact_lora(tmp_path: Path) -> None:
     assert (report["exact"], report["rank"], len(report["layer_ranks"])) == (True, 32, 210)
     assert report["max_logit_difference"] < 1e-4
     assert report["adapter_logit_difference"] > 0.1
+    name = place.partition("/")[2]
+    assert f'"FOLDER_OF_THE_BASE_MODEL", gguf_file="{name}")' in (output / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -302,12 +304,6 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     assert not output.exists()
     assert export(adapter, output) == 0
     assert list(output.parent.iterdir()) == [output]
-
-
-def test_gguf_is_left_to_the_converter_of_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["export", "runs/my", "--to", "gguf", "-o", "model.gguf"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "kpsvd-tune merge RUN --output merged; python llama.cpp/convert_hf_to_gguf.py" in said
 
 
 def test_sources_and_options_that_cannot_be_exported(

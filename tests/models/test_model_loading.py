@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -16,6 +17,7 @@ from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models import (
     WeightReader,
+    base_of,
     load_model,
     load_skeleton,
     load_tokenizer,
@@ -156,6 +158,18 @@ def test_a_gguf_model_is_saved_like_any_other(gguf_path: Path, tmp_path: Path) -
     for name, value in again.state_dict().items():
         assert torch.equal(value, expected[name]), name
     assert "quantization_config" not in again.config.to_dict()
+
+
+@pytest.mark.slow
+def test_the_line_of_a_card_loads_a_gguf_base(gguf_path: Path) -> None:
+    line = base_of(resolve_model(str(gguf_path))).loading
+    assert 'gguf_file="tiny.gguf"' in line
+    line = line.replace("FOLDER_OF_THE_BASE_MODEL", str(gguf_path.parent))
+    names: dict[str, Any] = {}
+    exec(f"from transformers import AutoModelForCausalLM\n{line}", names)
+    expected = load_model(resolve_model(str(gguf_path)), "float32").state_dict()
+    for name, value in names["base"].state_dict().items():
+        assert torch.equal(value.float(), expected[name]), name
 
 
 def test_a_gguf_skeleton_has_the_names_and_the_reader_the_dequantised_weights(

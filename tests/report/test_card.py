@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from kpsvd_tune.report.card import Base, front_matter, merged_card, without_folders
+from kpsvd_tune.report.card import Base, Training, front_matter, merged_card, without_folders
 from kpsvd_tune.report.results import MergeReport
 
 REPORT = MergeReport(
@@ -62,6 +66,56 @@ def test_only_an_id_of_the_hub_is_given_as_the_base():
     assert not any("base_model" in line for line in front_matter(Base("tiny", False), "peft", "a"))
     assert Base("tiny", False).place == "PATH_OF_THE_BASE_MODEL"
     assert Base("owner/tiny", True).place == "owner/tiny"
+
+
+def test_code_names_the_commit_and_the_file_of_a_base():
+    assert Base("owner/tiny", True, revision="abc").loading == (
+        'base = AutoModelForCausalLM.from_pretrained("owner/tiny", revision="abc")'
+    )
+    assert Base("tiny.gguf", False, gguf_file="tiny.gguf").loading == (
+        'base = AutoModelForCausalLM.from_pretrained("FOLDER_OF_THE_BASE_MODEL", '
+        'gguf_file="tiny.gguf")'
+    )
+
+
+def test_the_hash_of_several_files_is_what_the_card_says(tmp_path: Path):
+    files = {}
+    for number in range(3):
+        content = f"weights {number}".encode()
+        (tmp_path / f"model-0000{number}-of-00003.safetensors").write_bytes(content)
+        name = f"model-0000{number}-of-00003.safetensors"
+        files[name] = hashlib.sha256(content).hexdigest()
+    card = merged_card(REPORT, Base("b", False), [Training("first", base_files=files)])
+    found = re.search(r"weights `(.+)` gives (\w{64})\.", card)
+    assert found is not None
+    done = subprocess.run(["bash", "-c", found[1]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split()[0] == found[2]
+
+
+def test_several_adapters_have_a_table_each_and_no_scores():
+    scored = {"scores": {"loss": {"loss": {"value": 1.0, "n": 9, "stderr": 0.1}}}, "steps": 3}
+    trainings = [Training("first", settings=(("ranks", "2"),), results=scored), Training("other")]
+    report = replace(REPORT, adapters=("/a/first", "/a/other"), weights=(0.5, 2.0))
+    card = merged_card(report, Base("b", False), trainings)
+    assert "Adapters: 0.5 x first, 2 x other, trained" in card
+    assert "### first\n\n| what | value |\n|---|---|\n| ranks | 2 |\n| steps | 3 |" in card
+    assert "### other\n\nNothing of it was kept beside the adapter." in card
+    assert "## Evaluation" not in card
+    assert "## Method" not in card
+
+
+@pytest.mark.parametrize(
+    ("form", "is_random", "words"),
+    [
+        ("both", False, "Both factors of every product are trained, beginning with the leading"),
+        ("left", True, "The left factors are trained; the right ones are random directions that"),
+        ("right", False, "The right factors are trained; the left ones are the leading terms of"),
+        ("core", False, "A small matrix that mixes the products is trained; their factors are"),
+    ],
+)
+def test_the_method_names_what_the_form_trains(form: str, is_random: bool, words: str):
+    training = Training("a", form=form, is_random=is_random)
+    assert words in merged_card(REPORT, Base("b", False), [training])
 
 
 @pytest.mark.parametrize(

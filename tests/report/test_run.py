@@ -21,7 +21,7 @@ from kpsvd_tune.report.run import (
 
 
 def share(value: float, n: int) -> dict[str, Any]:
-    return {"value": value, "n": n, "stderr": 0.0, "unextractable": 1}
+    return {"value": value, "n": n, "stderr": (value * (1 - value) / n) ** 0.5, "unextractable": 1}
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_every_line_says_whose_score_it_is_of_which_rows_and_how_asked():
     table = score_table(RESULTS)
     assert len(table) == 5
     assert table[2] == (
-        "| base model | exact_match | exact_match | 25.0 % | 95 % interval 7.1 % to 59.1 % | 8 | 1 "
+        "| base model | exact_match | exact_match | 25.0 % | 15.3 % | 7.1 % to 59.1 % | 8 | 1 "
         "| a.jsonl, the first 8, greedy |"
     )
     # A bar in a template would begin another cell.
-    assert all(row.count("|") == 9 for row in table)
+    assert all(row.count("|") == 10 for row in table)
     assert table[-1].endswith("| not known |")
     assert score_table({}) == []
 

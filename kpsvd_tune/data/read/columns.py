@@ -213,6 +213,19 @@ def missing_column(
     )
 
 
+def advised_columns(row: Row) -> tuple[dict[str, str], bool] | None:
+    """Columns by role for rows whose own names show no form; None where some role has none.
+
+    Gives with them whether they are guessed by their order alone.
+
+    Raises:
+        DataError: The row holds a preferred and a rejected answer.
+    """
+    check_preference(row, "dataset.columns")
+    _, mapping, is_guess = _advice(row, "prompt-completion", ("prompt", "completion"))
+    return None if "COLUMN" in mapping.values() else (mapping, is_guess)
+
+
 def _advice(row: Row, form: str, required: Sequence[str]) -> tuple[str, dict[str, str], bool]:
     """The form and columns by role that use all of the row; whether some are guessed by order."""
     paths = _text_paths(row)

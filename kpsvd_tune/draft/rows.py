@@ -1,0 +1,154 @@
+"""Look at the rows: their form and columns, what their answers are, and which to hold out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from kpsvd_tune.data.encode.format import Chat, Pair, RowFormat, find_format
+from kpsvd_tune.data.read.columns import advised_columns
+from kpsvd_tune.data.read.files import Row
+from kpsvd_tune.data.read.sources import RowSource, open_sources
+from kpsvd_tune.data.rows.batches import permutation
+from kpsvd_tune.errors import DataError
+
+# Rows to look at for the form and for the answers.
+_LOOKED_AT = 1000
+# Held-out rows: a share of the rows, and no more than answering them is quick.
+_SHARE, _MOST = 0.1, 200
+# A set of so few answers, each seen so often on average, is one of labels.
+_MOST_LABELS, _LEAST_REPEATS = 20, 5
+_LONGEST_LABEL = 60
+# Answers of so few words are right or wrong as a whole.
+_SHORT = 5
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """What was found in the rows."""
+
+    path: str  # as it was typed
+    form: RowFormat
+    columns: Mapping[str, str]  # that the recipe has to name; empty where the rows do themselves
+    num_rows: int  # distinct ones with something to learn
+    held_out: tuple[Mapping[str, Any], ...]  # rows that are not to be trained on
+    task: str | None  # that suits the answers; None: score nothing but the loss
+    reason: str  # why that task
+
+
+def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
+    """Read all rows once, and hold some of them out.
+
+    Args:
+        path: File, folder, pattern or hub id.
+        columns: Column of each role, where the user said so.
+
+    Raises:
+        DataError: There are no rows, no form fits, or a row cannot be read.
+    """
+    sources = open_sources(path)
+    first = list(islice(_rows(sources), _LOOKED_AT))
+    if not first:
+        raise DataError(f"{path}: holds no rows; expected at least two, each with an answer")
+    form, columns = _form(first, columns)
+    examples = (form.example(row) for row in first)
+    task, reason = suited_task([_answer(each) for each in examples if each is not None], form)
+    keys = dict.fromkeys(key for _, key in _distinct(sources, form))
+    if len(keys) < 2:
+        raise DataError(
+            f"{path}: holds {len(keys)} distinct rows with an answer; expected at least two, one "
+            "to learn from and one to judge by: are the columns right "
+            f"({', '.join(f'{role}: {name}' for role, name in form.columns.items())})?"
+        )
+    order = permutation(len(keys), "held out by init")
+    number = min(_MOST, max(1, round(_SHARE * len(keys))))
+    names = list(keys)
+    chosen = {names[place] for place in islice(iter(order), number)}
+    held_out = tuple(row.values for row, key in _distinct(sources, form) if key in chosen)
+    return LookedAt(path, form, columns, len(keys), held_out, task, reason)
+
+
+def suited_task(answers: Sequence[str], form: RowFormat) -> tuple[str | None, str]:
+    """The task that scores such answers, and why; None where there is nothing to answer."""
+    if form.name == "text":
+        return "loss", "the rows are plain text, so there is no question to answer"
+    if answers and all(_is_json(answer) for answer in answers):
+        return "json", "every answer is a JSON object or list"
+    distinct = {answer.strip() for answer in answers}
+    is_labels = (
+        1 < len(distinct) <= min(_MOST_LABELS, len(answers) / _LEAST_REPEATS)
+        and max(map(len, distinct)) <= _LONGEST_LABEL
+    )
+    if is_labels:
+        return "label", f"the answers are {len(distinct)} labels"
+    words = sorted(len(answer.split()) for answer in answers)
+    if words and words[len(words) // 2] <= _SHORT:
+        return "exact_match", "the answers are a few words or a number"
+    return "text", "the answers are texts"
+
+
+def _form(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[RowFormat, Mapping[str, str]]:
+    """The form of the rows, with the columns that have to be named for it."""
+    setting = "--columns"
+    for row in rows:
+        if row.fault is not None:
+            raise row.fault
+    try:
+        return find_format(rows, "auto", columns, setting=setting), columns
+    except DataError as error:
+        filled = next((row for row in rows if any(row.values.values())), rows[0])
+        advice = None if columns else advised_columns(filled)
+        if advice is None or advice[1]:
+            raise _in_words(error) from None
+        form = find_format(rows, "auto", advice[0], setting=setting)
+        named = " and ".join(f"{name} as {role}" for role, name in advice[0].items())
+        return replace(form, reason=f"takes {named}"), advice[0]
+
+
+def _in_words(error: DataError) -> DataError:
+    """The error with columns as the option takes them."""
+    text = str(error)
+    if "--columns={" not in text:
+        return error
+    start = text.index("--columns={")
+    end = text.index("}", start)
+    listed = text[start + len("--columns={") : end].replace(": ", "=").replace(", ", ",")
+    return DataError(f"{text[:start]}--columns {listed}{text[end + 1 :]}")
+
+
+def _rows(sources: Sequence[RowSource]) -> Iterator[Row]:
+    for source in sources:
+        for row in source.read():
+            if row.fault is not None:
+                raise row.fault
+            yield row
+
+
+def _distinct(sources: Sequence[RowSource], form: RowFormat) -> Iterator[tuple[Row, bytes]]:
+    """The first of equal rows that have something to learn, each with a key of its content."""
+    seen: set[bytes] = set()
+    for row in _rows(sources):
+        example = form.example(row)
+        if example is None:
+            continue
+        key = hashlib.sha256(repr(example).encode("utf-8", "backslashreplace")).digest()[:16]
+        if key not in seen:
+            seen.add(key)
+            yield row, key
+
+
+def _answer(example: Pair | Chat) -> str:
+    if isinstance(example, Pair):
+        return example.completion
+    return str(example.messages[example.learnt[-1]]["content"])
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except ValueError:
+        return False

@@ -1,0 +1,321 @@
+"""Scores for rows of one's own: labels, JSON and texts, against answers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpsvd_tune.commands import main as cli
+from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation import json_answer, text_answer
+from kpsvd_tune.evaluation.completions import Completion
+from kpsvd_tune.evaluation.evaluate import check_tasks
+from kpsvd_tune.evaluation.json_answer import parse_answer, same, shared_fields
+from kpsvd_tune.evaluation.label_answer import labels_of, read_label
+from kpsvd_tune.evaluation.questions import read_questions
+from kpsvd_tune.evaluation.scoring import missing_scorers, score_completions
+from kpsvd_tune.recipe import EvaluationRecipe, load_recipe
+from kpsvd_tune.report.results import Score
+from kpsvd_tune.report.run import as_mapping, score_text
+
+
+def scores_of(task: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Score]:
+    completions = [Completion(i, "", text, gold) for i, (text, gold) in enumerate(pairs)]
+    return {each.scorer: each for each in score_completions(task, completions)}
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("spam", "spam"),
+        (" Spam.\n", "spam"),
+        ("not spam", "not spam"),
+        ("The message is not spam, I think.", "not spam"),
+        ("spam\nQuestion: is the next one not spam?", "spam"),
+        ("Well:\nspam", "spam"),
+        ("spam or not spam", None),
+        ("spammer", None),
+        ("", None),
+    ],
+)
+def test_the_label_that_an_answer_gives(answer: str, label: str | None) -> None:
+    assert read_label(answer, ["spam", "not spam"]) == label
+
+
+def test_labels_that_differ_in_case_alone_must_be_met_exactly() -> None:
+    assert read_label("a", ["A", "a"]) == "a"
+    assert read_label("It is a", ["A", "a"]) is None
+
+
+def test_accuracy_macro_f1_and_the_confusion_table() -> None:
+    given = ["yes", "yes", "no", "maybe", "no", "what?"]
+    right = ["yes", "yes", "yes", "no", "no", "maybe"]
+    labels = ["maybe", "no", "yes"]
+    pairs = [
+        (answer, {"label": gold, "labels": labels})
+        for answer, gold in zip(given, right, strict=True)
+    ]
+    scores = scores_of("label", pairs)
+    assert list(scores) == ["accuracy", "macro_f1"]
+    accuracy = scores["accuracy"]
+    assert (accuracy.value, accuracy.n, accuracy.unextractable) == (0.5, 6, 1)
+    assert accuracy.stderr == pytest.approx(math.sqrt(0.25 / 6))
+    assert accuracy.confusion == {
+        "maybe": {"(none)": 1},
+        "no": {"maybe": 1, "no": 1},
+        "yes": {"no": 1, "yes": 2},
+    }
+    # yes: 2 hits of 3 right and 2 given; no: 1 of 2 and 2; maybe: 0 of 1 and 1.
+    assert scores["macro_f1"].value == pytest.approx((4 / 5 + 2 / 4 + 0) / 3)
+    assert 0.05 < scores["macro_f1"].stderr < 0.3
+    assert scores["macro_f1"].confusion is None
+    found = as_mapping(list(scores.values()))
+    assert found["accuracy"]["confusion"]["yes"] == {"no": 1, "yes": 2}
+    assert "confusion" not in found["macro_f1"]
+    low, high = found["macro_f1"]["interval"]
+    assert 0 <= low < found["macro_f1"]["value"] < high <= 1
+
+
+def test_macro_f1_of_answers_that_are_all_right_has_an_interval_all_the_same() -> None:
+    pairs = [(each, {"label": each, "labels": ["a", "b"]}) for each in ("a", "b", "a", "b")]
+    found = as_mapping(list(scores_of("label", pairs).values()))["macro_f1"]
+    assert (found["value"], found["stderr"]) == (1.0, 0.0)
+    assert found["interval"][0] == pytest.approx(0.51, abs=0.01)  # Wilson's
+
+
+def test_labels_are_those_of_all_rows_or_of_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"number {n}", "completion": ["even", "odd"][n % 2]} for n in range(6)]
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    task = EvaluationRecipe(task="label", path=str(file), limit=1)
+    assert [each.gold for each in read_questions(task)] == [
+        {"label": "even", "labels": ["even", "odd"]}
+    ]
+    named = task.model_copy(update={"labels": ["odd", "even", "neither"]})
+    assert read_questions(named)[0].gold["labels"] == ["odd", "even", "neither"]
+    short = task.model_copy(update={"labels": ["odd", "uneven"]})
+    with pytest.raises(DataError, match=r"'even', which is none of .*: odd, uneven"):
+        read_questions(short)
+
+
+def test_answers_that_are_no_labels_are_refused() -> None:
+    with pytest.raises(DataError, match="300 different right answers; expected 2 to 200 labels"):
+        labels_of([str(n) for n in range(300)], None, "rows.jsonl")
+    with pytest.raises(DataError, match=r"holds 1 different .* name all labels in"):
+        labels_of(["yes"] * 3, None, "rows.jsonl")
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ('```json\n{"a": 1}\n```', {"a": 1}),
+        (" [1, 2]\n", [1, 2]),
+        ('{"a": 1} and so on', None),
+        ('{"a": NaN}', None),
+        ("{'a': 1}", None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_answers_are_json_as_a_whole(answer: str, value: Any) -> None:
+    assert parse_answer(answer) == (value is not None, value)
+
+
+def test_values_are_compared_as_json() -> None:
+    assert same({"a": 1, "b": [2]}, {"b": [2.0], "a": 1.0})
+    assert not same({"a": 1}, {"a": True})
+    assert not same([1, 2], [2, 1])
+    # Equal are a and the first of b; in one alone are the second of b, and c.
+    assert shared_fields({"a": 1, "b": [2, 3]}, {"a": 1, "b": [2], "c": {}}) == 2 / 4
+    assert shared_fields({}, {}) == 1.0
+
+
+def test_scores_of_json_answers() -> None:
+    right = {"json": {"city": "Ulm", "size": 3}}
+    scores = scores_of(
+        "json",
+        [
+            ('{"size": 3, "city": "Ulm"}', right),
+            ('{"city": "Bonn", "size": 3}', right),
+            ("Ulm", right),
+        ],
+    )
+    assert {name: round(each.value, 6) for name, each in scores.items()} == {
+        "exact": round(1 / 3, 6),
+        "fields": 0.5,
+        "valid": round(2 / 3, 6),
+    }
+    assert {each.unextractable for each in scores.values()} == {1}
+    assert scores["fields"].stderr == pytest.approx(statistics.stdev([1, 0.5, 0]) / math.sqrt(3))
+
+
+@pytest.fixture
+def schema(tmp_path: Path) -> Path:
+    path = tmp_path / "schema.json"
+    kind = {"type": "object", "properties": {"size": {"type": "integer"}}, "required": ["size"]}
+    path.write_text(json.dumps(kind))
+    return path
+
+
+@pytest.fixture
+def json_rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "How large?", "completion": '{"size": 3}'}) + "\n")
+    return path
+
+
+def test_answers_are_held_against_a_schema(schema: Path, json_rows: Path) -> None:
+    task = EvaluationRecipe(task="json", path=str(json_rows), json_schema=str(schema))
+    gold = read_questions(task)[0].gold
+    assert gold["json"] == {"size": 3}
+    pairs = [('{"size": 4}', gold), ('{"size": "4"}', gold), ("4", gold), ("no", gold)]
+    scores = scores_of("json", pairs)
+    assert (scores["schema"].value, scores["schema"].unextractable) == (0.25, 1)
+    assert (scores["exact"].value, scores["valid"].value) == (0.0, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "is no JSON"),
+        ('{"type": "shape"}', "is no JSON schema: 'shape' is not valid"),
+        ('{"$ref": "https://example.org/x.json"}', "refers to another schema"),
+        ('{"type": "array"}', "the right answer does not follow evaluation.json_schema"),
+    ],
+)
+def test_schemas_that_cannot_be_used(schema: Path, json_rows: Path, text: str, told: str) -> None:
+    schema.write_text(text)
+    task = EvaluationRecipe(task="json", path=str(json_rows), json_schema=str(schema))
+    with pytest.raises(InputError, match=told):
+        read_questions(task)
+
+
+def test_a_schema_without_the_package_says_what_to_install(
+    schema: Path, json_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_answer, "find_spec", lambda _: None)
+    task = EvaluationRecipe(task="json", path=str(json_rows), json_schema=str(schema))
+    with pytest.raises(InputError, match=r"pip install 'kpsvd-tune\[json\]'"):
+        read_questions(task)
+    assert read_questions(task.model_copy(update={"json_schema": None}))
+
+
+def test_a_right_answer_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "How large?", "completion": "three"}) + "\n")
+    with pytest.raises(DataError, match="the right answer 'three' is no JSON"):
+        read_questions(EvaluationRecipe(task="json", path=str(path)))
+
+
+@pytest.mark.parametrize("task", ["label", "json"])
+def test_golds_of_another_task_are_refused(task: str) -> None:
+    with pytest.raises(DataError, match="was this file written for another task"):
+        scores_of(task, [("yes", "yes")])
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"task": "gsm8k", "labels": ["a", "b"]}, "only the task label uses it, and task is gsm8k"),
+        ({"task": "label", "path": "x", "json_schema": "s"}, "only the task json uses it"),
+        ({"task": "text"}, "text has no data of its own; give a path"),
+    ],
+)
+def test_keys_belong_to_their_task(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        EvaluationRecipe(**keys)
+
+
+# Texts
+
+
+def test_chrf_and_rouge_l() -> None:
+    right = "the cat sat on the mat"
+    scores = scores_of("text", [(right, right), ("the cat lay on a mat", right), ("", right)])
+    assert list(scores) == ["chrf", "rouge_l"]
+    # Of six words four are in order in both: precision and recall are 4/6.
+    rouge = [1, 4 / 6, 0]
+    assert scores["rouge_l"].value == pytest.approx(statistics.fmean(rouge))
+    assert scores["rouge_l"].stderr == pytest.approx(statistics.stdev(rouge) / math.sqrt(3))
+    assert (scores["chrf"].n, scores["chrf"].unextractable) == (3, 1)
+    assert 1 / 3 < scores["chrf"].value < 2 / 3
+    said = score_text("rouge_l", as_mapping(list(scores.values()))["rouge_l"])
+    assert said.startswith("mean 55.6 % over 3 (95 % interval ")
+    assert said.endswith("1 without an answer")
+
+
+def test_rouge_l_knows_other_scripts() -> None:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    assert text_answer.rouge_l("Überall blüht Öl", "überall blüht öl") == 1.0
+    assert text_answer.rouge_l("кот спит", "кот сидит") == pytest.approx(0.5)
+    assert text_answer.rouge_l("我喜欢猫", "我喜欢狗") == pytest.approx(0.75)
+    ascii_text = "It's 3 o'clock_now, isn't IT?"
+    usual = DefaultTokenizer(use_stemmer=False).tokenize(ascii_text)
+    assert text_answer.Words().tokenize(ascii_text) == usual
+
+
+def test_one_answer_has_the_widest_error_that_its_value_allows() -> None:
+    scores = scores_of("text", [("the cat lay on a mat", "the cat sat on the mat")])
+    value = scores["rouge_l"].value
+    assert scores["rouge_l"].stderr == pytest.approx(math.sqrt(value * (1 - value)))
+
+
+def test_text_without_its_packages_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, json_rows: Path
+) -> None:
+    monkeypatch.setattr(text_answer, "find_spec", lambda _: None)
+    assert missing_scorers("text") == (text_answer.INSTALL,)
+    with pytest.raises(InputError, match=r"pip install 'kpsvd-tune\[text\]'"):
+        check_tasks([EvaluationRecipe(task="text", path=str(json_rows))], None)
+    with pytest.raises(InputError, match="needs the packages sacrebleu and rouge-score"):
+        scores_of("text", [("a", "a")])
+
+
+def test_samples_of_a_question_share_its_point() -> None:
+    completions = [Completion(0, "", "a b", "a b"), Completion(0, "", "c", "a b", sample=1)]
+    score = {each.scorer: each for each in score_completions("text", completions)}["rouge_l"]
+    assert (score.value, score.n) == (0.5, 1)
+
+
+# The whole way
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_labels_before_and_after(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "labels.jsonl"
+    lines = [{"question": f"Is {n} even?", "answer": "no" if n % 2 else "yes"} for n in range(8)]
+    rows.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    task = {"task": "label", "path": str(rows), "before": True, "max_new_tokens": 3}
+    recipe = write_recipe(dataset={"path": str(rows)}, train={"max_steps": 2}, evaluation=[task])
+    assert cli.run(["train", str(recipe)]) in (0, 4)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for place in ("base_scores", "scores"):
+        found = results[place]["label"]
+        assert found["accuracy"]["n"] == 8
+        assert sum(sum(row.values()) for row in found["accuracy"]["confusion"].values()) == 8
+    capsys.readouterr()
+    assert cli.run(["report", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "base model, label, accuracy: " in shown
+    assert "adapter, label, macro_f1: mean " in shown
+    assert "right \\ given" in shown
+    stored = tmp_path / "run" / "evaluation" / "after" / "label" / "completions.jsonl"
+    assert cli.run(["eval", "--rescore", str(stored), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["scores"]
+    assert again["accuracy"] == results["scores"]["label"]["accuracy"]
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").evaluation[0].labels is None

@@ -344,6 +344,24 @@ class LoraReport(Result):
 
 
 @dataclass(frozen=True)
+class PushReport(Result):
+    """What was sent to a repository of the hub, or would be."""
+
+    repo: str  # OWNER/NAME
+    content: str  # what it is, in words
+    is_public: bool  # whether everyone can read it
+    revision: str  # the branch
+    message: str  # of the commit
+    files: Mapping[str, int]  # size of each file in bytes, by its name in the repository
+    num_bytes: int  # of all files
+    shortened: tuple[str, ...] = ()  # files that are sent without the folders they named
+    left_out: tuple[str, ...] = ()  # hidden files, which are not sent
+    removed: tuple[str, ...] = ()  # files of an earlier push that are removed in the same commit
+    notes: tuple[str, ...] = ()  # what the user may want to know
+    url: str | None = None  # of the commit; None: nothing was sent
+
+
+@dataclass(frozen=True)
 class GgufReport(Result):
     """What an exported GGUF file holds, and its proof: export_report.json."""
 

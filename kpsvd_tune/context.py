@@ -15,6 +15,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
 from kpsvd_tune.recipe import DatasetRecipe, Recipe
+from kpsvd_tune.report.live_page import LivePage
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.usage import Usage
 
@@ -41,6 +42,12 @@ class Context:
     phase: Phase  # what the command does now, for messages
     options: RunOptions = field(default_factory=RunOptions)  # what was typed
     usage: Usage = field(default_factory=Usage)  # time and energy since the command began
+    page: LivePage = field(init=False)  # the run's report, kept up to date
+
+    def __post_init__(self) -> None:
+        """Make the page of the run's folder; the main process writes it."""
+        page = LivePage(self.run.path, is_writer=self.accelerator.is_main_process)
+        object.__setattr__(self, "page", page)
 
 
 @dataclass(frozen=True)

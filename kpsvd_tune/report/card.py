@@ -232,6 +232,12 @@ def adapter_name(path: str) -> str:
     return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
 
 
+def local_path(text: str) -> str | None:
+    """The first local path with a folder in a text; None where there is none."""
+    found = _LOCAL.search(text)
+    return found[0] if found else None
+
+
 def without_folders(text: str) -> str:
     """Leave of every local path only its last name."""
     return _LOCAL.sub(r"\1", text)

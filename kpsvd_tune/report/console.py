@@ -23,6 +23,7 @@ from kpsvd_tune.report.results import (
     LoraReport,
     MergeReport,
     PreflightReport,
+    PushReport,
     RankReport,
 )
 from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
@@ -154,6 +155,25 @@ def show_lora(report: LoraReport) -> None:
     print_line(out, f"the adapter changes a logit of its base by at most {change}")
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
+
+
+def show_push(report: PushReport) -> None:
+    """What was sent to the hub, file by file, or would be."""
+    out = output()
+    who = "public" if report.is_public else "private"
+    print_line(out, Text(f"{report.content}, {who}: {report.repo}, {report.revision}"))
+    print_pairs([(name, size(count)) for name, count in report.files.items()])
+    print_line(out, f"{len(report.files)} files, {size(report.num_bytes)}: {report.message}")
+    for title, names in (
+        ("without the folders of this machine", report.shortened),
+        ("hidden, not sent", report.left_out),
+        ("of an earlier push, removed there", report.removed),
+    ):
+        if names:
+            print_line(out, f"{title}: {', '.join(names)}")
+    for note in report.notes:
+        print_line(out, Text(f"note: {note}", style="yellow"))
+    print_line(out, f"sent: {report.url}" if report.url else "nothing was sent (--dry-run)")
 
 
 def show_gguf(report: GgufReport) -> None:

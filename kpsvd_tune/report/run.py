@@ -52,7 +52,8 @@ def read_run(run: Path) -> dict[str, Any]:
         kind = kind_of(run)
         got = f"; it is {named(kind)}" if kind else "; nothing lies there"
         if within := _runs_in(run):
-            got += f" with {', '.join(within)} in it: name one of them"
+            listed = f"`kpsvd-tune runs {run}` lists them"
+            got += f" with {', '.join(within)} in it: name one of them ({listed})"
         raise InputError(
             f"{run} holds neither init/rank_report.json nor results.json{got}; expected the "
             "output_dir of a recipe after `kpsvd-tune init-only`, `train` or `compare`"

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,25 +39,34 @@ _log = logging.getLogger(__name__)
 # What a run owns in its folder, in the order in which it is set aside.
 _ENTRIES = (
     "recipe.yaml",
+    "preflight.json",
     "init",
     "probes",
     "metrics.jsonl",
     EVENTS_FILE,
     "checkpoints",
     "adapter",
+    "learned.json",
     "results.json",
+    "report.html",
     "run.json",
 )
 # What may lie beside them before run.json does: earlier runs, and a tracker's files.
 _BESIDE = ("previous", "logs")
 # The files of init/, by which that of init-only is known.
 _INIT_FILES = ("rank_report.", "factors.", "plotly")
+# Keys of run.json that say how a session ended.
+_OF_THE_END = ("ended", "reason")
 _CHECKPOINT = re.compile(r"step-(\d{6,})(-pending)?")
 
 
 def checkpoint_name(step: int, is_pending: bool = False) -> str:
     """The name of a checkpoint's folder."""
     return f"step-{step:06d}{'-pending' if is_pending else ''}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 class Saved(NamedTuple):
@@ -98,11 +108,14 @@ class RunDirectory:
         self.recipe_file = self.path / "recipe.yaml"
         self.run_file = self.path / "run.json"
         self.init = self.path / "init"
+        self.preflight_file = self.path / "preflight.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / EVENTS_FILE
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.learned_file = self.path / "learned.json"
         self.results_file = self.path / "results.json"
+        self._is_begun = False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -225,7 +238,17 @@ class RunDirectory:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and mark the run as finished, in this order."""
         durable.replace_file(self.results_file, to_json(dict(results)))
-        self.update(status="finished")
+        self.update(status="finished", ended=_now())
+
+    def interrupted(self, status: str, reason: str) -> bool:
+        """Record that this session ended before the run did: stopped, or failed.
+
+        False where this session has not begun the run or has finished it: nothing is recorded.
+        """
+        if not self._is_begun or read_json(self.run_file, RunRecord).get("status") != "running":
+            return False
+        self.update(status=status, reason=reason, ended=_now())
+        return True
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -385,6 +408,10 @@ class RunDirectory:
         return Start(is_same=is_same)
 
     def _write_run(self, content: Mapping[str, Any]) -> None:
+        if content["status"] == "running":
+            # How an earlier session ended holds no longer.
+            self._is_begun = True
+            content = {key: content[key] for key in content if key not in _OF_THE_END}
         durable.replace_file(self.run_file, to_json(content))
 
     def _set_aside(self) -> None:

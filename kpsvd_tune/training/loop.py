@@ -258,6 +258,7 @@ class Training:
             seconds=now - self._began,
             skipped=sums.fault,
             micro_batch_size=self.progress.micro_batch_size,
+            memory_bytes=peak_memory_bytes(self._accelerator.device),
         )
         self._step_seconds.append(now - began)
         self.progress.count_step(sums.loss, sums.num_supervised, metrics)

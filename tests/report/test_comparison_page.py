@@ -14,8 +14,9 @@ from trial_rows import row
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Comparison, TrialRow, plus_minus
-from kpsvd_tune.report.comparison_page import PALETTES, comparison_page
+from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.console import show_comparison
+from kpsvd_tune.report.figures import PALETTES
 
 EVIL = "kpsvd:</script><img src=x>{{data}}"
 
@@ -61,7 +62,7 @@ def test_the_page_holds_the_verdict_and_runs_nothing_of_it(
 def test_without_plotly_it_says_what_to_install(
     verdict: Comparison, rows: list[TrialRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(InputError, match=r"pip install 'kpsvd-tune\[report\]'"):
         comparison_page(verdict, rows)
 

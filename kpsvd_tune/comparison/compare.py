@@ -174,6 +174,8 @@ def _num_steps(recipe: Recipe, grid: Grid, material: Material, events: Events) -
         raise RecipeError("\n".join(length.faults))
     for note in length.notes:
         events.note(note)
+    for warning in length.warnings:
+        events.tell(warning)
     return length.num_steps
 
 

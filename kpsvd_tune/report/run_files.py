@@ -74,7 +74,11 @@ def read_run_files(folder: Path) -> RunFiles:
     record = _lenient(folder / "run.json", dict[str, Any], faults) or {}
     if record:
         ranks = _ranks(folder / "init" / "rank_report.json", faults)
-        results = _lenient(folder / "results.json", dict[str, Any], faults)
+        results = None
+        if is_finished(record):
+            results = _lenient(folder / "results.json", dict[str, Any], faults)
+        elif (folder / "results.json").exists():
+            faults.append("results.json and learned.json are of an earlier end: the run went on")
     else:
         found = read_run(folder)
         ranks, results = found["ranks"], found["results"]
@@ -90,11 +94,16 @@ def read_run_files(folder: Path) -> RunFiles:
         ranks=ranks,
         metrics=_metrics(folder / "metrics.jsonl", faults),
         preflight=_lenient(folder / "preflight.json", PreflightReport, faults),
-        learned=_lenient(folder / "learned.json", LearnedReport, faults),
+        learned=_lenient(folder / "learned.json", LearnedReport, faults) if results else None,
         events=events,
         recipe_text=_text(folder / "recipe.yaml"),
         faults=faults,
     )
+
+
+def is_finished(record: Mapping[str, Any]) -> bool:
+    """Whether results.json is of this end of the run; it stays when a finished run goes on."""
+    return record.get("status") == "finished"
 
 
 def run_state(folder: Path, record: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from kpsvd_tune.report.comparison import read_comparison
 from kpsvd_tune.report.layout import Column, output, print_line, print_table
 from kpsvd_tune.report.results import Result
 from kpsvd_tune.report.run import losses
-from kpsvd_tune.report.run_files import json_lines, run_state
+from kpsvd_tune.report.run_files import is_finished, json_lines, run_state
 from kpsvd_tune.report.run_words import headline_score
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.paths import kind_of, named, siblings
@@ -153,7 +153,7 @@ def _comparison(place: Path, name: str) -> RunLine:
 
 def _run(place: Path, name: str) -> RunLine:
     record = _object(place / "run.json")
-    results = _object(place / "results.json")
+    results = _object(place / "results.json") if is_finished(record) or not record else {}
     ranks = _object(place / "init" / "rank_report.json")
     recipe = record.get("identity", {}).get("recipe", {})
     chosen = [layer["rank"] for layer in ranks.get("layers", []) if layer["rank"] > 0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.report.console import preflight_lines, rank_summary
+from kpsvd_tune.report.events import EVENTS_FILE
 from kpsvd_tune.report.figures import PALETTES, Style, Trace, figure, smooth, thinned
 from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render
@@ -89,6 +90,7 @@ def run_page(run: RunFiles) -> str:
         cost=cost_lines(run),
         warnings=told[:MOST_EVENTS],
         num_warnings=len(told),
+        has_events=(run.folder / EVENTS_FILE).exists(),
         events=[each for each in run.events if each not in told][-MOST_EVENTS:],
         recipe=_cut(run.recipe_text, LONGEST_RECIPE),
         versions=list(run.record.get("versions", {}).items()),

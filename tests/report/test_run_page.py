@@ -20,6 +20,7 @@ from kpsvd_tune.report.figures import MOST_POINTS, smooth, thinned
 from kpsvd_tune.report.live_page import LEAST_SECONDS, LivePage
 from kpsvd_tune.report.pages import check_page
 from kpsvd_tune.report.run_files import read_answers, read_run_files
+from kpsvd_tune.report.run_list import list_runs
 from kpsvd_tune.report.run_page import LONGEST_TEXT, run_page, write_run_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -175,6 +176,7 @@ def test_runs_of_an_older_version_are_shown(name: str) -> None:
     text = words(page_of(OLD / name))
     assert "What the rows looked like was not kept" in text
     assert "Not measured: it is when the adapter is saved." in text
+    assert "None are recorded; runs of older versions record none." in text
     assert "Ranks" in text
 
 
@@ -200,6 +202,19 @@ def test_what_cannot_be_read_is_told_and_hides_nothing_else(folder: Path) -> Non
     text = words(run_page(found))
     assert "Not read" in text
     assert "1.0366" in text
+
+
+def test_results_of_an_earlier_end_are_not_those_of_a_run_that_went_on(folder: Path) -> None:
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "loss": 0.5, "seconds": 30.0}\n')
+    found = read_run_files(folder)
+    assert (dict(found.results), found.learned, found.last_step) == ({}, None, 41)
+    assert found.faults == ["results.json and learned.json are of an earlier end: the run went on"]
+    assert "stopped at step 41 of 40" in words(run_page(found))
+    (line,) = list_runs(folder).runs
+    assert (line.steps, line.time, line.score) == (41, 30.0, None)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -202,8 +202,7 @@ def gguf_work(
         "adapter": _adapter_bytes(found),
         "an update in float64": 8 * _IN_HAND * largest,
     }
-    # What is copied from the base is as large as it is there, which is not larger.
-    most = int(whole / _FLOAT * _GGUF_BYTES[dtype])
+    most = file.bytes_with(_GGUF_BYTES[dtype], source.kind == "gguf")
     return WorkPlan(
         command="export",
         steps=(
@@ -216,8 +215,11 @@ def gguf_work(
         seconds=None,
         host=host_memory(process_bytes(), 0, parts),
         on_device=None,
-        disk=_disk(output, 0, most),
-        basis=(f"{_BY_CONFIGURATION}; the time is not estimated",),
+        disk=_disk(output, most, most),
+        basis=(
+            f"{_BY_CONFIGURATION}; the file is smaller where tensors are copied from a smaller "
+            "base; the time is not estimated",
+        ),
     )
 
 

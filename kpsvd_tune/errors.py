@@ -11,6 +11,7 @@ KpsvdTuneError                 1
 │   │   └── FolderInUseError   1   another process holds the lock of a run's folder
 │   ├── MergeError             1   the merged model is not the model that was trained
 │   ├── ExportError            1   what was exported is not the model that was trained
+│   ├── HubError               1   the hub cannot be reached, or failed
 │   └── ResourceError          1   memory, disk or a process ran out
 ├── NonFiniteError             3   the loss or the gradient norm became infinite or NaN
 ├── WorseThanBaseError         4   the run is done and saved, and its adapter is worse than the base
@@ -107,6 +108,10 @@ class MergeError(RunError):
 
 class ExportError(RunError):
     """What was exported differs from the adapter on its base by more than the tolerance."""
+
+
+class HubError(RunError):
+    """The hub cannot be reached, or failed."""
 
 
 class ResourceError(RunError):

@@ -46,7 +46,7 @@ from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.training import stages  # noqa: F401  imported once, here, for all runs
 
 STEPS, EPOCH, SAVE_EVERY = 12, 4, 3
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 SECONDS = 120.0
 OPERATIONS = ("makedirs", "open", "write", "fsync", "close", "replace", "unlink", "rmdir")
 

@@ -21,6 +21,7 @@ EXIT_CODES = {
     "FolderInUseError": 1,
     "MergeError": 1,
     "ExportError": 1,
+    "HubError": 1,
     "ResourceError": 1,
     "NonFiniteError": 3,
     "WorseThanBaseError": 4,

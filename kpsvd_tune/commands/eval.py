@@ -16,12 +16,14 @@ from kpsvd_tune.commands.options import (
     BaseOnly,
     BaseOption,
     Debug,
+    DryRun,
     DtypeOption,
     Gpus,
     Json,
     Offline,
     Processes,
     SandboxOption,
+    check_devices,
     emit,
     launch_processes,
     prepare_libraries,
@@ -43,6 +45,7 @@ from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.run import as_mapping
+from kpsvd_tune.report.work import WorkPlan, show_work
 from kpsvd_tune.storage.paths import check_writable, expand, kind_of, siblings
 
 # Keys of an evaluation that belong to its rows.
@@ -70,7 +73,7 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="gsm8k, math, mbpp, exact_match, label, json, text, loss or forgetting.",
+            help="gsm8k, math, mbpp, exact_match, label, json, text, loss, forgetting or lm_eval.",
             autocompletion=lambda: list(TASKS),
         ),
     ] = None,
@@ -106,6 +109,7 @@ def evaluate(
     sandbox: SandboxOption = "bwrap",
     gpus: Gpus = None,
     processes: Processes = None,
+    dry_run: DryRun = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -131,13 +135,36 @@ def evaluate(
     wanted = _task(source, options, overrides or ())
     # Before the processes start and the libraries are loaded: nothing is to be waited for.
     allowed = sandbox if allow_code_execution else None
+    model = _Model(source, base, dtype, base_only, allow_other_base)
+    if dry_run:
+        check_devices(gpus, processes)
+        prepare_libraries(offline, debug)
+        emit(_planned(model, wanted, output, on_cpu=processes is not None), as_json, show_work)
+        return
     check_code_execution([wanted.task], allowed)
     launch_processes(gpus, processes)
     prepare_libraries(offline, debug)
-    model = _Model(source, base, dtype, base_only, allow_other_base)
     with ConsoleEvents() as events:
         result = _score(model, wanted, output, allowed, events)
         emit(result, as_json, view.show_scores)
+
+
+def _planned(
+    model: _Model, wanted: EvaluationRecipe, output: Path | None, *, on_cpu: bool
+) -> WorkPlan:
+    """What scoring would do and take; the model is found, and not loaded."""
+    import torch
+
+    from kpsvd_tune.estimate.verbs import evaluation_work
+    from kpsvd_tune.evaluation.output import output_folder
+    from kpsvd_tune.runs.find import find, resolve_base
+
+    found = find(model.source)
+    folder = output_folder(model.source, found, wanted, output, model.base_only)
+    source = resolve_base(found, model.source, model.base, with_weights=False)
+    kind = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    known = model.dtype or found.dtype
+    return evaluation_work(found, source, wanted, known, folder, torch.device(kind))
 
 
 def _score(

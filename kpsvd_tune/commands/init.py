@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from kpsvd_tune.commands.options import Debug, Offline, prepare_libraries
+from kpsvd_tune.draft.budget import read_budget
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.recipe.evaluation import OWN_ROWS_TASKS
 from kpsvd_tune.recipe.paths import model_problem, rows_problem
@@ -75,19 +76,24 @@ def init(
     check_writable(file.parent)
     roles = _roles(columns)
     hourly = None if price is None else _price(price)
+    # What is wrong with these is told before anything is waited for.
+    for given, read in ((task, _task), (budget, read_budget)):
+        if given is not None:
+            read(given)
+    for typed_path, problem_of in ((model, model_problem), (data, rows_problem)):
+        if typed_path is not None and (fault := problem_of(typed_path)):
+            raise InputError(fault)
     ask = _Questions(yes)
     prepare_libraries(offline, debug)
-    from kpsvd_tune.draft.budget import read_budget
     from kpsvd_tune.draft.rows import look_at
-    from kpsvd_tune.draft.settings import Wanted, as_lines, check_model, draft
+    from kpsvd_tune.draft.settings import BaseModel, Wanted, as_lines, draft, look_at_model
     from kpsvd_tune.draft.text import write_recipe
     from kpsvd_tune.evaluation.scoring import missing_scorers
 
-    def base_model(path: str) -> str:
+    def base_model(path: str) -> BaseModel:
         if problem := model_problem(path):
             raise InputError(problem)
-        check_model(path)
-        return path
+        return look_at_model(path)
 
     chosen = ask("--model", "Base model (hub id, folder or .gguf file)", model, None, base_model)
 
@@ -123,15 +129,13 @@ def init(
     if limit.money is not None and hourly is None:
         hourly = ask("--price", f"Price of an hour here, in {limit.currency}", None, None, _price)
     with ConsoleEvents() as events:
-        wanted = Wanted(
-            file.stem, str(held_out), chosen, found, scored, limit, hourly, _run_folder(file.stem)
-        )
+        wanted = Wanted(str(held_out), chosen, found, scored, limit, hourly, _run_folder(file.stem))
         made = draft(wanted, events)
         if scored is not None:
             for note in missing_scorers(scored):
                 events.note(note)
     typed = {
-        "--model": chosen,
+        "--model": chosen.path,
         "--data": found.path,
         "--columns": ",".join(f"{role}={name}" for role, name in found.columns.items()) or None,
         "--task": scored or _NOTHING,

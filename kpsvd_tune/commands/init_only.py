@@ -10,6 +10,7 @@ import typer
 
 from kpsvd_tune.commands.options import (
     Debug,
+    DryRun,
     Gpus,
     Json,
     Offline,
@@ -27,6 +28,7 @@ from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.results import RankReport
+from kpsvd_tune.report.work import show_work
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.storage.disk import explained
 
@@ -40,6 +42,7 @@ def init_only(
         list[str] | None,
         typer.Option(metavar="KEY=A,B,C", help="Show the totals for several values of a key."),
     ] = None,
+    dry_run: DryRun = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -48,6 +51,14 @@ def init_only(
     resolved = load_recipe(recipe, overrides or (), look_up=("model",))
     check_devices(gpus, processes)
     prepare_libraries(offline, debug)
+    if dry_run:
+        if sweep:
+            raise InputError("--dry-run plans one recipe: leave --sweep out")
+        from kpsvd_tune.estimate.verbs import decomposition_work
+
+        work = decomposition_work(resolved, processes=gpus or processes or 1, on_gpu=bool(gpus))
+        emit(work, as_json, show_work)
+        return
     workers = {"processes": gpus or processes or 1, "device": "cuda" if gpus else "cpu"}
     with ConsoleEvents() as events:
         if sweep:

@@ -25,8 +25,10 @@ from kpsvd_tune.commands.init_only import init_only
 from kpsvd_tune.commands.merge import merge
 from kpsvd_tune.commands.options import RanksEnded, is_later_rank
 from kpsvd_tune.commands.plan import plan
+from kpsvd_tune.commands.push import push
 from kpsvd_tune.commands.recipes import recipes_app
 from kpsvd_tune.commands.report import report
+from kpsvd_tune.commands.runs import runs
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
@@ -49,11 +51,13 @@ for _command in (
     init_only,
     merge,
     export,
+    push,
     evaluate,
     generate,
     chat,
     compare,
     report,
+    runs,
     validate,
     doctor,
 ):

@@ -12,6 +12,7 @@ from kpsvd_tune.commands.options import (
     AllowOtherBase,
     BaseOption,
     Debug,
+    DryRun,
     Json,
     Offline,
     emit,
@@ -20,6 +21,7 @@ from kpsvd_tune.commands.options import (
 from kpsvd_tune.phase import merging_cures, watched
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
+from kpsvd_tune.report.work import show_work
 from kpsvd_tune.storage.disk import explained
 
 
@@ -48,6 +50,7 @@ def merge(
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Largest logit difference that passes.")
     ] = None,
+    dry_run: DryRun = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -62,10 +65,15 @@ def merge(
         found = [find(source) for source in sources]
         adapters = [merging.check_source(*each) for each in zip(sources, found, strict=True)]
         shares = merging.weights_for(len(adapters), weights)
-        base_model = resolve_base(found[0], sources[0], base)
+        base_model = resolve_base(found[0], sources[0], base, with_weights=not dry_run)
         own = [base_model.folder] if base_model.kind == "folder" else []
         inputs = [*adapters, *map(Path, sources), *own]
         place = merging.check_output(output, inputs)
+        if dry_run:
+            from kpsvd_tune.estimate.verbs import merge_work
+
+            emit(merge_work(found, base_model, place, dtype, proof), as_json, show_work)
+            return
         with watched(goes_on=False) as phase:
             phase.enter("merging the adapter into its base", merging_cures(), "nothing was written")
             settings = merging.settings_for(found, base_model, base, dtype)

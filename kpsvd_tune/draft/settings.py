@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.function import CPU_MULTIPLIES_BF16
 from kpsvd_tune.adapter.targets import target_names
@@ -41,12 +42,20 @@ _TRIES = 3
 
 
 @dataclass(frozen=True)
+class BaseModel:
+    """A base model without its weights."""
+
+    path: str  # as it was typed
+    skeleton: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What the user said."""
 
-    name: str  # of the recipe, without folder and suffix
     held_out: str  # file that the held-out rows will be in
-    model: str
+    model: BaseModel
     rows: LookedAt
     task: str | None
     budget: Budget
@@ -74,16 +83,17 @@ class Draft:
     limit: str | None = None  # how the budget bounds the run, where it does
 
 
-def check_model(path: str) -> None:
-    """Refuse what cannot be a base model, by its configuration alone.
+def look_at_model(path: str) -> BaseModel:
+    """Find a base model by its configuration and tokenizer alone.
 
     Raises:
         ModelError: It cannot be found or read.
         AdapterError: It has no layers to adapt.
     """
     source = find_configuration(path)
-    target_names(load_skeleton(source), "all-linear", None, [])
-    load_tokenizer(source)
+    skeleton = load_skeleton(source)
+    target_names(skeleton, "all-linear", None, [])
+    return BaseModel(path, skeleton, load_tokenizer(source))
 
 
 def draft(wanted: Wanted, events: Events) -> Draft:
@@ -98,7 +108,7 @@ def draft(wanted: Wanted, events: Events) -> Draft:
         # The plan reads the rows as the run will, and nothing is written beside the recipe yet.
         held_out = Path(folder) / Path(wanted.held_out).name
         held_out.write_bytes(as_lines(wanted.rows.held_out))
-        events.stage(f"tokenising {wanted.rows.path} with the tokenizer of {wanted.model}")
+        events.stage(f"tokenising {wanted.rows.path} with the tokenizer of {wanted.model.path}")
         content = _content(wanted)
         content["dataset"]["validation"] = str(held_out)
         lengths = _set_lengths(content, wanted)
@@ -107,8 +117,6 @@ def draft(wanted: Wanted, events: Events) -> Draft:
         limit = None
         if time_limit is not None:
             plan, limit = _shorten(content, plan, time_limit)
-        steps = plan.data.steps or 1
-        content["train"] |= {key: max(1, steps // 5) for key in ("eval_every", "save_every")}
     content["dataset"]["validation"] = wanted.held_out
     return Draft(content, plan, lengths, _device()[1], limit)
 
@@ -121,20 +129,19 @@ def as_lines(rows: tuple[Mapping[str, Any], ...]) -> bytes:
 
 def _content(wanted: Wanted) -> dict[str, Any]:
     rows, budget = wanted.rows, wanted.budget
-    tokenizer = load_tokenizer(find_configuration(wanted.model))
     num_train = rows.num_rows - len(rows.held_out)
     size, epochs = next((s, e) for most, s, e in _SIZES if most is None or num_train < most)
     precision, dtype = _precision()
     dataset: dict[str, Any] = {"path": rows.path, "max_length": _LONGEST}
     if rows.columns:
         dataset["columns"] = dict(rows.columns)
-    if rows.form.is_chat or (rows.form.is_pair and tokenizer.chat_template):
+    if rows.form.is_chat or (rows.form.is_pair and wanted.model.tokenizer.chat_template):
         dataset["template"] = "chat"
     elif rows.form.is_pair:
         dataset["template"] = DatasetRecipe.model_fields["template"].default
     rank = {"method": "energy+elbow", "energy": 0.5, "min": 1, "max": 16}
     content: dict[str, Any] = {
-        "model": {"path": wanted.model, "dtype": dtype},
+        "model": {"path": wanted.model.path, "dtype": dtype},
         "dataset": dataset,
         "adapter": {
             "target_modules": "all-linear",
@@ -148,6 +155,7 @@ def _content(wanted: Wanted) -> dict[str, Any]:
             "warmup_ratio": 0.05,
             "precision": precision,
             "gradient_checkpointing": False,
+            **_intervals(num_train * epochs // size),
         },
     }
     if wanted.price is not None:
@@ -156,20 +164,23 @@ def _content(wanted: Wanted) -> dict[str, Any]:
     return content
 
 
+def _intervals(num_steps: int) -> dict[str, int]:
+    """Validations and checkpoints: about five of each in a run."""
+    return dict.fromkeys(("eval_every", "save_every"), max(1, -(-num_steps // 5)))
+
+
 def _short(parameters: int) -> int | str:
     """The number as people write it in a recipe: 0.6M, 300k."""
     for unit, letter in ((10**6, "M"), (10**3, "k")):
-        text = f"{parameters / unit:g}"
-        if parameters >= unit and float(text) * unit == parameters:
-            return f"{text}{letter}"
+        if 10 * parameters >= unit and parameters % (unit // 100) == 0:
+            return f"{parameters / unit:g}{letter}"
     return parameters
 
 
 def _set_lengths(content: dict[str, Any], wanted: Wanted) -> Lengths:
     """Tokenise the rows, and set what depends on their lengths."""
     dataset = content["dataset"]
-    source = find_configuration(wanted.model)
-    skeleton, tokenizer = load_skeleton(source), load_tokenizer(source)
+    skeleton, tokenizer = wanted.model.skeleton, wanted.model.tokenizer
     positions = model_limits(skeleton).positions
     dataset["max_length"] = min(_LONGEST, positions or _LONGEST)
     recipe = Recipe.model_validate(content)
@@ -252,8 +263,11 @@ def _shorten(content: dict[str, Any], plan: Plan, limit: float) -> tuple[Plan, s
         )
     train = content["train"]
     del train["epochs"]
-    content["train"] = {"max_steps": wanted, **train}
+    content["train"] = {"max_steps": wanted, **train, **_intervals(wanted)}
     shorter = _plan(content)
+    # By the speed that chose the steps: another probe finds another one.
+    least, most = (each * wanted / steps for each in time.training_seconds or (0.0, 0.0))
+    shorter = replace(shorter, time=replace(shorter.time, training_seconds=(least, most)))
     return shorter, f"of {steps} steps {wanted} are within {duration(limit)}, without the scoring"
 
 

@@ -21,7 +21,7 @@ from kpsvd_tune.linalg import KroneckerShape, LayerPlan, decompose_layer
 _PROBE_ENTRIES = 1 << 20
 _PROBE_SECONDS = 0.3
 # What a step takes, in times of products and memory traffic at the speed of the probes.
-_STEP_RANGE = (0.7, 2.5)
+STEP_RANGE = (0.7, 2.5)
 # Steps that tell the pace of a run; the first of them also warms up.
 FEWEST_STEPS = 5
 
@@ -47,7 +47,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 def step_seconds(trace: Trace, micro_steps: int, speed: Speed) -> tuple[float, float]:
     """Least and most seconds of an optimiser step of that many micro steps on a process."""
     bare = trace.multiply_adds / speed.multiply_adds + trace.traffic / speed.traffic
-    low, high = (factor * bare * micro_steps for factor in _STEP_RANGE)
+    low, high = (factor * bare * micro_steps for factor in STEP_RANGE)
     return low, high
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files
 from kpsvd_tune.runs.ownership import refuse_inside_run
+from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_folder
 from kpsvd_tune.storage.memory import free_memory
 from kpsvd_tune.storage.paths import check_writable, kind_of
@@ -200,7 +200,7 @@ def merge(
     changes = changes_of(parts, source, settings.allow_other_base)
     skeleton = load_skeleton(source)
     needed = 4 * sum(each.numel() for each in skeleton.parameters()) + _BESIDE_WEIGHTS
-    checkpoint, reason = None, _must_be_loaded(source, skeleton)
+    checkpoint, reason = None, needs_whole_base(source, skeleton)
     if reason is None:
         checkpoint = Checkpoint(source, skeleton)
         reason = unstreamable(checkpoint, changes)
@@ -250,7 +250,7 @@ def _stream(
 
     with write_folder(output) as partial:
         # What a killed merge left is gone by now, and its room is free.
-        _check_room(plan.num_bytes, output)
+        check_room(plan.num_bytes, output, "the merged model")
         events.stage(f"merging tensor by tensor and writing {output}")
         writer = ShardWriter(checkpoint, changes, proof is None, advance)
         written = writer.write(plan, partial)
@@ -293,7 +293,8 @@ def merge_loaded(
     is_untied = bool(was_tied and not plain.config.tie_word_embeddings)
     with write_folder(output) as partial:
         # What a killed merge left is gone by now, and its room is free.
-        _check_room(sum(p.numel() * p.element_size() for p in plain.parameters()), output)
+        needed = sum(p.numel() * p.element_size() for p in plain.parameters())
+        check_room(needed, output, "the merged model")
         events.stage(f"writing {output}")
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -362,7 +363,7 @@ def _prove_and_report(
     return report
 
 
-def _must_be_loaded(source: ModelSource, skeleton: Any) -> str | None:
+def needs_whole_base(source: ModelSource, skeleton: Any) -> str | None:
     """Why a base cannot be read from its files alone, as far as they need not be opened."""
     if source.kind == "gguf":
         return "it is a GGUF file, whose weights are dequantised while loading"
@@ -426,13 +427,3 @@ def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:
         f"rounding to {dtype} lost part of the update in {len(lost)} of {len(kept)} layers "
         f"(least kept: {100 * kept[worst]:.0f} % in {worst}); use --dtype float32",
     )
-
-
-def _check_room(needed: int, output: Path) -> None:
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < 1.05 * needed:
-        raise ResourceError(
-            f"the merged model needs {size(needed)} on disk and {existing} has {size(free)} free: "
-            "make room or choose another --output"
-        )

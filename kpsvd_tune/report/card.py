@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune import __version__
-from kpsvd_tune.report.results import LoraReport, MergeReport
+from kpsvd_tune.report.results import GgufReport, LoraReport, MergeReport
 from kpsvd_tune.report.run import result_figures, score_table, worse_line
-from kpsvd_tune.units import percent
+from kpsvd_tune.units import percent, size
 
 CARD = "README.md"
 # What a card calls the folder that it lies in, and `push` the repository.
@@ -180,6 +180,34 @@ def lora_card(report: LoraReport, base: Base, training: Training | None = None) 
     )
 
 
+def gguf_card(report: GgufReport, base: Base, training: Training | None = None) -> str:
+    """The README.md of an exported GGUF file: what it was made of, and what proves it."""
+    copied = (
+        f" {report.num_copied} of its {report.num_tensors} tensors, which the training did not "
+        "change, are copied from the base's file in the types that they have there."
+        if report.num_copied
+        else ""
+    )
+    trainings = [training] if training else []
+    return _card(
+        base,
+        ("gguf", "gguf", "kpsvd"),
+        f"{base.name} with a KPSVD adapter merged in, as GGUF",
+        [
+            f"Adapter: {adapter_name(report.adapter)}. kpsvd-tune {__version__} added the update "
+            f"to {len(report.kept_share)} weight matrices and wrote {report.file}, "
+            f"{size(report.num_bytes)}, architecture {report.architecture}, matrices in "
+            f"{report.dtype}.{copied} Tokenizer and settings are those of {report.metadata_from}.",
+            *report.notes,
+        ],
+        [*report.warnings, *(line for each in trainings for line in each.warnings())],
+        ["```bash", f"llama-cli -m {report.file}", "```"],
+        trainings,
+        _gguf_proof(report),
+        "the KPSVD adapter on its base, before it was merged and rounded",
+    )
+
+
 def with_scores(card: str, results: Mapping[str, Any]) -> str:
     """An adapter's card with the scores that results.json holds by now, and else as it is."""
     text = card.partition(f"\n{_EVALUATION}\n")[0].rstrip("\n")
@@ -202,6 +230,12 @@ def adapter_name(path: str) -> str:
     """What an adapter is called: its folder, or the run that keeps it in one called adapter."""
     folder = Path(path)
     return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
+
+
+def local_path(text: str) -> str | None:
+    """The first local path with a folder in a text; None where there is none."""
+    found = _LOCAL.search(text)
+    return found[0] if found else None
 
 
 def without_folders(text: str) -> str:
@@ -370,4 +404,22 @@ def _lora_proof(report: LoraReport) -> list[str]:
         f"| what the adapter changes a logit by, at most | {report.adapter_logit_difference:.3g} |",
         f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
         f"| share of the update held | {percent(report.energy)} |",
+    ]
+
+
+def _gguf_proof(report: GgufReport) -> list[str]:
+    return [
+        "The file was read by transformers and compared in float32 with the adapter on its base, "
+        f"on {report.num_positions} token positions of {len(report.prompts)} prompts; all figures "
+        "are in export_report.json.",
+        "",
+        "| figure | value |",
+        "|---|---|",
+        f"| largest logit difference from the adapter on its base | "
+        f"{report.max_logit_difference:.3g} |",
+        f"| what the adapter changes a logit by, at most | {report.adapter_logit_difference:.3g} |",
+        f"| largest logit difference from the rounded weights | "
+        f"{report.file_logit_difference:.3g} |",
+        f"| same most likely token | {100 * report.top1_agreement:.1f} % |",
+        f"| least share of an update that rounding kept | {100 * report.min_kept_share:.1f} % |",
     ]

@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
+from kpsvd_tune.report.figures import DASHES, PALETTES, Style, Trace, figure
 from kpsvd_tune.report.pages import render
 
-# Hues of Okabe and Ito, which colour-blind readers can tell apart, in the lightness that each
-# background needs.
-PALETTES = {
-    "light": "#0072b2 #d55e00 #00875f #b8528f #96760a #2f8fc9 #7d55a8 #6b6b6b".split(),
-    "dark": "#4db3ff #ff8b4d #2fd6a3 #f0a0cc #f2c037 #a9dcff #c3a3f0 #b5b5b5".split(),
-}
-# The ninth method and those after it share colours and differ in this.
-DASHES = ("solid", "dash", "dot")
 # Steps of the moving median of gradient norms: one batch's outlier should not hide the rest.
 SMOOTH_STEPS = 5
 # Of all that is said of a method, the first that its table of costs says and the other does not.
 FIRST_COST = "steps to reference"
-
-Trace = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Style:
-    """How the traces of a method look: the place of their colour in a palette, and their dashes."""
-
-    method: str
-    colour: int
-    dash: str
-
-    def line(self, xs: Sequence[float], ys: Sequence[float], **parts: Any) -> Trace:
-        """A line with the method's name in the legend; the page adds the colour of the theme."""
-        look = {"mode": "lines", "line": {"dash": self.dash, "width": 2}}
-        return self._trace(xs, ys, **{"name": escape(self.method), **look, **parts})
-
-    def behind(self, xs: Sequence[float], ys: Sequence[float], **parts: Any) -> Trace:
-        """A trace that belongs to the line: the legend and the mouse pass over it."""
-        return self._trace(xs, ys, showlegend=False, hoverinfo="skip", **parts)
-
-    def _trace(self, xs: Sequence[float], ys: Sequence[float], **parts: Any) -> Trace:
-        meta = {"colour": self.colour}
-        return {"meta": meta, "x": xs, "y": ys, "legendgroup": self.method, **parts}
 
 
 def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
@@ -56,7 +23,8 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         InputError: plotly is not installed.
     """
     cells = [summary.in_words(verdict.currency) for summary in verdict.summaries]
-    titles = list(cells[0])
+    titles = [title for title in cells[0] if title != "score" or verdict.task is not None]
+    bought = [each.in_words(verdict.currency) for each in verdict.returns]
     costs = titles.index(FIRST_COST)
     most = max(s.validation_loss.n for s in verdict.summaries)
     budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
@@ -78,9 +46,29 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
             ("cost", "Speed and cost of the same", [*titles[:2], *titles[costs:]]),
         ),
         cells=cells,
+        bought=bought,
+        bought_titles=[
+            title
+            for title in (bought[0] if bought else ())
+            if {row[title] for row in bought} != {"–"}
+        ],
+        sentences=_sentences(verdict),
+        score_differences=verdict.score_differences,
         differences=verdict.differences,
         notes=verdict.notes,
     )
+
+
+def _sentences(verdict: Comparison) -> list[str]:
+    """What is said below the table of what the money bought."""
+    found = [] if verdict.smallest is None else [verdict.smallest.in_words()]
+    if verdict.spent is not None:
+        found.append(f"spent: {verdict.spent.in_words(verdict.currency)}")
+    if verdict.task is not None and verdict.base_score is not None:
+        found.append(
+            f"scores are of {verdict.task}; the base model has {100 * verdict.base_score:.1f} %"
+        )
+    return [f"{each[0].upper()}{each[1:]}." for each in found]
 
 
 def _figures(verdict: Comparison, rows: Sequence[TrialRow], budget: int) -> dict[str, Any]:
@@ -104,12 +92,12 @@ def _figures(verdict: Comparison, rows: Sequence[TrialRow], budget: int) -> dict
             smooth = [_moving_median(r.grad_norms) for r in chosen]
             norms += _band(list(range(1, len(smooth[0]) + 1)), smooth, style)
             later += [point for r in chosen for point in r.validation_losses[1:]]
-    whole = _figure(curves, "step", "validation loss")
+    whole = figure(curves, "step", "validation loss")
     return {
         "curves": {**whole, "later": _later(whole, later)},
-        "front": _figure(front, "trainable parameters", "validation loss", x_type="log"),
-        "rates": _figure(rates, "learning rate", "validation loss", x_type="log"),
-        "norms": _figure(norms, "step", "gradient norm", y_type="log"),
+        "front": figure(front, "trainable parameters", "validation loss", x_type="log"),
+        "rates": figure(rates, "learning rate", "validation loss", x_type="log"),
+        "norms": figure(norms, "step", "gradient norm", y_type="log"),
     }
 
 
@@ -161,16 +149,6 @@ def _rates(rows: Sequence[TrialRow], style: Style) -> list[Trace]:
         style.line(rates, [statistics.fmean(own[rate]) for rate in rates]),
         style.behind(xs, ys, mode="markers", marker={"size": 7}),
     ]
-
-
-def _figure(
-    traces: list[Trace], x_title: str, y_title: str, x_type: str = "linear", y_type: str = "linear"
-) -> dict[str, Any]:
-    return {
-        "traces": traces,
-        "x": {"title": {"text": x_title}, "type": x_type},
-        "y": {"title": {"text": y_title}, "type": y_type},
-    }
 
 
 def _moving_median(values: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from kpsvd_tune.report.comparison import Comparison
+from kpsvd_tune.report.comparison import Comparison, Recommendation
 from kpsvd_tune.report.layout import (
     Column,
     output,
@@ -18,9 +18,16 @@ from kpsvd_tune.report.layout import (
     print_pairs,
     print_table,
 )
-from kpsvd_tune.report.results import LoraReport, MergeReport, PreflightReport, RankReport
+from kpsvd_tune.report.results import (
+    GgufReport,
+    LoraReport,
+    MergeReport,
+    PreflightReport,
+    PushReport,
+    RankReport,
+)
 from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
-from kpsvd_tune.units import percent
+from kpsvd_tune.units import percent, size
 
 # The summary names at most this many matrices.
 _LISTED = 3
@@ -39,12 +46,14 @@ _METHOD_COLUMNS = {
     "rate": Column("rate"),
     "validation loss": Column("validation loss"),
     "test loss": Column("test loss"),
+    "score": Column("score"),
     "steps to reference": Column("steps to ref.", goes=2),
     "gradient CV": Column("grad. CV", goes=5),
     "clipped": Column("clipped", goes=4),
     "forgetting": Column("forgetting"),
     "time a step": Column("step time", goes=3),
 }
+_COST_TEXTS = ("method", "against the best baseline")
 _RANK_COLUMNS = {
     "module": Column("module", is_text=True),
     "out × in": Column("out × in", goes=1),
@@ -146,6 +155,59 @@ def show_lora(report: LoraReport) -> None:
     )
     change = f"{report.adapter_logit_difference:.3g}"
     print_line(out, f"the adapter changes a logit of its base by at most {change}")
+    for warning in report.warnings:
+        print_line(out, Text(f"warning: {warning}", style="yellow"))
+
+
+def show_push(report: PushReport) -> None:
+    """What was sent to the hub, file by file, or would be."""
+    out = output()
+    who = "public" if report.is_public else "private"
+    print_line(out, Text(f"{report.content}, {who}: {report.repo}, {report.revision}"))
+    print_pairs([(name, size(count)) for name, count in report.files.items()])
+    print_line(out, f"{len(report.files)} files, {size(report.num_bytes)}: {report.message}")
+    for title, names in (
+        ("without the folders of this machine", report.shortened),
+        ("hidden, not sent", report.left_out),
+        ("of an earlier push, removed there", report.removed),
+    ):
+        if names:
+            print_line(out, f"{title}: {', '.join(names)}")
+    for note in report.notes:
+        print_line(out, Text(f"note: {note}", style="yellow"))
+    print_line(out, f"sent: {report.url}" if report.url else "nothing was sent (--dry-run)")
+
+
+def show_gguf(report: GgufReport) -> None:
+    """What an exported GGUF file holds, and what its proof found."""
+    out = output()
+    passed = f" (tolerance {report.tolerance:.3g})" if report.tolerance is not None else ""
+    print_line(
+        out,
+        Text(
+            "read by transformers: the file holds what was written (largest logit difference "
+            f"{report.file_logit_difference:.3g})",
+            style="green",
+        ),
+    )
+    print_line(
+        out,
+        f"largest logit difference from the adapter on its base, by rounding to {report.dtype}: "
+        f"{report.max_logit_difference:.3g}{passed}, top-1 agreement "
+        f"{100 * report.top1_agreement:.1f} %",
+    )
+    change = f"{report.adapter_logit_difference:.3g}"
+    print_line(out, f"the adapter changes a logit of its base by at most {change}")
+    kept = f"{100 * report.min_kept_share:.1f} %"
+    print_line(out, f"of every layer's update at least {kept} survived the rounding")
+    copied = f", {report.num_copied} of them copied from the base" if report.num_copied else ""
+    print_line(
+        out,
+        f"{report.num_tensors} tensors{copied}; {size(report.num_bytes)}; tokenizer and settings "
+        f"of {report.metadata_from}",
+    )
+    for note in report.notes:
+        print_line(out, note)
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
 
@@ -269,6 +331,10 @@ def preflight_lines(report: PreflightReport) -> list[str]:
 def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
+        if key == "plan_of_the_money":
+            for line in value:
+                print_line(output(), line)
+            continue
         parts = value if isinstance(value, Mapping) else {"": value}
         for name, part in parts.items():
             shown = ", ".join(map(str, part)) if isinstance(part, list) else str(part)
@@ -276,15 +342,12 @@ def show_grid(grid: Mapping[str, Any]) -> None:
 
 
 def show_comparison(verdict: Comparison) -> None:
-    """What is recommended, the table of the methods, then claims and notes."""
+    """The table of the methods, differences, claims, costs and notes; what to do comes last."""
     out = output(pipe_width=_WIDE)
-    print_line(out, Text(verdict.recommendation.text, style="bold"))
-    for each in verdict.recommendation.undecided:
-        print_line(out, f"not decided: {each}")
-    out.print()
     found = [summary.in_words() for summary in verdict.summaries]
-    columns = list(_METHOD_COLUMNS.values())
-    rows = [[cells[name] for name in _METHOD_COLUMNS] for cells in found]
+    names = [name for name in _METHOD_COLUMNS if name != "score" or verdict.task is not None]
+    columns = [_METHOD_COLUMNS[name] for name in names]
+    rows = [[cells[name] for name in names] for cells in found]
     if out.width < _NARROW:
         print_blocks(out, columns, rows)
     else:
@@ -299,7 +362,48 @@ def show_comparison(verdict: Comparison) -> None:
                 f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats "
                 f"({pair.loss.interval()}{sizes})",
             )
+    for change in verdict.score_differences:
+        if change.budget == change.other_budget and change.change >= 0:
+            print_line(
+                out,
+                f"score of {change.method} minus {change.other} at {change.budget:,}: "
+                f"{change.in_words()}",
+            )
     for claim in verdict.claims:
         print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")
+    _show_costs(out, verdict)
     for note in verdict.notes:
         print_line(out, f"note: {note}")
+    _show_recommendation(out, verdict.recommendation)
+
+
+def _show_costs(out: Console, verdict: Comparison) -> None:
+    """What was paid and what it bought."""
+    found = [each.in_words(verdict.currency) for each in verdict.returns]
+    names = [name for name in (found[0] if found else ()) if {row[name] for row in found} != {"–"}]
+    if found:
+        out.print()
+        columns = [Column(name, is_text=name in _COST_TEXTS) for name in names]
+        rows = [[cells[name] for name in names] for cells in found]
+        if out.width < _WIDE:
+            print_blocks(out, columns, rows)
+        else:
+            print_table(out, columns, rows, where="comparison.html")
+    if verdict.smallest is not None:
+        print_line(out, verdict.smallest.in_words())
+    if verdict.spent is not None:
+        print_line(out, f"spent: {verdict.spent.in_words(verdict.currency)}")
+
+
+def _show_recommendation(out: Console, advice: Recommendation) -> None:
+    """The last lines: what to take, how to write it down, and what would decide the rest."""
+    out.print()
+    print_line(out, Text(advice.text, style="bold"))
+    if advice.lines:
+        print_line(out, "to use it:")
+        for line in advice.lines:
+            print_line(out, f"    {line}", 6)
+    for each in advice.undecided:
+        print_line(out, f"not decided: {each}")
+    for each in advice.missing:
+        print_line(out, f"missing: {each}")

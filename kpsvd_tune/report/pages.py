@@ -11,6 +11,7 @@ import functools
 import gzip
 import math
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.storage.durable import replace_file
+
+# Every page says so at its beginning, by templates/base.html.j2.
+_GENERATOR = b'<meta name="generator" content="kpsvd-tune">'
 
 
 def render(template: str, what: str, data: Any, **parts: Any) -> str:
@@ -27,15 +31,14 @@ def render(template: str, what: str, data: Any, **parts: Any) -> str:
     values, where what is not finite becomes null; texts among ``parts`` are escaped. ``what`` names
     the page in the InputError where plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-    except ImportError as error:
+    script = _plotly()
+    if script is None:
         raise InputError(
             f"plotly is not installed, and {what} is drawn with it; "
             "install it with: pip install 'kpsvd-tune[report]'"
-        ) from error
+        )
     page = _templates().get_template(f"{template}.html.j2")
-    return page.render(plotly=_packed(get_plotlyjs()), data=_finite(data), **parts)
+    return page.render(plotly=_packed(script), data=_finite(data), **parts)
 
 
 def write_page(file: Path, make: Callable[[], str]) -> str | None:
@@ -70,10 +73,19 @@ def _templates() -> Environment:
     return templates
 
 
+def _plotly() -> Path | None:
+    """The file plotly.js of the package plotly, which is not imported for it."""
+    found = find_spec("plotly")
+    for folder in (found and found.submodule_search_locations) or ():
+        if (file := Path(folder) / "package_data" / "plotly.min.js").is_file():
+            return file
+    return None
+
+
 @functools.lru_cache(maxsize=1)
-def _packed(script: str) -> str:
+def _packed(script: Path) -> str:
     # Without a time stamp, so that equal reports make equal pages.
-    return base64.b64encode(gzip.compress(script.encode(), 9, mtime=0)).decode("ascii")
+    return base64.b64encode(gzip.compress(script.read_bytes(), 9, mtime=0)).decode("ascii")
 
 
 def _finite(value: Any) -> Any:
@@ -82,3 +94,21 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_page(file: Path) -> None:
+    """Refuse to write a page over what is none of ours, or where it cannot be (InputError)."""
+    if file.is_dir():
+        raise InputError(
+            f"{file} is a folder; expected the name of a page, as {file / 'page.html'}"
+        )
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent} is no folder, in which {file.name} could be written")
+    if not file.exists():
+        return
+    with file.open("rb") as content:
+        if _GENERATOR not in content.read(2000):
+            raise InputError(
+                f"{file} is there and no page of kpsvd-tune; it was left as it is: name another "
+                "place with --output"
+            )

@@ -128,7 +128,7 @@ def show_plan(plan: Plan) -> None:
     for kind in plan.adapter.kinds:
         m, n, p, q = kind.factor_shape
         sizes = (f"{kind.out_features} × {kind.in_features}", f"{m} × {n}", f"{p} × {q}")
-        rows.append([kind.name, str(kind.count), *sizes, _range(kind.ranks)])
+        rows.append([kind.name, str(kind.count), *sizes, span(kind.ranks)])
     out.print()
     print_table(out, columns, rows, where="--json")
     print_line(out, plan.adapter.basis)
@@ -139,7 +139,7 @@ def show_plan(plan: Plan) -> None:
     for place, memory in (("memory", plan.host), (f"{plan.device} memory", plan.on_device)):
         if memory is not None:
             out.print()
-            print_pairs(_memory(place, memory))
+            print_pairs(memory_lines(place, memory))
     for line in plan.memory_basis:
         print_line(out, Text(line, style="dim"))
     out.print()
@@ -160,8 +160,8 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
         ("device", plan.device + (f", {plan.processes} processes" * (plan.processes > 1))),
         ("target matrices", f"{plan.target_matrices:,}"),
         ("rank rule", plan.rank_rule),
-        ("trainable parameters", f"{_range(adapter.trainable_parameters)} (form {adapter.form})"),
-        ("adapter on disk", _range(adapter.file_bytes, size)),
+        ("trainable parameters", f"{span(adapter.trainable_parameters)} (form {adapter.form})"),
+        ("adapter on disk", span(adapter.file_bytes, size)),
         ("steps", "by the number of rows" if data.steps is None else f"{data.steps:,}"),
         ("rows per step", f"{data.rows_per_step:,}"),
     ]
@@ -177,7 +177,8 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
     return [*found, ("output dir", plan.output_dir + note)]
 
 
-def _memory(place: str, memory: MemoryPlan) -> list[tuple[str, str]]:
+def memory_lines(place: str, memory: MemoryPlan) -> list[tuple[str, str]]:
+    """The parts of a peak and what is free, as names and values; `place` is in front of each."""
     found = [(f"{place}: {name}", size(part)) for name, part in memory.parts.items()]
     found.append((f"{place}: peak", f"{size(memory.peak_bytes)} ({memory.bound_by})"))
     free = "not known" if memory.free_bytes is None else size(memory.free_bytes)
@@ -191,10 +192,10 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         cached = f", {time.to_decompose} of {plan.target_matrices} matrices"
     found = [("decomposition", f"{duration(time.decomposition_seconds)}{cached}")]
     if time.training_seconds is not None:
-        found.append(("training", _range(time.training_seconds, duration)))
+        found.append(("training", span(time.training_seconds, duration)))
     if plan.cost is not None:
         low, high = plan.cost
-        found.append(("cost", f"{_range((low, high), money)} {plan.currency}"))
+        found.append(("cost", f"{span((low, high), money)} {plan.currency}"))
     return found
 
 
@@ -210,6 +211,7 @@ def _verdict(plan: Plan) -> Text:
     return Text(f"it does NOT fit this machine; what helps: {cure}", style="bold red")
 
 
-def _range(ends: tuple[Any, Any], show: Any = lambda value: f"{value:,}") -> str:
+def span(ends: tuple[Any, Any], show: Any = lambda value: f"{value:,}") -> str:
+    """A range from least to most, or the one value where both are shown alike."""
     low, high = show(ends[0]), show(ends[1])
     return low if low == high else f"{low} to {high}"

@@ -7,18 +7,13 @@ import io
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import fields
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render, write_page
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.storage.durable import make_folder, replace_file
-
-# Characters of a kind of module that fit beside the heat map.
-KIND_WIDTH = 40
-# The place of modules that belong to no numbered layer, such as lm_head.
-NO_LAYER = "other"
 
 
 def write_rank_report(report: RankReport, folder: Path) -> str | None:
@@ -73,46 +68,17 @@ def rank_page(report: RankReport) -> str:
     )
 
 
-def heat_map_place(name: str) -> tuple[str, int | None, str]:
-    """Split a module's name at its first number, into stack, layer and kind of the module.
-
-    A name without a number is all kind, in no layer.
-    """
-    words = name.split(".")
-    for index, word in enumerate(words):
-        if word.isascii() and word.isdigit():
-            return ".".join(words[:index]), int(word), ".".join(words[index + 1 :])
-    return "", None, name
-
-
 def _data(report: RankReport, columns: Collection[str]) -> dict[str, Any]:
     """What the page's script draws: the layers, and the cell of each."""
-    places = [heat_map_place(layer.name) for layer in report.layers]
-    # Models with an encoder and a decoder number the layers of each from zero.
-    several = len({stack for stack, number, _ in places if number is not None}) > 1
-    kinds = [
-        f"{stack}: {kind}" if several and number is not None else kind
-        for stack, number, kind in places
-    ]
-    rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
-    numbers = sorted({number for _, number, _ in places if number is not None})
-    at: dict[int | None, int] = {number: place for place, number in enumerate(numbers)}
-    if any(number is None for _, number, _ in places):
-        at[None] = len(at)
-    cells: list[list[int | None]] = [[None] * len(at) for _ in rows]
-    for index, ((_, number, _), kind) in enumerate(zip(places, kinds, strict=True)):
-        cells[rows[kind]][at[number]] = index
     return {
-        "columns": [NO_LAYER if number is None else str(number) for number in at],
-        "rows": [_plot_text(_shorten(kind)) for kind in rows],
-        "cells": cells,
+        **heat_map([layer.name for layer in report.layers]),
         # Proposals that the rule asks for are marked in the spectrum.
         "uses": {name: f"by {name}" in columns for name in ("energy", "elbow")},
         "layers": [
             {
                 **layer.to_dict(),
-                "label": _plot_text(layer.name),
-                "bound_by_label": _plot_text(layer.bound_by),
+                "label": plot_text(layer.name),
+                "bound_by_label": plot_text(layer.bound_by),
             }
             for layer in report.layers
         ],
@@ -160,13 +126,3 @@ def _spread(ranks: Sequence[int]) -> str:
 
 def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.3g}\N{NO-BREAK SPACE}%" if whole else "–"
-
-
-def _plot_text(text: str) -> str:
-    """Escape what Plotly would take for a tag or an entity in a label."""
-    return escape(text, quote=False)
-
-
-def _shorten(name: str) -> str:
-    """Cut the start of a module's name: its end says which layer it is."""
-    return name if len(name) <= KIND_WIDTH else "…" + name[1 - KIND_WIDTH :]

@@ -185,6 +185,9 @@ class StepMetrics(Result):
     # Rows of a forward pass where `train.on_oom: halve` made them fewer than `train.batch_size`;
     # None otherwise.
     micro_batch_size: int | None = None
+    # Most memory that the main process has held so far, of its device or resident on a CPU; None
+    # in runs of older versions.
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,33 @@ class Event(Result):
         except ValueError as error:
             raise InputError(f"the event {error}; was events.jsonl edited?") from error
         return event
+
+
+@dataclass(frozen=True)
+class LearnedLayer(Result):
+    """How far training has moved one adapted layer."""
+
+    name: str  # full module name in the base model
+    update_norm: float  # Frobenius norm of the update Delta that the adapter adds to the weight
+    weight_norm: float  # Frobenius norm of the base model's weight
+
+    @property
+    def share(self) -> float | None:
+        """The update's norm over the weight's; None where the weight is zero."""
+        return self.update_norm / self.weight_norm if self.weight_norm else None
+
+
+@dataclass(frozen=True)
+class LearnedReport(Result):
+    """How far training has moved each layer: the content of learned.json."""
+
+    step: int  # optimiser steps done of the adapter that was saved
+    layers: tuple[LearnedLayer, ...]  # every adapted layer, in the model's order
+
+    def most(self) -> list[LearnedLayer]:
+        """The layers with a share, first the one that moved furthest."""
+        known = [layer for layer in self.layers if layer.share is not None]
+        return sorted(known, key=lambda layer: -(layer.share or 0.0))
 
 
 @dataclass(frozen=True)
@@ -314,6 +344,54 @@ class LoraReport(Result):
 
 
 @dataclass(frozen=True)
+class PushReport(Result):
+    """What was sent to a repository of the hub, or would be."""
+
+    repo: str  # OWNER/NAME
+    content: str  # what it is, in words
+    is_public: bool  # whether everyone can read it
+    revision: str  # the branch
+    message: str  # of the commit
+    files: Mapping[str, int]  # size of each file in bytes, by its name in the repository
+    num_bytes: int  # of all files
+    shortened: tuple[str, ...] = ()  # files that are sent without the folders they named
+    left_out: tuple[str, ...] = ()  # hidden files, which are not sent
+    removed: tuple[str, ...] = ()  # files of an earlier push that are removed in the same commit
+    notes: tuple[str, ...] = ()  # what the user may want to know
+    url: str | None = None  # of the commit; None: nothing was sent
+
+
+@dataclass(frozen=True)
+class GgufReport(Result):
+    """What an exported GGUF file holds, and its proof: export_report.json."""
+
+    adapter: str  # where the adapter came from
+    output: str  # folder of the file
+    file: str  # its name there
+    dtype: str  # type of its matrices: float32, float16, bfloat16 or q8_0
+    architecture: str  # llama.cpp's name of the kind of model
+    metadata_from: str  # name of the GGUF file whose tokenizer and settings it has
+    num_tensors: int
+    num_copied: int  # of them, copied as the base's file has them, in its own types
+    num_bytes: int  # of the file
+    # For each layer the share of the update that survived rounding, <W' - W, Delta> / ||Delta||^2.
+    kept_share: Mapping[str, float]
+    min_kept_share: float  # the smallest of them; 1 without layers
+    # Largest absolute difference of a logit between the adapter on its base and the file, as
+    # transformers reads it, in float32.
+    max_logit_difference: float
+    top1_agreement: float  # share of positions where both prefer the same token, 0 to 1
+    # The same between the file and the rounded weights that it was written from.
+    file_logit_difference: float
+    adapter_logit_difference: float  # between the adapter on its base and the base alone
+    tolerance: float | None  # largest logit difference that passes; None for q8_0
+    num_positions: int  # token positions compared
+    prompts: tuple[str, ...]  # the texts both were run on
+    notes: tuple[str, ...] = ()  # sentences on what was written
+    warnings: tuple[str, ...] = ()  # what passed and should be looked at nevertheless
+
+
+@dataclass(frozen=True)
 class Score(Result):
     """A share of right answers, or a loss."""
 
@@ -324,6 +402,17 @@ class Score(Result):
     unextractable: int = 0  # answers in which the rule found nothing to judge; they count as wrong
     # For each right label how often which one was answered; None where no labels are judged.
     confusion: Mapping[str, Mapping[str, int]] | None = None
+
+
+@dataclass(frozen=True)
+class PairedScore(Result):
+    """How two models' answers to the same questions differ, question by question."""
+
+    difference: float  # mean points of the second's answers, 0 to 1, minus those of the first's
+    stderr: float | None  # standard error of that mean over the questions; None for one question
+    n: int  # questions that both answered
+    first_better: int  # questions where the first has more points
+    second_better: int
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,9 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,25 +39,34 @@ _log = logging.getLogger(__name__)
 # What a run owns in its folder, in the order in which it is set aside.
 _ENTRIES = (
     "recipe.yaml",
+    "preflight.json",
     "init",
     "probes",
     "metrics.jsonl",
     EVENTS_FILE,
     "checkpoints",
     "adapter",
+    "learned.json",
     "results.json",
+    "report.html",
     "run.json",
 )
 # What may lie beside them before run.json does: earlier runs, and a tracker's files.
 _BESIDE = ("previous", "logs")
 # The files of init/, by which that of init-only is known.
 _INIT_FILES = ("rank_report.", "factors.", "plotly")
+# Keys of run.json that say how a session ended.
+_OF_THE_END = ("ended", "reason")
 _CHECKPOINT = re.compile(r"step-(\d{6,})(-pending)?")
 
 
 def checkpoint_name(step: int, is_pending: bool = False) -> str:
     """The name of a checkpoint's folder."""
     return f"step-{step:06d}{'-pending' if is_pending else ''}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 class Saved(NamedTuple):
@@ -75,6 +85,8 @@ class Start:
     is_finished: bool = False  # nothing is left to do; the results are in results.json
     # The folder held this run already, with equal settings: what earlier stages left still holds.
     is_same: bool = False
+    # Settings that differ from those of the session before, each as "OLD -> NEW".
+    changed: Mapping[str, str] = field(default_factory=dict)
 
 
 class RunRecord(TypedDict, total=False):
@@ -98,11 +110,14 @@ class RunDirectory:
         self.recipe_file = self.path / "recipe.yaml"
         self.run_file = self.path / "run.json"
         self.init = self.path / "init"
+        self.preflight_file = self.path / "preflight.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / EVENTS_FILE
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.learned_file = self.path / "learned.json"
         self.results_file = self.path / "results.json"
+        self._is_begun = False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -212,7 +227,8 @@ class RunDirectory:
         self._write_run(
             {**recorded, **about, "status": "running", "identity": identity, "changes": history}
         )
-        return Start(checkpoint=checkpoint, is_same=not found)
+        changed = {key: f"{old!r} -> {new!r}" for key, (old, new) in found.items()}
+        return Start(checkpoint=checkpoint, is_same=not found, changed=changed)
 
     def holds_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint, whole or not, that a run could go on from."""
@@ -225,7 +241,17 @@ class RunDirectory:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and mark the run as finished, in this order."""
         durable.replace_file(self.results_file, to_json(dict(results)))
-        self.update(status="finished")
+        self.update(status="finished", ended=_now())
+
+    def interrupted(self, status: str, reason: str) -> bool:
+        """Record that this session ended before the run did: stopped, or failed.
+
+        False where this session has not begun the run or has finished it: nothing is recorded.
+        """
+        if not self._is_begun or read_json(self.run_file, RunRecord).get("status") != "running":
+            return False
+        self.update(status=status, reason=reason, ended=_now())
+        return True
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -248,12 +274,14 @@ class RunDirectory:
         best_step: int | None = None,
         *,
         is_pending: bool = False,
+        keep_first: bool = False,
     ) -> Path:
         """Commit a checkpoint and give its folder, then delete the oldest beyond the newest `keep`.
 
-        The one of `best_step` stays, however old. One that `is_pending` waits for a validation of
-        its step, may be saved again after it, and is replaced by any newer one. NonFiniteError: a
-        tensor is infinite or NaN; ResourceError leaves the earlier checkpoints as they were.
+        The one of `best_step` stays, however old, and with `keep_first` that of step 0. One that
+        `is_pending` waits for a validation of its step, may be saved again after it, and is
+        replaced by any newer one. NonFiniteError: a tensor is infinite or NaN; ResourceError leaves
+        the earlier checkpoints as they were.
         """
         durable.make_folder(self.checkpoints)
         # The log reaches the disk before the checkpoint that counts on its length.
@@ -262,13 +290,17 @@ class RunDirectory:
         commit(folder, to_files(state), self._id())
         self._clean(folder)
         for old in self._saved()[keep:]:
-            if old.step != best_step:
+            if old.step != best_step and not (keep_first and old.step == 0):
                 durable.remove_folder(old.folder)
         return folder
 
-    def rewind(self) -> Path:
-        """Go back to the newest whole checkpoint and give it; later ones are moved away."""
-        checkpoint = self.newest_checkpoint()
+    def rewind(self, accept: Callable[[Mapping[str, Any]], bool] | None = None) -> Path:
+        """Go back to the newest whole checkpoint and give it; later ones are moved away.
+
+        `accept` is asked with a checkpoint's `progress`; where it accepts none, the oldest is
+        taken.
+        """
+        checkpoint = self.newest_checkpoint(accept)
         if checkpoint is None:
             raise CheckpointError(f"{self.checkpoints} holds no checkpoint to go back to")
         self._return_to(checkpoint)
@@ -278,18 +310,29 @@ class RunDirectory:
         """Read a checkpoint, every file checked; CheckpointError names the one that is damaged."""
         return from_files(self._read(checkpoint))
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; warns of damaged newer ones, CheckpointError if all are."""
+    def newest_checkpoint(
+        self, accept: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> Path | None:
+        """The newest whole checkpoint; warns of damaged newer ones, CheckpointError if all are.
+
+        With `accept` the newest one whose `progress` it accepts, else the oldest.
+        """
         faults: list[str] = []
+        refused: Path | None = None
         for _, _, folder in self._saved():
             try:
-                self._read(folder)
+                files = self._read(folder)
+                if accept is not None and not accept(from_files(files).progress):
+                    refused = folder
+                    continue
             except CheckpointError as error:
                 faults.append(str(error))
                 continue
             for fault in faults:
                 _log.warning("%s; using %s instead", fault, folder.name)
             return folder
+        if refused is not None:
+            return refused
         if faults:
             raise CheckpointError(
                 "no checkpoint of the run can be used:\n  "
@@ -385,6 +428,10 @@ class RunDirectory:
         return Start(is_same=is_same)
 
     def _write_run(self, content: Mapping[str, Any]) -> None:
+        if content["status"] == "running":
+            # How an earlier session ended holds no longer.
+            self._is_begun = True
+            content = {key: content[key] for key in content if key not in _OF_THE_END}
         durable.replace_file(self.run_file, to_json(content))
 
     def _set_aside(self) -> None:

@@ -19,6 +19,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
     ModelSource,
     base_fingerprint,
+    find_configuration,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -108,18 +109,22 @@ def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
 
 
-def resolve_base(found: Found, source: str, base: str | None) -> ModelSource:
+def resolve_base(
+    found: Found, source: str, base: str | None, *, with_weights: bool = True
+) -> ModelSource:
     """Find the base model of an adapter, where it is now; or a model itself.
 
     `source` is what was typed, `base` another place of the base than the adapter or the recipe
-    says. InputError: no base is named, or one for a plain model; ModelError: nothing is there.
+    says; without `with_weights` those that are still on the hub are not fetched. InputError: no
+    base is named, or one for a plain model; ModelError: nothing is there.
     """
     if base and found.adapter is None:
         raise InputError(f"--base {base}: {source} is no adapter, so it has no base model")
     if not (base or found.base):
         raise InputError(f"{source} names no base model: give it with --base")
     try:
-        return resolve_model(base or found.base, None if base else found.revision)
+        look = resolve_model if with_weights else find_configuration
+        return look(base or found.base, None if base else found.revision)
     except ModelError as error:
         if base:
             raise ModelError(f"--base: {error}") from error

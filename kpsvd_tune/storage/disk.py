@@ -6,10 +6,13 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
 from kpsvd_tune.errors import KpsvdTuneError, ResourceError
+from kpsvd_tune.units import size
 
 _CURES = {
     errno.ENOSPC: "free some space, or choose {place} on another disk",
@@ -68,3 +71,17 @@ def cure(error: OSError, place: str) -> str:
     text = _CURES.get(error.errno or 0, "try again, or choose {place} on another disk")
     bare = place.removeprefix("an ").removeprefix("a ")
     return text.replace("another {place}", "another {bare}").format(place=place, bare=bare)
+
+
+def check_room(needed: int, output: Path, what: str) -> None:
+    """Refuse an output that needs more bytes than its disk has free (ResourceError).
+
+    `what` is written there, such as "the merged model".
+    """
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 1.05 * needed:
+        raise ResourceError(
+            f"{what} needs {size(needed)} on disk and {existing} has {size(free)} free: make room "
+            "or choose another --output"
+        )

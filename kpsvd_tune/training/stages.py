@@ -7,8 +7,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.function import without_bf16
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.launch import init_method
@@ -43,7 +44,7 @@ from kpsvd_tune.phase import (
 from kpsvd_tune.processes import end_processes, name_lost_process, on_main_process
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.card import adapter_card
-from kpsvd_tune.report.results import RankReport, Score
+from kpsvd_tune.report.results import LearnedReport, RankReport, Score
 from kpsvd_tune.report.run import as_mapping, ending
 from kpsvd_tune.runs.adapter_folder import (
     adapter_hash,
@@ -55,20 +56,28 @@ from kpsvd_tune.runs.described import ROWS_KEY, describe_training
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
-from kpsvd_tune.storage.json_files import read_json
+from kpsvd_tune.runs.record import RunEvents
+from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import make_accelerator
 from kpsvd_tune.training.cost import run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.initialise import initialise
+from kpsvd_tune.training.learned import measure_learned
 from kpsvd_tune.training.loop import Training
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
+from kpsvd_tune.watch.before import row_warnings, without
+from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
 # Parts of results.json that `eval RUN` writes as well.
 _ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
+
+# Figures of results.json that the last event of a run rests on.
+_END_EVIDENCE = ("steps", "train_loss", "validation_loss", "adapter_step", "wall_seconds")
 
 _KEPT = "the training and finished completions are kept"
 
@@ -112,7 +121,28 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             stack.enter_context(run.lock())
 
         on_main_process(claim)
-        yield Context(recipe, run, accelerator, events, phase, options, start_usage(accelerator))
+        told = RunEvents(events, run, is_main=accelerator.is_main_process)
+        usage = start_usage(accelerator)
+        context = Context(recipe, run, accelerator, told, phase, options, usage)
+        with _ending_recorded(context):
+            yield context
+
+
+@contextmanager
+def _ending_recorded(context: Context) -> Iterator[None]:
+    """Write down how the run ended where it did not reach its end, for its report."""
+    try:
+        yield
+    except BaseException as error:
+        context.events.ended(_how_it_ended(error, context.phase.name))
+        if context.accelerator.is_main_process:
+            is_stopped = isinstance(error, StoppedBySignal | KeyboardInterrupt)
+            reason = str(error) or type(error).__name__
+            # What goes wrong here would hide why the run ended.
+            with suppress(KpsvdTuneError):
+                if context.run.interrupted("stopped" if is_stopped else "failed", reason):
+                    context.page.refresh(is_last=True)
+        raise
 
 
 def read_data(context: Context) -> RunInput:
@@ -130,10 +160,12 @@ def read_data(context: Context) -> RunInput:
         if recipe.restrain is not None:  # only looked at, so that a fault is found now
             read_text(skeleton, tokenizer, recipe.restrain.text)
         found = read_rows(recipe, dataset, tokenizer, skeleton, context.events)
-        return found.train, found.validation, found.sha256, found.template, tokenizer.chat_template
+        told = found.report.to_dict(), tokenizer.chat_template
+        return found.train, found.validation, found.sha256, found.template, *told
 
+    train, validation, sha256, template, preflight, chat_template = on_main_process(read)
     # Where the recipe names no chat template the rows decide which one is used.
-    train, validation, sha256, template, tokenizer.chat_template = on_main_process(read)
+    tokenizer.chat_template = chat_template
     length = run_length(
         recipe.train, len(train), len(validation), context.accelerator.num_processes
     )
@@ -147,8 +179,14 @@ def read_data(context: Context) -> RunInput:
     rows = {"train": len(train), "validation": len(validation)}
     start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
+        context.events.begin(start.changed)
+        file = context.run.preflight_file
+        on_main_process(lambda: replace_file(file, to_json(preflight)))
+        context.page.refresh()
         for note in length.notes:
             context.events.note(note)
+        for warning in length.warnings:
+            context.events.tell(warning)
     return RunInput(
         source=source,
         base_files=base_files,
@@ -209,6 +247,10 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     # The preflight held them against the configuration; this is the model itself.
     for part in (data.train, data.validation):
         check_known_tokens(part, model.get_input_embeddings().num_embeddings)
+    for choice in rank_fallbacks(started.ranks):
+        events.tell(choice)
+    if recipe.train.precision == "bf16" and (slow := without_bf16(context.accelerator.device)):
+        events.tell(bf16_fallback(slow, "train.precision: bf16"))
     training = Training(
         model,
         data.train,
@@ -220,7 +262,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
         rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
+        tell=events.tell,
     )
+    events.mark_with(training.mark)
     if data.start.checkpoint is not None:
         events.note(f"continuing from {data.start.checkpoint}")
     total = training.num_steps
@@ -229,6 +273,7 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     for metrics in training.steps():
         events.step(metrics, total)
         phase.enter(f"training, step {metrics.step + 1} of {total}", cures)
+        context.page.refresh()
     events.end_progress()
     return TrainedModel(training, before)
 
@@ -238,7 +283,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Score the trained model, save its adapter, write results.json and return its content."""
     recipe, run, training = started.recipe, context.run, trained.training
-    results = training.result().to_dict() | training.halvings()
+    results = training.result().to_dict() | training.halvings() | training.fallbacks()
     if recipe.restrain is not None:
         context.phase.enter("restraining the update", training_cures(recipe), _KEPT)
         report = restrain(context, data, started.model, recipe.restrain)
@@ -257,6 +302,7 @@ def finish_run(
         results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
         results["score_conditions"] = scorer.conditions(tasks)
 
+    learned = _learned(context, started.model, results["adapter_step"])
     results |= run_cost(context.usage, context.accelerator, recipe, training.seconds_before)
 
     def save() -> None:
@@ -267,11 +313,33 @@ def finish_run(
         card = adapter_card(training, base, recipe.adapter.from_)
         save_adapter(started.model, weights, data.tokenizer, run.adapter, card)
         run.update(**{ADAPTER_KEY: adapter_hash(run.adapter)})
+        if learned is not None:
+            replace_file(run.learned_file, to_json(learned.to_dict()))
         run.finish(found)
 
     on_main_process(save)
     context.events.note(f"adapter: {run.adapter}, results: {run.results_file}")
+    evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
+    context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
+    on_main_process(lambda: context.page.refresh(is_last=True))
     return results
+
+
+def _how_it_ended(error: BaseException, phase: str) -> str:
+    """A sentence for the events of a run that did not reach its end."""
+    if isinstance(error, StoppedBySignal):
+        return f"Stopped by a signal while {phase}; the same command goes on."
+    said = str(error).splitlines()[0] if isinstance(error, KpsvdTuneError) and str(error) else ""
+    return f"Ended by {said or type(error).__name__} while {phase}."
+
+
+def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | None:
+    """How far each layer has moved; None where no process has whole weights, and on the others."""
+    accelerator = context.accelerator
+    is_sharded = context.recipe.train.parallel == "fsdp" or zero_stage(accelerator) == 3
+    if is_sharded or not accelerator.is_main_process:
+        return None
+    return measure_learned(model, step)
 
 
 def _check(recipe: Recipe) -> None:
@@ -313,7 +381,10 @@ def read_rows(
         limits=model_limits(skeleton),
     )
     events.note(data.cache_note)
-    events.preflight(data.report)
+    warnings = list(row_warnings(data.report))
+    events.preflight(replace(data.report, warnings=without(data.report, warnings)))
+    for warning in warnings:
+        events.tell(warning)
     return data
 
 

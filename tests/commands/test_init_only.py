@@ -43,7 +43,7 @@ def test_init_only_names_the_page_and_leaves_a_training_run_alone(
 def test_init_only_without_plotly_says_how_to_get_the_page(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     assert cli.run(["init-only", str(recipe)]) == 0
     said = capsys.readouterr().err
     assert "pip install 'kpsvd-tune[report]'" in said

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.comparison.kept_base import KeptBase
 from kpsvd_tune.comparison.workers import Workers, _answer
+from kpsvd_tune.estimate.time import Speed
 from kpsvd_tune.report.comparison import TrialRow
 
 
@@ -317,15 +318,32 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> N
     assert list(metrics.glob("*/checkpoints/step-*"))
 
 
-def test_a_plan_is_shown_without_any_library(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
+def test_a_plan_says_what_all_trials_would_take(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kpsvd_tune.estimate.plan.measure_speed", lambda *_: Speed(1e9, 1e9))
     arguments = ["compare", str(recipe), *ARGUMENTS, "--dry-run", "--json", "--plan", "staged"]
     assert cli.run(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["trials_per_method"] == {"kpsvd": 4, "lora": 4}
     assert plan["learning_rates"] == {"kpsvd": [1e-3, 1e-2], "lora": [1e-3, 1e-2]}
     assert plan["budgets"] == [3000]
+    assert not (recipe.parent / "comparison").exists()
+    work = plan["work"]
+    assert work["fits"] is True
+    low, high = work["seconds"]
+    assert 0 < low < high
+    names = dict(work["steps"])
+    assert names["trials"] == "8, 1 at a time"
+    assert names["cost"].endswith(" USD")
+    assert cli.run([*arguments, "--jobs", "2"]) == 0
+    both = json.loads(capsys.readouterr().out)["work"]
+    assert both["host"]["peak_bytes"] > 1.5 * work["host"]["peak_bytes"]
+    assert both["seconds"][1] < 0.7 * high
+    assert cli.run([each for each in arguments if each != "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert "trials per method kpsvd" in shown
+    assert "it fits by what is free now; nothing was done" in shown
 
 
 @pytest.mark.parametrize(

@@ -306,12 +306,6 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_gguf_is_left_to_the_converter_of_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["export", "runs/my", "--to", "gguf", "-o", "model.gguf"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "kpsvd-tune merge RUN --output merged; python llama.cpp/convert_hf_to_gguf.py" in said
-
-
 def test_sources_and_options_that_cannot_be_exported(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.rank_page import heat_map_place, rank_page, write_rank_report
+from kpsvd_tune.report.heat_map import heat_map_place
+from kpsvd_tune.report.rank_page import rank_page, write_rank_report
 from kpsvd_tune.report.results import LayerReport, RankReport
 
 EVIL = "model.layers.1.</script><img src=x onerror=alert(1)>{{data}}&amp;"
@@ -231,7 +232,7 @@ def test_what_is_not_finite_is_null():
 
 def test_without_plotly_the_install_line_is_named(report: RankReport, monkeypatch, tmp_path: Path):
     (tmp_path / "rank_report.html").write_text("of an earlier run")
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(InputError, match=r"pip install 'kpsvd-tune\[report\]'"):
         rank_page(report)
     note = write_rank_report(report, tmp_path)

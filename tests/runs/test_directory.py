@@ -403,3 +403,21 @@ def test_events_go_with_a_run_that_is_set_aside_or_begun_again(run, tmp_path):
     run.tell(event("two"))
     run.begin("recipe: 1", identity(), {})
     assert read_events(run.path) == ()
+
+
+def test_how_a_session_ended_is_recorded_until_the_run_goes_on(run):
+    assert run.interrupted("stopped", "by SIGINT")
+    record = json.loads(run.run_file.read_text())
+    assert (record["status"], record["reason"]) == ("stopped", "by SIGINT")
+    assert record["ended"][:2] == "20"
+    # Said once, and not by a session that began nothing.
+    assert not run.interrupted("failed", "x")
+    again = RunDirectory(run.path)
+    assert not again.interrupted("failed", "x")
+    assert again.begin("recipe: 1", identity(), {"seed": 0}).checkpoint is not None
+    record = json.loads(run.run_file.read_text())
+    assert record["status"] == "running"
+    assert not {"reason", "ended"} & record.keys()
+    again.finish({"steps": 6})
+    assert not again.interrupted("failed", "x")
+    assert json.loads(run.run_file.read_text())["status"] == "finished"

@@ -17,7 +17,7 @@ from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.training.schedule import make_scheduler
 from kpsvd_tune.training.step import Stepper
 
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "memory_bytes")
 
 
 def metric_lines(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.report.live import ConsoleEvents
 
 Run = Callable[..., int]
@@ -34,7 +35,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per_second")
+    timings = ("seconds", "tokens_per_second", "memory_bytes")
     return [{k: v for k, v in line.items() if k not in timings} for line in lines]
 
 
@@ -489,3 +490,36 @@ def test_another_start_trains_saves_and_merges(
     merged = tmp_path / "merged"
     assert cli.run(["merge", str(tmp_path / "run"), "--output", str(merged), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_report_however_it_ends(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(run: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((run / "run.json").read_text())
+        return found
+
+    run = tmp_path / "run"
+    assert cli.run(["train", str(recipe)]) == 0
+    assert (record(run)["status"], "ended" in record(run)) == ("finished", True)
+    assert json.loads((run / "preflight.json").read_text())["num_rows"] == 6
+    learned = json.loads((run / "learned.json").read_text())
+    assert learned["step"] == 6
+    assert len(learned["layers"]) == 14
+    assert all(each["update_norm"] > 0 < each["weight_norm"] for each in learned["layers"])
+    assert "finished after 6 steps" in (run / "report.html").read_text()
+
+    def fail(*_: Any) -> None:
+        raise NonFiniteError("step 1: the loss is nan")
+
+    failed = tmp_path / "failed"
+    monkeypatch.setattr("kpsvd_tune.training.loop.Training._take_step", fail)
+    assert cli.run(["train", str(recipe), f"output_dir={failed}"]) == 3
+    assert record(failed)["status"] == "failed"
+    assert record(failed)["reason"] == "step 1: the loss is nan"
+    assert "failed at step 0 of 6: step 1: the loss is nan" in (failed / "report.html").read_text()
+    # What is refused before the run has begun leaves nothing.
+    with_fault = [f"dataset.path={tmp_path / 'none.jsonl'}", f"output_dir={tmp_path / 'no'}"]
+    assert cli.run(["train", str(recipe), *with_fault]) == 2
+    assert not (tmp_path / "no" / "report.html").exists()

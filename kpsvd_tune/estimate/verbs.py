@@ -1,0 +1,385 @@
+"""What `init-only`, `merge`, `export`, `eval` and `compare` would do and take, without weights.
+
+Sizes come from configurations and headers, times from short probes of this machine, as in `plan`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.decompose import default_cache_dir, layer_plans
+from kpsvd_tune.estimate.memory import (
+    base_bytes,
+    host_memory,
+    loading_bytes,
+    process_bytes,
+)
+from kpsvd_tune.estimate.memory import device_memory as on_one_device
+from kpsvd_tune.estimate.plan import make_plan
+from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
+from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds, measure_speed
+from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
+from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_shots
+from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.events import Silence
+from kpsvd_tune.export.gguf_model import GgufModel, choose_file
+from kpsvd_tune.merge.merging import needs_whole_base
+from kpsvd_tune.models import (
+    ModelSource,
+    WeightReader,
+    find_configuration,
+    load_skeleton,
+    load_tokenizer,
+)
+from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.recipe import EvaluationRecipe, Recipe
+from kpsvd_tune.report.plan import span
+from kpsvd_tune.report.work import DiskPlan, WorkPlan
+from kpsvd_tune.runs.find import Found
+from kpsvd_tune.units import duration, money, size
+
+_FLOAT = 4
+# Bytes a number takes in a GGUF file; q8_0 has two more for every 32.
+_GGUF_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "q8_0": 34 / 32}
+_BY_CONFIGURATION = "sizes by the configuration and the files' headers"
+# Tensors in hand at once: read and rearranged by the decomposition, or one of each merging thread.
+_IN_HAND = 2
+
+
+def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = False) -> WorkPlan:
+    """What `init-only` would do: decompose what the cache lacks.
+
+    Raises:
+        ModelError, AdapterError: As the decomposition refuses them.
+    """
+    source = find_configuration(recipe.model.path, recipe.model.revision)
+    skeleton = load_skeleton(source)
+    adapter = recipe.adapter
+    names = target_names(
+        skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
+    )
+    reader = WeightReader(source, names, skeleton)
+    ranks = possible_ranks(reader, layer_plans(reader, adapter), adapter, recipe.train.seed)
+    todo = ranks.to_decompose
+    device = torch.device("cuda" if on_gpu else "cpu")
+    seconds = decomposition_seconds(todo, adapter.rank.window, adapter.rank.tolerance, device)
+    cached = 0
+    for plan in todo:
+        m, n, p, q = plan.shape.as_tuple()
+        cached += _FLOAT * min(adapter.rank.window, plan.shape.max_rank) * (m * n + p * q)
+    largest = _FLOAT * max((p.shape.out_features * p.shape.in_features for p in todo), default=0)
+    parts = {"matrices in hand": _IN_HAND * largest * processes}
+    loading = 0
+    if source.weight_files and not source.is_safetensors:
+        loading = loading_bytes(source, skeleton, "float32")
+    own = process_bytes()
+    share = seconds / processes
+    low, high = ranks.num_trained()
+    return WorkPlan(
+        command="init-only",
+        steps=(
+            ("model", recipe.model.path),
+            ("target matrices", f"{len(ranks.most):,}, {len(todo):,} of them not in the cache"),
+            ("trainable parameters", span((low, high))),
+            ("ranks", ranks.basis),
+        ),
+        # The probe is one small matrix; larger ones differ from it by what the caches hold.
+        seconds=(STEP_RANGE[0] * share, STEP_RANGE[1] * share),
+        host=host_memory(own * processes, loading, parts),
+        on_device=None,
+        disk=_disk(default_cache_dir(), cached, cached),
+        basis=(
+            f"{_BY_CONFIGURATION}; time by a small matrix decomposed now; memory by the largest "
+            "matrix twice in float32",
+        ),
+    )
+
+
+def merge_work(
+    found: Sequence[Found], source: ModelSource, output: Path, dtype: str | None, proof: str | None
+) -> WorkPlan:
+    """What `merge` would do: write the base with the updates in it."""
+    skeleton = load_skeleton(source)
+    dtype = dtype or (found[0].dtype if source.kind == "gguf" else None)
+    reason = needs_whole_base(source, skeleton)
+    written, stored = _model_bytes(source, skeleton, dtype)
+    whole = base_bytes(skeleton, "float32")
+    parts = {
+        "tensors in hand": _IN_HAND * 8 * max(each.numel() for each in skeleton.parameters()),
+        "adapters": sum(_adapter_bytes(each) for each in found),
+    }
+    own = process_bytes()
+    is_whole = reason is not None or proof in ("logits", "both")
+    if is_whole:
+        parts["base in float32"] = whole
+    memory = host_memory(own, 0, parts)
+    fits_whole = memory.free_bytes is None or own + whole + sum(parts.values()) <= memory.free_bytes
+    proofs = proof or ("both" if fits_whole else "tensors")
+    if proof is None and reason is None and fits_whole:
+        memory = host_memory(own, 0, {**parts, "base in float32, for the proof": whole})
+    return WorkPlan(
+        command="merge",
+        steps=(
+            ("adapters", ", ".join(str(each.adapter) for each in found)),
+            ("base model", source.path),
+            ("how", "tensor by tensor" if reason is None else f"the base is loaded, for {reason}"),
+            ("stored as", dtype or stored),
+            ("proof", proofs),
+        ),
+        seconds=None,
+        host=memory,
+        on_device=None,
+        disk=_disk(output, written, written),
+        basis=(
+            f"{_BY_CONFIGURATION}; the time is not estimated, for it is the disk's: "
+            f"{size(_read_bytes(source, written))} are read and {size(written)} written",
+        ),
+    )
+
+
+def export_work(
+    found: Found, source: ModelSource, output: Path, max_rank: int, dtype: str
+) -> WorkPlan:
+    """What `export --to lora` would do: factorise every update and prove the result."""
+    assert found.adapter is not None
+    skeleton = load_skeleton(source)
+    layers = ranks_of_adapter(found.adapter).most
+    width = sum(p.shape.out_features + p.shape.in_features for p in layers if p.rank > 0)
+    item = DTYPES[dtype].itemsize
+    whole = base_bytes(skeleton, "float32")
+    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
+    parts = {
+        "base in float32": whole,
+        "the base once more, for the proof": whole,
+        "adapter": _adapter_bytes(found),
+        "an update in float64": 8 * _IN_HAND * largest,
+    }
+    own = process_bytes()
+    return WorkPlan(
+        command="export",
+        steps=(
+            ("adapter", str(found.adapter)),
+            ("base model", source.path),
+            ("layers", f"{sum(p.rank > 0 for p in layers):,}"),
+            ("rank of the LoRA", f"1 to {max_rank}, by the updates"),
+        ),
+        seconds=None,
+        # The proof is a process of its own.
+        host=host_memory(2 * own, 0, parts),
+        on_device=None,
+        disk=_disk(output, item * width, item * width * max_rank),
+        basis=(
+            f"{_BY_CONFIGURATION}; the proof loads the base a second time in another process; the "
+            "time is not estimated, for it depends on the rank of the updates",
+        ),
+    )
+
+
+def gguf_work(
+    found: Found, source: ModelSource, output: Path, metadata_from: Path | None, dtype: str
+) -> WorkPlan:
+    """What `export --to gguf` would do: merge, round, write the file, read it and compare.
+
+    Raises:
+        InputError, ModelError: As the export refuses the file whose metadata it takes.
+    """
+    assert found.adapter is not None
+    file = GgufModel(choose_file(source, metadata_from))
+    skeleton = load_skeleton(source)
+    layers = ranks_of_adapter(found.adapter).most
+    whole = base_bytes(skeleton, "float32")
+    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
+    parts = {
+        "base in float32": whole,
+        "what transformers reads of a GGUF file, before it is the model": whole,
+        "adapter": _adapter_bytes(found),
+        "an update in float64": 8 * _IN_HAND * largest,
+    }
+    most = file.bytes_with(_GGUF_BYTES[dtype], source.kind == "gguf")
+    return WorkPlan(
+        command="export",
+        steps=(
+            ("adapter", str(found.adapter)),
+            ("base model", source.path),
+            ("layers", f"{sum(p.rank > 0 for p in layers):,}"),
+            ("architecture", file.architecture),
+            ("tokenizer and settings of", str(file.path)),
+        ),
+        seconds=None,
+        host=host_memory(process_bytes(), 0, parts),
+        on_device=None,
+        disk=_disk(output, most, most),
+        basis=(
+            f"{_BY_CONFIGURATION}; the file is smaller where tensors are copied from a smaller "
+            "base; the time is not estimated",
+        ),
+    )
+
+
+def evaluation_work(
+    found: Found,
+    source: ModelSource,
+    task: EvaluationRecipe,
+    dtype: str,
+    output: Path,
+    device: torch.device,
+) -> WorkPlan:
+    """What `eval` would do: answer the questions of a task.
+
+    Raises:
+        InputError, DataError: As `eval` refuses the task or its rows.
+    """
+    check_tasks([task], found.dataset)
+    task = as_trained(task, found.dataset)
+    skeleton = load_skeleton(source)
+    weights = base_bytes(skeleton, dtype)
+    parts = {"weights": weights, "adapter": _adapter_bytes(found)}
+    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
+    seconds, most = None, 0
+    basis = [_BY_CONFIGURATION]
+    if not TASKS[task.task].scorers:
+        basis.append("the time is not estimated for tasks without answers to generate")
+    else:
+        lengths = _prompt_lengths(task, source, found)
+        answers = len(lengths) * task.samples
+        most = answers * task.max_new_tokens
+        steps += [
+            ("questions", f"{len(lengths):,}, {task.samples} answers each"),
+            ("prompts", f"{sum(lengths):,} tokens, the longest {max(lengths):,}"),
+            ("answers", f"at most {most:,} tokens"),
+        ]
+        cache = _cache_bytes(skeleton, dtype, task.batch_size, max(lengths) + task.max_new_tokens)
+        if cache is None:
+            basis.append("the cache of keys and values is not counted: another kind of model")
+        else:
+            parts["keys and values"] = cache
+        seconds = _answering(skeleton, dtype, device, task, lengths)
+        basis.append(
+            "time by the speed that this machine shows now: from answers of one token each to "
+            "answers that are all as long as they may be"
+        )
+    loading = loading_bytes(source, skeleton, dtype)
+    own = process_bytes()
+    on_cpu = device.type == "cpu"
+    host = host_memory(own, loading, parts if on_cpu else {})
+    # A line of a completion holds prompt and answer, at about four bytes a token.
+    lines = 0 if not TASKS[task.task].scorers else 4 * (sum(lengths) * task.samples + most)
+    return WorkPlan(
+        command="eval",
+        steps=tuple(steps),
+        seconds=seconds,
+        host=host,
+        on_device=None if on_cpu else on_one_device(parts),
+        disk=_disk(output, 0, lines),
+        basis=("; ".join(basis),),
+    )
+
+
+def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> WorkPlan:
+    """What `compare` would do: trainings like that of the recipe, with at most `budget` parameters.
+
+    Raises:
+        RecipeError, ModelError, AdapterError, DataError: As `plan` refuses the recipe.
+    """
+    rank = recipe.adapter.rank.model_copy(update={"budget": budget, "min": 0})
+    adapter = recipe.adapter.model_copy(update={"rank": rank})
+    plan = make_plan(recipe.model_copy(update={"adapter": adapter}), Silence())
+    parts = {f"{name}, {jobs} at a time": part * jobs for name, part in plan.host.parts.items()}
+    peak = max(plan.host.peak_bytes * jobs, sum(parts.values()))
+    host = replace(plan.host, parts=parts if jobs > 1 else plan.host.parts, peak_bytes=peak)
+    on_device = plan.on_device
+    if on_device is not None:
+        shared = {name: part * jobs for name, part in on_device.parts.items()}
+        on_device = replace(on_device, parts=shared, peak_bytes=sum(shared.values()))
+    steps = [("trials", f"{num_trials:,}, {jobs} at a time")]
+    seconds = None
+    if plan.time.training_seconds is not None:
+        each = plan.time.training_seconds
+        low, high = (plan.time.decomposition_seconds + num_trials * one / jobs for one in each)
+        seconds = (low, high)
+        steps.append(("a trial", span(each, duration)))
+        if (price := recipe.compare.price_per_hour) is not None:
+            bill = (low * price / 3600, high * price / 3600)
+            steps.append(("cost", f"{span(bill, money)} {recipe.compare.currency}"))
+    stored = plan.adapter.file_bytes[1] * num_trials
+    return WorkPlan(
+        command="compare",
+        steps=tuple(steps),
+        seconds=seconds,
+        host=host,
+        on_device=on_device,
+        disk=_disk(Path(recipe.output_dir), 0, stored),
+        basis=(
+            "each trial as the recipe's own training by `plan`, with the largest budget; baselines "
+            "take somewhat less or up to twice the time a step (docs/performance.md)",
+        ),
+    )
+
+
+def _prompt_lengths(task: EvaluationRecipe, source: ModelSource, found: Found) -> list[int]:
+    tokenizer = load_tokenizer(source, found.adapter)
+    template = task.template or TASKS[task.task].template
+    prompts, _ = build_prompts(read_questions(task), tokenizer, template, task, read_shots(task))
+    return [len(each.input_ids) for each in prompts]
+
+
+def _answering(
+    skeleton: Any, dtype: str, device: torch.device, task: EvaluationRecipe, lengths: list[int]
+) -> tuple[float, float]:
+    """Least and most seconds: every token takes a product with all weights, or their reading."""
+    numel = sum(each.numel() for each in skeleton.parameters())
+    speed = measure_speed(device, DTYPES[dtype])
+    reading = base_bytes(skeleton, dtype) / speed.traffic
+    reads = task.samples * sum(lengths) * numel / speed.multiply_adds
+    batches = -(-len(lengths) * task.samples // task.batch_size)
+    together = min(task.batch_size, len(lengths) * task.samples)
+    token = max(reading, together * numel / speed.multiply_adds)
+    low, high = reads + batches * token, reads + batches * task.max_new_tokens * token
+    return STEP_RANGE[0] * low, STEP_RANGE[1] * high
+
+
+def _cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:
+    """Bytes of keys and values of a batch; None for models that keep something else."""
+    config = skeleton.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not heads or not layers:
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * layers * kept * width * rows * tokens * DTYPES[dtype].itemsize)
+
+
+def _model_bytes(source: ModelSource, skeleton: Any, dtype: str | None) -> tuple[int, str]:
+    """Bytes of the base stored in a dtype, or in its own, and that in words."""
+    if dtype is not None:
+        return base_bytes(skeleton, dtype), dtype
+    if source.weight_files:
+        return sum(file.stat().st_size for file in source.weight_files), "each tensor's own dtype"
+    own = str(getattr(skeleton.config, "dtype", None) or "float32").removeprefix("torch.")
+    return base_bytes(skeleton, own if own in DTYPES else "float32"), own
+
+
+def _read_bytes(source: ModelSource, otherwise: int) -> int:
+    return sum(file.stat().st_size for file in source.weight_files) or otherwise
+
+
+def _adapter_bytes(found: Found) -> int:
+    if found.adapter is None:
+        return 0
+    return sum(file.stat().st_size for file in found.adapter.glob("*.safetensors"))
+
+
+def _disk(place: Path, least: int, most: int) -> DiskPlan:
+    """What is written to a folder that may not be there yet."""
+    whole = place.absolute()
+    there = next((each for each in (whole, *whole.parents) if each.exists()), None)
+    free = None if there is None else shutil.disk_usage(there).free
+    return DiskPlan(str(place), (least, most), free)

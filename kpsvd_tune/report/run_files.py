@@ -1,0 +1,265 @@
+"""Everything that the folder of a run holds for its report, read back leniently.
+
+A report is most wanted where something went wrong, so what one file lacks does not hide the others:
+what cannot be read is told among the faults. Runs of older versions lack some of the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kpsvd_tune.errors import InputError, KpsvdTuneError
+from kpsvd_tune.report.events import read_events
+from kpsvd_tune.report.results import Event, LearnedReport, PreflightReport, RankReport
+from kpsvd_tune.report.run import read_run
+from kpsvd_tune.storage.json_files import read_bytes, read_json
+from kpsvd_tune.storage.locks import is_shared
+
+T = TypeVar("T")
+Step = Mapping[str, Any]  # a line of metrics.jsonl, as StepMetrics has it
+_CURE = "the report does without it"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run has written so far."""
+
+    folder: Path
+    record: Mapping[str, Any]  # run.json; empty where there is none
+    results: Mapping[str, Any]  # results.json; empty before the end
+    ranks: RankReport | None
+    metrics: Sequence[Step]  # by step; a step that was done twice is there once
+    preflight: PreflightReport | None
+    learned: LearnedReport | None
+    events: Sequence[Event]
+    recipe_text: str  # recipe.yaml
+    faults: Sequence[str]  # files, or parts of them, that could not be read
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The resolved recipe; empty where no run.json says it."""
+        found = self.record.get("identity", {}).get("recipe", {})
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def name(self) -> str:
+        """The folder's name, whatever path was typed for it."""
+        return Path(os.path.realpath(self.folder)).name
+
+    @property
+    def state(self) -> str:
+        """finished, running, stopped, failed or initialised."""
+        return run_state(self.folder, self.record)
+
+    @property
+    def last_step(self) -> int:
+        """Optimiser steps done, as far as the log tells."""
+        logged = self.metrics[-1]["step"] if self.metrics else 0
+        return int(self.results.get("steps", logged))
+
+
+def read_run_files(folder: Path) -> RunFiles:
+    """Read what a run has written.
+
+    Raises:
+        InputError: The folder is not that of a run.
+    """
+    faults: list[str] = []
+    record = _lenient(folder / "run.json", dict[str, Any], faults) or {}
+    if record:
+        ranks = _ranks(folder / "init" / "rank_report.json", faults)
+        results = None
+        if is_finished(record):
+            results = _lenient(folder / "results.json", dict[str, Any], faults)
+        elif (folder / "results.json").exists():
+            faults.append("results.json and learned.json are of an earlier end: the run went on")
+    else:
+        found = read_run(folder)
+        ranks, results = found["ranks"], found["results"]
+    events: tuple[Event, ...] = ()
+    try:
+        events = read_events(folder)
+    except KpsvdTuneError as error:
+        faults.append(str(error))
+    return RunFiles(
+        folder=folder,
+        record=record,
+        results=results or {},
+        ranks=ranks,
+        metrics=_metrics(folder / "metrics.jsonl", faults),
+        preflight=_lenient(folder / "preflight.json", PreflightReport, faults),
+        learned=_lenient(folder / "learned.json", LearnedReport, faults) if results else None,
+        events=events,
+        recipe_text=_text(folder / "recipe.yaml"),
+        faults=faults,
+    )
+
+
+def is_finished(record: Mapping[str, Any]) -> bool:
+    """Whether results.json is of this end of the run; it stays when a finished run goes on."""
+    return record.get("status") == "finished"
+
+
+def run_state(folder: Path, record: Mapping[str, Any]) -> str:
+    """How a run stands, by its run.json and by whether a process holds its folder."""
+    status = record.get("status")
+    if status is None:
+        return "initialised"
+    lock = folder / ".lock"
+    # The holder empties the file when it ends; one that was killed leaves its name, and no lock.
+    if status == "running" and _text(lock).strip() and is_shared(lock):
+        return "running"
+    return str(status) if status in ("finished", "failed") else "stopped"
+
+
+def json_lines(file: Path) -> Iterator[Mapping[str, Any] | None]:
+    """The objects of a file of JSON lines; None for a line that is none.
+
+    A last line that a kill has cut is left out. OSError: the file cannot be read.
+    """
+    lines = read_bytes(file).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            yield value
+        elif number < len(lines):
+            yield None
+
+
+def _metrics(file: Path, faults: list[str]) -> list[Step]:
+    try:
+        lines = list(json_lines(file)) if file.exists() else []
+    except OSError as error:
+        faults.append(f"{file} cannot be read: {error}; {_CURE}")
+        return []
+    steps: dict[int, Step] = {}
+    num_bad = 0
+    for line in lines:
+        step = line.get("step") if line else None
+        if line is None or not isinstance(step, int):
+            num_bad += 1
+            continue
+        # A run that went back to a checkpoint does steps again.
+        steps[step] = line
+    if num_bad:
+        faults.append(f"{file}: {num_bad} lines are no steps and were left out")
+    return [steps[step] for step in sorted(steps)]
+
+
+def _ranks(file: Path, faults: list[str]) -> RankReport | None:
+    content = _lenient(file, dict[str, Any], faults)
+    try:
+        return RankReport.from_dict(content) if content else None
+    except InputError as error:
+        faults.append(f"{file}: {error}")
+        return None
+
+
+def _lenient(file: Path, expected: type[T], faults: list[str]) -> T | None:
+    if not file.exists():
+        return None
+    try:
+        return read_json(file, expected, error=InputError, cure=_CURE)
+    except InputError as error:
+        faults.append(str(error))
+        return None
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def completions_file(folder: Path, task: str) -> Path | None:
+    """The adapter's stored answers to a task, by the name of its scores; None where there are none.
+
+    Those of a later `eval` on the same rows replace the scores, and lie beside those of `train`.
+    """
+    name = re.sub(r"[^\w.-]+", "-", task)
+    for place in (name, f"after/{name}"):
+        file = folder / "evaluation" / place / "completions.jsonl"
+        if file.is_file():
+            return file
+    return None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of one task to a few questions."""
+
+    task: str
+    num_questions: int  # that were answered after training, or before it
+    shown: Sequence[Mapping[str, Any]]  # prompt, gold, and the answers before and after, or None
+
+
+def read_answers(folder: Path, most: int) -> list[Answers]:
+    """The first ``most`` questions of every task, with the answers before and after training.
+
+    They are the first by row, of those answered both times where there are such: none is chosen
+    for what was answered. Several samples of an answer are shown by the first.
+    """
+    places = {"before": ("before/{}", "base-{}"), "after": ("after/{}", "{}")}
+    root = folder / "evaluation"
+    if not root.is_dir():
+        return []
+    names = {
+        each.name
+        for part in (root, root / "before", root / "after")
+        if part.is_dir()
+        for each in part.iterdir()
+        if (each / "completions.jsonl").is_file()
+    }
+    names = {n.removeprefix("base-") if (root / n).is_dir() else n for n in names}
+    found = []
+    for name in sorted(names):
+        sides: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for side, patterns in places.items():
+            files = [root / each.format(name) / "completions.jsonl" for each in patterns]
+            sides[side] = next((_first_samples(file) for file in files if file.is_file()), {})
+        both = sides["before"].keys() & sides["after"].keys()
+        keys = sorted(both or sides["after"] or sides["before"], key=_by_row)
+        shown = []
+        for key in keys[:most]:
+            before, after = sides["before"].get(key), sides["after"].get(key)
+            one = after or before or {}
+            shown.append(
+                {
+                    "row": key,
+                    "prompt": str(one.get("prompt", "")),
+                    "gold": one.get("gold"),
+                    "before": None if before is None else str(before.get("completion", "")),
+                    "after": None if after is None else str(after.get("completion", "")),
+                }
+            )
+        if shown:
+            found.append(Answers(name, len(sides["after"] or sides["before"]), shown))
+    return found
+
+
+def _first_samples(file: Path) -> dict[str, Mapping[str, Any]]:
+    """The first answer to every question, by the question's id."""
+    found: dict[str, Mapping[str, Any]] = {}
+    try:
+        for number, line in enumerate(json_lines(file)):
+            if line is not None:
+                found.setdefault(str(line.get("id", number)), line)
+    except OSError:
+        return {}
+    return found
+
+
+def _by_row(key: str) -> tuple[int, int, str]:
+    return (0, int(key), "") if key.isascii() and key.isdigit() else (1, 0, key)

@@ -1,0 +1,243 @@
+"""What the report of a run says in words and tables, in the terminal and on its page alike."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kpsvd_tune.report.results import Event, LearnedLayer
+from kpsvd_tune.report.run import losses, score_lines, score_value
+from kpsvd_tune.report.run_files import RunFiles, Step
+from kpsvd_tune.units import duration, energy, money, percent, size
+
+# Rows of the table of a curve.
+_ROWS = 10
+CURVE_COLUMNS = ("step", "train loss", "validation loss", "learning rate", "gradient norm")
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def number(value: Any, form: str = ".4f") -> str:
+    """A number as the tables write it; a dash for one that is not known, or not finite."""
+    return "–" if not isinstance(value, int | float) else f"{value:{form}}"
+
+
+def share_text(layer: LearnedLayer) -> str:
+    """How far a layer moved: its update over its weight, which may be more than all of it."""
+    return "–" if layer.share is None else f"{100 * layer.share:.3g} %"
+
+
+def state_line(run: RunFiles) -> str:
+    """How the run stands, in one sentence."""
+    steps = f"step {run.last_step:,}"
+    wanted = run.recipe.get("train", {}).get("max_steps")
+    if run.state == "finished":
+        return f"finished after {run.last_step:,} steps"
+    if wanted:
+        steps += f" of {wanted:,}"
+    if run.state == "initialised":
+        return "decomposed, not trained"
+    if run.state == "running":
+        return f"running, {steps} logged"
+    reason = run.record.get("reason") or "its process ended without a word, or was killed"
+    return f"{run.state} at {steps}: {reason}"
+
+
+def series(metrics: Sequence[Step], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a figure, where it was logged."""
+    found = [(m["step"], m[key]) for m in metrics if isinstance(m.get(key), int | float)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def validations(run: RunFiles) -> tuple[list[float], list[float]]:
+    """Steps and losses of the validations, that before the first step included."""
+    steps, values = series(run.metrics, "validation_loss")
+    start, _ = losses(run.results)
+    return ([0, *steps], [start, *values]) if start is not None else (steps, values)
+
+
+def curve_rows(run: RunFiles) -> list[tuple[str, ...]]:
+    """A few steps of the curve, evenly spaced, and every column's text; the last step is there.
+
+    Where validations were made, only steps with one are shown.
+    """
+    told = [m for m in run.metrics if isinstance(m.get("validation_loss"), int | float)]
+    steps = told if len(told) > 1 else list(run.metrics)
+    last = len(steps) - 1
+    places = sorted({round(i * last / (_ROWS - 1)) for i in range(_ROWS)}) if steps else []
+    rows: list[tuple[str, ...]] = []
+    start, _ = losses(run.results)
+    if start is not None:
+        rows.append(("0", "–", number(start), "–", "–"))
+    for step in (steps[place] for place in places):
+        rows.append(
+            (
+                f"{step['step']:,}",
+                number(step.get("loss")),
+                number(step.get("validation_loss")),
+                number(step.get("learning_rate"), ".2e"),
+                number(step.get("grad_norm"), ".3g"),
+            )
+        )
+    return rows
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The course of a curve in one line of block characters: means of equal stretches of it."""
+    count = min(width, len(values))
+    means = []
+    for place in range(count):
+        part = values[place * len(values) // count : (place + 1) * len(values) // count]
+        means.append(sum(part) / len(part))
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
+def told_events(events: Sequence[Event]) -> list[Event]:
+    """Warnings and fall-backs: what a reader must know."""
+    return [each for each in events if each.kind in ("warning", "fallback")]
+
+
+def seconds_trained(run: RunFiles) -> float | None:
+    """Seconds of the training loop so far."""
+    logged = run.metrics[-1].get("seconds") if run.metrics else None
+    seconds = run.results.get("wall_seconds", logged)
+    return seconds if isinstance(seconds, int | float) else None
+
+
+def money_spent(run: RunFiles) -> tuple[str, str] | None:
+    """What the run has cost, and what that rests on; None where no price is known."""
+    compare = run.recipe.get("compare", {})
+    price, currency = compare.get("price_per_hour"), compare.get("currency", "USD")
+    rate = "" if price is None else f", at {money(price)} {currency} an hour of a device"
+    if (cost := run.results.get("cost")) is not None:
+        told = f"{money(cost)} {run.results.get('currency', currency)}"
+        return told, f"from the start of the command to its end{rate}"
+    seconds = seconds_trained(run)
+    if price is None or seconds is None:
+        return None
+    spent = seconds / 3600 * _devices(run) * price
+    return f"{money(spent)} {currency}", f"of the training alone{rate}"
+
+
+def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
+    """Time, money and energy of a run, and what they rest on."""
+    results, seconds, spent = run.results, seconds_trained(run), money_spent(run)
+    lines = [] if seconds is None else [("time of the training", duration(seconds))]
+    if (device_seconds := results.get("device_seconds")) is not None:
+        lines.append(("device time, from start to end", duration(device_seconds)))
+    if spent is None:
+        unknown = "not known: compare.price_per_hour of a recipe is the price of a device"
+        lines.append(("cost", unknown))
+    else:
+        lines.append(("cost", f"{spent[0]} {spent[1]}"))
+    if (joules := results.get("energy_joules")) is not None:
+        lines.append(("energy", energy(joules)))
+    lines.append(("devices", f"{_devices(run)} × {run.record.get('device', 'not known')}"))
+    if (peak := results.get("peak_memory_bytes")) is not None:
+        lines.append(("peak memory of a process", size(peak)))
+    return lines
+
+
+def _devices(run: RunFiles) -> int:
+    return int(run.record.get("num_processes") or 1)
+
+
+def command_lines(run: RunFiles) -> list[tuple[str, str]]:
+    """The command as it was typed, and one that does the same from the run's own recipe."""
+    versions = run.record.get("versions", {})
+    packages = [f"{name}=={version}" for name, version in versions.items() if name != "python"]
+    again = f"{run.folder}-again"
+    lines = []
+    if command := run.record.get("command"):
+        lines.append(("as it was typed", str(command)))
+    if packages:
+        lines.append(
+            (
+                f"with Python {versions.get('python', '?')}",
+                shlex.join(["pip", "install", *packages]),
+            )
+        )
+    if run.recipe_text and run.recipe:
+        words = ["kpsvd-tune", "train", str(run.folder / "recipe.yaml"), f"output_dir={again}"]
+        processes = _devices(run)
+        if processes > 1:
+            kind = "--processes" if str(run.record.get("device")) == "cpu" else "--gpus"
+            words += [kind, str(processes)]
+        lines.append(("again, from the recipe as resolved", shlex.join(words)))
+    return lines
+
+
+def identity_lines(run: RunFiles) -> list[tuple[str, str]]:
+    """What the run was made of: hashes of rows and base, seed, device, when."""
+    record, identity = run.record, run.record.get("identity", {})
+    base = identity.get("base") or {}
+    lines = [
+        ("started", record.get("started")),
+        ("ended", record.get("ended")),
+        ("seed", record.get("seed")),
+        ("hash of the rows", identity.get("dataset")),
+        *((f"hash of {name} of the base", digest) for name, digest in base.items()),
+    ]
+    changes = record.get("changes") or []
+    lines += [
+        (
+            f"changed at step {each.get('step')}",
+            f"{each.get('key')}: {each.get('old')} → {each.get('new')}",
+        )
+        for each in changes
+        if isinstance(each, Mapping)
+    ]
+    return [(name, str(value)) for name, value in lines if value is not None]
+
+
+class Headline(NamedTuple):
+    """The score that stands for a run."""
+
+    name: str  # task, with its scorer where that has another name
+    value: float
+    text: str  # the value, as people write it
+    before: str  # the same of the base model; empty where it was not scored
+
+
+def headline_score(results: Mapping[str, Any]) -> Headline | None:
+    """The adapter's first score of the first task; None where nothing was scored."""
+    first = next((line for line in score_lines(results) if line.model == "adapter"), None)
+    if first is None:
+        return None
+    base = results.get("base_scores", {}).get(first.name, {}).get(first.scorer)
+    before = "" if base is None else score_value(first.scorer, base["value"])
+    value = first.score["value"]
+    name = first.name if first.scorer == first.name else f"{first.name}, {first.scorer}"
+    return Headline(name, value, score_value(first.scorer, value), before)
+
+
+def cards(run: RunFiles) -> list[dict[str, str]]:
+    """The key figures above everything else: value, title, and what is said beside the value."""
+    start, loss = losses(run.results)
+    if loss is None:
+        loss = next(reversed(validations(run)[1]), None)
+    found = [(run.state, "", state_line(run))]
+    if loss is not None:
+        before = "" if start is None else f"from {start:.4f}"
+        found.append((f"{loss:.4f}", before, "validation loss"))
+    if (score := headline_score(run.results)) is not None:
+        found.append((score.text, f"from {score.before}" if score.before else "", score.name))
+    train = run.results.get("train_loss")
+    if train is None:
+        train = next(reversed(series(run.metrics, "loss")[1]), None)
+    if train is not None:
+        found.append((f"{train:.4f}", "", "training loss, last steps"))
+    if (seconds := seconds_trained(run)) is not None:
+        found.append((duration(seconds), "", "time of the training"))
+    if (spent := money_spent(run)) is not None:
+        found.append((spent[0], "", "cost" if run.results else "cost so far"))
+    if run.ranks is not None:
+        totals = run.ranks.totals
+        share = totals["trainable_parameters"] / max(1, totals["base_parameters"])
+        title = f"trainable parameters, {percent(share)} of the base"
+        found.append((f"{totals['trainable_parameters']:,}", "", title))
+    if (peak := run.results.get("peak_memory_bytes")) is not None:
+        found.append((size(peak), "", "peak memory of a process"))
+    return [dict(zip(("value", "spread", "title"), card, strict=True)) for card in found]

@@ -1,0 +1,44 @@
+"""How far training has moved each layer, measured when its adapter is saved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
+from kpsvd_tune.report.results import LearnedLayer, LearnedReport
+
+
+@torch.no_grad()
+def measure_learned(model: nn.Module, step: int) -> LearnedReport:
+    """The Frobenius norm of every layer's update and of its base weight.
+
+    Args:
+        model: A model with KPSVD layers whose tensors are whole in this process.
+        step: Optimiser steps done of the adapter that it holds.
+    """
+    layers = []
+    for name, layer in kpsvd_layers(model):
+        weight = base_weight(layer, name)
+        layers.append(
+            LearnedLayer(
+                name=name,
+                update_norm=update_norm(*layer.terms("default")),
+                weight_norm=float(torch.linalg.vector_norm(weight.float())),
+            )
+        )
+    return LearnedReport(step, tuple(layers))
+
+
+def update_norm(left: Tensor, right: Tensor) -> float:
+    """The Frobenius norm of sum_k left_k kron right_k, which is not formed.
+
+    Its square is the sum over all i, j of <left_i, left_j> <right_i, right_j>, in float64.
+
+    Args:
+        left: The left factors, (s, m, n).
+        right: The right factors, (s, p, q).
+    """
+    grams = [each @ each.T for each in (left.double().flatten(1), right.double().flatten(1))]
+    # Rounding may leave a square of nearly nothing below zero.
+    return float((grams[0] * grams[1]).sum().clamp(min=0).sqrt())

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.evaluation.sandbox.run import Sandbox
-from kpsvd_tune.events import Events
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
 from kpsvd_tune.recipe import DatasetRecipe, Recipe
 from kpsvd_tune.report.live_page import LivePage
 from kpsvd_tune.runs.directory import RunDirectory, Start
+from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.usage import Usage
 
 
@@ -38,7 +38,7 @@ class Context:
     recipe: Recipe
     run: RunDirectory  # the run's folder; the main process holds its lock
     accelerator: Accelerator  # the processes and their devices
-    events: Events  # told of stages, notes and progress
+    events: RunEvents  # told of stages, notes, warnings and progress; keeps them in the run
     phase: Phase  # what the command does now, for messages
     options: RunOptions = field(default_factory=RunOptions)  # what was typed
     usage: Usage = field(default_factory=Usage)  # time and energy since the command began

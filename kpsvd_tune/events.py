@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from kpsvd_tune.report.results import PreflightReport, RankReport, StepMetrics
+from kpsvd_tune.report.results import Event, PreflightReport, RankReport, StepMetrics
 
 
 class Events(Protocol):
@@ -15,6 +15,9 @@ class Events(Protocol):
 
     def note(self, text: str) -> None:
         """Say something in passing."""
+
+    def tell(self, event: Event) -> None:
+        """Show a warning or a fallback, with its cure."""
 
     def preflight(self, report: PreflightReport) -> None:
         """Show what will be trained on."""
@@ -41,6 +44,10 @@ class Silence(Events):
 
     def note(self, text: str) -> None:
         """Say nothing."""
+        return
+
+    def tell(self, event: Event) -> None:
+        """Show nothing."""
         return
 
     def preflight(self, report: PreflightReport) -> None:

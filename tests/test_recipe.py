@@ -610,6 +610,22 @@ def test_template_arguments_may_nest(write):
     assert dataset.template_arguments == {"a": (1, {"b": None})}
 
 
+def test_a_fallback_that_contradicts_another_key_is_refused(faults):
+    line = one_fault(faults(SECTIONS, "train.fallback=[skip_batch]", "train.on_nonfinite=retry"))
+    assert "train.fallback: on_nonfinite is retry, and both decide what follows" in line
+    assert "leave on_nonfinite out, and name lower_rate here" in line
+    line = one_fault(faults(SECTIONS, "train.fallback=[keep_best]", "train.eval_every=0"))
+    assert "train.fallback: keep_best needs validations during the run" in line
+    line = one_fault(faults(SECTIONS, "train.fallback=[lower_rate, lower_rate]"))
+    assert "one stands there twice; name each once" in line
+    line = one_fault(faults(SECTIONS, "train.fallback=[smaller_rank]"))
+    assert "smaller_rank is none of them: another rank is another adapter" in line
+    line = one_fault(faults(SECTIONS, "train.fallback=[lower_rates]"))
+    assert "lower_rate" in line
+    line = one_fault(faults(SECTIONS, "train.fallback=[keep_best]", "dataset.validation=0"))
+    assert "fallback: keep_best needs held-out rows; set dataset.validation above 0" in line
+
+
 def test_early_stopping_without_validation_is_refused(faults):
     stop = "train.early_stopping={patience: 2}"
     line = one_fault(faults(SECTIONS, stop, "train.eval_every=0"))

@@ -130,6 +130,17 @@ def multiplies_narrow(dtype: torch.dtype, device_kind: str) -> bool:
     return device_kind != "cpu" or (dtype == torch.bfloat16 and CPU_MULTIPLIES_BF16)
 
 
+def without_bf16(device: torch.device) -> str | None:
+    """The device's name where it has no units for bfloat16; None where it has them."""
+    if device.type == "cpu":
+        return None if CPU_MULTIPLIES_BF16 else "this CPU"
+    if device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(device)
+    # From the Ampere generation on.
+    return None if about.major >= 8 else str(about.name)
+
+
 def base_output(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

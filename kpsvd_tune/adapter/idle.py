@@ -79,7 +79,7 @@ def trained_by_layer(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def idle_message(idle: Sequence[str], adapted: Sequence[str]) -> str:
-    """Say which layers are idle, what that means and how to leave them out.
+    """Say which layers are idle, and what that means.
 
     Args:
         idle: Names of layers without a gradient.
@@ -89,8 +89,15 @@ def idle_message(idle: Sequence[str], adapted: Sequence[str]) -> str:
     return (
         f"{len(idle)} of {len(adapted)} adapted layers got no gradient in the first step: {named}. "
         "The model does not call them on these data, or uses their weight in another way. They "
-        "stay as they are, and count as trainable parameters all the same. To give their share to "
-        f"the other layers, set adapter.exclude_modules: {exclusion(idle, adapted)}"
+        "stay as they are, and count as trainable parameters all the same"
+    )
+
+
+def idle_cure(idle: Sequence[str], adapted: Sequence[str]) -> str:
+    """Say how to leave the idle layers out."""
+    return (
+        "To give their share to the other layers, set adapter.exclude_modules: "
+        f"{exclusion(idle, adapted)}"
     )
 
 

@@ -18,7 +18,7 @@ def push(
         str,
         typer.Argument(
             metavar="RUN_OR_FOLDER",
-            help="A finished run, or the folder of an adapter, a merged model or an exported LoRA.",
+            help="A finished run; or a folder with an adapter, merged model, LoRA or GGUF file.",
         ),
     ],
     repo: Annotated[str, typer.Option("--repo", help="Where on the hub: OWNER/NAME.")],

@@ -131,6 +131,8 @@ def make_plan(
             raise RecipeError("\n".join(length.faults))
         for note in length.notes:
             events.note(note)
+        for warning in length.warnings:
+            events.tell(warning)
     is_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU") == "true"
     device = torch.device("cuda" if torch.cuda.is_available() and not is_cpu else "cpu")
     setting = _Setting(

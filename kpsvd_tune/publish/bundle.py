@@ -25,20 +25,26 @@ from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, read_json, to_json
 from kpsvd_tune.storage.paths import Kind, expand, kind_of, named, siblings
 
-Content = Literal["adapter", "merged", "lora"]
+Content = Literal["adapter", "merged", "lora", "gguf"]
 WORDS: dict[Content, str] = {
     "adapter": "a KPSVD adapter",
     "merged": "a merged model",
     "lora": "an exported LoRA",
+    "gguf": "a GGUF file",
 }
 # Where files of the run lie, apart from those that libraries read.
 RUN_FILES = "training"
-_REPORT = {"merged": "merge_report.json", "lora": "export_report.json"}
+_REPORT = {
+    "merged": "merge_report.json",
+    "lora": "export_report.json",
+    "gguf": "export_report.json",
+}
 # How to get what is not there.
 _MAKING = {
     "adapter": "kpsvd-tune train RECIPE",
     "merged": "kpsvd-tune merge RUN --output merged",
     "lora": "kpsvd-tune export RUN --to lora --output lora",
+    "gguf": "kpsvd-tune export RUN --to gguf --output gguf",
 }
 # Those in which our commands write where something lies.
 _WITH_PATHS = (CONFIG, "config.json", *_REPORT.values())
@@ -104,7 +110,7 @@ def collect(source: str, place: str, expected: Content | None = None) -> Bundle:
         published[MANIFEST] = _resealed(folder, content, published)
     for name, file in published.items():
         _check_secrets(folder, name, file)
-    notes = [] if MANIFEST in kept or content == "merged" else [_UNSEALED]
+    notes = [] if MANIFEST in kept or content in ("merged", "gguf") else [_UNSEALED]
     if not re.search(r"^license:", _text(published[CARD]), re.MULTILINE):
         notes.append(f"{CARD} states no licence: add a line such as `license: mit` to its head")
     shortened = tuple(name for name in changed if name != CARD)
@@ -156,11 +162,13 @@ def _recognise(source: str) -> tuple[Path, Content, Path | None]:
         )
     if kind == "merged":
         return place, "merged", None
+    if kind is not None and (place / _REPORT["gguf"]).is_file():
+        return place, "gguf", None
     raise InputError(f"{source} {_not_published(source, kind)}")
 
 
 def _not_published(source: str, kind: Kind | None) -> str:
-    wanted = "expected a finished run, an adapter, a merged model or an exported LoRA"
+    wanted = "expected a finished run, an adapter, a merged model, or an exported LoRA or GGUF"
     if kind is None:
         return f"is not there; {wanted}{siblings(source)}"
     lacks = {
@@ -193,7 +201,7 @@ def _files(folder: Path) -> tuple[list[str], list[str]]:
 def _check_whole(folder: Path, content: Content, names: list[str]) -> None:
     """Refuse a folder that lacks a file, or has another one than was written."""
     needed = [CARD]
-    needed += ["config.json"] if content == "merged" else [CONFIG, WEIGHTS]
+    needed += {"merged": ["config.json"], "gguf": []}.get(content, [CONFIG, WEIGHTS])
     needed += [_REPORT[content]] if content in _REPORT else []
     if missing := [name for name in needed if name not in names]:
         raise InputError(
@@ -203,6 +211,9 @@ def _check_whole(folder: Path, content: Content, names: list[str]) -> None:
     if content == "merged":
         _check_merged(folder, names)
         return
+    if content == "gguf":
+        _check_gguf(folder)
+        return
     try:
         check_sealed(folder, content)
     except CheckpointError as error:
@@ -210,6 +221,19 @@ def _check_whole(folder: Path, content: Content, names: list[str]) -> None:
             f"{error}; put back the file as it was saved. If the change was meant, remove "
             f"{folder / MANIFEST}, by which it is noticed"
         ) from error
+
+
+def _check_gguf(folder: Path) -> None:
+    """Refuse an exported GGUF file that is not there, or of another size than was written."""
+    report = read_json(folder / _REPORT["gguf"], error=InputError)
+    name, expected = str(report.get("file")), report.get("num_bytes")
+    found = (folder / name).stat().st_size if (folder / name).is_file() else None
+    if found is None or found != expected:
+        has = "is not there" if found is None else f"has {found:,} bytes"
+        raise InputError(
+            f"{folder / name} {has}, and {_REPORT['gguf']} tells of {expected} bytes; make it "
+            f"again with `{_MAKING['gguf']}`"
+        )
 
 
 def _check_merged(folder: Path, names: list[str]) -> None:

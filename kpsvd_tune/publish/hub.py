@@ -38,7 +38,7 @@ _REPO = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*/[A-Za-z0-9](?:[\w.-]*\w
 _EMPTY = {".gitattributes"}
 # What loaders look for: of these no file of an earlier push must stay beside those of another.
 _READ_BY_LOADERS = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf"),
     *("adapter_config.json", "config.json", "manifest.json", "merge_report.json"),
     *("export_report.json", f"{RUN_FILES}/*"),
 )
@@ -330,8 +330,8 @@ def _holds(file: Path | bytes, wanted: bytes) -> bool:
     """Whether a file holds some bytes; it is read in pieces, for it may be of any size."""
     if isinstance(file, bytes):
         return wanted in file
-    if file.suffix == ".safetensors":
-        return False  # numbers; its names are the model's
+    if file.suffix in (".safetensors", ".gguf"):
+        return False  # numbers; the names among them are the model's
     with file.open("rb") as stream:
         before = b""
         while piece := stream.read(1 << 22):

@@ -7,9 +7,9 @@ name, so that faults elsewhere in the section do not hide them.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.recipe.dataset import DatasetRecipe
@@ -71,6 +71,18 @@ class NonfiniteRecipe(Section):
     retry_factor: Number = key(0.5, "retry: what each return multiplies the rate by", gt=0, le=1)
 
 
+def _check_name(name: Any) -> Any:
+    if name == "smaller_rank":
+        raise ValueError(
+            "smaller_rank is none of them: another rank is another adapter, with factors and an "
+            "optimiser state of its own; lower adapter.rank.max and start with --resume never"
+        )
+    return name
+
+
+Fallback = Annotated[Literal["skip_batch", "lower_rate", "keep_best"], BeforeValidator(_check_name)]
+
+
 class TrainRecipe(Section):
     """The training loop."""
 
@@ -112,7 +124,13 @@ class TrainRecipe(Section):
         "where a loss or gradient is infinite or NaN: end the run, skip the step, or "
         "retry from the last checkpoint with a lower rate",
     )
-    nonfinite: NonfiniteRecipe = key(NonfiniteRecipe(), "limits of on_nonfinite: skip and retry")
+    nonfinite: NonfiniteRecipe = key(NonfiniteRecipe(), "limits of on_nonfinite and of fallback")
+    fallback: list[Fallback] = key(
+        [],
+        "what may happen by itself where a loss is not finite or the run diverges, the first "
+        "that is not used up: skip_batch (not finite only), lower_rate (from the last good "
+        "checkpoint), keep_best (stop); in place of on_nonfinite",
+    )
     on_oom: Literal["stop", "halve"] = key(
         "stop",
         "where memory runs out in a micro step: end the run, or halve the micro batch "
@@ -131,6 +149,25 @@ class TrainRecipe(Section):
             if value != "best":
                 said = "needs validations during the run"
             raise conflict(f"{said}; set eval_every", "eval_every")
+        return value
+
+    @field_validator("fallback")
+    @classmethod
+    def _check_fallback(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{', '.join(value)}: one stands there twice; name each once")
+        if value and (old := info.data.get("on_nonfinite", "abort")) != "abort":
+            new = {"skip": "skip_batch", "retry": "lower_rate"}[old]
+            raise conflict(
+                f"on_nonfinite is {old}, and both decide what follows a loss that is not finite; "
+                f"leave on_nonfinite out, and name {new} here",
+                "on_nonfinite",
+            )
+        if "keep_best" in value and info.data.get("eval_every") == 0:
+            raise conflict(
+                "keep_best needs validations during the run to choose among; set eval_every",
+                "eval_every",
+            )
         return value
 
     @field_validator("on_oom")
@@ -191,6 +228,8 @@ class Recipe(Section):
         dataset = info.data.get("dataset")
         wants = "early_stopping" if train.early_stopping else "keep: best"
         needs = train.early_stopping is not None or train.keep == "best"
+        if "keep_best" in train.fallback and not needs:
+            wants, needs = "fallback: keep_best", True
         if needs and dataset is not None and dataset.validation == 0:
             raise ValueError(f"{wants} needs held-out rows; set dataset.validation above 0")
         return train

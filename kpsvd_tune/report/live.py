@@ -20,7 +20,7 @@ from rich.text import Text
 from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.report.console import preflight_lines, rank_summary
 from kpsvd_tune.report.layout import make_console, print_line
-from kpsvd_tune.report.results import PreflightReport, RankReport, StepMetrics
+from kpsvd_tune.report.results import Event, PreflightReport, RankReport, StepMetrics
 from kpsvd_tune.units import duration, time_left
 
 # A log gets a line of progress at every tenth of the work, but not sooner than this after the last,
@@ -61,6 +61,19 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         """Say a remark that belongs to the stage."""
         self.end_progress()
         print_line(self._console, Text(f"  {text}", style="dim"), 4)
+
+    def tell(self, event: Event) -> None:
+        """Show a warning or a fallback: what happened, and below it what to do."""
+        self.end_progress()
+        head = "warning: " if event.kind == "warning" else "fallback: "
+        if event.step is not None:
+            head += f"step {event.step}: "
+        line = Text(f"  {head}{event.text}", style="yellow")
+        print_line(self._console, line, 4)
+        if rows := event.evidence.get("found"):
+            print_line(self._console, Text(f"    found: {rows}", style="dim"), 6)
+        if event.cure:
+            print_line(self._console, f"    {event.cure}", 6)
 
     def preflight(self, report: PreflightReport) -> None:
         """Show what will be trained on, and one row with its trained tokens marked."""
@@ -207,6 +220,10 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
             told = f"  {row.trial}: validation loss {loss}, {took}; {self._standing()}"
             print_line(self._console, told)
         self._show()
+
+    def note(self, text: str) -> None:
+        """Say something between trials."""
+        print_line(self._console, Text(f"  {text}", style="dim"), 4)
 
     def _standing(self) -> str:
         """How many trials are done and to come, and how long those take."""

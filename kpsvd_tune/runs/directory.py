@@ -14,8 +14,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,8 @@ class Start:
     is_finished: bool = False  # nothing is left to do; the results are in results.json
     # The folder held this run already, with equal settings: what earlier stages left still holds.
     is_same: bool = False
+    # Settings that differ from those of the session before, each as "OLD -> NEW".
+    changed: Mapping[str, str] = field(default_factory=dict)
 
 
 class RunRecord(TypedDict, total=False):
@@ -225,7 +227,8 @@ class RunDirectory:
         self._write_run(
             {**recorded, **about, "status": "running", "identity": identity, "changes": history}
         )
-        return Start(checkpoint=checkpoint, is_same=not found)
+        changed = {key: f"{old!r} -> {new!r}" for key, (old, new) in found.items()}
+        return Start(checkpoint=checkpoint, is_same=not found, changed=changed)
 
     def holds_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint, whole or not, that a run could go on from."""
@@ -271,12 +274,14 @@ class RunDirectory:
         best_step: int | None = None,
         *,
         is_pending: bool = False,
+        keep_first: bool = False,
     ) -> Path:
         """Commit a checkpoint and give its folder, then delete the oldest beyond the newest `keep`.
 
-        The one of `best_step` stays, however old. One that `is_pending` waits for a validation of
-        its step, may be saved again after it, and is replaced by any newer one. NonFiniteError: a
-        tensor is infinite or NaN; ResourceError leaves the earlier checkpoints as they were.
+        The one of `best_step` stays, however old, and with `keep_first` that of step 0. One that
+        `is_pending` waits for a validation of its step, may be saved again after it, and is
+        replaced by any newer one. NonFiniteError: a tensor is infinite or NaN; ResourceError leaves
+        the earlier checkpoints as they were.
         """
         durable.make_folder(self.checkpoints)
         # The log reaches the disk before the checkpoint that counts on its length.
@@ -285,13 +290,17 @@ class RunDirectory:
         commit(folder, to_files(state), self._id())
         self._clean(folder)
         for old in self._saved()[keep:]:
-            if old.step != best_step:
+            if old.step != best_step and not (keep_first and old.step == 0):
                 durable.remove_folder(old.folder)
         return folder
 
-    def rewind(self) -> Path:
-        """Go back to the newest whole checkpoint and give it; later ones are moved away."""
-        checkpoint = self.newest_checkpoint()
+    def rewind(self, accept: Callable[[Mapping[str, Any]], bool] | None = None) -> Path:
+        """Go back to the newest whole checkpoint and give it; later ones are moved away.
+
+        `accept` is asked with a checkpoint's `progress`; where it accepts none, the oldest is
+        taken.
+        """
+        checkpoint = self.newest_checkpoint(accept)
         if checkpoint is None:
             raise CheckpointError(f"{self.checkpoints} holds no checkpoint to go back to")
         self._return_to(checkpoint)
@@ -301,18 +310,29 @@ class RunDirectory:
         """Read a checkpoint, every file checked; CheckpointError names the one that is damaged."""
         return from_files(self._read(checkpoint))
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; warns of damaged newer ones, CheckpointError if all are."""
+    def newest_checkpoint(
+        self, accept: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> Path | None:
+        """The newest whole checkpoint; warns of damaged newer ones, CheckpointError if all are.
+
+        With `accept` the newest one whose `progress` it accepts, else the oldest.
+        """
         faults: list[str] = []
+        refused: Path | None = None
         for _, _, folder in self._saved():
             try:
-                self._read(folder)
+                files = self._read(folder)
+                if accept is not None and not accept(from_files(files).progress):
+                    refused = folder
+                    continue
             except CheckpointError as error:
                 faults.append(str(error))
                 continue
             for fault in faults:
                 _log.warning("%s; using %s instead", fault, folder.name)
             return folder
+        if refused is not None:
+            return refused
         if faults:
             raise CheckpointError(
                 "no checkpoint of the run can be used:\n  "

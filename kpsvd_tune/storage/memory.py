@@ -82,7 +82,7 @@ def out_of_memory(error: BaseException, doing: str, cures: Sequence[str]) -> Res
 
 def host_memory() -> str:
     """What is free for this process, as the end of a sentence; which limit is the tightest."""
-    tightest = _tightest()
+    tightest = tightest_memory()
     if tightest is None:
         return "what is free is not known here"
     free, total, whose = tightest
@@ -91,7 +91,7 @@ def host_memory() -> str:
 
 def free_memory() -> int | None:
     """Bytes that this process could still get, by the tightest limit; None where not known."""
-    tightest = _tightest()
+    tightest = tightest_memory()
     return None if tightest is None else max(0, tightest[0])
 
 
@@ -136,7 +136,8 @@ def _size(text: str) -> str:
     return size(float(match[1].replace(",", "")) * (1024 if "i" in unit else 1000) ** power)
 
 
-def _tightest() -> tuple[int, int, str] | None:
+def tightest_memory() -> tuple[int, int, str] | None:
+    """The tightest limit of this process: bytes free, bytes in all, whose; None where not known."""
     bounds = (_of_machine(), _of_cgroup(), _of_address_space())
     return min((each for each in bounds if each), default=None)
 

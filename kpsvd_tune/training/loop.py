@@ -22,24 +22,29 @@ from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
 from kpsvd_tune.errors import NonFiniteError, StoppedBySignal
 from kpsvd_tune.processes import gather_numbers, is_lost_process, peak_memory_bytes
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.report.results import StepMetrics, TrainResult
+from kpsvd_tune.report.results import Event, StepMetrics, TrainResult
 from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.training.batches import MicroBatch, first_tokens, make_micro_batch, stream_steps
+from kpsvd_tune.training.fallback import Diverged, choose, diverged, used_up
 from kpsvd_tune.training.loss import validation_loss
 from kpsvd_tune.training.packing import attend_by_rows, prove_packing
 from kpsvd_tune.training.progress import (
+    CURE,
     MicroStepOutOfMemory,
+    check_skips,
+    count_skip,
     give_memory_back,
     halve,
     memory_refused,
     rows_at_once,
-    skip_or_refuse,
 )
 from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.tracking import Tracking
+from kpsvd_tune.training.watching import Tell, Watching, log_event, log_idle
 from kpsvd_tune.units import duration
+from kpsvd_tune.watch.telling import fallback
 
 # Steps whose mean time tells how long the running one takes.
 _RECENT_STEPS = 10
@@ -73,6 +78,7 @@ class Training:
         settings: Mapping[str, Any] | None = None,  # for trackers; None: they get nothing
         rate_factors: Mapping[str, float] | None = None,  # of learning rates, by parameter; else 1
         loss_before: float | None = None,  # of the validation rows, where it is known already
+        tell: Tell | None = None,  # of warnings and fallbacks; None: nobody watches
     ) -> None:
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
         self._train_rows, self._validation_rows = train_rows, validation_rows
@@ -110,6 +116,17 @@ class Training:
         self.seconds_before = self.progress.seconds
         self._began = time.monotonic() - self.progress.seconds
         self._tracking = Tracking(accelerator, settings)
+        self._tell = tell or log_event
+        self._watching: Watching | None = None
+        if tell is not None and accelerator.is_main_process:
+            self._watching = Watching(
+                model,
+                recipe,
+                run,
+                accelerator.device,
+                self._say,
+                holds_weights=self._stepper.holds_weights,
+            )
 
     def steps(self) -> Generator[StepMetrics, None, None]:
         """Train, giving the metrics of each step once the step is done, logged and saved.
@@ -141,7 +158,7 @@ class Training:
         peak = gather_numbers(self._accelerator, [peak_memory_bytes(self._accelerator.device)])
         progress = self.progress
         kept, kept_loss = progress.step, progress.validation_loss
-        if self._recipe.keep == "best" and progress.best_step is not None:
+        if self._keeps_best and progress.best_step is not None:
             kept, kept_loss = progress.best_step, progress.best_step_loss
         return TrainResult(
             train_loss=progress.train_loss,
@@ -170,6 +187,22 @@ class Training:
             "micro_batch_size": self._rows_at_once,
         }
 
+    def mark(self, event: Event) -> None:
+        """Mark a warning or a fallback in the trackers, at its step."""
+        step = self.progress.step if event.step is None else event.step
+        self._tracking.log({f"events/{event.code}": 1}, step)
+
+    def fallbacks(self) -> dict[str, Any]:
+        """How often what was done by itself, for results.json; empty where nothing was."""
+        progress = self.progress
+        counts = {
+            "skip_batch": progress.num_skipped,
+            "lower_rate": progress.num_retries,
+            "keep_best": int(progress.keeps_best),
+        }
+        found = {way: count for way, count in counts.items() if count}
+        return {"fallbacks": found} if found else {}
+
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained tensor by its name in the model, whole; all processes must ask."""
         return self._stepper.trained_weights()
@@ -177,6 +210,10 @@ class Training:
     @property
     def _is_over(self) -> bool:
         return self.progress.is_stopped_early or self.progress.step >= self.num_steps
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self._recipe.keep == "best" or self.progress.keeps_best
 
     def _steps(self) -> Generator[StepMetrics, None, None]:
         progress = self.progress
@@ -188,7 +225,8 @@ class Training:
         if self._validation_rows and progress.step == 0 and progress.validation_loss_before is None:
             progress.validation_loss_before = progress.validation_loss = self._validate()
             self._stop_if_signalled()
-        if self._recipe.on_nonfinite == "retry" and progress.step == 0:
+        may_go_back = self._recipe.on_nonfinite == "retry" or "lower_rate" in self._recipe.fallback
+        if may_go_back and progress.step == 0:
             # One of the first steps may fail, and needs a checkpoint to return to.
             self._save()
         batches, size = self._batches(), self._rows_at_once
@@ -205,18 +243,18 @@ class Training:
                     break
                 metrics = self._complete(pending or self._take_step(next(batches)))
             except NonFiniteError as error:
-                self.progress = self._saving.go_back(self.progress, error)
+                self._recover(error)
                 batches.close()
                 batches = self._batches()
             except MicroStepOutOfMemory as error:
-                halve(error, self._recipe, self.progress)
+                self._say(halve(error, self._recipe, self.progress))
             else:
                 yield metrics
         # A signal may have come while the last checkpoint was written.
         self._agree_on_signal()
         self._stop_if_signalled()
         best = self.progress.best_step
-        if self._recipe.keep == "best" and best is not None and best != self.progress.step:
+        if self._keeps_best and best is not None and best != self.progress.step:
             self._saving.take_weights(best)
 
     def _batches(self) -> Generator[list[MicroBatch], None, None]:
@@ -244,8 +282,11 @@ class Training:
         )
         self._signal = sums.signal
         if sums.fault is not None:
-            is_main = self._accelerator.is_main_process
-            skip_or_refuse(sums.fault, self.progress, self._recipe, is_main)
+            self._skip_or_raise(sums.fault, step)
+        if self._watching is not None:
+            self._watching.idle(sums.idle)
+        elif sums.idle:
+            log_idle(sums.idle, self._stepper.token_loss.model)
         now = time.monotonic()
         metrics = StepMetrics(
             step=step,
@@ -276,17 +317,98 @@ class Training:
             else:
                 progress.count_validation(loss, recipe.early_stopping)
                 metrics = replace(metrics, validation_loss=loss)
+        self._judge()
         progress.pending = None
         is_worth_a_line = metrics.validation_loss is not None or metrics.skipped is not None
         if self._is_over or is_worth_a_line or _divides(recipe.log_every, step):
             self._log(metrics)
         is_best = metrics.validation_loss is not None and progress.best_step == step
-        if self._is_over or self._signal or is_best or _divides(recipe.save_every, step):
+        is_saved = self._is_over or is_best or _divides(recipe.save_every, step)
+        if self._watching is not None:
+            is_checked = is_saved or metrics.validation_loss is not None
+            self._watching.step(metrics, is_checked=is_checked)
+        if is_saved or self._signal:
             self._save()
         progress.seconds = time.monotonic() - self._began
         self._stop_if_signalled()
         self._begin("end" if self._is_over else "step")
         return metrics
+
+    def _skip_or_raise(self, fault: str, step: int) -> None:
+        """Count a step that is left out for `fault`, or raise NonFiniteError."""
+        recipe, progress = self._recipe, self.progress
+        way = choose(recipe, progress, is_divergence=False)
+        if recipe.on_nonfinite != "skip" and way != "skip_batch":
+            raise NonFiniteError(f"{fault}. {CURE}")
+        count_skip(progress)
+        check_skips(fault, progress, recipe)
+        self._say(
+            fallback(
+                "skip_batch",
+                f"{fault}; the step was skipped ({progress.skip_streak} in a row, "
+                f"{progress.num_skipped} in all)",
+                "Look at the rows that are named; if it happens again lower train.learning_rate.",
+                step,
+                in_a_row=progress.skip_streak,
+                in_all=progress.num_skipped,
+            )
+        )
+
+    def _judge(self) -> None:
+        """Tell of a run that diverges, and do what `train.fallback` says of it."""
+        recipe, progress = self._recipe, self.progress
+        if not recipe.fallback and self._watching is None:
+            return
+        # The end of the run and early stopping leave nothing to decide.
+        found = diverged(progress)
+        if found is None:
+            return
+        self._say(found)
+        way = None if self._is_over else choose(recipe, progress, is_divergence=True)
+        if way == "lower_rate":
+            raise Diverged(f"step {progress.step}: {found.text.rstrip('.')}")
+        if way == "keep_best":
+            self._end_with_best(found.text)
+
+    def _recover(self, error: NonFiniteError) -> None:
+        """Go back to a checkpoint or end with the best step; raise where nothing is left."""
+        recipe, progress = self._recipe, self.progress
+        way = "lower_rate" if recipe.on_nonfinite == "retry" else None
+        if recipe.fallback:
+            way = choose(recipe, progress, is_divergence=isinstance(error, Diverged))
+            if way is None:
+                raise NonFiniteError(f"{error}. {used_up(recipe, progress)}") from error
+        if way is None:
+            raise error
+        if way == "keep_best":
+            progress.pending = None
+            self._end_with_best(f"{error}")
+            self._save()
+            return
+        self.progress, told = self._saving.go_back(progress, error)
+        self._say(told)
+        if self._watching is not None:
+            self._watching.start_again()
+
+    def _end_with_best(self, why: str) -> None:
+        progress = self.progress
+        progress.is_stopped_early = progress.keeps_best = True
+        self._say(
+            fallback(
+                "keep_best",
+                f"{why.rstrip('.')}. The run ends here with the adapter of step "
+                f"{progress.best_step}, the best one",
+                "Start the next run with a lower train.learning_rate, or with fewer steps.",
+                progress.step,
+                best_step=progress.best_step or 0,
+                best_validation_loss=progress.best_step_loss or 0.0,
+            )
+        )
+
+    def _say(self, event: Event) -> None:
+        """Tell an event, on the main process alone, and mark its step in the trackers."""
+        if self._accelerator.is_main_process:
+            self._tell(event)
 
     def _validate(self) -> float | None:
         """The validation loss; None where a signal ended the validation."""
@@ -316,7 +438,7 @@ class Training:
                         lambda: bool(self._signals.requested),
                     )
             except MicroStepOutOfMemory as error:
-                halve(error, self._recipe, self.progress)
+                self._say(halve(error, self._recipe, self.progress))
             give_memory_back()
 
     def _agree_on_signal(self) -> None:

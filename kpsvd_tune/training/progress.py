@@ -14,7 +14,6 @@ Random numbers of dropout are drawn piece by piece, and so are others.
 from __future__ import annotations
 
 import gc
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,15 @@ import torch
 
 from kpsvd_tune.errors import NonFiniteError, RecipeError, ResourceError, some_of
 from kpsvd_tune.recipe import EarlyStopping, TrainRecipe
-from kpsvd_tune.report.results import StepMetrics
+from kpsvd_tune.report.results import Event, StepMetrics
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.watch.loss import RISING_CHECKS
+from kpsvd_tune.watch.telling import fallback
 
-_log = logging.getLogger(__name__)
+# Validations that are remembered: those that can rise in a row, and the one before.
+_RECENT_CHECKS = RISING_CHECKS + 1
 _MOST_ROWS = 16
-_CURE = (
+CURE = (
     "The step was not taken and the last checkpoint is untouched. Try a lower "
     "train.learning_rate, a smaller train.max_grad_norm, or train.precision: no"
 )
@@ -60,6 +62,10 @@ class Progress:
     # Rows a pass, where memory asked for fewer than `batch_size`.
     micro_batch_size: int | None = None
     num_halvings: int = 0  # how often it did
+    first_loss: float | None = None  # training loss of the first step, which no update touched
+    # (step, loss) of the last validations, the one before the first step included.
+    validations: list[list[float]] = field(default_factory=list)
+    keeps_best: bool = False  # `train.fallback` ended the run with the adapter of its best step
     pending: dict[str, Any] | None = None  # of a step that a signal left to be validated and logged
 
     def count_step(self, loss: float, num_supervised: float, metrics: StepMetrics) -> None:
@@ -72,6 +78,8 @@ class Progress:
         }
         if metrics.skipped is None:
             self.skip_streak = 0
+            if self.step == 1:
+                self.first_loss = metrics.loss
             self.recent = [*self.recent, [loss, num_supervised]][-_RECENT_STEPS:]
 
     def pending_metrics(self) -> StepMetrics | None:
@@ -84,6 +92,9 @@ class Progress:
     def count_validation(self, loss: float, rule: EarlyStopping | None) -> None:
         """Take in a validation loss, and decide about stopping early."""
         self.validation_loss = loss
+        if not self.validations and self.validation_loss_before is not None:
+            self.validations = [[0, self.validation_loss_before]]
+        self.validations = [*self.validations, [self.step, loss]][-_RECENT_CHECKS:]
         if self.best_step_loss is None or loss < self.best_step_loss:
             self.best_step, self.best_step_loss = self.step, loss
         if rule is None:
@@ -94,6 +105,11 @@ class Progress:
         else:
             self.num_stale += 1
             self.is_stopped_early = self.num_stale >= rule.patience
+
+    @property
+    def recent_losses(self) -> list[float]:
+        """Losses of the last steps that were taken."""
+        return [loss / max(1.0, num_supervised) for loss, num_supervised in self.recent]
 
     @property
     def train_loss(self) -> float:
@@ -128,13 +144,15 @@ def find_fault(
     return None
 
 
-def skip_or_refuse(fault: str, progress: Progress, recipe: TrainRecipe, is_main: bool) -> None:
-    """Count a step that was left out for `fault`, or end the run, as `train.on_nonfinite` says."""
-    if recipe.on_nonfinite != "skip":
-        raise NonFiniteError(f"{fault}. {_CURE}")
-    limits = recipe.nonfinite
+def count_skip(progress: Progress) -> None:
+    """Count a step that is left out."""
     progress.num_skipped += 1
     progress.skip_streak += 1
+
+
+def check_skips(fault: str, progress: Progress, recipe: TrainRecipe) -> None:
+    """End the run where `train.on_nonfinite: skip` has left out more steps than it may."""
+    limits = recipe.nonfinite
     for count, limit, key in (
         (progress.skip_streak, limits.max_streak, "max_streak"),
         (progress.num_skipped, limits.max_total, "max_total"),
@@ -143,15 +161,8 @@ def skip_or_refuse(fault: str, progress: Progress, recipe: TrainRecipe, is_main:
             kind = "in a row" if key == "max_streak" else "in all"
             raise NonFiniteError(
                 f"{fault}; that is step {count} {kind} to be skipped, and "
-                f"train.nonfinite.{key} is {limit}. {_CURE}"
+                f"train.nonfinite.{key} is {limit}. {CURE}"
             )
-    if is_main:
-        _log.warning(
-            "%s; the step was skipped (%d in a row, %d in all)",
-            fault,
-            progress.skip_streak,
-            progress.num_skipped,
-        )
 
 
 def retry_or_refuse(
@@ -159,8 +170,6 @@ def retry_or_refuse(
 ) -> tuple[int, float]:
     """The number of the next try, from 1, and its factor of the learning rate; or end the run."""
     limits = recipe.nonfinite
-    if recipe.on_nonfinite != "retry":
-        raise error
     if progress.num_retries >= limits.max_retries:
         raise NonFiniteError(
             f"{error}. It was tried again {progress.num_retries} times, the last one with "
@@ -205,8 +214,8 @@ def rows_at_once(recipe: TrainRecipe, progress: Progress) -> int:
     return min(progress.micro_batch_size or recipe.batch_size, recipe.batch_size)
 
 
-def halve(error: ResourceError, recipe: TrainRecipe, progress: Progress) -> None:
-    """Count another halving and log it; refuse where the passes take one row already."""
+def halve(error: ResourceError, recipe: TrainRecipe, progress: Progress) -> Event:
+    """Count another halving, to be told; refuse where the passes take one row already."""
     now = rows_at_once(recipe, progress)
     if now == 1:
         raise ResourceError(
@@ -218,12 +227,15 @@ def halve(error: ResourceError, recipe: TrainRecipe, progress: Progress) -> None
         )
     progress.micro_batch_size = (now + 1) // 2
     progress.num_halvings += 1
-    _log.warning(
-        "%s. From here on forward passes take %d of %d rows at a time (train.on_oom: halve); the "
-        "rows of a step and its update stay the same, up to rounding",
-        error,
-        progress.micro_batch_size,
-        now,
+    return fallback(
+        "halve",
+        f"{error}. From here on forward passes take {progress.micro_batch_size} of {now} rows at a "
+        "time (train.on_oom: halve); the rows of a step and its update stay the same, up to "
+        "rounding",
+        "Next time set train.batch_size to that, and raise train.gradient_accumulation by as much.",
+        progress.step,
+        rows=progress.micro_batch_size,
+        num_halvings=progress.num_halvings,
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.directory import RunDirectory, checkpoint_name
 from kpsvd_tune.runs.state import TrainingState, load_random_state, random_state
+from kpsvd_tune.training.fallback import is_good
 from kpsvd_tune.training.optim import knows_state
 from kpsvd_tune.training.progress import Progress, retry_or_refuse
 from kpsvd_tune.training.step import Stepper
+from kpsvd_tune.watch.telling import fallback
 
 _log = logging.getLogger(__name__)
 
@@ -61,30 +65,38 @@ class Saving:
                 step=progress.step, random=generators, progress=asdict(progress), **parts
             )
             keep, best = self._recipe.keep_checkpoints, progress.best_step
-            self._run.save(state, keep, best, is_pending=is_pending)
+            # The start is always good to go back to.
+            keeps_first = "lower_rate" in self._recipe.fallback
+            self._run.save(state, keep, best, is_pending=is_pending, keep_first=keeps_first)
 
         on_main_process(commit)
         self._newest, self.saved_step = name, progress.step
 
-    def go_back(self, progress: Progress, error: NonFiniteError) -> Progress:
-        """Return to the newest checkpoint with a lower learning rate, or raise `error`."""
+    def go_back(self, progress: Progress, error: NonFiniteError) -> tuple[Progress, Event]:
+        """Return to a checkpoint with a lower learning rate, and give what to tell of it.
+
+        With `train.on_nonfinite: retry` that is the newest one, with `train.fallback` the newest of
+        when the run was well. Raises `error` where the retries are used up.
+        """
         num_retries, rate_factor = retry_or_refuse(error, progress, self._recipe)
-        checkpoint = on_main_process(self._run.rewind)
-        if self._accelerator.is_main_process:
-            _log.warning(
-                "%s. Going back to %s with %g times the learning rate (retry %d of %d)",
-                error,
-                checkpoint.name,
-                rate_factor,
-                num_retries,
-                self._recipe.nonfinite.max_retries,
-            )
+        accept = partial(is_good, now=progress) if self._recipe.fallback else None
+        checkpoint = on_main_process(lambda: self._run.rewind(accept))
+        told = fallback(
+            "lower_rate",
+            f"{error}. Going back to {checkpoint.name} with {rate_factor:g} times the learning "
+            f"rate (retry {num_retries} of {self._recipe.nonfinite.max_retries})",
+            "Start the next run with a lower train.learning_rate.",
+            progress.step,
+            checkpoint=checkpoint.name,
+            rate_factor=rate_factor,
+            retry=num_retries,
+        )
         restored = self._restore(checkpoint, rate_factor)
         restored.num_retries, restored.rate_factor = num_retries, rate_factor
         # There is no more memory after going back than before.
         restored.micro_batch_size = progress.micro_batch_size
         restored.num_halvings = progress.num_halvings
-        return restored
+        return restored, told
 
     def take_weights(self, step: int) -> None:
         """Give the model the trained weights of an earlier step; all processes must ask."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from transformers.trainer_utils import SchedulerType
 from kpsvd_tune.data import StatelessSampler
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.report.results import Event
 from kpsvd_tune.training.optim import (
     SHARDABLE,
     check_arguments,
@@ -27,6 +28,7 @@ from kpsvd_tune.training.optim import (
     optimizer_class,
     stand_in,
 )
+from kpsvd_tune.watch.before import schedule_warnings
 
 # Whole steps make a run a little longer than the epochs asked for; more than this share is told.
 _ROUNDING = 0.1
@@ -42,6 +44,7 @@ class RunLength:
     passes: float  # over the training rows
     faults: tuple[str, ...]  # why it should not begin: key, what it is, what to do
     notes: tuple[str, ...]  # to know before the first step; the first is its length
+    warnings: tuple[Event, ...] = ()  # a run too short for its schedule, or for anything
 
 
 def run_length(
@@ -60,9 +63,12 @@ def run_length(
     ]
     notes += _row_notes(train, sampler, passes, num_validation_rows)
     notes += _interval_notes(train, num_steps, num_validation_rows)
+    found: tuple[Event, ...] = ()
     if not faults:
-        notes += _rate_notes(train, num_steps)
-    return RunLength(num_steps, passes, faults, tuple(notes))
+        factors = _factors(train, num_steps)
+        found = _schedule_warnings(train, factors)
+        notes += _rate_notes(train, factors, is_told=bool(found))
+    return RunLength(num_steps, passes, faults, tuple(notes), found)
 
 
 def _faults(
@@ -149,21 +155,33 @@ def _interval_notes(train: TrainRecipe, num_steps: int, num_validation_rows: int
         )
 
 
-def _rate_notes(train: TrainRecipe, num_steps: int) -> Iterator[str]:
+def _factors(train: TrainRecipe, num_steps: int) -> list[float]:
+    """What each step multiplies the learning rate by."""
+    scheduler = make_scheduler(train, make_optimizer(train, [stand_in(3)]), num_steps)
+    return [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
+
+
+def _schedule_warnings(train: TrainRecipe, factors: Sequence[float]) -> tuple[Event, ...]:
+    num_steps = len(factors)
+    warms_up = train.scheduler != "constant"
+    return tuple(
+        schedule_warnings(
+            num_steps,
+            num_warmup_steps(train, num_steps) if warms_up else 0,
+            sum(factor * train.learning_rate >= _LOWEST_RATE for factor in factors),
+            max(factors),
+        )
+    )
+
+
+def _rate_notes(train: TrainRecipe, factors: Sequence[float], is_told: bool) -> Iterator[str]:
     if train.scheduler == "constant" and train.warmup_steps:
         yield (
             "warning: train.scheduler: constant has no warm-up, so train.warmup_steps does "
             "nothing; constant_with_warmup has one"
         )
-    scheduler = make_scheduler(train, make_optimizer(train, [stand_in(3)]), num_steps)
-    factors = [float(scheduler.lr_lambdas[0](step)) for step in range(num_steps)]
-    highest = max(factors)
-    if highest < 0.999:
-        yield (
-            f"warning: the rate never reaches train.learning_rate in this run, only {highest:.3g} "
-            "times it; look at train.scheduler_args and the warm-up"
-        )
-    if num_idle := sum(factor <= 0 for factor in factors):
+    num_steps = len(factors)
+    if (num_idle := sum(factor <= 0 for factor in factors)) and not is_told:
         yield (
             f"warning: {num_idle:,} of the {num_steps:,} steps have a learning rate of 0 and "
             "train nothing; look at train.scheduler_args"
@@ -174,7 +192,7 @@ def _rate_notes(train: TrainRecipe, num_steps: int) -> Iterator[str]:
             "warning: the rate does not fall before the run ends; train.scheduler_args are made "
             f"for more than its {num_steps:,} steps"
         )
-    if train.learning_rate * highest < _LOWEST_RATE:
+    if train.learning_rate < _LOWEST_RATE and not is_told:
         yield (
             f"warning: train.learning_rate is {train.learning_rate:g}, which hardly moves a "
             "weight; usual rates are 1e-4 to 1e-2"

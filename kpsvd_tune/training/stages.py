@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.function import without_bf16
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
@@ -55,6 +56,7 @@ from kpsvd_tune.runs.described import ROWS_KEY, describe_training
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
+from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import make_accelerator
@@ -66,11 +68,16 @@ from kpsvd_tune.training.learned import measure_learned
 from kpsvd_tune.training.loop import Training
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
+from kpsvd_tune.watch.before import row_warnings, without
+from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
 # Parts of results.json that `eval RUN` writes as well.
 _ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
+
+# Figures of results.json that the last event of a run rests on.
+_END_EVIDENCE = ("steps", "train_loss", "validation_loss", "adapter_step", "wall_seconds")
 
 _KEPT = "the training and finished completions are kept"
 
@@ -114,9 +121,9 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             stack.enter_context(run.lock())
 
         on_main_process(claim)
-        context = Context(
-            recipe, run, accelerator, events, phase, options, start_usage(accelerator)
-        )
+        told = RunEvents(events, run, is_main=accelerator.is_main_process)
+        usage = start_usage(accelerator)
+        context = Context(recipe, run, accelerator, told, phase, options, usage)
         with _ending_recorded(context):
             yield context
 
@@ -127,6 +134,7 @@ def _ending_recorded(context: Context) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        context.events.ended(_how_it_ended(error, context.phase.name))
         if context.accelerator.is_main_process:
             is_stopped = isinstance(error, StoppedBySignal | KeyboardInterrupt)
             reason = str(error) or type(error).__name__
@@ -171,11 +179,14 @@ def read_data(context: Context) -> RunInput:
     rows = {"train": len(train), "validation": len(validation)}
     start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
+        context.events.begin(start.changed)
         file = context.run.preflight_file
         on_main_process(lambda: replace_file(file, to_json(preflight)))
         context.page.refresh()
         for note in length.notes:
             context.events.note(note)
+        for warning in length.warnings:
+            context.events.tell(warning)
     return RunInput(
         source=source,
         base_files=base_files,
@@ -236,6 +247,10 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     # The preflight held them against the configuration; this is the model itself.
     for part in (data.train, data.validation):
         check_known_tokens(part, model.get_input_embeddings().num_embeddings)
+    for choice in rank_fallbacks(started.ranks):
+        events.tell(choice)
+    if recipe.train.precision == "bf16" and (slow := without_bf16(context.accelerator.device)):
+        events.tell(bf16_fallback(slow, "train.precision: bf16"))
     training = Training(
         model,
         data.train,
@@ -247,7 +262,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
         rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
+        tell=events.tell,
     )
+    events.mark_with(training.mark)
     if data.start.checkpoint is not None:
         events.note(f"continuing from {data.start.checkpoint}")
     total = training.num_steps
@@ -266,7 +283,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Score the trained model, save its adapter, write results.json and return its content."""
     recipe, run, training = started.recipe, context.run, trained.training
-    results = training.result().to_dict() | training.halvings()
+    results = training.result().to_dict() | training.halvings() | training.fallbacks()
     if recipe.restrain is not None:
         context.phase.enter("restraining the update", training_cures(recipe), _KEPT)
         report = restrain(context, data, started.model, recipe.restrain)
@@ -299,11 +316,21 @@ def finish_run(
         if learned is not None:
             replace_file(run.learned_file, to_json(learned.to_dict()))
         run.finish(found)
-        context.page.refresh(is_last=True)
 
     on_main_process(save)
     context.events.note(f"adapter: {run.adapter}, results: {run.results_file}")
+    evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
+    context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
+    on_main_process(lambda: context.page.refresh(is_last=True))
     return results
+
+
+def _how_it_ended(error: BaseException, phase: str) -> str:
+    """A sentence for the events of a run that did not reach its end."""
+    if isinstance(error, StoppedBySignal):
+        return f"Stopped by a signal while {phase}; the same command goes on."
+    said = str(error).splitlines()[0] if isinstance(error, KpsvdTuneError) and str(error) else ""
+    return f"Ended by {said or type(error).__name__} while {phase}."
 
 
 def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | None:
@@ -354,7 +381,10 @@ def read_rows(
         limits=model_limits(skeleton),
     )
     events.note(data.cache_note)
-    events.preflight(data.report)
+    warnings = list(row_warnings(data.report))
+    events.preflight(replace(data.report, warnings=without(data.report, warnings)))
+    for warning in warnings:
+        events.tell(warning)
     return data
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from kpsvd_tune.adapter.idle import idle_layers, idle_message, trained_by_layer
+from kpsvd_tune.adapter.idle import idle_layers
 from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.recipe import TrainRecipe
@@ -26,8 +25,6 @@ from kpsvd_tune.training.loss import SummedTokenLoss
 from kpsvd_tune.training.progress import MicroStepOutOfMemory, find_fault, memory_refused
 from kpsvd_tune.training.schedule import make_scheduler, set_rates
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class StepSums:
@@ -40,6 +37,7 @@ class StepSums:
     grad_norm: float  # global norm before clipping
     signal: int  # one that came to any process, 0 for none
     fault: str | None  # what was not finite, so that no weight moved
+    idle: tuple[str, ...] = ()  # adapted layers without a gradient; first step and main process
 
 
 class Stepper:
@@ -103,8 +101,8 @@ class Stepper:
             load_random_state(random)
             raise
         # They are found by their missing gradients, so before gradients are reset.
-        if step == 1 and engine.keeps_gradients and accelerator.is_main_process:
-            _warn_of_idle_layers(self.token_loss.model)
+        is_looked_at = step == 1 and engine.keeps_gradients and accelerator.is_main_process
+        idle = tuple(idle_layers(self.token_loss.model)) if is_looked_at else ()
         grad_norm = engine.clip()
         sums = [loss.item(), sum(batch.num_tokens for batch in batches), signal()]
         losses, num_tokens, signals = zip(*gather_numbers(accelerator, sums), strict=True)
@@ -130,6 +128,7 @@ class Stepper:
             grad_norm=grad_norm,
             signal=int(max(signals)),
             fault=fault,
+            idle=idle,
         )
 
     def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> Tensor:
@@ -159,6 +158,11 @@ class Stepper:
                 "starts_at_zero": self._starts_at_zero,
             },
         }
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether each process holds every trained tensor whole."""
+        return self._engine.holds_weights
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained tensor by name, whole; all processes must ask."""
@@ -199,11 +203,6 @@ class Stepper:
         self._scheduler = make_scheduler(
             self._recipe, self._engine.optimizer, self._num_steps, starts_at_zero=starts_at_zero
         )
-
-
-def _warn_of_idle_layers(model: nn.Module) -> None:
-    if idle := idle_layers(model):
-        _log.warning(idle_message(idle, list(trained_by_layer(model))))
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.idle import (
     exclusion,
+    idle_cure,
     idle_layers,
     idle_message,
     trained_by_layer,
@@ -58,13 +59,15 @@ def test_what_gets_no_gradient_is_named(config: Any) -> None:
 
 
 def test_the_message_names_layers_and_the_line_to_write() -> None:
-    message = idle_message(["a.b", "a.c"], ["a.b", "a.c", "a.d"])
+    given = (["a.b", "a.c"], ["a.b", "a.c", "a.d"])
+    message = idle_message(*given)
     assert message.startswith("2 of 3 adapted layers got no gradient in the first step: a.b, a.c.")
-    assert message.endswith("set adapter.exclude_modules: [a.b, a.c]")
+    assert idle_cure(*given).endswith("set adapter.exclude_modules: [a.b, a.c]")
     many = [f"vision.{n}.up" for n in range(8)]
     message = idle_message(many, [*many, "text.0.up"])
     assert "vision.5.up and 2 more. " in message
-    assert message.endswith(r"set adapter.exclude_modules: 'vision\.\d+\.up'")
+    cure = idle_cure(many, [*many, "text.0.up"])
+    assert cure.endswith(r"set adapter.exclude_modules: 'vision\.\d+\.up'")
 
 
 def test_a_pattern_that_would_leave_out_more_is_not_offered() -> None:

@@ -50,6 +50,17 @@ def merged(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 
 @pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF and so on")
+    (folder / "README.md").write_text(CARD)
+    report = {"file": "model.gguf", "num_bytes": 14, "output": "/home/ann/gguf"}
+    (folder / "export_report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
 def lora(tmp_path: Path, model_factory: Any) -> Path:
     folder = tmp_path / "lora"
     peft: Any = get_peft_model(model_factory(), LoraConfig(target_modules=["q_proj"], r=2))

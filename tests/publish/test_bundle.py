@@ -51,7 +51,9 @@ def test_an_adapter_is_published_without_its_folders_and_sealed_anew(
     assert "PATH_OF_THIS_FOLDER" in (adapter / "README.md").read_text()
 
 
-def test_a_merged_model_and_a_lora(merged: Path, lora: Path, tmp_path: Path) -> None:
+def test_a_merged_model_a_lora_and_a_gguf_file(
+    merged: Path, lora: Path, gguf: Path, tmp_path: Path
+) -> None:
     bundle = collect(str(merged), '"me/x"', "merged")
     assert (bundle.content, bundle.shortened) == ("merged", ("merge_report.json",))
     copy = write(bundle, tmp_path / "copy")
@@ -61,6 +63,10 @@ def test_a_merged_model_and_a_lora(merged: Path, lora: Path, tmp_path: Path) -> 
     bundle = collect(str(lora), '"me/x"', "lora")
     assert bundle.content == "lora"
     check_sealed(write(bundle, tmp_path / "other"), "lora")
+    bundle = collect(str(gguf), '"me/x"')
+    assert (bundle.content, bundle.notes) == ("gguf", ())
+    assert set(bundle.files) == {"README.md", "export_report.json", "model.gguf"}
+    assert bundle.shortened == ("export_report.json",)
 
 
 def test_a_name_of_the_hub_stays_the_base(adapter: Path) -> None:
@@ -111,6 +117,8 @@ def make_index(folder: Path) -> None:
         ("merged", cut("model.safetensors"), "model.safetensors is damaged: .*; merge again"),
         ("merged", lambda f: (f / "model.safetensors").unlink(), "lacks tensors of the model's"),
         ("merged", make_index, "lacks model-00001-of-00002.safetensors, model-00002"),
+        ("gguf", cut("model.gguf"), "model.gguf has 5 bytes, and export_report.json tells of 14"),
+        ("gguf", lambda f: (f / "model.gguf").unlink(), "model.gguf is not there, and export_rep"),
         (
             "merged",
             lambda f: (f / "merge_report.json").write_text('{"passed": false}'),

@@ -24,6 +24,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.publish.bundle import collect
 from kpsvd_tune.runs.find import find
 from kpsvd_tune.storage.commit import check_sealed
 
@@ -334,6 +335,7 @@ def test_a_run_is_sent_by_the_real_client_and_loads_elsewhere(
     recipe = write_recipe(train={"max_steps": 1})
     assert cli.run(["train", str(recipe)]) == 0
     run, copy = tmp_path / "run", tmp_path / "copy"
+    assert collect(str(run / "adapter"), "").files.keys() == collect(str(run), "").files.keys()
     command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1]), str(run), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.recipe import TrainRecipe
+from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.directory import RunDirectory, Start
 from kpsvd_tune.training import Training, make_accelerator
 
@@ -100,6 +101,7 @@ def start_training(
         train: list[TokenizedRow] | None = None,
         resume: str = "auto",
         tracking: tuple[str, ...] = (),
+        tell: Callable[[Event], None] | None = None,
         **changes: Any,
     ) -> Training:
         recipe = make_recipe(**changes)
@@ -115,6 +117,7 @@ def start_training(
             pad_token_id=0,
             checkpoint=begun.checkpoint,
             settings={},
+            tell=tell,
         )
 
     return start

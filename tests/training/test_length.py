@@ -79,7 +79,6 @@ def test_what_cannot_work_is_a_fault(values, fault):
             {"max_steps": 5, "keep": "best", "eval_every": 5},
             "train.keep is best and only the last of the 5 steps is validated",
         ),
-        ({"learning_rate": 1e-12}, "train.learning_rate is 1e-12, which hardly moves a weight"),
         (
             {"scheduler": "constant", "warmup_steps": 3},
             "constant has no warm-up, so train.warmup_steps does nothing",
@@ -92,15 +91,6 @@ def test_what_cannot_work_is_a_fault(values, fault):
                 "warmup_steps": 5,
             },
             "25 of the 40 steps have a learning rate of 0 and train nothing",
-        ),
-        (
-            {
-                "max_steps": 10,
-                "scheduler": "warmup_stable_decay",
-                "scheduler_args": {"num_decay_steps": 50},
-                "warmup_steps": 0,
-            },
-            "the rate never reaches train.learning_rate in this run, only 0.0955 times it",
         ),
         (
             {
@@ -119,4 +109,37 @@ def test_what_has_no_or_another_effect_is_told(values, note):
 
 
 def test_defaults_are_made_for_longer_runs_and_say_nothing_of_short_ones():
-    assert len(length(max_steps=2, log_every=1).notes) == 1
+    found = length(max_steps=2, log_every=1)
+    assert len(found.notes) == 1
+    assert not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "text"),
+    [
+        ({"learning_rate": 1e-12}, "few_steps", "The run has 25 steps, of which 0 can change a"),
+        ({"max_steps": 1}, "few_steps", "The run has 1 step, of which 1 can change a weight."),
+        (
+            {
+                "max_steps": 10,
+                "scheduler": "warmup_stable_decay",
+                "scheduler_args": {"num_decay_steps": 50},
+                "warmup_steps": 0,
+            },
+            "warmup_too_long",
+            "never reaches train.learning_rate in this run, only 0.0955 times it",
+        ),
+        (
+            {"max_steps": 10, "warmup_ratio": 1.0},
+            "warmup_too_long",
+            "The rate rises in 9 of the 10 steps.",
+        ),
+    ],
+)
+def test_a_run_too_short_for_its_schedule_is_warned_of(values, code, text):
+    found = length(**values)
+    assert len(found.notes) == 1
+    (warning,) = found.warnings
+    assert (warning.kind, warning.code) == ("warning", code)
+    assert text in warning.text
+    assert warning.cure

@@ -29,6 +29,7 @@ class DeepSpeedEngine(Engine):
     """
 
     keeps_gradients = False
+    holds_weights = False  # not at stage 3
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

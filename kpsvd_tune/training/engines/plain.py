@@ -32,6 +32,7 @@ class Engine:
     """
 
     keeps_gradients = True  # whether parameters hold their gradients after the backward pass
+    holds_weights = True  # whether each process holds every trained tensor whole
 
     def __init__(
         self,

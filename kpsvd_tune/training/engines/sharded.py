@@ -30,6 +30,8 @@ class ShardedEngine(Engine):
     A block's weights are whole only while it computes; buffers, with the frozen factors, always.
     """
 
+    holds_weights = False
+
     def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
         check_shardable(token_loss.model, self._recipe)
         device, number = self._accelerator.device, self._accelerator.num_processes

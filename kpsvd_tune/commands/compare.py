@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.recipe import load_recipe, read_number_of_parameters
+from kpsvd_tune.recipe import Recipe, load_recipe, read_number_of_parameters
 from kpsvd_tune.report.console import show_comparison, show_grid
 from kpsvd_tune.report.live import ConsoleEvents, TrialTable
 from kpsvd_tune.report.work import WorkPlan, show_work
@@ -51,12 +52,27 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: orders of the rows.")] = 3,
     plan: Annotated[
-        Literal["full", "staged", "done"],
+        Literal["full", "staged", "done"] | None,
         typer.Option(
             help="full: every combination; staged: rates, then seeds, then budgets; done: run "
-            "nothing, judge every trial that is there."
+            "nothing, judge every trial that is there. Default: full, and staged with --money."
         ),
-    ] = "full",
+    ] = None,
+    money: Annotated[
+        float | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Spend no more than this on all trials together, at compare.price_per_hour.",
+        ),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Judge by this task's score too: gsm8k, math, exact_match, label, json or text, "
+            "on rows of the recipe's evaluation, of compare.test or of a validation file.",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
     dry_run: DryRun = False,
     offline: Offline = False,
@@ -81,12 +97,18 @@ def compare(
     entries = [
         Entry(method.name, sizes, method.rates or rates or method.own_rates) for method in chosen
     ]
-    grid = Grid(entries, seeds, plan)
+    grid = Grid(entries, seeds, plan or ("full" if money is None else "staged"))
+    if money is not None:
+        _check_money(money, shared)
     if dry_run:
         prepare_libraries(offline, debug)
         from kpsvd_tune.estimate.verbs import comparison_work
 
         summary = grid.summary()
+        if money is not None:
+            from kpsvd_tune.comparison.compare import money_summary
+
+            summary |= money_summary(shared, grid, money, jobs)
         work = comparison_work(shared, max(sizes), summary["trials"], jobs)
         emit({**summary, "work": work.to_dict()}, as_json, lambda _: _show(summary, work))
         return
@@ -94,8 +116,20 @@ def compare(
     from kpsvd_tune.comparison.compare import compare as run_comparison
 
     with ConsoleEvents() as events, TrialTable() as table:
-        verdict = run_comparison(shared, recipes, chosen, grid, events, table, jobs=jobs)
+        verdict = run_comparison(
+            shared, recipes, chosen, grid, events, table, jobs=jobs, money=money, score=score
+        )
     emit(verdict, as_json, show_comparison)
+
+
+def _check_money(money: float, recipe: Recipe) -> None:
+    if not 0 < money < math.inf:
+        raise InputError(f"--money: got {money:g}; expected an amount above 0")
+    if recipe.compare.price_per_hour is None:
+        raise InputError(
+            "--money needs a price: set what an hour of one device costs, as in "
+            "compare.price_per_hour=2.5 compare.currency=EUR"
+        )
 
 
 def _show(summary: Mapping[str, Any], work: WorkPlan) -> None:

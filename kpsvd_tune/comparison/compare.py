@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from kpsvd_tune.adapter.targets import target_names
+from kpsvd_tune.comparison.account import Account, recorded_seconds
+from kpsvd_tune.comparison.advice import lines_to_use
 from kpsvd_tune.comparison.baselines import Sizes
+from kpsvd_tune.comparison.findings import best_rows
 from kpsvd_tune.comparison.methods import Method
-from kpsvd_tune.comparison.plan import Grid, next_trials, num_left
+from kpsvd_tune.comparison.money import Forecast, Price, Purse
+from kpsvd_tune.comparison.plan import Grid, next_trials, num_left, planned
+from kpsvd_tune.comparison.score import Questions, Scoring, make_questions, scored_task
 from kpsvd_tune.comparison.setup import Setups
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
@@ -20,6 +30,7 @@ from kpsvd_tune.comparison.trial_log import (
     append_row,
     check_schedule,
     open_results,
+    read_results,
 )
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.comparison.workers import Workers
@@ -27,7 +38,8 @@ from kpsvd_tune.data import TokenizedRow, prepare, source_names
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import AdapterError, DataError, InputError, RecipeError, StoppedBySignal
-from kpsvd_tune.events import Events
+from kpsvd_tune.estimate.plan import make_plan
+from kpsvd_tune.events import Events, Silence
 from kpsvd_tune.models import (
     ModelSource,
     WeightReader,
@@ -37,15 +49,18 @@ from kpsvd_tune.models import (
     resolve_model,
 )
 from kpsvd_tune.phase import data_cures, watched
+from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import AdapterRecipe, Recipe
-from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow
+from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow, TrialScore
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
 from kpsvd_tune.runs.directory import RunDirectory
+from kpsvd_tune.runs.find import trained_as
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file
-from kpsvd_tune.storage.json_files import read_bytes, to_json
+from kpsvd_tune.storage.json_files import read_bytes, read_json, to_json
 from kpsvd_tune.training.schedule import num_warmup_steps, run_length
+from kpsvd_tune.units import duration
 
 
 class Watcher(Protocol):
@@ -60,6 +75,9 @@ class Watcher(Protocol):
     def finished(self, row: TrialRow, num_left: int) -> None:
         """Report a trial that is done, and how many are to come."""
 
+    def note(self, text: str) -> None:
+        """Say something between trials."""
+
 
 def compare(
     recipe: Recipe,
@@ -70,6 +88,8 @@ def compare(
     watcher: Watcher,
     *,
     jobs: int = 1,
+    money: float | None = None,
+    score: str | None = None,
 ) -> Comparison:
     """Run every trial that is not done yet, and draw the verdict.
 
@@ -81,6 +101,9 @@ def compare(
         events: Told of stages and progress.
         watcher: Told of trials.
         jobs: Trials at a time; on GPUs each takes its own.
+        money: What all calls together may spend, at the recipe's price of device time; None: as
+            much as it takes.
+        score: Task that the trained models are judged by beside their loss; None: none.
 
     Returns:
         The verdict, also written to comparison.json and comparison.html in the recipe's
@@ -91,6 +114,7 @@ def compare(
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
     """
     _check(recipe)
+    task = None if score is None else scored_task(recipe, score)
     budgets = sorted({budget for each in grid.entries for budget in each.budgets})
     run = RunDirectory(recipe.output_dir)
     if not (run.path / COMPARISON).exists():
@@ -116,22 +140,221 @@ def compare(
         rows = open_results(run.path, shared, plan.adapters())
         if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, num_steps):
             check_schedule(run.path)
-        base: Mapping[str, float | None] = {}
+        account = Account(run.path, rows, num_devices())
+        session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs)
+        if task is not None:
+            session.questions = make_questions(task, material.dataset, material.chat_template)
         try:
             with Workers(material, recipe, jobs, watcher.stepped) as workers:
-                base = workers.base(run.path / "base.json", events)
-                watcher.begin(rows, num_left(grid, rows), jobs)
-                while pending := next_trials(grid, rows):
-                    for row in workers.rows([plan.setup(trial, base) for trial in pending]):
-                        append_row(run.path, row)
-                        rows.append(row)
-                        watcher.finished(row, num_left(grid, rows))
+                workers.tick = account.tick
+                session.run(workers, money)
         except StoppedBySignal:
             # The verdict so far, for whoever wants to look at it now.
             with suppress(InputError):
-                _conclude(recipe, grid, rows, base, jobs, plan.notes, events)
+                session.conclude()
             raise
-        return _conclude(recipe, grid, rows, base, jobs, plan.notes, events)
+        finally:
+            # Also of a call that an error ends.
+            account.tick()
+            account.write()
+        return session.conclude()
+
+
+@dataclass
+class _Session:
+    """One call of the command, from the first trial to the verdict."""
+
+    recipe: Recipe
+    grid: Grid
+    events: Events
+    watcher: Watcher
+    plan: Setups
+    account: Account
+    rows: list[TrialRow]  # those that are done
+    jobs: int
+    questions: Questions | None = None  # what models are scored by
+    base: Mapping[str, float | None] = field(default_factory=dict)  # losses of the base model
+    base_score: TrialScore | None = None
+    measuring_seconds: float = 0.0
+    purse: Purse | None = None  # None without a budget of money
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison lies."""
+        return Path(self.recipe.output_dir)
+
+    def run(self, workers: Workers, money: float | None) -> None:
+        """Run the trials that are to come and that the money buys, and score the best ones."""
+        began = time.monotonic()
+        self.base = workers.base(self.folder / "base.json", self.events)
+        # A trial loads and measures a model too.
+        self.measuring_seconds = time.monotonic() - began
+        self._score_base(workers)
+        if money is not None:
+            self._open_purse(workers, money)
+        self.watcher.begin(self.rows, self._num_coming(), self.jobs)
+        while pending := next_trials(self.grid, self.rows):
+            for row in workers.rows([self.plan.setup(trial, self.base) for trial in pending]):
+                append_row(self.folder, row)
+                self.rows.append(row)
+                if self.purse is not None:
+                    self._tell_measured(self.purse, row)
+                self.watcher.finished(row, self._num_coming())
+            if self.purse is not None and self.purse.refused is not None:
+                break
+        self._score_best(workers)
+
+    def conclude(self) -> Comparison:
+        """Write the account, and the verdict on the trials so far."""
+        self.account.tick()
+        self.account.write()
+        return _conclude(self)
+
+    def trials_to_come(self) -> tuple[int, str]:
+        """How many trials of the plan are not done, and what to do about them."""
+        number = len(next_trials(self.grid, self.rows))
+        if self.purse is None or not number:
+            return number, ""
+        coming = planned(self.grid, self.rows)
+        needed = self.purse.price.words(self.purse.needed(coming))
+        return number, (
+            f"trials: {len(coming)} are left out for want of money; --money of about {needed} in "
+            "all would run them"
+        )
+
+    def _num_coming(self) -> int:
+        if self.purse is None:
+            return num_left(self.grid, self.rows)
+        return len(self.purse.split(planned(self.grid, self.rows))[0])
+
+    def _open_purse(self, workers: Workers, money: float) -> None:
+        """Say what the money buys; InputError where it buys nothing at all."""
+        scoring = 0.0 if self.base_score is None else self.base_score.seconds
+        self.account.tick()
+        self.purse = make_purse(
+            self.recipe,
+            self.rows,
+            money,
+            self.jobs,
+            lambda: self.account.device_seconds,
+            scoring=scoring,
+            measuring=self.measuring_seconds,
+        )
+        self.purse.check(self.grid, self.rows)
+        for line in self.purse.plan_lines(self.grid, self.rows):
+            self.events.note(line)
+        workers.may_start = self.purse.may_start
+
+    def _tell_measured(self, purse: Purse, row: TrialRow) -> None:
+        """Take a finished trial out of those that run; the first one replaces the estimate."""
+        purse.ended(row.trial)
+        if len(self.rows) == 1:
+            for line in purse.plan_lines(self.grid, self.rows):
+                self.watcher.note(line)
+
+    def _score_base(self, workers: Workers) -> None:
+        if self.questions is None:
+            return
+        file = self.folder / "base_score.json"
+        if file.exists():
+            cure = "remove it, and the base model is scored again"
+            known = read_json(file, TrialScore, cure=cure)
+            if (known.task, known.asked) == (self.questions.task.task, self.questions.asked):
+                self.base_score = known
+                return
+        self.events.stage(f"scoring the base model on {self.questions.task.task}")
+        folder = self.folder / "base_score"
+        (found,) = workers.scores([Scoring(self.questions, None, folder, "the base model's score")])
+        replace_file(file, to_json(found.score.to_dict()))
+        self.base_score = found.score
+
+    def _score_best(self, workers: Workers) -> None:
+        """Score every seed of each method at each budget at its best rate, where it is not yet."""
+        if self.questions is None:
+            return
+        groups: dict[tuple[str, int], list[TrialRow]] = {}
+        for row in self.rows:
+            if self.grid.holds(row):
+                groups.setdefault((row.method, row.budget), []).append(row)
+        wanted = (self.questions.task.task, self.questions.asked)
+        left = [
+            row
+            for group in groups.values()
+            for row in best_rows(group)
+            if row.score is None or (row.score.task, row.score.asked) != wanted
+        ]
+        for place, row in enumerate(left, start=1):
+            if self.purse is not None and not self.purse.may_score():
+                self.watcher.note(
+                    f"{len(left) - place + 1} models are not scored: the money is spent"
+                )
+                return
+            setup = self.plan.setup(row.trial, self.base)
+            name = f"the score of {row.trial}"
+            (found,) = workers.scores(
+                [Scoring(self.questions, setup, setup.folder / "score", name)]
+            )
+            scored = replace(row, score=found.score)
+            append_row(self.folder, scored)
+            self.rows[self.rows.index(row)] = scored
+            self.watcher.note(
+                f"scored {place} of {len(left)}: {row.trial}: {100 * found.score.value:.1f} % of "
+                f"{len(found.score.shares)} in {duration(found.score.seconds)}"
+            )
+
+
+def make_purse(
+    recipe: Recipe,
+    rows: Sequence[TrialRow],
+    money: float,
+    jobs: int,
+    spent: Callable[[], float],
+    *,
+    scoring: float = 0.0,
+    measuring: float = 0.0,
+) -> Purse:
+    """Money at the recipe's price, which it must have.
+
+    ``spent`` gives device seconds so far; ``scoring`` are the seconds to score a model, and
+    ``measuring`` those to load and measure one, which an estimate of a training leaves out.
+    """
+    price = recipe.compare.price_per_hour
+    assert price is not None  # checked where the money was typed
+
+    @cache
+    def estimate() -> tuple[float, float]:
+        found = make_plan(recipe, Silence()).time
+        low, high = found.training_seconds or (0.0, 0.0)
+        others = found.decomposition_seconds + measuring
+        return low + others, high + others
+
+    share = min(jobs, num_devices()) / jobs
+    return Purse(
+        Price(money, price, recipe.compare.currency, share),
+        Forecast(rows, estimate, scoring),
+        spent,
+    )
+
+
+def money_summary(recipe: Recipe, grid: Grid, money: float, jobs: int) -> dict[str, Any]:
+    """What money would buy, as JSON values; nothing is run or written but cached rows."""
+    folder = Path(recipe.output_dir)
+    rows = read_results(folder)
+    spent = recorded_seconds(folder, rows)
+    purse = make_purse(recipe, rows, money, jobs, lambda: spent)
+    coming = planned(grid, rows)
+    bought, rest = purse.split(coming)
+    return {
+        "money": money,
+        "trials_bought": len(bought),
+        "trials_left_out": len(rest),
+        "plan_of_the_money": purse.plan_lines(grid, rows),
+    }
+
+
+def num_devices() -> int:
+    """Devices that this machine has for trials: its GPUs, or the CPU."""
+    return max(1, torch.cuda.device_count()) if device().type == "cuda" else 1
 
 
 def _material(
@@ -163,8 +386,16 @@ def _material(
         "test": test_sha256,
         "forgetting": text_sha256,
     }
-    pad = pad_token_id(tokenizer)
-    return Material(source, data.train, data.validation, test, forgetting, pad), shared
+    return Material(
+        source=source,
+        train=data.train,
+        validation=data.validation,
+        test=test,
+        forgetting=forgetting,
+        pad_token_id=pad_token_id(tokenizer),
+        dataset=trained_as(recipe.dataset, data.template),
+        chat_template=tokenizer.chat_template,
+    ), shared
 
 
 def _num_steps(recipe: Recipe, grid: Grid, material: Material, events: Events) -> int:
@@ -195,19 +426,17 @@ def _sizes(method: Method, recipe: Recipe, source: ModelSource, skeleton: Any) -
     return sizes
 
 
-def _conclude(
-    recipe: Recipe,
-    grid: Grid,
-    rows: Sequence[TrialRow],
-    base: Mapping[str, float | None],
-    jobs: int,
-    notes: Sequence[str],
-    events: Events,
-) -> Comparison:
+def _conclude(session: _Session) -> Comparison:
     """Write the verdict on the trials of the grid, also where more of them are to come."""
-    folder, train = Path(recipe.output_dir), recipe.train
-    chosen = [row for row in rows if grid.holds(row)]
+    recipe, plan, base = session.recipe, session.plan, session.base
+    folder, train = session.folder, recipe.train
+    chosen = [row for row in session.rows if session.grid.holds(row)]
     steps = max((len(row.losses) for row in chosen), default=0)
+    num_missing, to_come = session.trials_to_come()
+
+    def lines(row: TrialRow) -> tuple[str, ...]:
+        return lines_to_use(plan.setup(row.trial, base)) if plan.knows(row.trial) else ()
+
     verdict = compare_rows(
         chosen,
         model=recipe.model.path,
@@ -217,14 +446,19 @@ def _conclude(
         max_grad_norm=train.max_grad_norm,
         price_per_hour=recipe.compare.price_per_hour,
         currency=recipe.compare.currency,
-        num_missing=len(next_trials(grid, rows)),
-        jobs=jobs,
-        notes=notes,
+        num_missing=num_missing,
+        to_come=to_come,
+        jobs=session.jobs,
+        notes=plan.notes,
+        base_score=session.base_score,
+        device_seconds=session.account.device_seconds,
+        money=None if session.purse is None else session.purse.price.amount,
+        lines=lines,
     )
     replace_file(folder / "comparison.json", to_json(verdict.to_dict()))
     page = folder / "comparison.html"
     fault = write_page(page, lambda: comparison_page(verdict, chosen))
-    events.note(fault or f"written: {page}, comparison.json and {RESULTS}")
+    session.events.note(fault or f"written: {page}, comparison.json and {RESULTS}")
     return verdict
 
 

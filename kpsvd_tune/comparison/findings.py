@@ -10,7 +10,14 @@ from functools import cached_property
 from kpsvd_tune.comparison.methods import is_ours
 from kpsvd_tune.comparison.statistics import estimate, mean_curve, steps_to, variation
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.comparison import Difference, Estimate, MethodSummary, TrialRow
+from kpsvd_tune.report.comparison import (
+    Difference,
+    Estimate,
+    MethodSummary,
+    ScoreDifference,
+    TrialRow,
+    TrialScore,
+)
 
 # A method at a budget.
 Key = tuple[str, int]
@@ -34,8 +41,12 @@ class Findings:
         num_warmup: int,
         max_grad_norm: float | None,
         price_per_hour: float | None,
+        base_score: TrialScore | None = None,
     ) -> None:
         self.rows, self.steps, self.num_warmup = rows, steps, num_warmup
+        self.base_score = None if base_score is None else base_score.value
+        # How the questions were asked: scores of other ways are left out.
+        self.asked = None if base_score is None else (base_score.task, base_score.asked)
         self.base_loss = base.get("validation_loss")
         self._max_grad_norm, self._price_per_hour = max_grad_norm, price_per_hour
         self._groups: dict[Key, list[TrialRow]] = {}
@@ -63,6 +74,10 @@ class Findings:
         """The budgets that a method has trials at, ascending."""
         return sorted(budget for name, budget in self.best if name == method)
 
+    def rates(self, key: Key) -> list[float]:
+        """The learning rates that a method was tried at with a budget, ascending."""
+        return sorted({row.learning_rate for row in self._groups[key]})
+
     def pairs(self, one: Key, other: Key) -> list[tuple[TrialRow, TrialRow]]:
         """The rows of both by seed, which fixes the order of the training rows."""
         by_seed = {row.seed: row for row in self.best[other]}
@@ -84,6 +99,38 @@ class Findings:
                     if found is not None:
                         yield found
 
+    def score_difference(self, one: Key, other: Key) -> ScoreDifference | None:
+        """The score of one minus that of the other; None without a scored seed in common.
+
+        Questions are the sample: a question's share of right answers is its mean over the seeds in
+        common, and the standard error is that of the mean of the questions' differences.
+        """
+        pairs = [
+            (own, theirs)
+            for first, second in self.pairs(one, other)
+            if (own := self.score_of(first)) and (theirs := self.score_of(second))
+        ]
+        if not pairs or any(len(own.shares) != len(theirs.shares) for own, theirs in pairs):
+            return None
+        changes = [
+            statistics.fmean(own.shares[place] - theirs.shares[place] for own, theirs in pairs)
+            for place in range(len(pairs[0][0].shares))
+        ]
+        spread = statistics.stdev(changes) if len(changes) > 1 else 0.0
+        return ScoreDifference(
+            *one,
+            *other,
+            change=statistics.fmean(changes),
+            stderr=spread / math.sqrt(len(changes)),
+            num_questions=len(changes),
+            num_seeds=len(pairs),
+        )
+
+    def score_of(self, row: TrialRow) -> TrialScore | None:
+        """The score of a trial, where the questions were asked as the base model was."""
+        score = row.score
+        return score if score is not None and (score.task, score.asked) == self.asked else None
+
     def lowest_mean(self, key: Key) -> float:
         """The lowest point of the mean validation curve over seeds."""
         return min(
@@ -93,7 +140,7 @@ class Findings:
     def _summary(self, key: Key) -> MethodSummary:
         chosen, group = self.best[key], self._groups[key]
         first = chosen[0]
-        rates = sorted({row.learning_rate for row in group})
+        rates = self.rates(key)
         seconds = statistics.median(row.seconds_per_step for row in chosen)
         init = statistics.median(row.init_seconds for row in chosen)
         steps: list[float] = []
@@ -127,6 +174,9 @@ class Findings:
             peak_memory_bytes=max(row.peak_memory_bytes for row in chosen),
             cost=None if price is None else hours * price,
             is_ours=is_ours(first.method),
+            score=_known(
+                [None if (own := self.score_of(row)) is None else own.value for row in chosen]
+            ),
         )
 
 

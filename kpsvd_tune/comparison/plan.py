@@ -92,6 +92,47 @@ def num_left(grid: Grid, rows: Iterable[TrialRow]) -> int:
     return len(left) + sum(sum(grid.stage_sizes(each)[number + 1 :]) for each in grid.entries)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A trial to come: of a later stage only its method and budget are known."""
+
+    method: str
+    budget: int
+    stage: str  # its name as the start of a list; empty for a plan of one stage
+
+
+def planned(grid: Grid, rows: Iterable[TrialRow]) -> list[Planned]:
+    """All trials to come, in the order in which they would run.
+
+    Where a later stage has some done already, they are among them: which ones it consists of is
+    not known before its turn.
+    """
+    number, left = _stage(grid, rows)
+    name = _stage_name(grid, number)
+    found = [Planned(trial.method, trial.budget, name) for trial in left]
+    for later in range(number + 1, max(len(grid.stage_sizes(each)) for each in grid.entries)):
+        turns = [
+            [Planned(entry.method, budget, _stage_name(grid, later)) for budget in budgets]
+            for entry in grid.entries
+            if (budgets := _budgets_of_stage(grid, entry, later))
+        ]
+        found += [each for each in chain.from_iterable(zip_longest(*turns)) if each is not None]
+    return found
+
+
+def _stage_name(grid: Grid, number: int) -> str:
+    names = ("rates of ", "seeds of ", "budgets of ")
+    return names[number] if grid.plan == "staged" and number < len(names) else ""
+
+
+def _budgets_of_stage(grid: Grid, entry: Entry, number: int) -> list[int]:
+    """The budget of each trial of a later stage of the staged plan."""
+    middle = sorted(entry.budgets)[len(entry.budgets) // 2]
+    others = [budget for budget in entry.budgets if budget != middle] or [middle]
+    size = grid.stage_sizes(entry)[number]
+    return [middle] * size if number < 2 else [others[place % len(others)] for place in range(size)]
+
+
 def _stage(grid: Grid, rows: Iterable[TrialRow]) -> tuple[int, list[Trial]]:
     """The first stage that is not done, from 0, and what is left of it."""
     done = {row.trial: row for row in rows}

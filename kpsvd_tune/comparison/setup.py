@@ -87,6 +87,10 @@ class Setups:
                 self._ranks[name, budget] = rule
                 spectra.factors(spectra.report(rule))
 
+    def knows(self, trial: Trial) -> bool:
+        """Whether the method of a trial has a size at its budget."""
+        return (trial.method, trial.budget) in {*self._ranks, *self._chosen}
+
     def setup(self, trial: Trial, base: Mapping[str, float | None]) -> Setup:
         """A trial, ready to run; ``base`` holds the losses of the base model."""
         method, adapter, own = self._methods[trial.method], self._adapters[trial.method], None

@@ -32,6 +32,17 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, deviation, mean - half, mean + half, len(values))
 
 
+def seeds_needed(mean: float, deviation: float) -> int | None:
+    """The fewest seeds whose 95 % interval leaves zero out, if mean and deviation stay.
+
+    None where even the 31 seeds of the table above do not.
+    """
+    for number, quantile in enumerate(_T, start=2):
+        if quantile * deviation / math.sqrt(number) < abs(mean):
+            return number
+    return None
+
+
 def variation(norms: Sequence[float], num_warmup: int) -> float:
     """Deviation over mean of the gradient norms after warm-up; 0 where fewer than two are left."""
     rest = norms[num_warmup:]

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.models import ModelSource, load_tokenizer
-from kpsvd_tune.processes import device, reset_peak_memory
-from kpsvd_tune.recipe import Recipe, recipe_to_yaml
+from kpsvd_tune.processes import device, gpu_identity, reset_peak_memory
+from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs.directory import RunDirectory, RunRecord
@@ -37,6 +37,7 @@ from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, 
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.batches import make_micro_batch
 from kpsvd_tune.training.loss import SummedTokenLoss, validation_loss
+from kpsvd_tune.usage import Usage
 
 # Tokens of a window of the forgetting text: short, for the runs of a comparison are.
 WINDOW_TOKENS = 256
@@ -52,6 +53,8 @@ class Material:
     test: Sequence[TokenizedRow]  # rows that no choice looks at; may be empty
     forgetting: Path | None  # a text of another kind; None: not measured
     pad_token_id: int  # fills short rows
+    dataset: DatasetRecipe  # with the template that the rows turned out to take
+    chat_template: str | None = None  # of the tokenizer, as the rows were written
 
 
 def measure_base(material: Material, recipe: Recipe, base: KeptBase) -> dict[str, float | None]:
@@ -65,8 +68,13 @@ def run_trial(
     material: Material,
     base: KeptBase,
     report: Callable[[StepMetrics, int], None],
+    *,
+    is_alone: bool = True,
 ) -> TrialRow:
     """Train one method once and measure it; ``report`` gets each step's metrics and the step count.
+
+    ``is_alone`` says that no other trial runs on this machine meanwhile, whose energy would be in
+    the processors' figure.
 
     What ran in this process before changes nothing: the row is bit for bit that of a trial in a
     process of its own, times and memory aside. SIGINT and SIGTERM raise StoppedBySignal once the
@@ -75,6 +83,7 @@ def run_trial(
     """
     recipe = setup.recipe
     accelerator = make_accelerator(recipe.train)
+    usage = Usage(gpu_identity(accelerator.device), has_host=is_alone)
     run = RunDirectory(setup.folder)
     with run.lock():
         known = known_identity(run, setup.identity)
@@ -88,7 +97,7 @@ def run_trial(
             # It ended, and whoever started it was gone before the row could be written down.
             return TrialRow.from_dict(read_json(run.results_file))
         reset_peak_memory(accelerator.device)
-        model, rank, init_seconds = _adapted(setup, material, base.fresh())
+        model, rank, init_seconds = adapted(setup, material, base.fresh())
         training = Training(
             model,
             material.train,
@@ -115,6 +124,12 @@ def run_trial(
                 model.save_pretrained(str(run.adapter), save_embedding_layers=False)
         stored = _stored(model, setup.method.kind)
         row = _row(setup, run, training.result(), others, rank, stored, init_seconds, failed)
+        before = training.seconds_before
+        row = replace(
+            row,
+            device_seconds=usage.seconds() + before,
+            energy_joules=None if before else usage.joules(),
+        )
         run.finish(row.to_dict())
     return row
 
@@ -175,7 +190,7 @@ def known_identity(run: RunDirectory, identity: Mapping[str, Any]) -> Mapping[st
     return None
 
 
-def _adapted(setup: Setup, material: Material, base: Any) -> tuple[PeftModel, str, float]:
+def adapted(setup: Setup, material: Material, base: Any) -> tuple[PeftModel, str, float]:
     """The model with its adapter, its rank as text, and the seconds the adapter's start took."""
     recipe, source = setup.recipe, material.source
     # Last, so that nothing that came before has drawn from it.

@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.runs.identity import changes, describe
 from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, truncate_file
 from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json, to_json
@@ -86,6 +86,15 @@ def append_row(folder: Path, row: TrialRow) -> None:
     sync_file(folder / RESULTS)
 
 
+def read_results(folder: Path) -> list[TrialRow]:
+    """Give the rows that are done, and change nothing; none where there is no such folder."""
+    file = folder / RESULTS
+    if not file.exists():
+        return []
+    content = read_bytes(file)
+    return _rows(file, content[: content.rfind(b"\n") + 1])
+
+
 def _read(file: Path) -> list[TrialRow]:
     if not file.exists():
         return []
@@ -93,13 +102,19 @@ def _read(file: Path) -> list[TrialRow]:
     whole = content[: content.rfind(b"\n") + 1]
     # A crash can leave half a line behind; its trial is asked for its row again.
     truncate_file(file, len(whole))
-    rows = []
+    return _rows(file, whole)
+
+
+def _rows(file: Path, whole: bytes) -> list[TrialRow]:
+    """The rows of whole lines; a trial that was scored later has a second line, which counts."""
+    rows: dict[Trial, TrialRow] = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            rows.append(TrialRow.from_dict(parse_json(line)))
+            row = TrialRow.from_dict(parse_json(line))
         except (ValueError, InputError) as error:
             raise InputError(
                 f"{file}:{number} is no row of a trial ({error}); remove the line, and its trial "
                 "is run again"
             ) from error
-    return rows
+        rows[row.trial] = row
+    return list(rows.values())

@@ -25,6 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.comparison.kept_base import KeptBase
+from kpsvd_tune.comparison.score import Scored, Scoring, score_model
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
@@ -40,8 +41,8 @@ from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.memory import explained_memory
 
 Stepped = Callable[[Trial, int, int, float], None]
-# What a worker is given to do: a trial, or the measurement of the base model.
-Task = Setup | None
+# What a worker is given to do: a trial, a scoring, or the measurement of the base model.
+Task = Setup | Scoring | None
 # A trial that was asked to stop saves first; then it is killed.
 GRACE_SECONDS = 60.0
 # A trial whose parent was killed notices at its next step, and gives its folder back then.
@@ -70,6 +71,10 @@ class Workers(AbstractContextManager["Workers", None]):
     def __init__(self, material: Material, recipe: Recipe, jobs: int, stepped: Stepped) -> None:
         self._material, self._recipe, self._stepped = material, recipe, stepped
         self._jobs, self._workers = jobs, dict[Connection, _Worker]()
+        # Told now and then how many tasks run.
+        self.tick: Callable[[int], None] = lambda _: None
+        # Asked before each trial.
+        self.may_start: Callable[[Trial], bool] = lambda _: True
 
     def __exit__(self, *_: object) -> None:
         _stop(self._workers)
@@ -88,8 +93,15 @@ class Workers(AbstractContextManager["Workers", None]):
         return base
 
     def rows(self, setups: Sequence[Setup]) -> Iterator[TrialRow]:
-        """Run trials in order, and give each row as its trial ends."""
+        """Run trials in order, and give each row as its trial ends.
+
+        Where ``may_start`` says no while nothing runs, the rest is not run.
+        """
         yield from self._run(setups)
+
+    def scores(self, scorings: Sequence[Scoring]) -> Iterator[Scored]:
+        """Score models, and give each score as it is found."""
+        yield from self._run(scorings)
 
     def _run(self, tasks: Sequence[Task]) -> Iterator[Any]:
         waiting = deque(tasks)
@@ -103,7 +115,12 @@ class Workers(AbstractContextManager["Workers", None]):
             while waiting or self._busy():
                 if signals.requested:
                     raise StoppedBySignal(signals.requested)
+                self.tick(len(self._busy()))
                 while waiting and len(self._busy()) < self._jobs:
+                    if isinstance(waiting[0], Setup) and not self.may_start(waiting[0].trial):
+                        if not self._busy():
+                            waiting.clear()
+                        break
                     self._give(waiting.popleft())
                 # Looks up now and then, for a signal may have come while it slept.
                 for end in wait(self._busy(), timeout=0.5):
@@ -137,7 +154,8 @@ class Workers(AbstractContextManager["Workers", None]):
         context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
         own, other = context.Pipe()
         slot, threads = len(self._workers), max(1, torch.get_num_threads() // self._jobs)
-        arguments = (self._material, self._recipe, slot, threads, other)
+        is_alone = self._jobs == 1
+        arguments = (self._material, self._recipe, slot, threads, is_alone, other)
         process = context.Process(target=_work, args=arguments, daemon=True)
         # The server that forks never sees the terminal's Ctrl-C. Running already it leaves the
         # mask alone; started by the server it would lift it.
@@ -170,8 +188,8 @@ def _receive(end: Connection, worker: _Worker) -> Any:
         ) from None
 
 
-def _name(setup: Setup) -> str:
-    return setup.trial.folder_name
+def _name(task: Setup | Scoring) -> str:
+    return task.trial.folder_name if isinstance(task, Setup) else task.name
 
 
 def _stop(workers: dict[Connection, _Worker]) -> None:
@@ -198,7 +216,9 @@ def _stop(workers: dict[Connection, _Worker]) -> None:
     workers.clear()
 
 
-def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: Connection) -> None:
+def _work(
+    material: Material, recipe: Recipe, slot: int, threads: int, is_alone: bool, parent: Connection
+) -> None:
     # Out of the terminal's group: its Ctrl-C reaches the parent alone, which passes it on once.
     os.setsid()
     torch.set_num_threads(threads)
@@ -214,7 +234,8 @@ def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: C
     # The parent is gone, or has no more to do; what a trial saved is kept.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            answer = _answer(parent.recv(), material, recipe, base, parent.send)
+            task = parent.recv()
+            answer = _answer(task, material, recipe, base, parent.send, is_alone=is_alone)
             if answer is None:
                 return
             parent.send(answer)
@@ -223,21 +244,30 @@ def _work(material: Material, recipe: Recipe, slot: int, threads: int, parent: C
 
 
 def _answer(
-    task: Task, material: Material, recipe: Recipe, base: KeptBase, send: Callable[[Any], None]
+    task: Task,
+    material: Material,
+    recipe: Recipe,
+    base: KeptBase,
+    send: Callable[[Any], None],
+    *,
+    is_alone: bool = True,
 ) -> Any:
     """What came of a task: its result, or the error that ended it; None where it was stopped."""
 
     def report(metrics: StepMetrics, total: int) -> None:
-        assert task is not None
+        assert isinstance(task, Setup)
         send((task.trial, metrics.step, total, metrics.loss))
 
-    doing = "measuring the base model" if task is None else f"running the trial {_name(task)}"
-    cures = ["fewer --jobs: trials at a time", *training_cures(task.recipe if task else recipe)]
+    doing = "measuring the base model" if task is None else f"running {_name(task)}"
+    own = task.recipe if isinstance(task, Setup) else recipe
+    cures = ["fewer --jobs: trials at a time", *training_cures(own)]
     try:
         with explained_memory(doing, *cures):
             if task is None:
                 return measure_base(material, recipe, base)
-            return _patiently(lambda: run_trial(task, material, base, report))
+            if isinstance(task, Scoring):
+                return score_model(task, material, recipe, base)
+            return _patiently(lambda: run_trial(task, material, base, report, is_alone=is_alone))
     except StoppedBySignal:
         return None
     except (BrokenPipeError, ConnectionResetError):

@@ -39,7 +39,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
 )
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe, Recipe
+from kpsvd_tune.recipe import EvaluationRecipe, Recipe
 from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.work import DiskPlan, WorkPlan
 from kpsvd_tune.runs.find import Found
@@ -202,8 +202,7 @@ def gguf_work(
         "adapter": _adapter_bytes(found),
         "an update in float64": 8 * _IN_HAND * largest,
     }
-    # What is copied from the base is as large as it is there, which is not larger.
-    most = int(whole / _FLOAT * _GGUF_BYTES[dtype])
+    most = file.bytes_with(_GGUF_BYTES[dtype], source.kind == "gguf")
     return WorkPlan(
         command="export",
         steps=(
@@ -216,8 +215,11 @@ def gguf_work(
         seconds=None,
         host=host_memory(process_bytes(), 0, parts),
         on_device=None,
-        disk=_disk(output, 0, most),
-        basis=(f"{_BY_CONFIGURATION}; the time is not estimated",),
+        disk=_disk(output, most, most),
+        basis=(
+            f"{_BY_CONFIGURATION}; the file is smaller where tensors are copied from a smaller "
+            "base; the time is not estimated",
+        ),
     )
 
 
@@ -242,8 +244,8 @@ def evaluation_work(
     steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
     seconds, most = None, 0
     basis = [_BY_CONFIGURATION]
-    if task.task in LOSS_TASKS:
-        basis.append("the time is not estimated for a loss: one forward pass over the rows")
+    if not TASKS[task.task].scorers:
+        basis.append("the time is not estimated for tasks without answers to generate")
     else:
         lengths = _prompt_lengths(task, source, found)
         answers = len(lengths) * task.samples
@@ -268,7 +270,7 @@ def evaluation_work(
     on_cpu = device.type == "cpu"
     host = host_memory(own, loading, parts if on_cpu else {})
     # A line of a completion holds prompt and answer, at about four bytes a token.
-    lines = 0 if task.task in LOSS_TASKS else 4 * (sum(lengths) * task.samples + most)
+    lines = 0 if not TASKS[task.task].scorers else 4 * (sum(lengths) * task.samples + most)
     return WorkPlan(
         command="eval",
         steps=tuple(steps),

@@ -33,6 +33,8 @@ _ROUTE = (
 # Read by llama.cpp and computed by transformers: they belong to no layer.
 _ROPE_FACTORS = "rope_freqs.weight"
 OUTPUT = "output.weight"
+# Bytes to which a tensor's place is rounded up.
+_PADDING = 32
 # What is another in a new file, or says how the old one was quantised.
 _OWN = re.compile(
     r"GGUF\.|general\.(architecture|alignment|file_type|quantization_version)$|quantize\.|split\."
@@ -114,6 +116,18 @@ class GgufModel:
         """Whether llama.cpp computes other rotations than the base frequency alone gives."""
         kind = self._value(f"{self.architecture}.rope.scaling.type")
         return _ROPE_FACTORS in self.tensors or kind not in (None, "none")
+
+    def bytes_with(self, num_bytes: float, is_base: bool) -> int:
+        """At most so many bytes has a new file whose matrices take `num_bytes` a number.
+
+        `is_base` says that tensors may be copied from this file.
+        """
+        total = int(self._reader.data_offset)
+        for each in self.tensors.values():
+            # Of vectors, which are float32.
+            new = each.n_elements * (num_bytes if len(each.shape) > 1 else 4)
+            total += int(max(new, each.n_bytes if is_base else 0)) + _PADDING
+        return total
 
     def metadata(self) -> dict[str, Entry]:
         """What a new file takes over as it is."""

@@ -23,7 +23,8 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         InputError: plotly is not installed.
     """
     cells = [summary.in_words(verdict.currency) for summary in verdict.summaries]
-    titles = list(cells[0])
+    titles = [title for title in cells[0] if title != "score" or verdict.task is not None]
+    bought = [each.in_words(verdict.currency) for each in verdict.returns]
     costs = titles.index(FIRST_COST)
     most = max(s.validation_loss.n for s in verdict.summaries)
     budget = max(s.budget for s in verdict.summaries if s.validation_loss.n == most)
@@ -45,9 +46,29 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
             ("cost", "Speed and cost of the same", [*titles[:2], *titles[costs:]]),
         ),
         cells=cells,
+        bought=bought,
+        bought_titles=[
+            title
+            for title in (bought[0] if bought else ())
+            if {row[title] for row in bought} != {"–"}
+        ],
+        sentences=_sentences(verdict),
+        score_differences=verdict.score_differences,
         differences=verdict.differences,
         notes=verdict.notes,
     )
+
+
+def _sentences(verdict: Comparison) -> list[str]:
+    """What is said below the table of what the money bought."""
+    found = [] if verdict.smallest is None else [verdict.smallest.in_words()]
+    if verdict.spent is not None:
+        found.append(f"spent: {verdict.spent.in_words(verdict.currency)}")
+    if verdict.task is not None and verdict.base_score is not None:
+        found.append(
+            f"scores are of {verdict.task}; the base model has {100 * verdict.base_score:.1f} %"
+        )
+    return [f"{each[0].upper()}{each[1:]}." for each in found]
 
 
 def _figures(verdict: Comparison, rows: Sequence[TrialRow], budget: int) -> dict[str, Any]:

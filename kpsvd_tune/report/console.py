@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from kpsvd_tune.report.comparison import Comparison
+from kpsvd_tune.report.comparison import Comparison, Recommendation
 from kpsvd_tune.report.layout import (
     Column,
     output,
@@ -46,12 +46,14 @@ _METHOD_COLUMNS = {
     "rate": Column("rate"),
     "validation loss": Column("validation loss"),
     "test loss": Column("test loss"),
+    "score": Column("score"),
     "steps to reference": Column("steps to ref.", goes=2),
     "gradient CV": Column("grad. CV", goes=5),
     "clipped": Column("clipped", goes=4),
     "forgetting": Column("forgetting"),
     "time a step": Column("step time", goes=3),
 }
+_COST_TEXTS = ("method", "against the best baseline")
 _RANK_COLUMNS = {
     "module": Column("module", is_text=True),
     "out × in": Column("out × in", goes=1),
@@ -329,6 +331,10 @@ def preflight_lines(report: PreflightReport) -> list[str]:
 def show_grid(grid: Mapping[str, Any]) -> None:
     """What a comparison would run."""
     for key, value in grid.items():
+        if key == "plan_of_the_money":
+            for line in value:
+                print_line(output(), line)
+            continue
         parts = value if isinstance(value, Mapping) else {"": value}
         for name, part in parts.items():
             shown = ", ".join(map(str, part)) if isinstance(part, list) else str(part)
@@ -336,15 +342,12 @@ def show_grid(grid: Mapping[str, Any]) -> None:
 
 
 def show_comparison(verdict: Comparison) -> None:
-    """What is recommended, the table of the methods, then claims and notes."""
+    """The table of the methods, differences, claims, costs and notes; what to do comes last."""
     out = output(pipe_width=_WIDE)
-    print_line(out, Text(verdict.recommendation.text, style="bold"))
-    for each in verdict.recommendation.undecided:
-        print_line(out, f"not decided: {each}")
-    out.print()
     found = [summary.in_words() for summary in verdict.summaries]
-    columns = list(_METHOD_COLUMNS.values())
-    rows = [[cells[name] for name in _METHOD_COLUMNS] for cells in found]
+    names = [name for name in _METHOD_COLUMNS if name != "score" or verdict.task is not None]
+    columns = [_METHOD_COLUMNS[name] for name in names]
+    rows = [[cells[name] for name in names] for cells in found]
     if out.width < _NARROW:
         print_blocks(out, columns, rows)
     else:
@@ -359,7 +362,48 @@ def show_comparison(verdict: Comparison) -> None:
                 f"{pair.method} minus {pair.other} at {pair.budget:,}: {pair.loss.mean:+.4f} nats "
                 f"({pair.loss.interval()}{sizes})",
             )
+    for change in verdict.score_differences:
+        if change.budget == change.other_budget and change.change >= 0:
+            print_line(
+                out,
+                f"score of {change.method} minus {change.other} at {change.budget:,}: "
+                f"{change.in_words()}",
+            )
     for claim in verdict.claims:
         print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")
+    _show_costs(out, verdict)
     for note in verdict.notes:
         print_line(out, f"note: {note}")
+    _show_recommendation(out, verdict.recommendation)
+
+
+def _show_costs(out: Console, verdict: Comparison) -> None:
+    """What was paid and what it bought."""
+    found = [each.in_words(verdict.currency) for each in verdict.returns]
+    names = [name for name in (found[0] if found else ()) if {row[name] for row in found} != {"–"}]
+    if found:
+        out.print()
+        columns = [Column(name, is_text=name in _COST_TEXTS) for name in names]
+        rows = [[cells[name] for name in names] for cells in found]
+        if out.width < _WIDE:
+            print_blocks(out, columns, rows)
+        else:
+            print_table(out, columns, rows, where="comparison.html")
+    if verdict.smallest is not None:
+        print_line(out, verdict.smallest.in_words())
+    if verdict.spent is not None:
+        print_line(out, f"spent: {verdict.spent.in_words(verdict.currency)}")
+
+
+def _show_recommendation(out: Console, advice: Recommendation) -> None:
+    """The last lines: what to take, how to write it down, and what would decide the rest."""
+    out.print()
+    print_line(out, Text(advice.text, style="bold"))
+    if advice.lines:
+        print_line(out, "to use it:")
+        for line in advice.lines:
+            print_line(out, f"    {line}", 6)
+    for each in advice.undecided:
+        print_line(out, f"not decided: {each}")
+    for each in advice.missing:
+        print_line(out, f"missing: {each}")

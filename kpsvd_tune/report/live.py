@@ -221,6 +221,10 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
             print_line(self._console, told)
         self._show()
 
+    def note(self, text: str) -> None:
+        """Say something between trials."""
+        print_line(self._console, Text(f"  {text}", style="dim"), 4)
+
     def _standing(self) -> str:
         """How many trials are done and to come, and how long those take."""
         told = f"{len(self._rows)} done, {self._num_left} to come"

@@ -41,6 +41,7 @@ def verdict(rows: list[TrialRow]) -> Comparison:
         base={"validation_loss": 2.0},
         num_warmup=1,
         max_grad_norm=1.0,
+        lines=lambda _: ("adapter:", "  form: both", "train:", "  learning_rate: 0.001"),
     )
 
 
@@ -53,10 +54,14 @@ def test_the_page_holds_the_verdict_and_runs_nothing_of_it(
     assert "<img src=x>" not in page
     for claim in verdict.claims:
         assert f"<b>{claim.verdict}</b>" in page
-    assert page.count('<th scope="row">') == 2 * len(verdict.summaries) == 12
+    assert page.count('<th scope="row">') == 3 * len(verdict.summaries) == 18
     assert str(escape(verdict.recommendation.text)) in page
-    for each in verdict.recommendation.undecided:
+    for each in (*verdict.recommendation.undecided, *verdict.recommendation.missing):
         assert f"<li>{escape(each)}</li>" in page
+    for line in verdict.recommendation.lines:
+        assert line in page
+    assert verdict.smallest is not None
+    assert verdict.smallest.in_words()[1:] in page
 
 
 def test_without_plotly_it_says_what_to_install(
@@ -72,7 +77,12 @@ def test_the_console_shows_every_method_claim_and_note(
 ) -> None:
     show_comparison(verdict)
     shown = capsys.readouterr().out
-    assert shown.startswith("On this data take kpsvd at 0.001 with 100 trainable parameters")
+    # What to do comes last, after an empty line.
+    last = shown.rpartition("\n\n")[2]
+    assert last.startswith("On this data take kpsvd at 0.001 with 100 trainable parameters")
+    assert "to use it:\n    adapter:\n      form: both\n" in last
+    assert "missing: rates: kpsvd was best at the last rate tried, 0.001" in last
+    assert "spent: 24 trials, 4 min 48 s of device time in all" in shown
     assert "kpsvd minus lora at 200: -0.1000 nats" in shown
     for claim in verdict.claims:
         assert f"{claim.verdict}: {claim.text[:30]}" in shown

@@ -1,0 +1,241 @@
+"""Trained models judged by a task's score, and a comparison within a budget of money."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpsvd_tune.commands import main as cli
+from kpsvd_tune.comparison import score as module
+from kpsvd_tune.comparison.account import recorded_seconds
+from kpsvd_tune.comparison.kept_base import KeptBase
+from kpsvd_tune.comparison.money import Forecast
+from kpsvd_tune.comparison.score import scored_task
+from kpsvd_tune.comparison.trial import _Losses
+from kpsvd_tune.comparison.trial_log import read_results
+from kpsvd_tune.comparison.workers import Workers, _answer
+from kpsvd_tune.errors import InputError
+from kpsvd_tune.recipe import load_recipe
+from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.training import make_accelerator
+
+COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, rows_file: Path, write_recipe: Callable[..., Path]) -> Path:
+    task = {"task": "exact_match", "path": str(rows_file), "max_new_tokens": 3, "columns": COLUMNS}
+    return write_recipe(
+        adapter={"rank": {"window": 4, "max": 4}},
+        train={"max_steps": 4, "eval_every": 2},
+        compare={"price_per_hour": 36, "currency": "EUR"},
+        evaluation=[task],
+        output_dir=str(tmp_path / "comparison"),
+    )
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials and scorings run here, one after the other."""
+
+    def run(workers: Any, tasks: Any) -> Iterator[Any]:
+        material, recipe = workers._material, workers._recipe
+        base = KeptBase(material.source, recipe)
+        for task in tasks:
+            trial = getattr(task, "trial", None)
+            if trial is not None and not workers.may_start(trial):
+                return
+            answer = _answer(task, material, recipe, base, lambda step: workers._stepped(*step))
+            if isinstance(answer, BaseException):
+                raise answer
+            workers.tick(1)
+            yield answer
+
+    monkeypatch.setattr(Workers, "_run", run)
+
+
+def command(recipe: Path, methods: str, *more: str) -> list[str]:
+    arguments = ["compare", str(recipe), "--offline", "--methods", methods, "--budgets", "3k"]
+    return [*arguments, "--learning-rates", "1e-2", "--seeds", "1", *more]
+
+
+@pytest.mark.slow
+def test_the_model_that_is_scored_is_the_one_that_was_trained(
+    recipe: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: dict[str, float | None] = {}
+    trained = module._trained
+
+    def measure(setup: Any, material: Any, base: Any) -> Any:
+        model = trained(setup, material, base)
+        losses = _Losses(model, material, setup.recipe, make_accelerator(setup.recipe.train))
+        measured[setup.trial.method] = losses.of(material.validation)
+        return model
+
+    monkeypatch.setattr(module, "_trained", measure)
+    # PiSSA changes the base that its file belongs to; VeRA and RandLoRA draw what they do not keep.
+    methods = "kpsvd,kpsvd:init=random:form=left,lora,lora-fa,pissa,vera,randlora,ia3"
+    assert cli.run(command(recipe, methods, "--score", "exact_match")) == 0
+    rows = {row.method: row for row in read_results(tmp_path / "comparison")}
+    assert measured == {name: row.validation_loss for name, row in rows.items()}
+    assert len(measured) == 8
+
+
+@pytest.mark.slow
+def test_scores_are_kept_paired_and_not_made_twice(
+    recipe: Path,
+    tmp_path: Path,
+    in_this_process: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "comparison"
+    words = command(recipe, "kpsvd,lora", "--score", "exact_match")
+    assert cli.run([*words, "--json"]) == 0
+    captured = capsys.readouterr()
+    verdict = json.loads(captured.out)
+    assert "scoring the base model on exact_match" in captured.err
+    assert "scored 2 of 2: lora at 3,000" in captured.err
+    rows = read_results(folder)
+    assert len(rows) == 2
+    for row in rows:
+        assert row.score is not None
+        assert len(row.score.shares) == 8
+        assert (folder / "trials" / row.trial.folder_name / "score" / "completions.jsonl").exists()
+    assert verdict["task"].startswith("exact_match, ")
+    assert {each["num_questions"] for each in verdict["score_differences"]} == {8}
+    assert all(each["score"] is not None for each in verdict["summaries"])
+
+    # Nothing is left to be answered, and the account goes on.
+    def fails(*_: Any) -> Any:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("kpsvd_tune.comparison.workers.score_model", fails)
+    before = json.loads((folder / "account.json").read_text())["device_seconds"]
+    assert cli.run([*words, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["summaries"] == verdict["summaries"]
+    assert again["spent"]["device_seconds"] >= before
+    # Without --score the verdict is drawn by the loss, and the scores stay.
+    assert cli.run([*command(recipe, "kpsvd,lora"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] is None
+    assert all(row.score is not None for row in read_results(folder))
+
+
+@pytest.mark.slow
+def test_money_stops_the_trials_and_more_of_it_goes_on(
+    recipe: Path, tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "comparison"
+    words = command(recipe, "kpsvd,lora", "--seeds", "3", "--plan", "full")
+    assert cli.run([*words, "--money", "0.0001"]) == 2
+    assert "buys no trial" in capsys.readouterr().err
+    spent = recorded_seconds(folder, [])
+    assert spent > 0
+    # A dry run counts what was spent, and writes nothing.
+    assert cli.run([*words, "--money", "1000", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["trials_bought"], plan["trials_left_out"]) == (6, 0)
+    assert recorded_seconds(folder, []) == spent
+    assert not (folder / "results.jsonl").exists()
+
+    # Enough for some of six: the forecast is made to take a third of what is left.
+    class Third(Forecast):
+        def seconds(self, method: str, budget: int) -> float:
+            return 1000.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kpsvd_tune.comparison.compare.Forecast", Third)
+        assert cli.run([*words, "--money", "25", "--json"]) == 0
+    captured = capsys.readouterr()
+    # 25 EUR are 2500 s: two trials of 1000 s as foreseen; they take less, so a third may start
+    # while 1000 s are left, which they are until the plan is done.
+    verdict = json.loads(captured.out)
+    assert "the money buys 2 of the 6 trials to come" in captured.err
+    assert verdict["spent"]["money"] == 25
+    assert len(read_results(folder)) == 6
+
+    class Dear(Forecast):
+        def seconds(self, method: str, budget: int) -> float:
+            return 1e6
+
+    more = command(recipe, "kpsvd,lora", "--seeds", "4", "--plan", "full", "--money", "25")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kpsvd_tune.comparison.compare.Forecast", Dear)
+        assert cli.run([*more, "--json"]) == 0
+    captured = capsys.readouterr()
+    verdict = json.loads(captured.out)
+    assert len(read_results(folder)) == 6
+    assert "the money buys 0 of the 2 trials to come" in captured.err
+    assert any(
+        each.startswith("trials: 2 are left out for want of money; --money of about 20,000")
+        for each in verdict["recommendation"]["missing"]
+    )
+
+
+def rows_with(recipe: Path, *overrides: str) -> Any:
+    return load_recipe(recipe, list(overrides))
+
+
+def test_what_is_asked_is_the_recipes_own_task_or_held_out_rows(
+    recipe: Path, rows_file: Path
+) -> None:
+    own = scored_task(rows_with(recipe), "exact_match")
+    assert own.max_new_tokens == 3
+    test = scored_task(
+        rows_with(recipe, "evaluation=[]", f"compare.test={rows_file}"), "exact_match"
+    )
+    assert (test.path, test.max_new_tokens) == (str(rows_file), 256)
+    held_out = scored_task(
+        rows_with(recipe, "evaluation=[]", f"dataset.validation={rows_file}"), "exact_match"
+    )
+    assert held_out.path == str(rows_file)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exactmatch", r"--score: got 'exactmatch'; expected one of gsm8k, math, exact_match"),
+        ("loss", r"--score: got 'loss'; expected one of"),
+        ("mbpp", r"it runs programs: score the adapter of one trial with `kpsvd-tune eval`"),
+        ("exact_match", r"--score exact_match: no rows to ask; name a file of rows"),
+    ],
+)
+def test_a_task_that_cannot_be_asked_is_refused(recipe: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        scored_task(rows_with(recipe, "evaluation=[]"), name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--money", "0"], "--money: got 0; expected an amount above 0"),
+        (["--money", "nan"], "--money: got nan; expected an amount above 0"),
+        (
+            ["--money", "5", "compare.price_per_hour=null"],
+            "--money needs a price: set what an hour of one device costs, as in",
+        ),
+        (["--score", "exactmatch"], "--score: got 'exactmatch'; expected one of gsm8k"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_done(
+    arguments: list[str], message: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(command(recipe, "lora", *arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_second_line_of_a_trial_replaces_the_first(tmp_path: Path) -> None:
+    from trial_rows import row
+
+    first = row(seed=0)
+    other = TrialRow(**{**first.__dict__, "rank": "9"})
+    lines = [json.dumps(each.to_dict()) for each in (first, row(seed=1), other)]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + '\n{"half')
+    found = read_results(tmp_path)
+    assert [(each.seed, each.rank) for each in found] == [(0, "9"), (1, "2")]
+    assert read_results(tmp_path / "nowhere") == []

@@ -73,7 +73,7 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="gsm8k, math, mbpp, exact_match, label, json, text, loss or forgetting.",
+            help="gsm8k, math, mbpp, exact_match, label, json, text, loss, forgetting or lm_eval.",
             autocompletion=lambda: list(TASKS),
         ),
     ] = None,

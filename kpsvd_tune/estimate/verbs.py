@@ -39,7 +39,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
 )
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.recipe import LOSS_TASKS, EvaluationRecipe, Recipe
+from kpsvd_tune.recipe import EvaluationRecipe, Recipe
 from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.work import DiskPlan, WorkPlan
 from kpsvd_tune.runs.find import Found
@@ -244,8 +244,8 @@ def evaluation_work(
     steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
     seconds, most = None, 0
     basis = [_BY_CONFIGURATION]
-    if task.task in LOSS_TASKS:
-        basis.append("the time is not estimated for a loss: one forward pass over the rows")
+    if not TASKS[task.task].scorers:
+        basis.append("the time is not estimated for tasks without answers to generate")
     else:
         lengths = _prompt_lengths(task, source, found)
         answers = len(lengths) * task.samples
@@ -270,7 +270,7 @@ def evaluation_work(
     on_cpu = device.type == "cpu"
     host = host_memory(own, loading, parts if on_cpu else {})
     # A line of a completion holds prompt and answer, at about four bytes a token.
-    lines = 0 if task.task in LOSS_TASKS else 4 * (sum(lengths) * task.samples + most)
+    lines = 0 if not TASKS[task.task].scorers else 4 * (sum(lengths) * task.samples + most)
     return WorkPlan(
         command="eval",
         steps=tuple(steps),

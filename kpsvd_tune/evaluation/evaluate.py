@@ -32,6 +32,7 @@ from kpsvd_tune.evaluation.generation import (
     Prompt,
     generate_completions,
 )
+from kpsvd_tune.evaluation.lm_harness import check_harness, harness_scores, task_names
 from kpsvd_tune.evaluation.loss import check_loss, score_loss
 from kpsvd_tune.evaluation.questions import (
     build_prompts,
@@ -81,7 +82,9 @@ def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None
     for task in tasks:
         recipe = as_trained(task, dataset)
         check_scorers(task.task)
-        if recipe.task in LOSS_TASKS:
+        if recipe.task == "lm_eval":
+            check_harness(recipe)
+        elif recipe.task in LOSS_TASKS:
             check_loss(recipe)
         else:
             read_questions(recipe)
@@ -136,7 +139,11 @@ class Scorer:
         check_code_execution([task.task], self.sandbox)
         model.to(self.place)
         template = task.template or TASKS[task.task].template
-        if task.task in LOSS_TASKS:
+        if task.task == "lm_eval":
+            scores, left_out = on_main_process(lambda: harness_scores(model, self.tokenizer, task))
+            if left_out:
+                self.events.note(f"not kept, for these are no shares: {'; '.join(left_out)}")
+        elif task.task in LOSS_TASKS:
             progress = partial(self.events.advance, "measuring")
             scores = score_loss(model, self.tokenizer, task, template, progress)
         else:
@@ -228,6 +235,9 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
 
 def rows_source(recipe: EvaluationRecipe) -> str:
     """Where a task's rows are from, in words: files, or a hub set with its split."""
+    if recipe.task == "lm_eval":
+        within = f" in {recipe.path}" if recipe.path else ""
+        return f"{', '.join(task_names(recipe))}{within}"
     source = recipe.path or TASKS[recipe.task].path
     rows = ", ".join(source) if isinstance(source, list) else str(source)
     if recipe.task != "forgetting" and not Path(rows).suffix:
@@ -239,6 +249,10 @@ def conditions(recipe: EvaluationRecipe) -> str:
     """How a task is asked, in words: what one has to know to compare its scores with others."""
     rows = rows_source(recipe)
     parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
+    if recipe.task == "lm_eval":
+        shots = "the task's" if recipe.shots is None else str(recipe.shots)
+        is_chat = "the chat template" if recipe.template == "chat" else "no chat template"
+        return ", ".join([*parts, f"{shots} worked examples", is_chat])
     if recipe.task in LOSS_TASKS:
         return ", ".join([*parts, f"{recipe.window} tokens at a time"])
     template = recipe.template or TASKS[recipe.task].template

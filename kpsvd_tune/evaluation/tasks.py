@@ -308,4 +308,6 @@ TASKS: Mapping[str, Task] = {
     # These two measure a loss instead of judging answers.
     "loss": Task(template="Question: {prompt}\nAnswer: {completion}"),
     "forgetting": Task(),
+    # Scored by the harness of that name.
+    "lm_eval": Task(),
 }

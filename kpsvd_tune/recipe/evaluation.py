@@ -31,14 +31,28 @@ class EvaluationRecipe(Section):
     """One task to score the model on."""
 
     task: Literal[
-        "gsm8k", "math", "mbpp", "exact_match", "label", "json", "text", "loss", "forgetting"
+        "gsm8k",
+        "math",
+        "mbpp",
+        "exact_match",
+        "label",
+        "json",
+        "text",
+        "loss",
+        "forgetting",
+        "lm_eval",
     ] = Field(description="scorer and prompt")
     path: PathOrList | None = key(
         None,
-        "hub id or local file; null: the task's own; for forgetting a text file",
+        "hub id or local file; null: the task's own; for forgetting a text file; for lm_eval a "
+        "folder of task files",
         validate_default=True,
     )
-    name: TextOrList | None = key(None, "configuration on the hub, or a list of them")
+    name: TextOrList | None = key(
+        None,
+        "configuration on the hub, or a list of them; for lm_eval its tasks",
+        validate_default=True,
+    )
     split: Text = key("test", "split to score")
     limit: int | None = key(None, "rows to score; null: all", ge=1)
     before: bool = key(False, "score the base model too, before training")
@@ -89,6 +103,13 @@ class EvaluationRecipe(Section):
             raise conflict(f"{task} has no data of its own; give a path", "task")
         if task == "forgetting" and not isinstance(value, str):
             raise conflict("forgetting reads one text file; give its path", "task")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("task") == "lm_eval":
+            raise conflict("lm_eval needs the names of its tasks, such as name: my_task", "task")
         return value
 
     @field_validator("labels", "json_schema")

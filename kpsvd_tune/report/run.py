@@ -210,7 +210,7 @@ def score_text(scorer: str, score: Mapping[str, Any]) -> str:
     value = score_value(scorer, score["value"])
     if scorer in LOSSES:
         return f"{value} over {score['n']:,} tokens ({_uncertainty(scorer, score)})"
-    of = f"mean {value} over" if scorer in MEANS else f"{value} of"
+    of = f"mean {value} over" if _is_mean(scorer) else f"{value} of"
     return (
         f"{of} {score['n']} ({_uncertainty(scorer, score)}), {score['unextractable']} "
         "without an answer"
@@ -233,9 +233,14 @@ def score_interval(scorer: str, score: Mapping[str, Any]) -> tuple[float, float]
     """The 95 % confidence interval of a score that is no loss; it never leaves 0 to 1."""
     value, stderr = score["value"], score["stderr"]
     # Parts that are all equal have no spread, which says little where they are few.
-    if scorer not in MEANS or stderr == 0:
+    if not _is_mean(scorer) or stderr == 0:
         return wilson_interval(value, score["n"])
     return max(0.0, value - _Z * stderr), min(1.0, value + _Z * stderr)
+
+
+def _is_mean(scorer: str) -> bool:
+    # Those of lm-eval have the name of their task in front.
+    return scorer in MEANS or ": " in scorer
 
 
 def score_table(results: Mapping[str, Any]) -> list[str]:

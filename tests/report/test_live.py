@@ -11,7 +11,8 @@ from trial_rows import row
 from kpsvd_tune.report import live
 from kpsvd_tune.report.comparison import Trial
 from kpsvd_tune.report.console import show_grid
-from kpsvd_tune.report.live import TrialTable
+from kpsvd_tune.report.live import ConsoleEvents, TrialTable
+from kpsvd_tune.report.results import Event
 
 
 def test_lines_stand_for_the_table_where_there_is_no_terminal(
@@ -70,3 +71,17 @@ def test_a_grid_is_shown_line_by_line(capsys: pytest.CaptureFixture[str]) -> Non
         "learning rates             0.1",
         "trials                     4",
     ]
+
+
+def test_a_warning_is_shown_with_its_step_what_was_found_and_its_cure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ConsoleEvents() as events:
+        events.tell(
+            Event("t", "warning", "Rows are cut.", "x", 7, {"found": "row 3"}, "Raise the limit.")
+        )
+        events.tell(Event("t", "fallback", "Went back.", "lower_rate"))
+    assert capsys.readouterr().err == (
+        "  warning: step 7: Rows are cut.\n    found: row 3\n    Raise the limit.\n"
+        "  fallback: Went back.\n"
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -231,3 +233,23 @@ def test_a_planted_fault_gives_its_own_warning_and_no_other(
     assert event.step is not None
     assert event.evidence
     assert event.cure
+
+
+def test_a_continued_session_looks_at_the_steps_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    line = {
+        "step": 1,
+        "epoch": 0.1,
+        "loss": None,
+        "learning_rate": 1e-3,
+        "grad_norm": 2.5,
+        "tokens": 10,
+        "tokens_per_second": 5.0,
+        "seconds": 1.0,
+        "skipped": "step 1: the loss is nan",
+    }
+    # A line of another version, or an edited one, is passed over.
+    file.write_text("\n".join([json.dumps(line), "{", json.dumps({"step": 2}), json.dumps(line)]))
+    found = watching._last_lines(file)
+    assert [metrics.grad_norm for metrics in found] == [2.5, 2.5]
+    assert watching._last_lines(tmp_path / "missing") == []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from kpsvd_tune.report.console import preflight_lines, show_run
 from kpsvd_tune.report.layout import Column, output, print_line, print_pairs, print_table
 from kpsvd_tune.report.live_page import PAGE
-from kpsvd_tune.report.run_files import RunFiles
+from kpsvd_tune.report.run_files import RunFiles, gold_text, read_answers
 from kpsvd_tune.report.run_words import (
     CURVE_COLUMNS,
     cost_lines,
@@ -25,6 +26,9 @@ from kpsvd_tune.report.run_words import (
 _SPARK_WIDTH = 48
 _LEARNED = 3
 _EVENTS = 12
+# Questions of each task that are shown with their answers, and letters of each line.
+_ANSWERS = 2
+_ANSWER_WIDTH = 200
 
 
 def told(run: RunFiles) -> dict[str, Any]:
@@ -88,9 +92,28 @@ def show_run_report(run: RunFiles, *, layers: bool = False) -> None:
         print_line(out, f"and {len(warned) - _EVENTS} more in {run.folder / 'events.jsonl'}")
     for fault in run.faults:
         print_line(out, Text(f"not read: {fault}", style="yellow"), 4)
+    _show_answers(out, run)
     page = run.folder / PAGE
     hint = f"page: {page}" if page.exists() else "--html writes all of it as a page"
     print_line(out, Text(hint, style="dim"))
+
+
+def _show_answers(out: Console, run: RunFiles) -> None:
+    """The first questions of each task, with the answers before and after below each other."""
+    for task in read_answers(run.folder, _ANSWERS):
+        print_line(out, f"{task.task}, the first of {task.num_questions} answers:")
+        for one in task.shown:
+            sides = {
+                "asked": one["prompt"],
+                "expected": gold_text(one["gold"]),
+                "base model": one["before"],
+                "adapter": one["after"],
+            }
+            for name, text in sides.items():
+                if text is not None:
+                    line = " ".join(str(text).split())
+                    cut = line if len(line) <= _ANSWER_WIDTH else f"{line[:_ANSWER_WIDTH]} ..."
+                    print_line(out, f"  {name}: {cut}", 6)
 
 
 def _shows_bars() -> bool:

@@ -205,6 +205,16 @@ class Answers:
     shown: Sequence[Mapping[str, Any]]  # prompt, gold, and the answers before and after, or None
 
 
+def gold_text(gold: Any) -> str:
+    """The right answer as a person reads it, without what scorers need besides."""
+    if isinstance(gold, Mapping):
+        for key in ("label", "json"):
+            if key in gold:
+                gold = gold[key]
+                break
+    return gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
+
+
 def read_answers(folder: Path, most: int) -> list[Answers]:
     """The first ``most`` questions of every task, with the answers before and after training.
 

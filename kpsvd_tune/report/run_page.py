@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render
 from kpsvd_tune.report.results import LearnedReport, RankReport
 from kpsvd_tune.report.run import score_lines, score_text, score_value
-from kpsvd_tune.report.run_files import RunFiles, read_answers
+from kpsvd_tune.report.run_files import RunFiles, gold_text, read_answers
 from kpsvd_tune.report.run_words import (
     CURVE_COLUMNS,
     cards,
@@ -275,7 +274,7 @@ def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _shown(answer: Mapping[str, Any]) -> dict[str, Any]:
     gold = answer["gold"]
-    told = gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)
+    told = gold_text(gold)
     return {
         "row": answer["row"],
         "prompt": _cut(answer["prompt"]),

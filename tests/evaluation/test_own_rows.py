@@ -23,6 +23,7 @@ from kpsvd_tune.evaluation.scoring import missing_scorers, score_completions
 from kpsvd_tune.recipe import EvaluationRecipe, load_recipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_text
+from kpsvd_tune.report.run_files import gold_text
 
 
 def scores_of(task: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Score]:
@@ -293,6 +294,19 @@ def test_samples_of_a_question_share_its_point() -> None:
 # The whole way
 
 
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("18", "18"),
+        ({"label": "yes", "labels": ["no", "yes"]}, "yes"),
+        ({"json": {"size": 3}, "schema": {}}, '{"size": 3}'),
+        ({"test_list": ["assert f()"]}, '{"test_list": ["assert f()"]}'),
+    ],
+)
+def test_right_answers_are_shown_without_what_scorers_need(gold: Any, text: str) -> None:
+    assert gold_text(gold) == text
+
+
 @pytest.mark.slow
 def test_a_run_tells_its_labels_before_and_after(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -314,6 +328,10 @@ def test_a_run_tells_its_labels_before_and_after(
     assert "base model, label, accuracy: " in shown
     assert "adapter, label, macro_f1: mean " in shown
     assert "right \\ given" in shown
+    assert "label, the first of 8 answers:" in shown
+    assert "  asked: Question: Is 0 even? Answer:" in shown
+    assert "  expected: yes" in shown
+    assert shown.count("  base model: ") == shown.count("  adapter: ") == 2
     stored = tmp_path / "run" / "evaluation" / "after" / "label" / "completions.jsonl"
     assert cli.run(["eval", "--rescore", str(stored), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)["scores"]

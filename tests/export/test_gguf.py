@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
+from kill_moments import check_kills
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -665,3 +667,32 @@ def test_files_that_cannot_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"pip install 'kpsvd-tune\[gguf\]'"):
         GgufModel(tmp_path / "gpt2.gguf")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an exported folder is there; if so it must be whole and proved."""
+    if not folder.exists():
+        return False
+    report = json.loads((folder / "export_report.json").read_text())
+    file = folder / report["file"]
+    assert file.stat().st_size == report["num_bytes"]
+    assert len(tensors(file)) == report["num_tensors"]
+    assert (folder / "README.md").is_file()
+    return True
+
+
+@pytest.fixture
+def work(base: Path, tmp_path: Path) -> Callable[[], int]:
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    # There already, so that every export does the same.
+    (tmp_path / "out").mkdir()
+    return lambda: export(adapter, tmp_path / "out" / "m")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_kill_at_any_of_20_moments(
+    work: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = check_kills(work, is_whole, tmp_path / "out" / "m", monkeypatch)
+    assert {"makedirs", "write", "fsync", "replace"} <= set(names)

@@ -19,6 +19,8 @@ from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.figures import MOST_POINTS, smooth, thinned
 from kpsvd_tune.report.live_page import LEAST_SECONDS, LivePage
 from kpsvd_tune.report.pages import check_page
+from kpsvd_tune.report.pair import set_side_by_side
+from kpsvd_tune.report.pair_page import write_pair_page
 from kpsvd_tune.report.run_files import read_answers, read_run_files
 from kpsvd_tune.report.run_list import list_runs
 from kpsvd_tune.report.run_page import LONGEST_TEXT, run_page, write_run_page
@@ -359,6 +361,28 @@ def test_a_browser_draws_the_page_from_disk_at_every_width(folder: Path, chromiu
     levels = page.eval_on_selector_all("h1, h2, h3, h4", "all => all.map((e) => +e.tagName[1])")
     assert levels[0] == 1
     assert all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:], strict=False))
+    assert page.locator("img").count() == 0
+    assert complaints == []
+    assert requests == [file.as_uri()]
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_of_two_runs(folder: Path, tmp_path: Path, chromium: Any) -> None:
+    runs = read_run_files(folder), read_run_files(write_run(tmp_path / EVIL.replace("/", "_")))
+    file = tmp_path / "pair.html"
+    write_pair_page(set_side_by_side(*runs, {}), runs, file)
+    page = chromium.new_page(viewport={"width": 360, "height": 800})
+    page.set_default_timeout(60_000)
+    complaints: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    for name in ("checks", "trained"):
+        page.wait_for_selector(f"#{name} .legend .traces >> nth=1")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.locator("img").count() == 0
     assert complaints == []
     assert requests == [file.as_uri()]

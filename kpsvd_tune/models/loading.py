@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+# In a GGUF file the name of the tensor of rotary factors, and the bytes that names lie in.
+_ROPE_FACTORS, _GGUF_HEAD = b"rope_freqs.weight", 1 << 26
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
@@ -92,6 +94,7 @@ def load_model(
         )
     if source.kind == "gguf":
         _forget_quantisation(model)
+        _warn_of_rotations(source)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -308,6 +311,23 @@ def _require_gguf(source: ModelSource) -> None:
             f"model {source.path!r} is a GGUF file, and reading it needs the gguf package; "
             "install it with: pip install 'kpsvd-tune[gguf]'"
         )
+
+
+def _warn_of_rotations(source: ModelSource) -> None:
+    """Tell of a GGUF file whose factors of the rotary embedding transformers does not read.
+
+    Llama 3.1 and its kin are stored so; without the factors long texts are read in another way.
+    """
+    with source.weight_files[0].open("rb") as file:
+        # The names of the tensors follow the vocabulary, which takes a few megabytes.
+        if _ROPE_FACTORS not in file.read(_GGUF_HEAD):
+            return
+    _log.warning(
+        "model %r: the file rescales the rotary embedding (rope_freqs), which transformers does "
+        "not read from GGUF: texts are read otherwise than by llama.cpp, long ones most. Use the "
+        "model's folder with config.json and safetensors instead",
+        source.path,
+    )
 
 
 def _forget_quantisation(model: Any) -> None:

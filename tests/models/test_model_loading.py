@@ -111,9 +111,12 @@ def test_a_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gguf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def write_gguf(path: Path, has_rope_factors: bool = False) -> Path:
     """A one-layer Llama of random numbers, its matrices quantised to Q8_0."""
     gguf = pytest.importorskip("gguf")
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(32)
@@ -141,11 +144,23 @@ def gguf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_tensor(f"{name}.weight", data, raw_dtype=quantised)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", torch.ones(32).numpy())
+    if has_rope_factors:
+        writer.add_tensor("rope_freqs.weight", torch.tensor([1.0] * 4 + [8.0] * 4).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize("has_rope_factors", [True, False])
+def test_factors_of_the_rotary_embedding_that_are_not_read_are_told(
+    has_rope_factors: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", has_rope_factors)
+    load_model(resolve_model(str(path)), "float32")
+    told = "the file rescales the rotary embedding (rope_freqs), which transformers does not read"
+    assert (told in caplog.text) == has_rope_factors
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ def test_rows_and_length_that_look_wrong_are_told_before_the_first_step(
     elif code == "dropped_rows":
         rows += [(f"Jo has {n} nuts.", "") for n in range(8)]
     elif code == "shared_rows":
-        dataset["validation"] = rows_of(tmp_path / "held.jsonl", *rows[:3])
+        dataset["validation"] = rows_of(
+            tmp_path / "held.jsonl", *rows[:3], ("Lu has 3 nuts.", "so she counts 3")
+        )
     elif code == "few_steps":
         train["max_steps"] = 1
     dataset["path"] = rows_of(tmp_path / "own.jsonl", *rows)

@@ -134,11 +134,20 @@ def divide(
     trained = np.intersect1d(train, whole.usable)
     if len(leaks):
         twin = held[groups[held] == groups[leaks[0]]][0]
-        notes.append(
-            f"LEFT OUT OF TRAINING: {_rows(len(leaks))} that {'are' if len(leaks) > 1 else 'is'} "
-            "held out too, since training on them would make the validation loss one of known "
-            f"rows (first: {whole.where(leaks[0])} is {whole.where(twin)})"
-        )
+        first = f"(first: {whole.where(leaks[0])} is {whole.where(twin)})"
+        known = np.isin(groups[np.intersect1d(held, whole.usable)], groups[leaks])
+        if isinstance(dataset.validation, str) and len(trained) and known.all():
+            # A part of the training file, as `init` writes it: nothing to be warned of.
+            notes.append(
+                f"every held-out row is one of the training file's: {_rows(len(leaks))} of it "
+                f"{'are' if len(leaks) > 1 else 'is'} not trained {first}"
+            )
+        else:
+            notes.append(
+                f"LEFT OUT OF TRAINING: {_rows(len(leaks))} that "
+                f"{'are' if len(leaks) > 1 else 'is'} held out too, since training on them would "
+                f"make the validation loss one of known rows {first}"
+            )
     if len(leaks) and not len(trained):
         raise DataError(
             f"nothing is left to train on: {notes[-1]}; expected rows that are not held out: "

@@ -97,6 +97,14 @@ def test_rows_of_a_validation_file_are_left_out_of_training(tmp_path: Path, read
         "LEFT OUT OF TRAINING: 2 rows that are held out too, since training on them would make "
         f"the validation loss one of known rows (first: {train}, line 4 is {held}, line 2)"
     )
+    # A part of the training file that was copied out, as `init` does it, is no mistake.
+    part = write(tmp_path / "part.jsonl", [3, 7])
+    data = read(path=train, validation=part)
+    assert [row.row - 1 for row in data.train] == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert note(data, "every held-out row") == (
+        "every held-out row is one of the training file's: 2 rows of it are not trained "
+        f"(first: {train}, line 4 is {part}, line 1)"
+    )
     with pytest.raises(
         DataError,
         match=r"^nothing is left to train on: .*10 rows that are held out too, .* leave "

@@ -743,6 +743,14 @@ def test_a_missing_file_lists_the_shipped_recipes_and_the_nearest(write):
     assert message.endswith("; did you mean quickstart?")
 
 
+def test_a_recipe_of_nearly_this_name_beside_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mood.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"mood\.yml: not found; .*; did you mean mood\.yaml\?$"):
+        load_recipe(tmp_path / "mood.yml")
+    with pytest.raises(RecipeError, match=r"; did you mean quickstart\?$"):
+        load_recipe(tmp_path / "quikstart.yaml")
+
+
 def test_a_folder_is_refused_and_named_relative_to_here(write, tmp_path: Path):
     (tmp_path / "zzz").mkdir()
     with pytest.raises(RecipeError, match="^zzz: is a folder; expected a recipe file; shipped"):

@@ -182,9 +182,11 @@ def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
         if not os.path.isfile(file):
             raise RecipeError(f"{_shown(file)}: {_not_a_recipe(file, kind)}")
     else:
+        beside = [each.name for each in file.parent.glob("*.y*ml")]
+        near = did_you_mean(file.name, beside) or did_you_mean(file.stem, shipped)
         raise RecipeError(
             f"{_shown(file)}: not found; expected a recipe file, or one of the shipped recipes "
-            f"{', '.join(shipped)}{did_you_mean(file.stem, shipped)}"
+            f"{', '.join(shipped)}{near}"
         )
     if use := next((use for end, use in _NO_RECIPES.items() if end in file.suffixes), None):
         raise RecipeError(

@@ -63,7 +63,7 @@ def _check_ours(output: Path) -> None:
     kept = (each.name for each in output.glob("previous-*"))
     refuse_foreign(output, (COMPLETIONS_FILE, SETTINGS_FILE, RESULTS_FILE, *kept), "--output")
     file = output / RESULTS_FILE
-    if file.exists() and not {"task", "scores"} <= read_json(file).keys():
+    if file.exists() and not {"task", "scores"} <= read_json(file, error=InputError).keys():
         raise InputError(
             f"--output: {file} is not of an evaluation, and would be replaced; name another folder"
         )
@@ -72,7 +72,8 @@ def _check_ours(output: Path) -> None:
 def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:
     """Where a run keeps the completions of a task: one folder for each source of rows."""
     results = RunDirectory(run).results_file
-    known = read_json(results) if results.exists() else {}
+    cure = "was it edited or cut? Restore it from a copy, or keep the scores apart with --output"
+    known = read_json(results, error=InputError, cure=cure) if results.exists() else {}
     name = re.sub(r"[^\w.-]+", "-", score_label(known, task.task, rows_source(task)))
     return run / "evaluation" / f"{'base-' if base_only else ''}{name}"
 

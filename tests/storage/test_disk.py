@@ -109,7 +109,7 @@ def test_what_no_stage_put_into_words_has_file_and_cure(
     def fail(*_: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/some/file")
 
-    monkeypatch.setattr("kpsvd_tune.commands.report.read_run", fail)
+    monkeypatch.setattr("kpsvd_tune.commands.report.read_run_files", fail)
     assert cli.run(["report", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
         "error: Read-only file system (/some/file); the file system is read-only; choose a place "

@@ -189,7 +189,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
          "transformers.AutoModelForCausalLM.from_pretrained", "loading the model", "--dtype"),
         (["generate"], "kpsvd_tune.evaluation.generation.generate_text", "answering",
          "--max-new-tokens"),
-        (["report"], "kpsvd_tune.commands.report.read_run", "running report", ""),
+        (["report"], "kpsvd_tune.commands.report.read_run_files", "running report", ""),
     ],
 )  # fmt: skip
 def test_every_other_command_does(

@@ -364,3 +364,18 @@ def test_a_schema_of_another_is_left_alone(tmp_path: Path) -> None:
     file.write_text("{}")
     assert place_schema(tmp_path) is None
     assert file.read_text() == "{}"
+
+
+def test_a_schema_that_cannot_be_placed_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        assert place_schema(tmp_path) is None
+    # Bytes that are no text are another program's file.
+    (tmp_path / SCHEMA_NAME).write_bytes(b"\xff\xfe\x00")
+    assert place_schema(tmp_path) is None
+    assert (tmp_path / SCHEMA_NAME).read_bytes() == b"\xff\xfe\x00"

@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 from kill_moments import check_kills
 from peft import PeftModel, get_peft_model
+from random_adapter import add_offsets
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -186,11 +187,7 @@ def save_adapter(base: Path, folder: Path, scale: float = 0.05, **options: Any) 
     settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 1, "factor_shape": "thin"}
     peft: Any = get_peft_model(model, KpsvdConfig(**(settings | options)))
     peft.peft_config["default"].base_model_name_or_path = str(base)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    add_offsets(peft, scale)
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 

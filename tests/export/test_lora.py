@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from random_adapter import add_offsets
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -33,11 +34,7 @@ def save_adapter(base: Path, folder: Path, scale: float = 0.05, **options: Any) 
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 1, "factor_shape": "thin"}
     peft: Any = get_peft_model(model, KpsvdConfig(**(settings | options)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    add_offsets(peft, scale)
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 

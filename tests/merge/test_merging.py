@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from random_adapter import add_offsets
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -42,11 +43,7 @@ def merge_into(model: Any, tokenizer: Any, output: Path, **settings: Any) -> Mer
 def adapted(model: Any, scale: float = 0.05, **options: Any) -> Any:
     settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 2}
     peft = get_peft_model(model, KpsvdConfig(**(settings | options)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    add_offsets(peft, scale)
     return peft
 
 

@@ -12,6 +12,7 @@ import architectures
 import pytest
 import torch
 from peft import get_peft_model
+from random_adapter import add_offsets
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -83,11 +84,7 @@ def make_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> Any
     settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 2} | options
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft: Any = get_peft_model(model, KpsvdConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    add_offsets(peft, 0.05, seed)
     peft.peft_config["default"].base_model_name_or_path = str(base)
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     return peft.eval()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markupsafe import escape
@@ -130,52 +131,39 @@ def test_every_line_stands_out_from_its_background(theme: str, panel: str, least
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_a_browser_draws_every_figure(
-    verdict: Comparison, rows: list[TrialRow], tmp_path: Path
+    verdict: Comparison,
+    rows: list[TrialRow],
+    tmp_path: Path,
+    browser: Callable[..., Any],
+    fits_width: Callable[[Any, int], bool],
 ) -> None:
-    from playwright.sync_api import sync_playwright
-
     file = tmp_path / "comparison.html"
     file.write_text(comparison_page(verdict, rows), encoding="utf-8")
-    complaints: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(file.as_uri())
-        for name in ("curves", "front", "rates", "norms"):
-            page.wait_for_selector(f"#{name} .main-svg")
-            assert page.locator(f"#{name} .legend .traces").count() == 3
-        # Step 0 is in the figure until the reader asks for the later steps alone.
-        top = "document.getElementById('curves').layout.yaxis.range[1]"
-        assert page.evaluate(top) > 2.0
-        page.click("[data-start='0']")
-        assert page.evaluate(top) < 1.3
-        assert page.evaluate("document.getElementById('curves').layout.xaxis.range[0]") == 10
-        page.click("[data-start='1']")
-        assert page.evaluate(top) > 2.0
-        colour = "document.getElementById('curves').data[1].line.color"
-        shown = page.evaluate(colour)
-        assert shown in PALETTES["light"]
-        # Nothing but the boxes of the tables scrolls sideways, on a phone neither.
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 844})
-            for _ in range(50):  # the figures follow the width a moment later
-                if page.evaluate("document.documentElement.scrollWidth") == width:
-                    break
-                page.wait_for_timeout(100)
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            if width == 1280:
-                inside = "(e) => e.scrollWidth <= e.parentElement.clientWidth"
-                for name in ("#quality", "#cost"):
-                    assert page.eval_on_selector(name, inside)
-        theme = page.evaluate("document.documentElement.dataset.theme")
-        page.click("#theme")
-        assert page.evaluate("document.documentElement.dataset.theme") != theme
-        assert page.evaluate(colour) in PALETTES["dark"]
-        browser.close()
+    page, complaints, _ = browser(file)
+    for name in ("curves", "front", "rates", "norms"):
+        page.wait_for_selector(f"#{name} .main-svg")
+        assert page.locator(f"#{name} .legend .traces").count() == 3
+    # Step 0 is in the figure until the reader asks for the later steps alone.
+    top = "document.getElementById('curves').layout.yaxis.range[1]"
+    assert page.evaluate(top) > 2.0
+    page.click("[data-start='0']")
+    assert page.evaluate(top) < 1.3
+    assert page.evaluate("document.getElementById('curves').layout.xaxis.range[0]") == 10
+    page.click("[data-start='1']")
+    assert page.evaluate(top) > 2.0
+    colour = "document.getElementById('curves').data[1].line.color"
+    shown = page.evaluate(colour)
+    assert shown in PALETTES["light"]
+    # Nothing but the boxes of the tables scrolls sideways, on a phone neither.
+    for width in (1280, 390):
+        assert fits_width(page, width)
+        if width == 1280:
+            inside = "(e) => e.scrollWidth <= e.parentElement.clientWidth"
+            for name in ("#quality", "#cost"):
+                assert page.eval_on_selector(name, inside)
+    theme = page.evaluate("document.documentElement.dataset.theme")
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") != theme
+    assert page.evaluate(colour) in PALETTES["dark"]
     assert complaints == []

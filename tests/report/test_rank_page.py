@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -249,33 +247,16 @@ def test_the_page_is_written_beside_the_tables(report: RankReport, tmp_path: Pat
     assert (tmp_path / "rank_report.html").read_text(encoding="utf-8") == rank_page(report)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
 @pytest.fixture
-def browser():
-    """Opens a page in headless Chromium, gathering its complaints and what it asks for."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: apt-get install chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+def opened_report(browser, tmp_path: Path):
+    """Opens the rank report of this test's folder, once its spectrum is drawn."""
 
-        def open_page(path: Path, scheme: str = "light"):
-            page = chromium.new_page(viewport={"width": 1200, "height": 1000}, color_scheme=scheme)
-            page.set_default_timeout(30_000)
-            complaints: list[str] = []
-            requests: list[str] = []
-            page.on("console", lambda message: complaints.append(message.text))
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.on("request", lambda request: requests.append(request.url))
-            page.goto(path.as_uri())
-            page.wait_for_selector("#spectrum .annotation-text")
-            return SimpleNamespace(page=page, complaints=complaints, requests=requests)
+    def open_report(**options: str):
+        opened = browser(tmp_path / "rank_report.html", **options)
+        opened.page.wait_for_selector("#spectrum .annotation-text")
+        return opened
 
-        yield open_page
-        chromium.close()
+    return open_report
 
 
 def click_cell(page, row: int, column: int, rows: int, columns: int) -> None:
@@ -293,12 +274,12 @@ def marks(page) -> list[str]:
 
 @pytest.mark.slow
 def test_a_click_on_a_cell_shows_the_spectrum_of_its_layer(
-    report: RankReport, browser, tmp_path: Path
+    report: RankReport, opened_report, tmp_path: Path
 ):
     clicked = layer("model.layers.1.mlp.up_proj", rank=4, rank_elbow=6, singular_values=(9.0, 7.5))
     report = replace(report, layers=(*report.layers[:3], clicked, *report.layers[4:]))
     write_rank_report(report, tmp_path)
-    opened = browser(tmp_path / "rank_report.html")
+    opened = opened_report()
     page = opened.page
     assert page.inner_text("#spectrum-title") == "model.layers.0.self_attn.q_proj"
     assert marks(page) == ["chosen rank 1", "energy threshold 5", "elbow 3"]
@@ -315,9 +296,11 @@ def test_a_click_on_a_cell_shows_the_spectrum_of_its_layer(
 
 
 @pytest.mark.slow
-def test_the_buttons_and_headers_of_the_page_work(report: RankReport, browser, tmp_path: Path):
+def test_the_buttons_and_headers_of_the_page_work(
+    report: RankReport, opened_report, tmp_path: Path
+):
     write_rank_report(report, tmp_path)
-    opened = browser(tmp_path / "rank_report.html", scheme="dark")
+    opened = opened_report(scheme="dark")
     page = opened.page
 
     def colours() -> list[list[float]]:
@@ -353,9 +336,9 @@ def test_the_buttons_and_headers_of_the_page_work(report: RankReport, browser, t
 
 
 @pytest.mark.slow
-def test_a_hostile_name_does_no_harm_in_a_browser(browser, tmp_path: Path):
+def test_a_hostile_name_does_no_harm_in_a_browser(opened_report, tmp_path: Path):
     write_rank_report(report_of(layer(EVIL), layer("lm_head", rank=0, rank_energy=0)), tmp_path)
-    opened = browser(tmp_path / "rank_report.html")
+    opened = opened_report()
     assert opened.page.inner_text("#spectrum-title") == EVIL
     click_cell(opened.page, row=1, column=1, rows=2, columns=2)
     opened.page.wait_for_function(
@@ -371,10 +354,10 @@ def test_a_hostile_name_does_no_harm_in_a_browser(browser, tmp_path: Path):
 
 @pytest.mark.slow
 def test_figures_start_at_zero_and_a_phone_scrolls_nothing_but_tables(
-    report: RankReport, browser, tmp_path: Path
+    report: RankReport, opened_report, tmp_path: Path
 ):
     write_rank_report(report, tmp_path)
-    opened = browser(tmp_path / "rank_report.html")
+    opened = opened_report()
     page = opened.page
     assert page.evaluate("document.getElementById('spectrum').layout.yaxis.range[0]") == 0
     assert page.evaluate("document.getElementById('map').data[0].zmin") == 0
@@ -386,10 +369,10 @@ def test_figures_start_at_zero_and_a_phone_scrolls_nothing_but_tables(
 
 @pytest.mark.slow
 def test_a_browser_that_cannot_unpack_plotly_still_shows_the_tables(
-    report: RankReport, browser, tmp_path: Path
+    report: RankReport, opened_report, tmp_path: Path
 ):
     write_rank_report(report, tmp_path)
-    opened = browser(tmp_path / "rank_report.html")
+    opened = opened_report()
     opened.page.add_init_script("delete globalThis.DecompressionStream")
     opened.page.reload()
     alert = opened.page.wait_for_selector("[role=alert]")

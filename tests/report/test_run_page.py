@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from kpsvd_tune.report.run_files import read_answers, read_run_files
 from kpsvd_tune.report.run_list import list_runs
 from kpsvd_tune.report.run_page import LONGEST_TEXT, run_page, write_run_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OLD = Path(__file__).parents[1] / "fixtures" / "0.1-before-house"
 
 
@@ -320,30 +318,13 @@ def test_a_page_that_cannot_be_written_is_told_once_and_stops_nothing(
     assert "report.html is not written, the run goes on: " in caplog.text
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: apt-get install chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
-
-
 @pytest.mark.slow
-def test_a_browser_draws_the_page_from_disk_at_every_width(folder: Path, chromium: Any) -> None:
+def test_a_browser_draws_the_page_from_disk_at_every_width(
+    folder: Path, browser: Any, fits_width: Callable[[Any, int], bool]
+) -> None:
     file = folder / "report.html"
     write_run_page(read_run_files(folder), file)
-    page = chromium.new_page(viewport={"width": 1200, "height": 900}, color_scheme="dark")
-    page.set_default_timeout(60_000)
-    complaints: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(file.as_uri())
+    page, complaints, requests = browser(file, scheme="dark")
     for name in ("losses", "rate", "norms", "speed", "memory", "ranks", "learned"):
         page.wait_for_selector(f"#{name} .main-svg")
         assert page.get_attribute(f"#{name}", "role") == "img"
@@ -352,38 +333,24 @@ def test_a_browser_draws_the_page_from_disk_at_every_width(folder: Path, chromiu
     page.click("#theme")
     assert page.get_attribute("html", "data-theme") == "light"
     for width in (1200, 400, 360):
-        page.set_viewport_size({"width": width, "height": 800})
-        for _ in range(50):  # the figures follow the width a moment later
-            if page.evaluate("document.documentElement.scrollWidth") == width:
-                break
-            page.wait_for_timeout(100)
-        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert fits_width(page, width)
     levels = page.eval_on_selector_all("h1, h2, h3, h4", "all => all.map((e) => +e.tagName[1])")
     assert levels[0] == 1
     assert all(later - earlier <= 1 for earlier, later in zip(levels, levels[1:], strict=False))
     assert page.locator("img").count() == 0
     assert complaints == []
     assert requests == [file.as_uri()]
-    page.close()
 
 
 @pytest.mark.slow
-def test_a_browser_draws_the_page_of_two_runs(folder: Path, tmp_path: Path, chromium: Any) -> None:
+def test_a_browser_draws_the_page_of_two_runs(folder: Path, tmp_path: Path, browser: Any) -> None:
     runs = read_run_files(folder), read_run_files(write_run(tmp_path / EVIL.replace("/", "_")))
     file = tmp_path / "pair.html"
     write_pair_page(set_side_by_side(*runs, {}), runs, file)
-    page = chromium.new_page(viewport={"width": 360, "height": 800})
-    page.set_default_timeout(60_000)
-    complaints: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(file.as_uri())
+    page, complaints, requests = browser(file, width=360)
     for name in ("checks", "trained"):
         page.wait_for_selector(f"#{name} .legend .traces >> nth=1")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.locator("img").count() == 0
     assert complaints == []
     assert requests == [file.as_uri()]
-    page.close()

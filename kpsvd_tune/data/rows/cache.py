@@ -24,8 +24,9 @@ from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.locks import hold, is_shared, share
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
-# Part of every key: raise it whenever the same rows would give other tokens or another store.
-FORMAT_VERSION = 8
+# Part of every key: raise it whenever the same rows would give other tokens, another store, or
+# other notes of the preflight, which is kept beside them.
+FORMAT_VERSION = 9
 # Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536

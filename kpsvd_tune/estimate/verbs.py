@@ -30,6 +30,7 @@ from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Silence
 from kpsvd_tune.export.gguf_model import GgufModel, choose_file
+from kpsvd_tune.linalg import KroneckerShape
 from kpsvd_tune.merge.merging import needs_whole_base
 from kpsvd_tune.models import (
     ModelSource,
@@ -51,6 +52,7 @@ _GGUF_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "q8_0": 34 / 32}
 _BY_CONFIGURATION = "sizes by the configuration and the files' headers"
 # Tensors in hand at once: read and rearranged by the decomposition, or one of each merging thread.
 _IN_HAND = 2
+_WHOLE = "base in float32"
 
 
 def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = False) -> WorkPlan:
@@ -118,7 +120,7 @@ def merge_work(
     own = process_bytes()
     is_whole = reason is not None or proof in ("logits", "both")
     if is_whole:
-        parts["base in float32"] = whole
+        parts[_WHOLE] = whole
     memory = host_memory(own, 0, parts)
     fits_whole = memory.free_bytes is None or own + whole + sum(parts.values()) <= memory.free_bytes
     proofs = proof or ("both" if fits_whole else "tensors")
@@ -148,26 +150,17 @@ def export_work(
     found: Found, source: ModelSource, output: Path, max_rank: int, dtype: str
 ) -> WorkPlan:
     """What `export --to lora` would do: factorise every update and prove the result."""
-    assert found.adapter is not None
-    skeleton = load_skeleton(source)
-    layers = ranks_of_adapter(found.adapter).most
-    width = sum(p.shape.out_features + p.shape.in_features for p in layers if p.rank > 0)
+    shapes, parts = _exported(found, source)
+    width = sum(each.out_features + each.in_features for each in shapes)
     item = DTYPES[dtype].itemsize
-    whole = base_bytes(skeleton, "float32")
-    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
-    parts = {
-        "base in float32": whole,
-        "the base once more, for the proof": whole,
-        "adapter": _adapter_bytes(found),
-        "an update in float64": 8 * _IN_HAND * largest,
-    }
+    parts["the base once more, for the proof"] = parts[_WHOLE]
     own = process_bytes()
     return WorkPlan(
         command="export",
         steps=(
             ("adapter", str(found.adapter)),
             ("base model", source.path),
-            ("layers", f"{sum(p.rank > 0 for p in layers):,}"),
+            ("layers", f"{len(shapes):,}"),
             ("rank of the LoRA", f"1 to {max_rank}, by the updates"),
         ),
         seconds=None,
@@ -190,25 +183,16 @@ def gguf_work(
     Raises:
         InputError, ModelError: As the export refuses the file whose metadata it takes.
     """
-    assert found.adapter is not None
     file = GgufModel(choose_file(source, metadata_from))
-    skeleton = load_skeleton(source)
-    layers = ranks_of_adapter(found.adapter).most
-    whole = base_bytes(skeleton, "float32")
-    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
-    parts = {
-        "base in float32": whole,
-        "what transformers reads of a GGUF file, before it is the model": whole,
-        "adapter": _adapter_bytes(found),
-        "an update in float64": 8 * _IN_HAND * largest,
-    }
+    shapes, parts = _exported(found, source)
+    parts["what transformers reads of a GGUF file, before it is the model"] = parts[_WHOLE]
     most = file.bytes_with(_GGUF_BYTES[dtype], source.kind == "gguf")
     return WorkPlan(
         command="export",
         steps=(
             ("adapter", str(found.adapter)),
             ("base model", source.path),
-            ("layers", f"{sum(p.rank > 0 for p in layers):,}"),
+            ("layers", f"{len(shapes):,}"),
             ("architecture", file.architecture),
             ("tokenizer and settings of", str(file.path)),
         ),
@@ -221,6 +205,19 @@ def gguf_work(
             "base; the time is not estimated",
         ),
     )
+
+
+def _exported(found: Found, source: ModelSource) -> tuple[list[KroneckerShape], dict[str, int]]:
+    """The adapted layers that are trained, and what each export holds in memory."""
+    assert found.adapter is not None
+    layers = ranks_of_adapter(found.adapter).most
+    largest = max((p.shape.out_features * p.shape.in_features for p in layers), default=0)
+    parts = {
+        _WHOLE: base_bytes(load_skeleton(source), "float32"),
+        "adapter": _adapter_bytes(found),
+        "an update in float64": 8 * _IN_HAND * largest,
+    }
+    return [each.shape for each in layers if each.rank > 0], parts
 
 
 def evaluation_work(

@@ -39,11 +39,8 @@ class Offsets:
 
     def advice(self, dead: Sequence[str]) -> str:
         """What leaves these layers out, as the end of a sentence."""
-        return f"to leave them out, set adapter.exclude_modules: {self.exclusion(dead)}"
-
-    def exclusion(self, dead: Sequence[str]) -> str:
-        """The value of adapter.exclude_modules that leaves these layers out and no other."""
-        return exclusion(dead, list(self._trained))
+        out = exclusion(dead, self.names)
+        return f"to leave them out, set adapter.exclude_modules: {out}"
 
     @property
     def names(self) -> tuple[str, ...]:

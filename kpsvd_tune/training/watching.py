@@ -19,7 +19,7 @@ from kpsvd_tune.storage.json_files import check_types, parse_json, read_bytes
 from kpsvd_tune.storage.memory import tightest_memory
 from kpsvd_tune.training.offsets import Offsets
 from kpsvd_tune.watch.machine import disk_low, memory_low
-from kpsvd_tune.watch.offsets import dead_layers, dead_names, exploding_offsets
+from kpsvd_tune.watch.offsets import dead_layers, exploding_offsets
 from kpsvd_tune.watch.telling import warning
 from kpsvd_tune.watch.watch import MEMORY, Watch
 
@@ -105,9 +105,8 @@ class Watching:
         if self._offsets is None:
             return ()
         now = self._offsets.norms()
-        advice = self._offsets.advice(dead_names(self._start, now))
         return (
-            dead_layers(self._start, now, self._num_taken, step, advice),
+            dead_layers(self._start, now, self._num_taken, step, self._offsets.advice),
             exploding_offsets(self._offsets.shares(), step),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kpsvd_tune.report.results import Event
 from kpsvd_tune.watch.telling import warning
@@ -17,7 +17,11 @@ _LISTED = 4
 
 
 def dead_layers(
-    start: Mapping[str, float], now: Mapping[str, float], num_steps: int, step: int, advice: str
+    start: Mapping[str, float],
+    now: Mapping[str, float],
+    num_steps: int,
+    step: int,
+    advice: Callable[[Sequence[str]], str],
 ) -> Event | None:
     """The warning of layers whose norm is to the last bit what it was.
 
@@ -26,26 +30,21 @@ def dead_layers(
         now: The same now.
         num_steps: Steps taken since then.
         step: Optimiser steps of the run.
-        advice: What to set so that the layers are left out, for all of `now` that are dead.
+        advice: Says of dead layers what to set so that they are left out.
     """
-    dead = dead_names(start, now)
+    dead = [name for name, norm in now.items() if start.get(name) == norm]
     if num_steps < DEAD_STEPS or not dead:
         return None
     return warning(
         "dead_layers",
         f"{len(dead)} of {len(now)} adapted layers have not moved in {num_steps} steps: "
         f"{_named(dead)}.",
-        f"The model may not use them on these rows; {advice}.",
+        f"The model may not use them on these rows; {advice(dead)}.",
         step,
         dead=len(dead),
         adapted=len(now),
         layers=_named(dead),
     )
-
-
-def dead_names(start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-    """The layers whose norm is to the last bit what it was."""
-    return [name for name, norm in now.items() if start.get(name) == norm]
 
 
 def exploding_offsets(shares: Mapping[str, float], step: int) -> Event | None:

@@ -60,15 +60,15 @@ def test_runs_too_short_for_their_schedule(values, code):
 def test_layers_that_never_moved_are_named():
     start = {f"layer.{number}": 0.0 for number in range(6)} | {"other": 3.0}
     now = start | {"other": 3.0000001}
-    found = dead_layers(start, now, 10, 12, "set this")
+    found = dead_layers(start, now, 10, 12, lambda dead: f"set {len(dead)}")
     assert found is not None
     assert found.text == (
         "6 of 7 adapted layers have not moved in 10 steps: layer.0, layer.1, layer.2, layer.3 and "
         "2 more."
     )
-    assert found.cure.endswith("; set this.")
-    assert dead_layers(start, now, 9, 12, "") is None
-    assert dead_layers(start, {name: 1.0 for name in start}, 10, 12, "") is None
+    assert found.cure.endswith("; set 6.")
+    assert dead_layers(start, now, 9, 12, str) is None
+    assert dead_layers(start, {name: 1.0 for name in start}, 10, 12, str) is None
 
 
 def test_updates_far_larger_than_their_weights_are_named_largest_first():

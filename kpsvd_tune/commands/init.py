@@ -119,12 +119,12 @@ def init(
     suggested = found.task or _NOTHING
     known = ", ".join([*OWN_ROWS_TASKS, _NOTHING])
     scored = ask("--task", f"How to score ({known})", task, suggested, _task)
-    limit = ask(
+    spending, limit = ask(
         "--budget",
         "Budget: trainable parameters (0.6M), time (30min, 2h) or money (5USD)",
         budget,
         _DEFAULT_BUDGET,
-        read_budget,
+        lambda text: (text, read_budget(text)),
     )
     if limit.money is not None and hourly is None:
         hourly = ask("--price", f"Price of an hour here, in {limit.currency}", None, None, _price)
@@ -139,7 +139,7 @@ def init(
         "--data": found.path,
         "--columns": ",".join(f"{role}={name}" for role, name in found.columns.items()) or None,
         "--task": scored or _NOTHING,
-        "--budget": budget,
+        "--budget": spending,
         "--price": None if hourly is None else f"{hourly:g}",
     }
     words = [word for pair in typed.items() if pair[1] is not None for word in pair]

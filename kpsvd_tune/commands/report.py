@@ -13,14 +13,11 @@ from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.report.comparison import read_comparison
 from kpsvd_tune.report.console import show_comparison
 from kpsvd_tune.report.live_page import PAGE
-from kpsvd_tune.report.pages import check_page
 from kpsvd_tune.report.pair import set_side_by_side
 from kpsvd_tune.report.pair_console import show_pair
-from kpsvd_tune.report.pair_page import write_pair_page
 from kpsvd_tune.report.results import PairedScore
 from kpsvd_tune.report.run_console import show_run_report, told
 from kpsvd_tune.report.run_files import RunFiles, completions_file, read_run_files
-from kpsvd_tune.report.run_page import write_run_page
 from kpsvd_tune.storage.paths import expand, kind_of
 
 
@@ -63,6 +60,10 @@ def _report_run(folder: Path, html: bool, output: Path | None, as_json: bool, la
     if not html:
         emit(told(found), as_json, lambda _: show_run_report(found, layers=layers))
         return
+    # What draws pages is loaded where one is asked for.
+    from kpsvd_tune.report.pages import check_page
+    from kpsvd_tune.report.run_page import write_run_page
+
     page = folder / PAGE if output is None else expand(output)
     check_page(page)
     write_run_page(found, page)
@@ -87,6 +88,9 @@ def _report_pair(first: Path, second: Path, html: bool, output: Path | None, as_
     if not html:
         emit(pair, as_json, show_pair)
         return
+    from kpsvd_tune.report.pages import check_page
+    from kpsvd_tune.report.pair_page import write_pair_page
+
     page = expand(output) if output else Path(f"{runs[0].name}-and-{runs[1].name}.html")
     check_page(page)
     write_pair_page(pair, runs, page)

@@ -23,12 +23,13 @@ class Account:
         rows: Trials that are done: of a folder without an account, which an earlier version
             began, their times are what is known.
         devices: Devices that this machine has; trials beyond their number share them.
+        since: When this call began, by time.monotonic(): preparing takes device time too.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[TrialRow], devices: int) -> None:
+    def __init__(self, folder: Path, rows: Sequence[TrialRow], devices: int, since: float) -> None:
         self._file, self._devices = folder / ACCOUNT, devices
         self.device_seconds = recorded_seconds(folder, rows)
-        self._last = self._written = time.monotonic()
+        self._last = self._written = since
 
     def tick(self, busy: int = 1) -> None:
         """Count the time since the last call, in which ``busy`` trials ran; none still hold one."""

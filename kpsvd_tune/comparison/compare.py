@@ -122,6 +122,7 @@ def compare(
         refuse_inside_run(run.path, "output_dir")
         refuse_foreign(run.path, ())
     with watched() as phase, run.lock():
+        began = time.monotonic()
         phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
@@ -140,7 +141,7 @@ def compare(
         rows = open_results(run.path, shared, plan.adapters())
         if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, num_steps):
             check_schedule(run.path)
-        account = Account(run.path, rows, num_devices())
+        account = Account(run.path, rows, num_devices(), began)
         session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs)
         if task is not None:
             session.questions = make_questions(task, material.dataset, material.chat_template)
@@ -239,6 +240,7 @@ class _Session:
             lambda: self.account.device_seconds,
             scoring=scoring,
             measuring=self.measuring_seconds,
+            unscored=lambda: len(self._unscored()),
         )
         self.purse.check(self.grid, self.rows)
         for line in self.purse.plan_lines(self.grid, self.rows):
@@ -265,24 +267,29 @@ class _Session:
         self.events.stage(f"scoring the base model on {self.questions.task.task}")
         folder = self.folder / "base_score"
         (found,) = workers.scores([Scoring(self.questions, None, folder, "the base model's score")])
-        replace_file(file, to_json(found.score.to_dict()))
-        self.base_score = found.score
+        replace_file(file, to_json(found.to_dict()))
+        self.base_score = found
 
-    def _score_best(self, workers: Workers) -> None:
-        """Score every seed of each method at each budget at its best rate, where it is not yet."""
+    def _unscored(self) -> list[TrialRow]:
+        """Every seed of each method at each budget at its best rate that has no score yet."""
         if self.questions is None:
-            return
+            return []
         groups: dict[tuple[str, int], list[TrialRow]] = {}
         for row in self.rows:
             if self.grid.holds(row):
                 groups.setdefault((row.method, row.budget), []).append(row)
         wanted = (self.questions.task.task, self.questions.asked)
-        left = [
+        return [
             row
             for group in groups.values()
             for row in best_rows(group)
             if row.score is None or (row.score.task, row.score.asked) != wanted
         ]
+
+    def _score_best(self, workers: Workers) -> None:
+        if self.questions is None:
+            return
+        left = self._unscored()
         for place, row in enumerate(left, start=1):
             if self.purse is not None and not self.purse.may_score():
                 self.watcher.note(
@@ -294,12 +301,12 @@ class _Session:
             (found,) = workers.scores(
                 [Scoring(self.questions, setup, setup.folder / "score", name)]
             )
-            scored = replace(row, score=found.score)
+            scored = replace(row, score=found)
             append_row(self.folder, scored)
             self.rows[self.rows.index(row)] = scored
             self.watcher.note(
-                f"scored {place} of {len(left)}: {row.trial}: {100 * found.score.value:.1f} % of "
-                f"{len(found.score.shares)} in {duration(found.score.seconds)}"
+                f"scored {place} of {len(left)}: {row.trial}: {100 * found.value:.1f} % of "
+                f"{len(found.shares)} in {duration(found.seconds)}"
             )
 
 
@@ -312,6 +319,7 @@ def make_purse(
     *,
     scoring: float = 0.0,
     measuring: float = 0.0,
+    unscored: Callable[[], int] = lambda: 0,
 ) -> Purse:
     """Money at the recipe's price, which it must have.
 

@@ -102,6 +102,8 @@ class Findings:
     def score_difference(self, one: Key, other: Key) -> ScoreDifference | None:
         """The score of one minus that of the other; None without a scored seed in common.
 
+        None with a single question as well, which has no spread to tell chance by.
+
         Questions are the sample: a question's share of right answers is its mean over the seeds in
         common, and the standard error is that of the mean of the questions' differences.
         """
@@ -116,7 +118,9 @@ class Findings:
             statistics.fmean(own.shares[place] - theirs.shares[place] for own, theirs in pairs)
             for place in range(len(pairs[0][0].shares))
         ]
-        spread = statistics.stdev(changes) if len(changes) > 1 else 0.0
+        if len(changes) < 2:
+            return None
+        spread = statistics.stdev(changes)
         return ScoreDifference(
             *one,
             *other,

@@ -90,8 +90,8 @@ def _rows(found: Findings, chosen: MethodSummary, rivals: Sequence[MethodSummary
         change = found.score_difference(key_of(chosen), key_of(rival))
         if change is None:
             yield (
-                f"scores: {rival.method} and {chosen.method} have no scored seed in common; the "
-                "same command scores them"
+                f"scores: {rival.method} and {chosen.method} have no seed in common with two or "
+                "more questions scored; the same command scores those that are missing"
             )
             continue
         needed = rows_needed(change)

@@ -43,7 +43,7 @@ class Forecast:
     """How long a trial will take.
 
     Args:
-        rows: Finished trials.
+        rows: Finished trials; one that failed says nothing of how long a whole one takes.
         estimate: Gives least and most seconds of a trial; asked where none is measured.
         scoring: Seconds to score the model of a trial; 0 where nothing is scored.
     """
@@ -54,8 +54,12 @@ class Forecast:
         estimate: Callable[[], tuple[float, float]],
         scoring: float = 0.0,
     ) -> None:
-        self._rows, self._estimate = rows, estimate
+        self._all, self._estimate = rows, estimate
         self.scoring = scoring
+
+    @property
+    def _rows(self) -> list[TrialRow]:
+        return [row for row in self._all if row.failed is None]
 
     def seconds(self, method: str, budget: int) -> float:
         """Seconds that a trial takes at most, by what is known now."""
@@ -77,11 +81,24 @@ class Forecast:
 
 
 class Purse:
-    """Holds the money: says which trials it buys, and lets them start or not."""
+    """Holds the money: says which trials it buys, and lets them start or not.
 
-    def __init__(self, price: Price, forecast: Forecast, spent: Callable[[], float]) -> None:
+    Args:
+        price: What device time costs, and how much may be spent.
+        forecast: Tells how long a trial takes.
+        spent: Gives device seconds so far.
+        unscored: Counts finished trials that are still to be scored, whose money is kept back.
+    """
+
+    def __init__(
+        self,
+        price: Price,
+        forecast: Forecast,
+        spent: Callable[[], float],
+        unscored: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.price, self.forecast = price, forecast
-        self._spent = spent  # gives device seconds so far
+        self._spent, self._unscored = spent, unscored
         self._running: dict[Trial, float] = {}  # when each was started
         self.refused: Trial | None = None  # the trial that the money did not buy
         self._rounding = 1e-9 * price.amount
@@ -94,12 +111,8 @@ class Purse:
     def may_start(self, trial: Trial) -> bool:
         """Whether the money holds a trial besides those that run; it then counts as started."""
         now = time.monotonic()
-        running = [
-            max(0.0, self._seconds(each.method, each.budget) - (now - began))
-            for each, began in self._running.items()
-        ]
-        seconds = self._seconds(trial.method, trial.budget) + sum(running)
-        if self.price.cost(seconds * self.price.share) > self.left + self._rounding:
+        running = [self._cost(each, since=now - began) for each, began in self._running.items()]
+        if self._cost(trial) + sum(running) > self._free + self._rounding:
             self.refused = trial
             return False
         self.refused = None
@@ -108,9 +121,7 @@ class Purse:
 
     def may_score(self) -> bool:
         """Whether the money holds the scoring of one more model."""
-        return (
-            self.price.cost(self.forecast.scoring * self.price.share) <= self.left + self._rounding
-        )
+        return self.price.cost(self.forecast.scoring) <= self.left + self._rounding
 
     def ended(self, trial: Trial) -> None:
         """Say that a trial runs no more."""
@@ -118,9 +129,9 @@ class Purse:
 
     def split(self, coming: Sequence[Planned]) -> tuple[list[Planned], list[Planned]]:
         """Those of the trials to come, in their order, that the money buys, and the rest."""
-        left = self.left
+        left = self._free
         for place, each in enumerate(coming):
-            left -= self.price.cost(self._seconds(each.method, each.budget) * self.price.share)
+            left -= self._cost(each)
             if left < -self._rounding:
                 return list(coming[:place]), list(coming[place:])
         return list(coming), []
@@ -150,8 +161,8 @@ class Purse:
 
     def needed(self, coming: Sequence[Planned]) -> float:
         """Money that the whole comparison would take, with what is spent."""
-        seconds = sum(self._seconds(each.method, each.budget) for each in coming)
-        return self.price.cost(self._spent() + seconds * self.price.share)
+        kept = self.left - self._free
+        return self.price.cost(self._spent()) + kept + sum(map(self._cost, coming))
 
     def check(self, grid: Grid, rows: Sequence[TrialRow]) -> None:
         """Refuse money that buys nothing where nothing is there to judge either."""
@@ -159,23 +170,29 @@ class Purse:
         if rows or not coming or self.split(coming)[0]:
             return
         price, first = self.price, coming[0]
-        seconds = self._seconds(first.method, first.budget) * price.share
         raise InputError(
             f"--money: {price.words(price.amount)} buys no trial: "
             f"{price.words(price.cost(self._spent()))} is spent (preparing counts) and one "
-            f"costs up to {price.words(price.cost(seconds))} ({self.forecast.basis}); raise "
+            f"costs up to {price.words(self._cost(first))} ({self.forecast.basis}); raise "
             "--money, or lower train.max_steps"
         )
 
-    def _seconds(self, method: str, budget: int) -> float:
-        return self.forecast.seconds(method, budget) + self.forecast.scoring
+    @property
+    def _free(self) -> float:
+        """Money that is not kept back for the scoring of finished trials."""
+        return self.left - self.price.cost(self.forecast.scoring * self._unscored())
+
+    def _cost(self, trial: Trial | Planned, since: float = 0.0) -> float:
+        """Money that a trial still takes, so many seconds after its start; its scoring included.
+
+        Models are scored one at a time, each with a device to itself.
+        """
+        seconds = max(0.0, self.forecast.seconds(trial.method, trial.budget) - since)
+        return self.price.cost(seconds * self.price.share + self.forecast.scoring)
 
     def _costs(self, coming: Sequence[Planned]) -> str:
         """The cheapest and the dearest trial to come."""
-        found = sorted(
-            self.price.cost(self._seconds(each.method, each.budget) * self.price.share)
-            for each in coming
-        ) or [0.0]
+        found = sorted(map(self._cost, coming)) or [0.0]
         low, high = (self.price.words(each) for each in (found[0], found[-1]))
         return f"up to {high}" if low == high else f"up to {low} to {high}"
 

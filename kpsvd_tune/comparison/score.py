@@ -30,7 +30,7 @@ from kpsvd_tune.events import Silence
 from kpsvd_tune.models import load_tokenizer
 from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe, Recipe
-from kpsvd_tune.report.comparison import Trial, TrialScore
+from kpsvd_tune.report.comparison import TrialScore
 
 _ADAPTER = "adapter_model.safetensors"
 
@@ -53,14 +53,6 @@ class Scoring:
     setup: Setup | None  # None for the base model
     folder: Path  # of the answers
     name: str  # for messages
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What came of a scoring."""
-
-    trial: Trial | None  # None for the base model
-    score: TrialScore
 
 
 def scored_task(recipe: Recipe, name: str) -> EvaluationRecipe:
@@ -89,7 +81,9 @@ def scored_task(recipe: Recipe, name: str) -> EvaluationRecipe:
             f"--score {name}: no rows to ask; name a file of rows that are not trained on as "
             f"compare.test=FILE, or in the recipe as evaluation: [{{task: {name}, path: FILE}}]"
         )
-    return EvaluationRecipe.model_validate({"task": name, "path": path})
+    # The user's rows are as those that are trained on.
+    columns = recipe.dataset.columns
+    return EvaluationRecipe.model_validate({"task": name, "path": path, "columns": columns})
 
 
 def make_questions(
@@ -97,9 +91,6 @@ def make_questions(
 ) -> Questions:
     """Read the questions once, to tell them from others; DataError where they cannot be read."""
     full = as_trained(task, dataset)
-    if not full.columns:
-        # Rows of the user's are as those that are trained on.
-        full = full.model_copy(update={"columns": dataset.columns})
     digest = hashlib.sha256()
     for each in (*read_questions(full), *read_shots(full)):
         digest.update(repr((each.id, each.prompt, each.gold)).encode())
@@ -107,7 +98,7 @@ def make_questions(
     return Questions(full, dataset, chat_template, asked)
 
 
-def score_model(scoring: Scoring, material: Material, recipe: Recipe, base: KeptBase) -> Scored:
+def score_model(scoring: Scoring, material: Material, recipe: Recipe, base: KeptBase) -> TrialScore:
     """Answer what is not answered yet and judge all answers, in the process of a worker."""
     began = time.monotonic()
     questions, task = scoring.questions, scoring.questions.task
@@ -126,7 +117,7 @@ def score_model(scoring: Scoring, material: Material, recipe: Recipe, base: Kept
     shares = tuple(
         sum(points[start : start + number]) / number for start in range(0, len(points), number)
     )
-    score = TrialScore(
+    return TrialScore(
         task=task.task,
         scorer=name,
         asked=questions.asked,
@@ -135,7 +126,6 @@ def score_model(scoring: Scoring, material: Material, recipe: Recipe, base: Kept
         unextractable=sum(not each.is_extracted for each in verdicts),
         seconds=time.monotonic() - began,
     )
-    return Scored(None if scoring.setup is None else scoring.setup.trial, score)
 
 
 def _trained(setup: Setup, material: Material, base: KeptBase) -> Any:

@@ -69,12 +69,12 @@ def run_trial(
     base: KeptBase,
     report: Callable[[StepMetrics, int], None],
     *,
-    is_alone: bool = True,
+    jobs: int = 1,
 ) -> TrialRow:
     """Train one method once and measure it; ``report`` gets each step's metrics and the step count.
 
-    ``is_alone`` says that no other trial runs on this machine meanwhile, whose energy would be in
-    the processors' figure.
+    ``jobs`` trials run on this machine at a time. The energy of what several of them share is not
+    told, because each would count the others' too.
 
     What ran in this process before changes nothing: the row is bit for bit that of a trial in a
     process of its own, times and memory aside. SIGINT and SIGTERM raise StoppedBySignal once the
@@ -83,7 +83,9 @@ def run_trial(
     """
     recipe = setup.recipe
     accelerator = make_accelerator(recipe.train)
-    usage = Usage(gpu_identity(accelerator.device), has_host=is_alone)
+    owns_gpu = jobs <= torch.cuda.device_count()
+    gpus = gpu_identity(accelerator.device) if owns_gpu else []
+    usage = Usage(gpus, has_host=jobs == 1)
     run = RunDirectory(setup.folder)
     with run.lock():
         known = known_identity(run, setup.identity)

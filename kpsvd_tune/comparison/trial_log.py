@@ -63,8 +63,9 @@ def open_results(
         now["methods"] = {**earlier.get("methods", {}), **now["methods"]}
         now["schedule"] = earlier.get("schedule")
     elif file.exists():
-        # Losses of the base model belong to the settings that go.
-        (folder / "base.json").unlink(missing_ok=True)
+        # What was measured of the base model belongs to the settings that go.
+        for name in ("base.json", "base_score.json"):
+            (folder / name).unlink(missing_ok=True)
     replace_file(file, to_json(now))
     return rows
 

@@ -25,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers.utils.logging import disable_progress_bar
 
 from kpsvd_tune.comparison.kept_base import KeptBase
-from kpsvd_tune.comparison.score import Scored, Scoring, score_model
+from kpsvd_tune.comparison.score import Scoring, score_model
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
@@ -33,7 +33,7 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.phase import training_cures
 from kpsvd_tune.processes import how_it_ended
 from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.report.comparison import Trial, TrialRow
+from kpsvd_tune.report.comparison import Trial, TrialRow, TrialScore
 from kpsvd_tune.report.results import StepMetrics
 from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.durable import replace_file
@@ -99,7 +99,7 @@ class Workers(AbstractContextManager["Workers", None]):
         """
         yield from self._run(setups)
 
-    def scores(self, scorings: Sequence[Scoring]) -> Iterator[Scored]:
+    def scores(self, scorings: Sequence[Scoring]) -> Iterator[TrialScore]:
         """Score models, and give each score as it is found."""
         yield from self._run(scorings)
 
@@ -154,8 +154,7 @@ class Workers(AbstractContextManager["Workers", None]):
         context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
         own, other = context.Pipe()
         slot, threads = len(self._workers), max(1, torch.get_num_threads() // self._jobs)
-        is_alone = self._jobs == 1
-        arguments = (self._material, self._recipe, slot, threads, is_alone, other)
+        arguments = (self._material, self._recipe, slot, threads, self._jobs, other)
         process = context.Process(target=_work, args=arguments, daemon=True)
         # The server that forks never sees the terminal's Ctrl-C. Running already it leaves the
         # mask alone; started by the server it would lift it.
@@ -217,7 +216,7 @@ def _stop(workers: dict[Connection, _Worker]) -> None:
 
 
 def _work(
-    material: Material, recipe: Recipe, slot: int, threads: int, is_alone: bool, parent: Connection
+    material: Material, recipe: Recipe, slot: int, threads: int, jobs: int, parent: Connection
 ) -> None:
     # Out of the terminal's group: its Ctrl-C reaches the parent alone, which passes it on once.
     os.setsid()
@@ -235,7 +234,7 @@ def _work(
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             task = parent.recv()
-            answer = _answer(task, material, recipe, base, parent.send, is_alone=is_alone)
+            answer = _answer(task, material, recipe, base, parent.send, jobs=jobs)
             if answer is None:
                 return
             parent.send(answer)
@@ -250,7 +249,7 @@ def _answer(
     base: KeptBase,
     send: Callable[[Any], None],
     *,
-    is_alone: bool = True,
+    jobs: int = 1,
 ) -> Any:
     """What came of a task: its result, or the error that ended it; None where it was stopped."""
 
@@ -267,7 +266,7 @@ def _answer(
                 return measure_base(material, recipe, base)
             if isinstance(task, Scoring):
                 return score_model(task, material, recipe, base)
-            return _patiently(lambda: run_trial(task, material, base, report, is_alone=is_alone))
+            return _patiently(lambda: run_trial(task, material, base, report, jobs=jobs))
     except StoppedBySignal:
         return None
     except (BrokenPipeError, ConnectionResetError):

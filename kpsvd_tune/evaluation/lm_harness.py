@@ -103,7 +103,7 @@ def _index(folder: str | None, names: tuple[str, ...]) -> Any:
 def _read(found: Mapping[str, Any]) -> tuple[list[Score], tuple[str, ...]]:
     scores, left_out = [], []
     for task, values in found["results"].items():
-        number = int(found.get("n-samples", {}).get(task, {}).get("effective", 0))
+        number = _num_samples(found, task)
         for key, value in values.items():
             metric, comma, rule = key.partition(",")
             if not comma or metric.endswith("_stderr"):
@@ -117,3 +117,11 @@ def _read(found: Mapping[str, Any]) -> tuple[list[Score], tuple[str, ...]]:
                 stderr = math.sqrt(value * (1 - value) / number)
             scores.append(Score(name, float(value), number, stderr))
     return scores, tuple(left_out)
+
+
+def _num_samples(found: Mapping[str, Any], task: str) -> int:
+    """The questions of a task; of a group those of all tasks below it."""
+    known = found.get("n-samples", {}).get(task)
+    if known is not None:
+        return int(known.get("effective", 0))
+    return sum(_num_samples(found, each) for each in found.get("group_subtasks", {}).get(task, ()))

@@ -89,6 +89,11 @@ def _record(run: RunDirectory, result: Mapping[str, Any], events: Events) -> Non
     try:
         base_only = result["model"] == "base model"
         with run.lock():
+            status = read_json(run.run_file).get("status")
+            if status != "finished":
+                # The results are of an earlier end, and the training goes on from there.
+                events.note(f"{run.path} is {status}: the scores are not added to its results.json")
+                return
             results = read_json(run.results_file)
             place, name = "base_scores" if base_only else "scores", result["task"]
             name = score_label(results, name, result["file"])
@@ -96,7 +101,7 @@ def _record(run: RunDirectory, result: Mapping[str, Any], events: Events) -> Non
             results.setdefault(place, {})[name] = result["scores"]
             results.setdefault("score_files", {})[name] = result["file"]
             results.setdefault("score_conditions", {})[asked] = result["conditions"]
-            run.finish(results)
+            run.replace_results(results)
             update_card(run.adapter, results)
     except (CheckpointError, ResourceError) as error:
         events.note(f"the scores were not added to {run.results_file}: {error}")

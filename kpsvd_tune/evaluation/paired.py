@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.evaluation.completions import Completion, read_completions
@@ -17,7 +18,8 @@ from kpsvd_tune.report.results import PairedScore
 def paired_scores(first: Path, second: Path) -> dict[str, PairedScore]:
     """The difference of every scorer between two files of completions, second minus first.
 
-    Only questions that both files answer, with the same gold, are compared. The standard error is
+    Only questions that both files answer, in the same words and with the same gold, are compared:
+    equal row numbers alone may be those of different files. The standard error is
     that of the mean of their differences: what makes a question hard for both falls out of it.
 
     Raises:
@@ -35,10 +37,10 @@ def paired_scores(first: Path, second: Path) -> dict[str, PairedScore]:
     shared = [
         key
         for key, own in answers[0].items()
-        if key in answers[1] and answers[1][key][0].gold == own[0].gold
+        if key in answers[1] and _asks(answers[1][key][0]) == _asks(own[0])
     ]
     if not shared:
-        raise DataError("the answers have no question in common")
+        raise DataError("the answers have no question in the same words in common")
     together = [each for side in answers for key in shared for each in side[key]]
     return {
         name: _paired(rule, answers, shared)
@@ -46,6 +48,10 @@ def paired_scores(first: Path, second: Path) -> dict[str, PairedScore]:
         # A figure of all answers together has no difference at one question.
         if rule.total is None and rule.missing() is None and rule.applies(together)
     }
+
+
+def _asks(completion: Completion) -> tuple[str, Any]:
+    return completion.prompt, completion.gold
 
 
 def _by_question(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
@@ -58,7 +64,7 @@ def _by_question(completions: Sequence[Completion]) -> dict[str, list[Completion
 def _paired(
     rule: ScoringRule, answers: Sequence[dict[str, list[Completion]]], shared: Sequence[str]
 ) -> PairedScore:
-    shares = [[_share(rule, side[key]) for key in shared] for side in answers]
+    shares = [_shares(rule, [side[key] for key in shared]) for side in answers]
     differences = [after - before for before, after in zip(*shares, strict=True)]
     n = len(differences)
     mean = math.fsum(differences) / n
@@ -72,7 +78,10 @@ def _paired(
     )
 
 
-def _share(rule: ScoringRule, completions: Sequence[Completion]) -> float:
-    """The mean of what the samples of one question are worth."""
-    verdicts = rule.judge(completions, None, None)
-    return sum(each.points for each in verdicts) / len(verdicts)
+def _shares(rule: ScoringRule, questions: Sequence[Sequence[Completion]]) -> list[float]:
+    """The mean of what the samples of each question are worth."""
+    # Judged all at once, for a judge may start a process.
+    verdicts = iter(rule.judge([each for samples in questions for each in samples], None, None))
+    return [
+        math.fsum(next(verdicts).points for _ in samples) / len(samples) for samples in questions
+    ]

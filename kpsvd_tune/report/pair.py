@@ -223,11 +223,12 @@ def _scores(first: RunFiles, second: RunFiles, paired: Paired) -> Iterator[Score
         a, b = one.score, two.score
         found = paired.get(name, "no answers are stored")
         pair = found.get(scorer) if isinstance(found, Mapping) else None
+        asked = "" if one.conditions == two.conditions else "; they were asked in different ways"
         if pair is not None:
             yield ScoreDifference(
                 *(name, scorer, a["value"], b["value"], pair.difference, pair.stderr, pair.n, True),
                 how=f"question by question over {pair.n}: the second is better in "
-                f"{pair.second_better}, the first in {pair.first_better}",
+                f"{pair.second_better}, the first in {pair.first_better}{asked}",
             )
             continue
         errors = [float(each["stderr"]) for each in (a, b) if each.get("stderr") is not None]
@@ -235,7 +236,6 @@ def _scores(first: RunFiles, second: RunFiles, paired: Paired) -> Iterator[Score
         why = found if isinstance(found, str) else f"{scorer} is no mean over questions"
         if scorer in LOSSES:
             why = "losses of single tokens are not stored"
-        asked = "" if one.conditions == two.conditions else "; they were asked in different ways"
         yield ScoreDifference(
             *(name, scorer, a["value"], b["value"], b["value"] - a["value"], stderr, a["n"], False),
             how=f"as if the two were independent, for {why}{asked}",

@@ -221,7 +221,8 @@ def read_answers(folder: Path, most: int) -> list[Answers]:
     They are the first by row, of those answered both times where there are such: none is chosen
     for what was answered. Several samples of an answer are shown by the first.
     """
-    places = {"before": ("before/{}", "base-{}"), "after": ("after/{}", "{}")}
+    # A later `eval` replaces the scores, so its answers come first, as in `completions_file`.
+    places = {"before": ("base-{}", "before/{}"), "after": ("{}", "after/{}")}
     root = folder / "evaluation"
     if not root.is_dir():
         return []

@@ -240,8 +240,12 @@ class RunDirectory:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and mark the run as finished, in this order."""
-        durable.replace_file(self.results_file, to_json(dict(results)))
+        self.replace_results(results)
         self.update(status="finished", ended=_now())
+
+    def replace_results(self, results: Mapping[str, Any]) -> None:
+        """Write results.json of a run that is finished already."""
+        durable.replace_file(self.results_file, to_json(dict(results)))
 
     def interrupted(self, status: str, reason: str) -> bool:
         """Record that this session ended before the run did: stopped, or failed.

@@ -58,7 +58,11 @@ class RunEvents:
         waiting, self._waiting = self._waiting, []
         if changed:
             settings = ", ".join(f"{key} {value}" for key, value in changed.items())
-            self._write(event("note", f"Going on with {settings}.", evidence={_CHANGED: settings}))
+            # Told although an equal change may have been told before: others came between.
+            note = event("note", f"Going on with {settings}.", evidence={_CHANGED: settings})
+            self._learn(note)
+            self._run.tell(note)
+        self._told = [each for each in self._told if _key(each) not in self._known]
         for each in waiting:
             self._write(each)
 

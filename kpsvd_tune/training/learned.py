@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,15 +21,20 @@ def measure_learned(model: nn.Module, step: int) -> LearnedReport:
     """
     layers = []
     for name, layer in kpsvd_layers(model):
-        weight = base_weight(layer, name)
         layers.append(
             LearnedLayer(
                 name=name,
                 update_norm=update_norm(*layer.terms("default")),
-                weight_norm=float(torch.linalg.vector_norm(weight.float())),
+                weight_norm=weight_norm(layer, name),
             )
         )
     return LearnedReport(step, tuple(layers))
+
+
+@torch.no_grad()
+def weight_norm(layer: Any, name: str = "") -> float:
+    """The Frobenius norm of a layer's base weight, added up in float32 without a copy of it."""
+    return float(torch.linalg.vector_norm(base_weight(layer, name), dtype=torch.float32))
 
 
 def update_norm(left: Tensor, right: Tensor) -> float:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kpsvd_tune.adapter.idle import exclusion, trained_by_layer
-from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
-from kpsvd_tune.training.learned import update_norm
+from kpsvd_tune.adapter.model import kpsvd_layers
+from kpsvd_tune.training.learned import update_norm, weight_norm
 
 
 class Offsets:
@@ -39,21 +39,12 @@ class Offsets:
 
     def advice(self, dead: Sequence[str]) -> str:
         """What leaves these layers out, as the end of a sentence."""
-        out = exclusion(dead, self.names)
+        out = exclusion(dead, list(self._trained))
         return f"to leave them out, set adapter.exclude_modules: {out}"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapted layers."""
-        return tuple(self._trained)
 
     @cached_property
     def _weights(self) -> Mapping[str, float]:
-        with torch.no_grad():
-            return {
-                name: float(base_weight(layer).float().norm())
-                for name, layer in self._layers.items()
-            }
+        return {name: weight_norm(layer) for name, layer in self._layers.items()}
 
 
 @torch.no_grad()

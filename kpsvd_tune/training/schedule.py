@@ -67,7 +67,7 @@ def run_length(
     if not faults:
         factors = _factors(train, num_steps)
         found = _schedule_warnings(train, factors)
-        notes += _rate_notes(train, factors, is_told=bool(found))
+        notes += _rate_notes(train, factors, told={each.code for each in found})
     return RunLength(num_steps, passes, faults, tuple(notes), found)
 
 
@@ -174,14 +174,14 @@ def _schedule_warnings(train: TrainRecipe, factors: Sequence[float]) -> tuple[Ev
     )
 
 
-def _rate_notes(train: TrainRecipe, factors: Sequence[float], is_told: bool) -> Iterator[str]:
+def _rate_notes(train: TrainRecipe, factors: Sequence[float], told: set[str]) -> Iterator[str]:
     if train.scheduler == "constant" and train.warmup_steps:
         yield (
             "warning: train.scheduler: constant has no warm-up, so train.warmup_steps does "
             "nothing; constant_with_warmup has one"
         )
     num_steps = len(factors)
-    if (num_idle := sum(factor <= 0 for factor in factors)) and not is_told:
+    if (num_idle := sum(factor <= 0 for factor in factors)) and "few_steps" not in told:
         yield (
             f"warning: {num_idle:,} of the {num_steps:,} steps have a learning rate of 0 and "
             "train nothing; look at train.scheduler_args"
@@ -191,11 +191,6 @@ def _rate_notes(train: TrainRecipe, factors: Sequence[float], is_told: bool) -> 
         yield (
             "warning: the rate does not fall before the run ends; train.scheduler_args are made "
             f"for more than its {num_steps:,} steps"
-        )
-    if train.learning_rate < _LOWEST_RATE and not is_told:
-        yield (
-            f"warning: train.learning_rate is {train.learning_rate:g}, which hardly moves a "
-            "weight; usual rates are 1e-4 to 1e-2"
         )
 
 

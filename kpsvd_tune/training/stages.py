@@ -134,10 +134,11 @@ def _ending_recorded(context: Context) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        context.events.ended(_how_it_ended(error, context.phase.name))
+        ended = _how_it_ended(error, context.phase.name)
+        context.events.ended(ended)
         if context.accelerator.is_main_process:
             is_stopped = isinstance(error, StoppedBySignal | KeyboardInterrupt)
-            reason = str(error) or type(error).__name__
+            reason = str(error) if isinstance(error, KpsvdTuneError) and str(error) else ended
             # What goes wrong here would hide why the run ended.
             with suppress(KpsvdTuneError):
                 if context.run.interrupted("stopped" if is_stopped else "failed", reason):
@@ -327,7 +328,8 @@ def finish_run(
 
 def _how_it_ended(error: BaseException, phase: str) -> str:
     """A sentence for the events of a run that did not reach its end."""
-    if isinstance(error, StoppedBySignal):
+    # A signal outside of the training is turned into StoppedBySignal further out.
+    if isinstance(error, StoppedBySignal | KeyboardInterrupt):
         return f"Stopped by a signal while {phase}; the same command goes on."
     said = str(error).splitlines()[0] if isinstance(error, KpsvdTuneError) and str(error) else ""
     return f"Ended by {said or type(error).__name__} while {phase}."

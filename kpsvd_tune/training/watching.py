@@ -65,6 +65,7 @@ class Watching:
         holds_weights: bool,
     ) -> None:
         self._recipe, self._run, self._device, self._tell = recipe, run, device, tell
+        self._adapted = tuple(trained_by_layer(model))
         self._offsets = Offsets(model) if holds_weights else None
         self._num_numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.start_again()
@@ -77,16 +78,15 @@ class Watching:
 
     def idle(self, names: tuple[str, ...]) -> None:
         """Take in the layers that got no gradient in the first step."""
-        if self._offsets is not None and names:
-            adapted = self._offsets.names
+        if names:
             self._tell(
                 warning(
                     "dead_layers",
-                    idle_message(names, adapted),
-                    idle_cure(names, adapted),
+                    idle_message(names, self._adapted),
+                    idle_cure(names, self._adapted),
                     1,
                     dead=len(names),
-                    adapted=len(adapted),
+                    adapted=len(self._adapted),
                 )
             )
 

@@ -89,8 +89,8 @@ def schedule_warnings(
             f"The run has {num_steps:,} step{'s' if num_steps != 1 else ''}, of which "
             f"{num_effective} can change a weight.",
             "Train longer (train.epochs or train.max_steps), take fewer rows a step "
-            "(train.batch_size, train.gradient_accumulation), or look at train.learning_rate and "
-            "train.scheduler_args.",
+            "(train.batch_size, train.gradient_accumulation), or look at train.scheduler_args and "
+            "train.learning_rate: usual rates are 1e-4 to 1e-2.",
             num_steps=num_steps,
             num_effective=num_effective,
         )

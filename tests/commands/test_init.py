@@ -124,7 +124,7 @@ def test_the_recipe_is_whole_commented_and_never_overwritten(
     command = next(line for line in text.splitlines() if line.startswith("# Drafted: "))
     assert (
         f"kpsvd-tune init mine --model {tiny_model_dir} --data stones.jsonl --columns "
-        "prompt=question,completion=answer --task none" in command
+        "prompt=question,completion=answer --task none --budget 0.6M" in command
     )
     values = [line for line in text.splitlines() if ": " in line and not line.startswith("#")]
     assert sum("  # " in line for line in values) > len(values) / 2

@@ -92,6 +92,26 @@ def test_a_score_is_paid_with_its_trial() -> None:
     assert len(bought) == 2
 
 
+def test_money_for_scores_that_are_to_come_is_kept_back() -> None:
+    forecast = Forecast([], lambda: (5.0, 20.0), scoring=12.0)
+    # 65 s are left, and 24 of them for the scores of two trials: one more takes 20 and 12 s.
+    purse = Purse(Price(1.05, 36.0, "EUR"), forecast, lambda: 40.0, unscored=lambda: 2)
+    assert purse.split(planned(grid_of(), []))[0] == planned(grid_of(), [])[:1]
+    assert purse.may_start(trial())
+    assert not purse.may_start(trial(seed=1))
+    # Scoring itself takes what was kept back for it; models are scored one at a time.
+    assert purse.may_score()
+    shared = Purse(Price(0.11, 36.0, "EUR", share=0.25), forecast, lambda: 0.0)
+    assert not shared.may_score()
+
+
+def test_a_trial_that_failed_tells_no_time() -> None:
+    failed = row("lora", 100, RATES[0], device_seconds=2.0, failed="step 2: not finite")
+    found = Forecast([failed], lambda: (5.0, 20.0))
+    assert found.seconds("lora", 100) == 20.0
+    assert found.basis.startswith("by the estimate of `plan`")
+
+
 def test_no_trial_starts_that_would_go_over() -> None:
     purse = purse_of(0.20)
     assert purse.may_start(trial())
@@ -178,17 +198,17 @@ def test_the_account_adds_up_over_calls(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("kpsvd_tune.comparison.account.time.monotonic", lambda: now[0])
     # A folder of an earlier version: its rows are what is known.
     rows = [done("lora", 30.0), row("kpsvd", init_seconds=4.0, wall_seconds=8.0)]
-    account = Account(tmp_path, rows, devices=2)
+    account = Account(tmp_path, rows, devices=2, since=-5.0)
     assert account.device_seconds == 42.0
     now[0] = 10.0
-    account.tick(0)  # preparing holds one device
+    account.tick(0)  # preparing holds one device, from 5 s before the account was opened
     now[0] = 15.0
     account.tick(4)  # four trials share two
-    assert account.device_seconds == 42.0 + 10.0 + 10.0
+    assert account.device_seconds == 42.0 + 15.0 + 10.0
     account.write()
     now[0] = 1000.0
-    again = Account(tmp_path, rows, devices=2)
-    assert again.device_seconds == recorded_seconds(tmp_path, rows) == 62.0
+    again = Account(tmp_path, rows, devices=2, since=1000.0)
+    assert again.device_seconds == recorded_seconds(tmp_path, rows) == 67.0
 
 
 def test_an_account_is_written_while_trials_run(
@@ -196,7 +216,7 @@ def test_an_account_is_written_while_trials_run(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("kpsvd_tune.comparison.account.time.monotonic", lambda: now[0])
-    account = Account(tmp_path, [], devices=1)
+    account = Account(tmp_path, [], devices=1, since=0.0)
     for now[0] in (0.5, 1.0, 1.5, 2.0, 2.5):
         account.tick()
     # As after kill -9: nothing was written at the end.

@@ -13,10 +13,10 @@ from kpsvd_tune.commands import main as cli
 from kpsvd_tune.comparison import score as module
 from kpsvd_tune.comparison.account import recorded_seconds
 from kpsvd_tune.comparison.kept_base import KeptBase
-from kpsvd_tune.comparison.money import Forecast
+from kpsvd_tune.comparison.money import Forecast, Purse
 from kpsvd_tune.comparison.score import scored_task
 from kpsvd_tune.comparison.trial import _Losses
-from kpsvd_tune.comparison.trial_log import read_results
+from kpsvd_tune.comparison.trial_log import open_results, read_results
 from kpsvd_tune.comparison.workers import Workers, _answer
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import load_recipe
@@ -239,3 +239,37 @@ def test_a_second_line_of_a_trial_replaces_the_first(tmp_path: Path) -> None:
     found = read_results(tmp_path)
     assert [(each.seed, each.rank) for each in found] == [(0, "9"), (1, "2")]
     assert read_results(tmp_path / "nowhere") == []
+
+
+@pytest.mark.slow
+def test_money_stops_the_processes_that_run_trials(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[Any] = []
+
+    def two(self: Purse, trial: Any) -> bool:
+        asked.append(trial)
+        self.refused = trial if len(set(asked)) > 2 else None
+        return self.refused is None
+
+    monkeypatch.setattr(Purse, "may_start", two)
+    arguments = command(recipe, "lora,lora-fa", "--jobs", "2", "--money", "1000")
+    arguments[arguments.index("--learning-rates") + 1] = "1e-3,1e-2"
+    assert cli.run(arguments) == 0
+    rows = (tmp_path / "comparison" / "results.jsonl").read_text().splitlines()
+    assert len(rows) == 2
+    assert "2 are left out for want of money" in " ".join(capsys.readouterr().out.split())
+    spent = json.loads((tmp_path / "comparison" / "account.json").read_text())["device_seconds"]
+    assert spent > 1
+
+
+def test_what_was_measured_of_the_base_goes_with_its_settings(tmp_path: Path) -> None:
+    open_results(tmp_path, {"recipe": {"model": "a"}}, {})
+    for name in ("base.json", "base_score.json"):
+        (tmp_path / name).write_text("{}")
+    open_results(tmp_path, {"recipe": {"model": "b"}}, {})
+    assert not (tmp_path / "base.json").exists()
+    assert not (tmp_path / "base_score.json").exists()

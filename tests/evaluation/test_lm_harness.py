@@ -59,6 +59,14 @@ def test_what_the_harness_found_is_read() -> None:
         ("b: exact_match (strict)", 1.0, 4, 0.0),
     ]
     assert left_out == ("b: perplexity 12.5",)
+    # A group has a figure, and no number of its own.
+    grouped = {
+        "results": {"all": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "n-samples": {"a": {"effective": 8}, "b": {"effective": 4}},
+        "group_subtasks": {"all": ["a", "some"], "some": ["b"]},
+    }
+    ((only,), rest) = lm_harness._read(grouped)
+    assert (only.scorer, only.n, rest) == ("all: acc", 12, ())
     said = score_text("a: acc", as_mapping(scores)["a: acc"])
     assert said.startswith("mean 25.0 % over 8 (95 % interval 5.4 % to 44.6 %)")
 

@@ -61,8 +61,12 @@ def test_only_questions_that_both_answered_are_paired(runs: tuple[Path, Path]) -
     second.write_text("\n".join([changed, *lines[2:]]) + "\n")
     found = paired_scores(first, second)["exact_match"]
     assert (found.n, found.difference) == (2, -0.5)
+    # An equal number and answer may be another question's, of another file of rows.
+    other = json.dumps({**json.loads(lines[2]), "prompt": "Another question?"})
+    second.write_text("\n".join([changed, other, *lines[3:]]) + "\n")
+    assert paired_scores(first, second)["exact_match"].n == 1
     second.write_text(changed + "\n")
-    with pytest.raises(DataError, match="the answers have no question in common"):
+    with pytest.raises(DataError, match="the answers have no question in the same words in common"):
         paired_scores(first, second)
 
 

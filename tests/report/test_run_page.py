@@ -139,6 +139,16 @@ def test_answers_are_the_first_rows_and_none_is_chosen(folder: Path) -> None:
     assert [one["row"] for one in task.shown] == ["0", "1"]
     assert [(one["before"], one["after"]) for one in task.shown] == [("7", "4"), ("7", "6")]
     assert "The first 4 of 4 questions by row" in words(page_of(folder))
+    # Those of a later `eval` have replaced the scores, and are shown beside them.
+    old = folder / "evaluation" / "after" / "exact_match" / "completions.jsonl"
+    new = folder / "evaluation" / "exact_match" / "completions.jsonl"
+    new.parent.mkdir()
+    new.write_text(
+        old.read_text().splitlines()[0].replace('"completion": "', '"completion": "new ')
+    )
+    (task,) = read_answers(folder, 2)
+    assert task.num_questions == 1
+    assert str(task.shown[0]["after"]).startswith("new ")
 
 
 def test_long_answers_are_cut_and_say_so(tmp_path: Path) -> None:

@@ -137,6 +137,19 @@ def test_an_evaluation_goes_into_a_folder_of_its_own(
     (mine / "notes.json").unlink()
     assert cli.run(score) == 0
     assert cli.run(score) == 0
+    # The scores go into the run's results: when it ended stays, and a stopped run stays one.
+    directory = RunDirectory(run)
+    before = json.loads(directory.run_file.read_text())
+    assert cli.run(score[:-2]) == 0
+    assert json.loads(directory.run_file.read_text()) == before
+    assert "gsm8k" in json.loads(directory.results_file.read_text())["scores"]
+    directory.update(status="stopped")
+    known = directory.results_file.read_bytes()
+    capsys.readouterr()
+    assert cli.run(score[:-2]) == 0
+    assert "is stopped: the scores are not added to its results.json" in capsys.readouterr().err
+    assert json.loads(directory.run_file.read_text())["status"] == "stopped"
+    assert directory.results_file.read_bytes() == known
 
 
 @pytest.mark.slow

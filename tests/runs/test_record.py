@@ -120,6 +120,22 @@ def test_after_a_change_of_settings_a_warning_may_be_told_again(run):
     third.tell(spike(8))
     changed = "Going on with train.learning_rate 0.1 -> 0.01."
     assert told(run) == ["loss_spike", changed, "loss_spike"]
+    # Back and forth again: the third change has the words of the first.
+    for change in ("0.01 -> 0.1", "0.1 -> 0.01"):
+        again, _ = session(run)
+        again.begin({"train.learning_rate": change})
+    again.tell(spike(9))
+    assert told(run)[-2:] == [changed, "loss_spike"]
+
+
+def test_what_was_told_before_the_file_was_read_is_marked_once(run):
+    for marks in (["few_steps"], []):
+        events, _ = session(run)
+        events.tell(warning("few_steps", "One step.", "Train longer."))
+        events.begin({})
+        marked: list[Event] = []
+        events.mark_with(marked.append)
+        assert [event.code for event in marked] == marks
 
 
 def test_trackers_get_a_mark_of_what_this_session_told(run):

@@ -215,17 +215,16 @@ def plant_divergence(training: Training, model: torch.nn.Module) -> None:
 def plant_what_looks_wrong(training: Training, model: torch.nn.Module) -> None:
     """Plant what detectors look for: on rank 1 alone where the two may differ."""
     spoil(training, model, lambda output, step, _: output * 300 if step == 40 else output)
-    layer = model.base_model.model.model.layers[0]  # type: ignore[union-attr,operator,index]
+    layers: Any = model.base_model.model.model.layers  # type: ignore[union-attr]
     # A weight that its offsets outgrow at once.
-    layer.self_attn.q_proj.base_layer.weight.data *= 1e-4
+    layers[0].self_attn.q_proj.base_layer.weight.data *= 1e-4
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "layers.1.mlp.up_proj" in name:
             parameter.register_hook(torch.zeros_like)
-    watching.shutil = SimpleNamespace(  # type: ignore[attr-defined]
-        disk_usage=lambda _: SimpleNamespace(free=10**6)
-    )
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10**6))
     free = 10**6 if os.environ["RANK"] == "1" else 10**9
-    watching.tightest_memory = lambda: (free, 10**9, "the container's")
+    setattr(watching, "shutil", full)  # noqa: B010
+    setattr(watching, "tightest_memory", lambda: (free, 10**9, "the container's"))  # noqa: B010
     now = [0.0]
 
     def monotonic() -> float:
@@ -233,7 +232,7 @@ def plant_what_looks_wrong(training: Training, model: torch.nn.Module) -> None:
         now[0] += 1 if training.progress.step < 60 else 10
         return now[0]
 
-    loop.time = SimpleNamespace(monotonic=monotonic)  # type: ignore[attr-defined]
+    setattr(loop, "time", SimpleNamespace(monotonic=monotonic))  # noqa: B010
 
 
 def kill_once(model: torch.nn.Module, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -190,6 +191,10 @@ def test_streamed_and_loaded_merges_have_equal_tensors(
     for figure in ("kept_share", "deviation", "relative_update", "max_logit_difference"):
         assert reports[0][figure] == pytest.approx(reports[1][figure], rel=1e-9), figure
     assert reports[0]["passed"]
+    for name, report in zip(("streamed", "loaded"), reports, strict=True):
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        hashes = {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
+        assert report["weight_files"] == hashes
     assert "The base was loaded as a whole, for a test wants it." in reports[1]["notes"]
 
 

@@ -422,7 +422,9 @@ def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | N
     """Whether a tokenizer is another than the base's, which came with the adapter."""
     if base_folder is None or not (base_folder / "tokenizer_config.json").is_file():
         return False
-    own: Any = AutoTokenizer.from_pretrained(base_folder, local_files_only=True)
+    own: Any = AutoTokenizer.from_pretrained(
+        base_folder, local_files_only=True, trust_remote_code=False
+    )
     return not same_tokenizer(tokenizer, own)
 
 

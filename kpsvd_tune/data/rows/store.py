@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Mark, TokenizedRow
 from kpsvd_tune.data.read.sources import file_sha256
-from kpsvd_tune.data.read.sources import file_sha256
-from kpsvd_tune.data.read.sources import file_sha256
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.json_files import check_regular, parse_json, read_bytes
 

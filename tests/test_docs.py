@@ -16,7 +16,7 @@ from kpsvd_tune.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Made by scripts and ignored by git.
 MADE = {"build", "data", "dist", "runs"}
 

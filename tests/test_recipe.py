@@ -33,7 +33,7 @@ from kpsvd_tune.recipe.faults import LEVELS, message_of
 from kpsvd_tune.recipe.reference import MODELINE, SCHEMA_NAME, reference_page, schema_text
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 MINIMAL = "model: {path: some/model}\noutput_dir: runs/x\n"
 SECTIONS = """\
 model:

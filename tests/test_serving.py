@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SERVE = "from transformers.cli.transformers import main; main()"
@@ -51,6 +52,7 @@ def test_transformers_serve_answers_with_a_merged_model(
             [sys.executable, "-c", SERVE, "serve", str(tiny_model_dir), *options],
             stdout=log,
             stderr=log,
+            env=warm.unmeasured(),
         )
     try:
         deadline = time.monotonic() + 180

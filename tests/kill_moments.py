@@ -67,13 +67,14 @@ def check_full_disks(
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    offsets: int = OFFSETS,
 ) -> None:
-    """Let the disk be full at OFFSETS of what the command writes: an error, nothing half done."""
+    """Let the disk be full at so many of its writes: an error, and nothing half done."""
     names = _count(work, monkeypatch)
     _remove(output)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     writes = [number for number, name in enumerate(names) if name in _WRITES]
-    for number in _spread(writes, OFFSETS):
+    for number in _spread(writes, offsets):
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(durable, "os", FaultyOs(raising(full), number, "before"))

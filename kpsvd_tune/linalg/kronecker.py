@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Up to so many terms are added one by one where rows of B are so wide; else one matrix product.
+_FEW_TERMS, _WIDE = 4, 16
+
 
 @dataclass(frozen=True)
 class KroneckerShape:
@@ -139,7 +142,9 @@ def kron_sum(left: Tensor, right: Tensor) -> Tensor:
     return unrearrange(left.flatten(1).T @ right.flatten(1), shape)
 
 
-def kron_sum_rows(left: Tensor, right: Tensor, begin: int, end: int) -> Tensor:
+def kron_sum_rows(
+    left: Tensor, right: Tensor, begin: int, end: int, out: Tensor | None = None
+) -> Tensor:
     """Return some rows of :func:`kron_sum`, of which nothing else is made.
 
     Args:
@@ -147,6 +152,7 @@ def kron_sum_rows(left: Tensor, right: Tensor, begin: int, end: int) -> Tensor:
         right: B, (r, p, q), same dtype and number of terms.
         begin: The first row.
         end: One past the last row, at most m*p.
+        out: Filled and returned where given, (end - begin, n*q), contiguous, same dtype.
 
     Returns:
         (end - begin, n*q), same dtype.
@@ -157,21 +163,31 @@ def kron_sum_rows(left: Tensor, right: Tensor, begin: int, end: int) -> Tensor:
     shape = _shape_of(left, right)
     if not 0 <= begin < end <= shape.out_features:
         raise ValueError(f"rows {begin} to {end} of {shape.out_features}")
-    p = shape.p
-    parts = []
-    row = begin
+    if out is None:
+        out = left.new_empty(end - begin, shape.in_features)
+    p, row = shape.p, begin
     while row < end:
         # Row i*p + k belongs to row i of A and row k of B.
         i, k = divmod(row, p)
-        if k == 0 and end - row >= p:
+        count, last = 1, min(p, k + end - row)
+        if k == 0 and last == p:
             count = (end - row) // p
-            parts.append(kron_sum(left[:, i : i + count], right))
-            row += count * p
-        else:
-            last = min(p, k + end - row)
-            parts.append(kron_sum(left[:, i : i + 1], right[:, k:last]))
-            row += last - k
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = count * (last - k)
+        part = out[row - begin : row - begin + rows].view(count, last - k, shape.n, shape.q)
+        _add_terms(left[:, i : i + count], right[:, k:last], part)
+        row += rows
+    return out
+
+
+def _add_terms(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Fill (m, p, n, q) with sum_k A[k, i, j] B[k, a, b] at [i, a, j, b]."""
+    if 0 < len(left) <= _FEW_TERMS and right.shape[2] >= _WIDE:
+        factors = left[:, :, None, :, None], right[:, None, :, None, :]
+        torch.mul(factors[0][0], factors[1][0], out=out)
+        for one, other in zip(factors[0][1:], factors[1][1:], strict=True):
+            out.addcmul_(one, other)
+    else:
+        torch.matmul(left.permute(1, 2, 0)[:, None], right.permute(1, 0, 2), out=out)
 
 
 def _shape_of(left: Tensor, right: Tensor) -> KroneckerShape:

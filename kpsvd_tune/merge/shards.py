@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from kpsvd_tune.merge.changes import Changes
 from kpsvd_tune.merge.update import Update
 from kpsvd_tune.models import Checkpoint, StoredTensor, WeightFile
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.models.stream import FLOATS, TensorLocation, read_tensor, tensors_of
+from kpsvd_tune.models.stream import FLOATS, TensorLocation, tensors_of
 from kpsvd_tune.storage.durable import NewFile, make_folder, new_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
 
@@ -227,7 +227,8 @@ class ShardWriter:
         self._advance = advance
         self._stopped = threading.Event()
         self._written = Written()
-        self._sums: dict[str, int] = {}  # of the updated tensors' bytes
+        # Of the updated tensors: how many bytes were written in a piece, and their sum.
+        self._sums: dict[str, list[tuple[int, int]]] = {}
 
     def write(self, plan: Plan, folder: Path) -> Written:
         """Write all files.
@@ -318,22 +319,28 @@ class ShardWriter:
         dtype = FLOATS[tensor.dtype]
         update = Update(name, self._changes.terms(name), dtype)
         width = weight.shape[1] * dtype.itemsize
-        sums = 0
+        sums = self._sums[tensor.key] = []
         for row, block in update.rows(weight):
             self._check_stopped()
             data = _bytes(block)
             new.write_at(to + row * width, data)
-            sums = zlib.crc32(data, sums)
-        self._sums[tensor.key] = sums
+            sums.append((len(data), _sum_of(data)))
         self._written.kept[name] = update.kept
         self._written.sizes[name] = update.relative_size
         self._written.deviations[name] = update.deviation
 
     def _read_back(self, location: TensorLocation) -> None:
         """Compare an updated weight in its file with what was measured."""
-        self._check_stopped()
-        found = read_tensor(location)
-        if zlib.crc32(_bytes(found)) != self._sums[location.key]:
+        sums = self._sums[location.key]
+        buffer = memoryview(bytearray(max(count for count, _ in sums)))
+        is_same = True
+        with location.file.open("rb") as stream:
+            stream.seek(location.begin)
+            for count, expected in sums:
+                self._check_stopped()
+                piece = buffer[:count]
+                is_same &= stream.readinto(piece) == count and _sum_of(piece) == expected
+        if not is_same:
             raise MergeError(
                 f"{location.file.name} does not hold {location.key} as it was written: is the disk "
                 "damaged? Nothing was kept; merge again, or choose another --output"
@@ -459,6 +466,16 @@ def _span(run: tuple[int, int, int, int]) -> tuple[int, int]:
 def _bytes(block: Tensor) -> memoryview:
     array: Any = block.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def _sum_of(data: memoryview) -> int:
+    """The sum of the words of 8 bytes, modulo 2^64, which any one changed word changes.
+
+    A checksum such as CRC-32 took a fifth of a merge's time.
+    """
+    whole = len(data) // 8 * 8
+    words = np.frombuffer(data[:whole], dtype=np.uint64)
+    return (int(words.sum()) + int.from_bytes(data[whole:], "little")) % 2**64
 
 
 def _write_index(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,6 +52,30 @@ class Term:
         return Term(self.left.mT.contiguous(), self.right.mT.contiguous(), self.weight)
 
 
+@dataclass(frozen=True)
+class _Scratch:
+    """Memory for one block, which is used again for the next: fresh pages cost more than sums."""
+
+    delta: Tensor  # the update, float64
+    exact: Tensor  # float64
+    wide: Tensor  # float64
+    stored: Tensor  # in the dtype
+    bits: Tensor  # integers of its width
+    units: Tensor  # float32 where the dtype has 16 bits, else float64
+    quotient: Tensor  # the same
+
+    @classmethod
+    def of(cls, size: tuple[int, int], dtype: torch.dtype) -> _Scratch:
+        wide = torch.float32 if dtype.itemsize == 2 else torch.float64
+        double = torch.float64
+        dtypes = double, double, double, dtype, _FORMATS[dtype].integer, wide, wide
+        return cls(*(torch.empty(size, dtype=each) for each in dtypes))
+
+    def first(self, rows: int) -> _Scratch:
+        """The same memory for fewer rows."""
+        return _Scratch(*(getattr(self, each.name)[:rows] for each in fields(self)))
+
+
 class Update:
     """Adds an update to one weight, block by block, and measures what was stored.
 
@@ -63,11 +87,13 @@ class Update:
 
     def __init__(self, name: str, terms: Sequence[Term], dtype: torch.dtype) -> None:
         self._name, self._terms, self._dtype = name, terms, dtype
-        self._overlap = self._of_update = self._of_weight = self._deviation = 0.0
+        self._of_lost = self._of_update = self._of_weight = self._deviation = 0.0
 
     @torch.no_grad()
     def rows(self, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the updated weight in blocks of whole rows, as (first row, (rows, columns)).
+
+        A block is overwritten by the next one.
 
         Args:
             weight: W, (m*p, n*q), floating.
@@ -75,30 +101,36 @@ class Update:
         Raises:
             MergeError: An entry is not finite in the dtype.
         """
-        step = max(1, _BLOCK // weight.shape[1])
+        step = min(len(weight), max(1, _BLOCK // weight.shape[1]))
+        scratch = _Scratch.of((step, weight.shape[1]), self._dtype)
         for begin in range(0, len(weight), step):
-            before = weight[begin : begin + step].double()
-            end = begin + len(before)
-            delta = self._delta(begin, end)
-            yield begin, self._stored(before, delta)
+            before = weight[begin : begin + step]
+            block = scratch if len(before) == step else scratch.first(len(before))
+            self._add_terms(begin, block)
+            yield begin, self._stored(before, block)
 
-    def _delta(self, begin: int, end: int) -> Tensor:
-        """Rows of the update."""
-        found: Tensor | None = None
-        for term in self._terms:
-            part = kron_sum_rows(term.left, term.right, begin, end)
-            part = part if term.weight == 1 else part.mul_(term.weight)
-            found = part if found is None else found.add_(part)
-        assert found is not None
-        return found
+    def _add_terms(self, begin: int, block: _Scratch) -> None:
+        """Fill in rows of the update."""
+        end = begin + len(block.delta)
+        for index, term in enumerate(self._terms):
+            out = block.delta if index == 0 else block.exact
+            kron_sum_rows(term.left, term.right, begin, end, out)
+            if term.weight != 1:
+                out.mul_(term.weight)
+            if index:
+                block.delta.add_(out)
 
-    def _stored(self, before: Tensor, delta: Tensor) -> Tensor:
-        exact = before + delta
-        stored = exact.to(self._dtype)
-        after = stored.double()
-        # The difference is exact; its quotient by a power of two is as good in float32.
-        units = last_places(stored)
-        far = float(exact.sub_(after).to(units.dtype).abs_().div_(units).max())
+    def _stored(self, before: Tensor, block: _Scratch) -> Tensor:
+        """W + Delta, rounded, and what it is measured by."""
+        wide = block.wide.copy_(before)
+        self._of_weight += _product(wide, wide)
+        exact = torch.add(wide, block.delta, out=block.exact)
+        stored = block.stored.copy_(exact)
+        # What rounding takes away, exactly.
+        lost = exact.sub_(wide.copy_(stored))
+        self._of_update += _product(block.delta, block.delta)
+        self._of_lost += _product(lost, block.delta)
+        far = _in_last_places(lost, stored, block)
         # Whatever is not finite in the dtype is not finite here.
         if not math.isfinite(far):
             raise MergeError(
@@ -106,9 +138,6 @@ class Update:
                 "broken or the dtype's range too small; try --dtype float32"
             )
         self._deviation = max(self._deviation, far)
-        self._of_weight += _product(before, before)
-        self._of_update += _product(delta, delta)
-        self._overlap += _product(after.sub_(before), delta)
         return stored
 
     @property
@@ -117,7 +146,7 @@ class Update:
 
         Far below 1 where W has 16 bits and Delta is smaller than half the spacing around it.
         """
-        return self._overlap / self._of_update if self._of_update > 0 else 1.0
+        return 1 - self._of_lost / self._of_update if self._of_update > 0 else 1.0
 
     @property
     def relative_size(self) -> float:
@@ -135,10 +164,21 @@ def _product(one: Tensor, other: Tensor) -> float:
     return float(torch.dot(one.reshape(-1), other.reshape(-1)))
 
 
-def last_places(stored: Tensor) -> Tensor:
-    """The unit in the last place of each stored number: float32 for 16 bits, else float64."""
+def _in_last_places(lost: Tensor, stored: Tensor, block: _Scratch) -> float:
+    """The largest |lost| in units in the last place of the stored numbers; `lost` is float64."""
     known = _FORMATS[stored.dtype]
-    wide = torch.float32 if stored.dtype.itemsize == 2 else torch.float64
     # The exponent's bits alone are a power of two; those of numbers below the normal ones are 0.
-    powers = (stored.view(known.integer) & known.exponent).view(stored.dtype).to(wide)
-    return powers.clamp_(min=2.0**known.least).mul_(2.0 ** (1 - known.digits))
+    torch.bitwise_and(stored.view(known.integer), known.exponent, out=block.bits)
+    units = block.units.copy_(block.bits.view(stored.dtype))
+    # Divided by a power of two, float32 is as good as float64.
+    far = _largest(block.quotient.copy_(lost).div_(units))
+    if not math.isfinite(far):
+        far = _largest(block.quotient.copy_(lost).div_(units.clamp_(min=2.0**known.least)))
+    return far * 2.0 ** (known.digits - 1)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value."""
+    least, most = torch.aminmax(values)
+    # Of a number and NaN, max would take the number.
+    return float(torch.maximum(-least, most))

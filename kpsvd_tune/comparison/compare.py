@@ -34,7 +34,7 @@ from kpsvd_tune.comparison.trial_log import (
 )
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.comparison.workers import Workers
-from kpsvd_tune.data import TokenizedRow, prepare, source_names
+from kpsvd_tune.data import TokenizedRow, prepare
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import AdapterError, DataError, InputError, RecipeError, StoppedBySignal
@@ -54,13 +54,16 @@ from kpsvd_tune.recipe import AdapterRecipe, Recipe
 from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow, TrialScore
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
+from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.find import trained_as
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_bytes, read_json, to_json
-from kpsvd_tune.training.schedule import num_warmup_steps, run_length
+from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
+from kpsvd_tune.training.stages import read_rows
 from kpsvd_tune.units import duration
+from kpsvd_tune.watch.before import row_warnings
 
 
 class Watcher(Protocol):
@@ -126,8 +129,8 @@ def compare(
         phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
-        material, shared = _material(recipe, source, skeleton, events)
-        num_steps = _num_steps(recipe, grid, material, events)
+        material, shared, warnings = _material(recipe, source, skeleton, events)
+        length = _length(recipe, grid, material, events)
         sizes = {method.name: _sizes(method, recipe, source, skeleton) for method in methods}
         kind = skeleton.config.model_type
         plan = Setups(recipe, recipes, methods, sizes, kind, run.path, shared)
@@ -139,10 +142,12 @@ def compare(
         if grid.plan != "done":
             grid = grid.with_budgets(plan.budgets)
         rows = open_results(run.path, shared, plan.adapters())
-        if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, num_steps):
+        if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, length.num_steps):
             check_schedule(run.path)
         account = Account(run.path, rows, num_devices(), began)
         session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs)
+        # Of what all trials share; they stand in the page as well.
+        session.notes = [*plan.notes, *(each.text for each in (*warnings, *length.warnings))]
         if task is not None:
             session.questions = make_questions(task, material.dataset, material.chat_template)
         try:
@@ -173,6 +178,7 @@ class _Session:
     account: Account
     rows: list[TrialRow]  # those that are done
     jobs: int
+    notes: Sequence[str] = ()  # what a reader of the verdict must know of the plan
     questions: Questions | None = None  # what models are scored by
     base: Mapping[str, float | None] = field(default_factory=dict)  # losses of the base model
     base_score: TrialScore | None = None
@@ -201,6 +207,8 @@ class _Session:
                 if self.purse is not None:
                     self._tell_measured(self.purse, row)
                 self.watcher.finished(row, self._num_coming())
+                for code, text in row.warnings.items():
+                    self.watcher.note(f"{row.trial}: {code}: {text}")
             if self.purse is not None and self.purse.refused is not None:
                 break
         self._score_best(workers)
@@ -266,7 +274,9 @@ class _Session:
                 return
         self.events.stage(f"scoring the base model on {self.questions.task.task}")
         folder = self.folder / "base_score"
-        (found,) = workers.scores([Scoring(self.questions, None, folder, "the base model's score")])
+        ((_, found),) = workers.scores(
+            [Scoring(self.questions, None, folder, "the base model's score")]
+        )
         replace_file(file, to_json(found.to_dict()))
         self.base_score = found
 
@@ -289,25 +299,29 @@ class _Session:
     def _score_best(self, workers: Workers) -> None:
         if self.questions is None:
             return
-        left = self._unscored()
-        for place, row in enumerate(left, start=1):
-            if self.purse is not None and not self.purse.may_score():
-                self.watcher.note(
-                    f"{len(left) - place + 1} models are not scored: the money is spent"
-                )
-                return
-            setup = self.plan.setup(row.trial, self.base)
-            name = f"the score of {row.trial}"
-            (found,) = workers.scores(
-                [Scoring(self.questions, setup, setup.folder / "score", name)]
-            )
+        left = {row.trial: row for row in self._unscored()}
+        setups = [self.plan.setup(trial, self.base) for trial in left]
+        scorings = [
+            Scoring(self.questions, each, each.folder / "score", f"the score of {each.trial}")
+            for each in setups
+        ]
+        if self.purse is not None:
+            workers.may_score = self.purse.may_score
+        number = 0
+        for number, (scoring, found) in enumerate(workers.scores(scorings), start=1):
+            if self.purse is not None:
+                self.purse.scored()
+            assert scoring.setup is not None
+            row = left[scoring.setup.trial]
             scored = replace(row, score=found)
             append_row(self.folder, scored)
             self.rows[self.rows.index(row)] = scored
             self.watcher.note(
-                f"scored {place} of {len(left)}: {row.trial}: {100 * found.value:.1f} % of "
+                f"scored {number} of {len(left)}: {row.trial}: {100 * found.value:.1f} % of "
                 f"{len(found.shares)} in {duration(found.seconds)}"
             )
+        if number < len(left):
+            self.watcher.note(f"{len(left) - number} models are not scored: the money is spent")
 
 
 def make_purse(
@@ -367,14 +381,11 @@ def num_devices() -> int:
 
 def _material(
     recipe: Recipe, source: ModelSource, skeleton: Any, events: Events
-) -> tuple[Material, dict[str, Any]]:
-    """What all trials share, and what must be equal for new trials to be comparable with others."""
+) -> tuple[Material, dict[str, Any], list[Event]]:
+    """What all trials share, what must be equal for more of them, and what looks wrong of it."""
     assert recipe.dataset is not None
     tokenizer, limits = load_tokenizer(source), model_limits(skeleton)
-    events.stage(f"reading {source_names(recipe.dataset)}")
-    data = prepare(recipe.dataset, tokenizer, seed=recipe.train.seed, limits=limits)
-    events.note(data.cache_note)
-    events.preflight(data.report)
+    data = read_rows(recipe, recipe.dataset, tokenizer, skeleton, events)
     if not data.validation:
         raise DataError(
             "compare judges by held-out rows and dataset.validation is 0; set it to a share, "
@@ -394,7 +405,7 @@ def _material(
         "test": test_sha256,
         "forgetting": text_sha256,
     }
-    return Material(
+    material = Material(
         source=source,
         train=data.train,
         validation=data.validation,
@@ -403,11 +414,12 @@ def _material(
         pad_token_id=pad_token_id(tokenizer),
         dataset=trained_as(recipe.dataset, data.template),
         chat_template=tokenizer.chat_template,
-    ), shared
+    )
+    return material, shared, list(row_warnings(data.report))
 
 
-def _num_steps(recipe: Recipe, grid: Grid, material: Material, events: Events) -> int:
-    """Optimiser steps of a trial, where the recipe's steps and validations fit together."""
+def _length(recipe: Recipe, grid: Grid, material: Material, events: Events) -> RunLength:
+    """The length of a trial, where the recipe's steps and validations fit together."""
     length = run_length(recipe.train, len(material.train), len(material.validation))
     if length.faults and grid.plan != "done":
         raise RecipeError("\n".join(length.faults))
@@ -415,7 +427,7 @@ def _num_steps(recipe: Recipe, grid: Grid, material: Material, events: Events) -
         events.note(note)
     for warning in length.warnings:
         events.tell(warning)
-    return length.num_steps
+    return length
 
 
 def _sizes(method: Method, recipe: Recipe, source: ModelSource, skeleton: Any) -> Sizes:
@@ -457,7 +469,7 @@ def _conclude(session: _Session) -> Comparison:
         num_missing=num_missing,
         to_come=to_come,
         jobs=session.jobs,
-        notes=plan.notes,
+        notes=session.notes,
         base_score=session.base_score,
         device_seconds=session.account.device_seconds,
         money=None if session.purse is None else session.purse.price.amount,

@@ -101,6 +101,7 @@ class Purse:
         self._spent, self._unscored = spent, unscored
         self._running: dict[Trial, float] = {}  # when each was started
         self.refused: Trial | None = None  # the trial that the money did not buy
+        self._num_scoring = 0  # scorings that run
         self._rounding = 1e-9 * price.amount
 
     @property
@@ -120,8 +121,16 @@ class Purse:
         return True
 
     def may_score(self) -> bool:
-        """Whether the money holds the scoring of one more model."""
-        return self.price.cost(self.forecast.scoring) <= self.left + self._rounding
+        """Whether the money holds a scoring besides those that run; it then counts as started."""
+        cost = self.price.cost(self.forecast.scoring)
+        if cost * (self._num_scoring + 1) > self.left + self._rounding:
+            return False
+        self._num_scoring += 1
+        return True
+
+    def scored(self) -> None:
+        """Say that a scoring runs no more."""
+        self._num_scoring -= 1
 
     def ended(self, trial: Trial) -> None:
         """Say that a trial runs no more."""
@@ -185,7 +194,7 @@ class Purse:
     def _cost(self, trial: Trial | Planned, since: float = 0.0) -> float:
         """Money that a trial still takes, so many seconds after its start; its scoring included.
 
-        Models are scored one at a time, each with a device to itself.
+        A scoring is counted as if it had a device to itself, as the last of several has.
         """
         seconds = max(0.0, self.forecast.seconds(trial.method, trial.budget) - since)
         return self.price.cost(seconds * self.price.share + self.forecast.scoring)

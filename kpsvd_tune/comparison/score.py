@@ -26,11 +26,13 @@ from kpsvd_tune.evaluation.evaluate import Scorer, as_trained, conditions
 from kpsvd_tune.evaluation.questions import read_questions, read_shots
 from kpsvd_tune.evaluation.scoring import check_scorers
 from kpsvd_tune.evaluation.tasks import TASKS, ScoringRule
-from kpsvd_tune.events import Silence
+from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_tokenizer
 from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe, Recipe
 from kpsvd_tune.report.comparison import TrialScore
+from kpsvd_tune.storage.durable import make_folder
+from kpsvd_tune.storage.locks import lock_folder
 
 _ADAPTER = "adapter_model.safetensors"
 
@@ -98,14 +100,23 @@ def make_questions(
     return Questions(full, dataset, chat_template, asked)
 
 
-def score_model(scoring: Scoring, material: Material, recipe: Recipe, base: KeptBase) -> TrialScore:
-    """Answer what is not answered yet and judge all answers, in the process of a worker."""
+def score_model(scoring: Scoring, material: Material, base: KeptBase, events: Events) -> TrialScore:
+    """Answer what is not answered yet and judge all answers, in the process of a worker.
+
+    FolderInUseError: another process scores the same model.
+    """
+    make_folder(scoring.folder)
+    with lock_folder(scoring.folder):
+        return _score(scoring, material, base, events)
+
+
+def _score(scoring: Scoring, material: Material, base: KeptBase, events: Events) -> TrialScore:
     began = time.monotonic()
     questions, task = scoring.questions, scoring.questions.task
     tokenizer: Any = load_tokenizer(material.source)
     tokenizer.chat_template = questions.chat_template
     model = base.fresh() if scoring.setup is None else _trained(scoring.setup, material, base)
-    scorer = Scorer(tokenizer, questions.dataset, device(), Silence(), None)
+    scorer = Scorer(tokenizer, questions.dataset, device(), events, None)
     scorer.score(model, task, scoring.folder, set_aside=True)
     ids = [each.id for each in read_questions(task)]
     found = {each.key: each for each in read_completions(scoring.folder / COMPLETIONS_FILE)}

@@ -25,13 +25,16 @@ from kpsvd_tune.decompose import decompose
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
+from kpsvd_tune.events import Silence
 from kpsvd_tune.models import ModelSource, load_tokenizer
 from kpsvd_tune.processes import device, gpu_identity, reset_peak_memory
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.events import read_events
 from kpsvd_tune.report.results import StepMetrics, TrainResult
 from kpsvd_tune.runs.directory import RunDirectory, RunRecord
 from kpsvd_tune.runs.identity import changes
+from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json
 from kpsvd_tune.training import Training, make_accelerator
@@ -78,8 +81,8 @@ def run_trial(
 
     What ran in this process before changes nothing: the row is bit for bit that of a trial in a
     process of its own, times and memory aside. SIGINT and SIGTERM raise StoppedBySignal once the
-    state is saved; the trial later goes on from its checkpoint. Its folder keeps the metrics and
-    the adapter.
+    state is saved; the trial later goes on from its checkpoint. Its folder keeps the metrics, what
+    looked wrong (events.jsonl) and the adapter.
     """
     recipe = setup.recipe
     accelerator = make_accelerator(recipe.train)
@@ -100,6 +103,9 @@ def run_trial(
             return TrialRow.from_dict(read_json(run.results_file))
         reset_peak_memory(accelerator.device)
         model, rank, init_seconds = adapted(setup, material, base.fresh())
+        # What looks wrong is kept in the trial's folder, and told with its row.
+        events = RunEvents(Silence(), run, is_main=True)
+        events.begin(begun.changed)
         training = Training(
             model,
             material.train,
@@ -112,6 +118,7 @@ def run_trial(
             rate_factors=_rate_factors(model, setup),
             # All but PiSSA, which rounds what it takes out of the weights, begin as the base.
             loss_before=None if setup.method.kind == "pissa" else setup.base["validation_loss"],
+            tell=events.tell,
         )
         failed = None
         try:
@@ -131,6 +138,7 @@ def run_trial(
             row,
             device_seconds=usage.seconds() + before,
             energy_joules=None if before else usage.joules(),
+            warnings=_warnings(run),
         )
         run.finish(row.to_dict())
     return row
@@ -171,6 +179,15 @@ def _row(
         peak_memory_bytes=outcome.peak_memory_bytes,
         failed=failed,
     )
+
+
+def _warnings(run: RunDirectory) -> dict[str, str]:
+    """The first text of each code that the trial told, in any of its sessions."""
+    found: dict[str, str] = {}
+    for event in read_events(run.path):
+        if event.kind in ("warning", "fallback"):
+            found.setdefault(event.code, event.text)
+    return found
 
 
 def known_identity(run: RunDirectory, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:

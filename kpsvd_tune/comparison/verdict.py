@@ -10,6 +10,7 @@ from kpsvd_tune.comparison.findings import Findings, key_of, lowest
 from kpsvd_tune.comparison.methods import is_ours
 from kpsvd_tune.comparison.missing import missing
 from kpsvd_tune.comparison.returns import returns, smallest_adapter, spent
+from kpsvd_tune.errors import some_of
 from kpsvd_tune.report.comparison import (
     Comparison,
     Difference,
@@ -20,6 +21,8 @@ from kpsvd_tune.report.comparison import (
     TrialScore,
     percent_plus_minus,
 )
+
+_LISTED = 6
 
 
 def compare_rows(
@@ -299,6 +302,7 @@ def _notes(found: Findings, num_missing: int, jobs: int) -> Iterable[str]:
     for row in found.rows:
         if row.failed:
             yield f"{row.trial}: {row.failed}"
+    yield from _watched(found)
     yield from _binding(found)
     for each in found.summaries:
         loss = each.validation_loss.mean
@@ -308,6 +312,23 @@ def _notes(found: Findings, num_missing: int, jobs: int) -> Iterable[str]:
                 f"learning rate, {each.learning_rate:g}: validation loss {loss:.4f}, the base "
                 f"model's is {found.base_loss:.4f}; try lower rates"
             )
+
+
+def _watched(found: Findings) -> Iterable[str]:
+    """What looked wrong in trials: at the rates that were taken in words, elsewhere as a count."""
+    for (method, budget), rows in found.best.items():
+        for code in dict.fromkeys(code for row in rows for code in row.warnings):
+            told = [row for row in rows if code in row.warnings]
+            yield (
+                f"{method} at {budget:,}, rate {rows[0].learning_rate:g}: {code} in "
+                f"{len(told)} of {len(rows)} seeds: {told[0].warnings[code]}"
+            )
+    taken = {row.trial for rows in found.best.values() for row in rows}
+    others = [row for row in found.rows if row.trial not in taken]
+    for code in dict.fromkeys(code for row in others for code in row.warnings):
+        told = [row for row in others if code in row.warnings]
+        names = some_of([f"{row.method} at {row.learning_rate:g}" for row in told], _LISTED)
+        yield f"{code} in {len(told)} of {len(others)} trials at rates not taken: {names}"
 
 
 def _binding(found: Findings) -> Iterable[str]:

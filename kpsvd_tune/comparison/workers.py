@@ -29,7 +29,7 @@ from kpsvd_tune.comparison.score import Scoring, score_model
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, measure_base, run_trial
 from kpsvd_tune.errors import FolderInUseError, KpsvdTuneError, ResourceError, StoppedBySignal
-from kpsvd_tune.events import Events
+from kpsvd_tune.events import Events, Silence
 from kpsvd_tune.phase import training_cures
 from kpsvd_tune.processes import how_it_ended
 from kpsvd_tune.recipe import Recipe
@@ -45,7 +45,8 @@ Stepped = Callable[[Trial, int, int, float], None]
 Task = Setup | Scoring | None
 # A trial that was asked to stop saves first; then it is killed.
 GRACE_SECONDS = 60.0
-# A trial whose parent was killed notices at its next step, and gives its folder back then.
+# A trial or scoring whose parent was killed notices at its next step or batch of answers, and gives
+# its folder back then.
 _LOCK_SECONDS = 60.0
 
 
@@ -73,8 +74,9 @@ class Workers(AbstractContextManager["Workers", None]):
         self._jobs, self._workers = jobs, dict[Connection, _Worker]()
         # Told now and then how many tasks run.
         self.tick: Callable[[int], None] = lambda _: None
-        # Asked before each trial.
+        # Asked before each trial, and before each trial's model is scored.
         self.may_start: Callable[[Trial], bool] = lambda _: True
+        self.may_score: Callable[[], bool] = lambda: True
 
     def __exit__(self, *_: object) -> None:
         _stop(self._workers)
@@ -87,7 +89,7 @@ class Workers(AbstractContextManager["Workers", None]):
             if {"validation_loss", "test_loss", "forgetting_loss"} <= known.keys():
                 return known
         events.stage("measuring the base model")
-        (found,) = self._run([None])
+        ((_, found),) = self._run([None])
         replace_file(file, to_json(found))
         base: dict[str, float | None] = found
         return base
@@ -97,13 +99,18 @@ class Workers(AbstractContextManager["Workers", None]):
 
         Where ``may_start`` says no while nothing runs, the rest is not run.
         """
-        yield from self._run(setups)
+        for _, row in self._run(setups):
+            yield row
 
-    def scores(self, scorings: Sequence[Scoring]) -> Iterator[TrialScore]:
-        """Score models, and give each score as it is found."""
+    def scores(self, scorings: Sequence[Scoring]) -> Iterator[tuple[Scoring, TrialScore]]:
+        """Score models, and give each with its score as that is found.
+
+        Where ``may_score`` says no while nothing runs, the rest is not scored.
+        """
         yield from self._run(scorings)
 
-    def _run(self, tasks: Sequence[Task]) -> Iterator[Any]:
+    def _run(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, Any]]:
+        """Have tasks done in order, and give each with its result as that is found."""
         waiting = deque(tasks)
         signals = StopSignals(
             lambda: (
@@ -117,7 +124,7 @@ class Workers(AbstractContextManager["Workers", None]):
                     raise StoppedBySignal(signals.requested)
                 self.tick(len(self._busy()))
                 while waiting and len(self._busy()) < self._jobs:
-                    if isinstance(waiting[0], Setup) and not self.may_start(waiting[0].trial):
+                    if not self._may_start(waiting[0]):
                         if not self._busy():
                             waiting.clear()
                         break
@@ -127,12 +134,19 @@ class Workers(AbstractContextManager["Workers", None]):
                     assert isinstance(end, Connection)
                     message = _receive(end, self._workers[end])
                     if isinstance(message, tuple):
-                        self._stepped(*message)
+                        # An empty one says nothing: see `_Beating`.
+                        if message:
+                            self._stepped(*message)
                     elif isinstance(message, BaseException):
                         raise message
                     else:
                         self._workers[end].is_busy = False
-                        yield message
+                        yield self._workers[end].task, message
+
+    def _may_start(self, task: Task) -> bool:
+        if isinstance(task, Setup):
+            return self.may_start(task.trial)
+        return self.may_score() if task is not None and task.setup is not None else True
 
     def _busy(self) -> list[Connection]:
         return [end for end, worker in self._workers.items() if worker.is_busy]
@@ -172,6 +186,17 @@ class Workers(AbstractContextManager["Workers", None]):
             other.close()
         self._workers[own] = _Worker(process, slot)
         return own
+
+
+class _Beating(Silence):
+    """Tells the parent nothing after each batch of answers, for one that is gone is noticed so."""
+
+    def __init__(self, send: Callable[[Any], None]) -> None:
+        self._send = send
+
+    def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """Send an empty message, which fails where nobody listens any more."""
+        self._send(())
 
 
 def _receive(end: Connection, worker: _Worker) -> Any:
@@ -265,7 +290,8 @@ def _answer(
             if task is None:
                 return measure_base(material, recipe, base)
             if isinstance(task, Scoring):
-                return score_model(task, material, recipe, base)
+                beating = _Beating(send)
+                return _patiently(lambda: score_model(task, material, base, beating))
             return _patiently(lambda: run_trial(task, material, base, report, jobs=jobs))
     except StoppedBySignal:
         return None
@@ -284,7 +310,7 @@ def _answer(
 
 
 def _patiently(function: Callable[[], Any]) -> Any:
-    """Run again while a folder is still held by a trial whose parent was killed."""
+    """Run again while a folder is still held by a worker whose parent was killed."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:

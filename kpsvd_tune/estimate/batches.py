@@ -22,6 +22,14 @@ class RunBatches:
     largest: MicroStep  # the most tokens, and the most supervised ones, of any
     mean_size: float  # tokens that a forward pass computes, padding included
     tokens_per_step: float  # of an optimiser step over all processes, without padding
+    # Tokens with padding that a process computes in each of the first optimiser steps.
+    step_sizes: tuple[float, ...]
+
+    def size_until(self, step: int) -> float:
+        """Tokens with padding that a process computes up to a step, that step included."""
+        known = self.step_sizes[:step]
+        mean = sum(self.step_sizes) / len(self.step_sizes)
+        return sum(known) + mean * (step - len(known))
 
 
 def batches_of(
@@ -77,7 +85,25 @@ def batches_of(
         MicroStep(*largest, most),
         sum(height * width for height, width in sizes) / len(sizes),
         real / looked_at,
+        tuple(
+            sum(height * width for height, width in sizes[first : first + passes_per_step])
+            / num_processes
+            for first in range(0, len(sizes), passes_per_step)
+        ),
     )
+
+
+def validation_size(
+    rows: StoredRows, train: TrainRecipe, *, num_processes: int = 1, multiple: int = 1
+) -> float:
+    """Tokens with padding that a process computes when the held-out rows are looked at."""
+    lengths = sorted(rows.lengths.tolist(), reverse=True)
+    packed = train.packing and train.batch_size > 1
+    sizes = [
+        _size(lengths[first : first + train.batch_size], multiple, packed)
+        for first in range(0, len(lengths), train.batch_size)
+    ]
+    return sum(height * width for height, width in sizes) / num_processes
 
 
 def full_batches(train: TrainRecipe, max_length: int, num_processes: int = 1) -> RunBatches:
@@ -85,7 +111,8 @@ def full_batches(train: TrainRecipe, max_length: int, num_processes: int = 1) ->
     size = train.batch_size * max_length
     packed = train.packing and train.batch_size > 1
     step = MicroStep(*((1, size) if packed else (train.batch_size, max_length)), size)
-    return RunBatches(step, step.size, float(size * train.gradient_accumulation * num_processes))
+    of_process = float(size * train.gradient_accumulation)
+    return RunBatches(step, step.size, of_process * num_processes, (of_process,))
 
 
 def _size(lengths: Sequence[int], multiple: int, packed: bool) -> tuple[int, int]:

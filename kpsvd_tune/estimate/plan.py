@@ -18,7 +18,7 @@ from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches
+from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.memory import (
     base_bytes,
     device_memory,
@@ -30,6 +30,7 @@ from kpsvd_tune.estimate.memory import (
 )
 from kpsvd_tune.estimate.ranks import PossibleRanks, possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import (
+    Ahead,
     decomposition_seconds,
     measure_speed,
     run_seconds,
@@ -67,6 +68,8 @@ _FEWEST_TOKENS = 64  # rows are not cut further to make a run fit
 _VALIDATION = 1 / 3
 # Half-width of what the steps of a run that has begun tell.
 _BY_STEPS = 0.1
+# Of each trained number: itself and AdamW's two, in float32.
+_CHECKPOINT_BYTES = 3 * 4
 _HEADER_BYTES = 130  # of a tensor in a safetensors file, its name among them
 
 
@@ -188,7 +191,7 @@ def _batches(setting: _Setting, recipe: Recipe, max_length: int) -> RunBatches:
         recipe.train,
         setting.length.num_steps,
         num_processes=setting.processes,
-        multiple=1 if setting.device.type == "cpu" else 8,
+        multiple=_multiple(setting),
         max_length=max_length,
     )
 
@@ -246,11 +249,12 @@ def _data(setting: _Setting, batches: RunBatches) -> DataPlan:
 def _trace(setting: _Setting, recipe: Recipe, step: MicroStep) -> tuple[Trace, Trace]:
     """A step's trace, and the one without gradient checkpointing."""
     config, layers = setting.skeleton.config, setting.ranks.most
-    found = trace_step(config, recipe, layers, step)
+    kind = setting.device.type
+    found = trace_step(config, recipe, layers, step, kind)
     if not recipe.train.gradient_checkpointing or setting.device.type != "cpu":
         return found, found
     train = recipe.train.model_copy(update={"gradient_checkpointing": False})
-    return found, trace_step(config, recipe.model_copy(update={"train": train}), layers, step)
+    return found, trace_step(config, recipe.model_copy(update={"train": train}), layers, step, kind)
 
 
 def _memory(
@@ -297,8 +301,7 @@ def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
     if steps is None:
         return TimePlan(seconds, len(todo), None, tuple(basis))
     validations, share = _validations(setting, steps)
-    tokens = batches.tokens_per_step * steps
-    known = seconds_by_steps(_begun(recipe), tokens, validations)
+    known = seconds_by_steps(_begun(recipe), _ahead(setting, batches, steps))
     if known is not None:
         basis.append(f"training by the steps that the run in {recipe.output_dir} has done")
         ends = ((1 - _BY_STEPS) * known, (1 + _BY_STEPS) * known)
@@ -314,6 +317,31 @@ def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
     )
     most, least = (run_seconds(each, steps, validations, share) for each in (high, low))
     return TimePlan(seconds, len(todo), (least, most), tuple(basis))
+
+
+def _ahead(setting: _Setting, batches: RunBatches, steps: int) -> Ahead:
+    train, data = setting.recipe.train, setting.data
+    held_out = 0.0
+    if data is not None and len(data.validation):
+        held_out = validation_size(
+            data.validation,
+            train,
+            num_processes=setting.processes,
+            multiple=_multiple(setting),
+        )
+    return Ahead(
+        num_steps=steps,
+        size_until=batches.size_until,
+        validation_size=held_out,
+        eval_every=train.eval_every,
+        save_every=train.save_every,
+        checkpoint_bytes=_CHECKPOINT_BYTES * setting.ranks.num_trained()[1],
+    )
+
+
+def _multiple(setting: _Setting) -> int:
+    """Rows are padded to a multiple of so many tokens."""
+    return 1 if setting.device.type == "cpu" else 8
 
 
 def _validations(setting: _Setting, steps: int) -> tuple[int, float]:

@@ -6,8 +6,10 @@ on memory and on what else it does. The steps of a run that has begun tell it wi
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,10 @@ _PROBE_SECONDS = 0.3
 STEP_RANGE = (0.7, 2.5)
 # Steps that tell the pace of a run; the first of them also warms up.
 FEWEST_STEPS = 5
+# A forward pass is at most this share of a step, whose backward pass takes as long or longer.
+_FORWARD_SHARE = 0.5
+# Bytes a second of checkpoints, until one was seen: what a plain disk does.
+_DISK_SPEED = 200e6
 
 
 @dataclass(frozen=True)
@@ -56,25 +62,84 @@ def run_seconds(step: float, num_steps: int, num_validations: int, validation: f
     return step * (num_steps + num_validations * validation)
 
 
-def seconds_by_steps(
-    lines: Sequence[Mapping[str, Any]], tokens: float, num_validations: int = 0
-) -> float | None:
+@dataclass(frozen=True)
+class Ahead:
+    """What a run consists of, by which its first steps tell the time of the rest."""
+
+    num_steps: int
+    size_until: Callable[[int], float]  # tokens with padding of a process, up to a step
+    validation_size: float = 0.0  # the same of one validation; 0 without held-out rows
+    eval_every: int = 0
+    save_every: int = 0
+    checkpoint_bytes: int = 0
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the held-out rows are looked at after a step."""
+        is_due = step == self.num_steps or (self.eval_every > 0 and step % self.eval_every == 0)
+        return self.validation_size > 0 and is_due
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step is saved for its number alone."""
+        return step == self.num_steps or (self.save_every > 0 and step % self.save_every == 0)
+
+
+def seconds_by_steps(lines: Sequence[Mapping[str, Any]], ahead: Ahead) -> float | None:
     """Seconds of a whole run by the lines of its metrics.jsonl; None where there are too few.
 
-    Args:
-        lines: Metrics of steps, in order.
-        tokens: Of the whole run, without padding.
-        num_validations: Validations of the whole run; one takes what the first one took.
+    What was taken so far is known. A step to come takes the median pace of those done, which the
+    first ones, that warm caches up or compile, do not change; and what lies between two steps, a
+    validation and a checkpoint take what they were seen to take.
     """
     steps = [each for each in lines if each.get("tokens_per_second") and not each.get("skipped")]
-    if len(steps) < FEWEST_STEPS:
+    if not steps or steps[-1]["step"] < FEWEST_STEPS:
         return None
-    warm = steps[1:]
-    spent = sum(each["tokens"] / each["tokens_per_second"] for each in warm)
-    pace: float = spent / sum(each["tokens"] for each in warm)
-    first = steps[0]
-    before: float = first["seconds"] - first["tokens"] / first["tokens_per_second"]
-    return pace * tokens + max(0.0, before) * num_validations
+    last, num_done = steps[-1], steps[-1]["step"]
+    # A run that logs each tenth step only has one line by then.
+    warm = [each for each in steps if each["step"] > 1]
+    pace = statistics.median(_own(each) / _size_of(each, ahead) for each in warm)
+    between, validation, saving = _gaps(steps, ahead, pace)
+    coming = range(num_done + 1, ahead.num_steps + 1)
+    # What follows the last step that was logged is still to come.
+    after = range(num_done, ahead.num_steps + 1)
+    validated = [step for step in after if ahead.is_validated(step)]
+    saved = [step for step in after if ahead.is_saved(step) and not ahead.is_validated(step)]
+    size = ahead.size_until(ahead.num_steps) - ahead.size_until(num_done)
+    rest = pace * size + between * len(coming)
+    known: float = last["seconds"]
+    return known + rest + validation * len(validated) + saving * len(saved)
+
+
+def _gaps(
+    steps: Sequence[Mapping[str, Any]], ahead: Ahead, pace: float
+) -> tuple[float, float, float]:
+    """Seconds between two steps; with a validation between them; and with a checkpoint."""
+    gaps: dict[str, list[float]] = {"plain": [], "validated": [], "saved": []}
+    for one, other in itertools.pairwise(steps):
+        if other["step"] == one["step"] + 1:
+            step = one["step"]
+            kind = "saved" if ahead.is_saved(step) else "plain"
+            kind = "validated" if one.get("validation_loss") is not None else kind
+            gaps[kind].append(max(0.0, other["seconds"] - _own(other) - one["seconds"]))
+    plain = statistics.median(gaps["plain"]) if gaps["plain"] else 0.0
+    if gaps["validated"]:
+        validation = statistics.median(gaps["validated"])
+    else:
+        validation = _FORWARD_SHARE * pace * ahead.validation_size
+        if (first := steps[0])["step"] == 1:
+            # The one before the first step warmed up as well, so it says what it takes at most.
+            validation = min(validation, max(0.0, first["seconds"] - _own(first)))
+    unseen = ahead.checkpoint_bytes / _DISK_SPEED
+    return plain, validation, statistics.median(gaps["saved"]) if gaps["saved"] else unseen
+
+
+def _own(line: Mapping[str, Any]) -> float:
+    """Seconds of the step itself."""
+    seconds: float = line["tokens"] / line["tokens_per_second"]
+    return seconds
+
+
+def _size_of(line: Mapping[str, Any], ahead: Ahead) -> float:
+    return ahead.size_until(line["step"]) - ahead.size_until(line["step"] - 1)
 
 
 def decomposition_seconds(

@@ -221,7 +221,7 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
         "expected the tokenizer files that belong to the model: fetch them again",
     ):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, **options
+            source.folder, local_files_only=True, trust_remote_code=False, **options
         )
         # Values of wrong types, as of model_max_length, show when they are first used.
         tokenizer("a")
@@ -260,7 +260,9 @@ def _of_adapter(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         f"{adapter}: the tokenizer beside the adapter cannot be loaded",
         "expected the files as they were saved, or none: then the base's are taken",
     ):
-        own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+        own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            adapter, local_files_only=True, trust_remote_code=False
+        )
     if isinstance(own.chat_template, str):
         # transformers 4 may have written it into tokenizer_config.json.
         tokenizer.chat_template = own.chat_template
@@ -288,7 +290,18 @@ def _config(source: ModelSource) -> PretrainedConfig:
         if source.kind == "gguf":
             # A copy: loading a model writes into its configuration.
             return copy.deepcopy(_gguf_config(source, source.weight_files[0].stat().st_mtime_ns))
-        config: PretrainedConfig = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source.folder, local_files_only=True, trust_remote_code=False
+            )
+        except ValueError as error:
+            if "custom code" not in str(error):
+                raise
+            raise ModelError(
+                f"model {source.path!r} brings Python code of its own, and code beside a model is "
+                "never run here; expected an architecture that transformers itself knows: take a "
+                "checkpoint of one, or a newer transformers that has this one"
+            ) from error
     _check_sizes(source, config)
     return config
 

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ class TrialRow(Result):
     device_seconds: float | None = None
     energy_joules: float | None = None  # of that; None where no device tells it
     score: TrialScore | None = None  # on the task of --score; None where it was not scored
+    # What looked wrong while it ran, by its code: docs/watching.md. Empty in older versions' rows.
+    warnings: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

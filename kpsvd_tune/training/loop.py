@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.data import StatelessSampler, TokenizedRow, row_lengths
@@ -42,7 +43,7 @@ from kpsvd_tune.training.progress import (
 from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.tracking import Tracking
-from kpsvd_tune.training.watching import Tell, Watching, log_event, log_idle
+from kpsvd_tune.training.watching import Tell, Watching, log_event, log_idle, memory_of_process
 from kpsvd_tune.units import duration
 from kpsvd_tune.watch.telling import fallback
 
@@ -78,7 +79,8 @@ class Training:
         settings: Mapping[str, Any] | None = None,  # for trackers; None: they get nothing
         rate_factors: Mapping[str, float] | None = None,  # of learning rates, by parameter; else 1
         loss_before: float | None = None,  # of the validation rows, where it is known already
-        tell: Tell | None = None,  # of warnings and fallbacks; None: nobody watches
+        # Of warnings and fallbacks, by the main process; None, on all processes: nobody watches.
+        tell: Tell | None = None,
     ) -> None:
         self._recipe, self._accelerator, self._run = recipe, accelerator, run
         self._train_rows, self._validation_rows = train_rows, validation_rows
@@ -117,13 +119,13 @@ class Training:
         self._began = time.monotonic() - self.progress.seconds
         self._tracking = Tracking(accelerator, settings)
         self._tell = tell or log_event
+        self._is_watched = tell is not None
         self._watching: Watching | None = None
-        if tell is not None and accelerator.is_main_process:
+        if self._is_watched and accelerator.is_main_process:
             self._watching = Watching(
                 model,
                 recipe,
                 run,
-                accelerator.device,
                 self._say,
                 holds_weights=self._stepper.holds_weights,
             )
@@ -324,15 +326,21 @@ class Training:
             self._log(metrics)
         is_best = metrics.validation_loss is not None and progress.best_step == step
         is_saved = self._is_over or is_best or _divides(recipe.save_every, step)
-        if self._watching is not None:
-            is_checked = is_saved or metrics.validation_loss is not None
-            self._watching.step(metrics, is_checked=is_checked)
+        self._watch(metrics, is_checked=is_saved or metrics.validation_loss is not None)
         if is_saved or self._signal:
             self._save()
         progress.seconds = time.monotonic() - self._began
         self._stop_if_signalled()
         self._begin("end" if self._is_over else "step")
         return metrics
+
+    def _watch(self, metrics: StepMetrics, *, is_checked: bool) -> None:
+        """Show the step to the detectors; every process sends the memory that it has left."""
+        memory = None
+        if self._is_watched and is_checked:
+            memory = gather_object([memory_of_process(self._accelerator.device)])
+        if self._watching is not None:
+            self._watching.step(metrics, memory)
 
     def _skip_or_raise(self, fault: str, step: int) -> None:
         """Count a step that is left out for `fault`, or raise NonFiniteError."""

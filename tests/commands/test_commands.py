@@ -160,9 +160,10 @@ OPTIONS = {
     },
     "runs": {"--sort", "--reverse", "--json", "--debug"},
     "report": {"--layers", "--html", "--output", "-o", "--json", "--debug"},
-    "recipes list": {"--json"},
+    "recipes list": {"--model", "--task", "--machine", "--size", "--memory", "--json"},
     "recipes show": set(),
-    "recipes copy": set(),
+    "recipes copy": {"--resolved"},
+    "recipes convert": {"--json"},
     "recipes schema": {"--output", "-o"},
     "recipes docs": {"--output", "-o"},
 }
@@ -471,6 +472,7 @@ def test_shells_complete_commands_options_and_tasks(
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_completion_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kpsvd_tune", "--show-completion", "bash"],

@@ -99,7 +99,9 @@ def test_money_for_scores_that_are_to_come_is_kept_back() -> None:
     assert purse.split(planned(grid_of(), []))[0] == planned(grid_of(), [])[:1]
     assert purse.may_start(trial())
     assert not purse.may_start(trial(seed=1))
-    # Scoring itself takes what was kept back for it; models are scored one at a time.
+    # Scoring itself takes what was kept back for it: 65 s hold five at a time.
+    assert [purse.may_score() for _ in range(6)] == [True] * 5 + [False]
+    purse.scored()
     assert purse.may_score()
     shared = Purse(Price(0.11, 36.0, "EUR", share=0.25), forecast, lambda: 0.0)
     assert not shared.may_score()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from kpsvd_tune.comparison.workers import Workers, _answer
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.events import read_events
 from kpsvd_tune.training import make_accelerator
 
 COLUMNS = {"prompt": "question", "completion": "answer"}
@@ -39,23 +43,27 @@ def recipe(tmp_path: Path, rows_file: Path, write_recipe: Callable[..., Path]) -
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials and scorings run here, one after the other."""
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Trials and scorings run here, one after the other; how many were given at a time."""
+    together: list[int] = []
 
     def run(workers: Any, tasks: Any) -> Iterator[Any]:
         material, recipe = workers._material, workers._recipe
         base = KeptBase(material.source, recipe)
+        together.append(len(tasks))
         for task in tasks:
-            trial = getattr(task, "trial", None)
-            if trial is not None and not workers.may_start(trial):
+            if not workers._may_start(task):
                 return
-            answer = _answer(task, material, recipe, base, lambda step: workers._stepped(*step))
+            answer = _answer(
+                task, material, recipe, base, lambda step: step and workers._stepped(*step)
+            )
             if isinstance(answer, BaseException):
                 raise answer
             workers.tick(1)
-            yield answer
+            yield task, answer
 
     monkeypatch.setattr(Workers, "_run", run)
+    return together
 
 
 def command(recipe: Path, methods: str, *more: str) -> list[str]:
@@ -65,7 +73,7 @@ def command(recipe: Path, methods: str, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_model_that_is_scored_is_the_one_that_was_trained(
-    recipe: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, in_this_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: dict[str, float | None] = {}
     trained = module._trained
@@ -89,7 +97,7 @@ def test_the_model_that_is_scored_is_the_one_that_was_trained(
 def test_scores_are_kept_paired_and_not_made_twice(
     recipe: Path,
     tmp_path: Path,
-    in_this_process: None,
+    in_this_process: list[int],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -100,6 +108,8 @@ def test_scores_are_kept_paired_and_not_made_twice(
     verdict = json.loads(captured.out)
     assert "scoring the base model on exact_match" in captured.err
     assert "scored 2 of 2: lora at 3,000" in captured.err
+    # Models are given to the workers together, as trials are: the base, and then the best two.
+    assert in_this_process[-1] == 2
     rows = read_results(folder)
     assert len(rows) == 2
     for row in rows:
@@ -128,7 +138,7 @@ def test_scores_are_kept_paired_and_not_made_twice(
 
 @pytest.mark.slow
 def test_money_stops_the_trials_and_more_of_it_goes_on(
-    recipe: Path, tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, in_this_process: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "comparison"
     words = command(recipe, "kpsvd,lora", "--seeds", "3", "--plan", "full")
@@ -273,3 +283,66 @@ def test_what_was_measured_of_the_base_goes_with_its_settings(tmp_path: Path) ->
     open_results(tmp_path, {"recipe": {"model": "b"}}, {})
     assert not (tmp_path / "base.json").exists()
     assert not (tmp_path / "base_score.json").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_scoring_goes_on_and_ends_the_same(recipe: Path, tmp_path: Path) -> None:
+    """Two models are scored at a time; kill -9 while both answer."""
+    folder = tmp_path / "comparison"
+    words = command(recipe, "lora,lora-fa", "--score", "exact_match", "--jobs", "2")
+    # One answer a batch and answers of many tokens, so that there is a moment to kill at.
+    text = recipe.read_text().replace("max_new_tokens: 3", "max_new_tokens: 200\n  batch_size: 1")
+    recipe.write_text(text)
+    program = [sys.executable, "-m", "kpsvd_tune", *words]
+    answers = "trials/*/score/completions.jsonl"
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while len([file for file in folder.glob(answers) if file.stat().st_size]) < 2:
+        assert process.poll() is None, "the comparison ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert all(each.score is None for each in read_results(folder))
+    done = subprocess.run([*program, "--json"], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for file in folder.glob(answers):
+        keys = [json.loads(line)["id"] for line in file.read_text().splitlines()]
+        # The workers of the killed call gave the folder back before others wrote into it.
+        assert len(keys) == len(set(keys)) == 8
+    assert all(each.score is not None for each in read_results(folder))
+
+
+@pytest.mark.slow
+def test_a_trial_is_watched_and_what_looked_wrong_is_told(
+    recipe: Path,
+    tmp_path: Path,
+    in_this_process: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = command(recipe, "lora")
+    words[words.index("--learning-rates") + 1] = "1e-3,1e-2"
+    # A gradient that is clipped in every step, and a rate that rises in nearly all of them.
+    changes = ["train.max_steps=52", "train.max_grad_norm=1e-4", "train.warmup_ratio=0.9"]
+    assert cli.run([*words, *changes, "train.eval_every=26", "--json"]) == 0
+    captured = capsys.readouterr()
+    rows = read_results(tmp_path / "comparison")
+    assert [list(row.warnings) for row in rows] == [["clipping"], ["clipping"]]
+    for row in rows:
+        trial = tmp_path / "comparison" / "trials" / row.trial.folder_name
+        (told,) = [each for each in read_events(trial) if each.kind == "warning"]
+        assert (told.code, told.text) == ("clipping", row.warnings["clipping"])
+        assert told.step == 50
+        assert told.cure
+        assert f"{row.trial}: clipping: The gradient was clipped in 100 %" in captured.err
+    verdict = json.loads(captured.out)
+    taken = verdict["summaries"][0]["learning_rate"]
+    (other,) = {1e-3, 1e-2} - {taken}
+    page = (tmp_path / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    for note in (
+        f"lora at 3,000, rate {taken:g}: clipping in 1 of 1 seeds: The gradient was clipped in",
+        f"clipping in 1 of 1 trials at rates not taken: lora at {other:g}",
+        "The rate rises in 47 of the 52 steps.",
+    ):
+        assert any(each.startswith(note) for each in verdict["notes"]), note
+        assert note in page

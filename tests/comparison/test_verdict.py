@@ -152,6 +152,23 @@ def test_unequal_numbers_of_trials_and_shared_machines_are_told() -> None:
     assert any("2 trials ran at a time" in note for note in notes)
 
 
+def test_what_looked_wrong_in_trials_is_told_in_words_where_it_matters() -> None:
+    clipped = {"clipping": "The gradient was clipped in 98 % of the last 50 steps."}
+    rows = [row(rate=1e-3, seed=seed, loss=1.0, warnings=clipped) for seed in range(3)]
+    rows[2] = row(rate=1e-3, seed=2, loss=1.0)
+    rows += [row(rate=1e-1, loss=3.0, warnings={"divergence": "The validation loss rose."})]
+    rows += [row(rate=1e-2, loss=2.0)]
+    notes = verdict(rows).notes
+    assert (
+        "lora at 100, rate 0.001: clipping in 2 of 3 seeds: The gradient was clipped in 98 % of "
+        "the last 50 steps." in notes
+    )
+    assert "divergence in 1 of 2 trials at rates not taken: lora at 0.1" in notes
+    assert not any(
+        "clipping" in note or "rates not taken" in note for note in verdict([row()]).notes
+    )
+
+
 def test_a_failed_rate_with_more_seeds_does_not_hide_a_sound_one() -> None:
     rows = [row(rate=1e-3, loss=1.0)]
     rows += [row(rate=2e-3, seed=0, loss=None), row(rate=2e-3, seed=1, loss=0.5)]

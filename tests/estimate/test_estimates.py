@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from kpsvd_tune.adapter import kernel
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.estimate import trace as tracing
 from kpsvd_tune.estimate.batches import batches_of, full_batches
 from kpsvd_tune.estimate.memory import optimiser_bytes
 from kpsvd_tune.estimate.time import (
     FEWEST_STEPS,
+    Ahead,
     Speed,
     decomposition_seconds,
     measure_speed,
@@ -102,6 +104,7 @@ def test_what_costs_memory_shows() -> None:
     assert activations(MicroStep(1, 128, 40), packing=True) > 0.8 * plain
 
 
+@pytest.mark.slow
 def test_nothing_of_a_trace_is_left(tiny_model: nn.Module) -> None:
     trace_step(config(), recipe(), layers(config()), STEP)
     ids = torch.zeros(1, 4, dtype=torch.int64)
@@ -137,6 +140,7 @@ def test_batches_are_those_that_the_sampler_makes(monkeypatch: pytest.MonkeyPatc
 def test_rows_that_were_not_read_are_the_longest() -> None:
     found = full_batches(TrainRecipe(batch_size=2, gradient_accumulation=3), 16, 2)
     assert (found.largest, found.tokens_per_step) == (MicroStep(2, 16, 32), 192)
+    assert (found.size_until(1), found.size_until(4)) == (96, 384)
     packed = full_batches(TrainRecipe(batch_size=2, packing=True), 16)
     assert packed.largest == MicroStep(1, 32, 32)
 
@@ -150,23 +154,58 @@ def test_state_of_optimisers(optimizer: str, copies: int) -> None:
     assert found == pytest.approx(copies * 1_000_000, rel=0.01)
 
 
-def line(step: int, tokens: int, seconds_each: float, before: float = 2.0) -> dict[str, Any]:
+def line(step: int, size: int, own: float, seconds: float, **more: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl: a step of `own` seconds that ended at `seconds`."""
     return {
         "step": step,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds_each,
-        "seconds": before + step * seconds_each,
-    }
+        "tokens": size,
+        "tokens_per_second": size / own,
+        "seconds": seconds,
+    } | more
+
+
+def equal_steps(size: int) -> Any:
+    return lambda step: size * step
 
 
 def test_five_steps_tell_the_time_of_a_run() -> None:
-    lines = [line(1, 100, 9.0), *(line(step, 100, 1.0) for step in range(2, 6))]
+    ahead = Ahead(100, equal_steps(100))
+    # Two seconds before the first step, which also warms up, and a second each.
+    lines = [line(1, 100, 9.0, 11.0), *(line(n, 100, 1.0, 10.0 + n) for n in range(2, 6))]
     assert len(lines) == FEWEST_STEPS
-    # The first step, which also warms up, does not count.
-    assert seconds_by_steps(lines, 10_000) == pytest.approx(100)
-    assert seconds_by_steps(lines, 10_000, num_validations=3) == pytest.approx(106)
-    assert seconds_by_steps(lines[:4], 10_000) is None
-    assert seconds_by_steps([{**each, "skipped": "loss"} for each in lines], 10_000) is None
+    assert seconds_by_steps(lines, ahead) == pytest.approx(110)
+    assert seconds_by_steps(lines[:4], ahead) is None
+    assert seconds_by_steps([], ahead) is None
+    assert seconds_by_steps([{**each, "skipped": "loss"} for each in lines], ahead) is None
+    # A forward pass is at most half of a step of the same tokens, and the one before the first
+    # step took two seconds, with warming up.
+    held_out = Ahead(100, equal_steps(100), validation_size=200, eval_every=25)
+    assert seconds_by_steps(lines, held_out) == pytest.approx(110 + 4)
+    large = replace(held_out, validation_size=1000)
+    assert seconds_by_steps(lines, large) == pytest.approx(110 + 8)
+    # A checkpoint is counted by its size until one was seen; the last step has a validation too.
+    saved = replace(held_out, save_every=10, checkpoint_bytes=400_000_000)
+    assert seconds_by_steps(lines, saved) == pytest.approx(110 + 4 + 8 * 2)
+
+
+def test_what_was_seen_between_steps_is_expected_again() -> None:
+    ahead = Ahead(
+        20, equal_steps(10), validation_size=30, eval_every=2, save_every=5, checkpoint_bytes=10**9
+    )
+    lines, now = [], 3.0
+    for step in range(1, 8):
+        now += 1.0
+        lines.append(line(step, 10, 1.0, now, validation_loss=None if step % 2 else 2.0))
+        # Waiting for rows, a validation after each second step, a checkpoint after the fifth.
+        now += 0.5 + (4.0 if step % 2 == 0 else 0.0) + (7.0 if step == 5 else 0.0)
+    whole = 3.0 + 20 * 1.5 + 10 * 4.0 + 2 * 7.0 - 0.5
+    found = seconds_by_steps(lines, ahead)
+    assert found == pytest.approx(whole, rel=0.05)
+
+
+def test_a_run_that_logs_now_and_then_tells_its_time_too() -> None:
+    ahead = Ahead(100, equal_steps(100))
+    assert seconds_by_steps([line(10, 100, 1.0, 12.0)], ahead) == pytest.approx(102)
 
 
 def test_a_step_takes_products_and_traffic() -> None:
@@ -185,3 +224,18 @@ def test_probes_of_this_machine() -> None:
     assert decomposition_seconds([], 4, 5e-3, torch.device("cpu")) == 0
     large = LayerPlan.of_weight("b", (4096, 4096), "balanced")
     assert decomposition_seconds([large], 2, 5e-3, torch.device("cpu")) > one
+
+
+def test_a_gpu_is_imagined_with_its_own_sizes_of_steps() -> None:
+    """Chunks that stay in a CPU's cache would starve a GPU, which therefore holds larger ones."""
+    x = torch.zeros(4096, 8)
+    here = kernel.chunk_tokens(x, 4096)
+    with kernel.imagined_on("cuda"):
+        assert kernel.device_kind(x) == "cuda"
+        assert kernel.chunk_tokens(x, 4096) > here
+    assert kernel.device_kind(x) == "cpu"
+    on_cpu, on_gpu = (
+        trace_step(config(), recipe(), layers(config()), STEP, kind) for kind in ("cpu", "cuda")
+    )
+    assert on_gpu.activations > 0
+    assert on_cpu.multiply_adds > 0

@@ -296,3 +296,18 @@ def test_a_configuration_of_wrong_types_or_sizes_is_a_model_error(
     (folder / "config.json").write_text(content)
     with pytest.raises(ModelError, match=said):
         load_skeleton(resolve_model(str(folder)))
+
+
+def test_code_beside_a_model_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask at a terminal; here nobody is asked."""
+    architectures.save("llama", tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(ModelError, match="brings Python code of its own, .* is never run here"):
+        load_model(resolve_model(str(tmp_path)), "float32")
+    assert not ran.exists()

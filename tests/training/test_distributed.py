@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from safetensors.torch import load
 
+from kpsvd_tune.report.events import read_events
 from kpsvd_tune.storage.commit import read_committed
 from kpsvd_tune.training.optim import SHARDABLE
 
@@ -41,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "OMP_NUM_THREADS": "1",
     }
     ranks = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, str(SCRIPT), str(folder)],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
@@ -199,6 +201,90 @@ def test_both_processes_go_back_together(folder):
         rates = [each["learning_rate"] for each in outcome["metrics"]]
         assert rates == [0.01, 0.01, 0.005, 0.005]
     assert seen(folder, "retry", 0)["weights"] == seen(folder, "retry", 1)["weights"]
+
+
+def told(folder: Path, name: str) -> list[tuple[str, int | None]]:
+    """Code and step of the warnings and fallbacks of a run."""
+    found = read_events(folder / name)
+    return [(each.code, each.step) for each in found if each.kind in ("warning", "fallback")]
+
+
+def logged(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for what differs from one call to the next."""
+    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    other = ("seconds", "tokens_per_second", "memory_bytes")
+    return [{key: value for key, value in each.items() if key not in other} for each in lines]
+
+
+def decided(outcome: Any) -> dict[str, Any]:
+    """Counters that decide, and the weights, of one process at the end."""
+    counters = {key: each for key, each in outcome["progress"].items() if key != "seconds"}
+    return counters | {"weights": outcome["weights"], "error": outcome["error"]}
+
+
+@pytest.mark.parametrize("name", ["faults", "sharded-faults"])
+def test_what_one_process_alone_meets_is_decided_alike_and_told_once(folder, name):
+    zero, one = seen(folder, name, 0), seen(folder, name, 1)
+    assert decided(zero) == decided(one)
+    # Step 3 is skipped, step 4 leads back to step 2 with a lower rate; step 7 is skipped, and for
+    # step 8 nothing is left but the best step.
+    expected = [("skip_batch", 3), ("lower_rate", 3), ("skip_batch", 7), ("keep_best", 7)]
+    assert told(folder, name) == expected
+    assert all("on process 1" in event.text for event in read_events(folder / name))
+    assert [each["step"] for each in zero["metrics"]] == [1, 2, 3, 3, 4, 5, 6, 7]
+    assert zero["error"] is None
+    assert zero["progress"]["keeps_best"]
+    assert zero["result"]["adapter_step"] == zero["result"]["best_step"] < 7
+
+
+def test_a_divergence_of_one_process_takes_both_back(folder):
+    zero, one = seen(folder, "diverging", 0), seen(folder, "diverging", 1)
+    assert decided(zero) == decided(one)
+    assert [code for code, _ in told(folder, "diverging")] == ["divergence", "lower_rate"]
+    assert zero["progress"]["num_retries"] == 1
+    # Ten losses have to be bad; the start is the one checkpoint that is left of before.
+    assert [each["step"] for each in zero["metrics"]][-14:] == [*range(1, 15)]
+    for rank in (0, 1):
+        outcome = seen(folder, "diverging-told", rank)
+        assert outcome["error"] is None
+        assert outcome["progress"]["num_retries"] == 0
+    assert [code for code, _ in told(folder, "diverging-told")] == ["divergence"]
+
+
+@pytest.mark.parametrize(("name", "first"), [("faults", 3), ("diverging", 1)])
+def test_a_kill_after_a_fallback_changes_no_bit_on_two_processes(folder, name, first):
+    assert seen(folder, f"{name}-parts")["progress"]["num_retries"] == 1
+    for rank in (0, 1):
+        resumed = seen(folder, f"{name}-parts+resumed", rank)
+        assert decided(resumed) == decided(seen(folder, name, rank))
+        # It went wrong again where it had, and fell back again.
+        assert resumed["metrics"][0]["step"] == first
+    assert logged(folder, f"{name}-parts") == logged(folder, name)
+    assert told(folder, f"{name}-parts") == told(folder, name)
+    newest = max(path.name for path in (folder / name / "checkpoints").glob("step-*"))
+    for file in ("offsets.safetensors", "optimizer.safetensors", "random.safetensors"):
+        saved = [
+            read_committed(folder / each / "checkpoints" / newest)[file]
+            for each in (name, f"{name}-parts")
+        ]
+        assert saved[0] == saved[1]
+
+
+def test_each_warning_of_two_processes_is_told_once_also_what_one_alone_sees(folder):
+    codes = sorted(code for code, _ in told(folder, "watched"))
+    assert codes == [
+        "clipping",
+        "dead_layers",
+        "disk_low",
+        "exploding_offsets",
+        "loss_spike",
+        "memory_low",
+        "slow",
+    ]
+    events = {each.code: each for each in read_events(folder / "watched")}
+    assert events["loss_spike"].step == 40
+    assert events["memory_low"].text.startswith("On process 1, ")
+    assert events["memory_low"].evidence["process"] == 1
 
 
 @pytest.mark.parametrize("name", SHARDABLE)

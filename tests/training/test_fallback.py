@@ -27,8 +27,8 @@ WILD: dict[str, Any] = {
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for times."""
-    timed = ("seconds", "tokens_per_second")
+    """The lines of metrics.jsonl, but for times and memory."""
+    timed = ("seconds", "tokens_per_second", "memory_bytes")
     found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in timed} for line in found]
 

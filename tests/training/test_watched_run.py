@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.launch import launch
 from kpsvd_tune.report.events import read_events
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.results import Event
@@ -121,3 +122,37 @@ def test_watching_changes_no_bit_of_a_run(
             for folder in ("alone", "watched")
         ]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "num_steps"), [("few_steps", 1), ("warmup_too_long", 4)])
+def test_two_processes_tell_what_looks_wrong_before_the_first_step_once(
+    code: str,
+    num_steps: int,
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    rows = [*ORDINARY]
+    rows += [(f"Bo has {n} nuts.", "so he counts " * 6) for n in range(8)]
+    rows += [(f"Jo has {n} nuts.", "") for n in range(8)]
+    held = rows_of(tmp_path / "held.jsonl", *rows[:3], ("Lu has 3 nuts.", "so she counts 3"))
+    recipe = write_recipe(
+        dataset={
+            "path": rows_of(tmp_path / "own.jsonl", *rows),
+            "validation": held,
+            "max_length": 48,
+        },
+        train={"max_steps": num_steps, "eval_every": 0, "warmup_ratio": 0.9, "batch_size": 1},
+        **SMALL,
+    )
+    assert launch(["train", str(recipe), "--processes", "2"], 2, use_cpu=True) in (0, 4)
+    found = warnings_of(tmp_path / "run")
+    assert [event.code for event in found] == [
+        "truncated_rows",
+        "dropped_rows",
+        "shared_rows",
+        code,
+    ]
+    err = capfd.readouterr().err
+    assert all(err.count(event.text) == 1 for event in found)

@@ -12,23 +12,33 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import kpsvd_tune.training.loop as loop
+import kpsvd_tune.training.watching as watching
+from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.data import TokenizedRow
 from kpsvd_tune.errors import KpsvdTuneError, RunError
+from kpsvd_tune.events import Silence
 from kpsvd_tune.processes import end_processes, on_main_process
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs.directory import RunDirectory
+from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.training import Training, make_accelerator
 from kpsvd_tune.training.optim import SHARDABLE
+from kpsvd_tune.training.progress import Progress
 
 
-def make_model(dropout: float = 0.0, has_idle_layer: bool = False) -> torch.nn.Module:
+def make_model(
+    dropout: float = 0.0, has_idle_layer: bool = False, adapter: Any = None
+) -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -38,7 +48,7 @@ def make_model(dropout: float = 0.0, has_idle_layer: bool = False) -> torch.nn.M
         num_attention_heads=2,
         num_key_value_heads=2,
     )
-    adapter = LoraConfig(
+    lora = LoraConfig(
         r=2,
         lora_dropout=dropout,
         target_modules=["q_proj", "up_proj", *["idle"][: int(has_idle_layer)]],
@@ -50,7 +60,7 @@ def make_model(dropout: float = 0.0, has_idle_layer: bool = False) -> torch.nn.M
         # Last, so that the others get the weights that they have without it.
         with torch.random.fork_rng():
             base.idle = torch.nn.Linear(4, 4)
-    model = get_peft_model(base, adapter)
+    model = get_peft_model(base, adapter or lora)
     assert isinstance(model, torch.nn.Module)
     return model
 
@@ -75,9 +85,17 @@ def train(
     stop_after: int | None = None,
     two_rates: bool = False,
     has_idle_layer: bool = False,
+    prepare: Callable[[Training, torch.nn.Module], None] | None = None,
+    stop_when: Callable[[Progress], bool] = lambda _: False,
+    is_watched: bool = False,
+    adapter: Any = None,
     **changes: Any,
 ) -> None:
-    """Train, and write what this process saw."""
+    """Train, and write what this process saw.
+
+    `plant` is called after each step and `prepare` before the first; `stop_when` ends as a kill
+    does, with nothing saved any more. With `is_watched` the run has events, as `train` keeps them.
+    """
     recipe = TrainRecipe.model_validate(
         {
             "max_steps": 4,
@@ -93,8 +111,10 @@ def train(
     run = RunDirectory(folder / name.partition("+")[0])
     identity = {"num_processes": accelerator.num_processes}
     start = on_main_process(lambda: run.begin("recipe", identity, {}))
-    model = make_model(dropout, has_idle_layer)
+    model = make_model(dropout, has_idle_layer, adapter)
     rows = make_rows(16)
+    events = RunEvents(Silence(), run, is_main=accelerator.is_main_process)
+    events.begin(start.changed)
     training = Training(
         model,
         rows[:11],
@@ -108,7 +128,10 @@ def train(
         rate_factors={
             name: 0.5 for name, _ in model.named_parameters() if two_rates and "lora_B" in name
         },
+        tell=events.tell if is_watched else None,
     )
+    if prepare is not None:
+        prepare(training, model)
     seen: dict[str, Any] = {"metrics": [], "error": None}
     try:
         steps = training.steps()
@@ -116,7 +139,7 @@ def train(
             seen["metrics"].append(metrics.to_dict())
             if plant is not None:
                 plant(model, metrics.step)
-            if metrics.step == stop_after:
+            if metrics.step == stop_after or stop_when(training.progress):
                 steps.close()
     except KpsvdTuneError as error:
         seen["error"] = [type(error).__name__, error.exit_code, str(error)]
@@ -125,6 +148,7 @@ def train(
     seen["num_held"] = sum(parameter.numel() for parameter in model.parameters())
     seen["kinds"] = sorted({type(parameter).__name__ for parameter in model.parameters()})
     seen["result"] = training.result().to_dict()
+    seen["progress"] = asdict(training.progress)
     path = folder / f"{name}-{accelerator.process_index}.json"
     path.write_text(json.dumps(seen))
 
@@ -148,6 +172,67 @@ def plant_nan_once(model: torch.nn.Module, step: int) -> None:
         return output * math.nan
 
     handle = projection.register_forward_hook(spoil)
+
+
+def spoil(
+    training: Training, model: torch.nn.Module, change: Callable[[torch.Tensor, int, int], Any]
+) -> None:
+    """Change the logits of rank 1 alone, in training; `change` gets them, the step and the retries.
+
+    What it does depends on the run's counters, so that a run that goes on meets the same faults.
+    """
+    if os.environ["RANK"] != "1":
+        return
+
+    def hook(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> Any:
+        progress = training.progress
+        if not model.training:
+            return output
+        return change(output, progress.step + 1, progress.num_retries)
+
+    model.get_output_embeddings().register_forward_hook(hook)  # type: ignore[operator]
+
+
+def plant_faults(training: Training, model: torch.nn.Module) -> None:
+    """Spoil steps 3 and 4 until the rate was lowered, and steps 7 and 8 for ever."""
+
+    def change(output: torch.Tensor, step: int, num_retries: int) -> torch.Tensor:
+        is_spoiled = step in (7, 8) or (step in (3, 4) and not num_retries)
+        return output * math.nan if is_spoiled else output
+
+    spoil(training, model, change)
+
+
+def plant_divergence(training: Training, model: torch.nn.Module) -> None:
+    """Make rank 1 far too sure of itself from step 3 on, until the rate was lowered."""
+
+    def change(output: torch.Tensor, step: int, num_retries: int) -> torch.Tensor:
+        return output * 300 if step > 2 and not num_retries else output
+
+    spoil(training, model, change)
+
+
+def plant_what_looks_wrong(training: Training, model: torch.nn.Module) -> None:
+    """Plant what detectors look for: on rank 1 alone where the two may differ."""
+    spoil(training, model, lambda output, step, _: output * 300 if step == 40 else output)
+    layers: Any = model.base_model.model.model.layers  # type: ignore[union-attr]
+    # A weight that its offsets outgrow at once.
+    layers[0].self_attn.q_proj.base_layer.weight.data *= 1e-4
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "layers.1.mlp.up_proj" in name:
+            parameter.register_hook(torch.zeros_like)
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10**6))
+    free = 10**6 if os.environ["RANK"] == "1" else 10**9
+    setattr(watching, "shutil", full)  # noqa: B010
+    setattr(watching, "tightest_memory", lambda: (free, 10**9, "the container's"))  # noqa: B010
+    now = [0.0]
+
+    def monotonic() -> float:
+        """A clock by which the later steps take ten times as long."""
+        now[0] += 1 if training.progress.step < 60 else 10
+        return now[0]
+
+    setattr(loop, "time", SimpleNamespace(monotonic=monotonic))  # noqa: B010
 
 
 def kill_once(model: torch.nn.Module, step: int) -> None:
@@ -195,7 +280,45 @@ def main(folder: Path) -> None:
     train(folder, "sharded-nan", **sharded, plant=plant_nan)
     train(folder, "skip", batch_size=2, plant=plant_nan_once, on_nonfinite="skip")
     train(folder, "retry", batch_size=2, plant=plant_nan_once, on_nonfinite="retry")
+    faults: dict[str, Any] = {
+        "batch_size": 2,
+        "max_steps": 10,
+        "prepare": plant_faults,
+        "is_watched": True,
+        "fallback": ["skip_batch", "lower_rate", "keep_best"],
+        "nonfinite": {"max_streak": 1, "max_retries": 1},
+    }
+    train(folder, "faults", **faults)
+    # Between the fallback and the next checkpoint.
+    train(folder, "faults-parts", **faults, stop_when=lambda p: p.num_retries == 1 and p.step == 3)
+    train(folder, "faults-parts+resumed", **faults)
+    train(folder, "sharded-faults", **faults, parallel="fsdp")
+    diverging: dict[str, Any] = {
+        "batch_size": 2,
+        "max_steps": 14,
+        "eval_every": 0,
+        "prepare": plant_divergence,
+        "is_watched": True,
+        "fallback": ["lower_rate"],
+    }
+    train(folder, "diverging", **diverging)
+    train(folder, "diverging-parts", **diverging, stop_when=lambda p: p.num_retries == 1)
+    train(folder, "diverging-parts+resumed", **diverging)
+    # Without a fallback it is only told.
+    train(folder, "diverging-told", **diverging | {"fallback": []})
     fail_on_main(folder)
+    # Last, for it replaces what the loop measures with.
+    train(
+        folder,
+        "watched",
+        batch_size=2,
+        max_steps=90,
+        save_every=30,
+        max_grad_norm=1e-4,
+        prepare=plant_what_looks_wrong,
+        is_watched=True,
+        adapter=KpsvdConfig(target_modules=["q_proj", "up_proj"], rank=2),
+    )
     end_processes()
 
 

@@ -8,23 +8,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+from page_commands import PAGES, ROOT, blocks
 from typer.testing import CliRunner
 
 from kpsvd_tune.commands.main import app
 from kpsvd_tune.recipe import load_recipe
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Made by scripts and ignored by git.
 MADE = {"build", "data", "dist", "runs"}
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """The fenced blocks of a page that are marked with one of the languages."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    return [text for language, text in fenced if language in languages]
 
 
 def documented_commands() -> list[tuple[str, str]]:
@@ -71,10 +64,10 @@ def test_files_that_pages_name_exist(page: Path):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def readme_tree() -> tuple[set[str], set[str]]:
-    """What the README's tree lists: in the package, and beside it."""
-    trees = [block for block in blocks(README, "", "text") if block.startswith("kpsvd_tune/")]
-    assert len(trees) == 1, "README.md needs one fenced block that starts with kpsvd_tune/"
+def tree() -> tuple[set[str], set[str]]:
+    """What the tree of CONTRIBUTING.md lists: in the package, and beside it."""
+    trees = [block for block in blocks(CONTRIBUTING, "", "text") if block.startswith("kpsvd_tune/")]
+    assert len(trees) == 1, "CONTRIBUTING.md needs one fenced block that starts with kpsvd_tune/"
     inside: set[str] = set()
     beside: set[str] = set()
     for line in trees[0].splitlines()[1:]:
@@ -86,7 +79,7 @@ def readme_tree() -> tuple[set[str], set[str]]:
     return inside, beside
 
 
-def test_the_readme_tree_is_the_real_tree():
+def test_the_tree_is_the_real_tree():
     def entries(folder: Path) -> set[str]:
         return {
             path.name + "/" * path.is_dir()
@@ -94,7 +87,7 @@ def test_the_readme_tree_is_the_real_tree():
             if not path.name.startswith((".", "__")) and (path.is_dir() or path.suffix == ".py")
         }
 
-    inside, beside = readme_tree()
+    inside, beside = tree()
     assert {name for name in inside if not name.startswith("__")} == entries(ROOT / "kpsvd_tune")
     folders = {name for name in beside if name.endswith("/")}
     assert folders == entries(ROOT) - {f"{name}/" for name in MADE} - {"kpsvd_tune/"}

@@ -7,4 +7,4 @@ from __future__ import annotations
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("bitsandbytes") else ["test_*.py"]
+collect_ignore_glob: list[str] = [] if importlib.util.find_spec("bitsandbytes") else ["test_*.py"]

@@ -37,11 +37,12 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
+    make: Any = BitsAndBytesConfig
     if kind == "int8":
         # Each layer says in each step that its inputs are multiplied in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+        return make(load_in_8bit=True)
+    return make(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,

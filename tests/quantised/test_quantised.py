@@ -109,6 +109,7 @@ def test_the_output_is_that_of_the_dequantised_weights_and_the_update(
     expected = layer(x)
     model = adapted(base)
     move(model)
+    held: Any
     (held,) = [found for name, found in kpsvd_layers(model) if name == LAYER]
     delta: Tensor = held.get_delta_weight("default")
     got = held(x)
@@ -168,7 +169,7 @@ def test_bytes_are_known_before_loading(
     model = quantised(tiny_model_dir, kind, "bfloat16")
     scales = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if kind == "int8" and getattr(weight, "SCB", None) is not None:
             scales += weight.SCB.nbytes
         if kind == "nf4" and (state := getattr(weight, "quant_state", None)) is not None:
@@ -222,7 +223,7 @@ def test_a_run_merges_into_full_precision_and_says_how_far_that_is(
     assert "quantization_config" not in config
     # The distance that is told is that of the weights.
     source = load_recipe(tmp_path / "run" / "recipe.yaml").model.path
-    plain = load_plain_model(resolve_model(source), "float32")
+    plain: Any = load_plain_model(resolve_model(source), "float32")
     packed = quantised(Path(source), kind)
     names = list(report["deviation"])
     far = [

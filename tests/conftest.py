@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy
 import pytest
 import torch
+import warm
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -76,6 +78,26 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every test starts from one seed and an empty cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def warm_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `launch` start warm processes, which outlive it where it is killed."""
+    monkeypatch.setattr("kpsvd_tune.launch.subprocess", warm)
+
+
+@pytest.fixture
+def quick_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transformers read a GGUF file's fields once a test, and name a model's tensors once.
+
+    It does the one for each of configuration, tokenizer and weights, the other for each module.
+    """
+    gguf = pytest.importorskip("gguf")
+    mapped = numpy.memmap
+    # Slices of a plain array of the same memory are made several times as fast.
+    monkeypatch.setattr(numpy, "memmap", lambda *a, **k: mapped(*a, **k).view(numpy.ndarray))
+    monkeypatch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+    monkeypatch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
 
 
 @pytest.fixture(scope="session")

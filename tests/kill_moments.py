@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from faulty_os import FaultyOs, kill, raising
 
 from kpsvd_tune.storage import durable
@@ -38,7 +39,7 @@ def check_kills(
     moments = _spread(list(range(len(names))), MOMENTS)
     found = set()
     for number in moments:
-        pid = os.fork()
+        pid = warm.fork_unmeasured()
         if pid == 0:
             try:
                 # OpenMP's threads are not there in a child.
@@ -66,13 +67,14 @@ def check_full_disks(
     output: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    offsets: int = OFFSETS,
 ) -> None:
-    """Let the disk be full at OFFSETS of what the command writes: an error, nothing half done."""
+    """Let the disk be full at so many of its writes: an error, and nothing half done."""
     names = _count(work, monkeypatch)
     _remove(output)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     writes = [number for number, name in enumerate(names) if name in _WRITES]
-    for number in _spread(writes, OFFSETS):
+    for number in _spread(writes, offsets):
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(durable, "os", FaultyOs(raising(full), number, "before"))

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -242,7 +243,11 @@ def _state(pid: int) -> str:
 
 @pytest.mark.slow
 def test_a_sharded_run_leaves_a_whole_adapter(
-    recipe: Path, tmp_path: Path, tiny_model_dir: Path, capfd: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    warm_ranks: None,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Two processes with shared-out weights against one; the adapter loads on one process."""
     from kpsvd_tune.launch import launch
@@ -300,7 +305,7 @@ def test_a_second_signal_says_what_is_lost_and_has_a_code_of_its_own(
 ) -> None:
     rounds = str(10**9)  # minutes
     words = ["train", str(recipe), f"train.save_every={save_every}", "dataset.validation=0"]
-    with subprocess.Popen(
+    with warm.Popen(
         [sys.executable, "-c", SLOW_STEP, rounds, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

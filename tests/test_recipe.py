@@ -949,6 +949,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @FUZZ
 @given(key=st.sampled_from(KEYS), value=VALUES)
 def test_no_value_of_any_key_escapes_as_anything_but_a_recipe_error(write, key: str, value: object):
@@ -1093,6 +1094,7 @@ def test_editors_flag_a_key_that_does_not_exist_and_take_a_budget_as_it_is_writt
     assert "'enregy' was unexpected" in faults[0]
 
 
+@pytest.mark.slow
 def test_schema_and_page_are_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for verb, text in (("schema", schema_text()), ("docs", reference_page())):
         assert main.run(["recipes", verb]) == 0

@@ -44,6 +44,7 @@ from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files, load
 from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_file, write_folder
+from kpsvd_tune.storage.hashes import file_hash
 from kpsvd_tune.storage.json_files import to_json
 
 NAME = "model.gguf"  # of the file in the output folder
@@ -146,6 +147,7 @@ def export_gguf(
             num_positions=sum(each.shape[1] for each in prompts),
             prompts=PROMPTS,
             notes=notes,
+            sha256=file_hash(partial / NAME),
         )
         _check_proof(report, TOLERANCES["float32"] * smallest)
         report = replace(report, warnings=_warnings(report, file, is_base, other_base))

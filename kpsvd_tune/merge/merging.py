@@ -43,6 +43,7 @@ from kpsvd_tune.runs.find import Found, compare_files
 from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_folder
+from kpsvd_tune.storage.hashes import file_hashes
 from kpsvd_tune.storage.memory import free_memory
 from kpsvd_tune.storage.paths import check_writable, kind_of
 from kpsvd_tune.units import size
@@ -356,11 +357,18 @@ def _prove_and_report(
             passed=tensors_pass and difference <= tolerance,
             warnings=(*report.warnings, *proof.unseen(tolerance)),
         )
+    events.stage("computing the hashes of the weight files, which are kept in the report")
+    report = replace(report, weight_files=weight_hashes(partial))
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     (partial / "merge_report.json").write_text(text, encoding="utf-8")
     card = merged_card(report, settings.base, settings.trainings)
     (partial / CARD).write_text(card, encoding="utf-8")
     return report
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every weight file of a merged model, by name."""
+    return file_hashes(folder, [file.name for file in folder.glob("*.safetensors")])
 
 
 def needs_whole_base(source: ModelSource, skeleton: Any) -> str | None:

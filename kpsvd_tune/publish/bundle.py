@@ -22,6 +22,7 @@ from kpsvd_tune.runs.adapter_folder import CONFIG, WEIGHTS
 from kpsvd_tune.runs.find import find
 from kpsvd_tune.runs.ownership import is_run
 from kpsvd_tune.storage.commit import MANIFEST, check_sealed, manifest
+from kpsvd_tune.storage.hashes import file_hashes
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, read_json, to_json
 from kpsvd_tune.storage.paths import Kind, expand, kind_of, named, siblings
 
@@ -110,7 +111,11 @@ def collect(source: str, place: str, expected: Content | None = None) -> Bundle:
         published[MANIFEST] = _resealed(folder, content, published)
     for name, file in published.items():
         _check_secrets(folder, name, file)
-    notes = [] if MANIFEST in kept or content in ("merged", "gguf") else [_UNSEALED]
+    notes = []
+    if content in ("merged", "gguf"):
+        notes += _check_hashes(folder, content)
+    elif MANIFEST not in kept:
+        notes.append(_UNSEALED)
     if not re.search(r"^license:", _text(published[CARD]), re.MULTILINE):
         notes.append(f"{CARD} states no licence: add a line such as `license: mit` to its head")
     shortened = tuple(name for name in changed if name != CARD)
@@ -259,6 +264,31 @@ def _check_merged(folder: Path, names: list[str]) -> None:
     if not held or expected != held:
         lacking = sorted({*dict(expected or {}).values()} - {*shards}) or ["tensors"]
         raise InputError(f"{folder} lacks {some_of(lacking)} of the model's weights; {again}")
+
+
+def _check_hashes(folder: Path, content: Content) -> list[str]:
+    """Refuse weights that changed since they were written; a note where no hash tells that."""
+    report = read_json(folder / _REPORT[content], error=InputError)
+    known = report.get("weight_files")
+    if content == "gguf":
+        known = {str(report.get("file")): report["sha256"]} if report.get("sha256") else None
+    if not known:
+        return [
+            f"{_REPORT[content]} is of an older version and holds no hashes, so changes of the "
+            "weights since they were written cannot be noticed"
+        ]
+    if not isinstance(known, Mapping):
+        raise InputError(f"{folder / _REPORT[content]} is damaged: weight_files is no table")
+    found = {file.name for file in folder.glob("*.safetensors")} | set(known)
+    there = [name for name in found if (folder / name).is_file()]
+    now = file_hashes(folder, there)
+    if changed := [name for name in sorted(found) if now.get(name) != known.get(name)]:
+        raise InputError(
+            f"{some_of([str(folder / name) for name in changed])} changed since "
+            f"{_REPORT[content]} was written, so what it proves holds no longer; put back the file "
+            f"as it was, or make it again with `{_MAKING[content]}`"
+        )
+    return []
 
 
 def _of_run(run: Path) -> dict[str, Path | bytes]:

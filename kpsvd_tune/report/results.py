@@ -313,6 +313,8 @@ class MergeReport(Result):
     adapters: tuple[str, ...] = ()  # all that were merged, and the weight of each one's update
     weights: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()  # sentences on how it was merged
+    # The sha256 of every weight file that was written, by name; empty in reports of older versions.
+    weight_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -389,6 +391,7 @@ class GgufReport(Result):
     prompts: tuple[str, ...]  # the texts both were run on
     notes: tuple[str, ...] = ()  # sentences on what was written
     warnings: tuple[str, ...] = ()  # what passed and should be looked at nevertheless
+    sha256: str | None = None  # of the file; None in reports of older versions
 
 
 @dataclass(frozen=True)

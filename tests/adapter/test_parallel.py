@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from kpsvd_tune.adapter import KpsvdConfig
 
 STEPS = 3
+TESTS = Path(__file__).parents[1]
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from adapter.test_parallel import work\n"
+    "work(*sys.argv[2:5], rank=int(sys.argv[5]))"
+)
 
 
 def make_model(shape: str) -> Any:
@@ -48,7 +54,7 @@ def trained_values(model: nn.Module) -> list[Tensor]:
     return [whole(p).detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-def work(rank: int, folder: str, kind: str, shape: str) -> None:
+def work(folder: str, kind: str, shape: str, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = make_model(shape)
@@ -81,7 +87,9 @@ def work(rank: int, folder: str, kind: str, shape: str) -> None:
 def test_two_processes_train_as_one(kind: str, shape: str, tmp_path: Path) -> None:
     batches = [torch.randn(16, 24) for _ in range(STEPS)]
     torch.save(batches, tmp_path / "batches.pt")
-    spawn(work, args=(str(tmp_path), kind, shape), nprocs=2)
+    command = [sys.executable, "-c", PROGRAM, str(TESTS), str(tmp_path), kind, shape]
+    ranks = [warm.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     model = make_model(shape)
     start = trained_values(model)
     train(model, batches)

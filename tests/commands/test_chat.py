@@ -8,13 +8,13 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 
 from kpsvd_tune.commands import main as cli
 
@@ -25,7 +25,7 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self._end, inside = pty.openpty()
         # A session of its own, so that Ctrl-C reaches this program and nobody else.
-        self.process = subprocess.Popen(
+        self.process = warm.Popen(
             command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
         )
         os.close(inside)

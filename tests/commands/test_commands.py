@@ -471,6 +471,7 @@ def test_shells_complete_commands_options_and_tasks(
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_completion_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kpsvd_tune", "--show-completion", "bash"],

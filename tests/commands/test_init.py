@@ -111,6 +111,7 @@ def test_the_whole_way_from_rows_to_a_merged_model(
     assert Path("runs/mine-merged/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_is_whole_commented_and_never_overwritten(
     tiny_model_dir: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +139,7 @@ def test_the_recipe_is_whole_commented_and_never_overwritten(
     assert "mine_heldout.jsonl exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_asked_again_with_the_reason(
     tiny_model_dir: Path,
     rows: Path,
@@ -256,6 +258,7 @@ def test_names_that_cannot_be_recipes(capsys: pytest.CaptureFixture[str]) -> Non
     assert "expected the name of a recipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_shortens_the_run(tiny_model_dir: Path, rows: Path) -> None:
     options = ("--model", tiny_model_dir, "--data", rows.name, "--task", "none", "--yes")
     assert init(*options) == 0
@@ -272,6 +275,7 @@ def test_a_budget_of_time_shortens_the_run(tiny_model_dir: Path, rows: Path) -> 
     assert init(*options, "--budget", "0.1min") == 2
 
 
+@pytest.mark.slow
 def test_settings_are_changed_until_the_plan_fits(
     tiny_model_dir: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +297,7 @@ def test_settings_are_changed_until_the_plan_fits(
     assert train["batch_size"] * train["gradient_accumulation"] == 8
 
 
+@pytest.mark.slow
 def test_a_few_long_rows_do_not_set_the_length(tiny_model_dir: Path, here: Path) -> None:
     lines = [{"prompt": f"What is row {n}?", "completion": f"row {n}"} for n in range(150)]
     lines.append({"prompt": "Say it all.", "completion": "word " * 80})
@@ -302,6 +307,7 @@ def test_a_few_long_rows_do_not_set_the_length(tiny_model_dir: Path, here: Path)
     assert (dataset["max_length"], dataset["too_long"]) == (64, "drop")
 
 
+@pytest.mark.slow
 def test_columns_that_nobody_can_guess_are_asked_for(
     tiny_model_dir: Path,
     here: Path,

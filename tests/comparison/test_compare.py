@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from kpsvd_tune.commands import main as cli
@@ -198,7 +199,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(
     """Two methods, two rates, two seeds; kill -9 after the third trial."""
     folder = tmp_path / "comparison"
     command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), *ARGUMENTS]
-    process = subprocess.Popen(
+    process = warm.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     results = folder / "results.jsonl"
@@ -219,9 +220,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(
     with results.open("ab") as file:
         file.write(b'{"method": "kpsvd", "bud')
 
-    done = subprocess.run(
-        [*command, "--json"], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm.run([*command, "--json"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)
     rows = rows_of(folder)
@@ -238,7 +237,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(
 
     # The same trials without any kill give the same rows, times and memory aside.
     again = tmp_path / "again"
-    done = subprocess.run(
+    done = warm.run(
         [*command, "--jobs", "2", f"output_dir={again}"],
         capture_output=True,
         text=True,
@@ -277,9 +276,7 @@ def test_a_trial_that_diverges_is_a_row_and_a_corrected_typo_is_no_other_compari
     command += ["--budgets", "3k", "--seeds", "1", "--learning-rates", "1"]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *more], capture_output=True, text=True, timeout=180, check=False
-        )
+        return warm.run([*command, *more], capture_output=True, text=True, timeout=180, check=False)
 
     # No trial ran under these settings, so the corrected command may use the folder.
     assert run("--methods", "lora", "adapter.target_modules=nosuch").returncode == 2
@@ -299,7 +296,7 @@ def test_a_trial_that_diverges_is_a_row_and_a_corrected_typo_is_no_other_compari
 @pytest.mark.slow
 def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), *ARGUMENTS]
-    process = subprocess.Popen(
+    process = warm.Popen(
         [*command, "train.max_steps=400", "train.save_every=0"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -320,6 +317,7 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> N
     assert list(metrics.glob("*/checkpoints/step-*"))
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_all_trials_would_take(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

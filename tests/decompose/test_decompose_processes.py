@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
+import warm
 
 from kpsvd_tune.decompose import (
     Decomposition,
@@ -40,7 +40,7 @@ def killed_after(matrices: int, source: ModelSource) -> int:
     with warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads; the child uses one thread and never returns.
         warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+        child = warm.fork_unmeasured()
     if child == 0:
         try:
             torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def test_a_run_killed_while_it_writes_an_entry_ends_the_same(
         "decompose(resolve_model(sys.argv[1]), AdapterRecipe())\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
+    killed = warm.run(
         [sys.executable, "-c", script, str(tiny_model_dir)], env=environment, check=False
     )
     assert killed.returncode == -signal.SIGKILL

@@ -103,6 +103,7 @@ def test_what_costs_memory_shows() -> None:
     assert activations(MicroStep(1, 128, 40), packing=True) > 0.8 * plain
 
 
+@pytest.mark.slow
 def test_nothing_of_a_trace_is_left(tiny_model: nn.Module) -> None:
     trace_step(config(), recipe(), layers(config()), STEP)
     ids = torch.zeros(1, 4, dtype=torch.int64)

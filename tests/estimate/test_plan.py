@@ -36,6 +36,7 @@ def planned(
     return make
 
 
+@pytest.mark.slow
 def test_bounds_without_spectra_and_ranks_with_them(
     planned: Callable[..., dict[str, Any]],
     write_recipe: Callable[..., Path],
@@ -90,11 +91,13 @@ def test_the_plan_is_what_the_run_then_is(
     assert found["adapter"]["file_bytes"][0] == pytest.approx(size, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_budget_bounds_what_is_trained(planned: Callable[..., dict[str, Any]]) -> None:
     found = planned("adapter.rank.budget=3000", "adapter.rank.min=1")
     assert found["adapter"]["trainable_parameters"][1] <= 3000
 
 
+@pytest.mark.slow
 def test_rows_are_left_unread_when_asked(
     write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +109,7 @@ def test_rows_are_left_unread_when_asked(
     assert not (tmp_path / "cache" / "kpsvd-tune" / "tokens").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_too_large_is_told_with_the_cheapest_cure(
     planned: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +132,7 @@ def test_a_run_that_is_too_large_is_told_with_the_cheapest_cure(
     assert planned("train.batch_size=4")["cure"] is None
 
 
+@pytest.mark.slow
 def test_money_is_told_where_there_is_a_price(
     planned: Callable[..., dict[str, Any]],
 ) -> None:
@@ -150,6 +155,7 @@ def test_steps_that_are_done_tell_the_time(
     assert high / low == pytest.approx(1.1 / 0.9)
 
 
+@pytest.mark.slow
 def test_text_says_all_of_it(
     write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +166,7 @@ def test_text_says_all_of_it(
     assert "lm_head (output head" in out
 
 
+@pytest.mark.slow
 def test_from_an_adapter(
     planned: Callable[..., dict[str, Any]],
     write_recipe: Callable[..., Path],
@@ -173,6 +180,7 @@ def test_from_an_adapter(
     assert found["time"]["to_decompose"] == 0
 
 
+@pytest.mark.slow
 def test_memory_of_a_gpu_is_apart_from_the_hosts(
     planned: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

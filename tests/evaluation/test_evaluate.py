@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import evaluate as module
@@ -303,8 +304,7 @@ def test_two_processes_share_the_prompts_and_give_the_same_scores(
     package = str(Path(module.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": package}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment)
-        for rank in range(2)
+        warm.Popen([sys.executable, "-c", code, str(rank)], env=environment) for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     for rank in range(2):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
-from kill_moments import check_kills
+from kill_moments import check_full_disks, check_kills
 from peft import PeftModel, get_peft_model
 from random_adapter import add_offsets
 from transformers import (
@@ -602,7 +606,7 @@ def test_an_export_that_is_ended_leaves_nothing_that_looks_whole(
     command = [sys.executable, "-m", "kpsvd_tune", "export", str(adapter)]
     command += ["--to", "gguf", "--output", str(output)]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stderr=log, start_new_session=True)
+        process = warm.Popen(command, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 120
     # Killed while the folder is being filled, which a hidden folder beside it shows.
     while not list(tmp_path.glob("out/.model.*.tmp/model.gguf")) and time.monotonic() < deadline:
@@ -673,6 +677,7 @@ def is_whole(folder: Path) -> bool:
     report = json.loads((folder / "export_report.json").read_text())
     file = folder / report["file"]
     assert file.stat().st_size == report["num_bytes"]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == report["sha256"]
     assert len(tensors(file)) == report["num_tensors"]
     assert (folder / "README.md").is_file()
     return True
@@ -693,3 +698,61 @@ def test_a_kill_at_any_of_20_moments(
 ) -> None:
     names = check_kills(work, is_whole, tmp_path / "out" / "m", monkeypatch)
     assert {"makedirs", "write", "fsync", "replace"} <= set(names)
+
+
+class Filling:
+    """A stream on a disk that is full after so many bytes."""
+
+    def __init__(self, stream: Any, room: int) -> None:
+        self._stream, self._room = stream, room
+
+    def write(self, data: bytes) -> int:
+        taken = bytes(data)[: max(0, self._room - self._stream.tell())]
+        self._stream.write(taken)
+        if len(taken) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(taken)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_at_any_of_10_offsets(
+    work: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the file, which gguf's own writer writes; what lies beside it is written durably."""
+    folder = tmp_path / "out" / "m"
+    assert work() == 0
+    assert is_whole(folder)
+    size = (folder / "model.gguf").stat().st_size
+    shutil.rmtree(folder)
+    right = GGUFWriter.open_output_file
+    for room in (number * (size - 1) // 9 for number in range(10)):
+        capsys.readouterr()
+
+        def limited(self: Any, path: Any = None, room: int = room) -> None:
+            right(self, path)
+            self.fout[0] = Filling(self.fout[0], room)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GGUFWriter, "open_output_file", limited)
+            assert work() == 1, room
+        words = "m: No space left on device; free some space, or choose an --output on another"
+        assert words in said(capsys), room
+        assert list((tmp_path / "out").iterdir()) == [], room
+    assert work() == 0
+    assert is_whole(folder)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_beside_the_file(
+    work: Callable[[], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_full_disks(work, is_whole, tmp_path / "out" / "m", monkeypatch, capsys, offsets=3)

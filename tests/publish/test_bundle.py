@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -58,7 +59,13 @@ def test_a_merged_model_a_lora_and_a_gguf_file(
     assert (bundle.content, bundle.shortened) == ("merged", ("merge_report.json",))
     copy = write(bundle, tmp_path / "copy")
     report = json.loads((copy / "merge_report.json").read_text())
-    assert report == {"passed": True, "output": "merged", "warnings": ["see y"]}
+    digest = hashlib.sha256((merged / "model.safetensors").read_bytes()).hexdigest()
+    assert report == {
+        "passed": True,
+        "output": "merged",
+        "warnings": ["see y"],
+        "weight_files": {"model.safetensors": digest},
+    }
     assert bundle.files["model.safetensors"] == merged / "model.safetensors"
     bundle = collect(str(lora), '"me/x"', "lora")
     assert bundle.content == "lora"
@@ -79,6 +86,45 @@ def test_a_name_of_the_hub_stays_the_base(adapter: Path) -> None:
     assert isinstance(config, bytes)
     assert json.loads(config)["base_model_name_or_path"] == "owner/tiny"
     assert "there is no manifest.json" in bundle.notes[0]
+
+
+def edit_a_number(file: Path) -> None:
+    """Change a byte in the middle, which neither the size nor the header of a file tells."""
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["merged", "gguf"])
+def test_weights_that_were_edited_are_refused_by_name(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    (file,) = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    assert not any("hashes" in note for note in collect(str(folder), '"me/x"').notes)
+    edit_a_number(file)
+    report = "merge_report.json" if kind == "merged" else "export_report.json"
+    with pytest.raises(
+        InputError, match=rf"{file} changed since {report} was written, so what it proves"
+    ):
+        collect(str(folder), '"me/x"')
+    # Reports of older versions hold no hash, and tell so.
+    held = json.loads((folder / report).read_text())
+    kept = {key: each for key, each in held.items() if key not in ("weight_files", "sha256")}
+    (folder / report).write_text(json.dumps(kept))
+    (note,) = [each for each in collect(str(folder), '"me/x"').notes if "hashes" in each]
+    assert note.startswith(f"{report} is of an older version and holds no hashes")
+
+
+def test_weights_that_the_report_does_not_know_are_refused(merged: Path) -> None:
+    file = merged / "merge_report.json"
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {"weight_files": {"other.safetensors": "0" * 64}}))
+    with pytest.raises(InputError, match=r"model.safetensors, .*other.safetensors changed since"):
+        collect(str(merged), '"me/x"')
+    file.write_text(json.dumps(report | {"weight_files": ["model.safetensors"]}))
+    with pytest.raises(InputError, match="merge_report.json is damaged: weight_files is no table"):
+        collect(str(merged), '"me/x"')
 
 
 def test_a_card_without_a_licence_is_told(merged: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_curve_in_a_line_shows_where_it_falls() -> None:
     assert sparkline([], 5) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--help", "report", "report --html", "pair", "runs"])
 def test_no_report_imports_torch(folder: Path, tmp_path: Path, command: str) -> None:
     other = str(write_run(tmp_path / "other"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from faulty_os import FaultyOs, kill
 
 from kpsvd_tune.errors import CheckpointError
@@ -88,7 +89,7 @@ def operations(work: Callable[[Path], None], source: Path, monkeypatch: Any) -> 
 
 def killed(work: Callable[[Path], None], folder: Path, number: int, moment: str) -> int:
     """Do the work in a child that is killed; its exit code as Python gives it."""
-    pid = os.fork()
+    pid = warm.fork_unmeasured()
     if pid == 0:
         try:
             durable.os = FaultyOs(kill, number, moment)  # type: ignore[assignment,attr-defined]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from safetensors.torch import load
 
 from kpsvd_tune.report.events import read_events
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "OMP_NUM_THREADS": "1",
     }
     ranks = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, str(SCRIPT), str(folder)],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_trials.py"
 pytestmark = pytest.mark.slow
@@ -24,12 +23,11 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_every_killed_run_goes_on_to_the_same_bytes(options: str):
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, str(SCRIPT), *options.split()],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+        env=warm.unmeasured(OMP_NUM_THREADS="1"),
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     last = done.stdout.splitlines()[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -248,6 +248,7 @@ def test_sweep_shows_totals_without_training(
     assert low["totals"]["trainable_parameters"] < high["totals"]["trainable_parameters"]
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +325,7 @@ def test_a_merge_above_the_tolerance_fails(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(recipe: Path, tmp_path: Path, warm_ranks: None) -> None:
     """Two ranks of batch 1 against one of batch 2: the same rows, the same factors."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli.run(["train", str(recipe), f"output_dir={one}"]) == 0
@@ -342,7 +343,7 @@ def test_two_processes_train_as_one(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra deepspeed")
 def test_a_configuration_of_accelerate_trains_under_deepspeed(
-    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, warm_ranks: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """ZeRO 3 with every weight shared out, among them those that our layers read themselves."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -472,7 +473,7 @@ def test_two_processes_answer_as_one(
     for number in (1, 2):
         folder = tmp_path / f"by-{number}"
         more = ["--processes", str(number), "-o", str(folder)]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        done = warm.run([*command, *more], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         scores.append(json.loads(done.stdout)["scores"])
         assert len((folder / "completions.jsonl").read_text().splitlines()) == 8

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from safetensors.torch import load
 
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         "OMP_NUM_THREADS": "1",
     }
     ranks = [
-        subprocess.Popen(
+        warm.Popen(
             [sys.executable, str(RANK), str(folder)],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,

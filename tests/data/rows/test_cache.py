@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from transformers import PreTrainedTokenizerFast
 
 from kpsvd_tune.data import PreparedData, prepare
@@ -173,7 +174,7 @@ def test_stores_used_longest_ago_go_when_the_bound_is_passed(tmp_path: Path) -> 
         "for key in 'abc': make_store(TokenCache(Path(sys.argv[2])), key)\n"
     )
     tests = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", program, str(tests), str(tmp_path)], check=True)
+    warm.run([sys.executable, "-c", program, str(tests), str(tmp_path)], check=True)
     now = time.time()
     for age, key in enumerate("bac"):
         os.utime(tmp_path / key / FACTS, (now - age, now - age))
@@ -195,7 +196,7 @@ def test_two_runs_make_one_store(tmp_path: Path) -> None:
         "print(TokenCache(Path(sys.argv[2], 'c')).find_or_make('k', make)[1])\n"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parents[2]), str(tmp_path)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [warm.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(run.communicate()[0].strip() for run in runs) == ["False", "True"]
     assert (tmp_path / "made").read_text() == "x"
 

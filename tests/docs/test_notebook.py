@@ -42,5 +42,5 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path):
         "".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", [])
     )
     before, after = said.split(" nats a token")[0].splitlines()[-1].split(" -> ")
-    assert float(after) < float(before) - 1
+    assert float(after) < float(before) - 0.5
     assert "merged and adapted differ by at most" in said

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import warm
+
 TRANSFORMERS = "from transformers.cli.transformers import main; main()"
 
 
@@ -45,7 +47,11 @@ def served(words: Sequence[str], folder: Path) -> Iterator[int]:
     log = folder / "server.log"
     with log.open("w") as out:
         server = subprocess.Popen(
-            [sys.executable, "-c", TRANSFORMERS, *words], stdout=out, stderr=out, cwd=folder
+            [sys.executable, "-c", TRANSFORMERS, *words],
+            stdout=out,
+            stderr=out,
+            cwd=folder,
+            env=warm.unmeasured(),
         )
     try:
         deadline = time.monotonic() + 180

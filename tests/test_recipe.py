@@ -24,8 +24,8 @@ from kpsvd_tune.recipe import (
     SourceRecipe,
     TrainRecipe,
     evaluation_section,
+    files,
     load_recipe,
-    loading,
     recipe_to_yaml,
     shipped_recipes,
 )
@@ -33,7 +33,7 @@ from kpsvd_tune.recipe.faults import LEVELS, message_of
 from kpsvd_tune.recipe.reference import MODELINE, SCHEMA_NAME, reference_page, schema_text
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 MINIMAL = "model: {path: some/model}\noutput_dir: runs/x\n"
 SECTIONS = """\
 model:
@@ -125,7 +125,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "recipes" / "slurm").mkdir(parents=True)
     (package / "recipes" / "slurm" / "long.yaml").write_text(MINIMAL)
     (package / "recipes" / "note.txt").write_text("not a recipe")
-    monkeypatch.setattr(loading, "_PACKAGE", package)
+    monkeypatch.setattr(files, "_PACKAGE", package)
     return package
 
 
@@ -407,10 +407,10 @@ def test_a_misspelt_key_beside_the_right_one_is_one_fault(faults):
          "key; did you mean max?"),
         ("evaluation: [{task: math, limt: 3}]", "evaluation[0].limt: unknown key; did you mean "
          "limit?"),
-        ("<<: 1", "<<: unknown key; expected model, dataset, adapter, train, "
-         "restrain, evaluation, compare, output_dir or tracking"),
-        ('"a\\nb": 1', "'a\\nb': unknown key; expected model, dataset, adapter, train, "
-         "restrain, evaluation, compare, output_dir or tracking"),
+        ("<<: 1", "<<: unknown key; expected extends, model, dataset, adapter, "
+         "train, restrain, evaluation, compare, output_dir or tracking"),
+        ('"a\\nb": 1', "'a\\nb': unknown key; expected extends, model, dataset, adapter, "
+         "train, restrain, evaluation, compare, output_dir or tracking"),
         ("model.revision: x", "'model.revision': unknown key; dots are for overrides; in a file "
          "nest the keys"),
     ],

@@ -94,7 +94,7 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     flat_gy = kernel.rows_of(gy)
     # Large products in 16 bits where the device has units for them; what they round was rounded
     # as coarsely in gy and x.
-    large_dtype = base_dtype if multiplies_narrow(base_dtype, x.device.type) else dtype
+    large_dtype = base_dtype if multiplies_narrow(base_dtype, kernel.device_kind(x)) else dtype
     large_gy, wide_gy = flat_gy.to(large_dtype), flat_gy.to(dtype)
     gx = projected = None
     gradients: list[Tensor | None] = [None] * len(tensors)

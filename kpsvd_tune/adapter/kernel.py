@@ -6,7 +6,9 @@ differentiates nothing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +25,25 @@ FRESH_BYTES = 32 << 20
 DEVICE_ENTRIES = 1 << 26
 
 _scratch = threading.local()
+_imagined = threading.local()
+
+
+@contextlib.contextmanager
+def imagined_on(kind: str) -> Iterator[None]:
+    """Within it this thread computes as on that kind of device, such as "cuda", wherever it is.
+
+    For tensors without numbers, by which is counted what a step on another device would take.
+    """
+    _imagined.kind = kind
+    try:
+        yield
+    finally:
+        del _imagined.kind
+
+
+def device_kind(x: Tensor) -> str:
+    """The kind of device that x is, or is imagined, on: it decides how things are computed."""
+    return getattr(_imagined, "kind", x.device.type)
 
 
 def dense_update(
@@ -67,7 +88,7 @@ def dense_weight(left: Tensor, right: Tensor, base: Tensor | None) -> Tensor:
 def row_blocks(left: Tensor, entries_per_row: int) -> list[slice]:
     """Split the m rows of left factors into blocks of about :data:`BLOCK_ENTRIES` entries of W."""
     m = left.shape[1]
-    whole = left.device.type != "cpu" or torch.compiler.is_compiling()
+    whole = device_kind(left) != "cpu" or torch.compiler.is_compiling()
     step = m if whole else max(1, BLOCK_ENTRIES // entries_per_row)
     return [slice(start, min(m, start + step)) for start in range(0, m, step)]
 
@@ -76,7 +97,7 @@ def chunk_tokens(x: Tensor, entries_per_token: int) -> int:
     """Tokens to treat at a time where products are batched over them."""
     if torch.compiler.is_compiling():
         return max(1, x.shape[0])
-    entries = CACHED_ENTRIES if x.device.type == "cpu" else DEVICE_ENTRIES
+    entries = CACHED_ENTRIES if device_kind(x) == "cpu" else DEVICE_ENTRIES
     return max(CHUNK_TOKENS, entries // entries_per_token)
 
 
@@ -99,7 +120,7 @@ def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised matrix; one lasting buffer a thread serves all large ones on a CPU."""
     size = rows * columns
     small = size * like.element_size() <= FRESH_BYTES
-    if small or like.device.type != "cpu" or torch.compiler.is_compiling():
+    if small or device_kind(like) != "cpu" or torch.compiler.is_compiling():
         return like.new_empty(rows, columns)
     held: Tensor | None = getattr(_scratch, "held", None)
     if held is None or held.numel() < size or held.dtype != like.dtype:

@@ -22,6 +22,7 @@ from kpsvd_tune.adapter.function import (
     outside_autocast,
 )
 from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready
+from kpsvd_tune.adapter.kernel import device_kind
 from kpsvd_tune.adapter.ways import Dense
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import kron_sum
@@ -287,7 +288,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             weight, bias = base.weight, base.bias
         autocast_dtype = ambient_autocast(x)
         base_dtype = autocast_dtype or x.dtype
-        if autocast_dtype is not None and x.device.type != "cpu":
+        if autocast_dtype is not None and device_kind(x) != "cpu":
             dtype = autocast_dtype
         else:
             # Factors are as cheap in float32 as in 16 bits on a CPU, and PEFT's LoRA multiplies

@@ -22,4 +22,7 @@ def validate(
         typer.echo(resolved.model_dump_json())
     else:
         typer.echo(recipe_to_yaml(resolved), nl=False)
-        make_console(stderr=True, soft_wrap=True).print(f"{recipe}: valid", style="green")
+        console = make_console(stderr=True, soft_wrap=True)
+        if resolved.extends:
+            console.print(f"made of {', '.join(resolved.extends)} and {recipe}")
+        console.print(f"{recipe}: valid", style="green")

@@ -248,11 +248,12 @@ def _data(setting: _Setting, batches: RunBatches) -> DataPlan:
 def _trace(setting: _Setting, recipe: Recipe, step: MicroStep) -> tuple[Trace, Trace]:
     """A step's trace, and the one without gradient checkpointing."""
     config, layers = setting.skeleton.config, setting.ranks.most
-    found = trace_step(config, recipe, layers, step)
+    kind = setting.device.type
+    found = trace_step(config, recipe, layers, step, kind)
     if not recipe.train.gradient_checkpointing or setting.device.type != "cpu":
         return found, found
     train = recipe.train.model_copy(update={"gradient_checkpointing": False})
-    return found, trace_step(config, recipe.model_copy(update={"train": train}), layers, step)
+    return found, trace_step(config, recipe.model_copy(update={"train": train}), layers, step, kind)
 
 
 def _memory(

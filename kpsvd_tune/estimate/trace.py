@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kpsvd_tune.adapter.forms import FORMS
+from kpsvd_tune.adapter.kernel import imagined_on
 from kpsvd_tune.adapter.layer import KpsvdLinear
 from kpsvd_tune.adapter.targets import saved_modules
 from kpsvd_tune.linalg import LayerPlan
@@ -72,7 +73,13 @@ class Trace:
         )
 
 
-def trace_step(config: Any, recipe: Recipe, layers: Iterable[LayerPlan], step: MicroStep) -> Trace:
+def trace_step(
+    config: Any,
+    recipe: Recipe,
+    layers: Iterable[LayerPlan],
+    step: MicroStep,
+    device: str = "cpu",
+) -> Trace:
     """Count the memory and the work of a micro step.
 
     A stack of many equal layers is traced twice with a few of them, and the rest is in proportion.
@@ -82,13 +89,14 @@ def trace_step(config: Any, recipe: Recipe, layers: Iterable[LayerPlan], step: M
         recipe: Its sections model, adapter and train.
         layers: The layers to adapt with their ranks; those of rank 0 are left alone.
         step: The sizes of the batch.
+        device: The kind of device that adapted layers compute as on.
     """
     adapted = [plan for plan in layers if plan.rank > 0]
 
     def traced(depth: int) -> tuple[Trace, int]:
         # A thread has modes, autocast and scratch memory of its own: no fake tensor gets out of it.
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(_trace, config, recipe, adapted, step, depth).result()
+            return pool.submit(_trace, config, recipe, adapted, step, depth, device).result()
 
     low, whole = traced(_DEPTHS[0])
     if whole <= _DEPTHS[0]:
@@ -103,11 +111,16 @@ def trace_step(config: Any, recipe: Recipe, layers: Iterable[LayerPlan], step: M
 
 
 def _trace(
-    config: Any, recipe: Recipe, layers: list[LayerPlan], step: MicroStep, depth: int
+    config: Any,
+    recipe: Recipe,
+    layers: list[LayerPlan],
+    step: MicroStep,
+    depth: int,
+    device: str,
 ) -> tuple[Trace, int]:
     """A trace with at most `depth` layers in each stack, and the layers of the longest stack."""
     train = recipe.train
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), imagined_on(device):
         model = build_model(config, DTYPES[recipe.model.dtype], recipe.model.attn_implementation)
         model.train()
         for parameter in model.parameters():

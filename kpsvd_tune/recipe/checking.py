@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kpsvd_tune.recipe.faults import message_of, near_key
-from kpsvd_tune.recipe.reading import Document, Fault, Path
+from kpsvd_tune.recipe.reading import Document, Fault, Line, Path
 from kpsvd_tune.recipe.removed import take_removed
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
@@ -52,6 +52,11 @@ def check(document: Document, *, of_run: bool = False) -> Recipe | None:
         if written not in broken:
             others = each.get("ctx", {}).get("others", ())
             origin = document.origin_of(written, others)
+            if each["type"] == "missing" and isinstance(origin, Line):
+                # No part is to blame for what none of them gives, but the recipe made of them.
+                whole = document.origins.get(())
+                if isinstance(whole, Line) and whole.file != origin.file:
+                    origin = whole
             document.faults.append(Fault(origin, written, message_of(each, path)))
     return None
 

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
-from kpsvd_tune.errors import RecipeError, did_you_mean
+from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.recipe.checking import MAX_FAULTS, check, written_path
 from kpsvd_tune.recipe.evaluation import EvaluationRecipe
+from kpsvd_tune.recipe.extending import EXAMPLE, read_extended
 from kpsvd_tune.recipe.paths import path_faults
-from kpsvd_tune.recipe.reading import MAX_BYTES, Document, Fault, apply_override, read_yaml
+from kpsvd_tune.recipe.reading import Document, Fault, Line, apply_override
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
 from kpsvd_tune.recipe.values import show
-from kpsvd_tune.storage.paths import Kind, expand, kind_of, named
 
-_PACKAGE = FilePath(__file__).parents[1]
-# Endings of files that go into a recipe and are none.
-_ROWS = "a file of rows in dataset.path"
-_NO_RECIPES = {
-    ".jsonl": _ROWS,
-    ".csv": _ROWS,
-    ".parquet": _ROWS,
-    ".gguf": "a model in model.path",
-    ".safetensors": "the folder of a model in model.path",
-    ".py": "all that a script would set",
-}
-
-
-def shipped_recipes() -> dict[str, FilePath]:
-    """Find the recipes that come with the package.
-
-    Returns:
-        Their files by name: the path below the recipes folder without `.yaml`, in order of name.
-    """
-    # A wheel carries them inside the package; a checkout has them beside it, next to pyproject.
-    folder = _PACKAGE / "recipes"
-    if not folder.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
-        folder = _PACKAGE.parent / "recipes"
-    files = sorted(folder.rglob("*.yaml"))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+_TYPED_PARTS = (
+    "stands in a recipe's file and not on the command line; to join parts there: "
+    f"kpsvd-tune validate {EXAMPLE}"
+)
 
 
 def load_recipe(
@@ -56,7 +35,7 @@ def load_recipe(
 
     Args:
         path: A YAML file of at most a mebibyte, or the name of a shipped recipe where there is no
-            such file.
+            such file; parts joined by +, such as models/a+tasks/b, are one recipe.
         overrides: `key=value` each, a dotted path and a YAML value; later ones win.
         look_up: Top-level keys whose local paths must exist, of
             :data:`~kpsvd_tune.recipe.paths.SECTIONS`; a path that is missing or holds something
@@ -70,14 +49,16 @@ def load_recipe(
     Raises:
         RecipeError: With one line for every fault in the file and the overrides.
     """
-    name, text = _read_text(path)
-    document = read_yaml(text)
+    name, document = read_extended(path)
     if not isinstance(document.value, dict):
         got = "nothing" if document.value is None else show(document.value)
         message = f"got {got}; expected a mapping with the keys model, dataset, adapter, ..."
         document.faults = document.faults or [Fault(document.origins.get(()), (), message)]
         raise RecipeError(_render(name, document))
     for override in overrides:
+        if re.match(r"\s*extends\s*[.=\[]", override):
+            document.faults.append(Fault(override, ("extends",), _TYPED_PARTS))
+            continue
         apply_override(document, override)
     recipe = check(document, of_run=of_run)
     _look_up(document, look_up)
@@ -172,70 +153,14 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _read_text(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """The name to use in messages, and the text of the file."""
-    file = expand(path)
-    shipped = shipped_recipes()
-    if not os.path.isfile(file) and (name := os.fspath(path).removesuffix(".yaml")) in shipped:
-        file = shipped[name]
-    if kind := kind_of(file):
-        if not os.path.isfile(file):
-            raise RecipeError(f"{_shown(file)}: {_not_a_recipe(file, kind)}")
-    else:
-        beside = [each.name for each in file.parent.glob("*.y*ml")]
-        near = did_you_mean(file.name, beside) or did_you_mean(file.stem, shipped)
-        raise RecipeError(
-            f"{_shown(file)}: not found; expected a recipe file, or one of the shipped recipes "
-            f"{', '.join(shipped)}{near}"
-        )
-    if use := next((use for end, use in _NO_RECIPES.items() if end in file.suffixes), None):
-        raise RecipeError(
-            f"{_shown(file)}: is no recipe; expected a YAML file, which names {use}; "
-            "to begin with one: kpsvd-tune recipes copy quickstart my.yaml"
-        )
-    try:
-        with open(file, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"{_shown(file)}: cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise RecipeError(f"{_shown(file)}: larger than 1 MiB, the limit for a recipe")
-    try:
-        return _shown(file), content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise RecipeError(
-            f"{_shown(file)}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8"
-        ) from None
-
-
-def _not_a_recipe(file: FilePath, kind: Kind) -> str:
-    """What is wrong with a folder or a special file that was given as a recipe."""
-    model = ", which names it in model.path"
-    advice = {
-        "run": f"; that of the run is {_shown(file / 'recipe.yaml')}",
-        "comparison": f": the one it was made with; to see it: kpsvd-tune report {_shown(file)}",
-        "model": model,
-        "merged": model,
-        "adapter": "; to train on from an adapter, name it in adapter.from",
-    }.get(kind, f"; shipped recipes: {', '.join(shipped_recipes())}")
-    return f"is {named(kind)}; expected a recipe file{advice}"
-
-
-def _shown(file: FilePath) -> str:
-    """The file as the user would name it: relative where it lies below the current folder."""
-    text = os.fspath(file)
-    if file.is_absolute() and file.is_relative_to(FilePath.cwd()):
-        text = os.fspath(file.relative_to(FilePath.cwd()))
-    return text if text.isprintable() else repr(text)
-
-
 def _render(name: str, document: Document) -> str:
     """One line for each fault: those of the file by line, then those of the overrides."""
     lines = []
-    faults = sorted(document.faults, key=_order)
+    origins = [fault.origin for fault in document.faults]
+    files = [name, *(each.file for each in origins if isinstance(each, Line))]
+    faults = sorted(document.faults, key=lambda fault: _order(fault, files))
     for origin, path, message in faults[:MAX_FAULTS]:
-        place = f"{name}:{origin}" if isinstance(origin, int) else name
+        place = f"{origin.file}:{origin.number}" if isinstance(origin, Line) else name
         if isinstance(origin, str):
             place = f"override {_shorten(origin)}"
         key = f"{written_path(path)}: " if path else ""
@@ -245,8 +170,12 @@ def _render(name: str, document: Document) -> str:
     return "\n".join(lines)
 
 
-def _order(fault: Fault) -> tuple[bool, int]:
-    return isinstance(fault.origin, str), fault.origin if isinstance(fault.origin, int) else 0
+def _order(fault: Fault, files: Sequence[str]) -> tuple[bool, int, int]:
+    """Faults of the files in the order of their names there, and last those of overrides."""
+    origin = fault.origin
+    if not isinstance(origin, Line):
+        return isinstance(origin, str), 0, 0
+    return False, files.index(origin.file), origin.number
 
 
 def _shorten(text: str) -> str:

@@ -26,10 +26,20 @@ _EXAMPLE = "expected key=value, for example train.learning_rate=1e-3"
 Path = tuple[str | int, ...]
 
 
+class Line(NamedTuple):
+    """A line of a file."""
+
+    file: str  # as messages call it
+    number: int
+
+
+Origin = Line | str | None  # a line, the override as typed, or unknown
+
+
 class Fault(NamedTuple):
     """One thing that is wrong."""
 
-    origin: int | str | None  # line of the file, the override as typed, or unknown
+    origin: Origin
     path: Path  # keys as the user wrote them
     message: str  # what was got, what was expected, what to do
 
@@ -39,37 +49,37 @@ class Document:
     """Plain values, where each came from, and what is wrong with them."""
 
     value: object = None
-    origins: dict[Path, int | str] = field(default_factory=dict)
+    origins: dict[Path, Line | str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     num_unlisted: int = 0  # Faults beyond those listed, where there are too many to look at.
 
-    def origin_of(self, path: Path, others: tuple[str, ...] = ()) -> int | str | None:
+    def origin_of(self, path: Path, others: tuple[str, ...] = ()) -> Origin:
         """Where a value came from; of a conflict with `others` the override among them if any."""
         keys = [path, *((*path[:-1], other) for other in others)]
         found = [self.origins[key] for key in keys if key in self.origins]
-        found.sort(key=lambda origin: isinstance(origin, int))
+        found.sort(key=lambda origin: isinstance(origin, Line))
         above = (path[:length] for length in range(len(path) - 1, -1, -1))
         found += [self.origins[key] for key in above if key in self.origins]
         return found[0] if found else None
 
 
-def read_yaml(text: str) -> Document:
+def read_yaml(text: str, file: str = "") -> Document:
     """Read one YAML document of at most a mebibyte, a limit that the caller keeps.
 
-    Text that is not YAML gives one fault and no value; duplicate keys and unusable scalars are
-    faults beside a value, so that the rest can still be checked.
+    ``file`` is what messages call it. Text that is not YAML gives one fault and no value; duplicate
+    keys and unusable scalars are faults beside a value, so that the rest can still be checked.
     """
     document = Document()
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, file)
         node = loader.get_single_node()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         message = f"holds the character U+{error.character:04X}, which YAML does not allow"
-        document.faults.append(Fault(line, (), message))
+        document.faults.append(Fault(Line(file, line), (), message))
         return document
     except yaml.MarkedYAMLError as error:
-        document.faults.append(_syntax_fault(error, text))
+        document.faults.append(_syntax_fault(error, text, file))
         return document
     except (ValueError, OverflowError) as error:  # Of escapes beyond Unicode, such as "\UFFFFFFFF".
         document.faults.append(Fault(None, (), f"not valid YAML: {error}"))
@@ -80,9 +90,13 @@ def read_yaml(text: str) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, file: str) -> None:
         super().__init__(text)
         self._depth = 0
+        self._file = file
+
+    def line_of(self, node: yaml.Node) -> Line:
+        return Line(self._file, node.start_mark.line + 1)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -103,7 +117,7 @@ class _Loader(yaml.SafeLoader):
         raise yaml.composer.ComposerError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
 
 
-def _syntax_fault(error: yaml.MarkedYAMLError, text: str) -> Fault:
+def _syntax_fault(error: yaml.MarkedYAMLError, text: str, file: str) -> Fault:
     mark = error.problem_mark or error.context_mark
     message = f"{error.problem or error.context}"
     if not (isinstance(error, yaml.composer.ComposerError) and error.context is None):
@@ -130,7 +144,7 @@ def _syntax_fault(error: yaml.MarkedYAMLError, text: str) -> Fault:
         message = f"not valid YAML: these quotes are never closed: {_line(text, line)!r}"
     elif "<block end>" in message:
         message += "; check the indentation and the quotes"
-    return Fault(line + 1 if mark else None, (), message)
+    return Fault(Line(file, line + 1) if mark else None, (), message)
 
 
 def _line(text: str, index: int) -> str:
@@ -139,7 +153,7 @@ def _line(text: str, index: int) -> str:
 
 
 def _build(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> object:
-    document.origins.setdefault(path, node.start_mark.line + 1)
+    document.origins.setdefault(path, loader.line_of(node))
     if isinstance(node, yaml.MappingNode):
         return _build_mapping(loader, node, path, document)
     if isinstance(node, yaml.SequenceNode):
@@ -154,7 +168,7 @@ def _build_mapping(
 ) -> dict[str, object]:
     mapping: dict[str, object] = {}
     for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
+        line = loader.line_of(key_node)
         if not (isinstance(key_node, yaml.ScalarNode) and _is_unicode(key_node.value)):
             document.faults.append(Fault(line, path, "holds a key that is not plain text"))
             continue
@@ -162,12 +176,16 @@ def _build_mapping(
         key: str = key_node.value
         if key in mapping:
             first = document.origins[(*path, key)]
-            message = f"given twice, on lines {first} and {line}; keep one"
+            message = f"given twice, on lines {_number(first)} and {line.number}; keep one"
             document.faults.append(Fault(line, (*path, key), message))
             continue
         document.origins[(*path, key)] = line
         mapping[key] = _build(loader, value_node, (*path, key), document)
     return mapping
+
+
+def _number(origin: Line | str) -> int | str:
+    return origin.number if isinstance(origin, Line) else origin
 
 
 def _build_scalar(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> object:

@@ -25,9 +25,28 @@ and check keys ([start.md](start.md)).
 
 
 def schema_text() -> str:
-    """The JSON schema of recipes as a file."""
+    """The JSON schema of recipes as a file.
+
+    What a file leaves out may be in a part that it extends, so an editor asks for keys only where
+    no part can give them: `model` and `output_dir` of a file without `extends`, and what an item of
+    a list needs.
+    """
     schema = Recipe.model_json_schema(by_alias=True)
+    schema["anyOf"] = [{"required": ["extends"]}, {"required": schema.pop("required")}]
+    for name in _mappings(schema):
+        schema["$defs"][name].pop("required", None)
     return json.dumps({"$schema": _DIALECT, **schema, "title": _TITLE}, indent=1) + "\n"
+
+
+def _mappings(schema: Mapping[str, Any]) -> set[str]:
+    """The sections that stand in a recipe as mappings, and so are merged key by key."""
+    places = _sections(schema["properties"], schema["$defs"], ())
+    in_lists = {"evaluation", "dataset.path"}
+    return {
+        name
+        for place, name in places
+        if not any(place == each or place.startswith(f"{each}.") for each in in_lists)
+    }
 
 
 def place_schema(folder: Path) -> str | None:

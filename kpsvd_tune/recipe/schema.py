@@ -19,6 +19,7 @@ from kpsvd_tune.recipe.values import (
     Number,
     Optimizer,
     OutputFolder,
+    Parts,
     PathText,
     Precision,
     Scheduler,
@@ -208,6 +209,15 @@ class CompareRecipe(Section):
 class Recipe(Section):
     """One run, from the base model to the scores."""
 
+    # Of a recipe that was read, the names of all parts it was made of. It tells where the values
+    # came from and is none of them, so it is not written into what a run knows itself by.
+    extends: Parts = Field(
+        default=[],
+        exclude=True,
+        description="recipes or parts that this file adds to and changes: paths from this file, or "
+        "names that `recipes list` shows, such as [models/qwen3-0.6b, tasks/chat]; of two the "
+        "later one wins",
+    )
     model: ModelRecipe = Field(description="the base model, at least {path: ...}")
     dataset: DatasetRecipe | None = key(
         None, "the rows to learn from; null where nothing is trained"

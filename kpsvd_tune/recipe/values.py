@@ -257,6 +257,14 @@ _OneOrMany = Annotated[
 ]
 PathOrList = _OneOrMany[PathText, PathText]
 TextOrList = _OneOrMany[Text, Text]
+# One name stands for a list of it.
+Parts = Annotated[
+    list[PathText],
+    BeforeValidator(
+        lambda value: [value] if isinstance(value, str) else value,
+        json_schema_input_type=PathOrList,
+    ),
+]
 Pattern = Annotated[Text, AfterValidator(_compile)]
 # The names of a list are looked for as they are.
 PatternOrList = _OneOrMany[Pattern, Text]

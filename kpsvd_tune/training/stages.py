@@ -425,6 +425,8 @@ def _begin(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         TEMPLATE_KEY: template,
         ROWS_KEY: rows,
+        # Where the values came from; recipe.yaml holds the values, and no part is read again.
+        "recipe_parts": recipe.extends,
     }
     return run.begin(
         recipe_to_yaml(recipe),

@@ -160,9 +160,10 @@ OPTIONS = {
     },
     "runs": {"--sort", "--reverse", "--json", "--debug"},
     "report": {"--layers", "--html", "--output", "-o", "--json", "--debug"},
-    "recipes list": {"--json"},
+    "recipes list": {"--model", "--task", "--machine", "--size", "--memory", "--json"},
     "recipes show": set(),
-    "recipes copy": set(),
+    "recipes copy": {"--resolved"},
+    "recipes convert": {"--json"},
     "recipes schema": {"--output", "-o"},
     "recipes docs": {"--output", "-o"},
 }

@@ -28,6 +28,8 @@ NOT_RUN = {
     r"(scripts/benchmarks/|python scripts/benchmarks/)": "hours, on a machine left alone",
     r"python scripts/kill_trials": "hours; tests/training/test_kill_trials.py runs some trials",
     r"python scripts/pictures": "tests/docs/test_pictures.py runs it, into another folder",
+    r"python scripts/examples/preferences": "tests/adapter/test_preferences.py runs it",
+    r"kpsvd-tune train models/": "a base of the hub; tests/test_templates.py trains tiny ones",
     r"kpsvd-tune train quickstart": "needs the data that scripts/quickstart writes",
     r"kpsvd-tune compare scripts/benchmarks/study": "hours, on rows that may not be copied here",
     r"kpsvd-tune (train|eval) .*--gpus": "several GPUs; tests/test_launch.py runs CPU processes",
@@ -107,6 +109,9 @@ def workplace(
         shutil.copytree(run, folder / "runs" / name)
     for name in ("rows.jsonl", "train.jsonl"):
         shutil.copy(recipe.with_name("rows.jsonl"), folder / name)
+    model = yaml.safe_load(recipe.read_text())["model"]["path"]
+    other = {"model_name_or_path": model, "dataset_name": "rows.jsonl", "lora_r": 8, "bf16": False}
+    (folder / "lora.yml").write_text(yaml.safe_dump(other))
     (folder / "recipes").symlink_to(ROOT / "recipes")
     shutil.copy(recipe, folder)
     monkeypatch.chdir(folder)

@@ -15,7 +15,7 @@ from kpsvd_tune.commands.main import app
 from kpsvd_tune.recipe import load_recipe
 
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # Made by scripts and ignored by git.
 MADE = {"build", "data", "dist", "runs"}
 

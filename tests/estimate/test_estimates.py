@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from kpsvd_tune.adapter import kernel
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.estimate import trace as tracing
 from kpsvd_tune.estimate.batches import batches_of, full_batches
@@ -223,3 +224,18 @@ def test_probes_of_this_machine() -> None:
     assert decomposition_seconds([], 4, 5e-3, torch.device("cpu")) == 0
     large = LayerPlan.of_weight("b", (4096, 4096), "balanced")
     assert decomposition_seconds([large], 2, 5e-3, torch.device("cpu")) > one
+
+
+def test_a_gpu_is_imagined_with_its_own_sizes_of_steps() -> None:
+    """Chunks that stay in a CPU's cache would starve a GPU, which therefore holds larger ones."""
+    x = torch.zeros(4096, 8)
+    here = kernel.chunk_tokens(x, 4096)
+    with kernel.imagined_on("cuda"):
+        assert kernel.device_kind(x) == "cuda"
+        assert kernel.chunk_tokens(x, 4096) > here
+    assert kernel.device_kind(x) == "cpu"
+    on_cpu, on_gpu = (
+        trace_step(config(), recipe(), layers(config()), STEP, kind) for kind in ("cpu", "cuda")
+    )
+    assert on_gpu.activations > 0
+    assert on_cpu.multiply_adds > 0

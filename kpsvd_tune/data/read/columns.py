@@ -340,7 +340,8 @@ def check_preference(row: Row, setting: str) -> None:
     raise DataError(
         f"{'columns' if chosen else 'the column'} {names}: these are rows of "
         "preferences, and this tool learns answers as they are (supervised fine-tuning); expected "
-        f"one answer a row: {_cure(row, chosen, rejected, setting)}"
+        f"one answer a row: {_cure(row, chosen, rejected, setting)}; to train on preferences: "
+        "docs/hosts.md, Preferences"
     )
 
 

@@ -1,8 +1,9 @@
-"""A hub on the loopback address, as far as a push needs one; it keeps what it is sent."""
+"""A hub on the loopback address, for pushes and fetches; it keeps what it is sent."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -48,18 +49,37 @@ class Hub:
             return 404, {"error": "Repository not found", "code": "RepoNotFound"}
         return self._of_repo(repo, rest, body)
 
+    def file(self, path: str, token: str) -> bytes | None:
+        """The content of a file that is fetched; None where there is no such file."""
+        repo, _, rest = unquote(path).removeprefix("/").partition("/resolve/")
+        branches = self.repos.get(repo, {"branches": {}})["branches"]
+        _, _, name = rest.partition("/")
+        content: bytes | None = branches.get("main", {}).get(name)
+        return content if token == f"Bearer {TOKEN}" else None
+
     def _of_repo(self, repo: str, rest: list[str], body: bytes) -> tuple[int, Any]:
         held = self.repos[repo]
         branches = held["branches"]
         match rest:
             case [] | ["revision", _]:
-                branch = rest[1] if rest else "main"
+                branch = rest[1] if rest and rest[1] != _COMMIT else "main"
                 if branch not in branches:
                     return 404, {"error": "Invalid rev id", "code": "RevisionNotFound"}
                 names = [".gitattributes", *branches[branch]]
                 siblings = [{"rfilename": name} for name in names]
                 about = {"id": repo, "private": held["private"], "sha": _COMMIT}
                 return 200, {**about, "siblings": siblings, "tags": []}
+            case ["tree", _]:
+                files = branches["main"].items()
+                return 200, [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": len(content),
+                        "oid": hashlib.sha256(content).hexdigest(),
+                    }
+                    for name, content in files
+                ]
             case ["branch", branch]:
                 branches[branch] = dict(branches["main"])
                 return 200, {}
@@ -94,6 +114,9 @@ def serving() -> Iterator[Hub]:
             body = self.rfile.read(length)
             token = self.headers.get("Authorization", "")
             path = self.path.partition("?")[0]
+            if "/resolve/" in path:
+                self._send_file(hub.file(path, token))
+                return
             status, content = hub.answer(self.command, path, body, token)
             raw = json.dumps(content).encode()
             self.send_response(status)
@@ -106,7 +129,19 @@ def serving() -> Iterator[Hub]:
             self.end_headers()
             self.wfile.write(raw)
 
-        do_GET = do_POST = _answer
+        def _send_file(self, content: bytes | None) -> None:
+            self.send_response(404 if content is None else 200)
+            self.send_header("X-Repo-Commit", _COMMIT)
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            else:
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content or b"")
+
+        do_GET = do_POST = do_HEAD = _answer
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -19,8 +19,9 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Look at this machine: packages, devices, disk, memory, hub, sandbox, and a self-test."""
+    from kpsvd_tune.commands.main import run
+    from kpsvd_tune.doctor import selftest
     from kpsvd_tune.doctor.checks import all_checks, anonymous, checked
-    from kpsvd_tune.doctor.selftest import self_test
 
     found: list[Check] = []
 
@@ -37,6 +38,10 @@ def doctor(
         prepare_libraries(offline, debug)
     for check in checks:
         note(check)
+
+    def self_test() -> Check:
+        return selftest.self_test(run)
+
     if not quick:
         note(anonymous(checked(self_test)))
     diagnosis = Diagnosis(__version__, tuple(found))

@@ -1,29 +1,37 @@
 """The self-test of `doctor`: a made-up model is decomposed, trained for two steps and merged.
 
 In a process of its own, by the commands that a user types, in a temporary folder with a cache of
-its own; nothing of it is left.
+its own; nothing of it is left. The process is forked where it can be: importing the libraries again
+would take more than the test itself.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.report.doctor import Check
 from kpsvd_tune.units import duration
 
+Run = Callable[[list[str]], int]
 _SECONDS = 300
+_LOG = "said.txt"
 _ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in (1, 2) for b in (3, 4)]
 
 
-def self_test() -> Check:
-    """Run it; a fault says which command failed and what it said."""
+def self_test(run: Run) -> Check:
+    """Run it; a fault says which command failed and what it said.
+
+    `run` runs a command line and gives its exit code; a function of a module, which another process
+    can import.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kpsvd-tune-doctor-") as name:
         folder = Path(name)
@@ -34,6 +42,7 @@ def self_test() -> Check:
             ["train", str(recipe), "--offline", "--json"],
             ["merge", str(folder / "run"), "--output", str(folder / "merged"), "--offline"],
             folder=folder,
+            run=run,
         )
         if problem is not None:
             said = f"training and merging a made-up model failed: {problem}"
@@ -43,39 +52,58 @@ def self_test() -> Check:
     return Check("self-test", "ok", f"decomposed, trained two steps and merged in {taken}")
 
 
-# One process for all, the model's making too: importing the libraries takes most of the time.
-# 4: the adapter is worse than its base, which two steps may well make it.
-_PROGRAM = """
-import json, sys
-from pathlib import Path
-from kpsvd_tune.commands.main import run
-from kpsvd_tune.commands.options import prepare_libraries
-prepare_libraries(offline=True, debug=False)
-from kpsvd_tune.doctor.selftest import write_model
-write_model(Path(sys.argv[2]))
-for command in json.loads(sys.argv[1]):
-    if run(command) not in (0, 4):
-        sys.exit(f"kpsvd-tune {command[0]} failed")
-"""
-
-
-def _run(*commands: list[str], folder: Path) -> str | None:
+def _run(*commands: list[str], folder: Path, run: Run) -> str | None:
     """What was said when one of the commands failed; None where none did."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    process = _context().Process(target=_work, args=(commands, folder, run), daemon=True)
+    process.start()
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, json.dumps(commands), str(folder / "model")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
+        process.join(_SECONDS)
+        is_over = process.exitcode is not None
+    finally:
+        process.kill()
+        process.join()
+    if not is_over:
         return f"it took longer than {_SECONDS} s"
-    if done.returncode == 0:
+    if process.exitcode == 0:
         return None
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return f"exit code {done.returncode}: {' / '.join(lines[-3:]) or 'without a word'}"
+    log = folder / _LOG
+    said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line for line in said.splitlines() if line.strip()]
+    code = process.exitcode
+    ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{ended}: {' / '.join(lines[-3:]) or 'without a word'}"
+
+
+def _context() -> Any:
+    """How the process is made: forked, unless the libraries of this one cannot be forked."""
+    torch: Any = sys.modules.get("torch")
+    has_cuda = torch is not None and torch.cuda.is_initialized()
+    can_fork = sys.platform == "linux" and not has_cuda
+    return multiprocessing.get_context("fork" if can_fork else "spawn")
+
+
+def _work(commands: Sequence[list[str]], folder: Path, run: Run) -> None:
+    """Make the model and run the commands; what they say goes into a file of the folder."""
+    with (folder / _LOG).open("w", encoding="utf-8") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+        sys.stdout = sys.stderr = log
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+
+        import torch
+
+        # OpenMP's threads do not come along with a fork, and would be waited for.
+        torch.set_num_threads(1)
+        write_model(folder / "model")
+        for command in commands:
+            # 4: the adapter is worse than its base, which two steps may well make it.
+            if run(command) not in (0, 4):
+                log.write(f"kpsvd-tune {command[0]} failed")
+                log.flush()
+                # Without the exit handlers of what was forked.
+                os._exit(1)
+        log.flush()
+        os._exit(0)
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

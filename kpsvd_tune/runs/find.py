@@ -33,6 +33,7 @@ from kpsvd_tune.runs.adapter_folder import (
     check_seal,
     read_adapter_config,
 )
+from kpsvd_tune.runs.hub_adapter import adapter_on_hub
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
 from kpsvd_tune.storage.paths import expand
@@ -75,7 +76,7 @@ class Loaded:
 
 
 def find(source: str) -> Found:
-    """Tell a run from an adapter from a model.
+    """Tell a run from an adapter from a model; an adapter on the hub is fetched.
 
     InputError: something else lies there, or a run without a finished adapter; AdapterError: the
     adapter is of another method.
@@ -93,10 +94,11 @@ def find(source: str) -> Found:
         check_own(path / "adapter", facts.get(ADAPTER_KEY))
         dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
         return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
-    if (path / "adapter_config.json").is_file():
-        check_seal(path)
-        config = read_adapter_config(path)
-        return Found(path, config.base_model_name_or_path or "", None, config.revision)
+    folder = path if (path / "adapter_config.json").is_file() else adapter_on_hub(source)
+    if folder is not None:
+        check_seal(folder)
+        config = read_adapter_config(folder)
+        return Found(folder, config.base_model_name_or_path or "", None, config.revision)
     return Found(None, source)
 
 

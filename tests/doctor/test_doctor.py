@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import resource
 import shutil
+import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -194,14 +199,59 @@ def test_a_check_that_fails_itself_does_not_end_the_others() -> None:
     assert "RuntimeError: no such device" in found.found
 
 
-def test_a_self_test_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    found = selftest.self_test()
+def fail(commands: Any, folder: Path, run: Any) -> None:
+    (folder / "said.txt").write_text("first\nerror: no room\n\nkpsvd-tune train failed")
+    os._exit(1)
+
+
+def crash(commands: Any, folder: Path, run: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        (fail, "failed: exit code 1: first / error: no room / kpsvd-tune train failed"),
+        (crash, "failed: killed by signal 9: without a word"),
+        (lambda *_: time.sleep(60), "failed: it took longer than 1 s"),
+    ],
+)
+def test_a_self_test_that_fails_says_where(
+    work: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "_work", work)
+    monkeypatch.setattr(selftest, "_SECONDS", 1 if "longer" in said else 60)
+    found = selftest.self_test(cli.run)
     assert found.status == "fault"
-    assert "training and merging a made-up model failed: exit code 1" in found.found
+    assert f"training and merging a made-up model {said}" in found.found
 
 
 @pytest.mark.slow
-def test_the_self_test_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
-    found = selftest.self_test()
+def test_a_command_of_the_self_test_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = selftest._recipe
+    monkeypatch.setattr(selftest, "_recipe", lambda folder: right(folder) | {"seed": 1})
+    found = selftest.self_test(cli.run)
+    assert found.status == "fault"
+    assert "exit code 1: " in found.found
+    assert found.found.endswith("kpsvd-tune train failed")
+    assert "/tmp" not in found.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_the_self_test_passes_here(
+    way: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "spawn":
+        monkeypatch.setattr(selftest, "_context", lambda: multiprocessing.get_context("spawn"))
+    else:
+        assert selftest._context().get_start_method() == "fork"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = selftest.self_test(cli.run)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (found.name, found.status) == ("self-test", "ok"), found.found
+    # Nothing of what the commands say reaches the table of checks.
+    assert capfd.readouterr() == ("", "")
+    if way == "fork":
+        # Processor time, which other work on the machine does not change much.
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 6

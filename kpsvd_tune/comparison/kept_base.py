@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpsvd_tune.models import ModelSource, load_model
+from kpsvd_tune.decompose.start import load_base
+from kpsvd_tune.models import ModelSource
 from kpsvd_tune.processes import device
 from kpsvd_tune.recipe import Recipe
 
@@ -22,23 +23,24 @@ class KeptBase:
     Modules are copied for each trial and weights are shared: a trial may put on adapters, freeze,
     replace modules, or give a parameter other values (as PiSSA does), and none of it reaches the
     next. Only values that are written over in place would; weights are added up for that, and
-    loaded anew where the sum is another.
+    loaded anew where the sum is another. Quantised ones are loaded for each trial: what belongs to
+    them lies beside the weight, where a copy would lose it.
     """
 
     def __init__(self, source: ModelSource, recipe: Recipe) -> None:
-        self._source, self._recipe = source, recipe.model
+        self._source, self._recipe = source, recipe
         self._model: Any = None
         self._sums: list[int] = []
         self.num_loads = 0
 
     def fresh(self) -> Any:
         """The model without any trace of the trials before."""
+        if self._recipe.model.quantization is not None:
+            self.num_loads += 1
+            return load_base(self._source, self._recipe).to(device())
         if self._model is None or _sums(self._model) != self._sums:
             self._model = None  # before another takes as much memory
-            loaded: Any = load_model(
-                self._source, self._recipe.dtype, self._recipe.attn_implementation
-            )
-            self._model = loaded.to(device())
+            self._model = load_base(self._source, self._recipe).to(device())
             self._sums = _sums(self._model)
             self.num_loads += 1
         # By the identity of what is shared: a parameter of the copy's own, with the same memory.

@@ -31,7 +31,7 @@ def adapt(
         base: The base model, where it is loaded already.
     """
     if base is None:
-        base = load_model(source, recipe.model.dtype, recipe.model.attn_implementation)
+        base = load_base(source, recipe)
     adapter = recipe.adapter
     shape = adapter.factor_shape
     config = KpsvdConfig(
@@ -56,6 +56,12 @@ def adapt(
     # the folder the command ran in.
     model.peft_config["default"].base_model_name_or_path = base_name(recipe.model.path)
     return model
+
+
+def load_base(source: ModelSource, recipe: Recipe) -> Any:
+    """Load the base model as a recipe asks for it."""
+    wanted = recipe.model
+    return load_model(source, wanted.dtype, wanted.attn_implementation, wanted.quantization)
 
 
 def base_name(path: str) -> str:

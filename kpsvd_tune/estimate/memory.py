@@ -22,6 +22,7 @@ from kpsvd_tune.estimate.trace import Trace
 from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.models.quantised import weight_bytes
 from kpsvd_tune.recipe import Recipe, TrainRecipe
 from kpsvd_tune.report.plan import MemoryPlan
 from kpsvd_tune.storage.memory import free_memory
@@ -38,9 +39,9 @@ _HOLES = 0.44
 _FLOAT = 4  # bytes; adapters are kept and trained in float32
 
 
-def base_bytes(skeleton: nn.Module, dtype: str) -> int:
+def base_bytes(skeleton: nn.Module, dtype: str, quantization: str | None = None) -> int:
     """Bytes of the base's weights in a dtype; shared ones count once."""
-    return sum(each.numel() for each in skeleton.parameters()) * DTYPES[dtype].itemsize
+    return weight_bytes(skeleton, DTYPES[dtype], quantization)
 
 
 def adapter_bytes(plans: Sequence[LayerPlan]) -> tuple[int, int]:
@@ -89,7 +90,7 @@ def training_parts(
     trained, frozen = adapter_bytes(plans)
     whole = saved_whole_bytes(skeleton, recipe)
     return {
-        "weights": base_bytes(skeleton, recipe.model.dtype),
+        "weights": base_bytes(skeleton, recipe.model.dtype, recipe.model.quantization),
         "adapter": trained + frozen + whole,
         "optimiser": optimiser_bytes(recipe.train, trained + whole),
         "gradients": trained + whole,
@@ -97,7 +98,9 @@ def training_parts(
     }
 
 
-def loading_bytes(source: ModelSource, skeleton: nn.Module, dtype: str) -> int:
+def loading_bytes(
+    source: ModelSource, skeleton: nn.Module, dtype: str, quantization: str | None = None
+) -> int:
     """Bytes beside the process that loading the base model takes at its peak.
 
     The weights, the files mapped into memory, and for GGUF the largest tensor twice while it is
@@ -107,7 +110,7 @@ def loading_bytes(source: ModelSource, skeleton: nn.Module, dtype: str) -> int:
     largest = max(each.numel() for each in skeleton.parameters())
     if source.weight_files and not source.is_safetensors:
         return base_bytes(skeleton, "float32") + files + 2 * _FLOAT * largest
-    return base_bytes(skeleton, dtype) + files
+    return base_bytes(skeleton, dtype, quantization) + files
 
 
 def heap_bytes(whole: Trace) -> int:

@@ -20,6 +20,7 @@ from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.memory import (
+    base_bytes,
     device_memory,
     heap_bytes,
     host_memory,
@@ -162,7 +163,7 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     return Plan(
         model=recipe.model.path,
         base_parameters=numel,
-        base_model_bytes=numel * DTYPES[recipe.model.dtype].itemsize,
+        base_model_bytes=base_bytes(skeleton, recipe.model.dtype, recipe.model.quantization),
         target_matrices=len(ranks.most),
         rank_rule=recipe.adapter.rank.method,
         device=setting.device.type,
@@ -264,7 +265,8 @@ def _memory(
     parts = training_parts(recipe, setting.skeleton, setting.ranks.most, trace)
     if recipe.train.parallel == "fsdp" and count > 1:
         parts = {n: b if n == "activations" else b // count for n, b in parts.items()}
-    loading = loading_bytes(setting.source, setting.skeleton, recipe.model.dtype)
+    wanted = recipe.model
+    loading = loading_bytes(setting.source, setting.skeleton, wanted.dtype, wanted.quantization)
     process = setting.process_bytes
     if setting.device.type == "cpu":
         parts["holes in the heap"] = heap_bytes(whole)
@@ -370,7 +372,7 @@ def _cure(setting: _Setting, max_length: int) -> tuple[tuple[str, ...], int] | N
 
     Gives it as KEY=VALUE, one for each key, and the peak in bytes that is left then.
     """
-    for changes, recipe, length in _changes(setting.recipe, max_length):
+    for changes, recipe, length in _changes(setting, max_length):
         batches = _batches(setting, recipe, length)
         nothing = _memory(setting, recipe, Trace(0, 0, 0), Trace(0, 0, 0))
         if False in [each.fits for each in nothing if each is not None]:
@@ -383,12 +385,14 @@ def _cure(setting: _Setting, max_length: int) -> tuple[tuple[str, ...], int] | N
     return None
 
 
-def _changes(recipe: Recipe, max_length: int) -> Iterator[tuple[dict[str, object], Recipe, int]]:
+def _changes(setting: _Setting, max_length: int) -> Iterator[tuple[dict[str, object], Recipe, int]]:
     """Changes that take less memory, the cheapest first, each with the recipe that has it.
 
     Smaller batches with more accumulation leave the steps what they are; checkpointing costs a
-    third more time; bfloat16 rounds the base; shorter rows change what is learnt.
+    third more time; bfloat16 rounds the base, and nf4 does so coarsely; shorter rows change what is
+    learnt.
     """
+    recipe = setting.recipe
     halvings = list(_halvings(recipe))
     for changes, changed in halvings:
         yield changes, changed, max_length
@@ -409,6 +413,12 @@ def _changes(recipe: Recipe, max_length: int) -> Iterator[tuple[dict[str, object
             changed.model_copy(update={"model": model}),
             {**keys, "model.dtype": "bfloat16"},
         )
+        yield keys, changed, max_length
+    can_quantise = setting.source.kind != "gguf" and recipe.train.parallel == "ddp"
+    if recipe.model.quantization is None and can_quantise:
+        model = changed.model.model_copy(update={"quantization": "nf4"})
+        changed = changed.model_copy(update={"model": model})
+        keys = {**keys, "model.quantization": "nf4"}
         yield keys, changed, max_length
     while max_length > _FEWEST_TOKENS:
         max_length //= 2

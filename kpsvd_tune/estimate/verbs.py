@@ -236,7 +236,7 @@ def evaluation_work(
     check_tasks([task], found.dataset)
     task = as_trained(task, found.dataset)
     skeleton = load_skeleton(source)
-    weights = base_bytes(skeleton, dtype)
+    weights = base_bytes(skeleton, dtype, found.quantization)
     parts = {"weights": weights, "adapter": _adapter_bytes(found)}
     steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
     seconds, most = None, 0
@@ -262,7 +262,7 @@ def evaluation_work(
             "time by the speed that this machine shows now: from answers of one token each to "
             "answers that are all as long as they may be"
         )
-    loading = loading_bytes(source, skeleton, dtype)
+    loading = loading_bytes(source, skeleton, dtype, found.quantization)
     own = process_bytes()
     on_cpu = device.type == "cpu"
     host = host_memory(own, loading, parts if on_cpu else {})

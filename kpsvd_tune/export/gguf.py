@@ -86,7 +86,9 @@ def export_gguf(
         of_file = load_skeleton(resolve_model(str(file.path))).config
         check_configuration(file, load_skeleton(source).config, of_file)
     events.stage(f"loading {source.path}")
-    loaded = load(found, source, "float32", allow_other_base=settings.allow_other_base)
+    loaded = load(
+        found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
+    )
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
     if other_base is None:
         compare_files(model, source, events)

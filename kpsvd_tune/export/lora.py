@@ -98,7 +98,9 @@ def export_lora(
     assert folder is not None
     training = training_of(folder)
     events.stage(f"loading {source.path}")
-    loaded = load(found, source, "float32", allow_other_base=settings.allow_other_base)
+    loaded = load(
+        found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
+    )
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
     if other_base is None:
         compare_files(model, source, events)

@@ -13,7 +13,12 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.adapter.base import check_rest, check_weight, other_base_allowed
+from kpsvd_tune.adapter.base import (
+    check_rest,
+    check_weight,
+    noted_distances,
+    other_base_allowed,
+)
 from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.errors import InputError, some_of
 from kpsvd_tune.merge.update import Term
@@ -42,12 +47,15 @@ class Changes:
         replaced: The values of parameters and buffers of modules that were trained whole.
         rows: Rows of a parameter that were trained: their numbers, and their values.
         other_base: Says so where the base is another than an adapter's.
+        distances: How far layers' weights are from the quantised ones that an adapter was trained
+            on, relative to their norm.
     """
 
     layers: dict[str, list[tuple[float, Any]]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     other_base: str | None = None
+    distances: dict[str, float] = field(default_factory=dict)
     _models: list[Any] = field(default_factory=list)
     _allowed: bool = False
     _differences: list[str] = field(default_factory=list)
@@ -81,9 +89,10 @@ class Changes:
 
         AdapterError: it is of another base, or the factors are another layer's.
         """
-        with self._noting():
+        with self._noting(), noted_distances() as far:
             for _, layer in self.layers[name]:
                 check_weight(layer, _NAME, weight)
+        self.distances |= far
 
     def check_rest(self, fetch: Callable[[str], Tensor | None]) -> bool:
         """Compare the weights that no adapter lies on; False where that was not possible.

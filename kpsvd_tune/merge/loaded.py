@@ -18,7 +18,7 @@ from kpsvd_tune.errors import InputError, some_of
 from kpsvd_tune.merge.changes import Part, terms_of
 from kpsvd_tune.merge.shards import Written, not_finite
 from kpsvd_tune.merge.update import Update
-from kpsvd_tune.models import ModelSource, load_model
+from kpsvd_tune.models import ModelSource, load_plain_model
 from kpsvd_tune.runs.find import add_adapter, load_adapter
 
 # What is multiplied to weigh an update: Delta is linear in these tensors of each form together.
@@ -30,7 +30,9 @@ def load_adapted(
 ) -> tuple[PeftModel, str | None]:
     """Load a base in float32 with weighted adapters, all active, and the note on another base."""
     model: Any
-    model, other = load_adapter(load_model(source, "float32"), parts[0].folder, allow_other_base)
+    model, other = load_adapter(
+        load_plain_model(source, "float32"), parts[0].folder, allow_other_base
+    )
     names = [model.active_adapter]
     for number, part in enumerate(parts[1:], 2):
         names.append(f"adapter{number}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.base import noted_distances
 from kpsvd_tune.errors import InputError, ResourceError, some_of
 from kpsvd_tune.events import Events
 from kpsvd_tune.merge.changes import Changes, Part, changes_of
@@ -209,19 +210,24 @@ def merge(
     if checkpoint is None or reason is not None:
         events.note(f"the whole base is loaded, for {reason}")
         _check_memory(needed, reason)
-        model = _load(parts, source, settings, events)
+        with noted_distances() as changes.distances:
+            model = _load(parts, source, settings, events)
         stored = None if checkpoint is None else stored_dtype(checkpoint)
         settings = replace(
             settings,
             dtype=settings.dtype or stored,
             warnings=(*settings.warnings, *_other_base(model[1])),
-            notes=(f"The base was loaded as a whole, for {reason}.",),
+            notes=(
+                f"The base was loaded as a whole, for {reason}.",
+                *_from_quantised(changes.distances),
+            ),
         )
         return merge_loaded(model[0], tokenizer, output, settings, events, with_logits)
     plan = plan_files(checkpoint, changes, settings.dtype)
     proof = None
     if with_logits:
-        model = _load(parts, source, settings, events)
+        with noted_distances() as changes.distances:
+            model = _load(parts, source, settings, events)
         changes.other_base = model[1]
         check_finite(model[0])
         events.stage("computing the logits of the adapter on its base")
@@ -268,7 +274,8 @@ def _stream(
                 "weights that no adapter lies on were not compared with those of the training, "
                 "since transformers joins or splits some of them while loading"
             )
-        settings = replace(settings, dtype=plan.dtype, warnings=tuple(warnings))
+        notes = (*settings.notes, *_from_quantised(changes.distances))
+        settings = replace(settings, dtype=plan.dtype, warnings=tuple(warnings), notes=notes)
         return _prove_and_report(partial, output, settings, written, proof, events)
 
 
@@ -426,6 +433,20 @@ def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | N
         base_folder, local_files_only=True, trust_remote_code=False
     )
     return not same_tokenizer(tokenizer, own)
+
+
+def _from_quantised(distances: Mapping[str, float]) -> tuple[str, ...]:
+    """What an adapter meets that was trained on quantised weights and is merged into plain ones."""
+    if not distances:
+        return ()
+    mean = (sum(each**2 for each in distances.values()) / len(distances)) ** 0.5
+    worst = max(distances, key=distances.__getitem__)
+    return (
+        "The adapter was trained on a quantised base and merged into full precision: the weights "
+        f"of its {len(distances)} layers are {100 * mean:.2g} % of their norm from the quantised "
+        f"ones in the root mean square, {100 * distances[worst]:.2g} % in {worst}, estimated from "
+        "random projections.",
+    )
 
 
 def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
+from kpsvd_tune.models.quantised import quantisation_config
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.memory import is_out_of_memory
 
@@ -39,16 +40,20 @@ _IMPOSSIBLE = (StrictDataclassError, AttributeError, TypeError, ArithmeticError,
 
 
 def load_model(
-    source: ModelSource, dtype: str, attn_implementation: str | None = None
+    source: ModelSource,
+    dtype: str,
+    attn_implementation: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """Load the base model on the CPU in evaluation mode, in float32, bfloat16 or float16.
 
     A GGUF file is dequantised, and the result counts as an ordinary model, so that
     ``save_pretrained`` writes it. Without `attn_implementation` transformers chooses the attention.
+    With a `quantization`, nf4 or int8, the linear layers are quantised while they are loaded.
 
     Raises:
-        ModelError: The files are damaged or not a causal language model, weights are missing, or
-            the ``gguf`` package is not installed.
+        ModelError: The files are damaged or not a causal language model, weights are missing, the
+            ``gguf`` or ``bitsandbytes`` package is not installed, or the model cannot be quantised.
     """
     from transformers import AutoModelForCausalLM
 
@@ -57,6 +62,9 @@ def load_model(
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "config": _config(source)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        _check_quantisable(source, options["config"], quantization)
+        options["quantization_config"] = quantisation_config(quantization, DTYPES[dtype])
     if source.gguf_file is not None:
         options["gguf_file"] = source.gguf_file
     # Typed as returning the model alone, whatever is asked for.
@@ -97,6 +105,48 @@ def load_model(
         _warn_of_rotations(source)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def load_plain_model(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """Load the base model as :func:`load_model` does, with plain weights in any case.
+
+    Raises:
+        ModelError: As :func:`load_model`, or transformers cannot dequantise the weights.
+    """
+    model: Any = load_model(source, dtype)
+    if getattr(model, "hf_quantizer", None) is not None:
+        _log.warning(
+            "model %r is stored quantised: its dequantised weights are taken, which differ from "
+            "those that it was made from",
+            source.path,
+        )
+        with _reading(
+            f"model {source.path!r}: its quantised weights cannot be made plain again",
+            "use the checkpoint that it was made from",
+        ):
+            model = model.dequantize().to(DTYPES[dtype])
+        _forget_quantisation(model)
+        # How packed tensors were read, which save_pretrained would undo; the rest it finds again.
+        model._weight_conversions = None
+    plain: PreTrainedModel = model
+    return plain
+
+
+def _check_quantisable(source: ModelSource, config: Any, quantization: str) -> None:
+    """Refuse to quantise what transformers does not, or what has been quantised before."""
+    if source.kind == "gguf":
+        raise ModelError(
+            f"model {source.path!r} is a GGUF file, which is dequantised while it is loaded, and "
+            f"model.quantization is {quantization}: expected a folder or hub model with plain "
+            "weights, or model.quantization: null"
+        )
+    if (known := getattr(config, "quantization_config", None)) is not None:
+        kind = known.get("quant_method") if isinstance(known, dict) else known.quant_method
+        raise ModelError(
+            f"model {source.path!r} is quantised already ({getattr(kind, 'value', kind)}), and "
+            f"model.quantization is {quantization}: expected a model with plain weights, or "
+            "model.quantization: null"
+        )
 
 
 def refuse_more_layers(source: ModelSource, extra: Iterable[str], known: Iterable[str]) -> None:

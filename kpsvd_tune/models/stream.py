@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.models.loading import load_model, load_skeleton, refuse_more_layers
+from kpsvd_tune.models.loading import load_plain_model, load_skeleton, refuse_more_layers
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.json_files import check_regular, read_header
 
@@ -80,7 +80,7 @@ class WeightReader:
             weight = read_tensor(location)
         else:
             if self._loaded is None:
-                self._loaded = _load(self.source, self._skeleton, name)
+                self._loaded = _load(self.source)
             weight = _weight(self._loaded, name).detach()
         return weight.T if isinstance(module, Conv1D) else weight
 
@@ -106,15 +106,10 @@ def read_tensor(location: TensorLocation) -> Tensor:
     return data.view(FLOATS[location.dtype]).reshape(location.size)
 
 
-def _load(source: ModelSource, skeleton: PreTrainedModel, name: str) -> PreTrainedModel:
-    if source.kind != "gguf" and getattr(skeleton.config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{name} is stored as a packed quantised weight: KPSVD needs floating-point weights; "
-            "use the unquantised checkpoint"
-        )
+def _load(source: ModelSource) -> PreTrainedModel:
     # Dequantised numbers are exact in float32; pickled and fused checkpoints are nearly always
     # stored in the dtype of their configuration, and float32 holds those exactly too.
-    return load_model(source, "float32")
+    return load_plain_model(source, "float32")
 
 
 def _locate(
@@ -129,6 +124,8 @@ def _locate(
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
     left = [key for key in stored if not any(re.search(known, key) for known in ignored)]
     refuse_more_layers(source, set(left) - taken, taken)
+    # What is packed as its configuration says comes from the loaded model, dequantised.
+    is_quantised = getattr(skeleton.config, "quantization_config", None) is not None
     located: dict[str, TensorLocation] = {}
     for name in names:
         key = parameters.get(f"{name}.weight")
@@ -136,6 +133,8 @@ def _locate(
             continue
         place = stored[key]
         expected = tuple(_weight(skeleton, name).shape)
+        if place.dtype not in FLOATS and is_quantised:
+            continue
         if place.dtype not in FLOATS:
             raise ModelError(
                 f"{name} is stored as {place.dtype}, a packed quantised weight: KPSVD needs "

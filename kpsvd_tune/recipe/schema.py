@@ -42,6 +42,11 @@ class ModelRecipe(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = key(
         "bfloat16", "type the base weights are loaded in"
     )
+    quantization: Literal["nf4", "int8"] | None = key(
+        None,
+        "keep the base's linear layers in 4 (nf4) or 8 bits (int8) while training; the weights are "
+        "decomposed before, and an adapter is merged, in full precision",
+    )
     attn_implementation: Text | None = key(
         None, "attention of transformers (eager, sdpa, ...); null lets it choose"
     )

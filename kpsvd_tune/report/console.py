@@ -132,6 +132,8 @@ def show_merge(report: MergeReport) -> None:
     kept = f"{100 * report.min_kept_share:.1f} %"
     rounding = f"survived the rounding to {report.dtype}"
     print_line(out, f"of every layer's update at least {kept} {rounding}")
+    for note in report.notes:
+        print_line(out, note)
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
 

@@ -132,6 +132,11 @@ def _data(recipe: Recipe, record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def _quantised(recipe: Recipe) -> str:
+    kind = recipe.model.quantization
+    return f", its linear layers in {kind}" if kind else ""
+
+
 def _settings(recipe: Recipe) -> str:
     train = recipe.train
     accumulated = f" x {train.gradient_accumulation}" if train.gradient_accumulation > 1 else ""
@@ -145,7 +150,7 @@ def _settings(recipe: Recipe) -> str:
                 f"weight decay {train.weight_decay:g}" if train.weight_decay else "",
                 f"{train.batch_size}{accumulated} rows a step in each process",
                 length,
-                f"base in {recipe.model.dtype}",
+                f"base in {recipe.model.dtype}" + _quantised(recipe),
                 f"mixed precision {train.precision}",
                 f"seed {train.seed}",
             ],

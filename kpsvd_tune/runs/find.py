@@ -21,6 +21,7 @@ from kpsvd_tune.models import (
     base_fingerprint,
     find_configuration,
     load_model,
+    load_plain_model,
     load_tokenizer,
     resolve_model,
 )
@@ -64,6 +65,11 @@ class Found:
     def dtype(self) -> str:
         """The dtype that the run loaded its base in; float32 where there was none."""
         return self.recipe.model.dtype if self.recipe else "float32"
+
+    @property
+    def quantization(self) -> str | None:
+        """How the run quantised its base: nf4, int8 or None."""
+        return self.recipe.model.quantization if self.recipe else None
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,15 @@ def load(
     *,
     base_only: bool = False,  # without the adapter
     allow_other_base: bool = False,
+    in_full: bool = False,  # with plain weights, even where the training had quantised ones
 ) -> Loaded:
     """Load a model in a dtype, with its adapter, as by :func:`load_adapter`, where it has one."""
     tokenizer = load_tokenizer(source, found.adapter)
-    model: Any = load_model(source, dtype)
+    model: Any
+    if in_full:
+        model = load_plain_model(source, dtype)
+    else:
+        model = load_model(source, dtype, quantization=found.quantization)
     if found.adapter is None or base_only:
         return Loaded(model, tokenizer, None)
     model, other = load_adapter(model, found.adapter, allow_other_base)

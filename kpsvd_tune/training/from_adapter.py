@@ -15,11 +15,10 @@ from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
 from kpsvd_tune.context import Context, RunInput
 from kpsvd_tune.decompose import layer_report
-from kpsvd_tune.decompose.start import base_name
+from kpsvd_tune.decompose.start import base_name, load_base
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import LayerPlan, rearrange
-from kpsvd_tune.models import load_model
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.rank_page import write_rank_report
 from kpsvd_tune.report.results import RankReport
@@ -54,7 +53,7 @@ def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftMo
     result is as of :func:`kpsvd_tune.runs.find.load_adapter`; AdapterError if of another base.
     """
     recipe, events, base_files = context.recipe, context.events, data.base_files
-    base = load_model(data.source, recipe.model.dtype, recipe.model.attn_implementation)
+    base = load_base(data.source, recipe)
     config: KpsvdConfig = KpsvdConfig.from_pretrained(str(folder))
     if not config.layers:
         raise AdapterError(f"adapter.from: {folder} says nothing about its layers")

@@ -113,7 +113,9 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             recipe.train, recipe.tracking, run.path / "logs", init_method()
         )
         stack.enter_context(name_lost_process(lambda: phase.name))
-        _check_scorable(recipe, "DeepSpeed's ZeRO 3", zero_stage(accelerator) == 3)
+        is_sharded = zero_stage(accelerator) == 3
+        _check_scorable(recipe, "DeepSpeed's ZeRO 3", is_sharded)
+        _check_quantisation(recipe, "DeepSpeed's ZeRO 3", is_sharded)
 
         def claim() -> None:
             if not is_run(run.path):
@@ -351,9 +353,20 @@ def _check(recipe: Recipe) -> None:
     """Refuse before the first long stage whatever can be refused."""
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
-    _check_scorable(recipe, "train.parallel: fsdp", recipe.train.parallel == "fsdp")
+    is_sharded = recipe.train.parallel == "fsdp"
+    _check_scorable(recipe, "train.parallel: fsdp", is_sharded)
+    _check_quantisation(recipe, "train.parallel: fsdp", is_sharded)
     check_tasks(recipe.evaluation, recipe.dataset)
     find_adapter(recipe)
+
+
+def _check_quantisation(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
+    if is_sharded and recipe.model.quantization is not None:
+        raise RecipeError(
+            f"model.quantization: {recipe.model.quantization}: quantised weights are not sharded "
+            f"({sharding}); expected model.quantization: null, or train.parallel: ddp, where each "
+            "process holds the whole quantised base"
+        )
 
 
 def _check_scorable(recipe: Recipe, sharding: str, is_sharded: bool) -> None:

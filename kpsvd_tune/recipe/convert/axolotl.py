@@ -118,10 +118,10 @@ def _attention(name: str) -> Rule:
     return when_true("model.attn_implementation", name)
 
 
-@says("none: here a KPSVD adapter is trained in any case")
+@says("none: here a KPSVD adapter is trained in any case; `qlora` is `model.quantization: nf4`")
 def _adapter(target: Target, source: str, value: Any) -> None:
     if value == "qlora":
-        target.leave(source, value, keys.QUANTISED)
+        target.set("model.quantization", "nf4", source)
     elif value != "lora":
         target.leave(source, value, "all weights were trained, or another adapter; here KPSVD is")
 
@@ -221,8 +221,8 @@ AXOLOTL: Rules = {
         "layers are adapted"
     ),
     "loraplus_lr_ratio": no("one rate for both factors: a ratio of 4 was worse (docs/study.md)"),
-    "load_in_8bit": no(keys.QUANTISED),
-    "load_in_4bit": no(keys.QUANTISED),
+    "load_in_8bit": when_true("model.quantization", "int8"),
+    "load_in_4bit": when_true("model.quantization", "nf4"),
     "gptq": no(keys.QUANTISED),
     "deepspeed": no(keys.CLUSTER),
     "fsdp": no(keys.CLUSTER),

@@ -230,10 +230,7 @@ RANK = (
     "trained parameters set adapter.rank.budget"
 )
 SCALE = "the update has no scale of its own; its size is the learning rate's"
-QUANTISED = (
-    "this version has no quantised bases: the base is loaded in model.dtype, with 2 to 4 times the "
-    "memory"
-)
+QUANTISED = "bases are quantised by bitsandbytes alone: model.quantization is nf4 or int8"
 VARIANT = "a variant of LoRA; KPSVD is trained without it"
 CLUSTER = "how processes share the work is given to `train`: --gpus N, or train.parallel: fsdp"
 PROMPTS = "prompts are never learnt here, only answers"

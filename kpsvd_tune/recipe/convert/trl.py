@@ -87,8 +87,8 @@ TRL: Rules = {
     "lora_task_type": no("a causal language model is trained"),
     "use_rslora": no(keys.SCALE),
     "use_dora": no(keys.VARIANT),
-    "load_in_8bit": no(keys.QUANTISED),
-    "load_in_4bit": no(keys.QUANTISED),
-    "bnb_4bit_quant_type": no(keys.QUANTISED),
-    "use_bnb_nested_quant": no(keys.QUANTISED),
+    "load_in_8bit": when_true("model.quantization", "int8"),
+    "load_in_4bit": when_true("model.quantization", "nf4"),
+    "bnb_4bit_quant_type": no("four bits are nf4"),
+    "use_bnb_nested_quant": no("the scales of nf4 are always quantised too"),
 }

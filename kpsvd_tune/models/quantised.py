@@ -1,0 +1,72 @@
+"""Base models with weights of 4 or 8 bits, by bitsandbytes, and the memory that they take."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from kpsvd_tune.errors import ModelError
+
+# As recipes name them: 4-bit NormalFloat with scales that are quantised too (QLoRA, arXiv
+# 2305.14314), and 8-bit integers with outlying inputs apart (LLM.int8, arXiv 2208.07339).
+QUANTISATIONS = ("nf4", "int8")
+# Weights that share a scale in nf4, and scales that share one of their own.
+_BLOCK, _SCALES = 64, 256
+
+
+def quantisation_config(kind: str, dtype: torch.dtype) -> Any:
+    """What transformers needs to quantise a model while it loads it.
+
+    Args:
+        kind: nf4 or int8.
+        dtype: What the layers compute in, and what the other weights are kept in.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization: {kind} needs the bitsandbytes package; install it with: "
+            "pip install 'kpsvd-tune[quant]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    make: Any = BitsAndBytesConfig
+    if kind == "int8":
+        # Each layer says in each step that its inputs are multiplied in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return make(load_in_8bit=True)
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype, kind: str | None = None) -> int:
+    """Bytes of a model's weights in a dtype; shared ones count once.
+
+    Args:
+        model: May be on the meta device.
+        dtype: Of the weights that are not quantised.
+        kind: nf4, int8 or None. Every linear layer is quantised but the output head, whose weight
+            is often the embedding's too.
+    """
+    quantised: dict[int, int] = {}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for module in model.modules() if kind else ():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            count, rows = module.weight.numel(), module.weight.shape[0]
+            scales = math.ceil(count / _BLOCK)
+            nf4 = math.ceil(count / 2) + scales + 4 * math.ceil(scales / _SCALES)
+            quantised[id(module.weight)] = nf4 if kind == "nf4" else count + 4 * rows
+    return sum(
+        quantised.get(id(each), each.numel() * dtype.itemsize) for each in model.parameters()
+    )

@@ -13,6 +13,7 @@ from kpsvd_tune.recipe.convert.keys import (
     no,
     says,
     to,
+    when_true,
 )
 from kpsvd_tune.recipe.convert.trainer import TRAINER
 

@@ -574,12 +574,13 @@ def test_no_key_of_axolotl_takes_the_place_of_another_unseen(here: Path) -> None
     "value", [True, 0, -1, 2.5, "x", [1], [["a"]], [None], {"a": 1}, [{"path": {"a": 1}}]]
 )
 def test_no_value_of_any_key_makes_convert_fail(tool: str, value: object, here: Path) -> None:
-    least = {
+    all_least: dict[str, dict[str, Any]] = {
         "axolotl": {"base_model": "m/n"},
         "LLaMA-Factory": {"model_name_or_path": "m/n", "cutoff_len": 9},
         "trl": {"model_name_or_path": "m/n", "use_peft": True},
         "PEFT": {"base_model_name_or_path": "m/n", "peft_type": "LORA"},
-    }[tool]
+    }
+    least = all_least[tool]
     for key in RULES[tool]:
         if key not in least and key not in ("stage", "peft_type"):
             (here / "a.yml").write_text(json.dumps({**least, key: value}))

@@ -358,6 +358,8 @@ def test_a_missing_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str
         ("datasets: [a/b, {path: c/d, data_files: [x.csv], name: e}]", "dataset", "path", None),
         ("datasets: [{path: a/b, type: chat_template.x}]", "dataset", "format", "chat"),
         ("chat_template: tokenizer_default\ndatasets: [a/b]", "dataset", "template", "chat"),
+        ("chat_template: chatml\ndatasets: [a/b]", "dataset", "chat_template", "chatml"),
+        ("a_key_without_a_value:", "model", "path", "some/model"),
         ("load_in_4bit: true", "model", "quantization", "nf4"),
     ],
 )
@@ -594,3 +596,9 @@ def test_an_odd_key_stays_within_its_comment(here: Path) -> None:
     (here / "mine.yaml").write_text(found.text)
     assert load_recipe("mine.yaml", ["dataset.path=a/b"]).model.path == "m/n"
     assert set(found.left) == {repr(odd), "chat_template"}
+
+
+def test_a_list_of_data_sets_is_looked_for_in_folders_only(here: Path) -> None:
+    dataset = _content(_FACTORY.replace("dataset_dir: .", "dataset_dir: [5]"), here)["dataset"]
+    assert dataset["path"] == "nuts"
+    assert "dataset nuts" in convert("a.yml", "a").left

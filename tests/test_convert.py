@@ -358,6 +358,7 @@ def test_a_missing_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str
         ("datasets: [a/b, {path: c/d, data_files: [x.csv], name: e}]", "dataset", "path", None),
         ("datasets: [{path: a/b, type: chat_template.x}]", "dataset", "format", "chat"),
         ("chat_template: tokenizer_default\ndatasets: [a/b]", "dataset", "template", "chat"),
+        ("load_in_4bit: true", "model", "quantization", "nf4"),
     ],
 )
 def test_single_keys(keys: str, section: str, key: str, expected: object, here: Path) -> None:
@@ -374,7 +375,6 @@ def test_single_keys(keys: str, section: str, key: str, expected: object, here: 
 @pytest.mark.parametrize(
     "keys",
     [
-        "adapter: qlora",
         "adapter: ia3",
         "optimizer: lion_pytorch",
         "lr_scheduler: rex",
@@ -387,6 +387,14 @@ def test_single_keys(keys: str, section: str, key: str, expected: object, here: 
 def test_what_has_no_counterpart_is_always_told(keys: str, here: Path) -> None:
     (here / "a.yml").write_text(f"base_model: some/model\n{keys}\n")
     assert len(convert("a.yml", "a").left) == 1
+
+
+def test_qlora_is_a_quantised_base(here: Path) -> None:
+    (here / "a.yml").write_text("base_model: some/model\nadapter: qlora\n")
+    found = convert("a.yml", "a")
+    assert not found.left
+    (here / "mine.yaml").write_text(found.text)
+    assert load_recipe("mine.yaml").model.quantization == "nf4"
 
 
 def test_full_training_of_trl_and_llama_factory_is_told(here: Path) -> None:

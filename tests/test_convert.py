@@ -193,7 +193,7 @@ def test_axolotl_keys_become_ours(here: Path) -> None:
     assert set(found.left) == {
         *("model_type", "lora_r", "lora_alpha", "datasets[0].shards", "optimizer"),
         *("learning_rate", "evals_per_epoch", "eval_steps", "tf32", "deepspeed", "special_tokens"),
-        "my_own_key",
+        *("sample_packing", "my_own_key"),
     }
     assert found.left["my_own_key"][1].startswith("not known here as a key of that tool")
     assert recipe.model.quantization == "int8"
@@ -237,7 +237,7 @@ def test_data_sets_of_llama_factory_by_its_list(here: Path) -> None:
     assert isinstance(unknown, SourceRecipe)
     assert (talks.path, talks.format) == ("talks.jsonl", "chat")
     assert talks.columns == {"messages": "talk"}
-    assert (far.path, far.name, far.split) == ("some/rows", "easy", "train")
+    assert (far.path, far.name, far.split) == ("some/rows", "easy", "train[:10]")
     assert unknown.path == "unknown"
     assert (dataset.chat_template, dataset.template_arguments) == (
         "qwen3",
@@ -255,7 +255,7 @@ def test_trl_and_peft_keys_become_ours(here: Path, tiny_model_dir: Path) -> None
     assert (found.tool, recipe.output_dir) == ("trl", "runs/nuts")
     assert (recipe.model.dtype, recipe.train.precision, recipe.train.seed) == ("float32", "no", 11)
     assert (recipe.adapter.modules_to_save, recipe.train.max_grad_norm) == (["lm_head"], 0.5)
-    assert set(found.left) == {"lora_r", "lora_alpha", "learning_rate", "eos_token"}
+    assert set(found.left) == {"lora_r", "lora_alpha", "learning_rate", "eos_token", "packing"}
     found = convert("adapter_config.json", "nuts")
     (here / "mine.yaml").write_text(found.text)
     recipe = load_recipe("mine.yaml")
@@ -358,6 +358,8 @@ def test_a_missing_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str
         ("datasets: [a/b, {path: c/d, data_files: [x.csv], name: e}]", "dataset", "path", None),
         ("datasets: [{path: a/b, type: chat_template.x}]", "dataset", "format", "chat"),
         ("chat_template: tokenizer_default\ndatasets: [a/b]", "dataset", "template", "chat"),
+        ("chat_template: chatml\ndatasets: [a/b]", "dataset", "chat_template", "chatml"),
+        ("a_key_without_a_value:", "model", "path", "some/model"),
         ("load_in_4bit: true", "model", "quantization", "nf4"),
     ],
 )
@@ -427,6 +429,10 @@ def test_a_key_that_asks_for_nothing_changes_nothing(tool: str, value: str, here
         "trl": {"model_name_or_path": "some/model", "use_peft": "true"},
         "PEFT": {"base_model_name_or_path": "some/model", "peft_type": "LORA"},
     }[tool]
+    # Without a limit, and with prompts learnt: null and false ask for something.
+    if tool == "trl":
+        least |= {"dataset_name": "a/b", "max_length": "9", "max_seq_length": "9"}
+        least |= {"assistant_only_loss": "true", "completion_only_loss": "true"}
     quiet = [key for key in RULES[tool] if key not in least and RULES[tool][key].says[0] != "`"]
     lines = [f"{key}: {each}" for key, each in least.items()]
     told = {"adapter", "finetuning_type", "learning_rate", "r", "lora_r", "lora_rank", "lora_alpha"}
@@ -443,7 +449,12 @@ def test_a_key_that_asks_for_nothing_changes_nothing(tool: str, value: str, here
     ("keys", "ours", "left"),
     [
         ("dataset_text_field: body", {"dataset.columns"}, set()),
-        ("warmup_steps: 0\nwarmup_ratio: 0.0", set(), set()),
+        ("warmup_steps: 0\nwarmup_ratio: 0.0", {"train.warmup_ratio"}, set()),
+        ("max_length: null", set(), {"max_length"}),
+        ("max_seq_length: 5", {"dataset.max_length"}, set()),
+        ("completion_only_loss: false", set(), {"completion_only_loss"}),
+        ("assistant_only_loss: false", set(), {"assistant_only_loss"}),
+        ("report_to: [wandb, tensorboard]", {"tracking"}, set()),
         ("max_steps: 4\nnum_train_epochs: 3", {"train.max_steps"}, set()),
         ("report_to: [swanlab]", set(), {"report_to"}),
         ("load_best_model_at_end: false\neval_steps: -1\npacking: false", set(), set()),
@@ -454,5 +465,140 @@ def test_a_key_that_asks_for_nothing_changes_nothing(tool: str, value: str, here
 def test_single_keys_of_trl(keys: str, ours: set[str], left: set[str], here: Path) -> None:
     (here / "a.yml").write_text(f"model_name_or_path: some/model\nuse_peft: true\n{keys}\n")
     found = convert("a.yml", "a")
-    assert set(found.taken) == {"model.path", *ours}
+    given = {key for key, source in found.taken.items() if not source.endswith("by default")}
+    assert given == {"model.path", *ours}
     assert set(found.left) == left
+
+
+def _content(keys: str, here: Path) -> dict[str, Any]:
+    """The dataset section and the trackers of what these keys of a tool become."""
+    (here / "a.yml").write_text(keys + "\n")
+    (here / "mine.yaml").write_text(convert("a.yml", "a").text)
+    return load_recipe("mine.yaml").model_dump(exclude_defaults=True)
+
+
+_AXOLOTL = "base_model: m/n\ndatasets: [a/b]\n"
+_FACTORY = "model_name_or_path: m/n\nstage: sft\ndataset: nuts\ndataset_dir: .\n"
+_TRL = "model_name_or_path: m/n\nuse_peft: true\ndataset_name: a/b\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "max_length", "too_long", "batch_size", "epochs"),
+    [
+        (_AXOLOTL, 512, "drop", 1, 1.0),
+        (_FACTORY, 2048, "cut", 8, 3.0),
+        (_TRL, 1024, "cut", 8, 3.0),
+    ],
+)
+def test_what_a_tool_does_without_a_key_is_done_here_too(
+    keys: str, max_length: int, too_long: str, batch_size: int, epochs: float, here: Path
+) -> None:
+    (here / "a.yml").write_text(keys)
+    found = convert("a.yml", "a")
+    (here / "mine.yaml").write_text(found.text)
+    recipe = load_recipe("mine.yaml")
+    assert recipe.dataset is not None
+    assert (recipe.dataset.max_length, recipe.dataset.too_long) == (max_length, too_long)
+    assert (recipe.train.batch_size, recipe.train.epochs) == (batch_size, epochs)
+    assert recipe.dataset.validation == 0  # every row is learnt
+    assert "by default" in found.taken["dataset.max_length"]
+    assert not found.left
+
+
+def test_held_out_rows_stay_where_the_tool_looks_at_some(here: Path) -> None:
+    (here / "a.yml").write_text(_TRL + "eval_strategy: steps\nmax_steps: 5\n")
+    found = convert("a.yml", "a")
+    (here / "mine.yaml").write_text(found.text)
+    recipe = load_recipe("mine.yaml")
+    assert recipe.dataset is not None
+    assert recipe.dataset.validation == 0.02
+    assert "2 % of the rows" in found.left["held-out rows"][1]
+    assert "train.epochs" not in found.taken  # steps count alone
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("warmup_ratio: 0.1\nwarmup_steps: 0", {"warmup_ratio": 0.1}),
+        ("warmup_steps: 0\nwarmup_ratio: 0.1", {"warmup_ratio": 0.1}),
+        ("warmup_steps: 7\nwarmup_ratio: 0", {"warmup_steps": 7}),
+        ("warmup_steps: 0.2", {"warmup_ratio": 0.2}),
+        ("warmup_ratio: 1", {"warmup_ratio": 1.0}),
+        ("warmup_ratio: 0", {"warmup_ratio": 0.0}),
+    ],
+)
+def test_a_run_warms_up_as_it_did(keys: str, expected: dict[str, float], here: Path) -> None:
+    train = _content(_TRL + keys, here)["train"]
+    # The recipe's own share, 0.03, is the default.
+    assert {key: train[key] for key in ("warmup_ratio", "warmup_steps") if key in train} == expected
+
+
+def test_plain_text_of_llama_factory_is_learnt_from_its_column(here: Path) -> None:
+    keys = _FACTORY.replace("sft", "pt") + "max_samples: 5"
+    dataset = _content(keys, here)["dataset"]
+    assert (dataset["format"], dataset["columns"]) == ("text", {"text": "question"})
+    assert dataset["split"] == "train[:5]"
+    assert "dataset nuts: response" in convert("a.yml", "a").left
+
+
+def test_forms_of_llama_factory_that_are_not_known_are_told(here: Path) -> None:
+    info = {
+        "nuts": {"file_name": 5, "formatting": "odd", "columns": ["a"], "split": "test"},
+        "talks": {"file_name": "talks.jsonl", "formatting": "openai"},
+    }
+    (here / "dataset_info.json").write_text(json.dumps(info))
+    dataset = _content(_FACTORY + "max_samples: some", here)["dataset"]
+    assert (dataset["path"], dataset["split"]) == ("5", "test")
+    left = convert("a.yml", "a").left
+    assert {"dataset nuts: formatting", "dataset nuts: columns", "max_samples"} == set(left)
+    dataset = _content(_FACTORY.replace("nuts", "[talks]") + "max_samples: 3", here)["dataset"]
+    assert (dataset["format"], dataset["split"]) == ("chat", "train[:3]")
+    (here / "a.yml").write_text(_FACTORY.replace("nuts", "true"))
+    assert "dataset True" in convert("a.yml", "a").left
+
+
+def test_no_key_of_axolotl_takes_the_place_of_another_unseen(here: Path) -> None:
+    keys = "use_tensorboard: true\nwandb_project: x\n"
+    keys += "lora_target_linear: true\nlora_target_modules: [q_proj]\n"
+    keys += "pretraining_dataset: c/d\nbf16: false\nfp16: false"
+    content = _content(_AXOLOTL + keys, here)
+    assert content["tracking"] == ["tensorboard", "wandb"]
+    assert content["adapter"].get("target_modules", "all-linear") == "all-linear"
+    assert content["dataset"]["path"] == "a/b"
+    assert content["model"]["dtype"] == "float32"
+    assert set(convert("a.yml", "a").left) == {"lora_target_modules", "pretraining_dataset"}
+    dataset = _content("base_model: m/n\npretraining_dataset: c/d", here)["dataset"]
+    assert (dataset["path"], dataset["format"]) == ("c/d", "text")
+
+
+@pytest.mark.parametrize("tool", RULES)
+@pytest.mark.parametrize(
+    "value", [True, 0, -1, 2.5, "x", [1], [["a"]], [None], {"a": 1}, [{"path": {"a": 1}}]]
+)
+def test_no_value_of_any_key_makes_convert_fail(tool: str, value: object, here: Path) -> None:
+    all_least: dict[str, dict[str, Any]] = {
+        "axolotl": {"base_model": "m/n"},
+        "LLaMA-Factory": {"model_name_or_path": "m/n", "cutoff_len": 9},
+        "trl": {"model_name_or_path": "m/n", "use_peft": True},
+        "PEFT": {"base_model_name_or_path": "m/n", "peft_type": "LORA"},
+    }
+    least = all_least[tool]
+    for key in RULES[tool]:
+        if key not in least and key not in ("stage", "peft_type"):
+            (here / "a.yml").write_text(json.dumps({**least, key: value}))
+            assert convert("a.yml", "a").tool in (tool, "LLaMA-Factory")
+
+
+def test_an_odd_key_stays_within_its_comment(here: Path) -> None:
+    odd = "odd\nmodel: {path: evil}"
+    (here / "a.yml").write_text(json.dumps({"base_model": "m/n", odd: 1, "chat_template": [1]}))
+    found = convert("a.yml", "a")
+    (here / "mine.yaml").write_text(found.text)
+    assert load_recipe("mine.yaml", ["dataset.path=a/b"]).model.path == "m/n"
+    assert set(found.left) == {repr(odd), "chat_template"}
+
+
+def test_a_list_of_data_sets_is_looked_for_in_folders_only(here: Path) -> None:
+    dataset = _content(_FACTORY.replace("dataset_dir: .", "dataset_dir: [5]"), here)["dataset"]
+    assert dataset["path"] == "nuts"
+    assert "dataset nuts" in convert("a.yml", "a").left

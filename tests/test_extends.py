@@ -303,3 +303,32 @@ def test_a_run_keeps_the_resolved_recipe_and_goes_on_although_a_part_changed(
     part.write_text("train: {max_steps: 2, learning_rate: 5e-3}\n")
     assert cli.run(["train", str(recipe)]) == 1
     assert "train.learning_rate: 0.002 in the run, 0.005 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("choice", "below", "arguments", "above"),
+    [
+        ("scheduler", "cosine_with_min_lr", "{min_lr_rate: 0.1}", "linear"),
+        ("optimizer", "adamw", "{betas: [0.9, 0.99]}", "sgd"),
+    ],
+)
+def test_arguments_of_another_choice_are_not_kept(
+    choice: str, below: str, arguments: str, above: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {path: a/b}\noutput_dir: r\n"
+        f"train: {{{choice}: {below}, {choice}_args: {arguments}}}\n"
+    )
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: base.yaml\ntrain: {{{choice}: {above}}}\n")
+    assert getattr(load_recipe(file).train, f"{choice}_args") == {}
+    file.write_text(f"extends: base.yaml\ntrain: {{{choice}: {below}}}\n")
+    assert getattr(load_recipe(file).train, f"{choice}_args") != {}
+
+
+def test_a_part_of_very_many_keys_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    many = "".join(f"  k{index}: 1\n" for index in range(20_000))
+    file.write_text(f"extends: adapters/equal-ranks\nmodel: {{path: a/b}}\ntrain:\n{many}")
+    with pytest.raises(RecipeError, match=r"mine.yaml:4: train.k0: unknown key"):
+        load_recipe(file)

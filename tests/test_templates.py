@@ -264,3 +264,14 @@ def test_each_task_trains(task: str, train: Callable[..., dict[str, Any]], tmp_p
         assert "label" in results["scores"]
     if task == "forget-less":
         assert "forgetting" in results["scores"]
+
+
+def test_a_model_is_offered_with_the_tasks_that_it_can_do(tmp_path: Path) -> None:
+    names = set(candidates())
+    assert "models/qwen3-0.6b+tasks/chat+machines/gpu-24gb" in names
+    for model, file in shipped_parts().items():
+        for task in head_of(file).get("Tasks", "").removeprefix("all but ").split(", "):
+            assert not any(f"{model}+tasks/{task}+" in name for name in names), (model, task)
+    comment = tmp_path / "comment.yaml"
+    comment.write_text("# Purpose: nothing\n#   but words.\n")
+    assert head_of(comment) == {"Purpose": "nothing but words."}

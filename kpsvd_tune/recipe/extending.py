@@ -1,14 +1,16 @@
 """`extends`: one document made of a recipe and the parts that it names.
 
 Parts are merged in the order in which they are named, and the recipe's own keys come last: of two
-values the later one wins, mappings are merged key by key, lists and all other values replaced. A
-part that is reached twice counts once, where it is named first.
+values the later one wins, mappings are merged key by key, lists and all other values replaced. The
+arguments of a schedule or an optimiser go with its name. A part that is reached twice counts once,
+where it is named first.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -28,6 +30,11 @@ _ONE_OF = (
     (("train", "epochs"), ("train", "max_steps")),
     (("train", "warmup_ratio"), ("train", "warmup_steps")),
     (("adapter", "factor_shape"), ("adapter", "factor_size")),
+)
+# Arguments of a choice, which mean nothing to another choice.
+_ARGUMENTS_OF = (
+    (("train", "scheduler"), ("train", "scheduler_args")),
+    (("train", "optimizer"), ("train", "optimizer_args")),
 )
 
 
@@ -144,6 +151,9 @@ def _merge(below: Document, above: Document) -> None:
         for own, other in (ways, ways[::-1]):
             if _value(above, own) is not None and _value(above, other) is None:
                 _remove(below, other)
+    for choice, arguments in _ARGUMENTS_OF:
+        if _value(above, choice) not in (None, _value(below, choice)):
+            _remove(below, arguments)
     _merge_mapping(below, above, ())
 
 
@@ -160,9 +170,7 @@ def _merge_mapping(below: Document, above: Document, path: Path) -> None:
         if value is None and is_held and not takes_null(place):
             continue
         held[key] = value
-        below.origins |= {
-            each: origin for each, origin in above.origins.items() if each[: len(place)] == place
-        }
+        below.origins |= {each: above.origins[each] for each in _places(value, place)}
 
 
 def _value(document: Document, path: Path) -> Any:
@@ -175,9 +183,21 @@ def _value(document: Document, path: Path) -> Any:
 def _remove(document: Document, path: Path) -> None:
     section = _value(document, path[:-1])
     if isinstance(section, dict) and path[-1] in section:
-        del section[path[-1]]
-        for old in [each for each in document.origins if each[: len(path)] == path]:
+        for old in _places(section.pop(path[-1]), path):
             del document.origins[old]
+
+
+def _places(value: Any, path: Path) -> Iterator[Path]:
+    """The place of a value and those of all within it, each of which has an origin."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else ()
+    for step, each in enumerate(value) if isinstance(value, list) else inner:
+        yield from _places(each, (*path, step))
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Recipe.model_json_schema(by_alias=True)
 
 
 def takes_null(path: Path) -> bool:
@@ -185,7 +205,7 @@ def takes_null(path: Path) -> bool:
 
     A key that the schema does not know takes none.
     """
-    schema = Recipe.model_json_schema(by_alias=True)
+    schema = _schema()
     known = schema["$defs"]
     found: list[Any] = [schema]
     for step in path:

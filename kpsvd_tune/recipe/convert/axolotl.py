@@ -27,6 +27,7 @@ from kpsvd_tune.recipe.convert.trainer import (
     optimiser,
     precision,
     steps,
+    track,
     warmup,
 )
 
@@ -45,6 +46,7 @@ _COLUMNS = {
     "field_output": "output",
     "field_system": "system",
     "field": "text",
+    "text_column": "text",
 }
 
 
@@ -53,8 +55,15 @@ def _rows(target: Target, source: str, value: Any) -> None:
     """Its list of data sets, each with a path, a type and columns."""
     if value in keys.NOTHING:
         return
+    if target.has("dataset.path"):
+        target.leave(
+            source, value, "another list of data sets was taken; add these to dataset.path"
+        )
+        return
     listed = value if isinstance(value, list) else [value]
     found = [_source(target, f"{source}[{at}]", each) for at, each in enumerate(listed)]
+    if source == "pretraining_dataset":
+        found = [{**each, "format": each.get("format", "text")} for each in found]
     if len(found) == 1:
         for key, each in found[0].items():
             target.set(f"dataset.{key}", each, f"{source}[0]")
@@ -120,7 +129,13 @@ def _adapter(target: Target, source: str, value: Any) -> None:
 @says("`tracking: [wandb]`")
 def _watched(target: Target, source: str, value: Any) -> None:
     if value not in keys.NOTHING:
-        target.set("tracking", ["wandb"], source)
+        track(target, "wandb", source)
+
+
+@says("`tracking: [tensorboard]`")
+def _board(target: Target, source: str, value: Any) -> None:
+    if value not in keys.NOTHING:
+        track(target, "tensorboard", source)
 
 
 _PER_EPOCH = "there are no evaluations or checkpoints by epochs: set train.eval_every or save_every"
@@ -143,7 +158,7 @@ AXOLOTL: Rules = {
     "val_set_size": to("dataset.validation"),
     "dataset_exact_deduplication": to("dataset.deduplicate"),
     "streaming": to("dataset.streaming"),
-    "sample_packing": when_true("train.packing", True),
+    "sample_packing": keys.packing,
     "train_on_inputs": no(keys.PROMPTS),
     "group_by_length": to("train.group_by_length"),
     "micro_batch_size": to("train.batch_size"),
@@ -180,7 +195,7 @@ AXOLOTL: Rules = {
     "output_dir": to("output_dir"),
     "wandb_project": _watched,
     "use_wandb": _watched,
-    "use_tensorboard": when_true("tracking", ["tensorboard"]),
+    "use_tensorboard": _board,
     **dict.fromkeys(
         ("wandb_entity", "wandb_name", "wandb_watch", "wandb_log_model", "wandb_run_id"),
         no("runs are called after their folder, and only numbers are sent"),

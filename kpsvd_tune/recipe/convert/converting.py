@@ -9,7 +9,7 @@ from typing import Any
 
 from kpsvd_tune.errors import InputError, some_of
 from kpsvd_tune.recipe.convert.axolotl import AXOLOTL
-from kpsvd_tune.recipe.convert.keys import Rules, Target
+from kpsvd_tune.recipe.convert.keys import NOTHING, Rules, Target
 from kpsvd_tune.recipe.convert.llama_factory import LLAMA_FACTORY, set_rows
 from kpsvd_tune.recipe.convert.peft import PEFT
 from kpsvd_tune.recipe.convert.trl import TRL
@@ -26,6 +26,31 @@ RULES: Mapping[str, Rules] = {
     "trl": TRL,
     "PEFT": PEFT,
 }
+# What the tools do where a key is left out, as far as it decides which rows, tokens and steps are
+# learnt and is not what our keys do: our key -> theirs, and its default.
+_DEFAULTS: Mapping[str, Mapping[str, tuple[str, Any]]] = {
+    "axolotl": {
+        "dataset.max_length": ("sequence_len", 512),
+        "dataset.too_long": ("excess_length_strategy", "drop"),
+        "train.batch_size": ("micro_batch_size", 1),
+    },
+    "LLaMA-Factory": {
+        "dataset.max_length": ("cutoff_len", 2048),
+        "train.batch_size": ("per_device_train_batch_size", 8),
+        "train.epochs": ("num_train_epochs", 3.0),
+    },
+    "trl": {
+        "dataset.max_length": ("max_length", 1024),
+        "train.batch_size": ("per_device_train_batch_size", 8),
+        "train.epochs": ("num_train_epochs", 3.0),
+    },
+    "PEFT": {},
+}
+# Keys that ask for held-out rows; without any of them nothing is held out there.
+_LOOKS = (
+    *("test_datasets", "eval_dataset", "eval_strategy", "evals_per_epoch", "do_eval"),
+    *("early_stopping_patience", "load_best_model_at_end"),
+)
 _UNKNOWN = "not known here as a key of that tool, and not carried over"
 _PREFERENCES = (
     "trains on preferences, and `kpsvd-tune train` learns answers as they are; trl's DPOTrainer "
@@ -84,10 +109,32 @@ def convert(path: str | os.PathLike[str], name: str) -> Converted:
             target.leave(key, value, _UNKNOWN)
     if tool == "LLaMA-Factory":
         set_rows(target, settings, file.parent)
+    _set_defaults(target, settings, tool)
     target.content.setdefault("output_dir", f"runs/{name}")
     if "path" not in target.content.get("model", {}):
         raise InputError(f"{shown(file)}: names no base model, which a recipe needs")
     return Converted(tool, _text(tool, shown(file), target), target.taken, target.left)
+
+
+def _set_defaults(target: Target, settings: Mapping[str, Any], tool: str) -> None:
+    """Set what the tool does where its configuration says nothing, and ours would do otherwise."""
+    has_rows = target.has("dataset.path")
+    for key, (theirs, value) in _DEFAULTS[tool].items():
+        is_told = theirs in target.left or (key == "train.epochs" and target.has("train.max_steps"))
+        if not target.has(key) and not is_told and (has_rows or key.startswith("train.")):
+            target.set(key, value, f"{theirs}, by default")
+    if has_rows and not target.has("dataset.validation"):
+        if all(settings.get(key) in NOTHING for key in _LOOKS):
+            target.set("dataset.validation", 0, "nothing is held out there")
+        else:
+            target.leave(
+                "held-out rows",
+                None,
+                "2 % of the rows are held out here: set dataset.validation to a file or a share",
+            )
+    is_full = tool == "axolotl" and target.content.get("train", {}).get("precision") == "no"
+    if is_full and not target.has("model.dtype"):
+        target.set("model.dtype", "float32", "neither bf16 nor fp16")
 
 
 def _tool_of(settings: Mapping[str, Any], name: str) -> str:

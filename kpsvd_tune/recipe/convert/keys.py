@@ -33,9 +33,19 @@ class Target:
         section[last] = value
         self.taken[key] = source
 
+    def has(self, key: str) -> bool:
+        """Whether a key of the recipe is set, by its dotted name."""
+        section: Any = self.content
+        for step in key.split("."):
+            if not isinstance(section, dict) or step not in section:
+                return False
+            section = section[step]
+        return True
+
     def leave(self, key: str, value: Any, meaning: str) -> None:
-        """Say that a key has no counterpart."""
-        self.left[key] = (show(value), meaning)
+        """Say that a key has no counterpart, or not quite."""
+        # It stands in a comment, which a line break would end.
+        self.left[key if key.isprintable() else repr(key)] = (show(value), meaning)
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,8 @@ def list_of(key: str) -> Rule:
         if value in NOTHING:
             return
         names = value.split(",") if isinstance(value, str) else value
-        names = [each.strip() for each in names] if isinstance(names, list) else names
+        if isinstance(names, list):
+            names = [each.strip() if isinstance(each, str) else each for each in names]
         target.set(key, names, source)
 
     return Rule(f"`{key}`", rule)
@@ -150,7 +161,23 @@ def modules(target: Target, source: str, value: Any) -> None:
         and value.replace(",", "").replace("_", "").replace(" ", "").isalnum()
     ):
         value = [each.strip() for each in value.split(",")]
+    if target.content.get("adapter", {}).get("target_modules") == "all-linear":
+        target.leave(source, value, "all linear layers are adapted, which another key asks for")
+        return
     target.set("adapter.target_modules", value, source)
+
+
+@says("`train.packing: true`")
+def packing(target: Target, source: str, value: Any) -> None:
+    """Packing, which changes what a batch counts."""
+    if value not in NOTHING:
+        target.set("train.packing", True, source)
+        target.leave(
+            source,
+            value,
+            "train.batch_size counts rows here, and packed sequences there: a step there learns "
+            "more rows; raise train.gradient_accumulation for as many",
+        )
 
 
 # Names of chat templates that others use for those that come with this package.
@@ -180,7 +207,7 @@ def chat_template(target: Target, source: str, value: Any) -> None:
     target.set("dataset.template", "chat", source)
     if value in ("tokenizer_default", "default", "jinja"):
         return
-    if value in _TEMPLATES:
+    if isinstance(value, str) and value in _TEMPLATES:
         name, arguments = _TEMPLATES[value]
         target.set("dataset.chat_template", name, source)
         if arguments:

@@ -21,6 +21,7 @@ from kpsvd_tune.recipe.convert.keys import (
 from kpsvd_tune.recipe.convert.trainer import TRAINER
 
 _INFO = "dataset_info.json"
+_FORMS = ("alpaca", "sharegpt", "openai")
 _COLUMNS = {
     "prompt": "instruction",
     "query": "input",
@@ -38,6 +39,7 @@ def rows_of(settings: dict[str, Any], folder: Path) -> list[tuple[str, dict[str,
     """
     named = settings.get("dataset") or []
     names = named.split(",") if isinstance(named, str) else named
+    names = names if isinstance(names, list) else [names]
     where = settings.get("dataset_dir") or "data"
     known: dict[str, Any] = {}
     if isinstance(where, str):
@@ -60,6 +62,10 @@ def rows_of(settings: dict[str, Any], folder: Path) -> list[tuple[str, dict[str,
 def set_rows(target: Target, settings: dict[str, Any], folder: Path) -> None:
     """Set dataset.path and what belongs to it."""
     found = []
+    is_text = settings.get("stage") == "pt"
+    most = settings.get("max_samples")
+    if most is not None and not _is_number(most):
+        target.leave("max_samples", most, "expected a whole number above 0: every row is taken")
     for name, entry in rows_of(settings, folder):
         source: dict[str, Any] = {"path": name}
         if entry is None:
@@ -70,7 +76,9 @@ def set_rows(target: Target, settings: dict[str, Any], folder: Path) -> None:
                 "to the file or hub id, and columns",
             )
         else:
-            source = _source(target, name, entry)
+            source = _source(target, name, entry, is_text=is_text)
+        if "split" in source and _is_number(most):
+            source["split"] = f"{source['split']}[:{most}]"
         found.append(source)
     if len(found) == 1:
         for key, value in found[0].items():
@@ -79,31 +87,46 @@ def set_rows(target: Target, settings: dict[str, Any], folder: Path) -> None:
         target.set("dataset.path", found, "dataset")
 
 
-def _source(target: Target, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _source(target: Target, name: str, entry: dict[str, Any], *, is_text: bool) -> dict[str, Any]:
     rest = dict(entry)
     folder = rest.pop("folder")
     file = rest.pop("file_name", None)
     hub = rest.pop("hf_hub_url", None)
-    source: dict[str, Any] = {"path": hub or (str(folder / file) if file else name)}
-    is_sharegpt = rest.pop("formatting", "alpaca") == "sharegpt"
-    given = rest.pop("columns", None) or {}
+    source: dict[str, Any] = {"path": hub or (str(folder / str(file)) if file else name)}
+    form = rest.pop("formatting", "alpaca")
+    if form not in _FORMS:
+        target.leave(f"dataset {name}: formatting", form, "not known here: read as alpaca's rows")
+    columns = rest.pop("columns", None) or {}
+    given: dict[str, Any] = columns if isinstance(columns, dict) else {}
+    if given is not columns:
+        target.leave(f"dataset {name}: columns", columns, "expected a mapping: not carried over")
     tags = rest.pop("tags", None)
-    if isinstance(tags, dict) and tags.get("role_tag") == "role":
+    if is_text:
+        # All of one column is learnt there, whatever it is called.
+        source["format"] = "text"
+        source["columns"] = {"text": given.get("prompt", "instruction")}
+        given = {key: value for key, value in given.items() if key != "prompt"}
+    elif form == "openai" or (isinstance(tags, dict) and tags.get("role_tag") == "role"):
         # Messages as OpenAI writes them.
         source["format"] = "chat"
         source["columns"] = {"messages": given.get("messages", "messages")}
         given = {key: value for key, value in given.items() if key != "messages"}
         tags = None
     else:
-        source["format"] = "sharegpt" if is_sharegpt else "alpaca"
-    columns = {_COLUMNS[key]: value for key, value in given.items() if key in _COLUMNS}
-    if columns:
-        source["columns"] = {**source.get("columns", {}), **columns}
+        source["format"] = "sharegpt" if form == "sharegpt" else "alpaca"
+    known = {} if is_text else _COLUMNS
+    named = {known[key]: value for key, value in given.items() if key in known}
+    if named:
+        source["columns"] = {**source.get("columns", {}), **named}
     if "subset" in rest:
         source["name"] = rest.pop("subset")
     if "split" in rest:
         source["split"] = rest.pop("split")
-    others = {key: value for key, value in given.items() if key not in _COLUMNS}
+    others = {key: value for key, value in given.items() if key not in known}
     others |= rest | ({"tags": tags} if tags else {})
     for key, value in others.items():
         target.leave(f"dataset {name}: {key}", value, "no counterpart: see docs/data.md")
@@ -124,7 +147,7 @@ def _kind(target: Target, source: str, value: Any) -> None:
 
 @says("`dataset.split: train[:N]`")
 def _most_rows(target: Target, source: str, value: Any) -> None:
-    if isinstance(value, int) and value > 0:
+    if _is_number(value):
         target.set("dataset.split", f"train[:{value}]", source)
 
 
@@ -166,8 +189,8 @@ LLAMA_FACTORY: Rules = {
     "train_on_prompt": no(keys.PROMPTS),
     "mask_history": when_true("dataset.learn", "last"),
     "streaming": to("dataset.streaming"),
-    "packing": when_true("train.packing", True),
-    "neat_packing": when_true("train.packing", True),
+    "packing": keys.packing,
+    "neat_packing": keys.packing,
     "preprocessing_num_workers": no(keys.SPEED),
     "preprocessing_batch_size": no(keys.SPEED),
     "overwrite_cache": no(keys.SPEED),

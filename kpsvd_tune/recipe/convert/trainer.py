@@ -85,10 +85,21 @@ def steps(target: Target, source: str, value: Any) -> None:
 @says("`train.warmup_steps`; a share: `train.warmup_ratio`")
 def warmup(target: Target, source: str, value: Any) -> None:
     """Steps to warm up in; a number below 1 is a share."""
-    if value in (None, 0):
+    if value is None:
         return
-    name = "warmup_ratio" if isinstance(value, float) and value < 1 else "warmup_steps"
-    target.set(f"train.{name}", value, source)
+    if value == 0:
+        # Files name both, and the one above 0 counts; the recipe would warm up by itself.
+        if not target.has("train.warmup_steps") and not target.has("train.warmup_ratio"):
+            target.set("train.warmup_ratio", 0.0, source)
+        return
+    is_share = source.endswith("ratio") or (isinstance(value, float) and value < 1)
+    target.set(f"train.{'warmup_ratio' if is_share else 'warmup_steps'}", value, source)
+
+
+def track(target: Target, name: str, source: str) -> None:
+    """Add one of ours to the trackers."""
+    named = target.content.get("tracking", [])
+    target.set("tracking", [*named, *({name} - set(named))], source)
 
 
 @says("`tracking`: tensorboard and wandb")
@@ -96,8 +107,8 @@ def trackers(target: Target, source: str, value: Any) -> None:
     """Those of ours among the trackers."""
     names = value if isinstance(value, list) else [value]
     ours = [each for each in names if each in ("tensorboard", "wandb")]
-    if ours:
-        target.set("tracking", ours, source)
+    for each in ours:
+        track(target, each, source)
     others = [each for each in names if each not in (*ours, *keys.NOTHING)]
     if others:
         target.leave(source, value, "not among ours: read metrics.jsonl in the run's folder")

@@ -38,6 +38,20 @@ def _text_column(target: Target, source: str, value: Any) -> None:
         target.set("dataset.columns", {"text": value}, source)
 
 
+@says("`dataset.max_length`")
+def _longest(target: Target, source: str, value: Any) -> None:
+    if value is None:
+        target.leave(source, value, "rows have no limit there; here dataset.max_length cuts them")
+    else:
+        target.set("dataset.max_length", value, source)
+
+
+@says("none: only answers are learnt here; false there learns the prompts as well")
+def _only_answers(target: Target, source: str, value: Any) -> None:
+    if value is False:
+        target.leave(source, value, keys.PROMPTS)
+
+
 TRL: Rules = {
     **TRAINER,
     "model_name_or_path": to("model.path"),
@@ -53,13 +67,14 @@ TRL: Rules = {
     "dataset_streaming": to("dataset.streaming"),
     "dataset_text_field": _text_column,
     "dataset_num_proc": no(keys.SPEED),
-    "max_length": to("dataset.max_length"),
-    "packing": when_true("train.packing", True),
+    "max_length": _longest,
+    "max_seq_length": _longest,
+    "packing": keys.packing,
     "packing_strategy": no("rows of a micro batch are laid end to end, and never cut to fit"),
     "padding_free": no("train.packing spares padding as well"),
     "eval_packing": no(keys.SPEED),
-    "assistant_only_loss": no("that is what is learnt here anyway: what the assistant writes"),
-    "completion_only_loss": no("that is what is learnt here anyway: the completion"),
+    "assistant_only_loss": _only_answers,
+    "completion_only_loss": _only_answers,
     "chat_template_path": to("dataset.chat_template"),
     "eos_token": no("the tokenizer's own end token, or the template's, is learnt"),
     "pad_token": no("padding is masked, whatever the token is"),

@@ -55,6 +55,7 @@ def dequantised(model: Any) -> Any:
 
     transformers packs (in, out) as (out, in), and makes an nn.Linear of it again.
     """
+    make: Any = Conv1D  # which has no types
     names = [
         name
         for name, module in model.named_modules()
@@ -63,7 +64,7 @@ def dequantised(model: Any) -> Any:
     plain = model.dequantize()
     for name in names:
         linear = plain.get_submodule(name)
-        own = Conv1D(linear.out_features, linear.in_features)
+        own = make(linear.out_features, linear.in_features)
         own.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
         if linear.bias is not None:
             own.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)

@@ -459,6 +459,7 @@ def test_a_key_that_asks_for_nothing_changes_nothing(tool: str, value: str, here
         ("report_to: [swanlab]", set(), {"report_to"}),
         ("load_best_model_at_end: false\neval_steps: -1\npacking: false", set(), set()),
         ("lora_target_modules: []", set(), set()),
+        ("learning_rate: null", set(), set()),
         ("dtype: auto", set(), {"dtype"}),
     ],
 )

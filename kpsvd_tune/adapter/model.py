@@ -36,7 +36,13 @@ from kpsvd_tune.adapter.base import (
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.forms import FORMS, FROZEN, LEFT, LEFT0, RIGHT, RIGHT0, Form
 from kpsvd_tune.adapter.layer import KpsvdLayer, KpsvdLinear
-from kpsvd_tune.adapter.targets import modules_by_name, plain_name, saved_whole_notes, target_names
+from kpsvd_tune.adapter.targets import (
+    check_saved_plain,
+    modules_by_name,
+    plain_name,
+    saved_whole_notes,
+    target_names,
+)
 from kpsvd_tune.errors import AdapterError, some_of
 from kpsvd_tune.linalg import (
     KPSVD,
@@ -84,6 +90,7 @@ class KpsvdModel(BaseTuner):
             )
         _unmerge(model)
         config: Any = self.peft_config[adapter_name]
+        check_saved_plain(model, config.modules_to_save or ())
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._made: set[str] = set()  # the layers that are made here, of which no file tells
         if config.is_to_decompose:

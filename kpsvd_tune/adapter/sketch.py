@@ -28,6 +28,7 @@ from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 NUM_PROJECTIONS = 8
 # Everything is added up in float64. A chunk of a megabyte stays in a processor's cache, and in
@@ -201,7 +202,8 @@ def distance(stored: Sketch, found: Sketch) -> tuple[float, float]:
         float((stored.values[form] - found.values[form]).square().mean().sqrt()) / scale
         for form in forms
     ]
-    if not all(math.isfinite(each) for each in far):
+    if not all(math.isfinite(each) for each in (scale, *far)):
+        # Whatever is divided by an infinite norm would pass.
         return math.inf, TOLERANCE
     if min(far) > TOLERANCE and pair & {_OTHER, _MIXED_OTHER}:
         return far[0], TOLERANCE_QUANTISED
@@ -252,7 +254,10 @@ def _weights(
     with align_module_device(module):
         if backend is not None:
             try:
-                yield "weight", backend.get_base_weight(module), True
+                packed = backend.get_base_weight(module)
+                # Conv1D holds (in, out), which transformers packs as (out, in).
+                was_conv1d = getattr(module, "source_cls", None) is Conv1D
+                yield "weight", packed.T if was_conv1d else packed, True
             except (ValueError, TypeError, NotImplementedError):
                 yield "weight", None, True
         own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from kpsvd_tune.errors import AdapterError, closest, did_you_mean
+from kpsvd_tune.errors import AdapterError, closest, did_you_mean, some_of
 from kpsvd_tune.storage.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
@@ -150,6 +150,25 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str,
         entry: [name for name in names if name.endswith(plain_name(entry))]
         for entry in modules_to_save
     }
+
+
+def check_saved_plain(model: nn.Module, modules_to_save: Sequence[str]) -> None:
+    """Refuse to train packed weights whole, which have no gradient: AdapterError."""
+    modules = modules_by_name(model)
+    for entry, names in saved_modules(model, modules_to_save).items():
+        packed = [
+            inner
+            for inner, module in modules.items()
+            if any(f"{inner}.".startswith(f"{name}.") for name in names)
+            and resolve_quantization_backend(module) is not None
+        ]
+        if packed:
+            raise AdapterError(
+                f"modules_to_save {entry!r} means quantised weights ({some_of(packed)}), which "
+                "cannot be trained; expected modules with plain weights. Adapt these layers "
+                "instead (target_modules), or load the base without quantisation "
+                "(model.quantization: null)"
+            )
 
 
 def saved_whole_notes(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:

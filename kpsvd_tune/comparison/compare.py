@@ -37,7 +37,14 @@ from kpsvd_tune.comparison.workers import Workers
 from kpsvd_tune.data import TokenizedRow, prepare
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
-from kpsvd_tune.errors import AdapterError, DataError, InputError, RecipeError, StoppedBySignal
+from kpsvd_tune.errors import (
+    AdapterError,
+    DataError,
+    InputError,
+    RecipeError,
+    StoppedBySignal,
+    some_of,
+)
 from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.events import Events, Silence
 from kpsvd_tune.models import (
@@ -64,6 +71,9 @@ from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
 from kpsvd_tune.training.stages import read_rows
 from kpsvd_tune.units import duration
 from kpsvd_tune.watch.before import row_warnings
+
+# Methods that read or overwrite the base's weights as they are stored.
+_NOT_ON = {"nf4": ("pissa", "lokr"), "int8": ("pissa",)}
 
 
 class Watcher(Protocol):
@@ -116,7 +126,7 @@ def compare(
         StoppedBySignal: SIGINT or SIGTERM; running trials were saved.
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
     """
-    _check(recipe)
+    _check(recipe, methods)
     task = None if score is None else scored_task(recipe, score)
     budgets = sorted({budget for each in grid.entries for budget in each.budgets})
     run = RunDirectory(recipe.output_dir)
@@ -482,7 +492,7 @@ def _conclude(session: _Session) -> Comparison:
     return verdict
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, methods: Sequence[Method]) -> None:
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `compare` needs")
     if recipe.adapter.modules_to_save:
@@ -494,6 +504,13 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(
             "adapter.from: methods are compared from their own starts, not from a trained adapter; "
             "set it to null"
+        )
+    kind = recipe.model.quantization
+    unfit = [each.name for each in methods if each.kind in _NOT_ON.get(kind or "", ())]
+    if unfit:
+        raise RecipeError(
+            f"model.quantization: {kind}: PEFT cannot train {some_of(unfit)} on such weights; "
+            "expected model.quantization: null, or --methods without them"
         )
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
-from kpsvd_tune.models.quantised import quantisation_config
+from kpsvd_tune.models.quantised import dequantised, quantisation_config
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.memory import is_out_of_memory
 
@@ -124,7 +124,7 @@ def load_plain_model(source: ModelSource, dtype: str) -> PreTrainedModel:
             f"model {source.path!r}: its quantised weights cannot be made plain again",
             "use the checkpoint that it was made from",
         ):
-            model = model.dequantize().to(DTYPES[dtype])
+            model = dequantised(model).to(DTYPES[dtype])
         _forget_quantisation(model)
         # How packed tensors were read, which save_pretrained would undo; the rest it finds again.
         model._weight_conversions = None

@@ -50,6 +50,28 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
+def dequantised(model: Any) -> Any:
+    """The same model with plain weights, and with a Conv1D where one had been quantised.
+
+    transformers packs (in, out) as (out, in), and makes an nn.Linear of it again.
+    """
+    make: Any = Conv1D  # which has no types
+    names = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "source_cls", None) is Conv1D
+    ]
+    plain = model.dequantize()
+    for name in names:
+        linear = plain.get_submodule(name)
+        own = make(linear.out_features, linear.in_features)
+        own.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False)
+        if linear.bias is not None:
+            own.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        plain.set_submodule(name, own)
+    return plain
+
+
 def weight_bytes(model: nn.Module, dtype: torch.dtype, kind: str | None = None) -> int:
     """Bytes of a model's weights in a dtype; shared ones count once.
 

@@ -286,6 +286,9 @@ def test_one_huge_entry_beside_small_ones_is_no_other_base(
     from_folder(made(3008), folder)
     with pytest.raises(AdapterError, match=WRONG):
         from_folder(made(3024), folder)
+    # Whose square is infinite in float32.
+    with pytest.raises(AdapterError, match=WRONG):
+        from_folder(made(2e25), folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

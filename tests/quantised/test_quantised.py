@@ -14,7 +14,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
@@ -286,6 +292,78 @@ def test_a_base_that_comes_quantised_is_decomposed_trained_and_merged(
     assert type(plain.get_submodule(LAYER)) is torch.nn.Linear
     with pytest.raises(ModelError, match=r"is quantised already \(bitsandbytes\), and model.quant"):
         load_model(resolve_model(str(base)), "float32", quantization="nf4")
+
+
+@kinds
+def test_conv1d_layers_are_trained_and_merged_as_linear_ones(
+    kind: str,
+    recipe: Callable[..., Path],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """transformers packs the (in, out) of GPT-2's layers as (out, in)."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=1,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    name = "transformer.h.0.attn.c_proj"
+    base, packed = tmp_path / "base", tmp_path / "packed"
+    original: Any = GPT2LMHeadModel(config)
+    original.save_pretrained(base)
+    quantised(base, kind).save_pretrained(packed)
+    for folder in (base, packed):
+        tokenizer.save_pretrained(folder)
+    plain: Any = load_plain_model(resolve_model(str(packed)), "float32")
+    assert type(plain.get_submodule(name)) is Conv1D
+    expected = original.get_submodule(name).weight
+    assert (plain.get_submodule(name).weight - expected).norm() < 0.15 * expected.norm()
+    for number, (folder, quantization) in enumerate([(base, kind), (packed, None)]):
+        path = recipe(kind, path=str(folder), quantization=quantization)
+        trained, merged = tmp_path / f"run{number}", tmp_path / f"merged{number}"
+        assert run("train", path, "--offline", f"output_dir={trained}") == 0
+        assert run("merge", trained, "-o", merged, "--offline") == 0
+        assert json.loads((merged / "merge_report.json").read_text())["passed"]
+    # A run on plain weights is one on their quantised ones, and the other way round.
+    path = recipe(kind, path=str(base), quantization=None)
+    follows = f"adapter={{from: {tmp_path / 'run0'}}}"
+    assert run("train", path, "--offline", f"output_dir={tmp_path / 'next'}", follows) == 0
+
+
+@kinds
+def test_quantised_weights_are_not_trained_whole(
+    kind: str, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = recipe(kind)
+    assert run("train", path, "--offline", "adapter.modules_to_save=[mlp]") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "modules_to_save 'mlp' means quantised weights (model.layers.0.mlp." in said
+    assert "model.quantization: null" in said
+    # Those that transformers leaves plain may be.
+    assert run("train", path, "--offline", "adapter.modules_to_save=[lm_head]") == 0
+    # Also of an adapter that was trained on plain ones.
+    plain = "model.quantization=null", "adapter.modules_to_save=[mlp]"
+    folder = tmp_path / "plain"
+    assert run("train", path, "--offline", f"output_dir={folder}", *plain) == 0
+    capsys.readouterr()
+    follows = f"adapter={{from: {folder}}}", f"output_dir={tmp_path / 'next'}"
+    assert run("train", path, "--offline", *follows) == 2
+    assert "modules_to_save 'mlp' means quantised weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "methods"), [("nf4", "pissa, lokr"), ("int8", "pissa")])
+def test_methods_that_need_plain_weights_are_not_compared_on_quantised_ones(
+    kind: str, methods: str, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--methods", "kpsvd,pissa,lokr", "--budgets", "2k", "--offline"
+    assert run("compare", recipe(kind), *options) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"model.quantization: {kind}: PEFT cannot train {methods} on such weights" in said
+    assert "--methods without them" in said
 
 
 def test_what_cannot_be_quantised_is_refused(

@@ -28,6 +28,7 @@ from kpsvd_tune.adapter.sketch import (
     unpacked,
     without_peft,
 )
+from kpsvd_tune.adapter.sketch import TOLERANCE as SKETCH_TOLERANCE
 from kpsvd_tune.errors import AdapterError, some_of
 from kpsvd_tune.linalg import KroneckerShape, rearrange
 
@@ -229,7 +230,8 @@ def check_record(
         refuse(_other(place.name, far, tolerance, place.made_for, given))
         return
     noted = _DISTANCES.get()
-    if noted is not None and is_of_few_bits(stored) and not is_of_few_bits(found):
+    is_apart = is_of_few_bits(stored) and not is_of_few_bits(found) and far > SKETCH_TOLERANCE
+    if noted is not None and is_apart:
         noted[place.name] = far
     is_newer, told = int(record[1, 0]) >> _BITS, int(record[0, 0]) >> _BITS
     if told or (not is_newer and unchecked and unchecked.fingerprint):

@@ -186,6 +186,11 @@ def _add_terms(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mul(factors[0][0], factors[1][0], out=out)
         for one, other in zip(factors[0][1:], factors[1][1:], strict=True):
             out.addcmul_(one, other)
+    elif len(left) > left.shape[2]:
+        # Broadcast, the product below would copy B for every row of A.
+        product = left.flatten(1).T @ right.flatten(1)
+        sizes = left.shape[1], left.shape[2], right.shape[1], right.shape[2]
+        out.copy_(product.view(sizes).permute(0, 2, 1, 3))
     else:
         torch.matmul(left.permute(1, 2, 0)[:, None], right.permute(1, 0, 2), out=out)
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from kpsvd_tune.errors import MergeError
 from kpsvd_tune.linalg import kron_sum_rows
 
-# Entries that are computed at a time. In float64 they take half a megabyte, which stays in a
-# processor's cache, and in memory that the allocator keeps: larger blocks are given back and
-# fetched again page by page, which took more time than the arithmetic.
-_BLOCK = 1 << 16
+# Entries that are computed at a time. In float64 they take a megabyte, which stays in a processor's
+# cache; smaller blocks make two threads wait for each other's turn in Python.
+_BLOCK = 1 << 17
 # The largest deviation that passes, in units in the last place. Rounding to nearest gives a half;
 # torch rounds float64 to 16 bits by way of float32, which adds at most 2^-14.
 MOST_DEVIATION = 0.5 + 2**-10

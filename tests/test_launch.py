@@ -176,11 +176,12 @@ def test_a_killed_rank_ends_those_that_wait_for_it(
     program.write_text(
         "import os, signal, time\n"
         "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     began = time.monotonic()
     assert launch.launch([], 2, use_cpu=True) == 128 + signal.SIGKILL
-    assert time.monotonic() - began < 30
+    # Long before the other's own end; a busy machine is slow.
+    assert time.monotonic() - began < 200
     err = capfd.readouterr().err
     assert "rank 1 was killed by SIGKILL while starting; most likely memory ran out: " in err
     assert "are free now. Fewer --processes, or a lower train.batch_size" in err

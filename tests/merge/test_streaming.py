@@ -133,7 +133,7 @@ def test_every_tensor_is_the_float64_reference_rounded_once(
     make_base(base, kind, tokenizer)
     peft = make_adapter(base, tmp_path / "adapter")
     with monkeypatch.context() as patch:
-        patch.setattr("kpsvd_tune.merge.loaded.load_model", pytest.fail)
+        patch.setattr("kpsvd_tune.merge.loaded.load_plain_model", pytest.fail)
         assert run("merge", tmp_path / "adapter", "-o", output, "--proof", "tensors") == 0
     before, after = stored(base), stored(output)
     expected = dict(before)

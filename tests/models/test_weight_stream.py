@@ -50,7 +50,7 @@ def test_weights_are_streamed_bit_for_bit_without_loading_the_model(
     source = resolve_model(str(tmp_path))
     assert len(source.weight_files) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    monkeypatch.setattr(stream_module, "load_model", refuse_to_load)
+    monkeypatch.setattr(stream_module, "load_plain_model", refuse_to_load)
     names = targets(source)
     assert len(names) >= 8
     reader = WeightReader(source, names)

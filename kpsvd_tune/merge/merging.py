@@ -375,7 +375,7 @@ def _prove_and_report(
 
 def weight_hashes(folder: Path) -> dict[str, str]:
     """The sha256 of every weight file of a merged model, by name."""
-    return file_hashes(folder, [file.name for file in folder.glob("*.safetensors")])
+    return file_hashes(folder.glob("*.safetensors"))
 
 
 def needs_whole_base(source: ModelSource, skeleton: Any) -> str | None:

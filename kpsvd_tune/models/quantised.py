@@ -85,7 +85,8 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, kind: str | None = None) 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules() if kind else ():
         if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            count, rows = module.weight.numel(), module.weight.shape[0]
+            count = module.weight.numel()
+            rows = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
             scales = math.ceil(count / _BLOCK)
             nf4 = math.ceil(count / 2) + scales + 4 * math.ceil(scales / _SCALES)
             quantised[id(module.weight)] = nf4 if kind == "nf4" else count + 4 * rows

@@ -6,7 +6,6 @@ hub and by the licence that its card states.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -21,6 +20,7 @@ from kpsvd_tune.errors import ModelError
 from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe.paths import model_problem
 from kpsvd_tune.report.card import Base
+from kpsvd_tune.storage.hashes import file_hashes
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
 
@@ -97,11 +97,7 @@ def find_configuration(path: str, revision: str | None = None) -> ModelSource:
 
 def base_fingerprint(source: ModelSource) -> dict[str, str]:
     """The hexadecimal sha256 of each weight file, by which an adapter knows its base, by name."""
-    found = {}
-    for file in source.weight_files:
-        with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    return file_hashes(source.weight_files)
 
 
 def _local(path: str, local: Path, revision: str | None) -> ModelSource:

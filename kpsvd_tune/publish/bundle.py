@@ -280,8 +280,7 @@ def _check_hashes(folder: Path, content: Content) -> list[str]:
     if not isinstance(known, Mapping):
         raise InputError(f"{folder / _REPORT[content]} is damaged: weight_files is no table")
     found = {file.name for file in folder.glob("*.safetensors")} | set(known)
-    there = [name for name in found if (folder / name).is_file()]
-    now = file_hashes(folder, there)
+    now = file_hashes(folder / name for name in found if (folder / name).is_file())
     if changed := [name for name in sorted(found) if now.get(name) != known.get(name)]:
         raise InputError(
             f"{some_of([str(folder / name) for name in changed])} changed since "

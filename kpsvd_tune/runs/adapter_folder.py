@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from kpsvd_tune.errors import AdapterError, CheckpointError
 from kpsvd_tune.report.card import CARD, with_scores
 from kpsvd_tune.storage import durable
 from kpsvd_tune.storage.commit import MANIFEST, check_sealed, seal
+from kpsvd_tune.storage.hashes import file_hash
 from kpsvd_tune.storage.json_files import check_regular, check_types, read_json
 from kpsvd_tune.storage.patterns import check_patterns
 
@@ -126,8 +126,7 @@ def save_adapter(
 
 def adapter_hash(folder: Path) -> str:
     """The sha256 of an adapter's weights, by which a run knows the one it began with or saved."""
-    with open(folder / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(folder / WEIGHTS)
 
 
 def check_own(folder: Path, saved: Any) -> None:

@@ -13,16 +13,21 @@ from kpsvd_tune.storage.disk import explained
 _AT_ONCE = 2
 
 
-def file_hash(file: Path) -> str:
-    """The sha256 of a file as hexadecimal digits; ResourceError where it cannot be read."""
-    with explained(f"read {file}"), file.open("rb") as stream:
+def file_hash(file: str | Path) -> str:
+    """The sha256 of a file as hexadecimal digits; OSError where it cannot be read."""
+    with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The sha256 of files of a folder, by name; ResourceError where one cannot be read."""
-    wanted = sorted(names)
+def file_hashes(files: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of files by their names; ResourceError where one cannot be read."""
+    wanted = sorted(files)
+
+    def read(file: Path) -> str:
+        with explained(f"read {file}"):
+            return file_hash(file)
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return dict(
-            zip(wanted, pool.map(file_hash, [folder / name for name in wanted]), strict=True)
-        )
+        return {
+            file.name: found for file, found in zip(wanted, pool.map(read, wanted), strict=True)
+        }

@@ -49,7 +49,7 @@ def merged(tmp_path: Path, tiny_model_dir: Path) -> Path:
         "passed": True,
         "output": "/home/ann/merged",
         "warnings": ["see /home/ann/x/y"],
-        "weight_files": file_hashes(folder, ["model.safetensors"]),
+        "weight_files": file_hashes([folder / "model.safetensors"]),
     }
     (folder / "merge_report.json").write_text(json.dumps(report))
     return folder

@@ -31,6 +31,7 @@ from kpsvd_tune.data.read.folders import (
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.offline import is_offline
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
+from kpsvd_tune.storage.hashes import file_hash
 from kpsvd_tune.storage.paths import expand
 
 # A hub that says nothing for so long is taken for one that cannot be reached.
@@ -189,7 +190,7 @@ def _file(path: Path, part: Part) -> RowSource:
         row_unit(path),
         lambda: _sliced(lambda: read_file(path), part, str(path)),
         # The kind of file decides how the bytes are read.
-        lambda: f"{''.join(path.suffixes[-2:]).lower()} {file_sha256(path)}",
+        lambda: f"{''.join(path.suffixes[-2:]).lower()} {file_hash(path)}",
         part.stretch,
     )
 
@@ -225,7 +226,7 @@ def _saved(folder: Path, split: str, is_held_out: bool) -> list[RowSource]:
 
 def _table(table: Any, label: str, part: Part) -> RowSource:
     def fingerprint() -> str:
-        digests = [bytes.fromhex(file_sha256(file["filename"])) for file in table.cache_files]
+        digests = [bytes.fromhex(file_hash(file["filename"])) for file in table.cache_files]
         return f"saved {hashlib.sha256(b''.join(digests)).hexdigest()}"
 
     def read() -> Iterator[Row]:
@@ -242,12 +243,6 @@ def _rows(label: str, records: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 def _with_notes(sources: Iterable[RowSource], notes: Iterable[str]) -> list[RowSource]:
     first, *others = sources
     return [replace(first, notes=tuple(notes)), *others]
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hash the bytes of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -102,12 +102,12 @@ def compare(
         _check_money(money, shared)
     if dry_run:
         prepare_libraries(offline, debug)
+        from kpsvd_tune.comparison.compare import check_comparable, money_summary
         from kpsvd_tune.estimate.verbs import comparison_work
 
+        check_comparable(shared, chosen)
         summary = grid.summary()
         if money is not None:
-            from kpsvd_tune.comparison.compare import money_summary
-
             summary |= money_summary(shared, grid, money, jobs)
         work = comparison_work(shared, max(sizes), summary["trials"], jobs)
         emit({**summary, "work": work.to_dict()}, as_json, lambda _: _show(summary, work))

@@ -126,7 +126,7 @@ def compare(
         StoppedBySignal: SIGINT or SIGTERM; running trials were saved.
         KpsvdTuneError: See :mod:`kpsvd_tune.errors`.
     """
-    _check(recipe, methods)
+    check_comparable(recipe, methods)
     task = None if score is None else scored_task(recipe, score)
     budgets = sorted({budget for each in grid.entries for budget in each.budgets})
     run = RunDirectory(recipe.output_dir)
@@ -492,7 +492,8 @@ def _conclude(session: _Session) -> Comparison:
     return verdict
 
 
-def _check(recipe: Recipe, methods: Sequence[Method]) -> None:
+def check_comparable(recipe: Recipe, methods: Sequence[Method]) -> None:
+    """Refuse what methods cannot be compared by; RecipeError says which key."""
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `compare` needs")
     if recipe.adapter.modules_to_save:

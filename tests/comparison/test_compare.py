@@ -317,6 +317,22 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path) -> N
     assert list(metrics.glob("*/checkpoints/step-*"))
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["adapter.modules_to_save=[lm_head]"], "modules trained whole would count against no"),
+        (["model.quantization=nf4"], "model.quantization: nf4: PEFT cannot train pissa on such"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_comparison_refuses(
+    keys: list[str], message: str, dry: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--methods", "kpsvd,pissa", "--budgets", "2k"]
+    assert cli.run(["compare", str(recipe), *keys, *options, *dry]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.slow
 def test_a_plan_says_what_all_trials_would_take(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -85,8 +85,8 @@ def _sizes(rows: int, num_processes: int, most: int, typed_steps: int) -> tuple[
         fitting = [str(number) for number in range(1, rows + 1) if rows % number == 0]
         raise CheckpointError(
             f"a step of this run takes {rows} rows, which {_counted(num_processes)} cannot "
-            "share equally (train.batch_size x processes x train.gradient_accumulation); go on with a "
-            f"number of processes that divides it ({', '.join(fitting)}), or let a step take other "
+            "share equally (train.batch_size x processes x train.gradient_accumulation); go on with "
+            f"one of {', '.join(fitting)} processes, or let a step take other "
             "rows from here on: set both keys, and pass --allow-change train.batch_size "
             "--allow-change train.gradient_accumulation as well"
         )
@@ -102,8 +102,8 @@ def _note(
     where = f"train.batch_size {sizes[0]} and train.gradient_accumulation {sizes[1]}"
     if before != now:
         return (
-            f"going on with {_counted(now)} in place of {before}: a step takes the same {rows} rows "
-            f"as before, by {where}. The run is from here on {NOT_THE_SAME_BYTES}"
+            f"going on with {_counted(now)} in place of {before}: a step takes the same "
+            f"{rows} rows as before, by {where}. The run is from here on {NOT_THE_SAME_BYTES}"
         )
     if typed != sizes:
         return (

@@ -85,8 +85,8 @@ def _sizes(rows: int, num_processes: int, most: int, typed_steps: int) -> tuple[
         fitting = [str(number) for number in range(1, rows + 1) if rows % number == 0]
         raise CheckpointError(
             f"a step of this run takes {rows} rows, which {_counted(num_processes)} cannot "
-            "share equally (train.batch_size x processes x train.gradient_accumulation); go on with "
-            f"one of {', '.join(fitting)} processes, or let a step take other "
+            "share equally (train.batch_size x processes x train.gradient_accumulation); go on "
+            f"with one of {', '.join(fitting)} processes, or let a step take other "
             "rows from here on: set both keys, and pass --allow-change train.batch_size "
             "--allow-change train.gradient_accumulation as well"
         )

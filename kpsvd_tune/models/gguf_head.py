@@ -61,19 +61,21 @@ def gguf_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return tokenizer
 
     def load(folder: Path) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True
         )
-        tokenizer.name_or_path = str(source.folder)
-        return tokenizer
+        loaded.name_or_path = str(source.folder)
+        return loaded
 
     return _kept(source, "tokenizer", read, load, _is_same_tokenizer)
 
 
-def _is_same_tokenizer(one: Any, two: Any) -> bool:
+def _is_same_tokenizer(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> bool:
+    rules: list[Any] = [one, two]
+    first, second = (each.backend_tokenizer.to_str() for each in rules)
     return (
         type(one) is type(two)
-        and one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
+        and first == second
         and one.special_tokens_map == two.special_tokens_map
         and one.chat_template == two.chat_template
         and one.padding_side == two.padding_side
@@ -96,9 +98,10 @@ def _kept(
             return kept
     except (InputError, ResourceError, OSError):
         return read()
-    found: Any = read()
+    found = read()
     with tempfile.TemporaryDirectory() as place:
-        found.save_pretrained(place)
+        saving: Any = found
+        saving.save_pretrained(place)
         back = load(Path(place))
         if not is_same(found, back):
             return found

@@ -71,8 +71,10 @@ def gguf_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _is_same_tokenizer(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> bool:
-    rules: list[Any] = [one, two]
-    first, second = (each.backend_tokenizer.to_str() for each in rules)
+    backends = [getattr(each, "backend_tokenizer", None) for each in (one, two)]
+    if None in backends:
+        return False
+    first, second = (each.to_str() for each in backends if each is not None)
     return (
         type(one) is type(two)
         and first == second

@@ -67,6 +67,7 @@ from kpsvd_tune.runs.find import trained_as
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_bytes, read_json, to_json
+from kpsvd_tune.training.precision import Settled, asks_for_auto, settle_precision
 from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
 from kpsvd_tune.training.stages import read_rows
 from kpsvd_tune.units import duration
@@ -137,6 +138,8 @@ def compare(
     with watched() as phase, run.lock():
         began = time.monotonic()
         phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
+        settled = _settle_precision(recipe)
+        recipe = settled.recipe
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
         material, shared, warnings = _material(recipe, source, skeleton, events)
@@ -145,7 +148,8 @@ def compare(
         kind = skeleton.config.model_type
         plan = Setups(recipe, recipes, methods, sizes, kind, run.path, shared)
         plan.prepare(source, budgets, events)
-        for note in plan.notes:
+        notes = [*plan.notes, *filter(None, [settled.note])]
+        for note in notes:
             events.note(note)
         if recipe.restrain is not None:
             events.note("restrain is for `train`: the updates of the trials stay as trained")
@@ -157,7 +161,7 @@ def compare(
         account = Account(run.path, rows, num_devices(), began)
         session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs)
         # Of what all trials share; they stand in the page as well.
-        session.notes = [*plan.notes, *(each.text for each in (*warnings, *length.warnings))]
+        session.notes = [*notes, *(each.text for each in (*warnings, *length.warnings))]
         if task is not None:
             session.questions = make_questions(task, material.dataset, material.chat_template)
         try:
@@ -174,6 +178,14 @@ def compare(
             account.tick()
             account.write()
         return session.conclude()
+
+
+def _settle_precision(recipe: Recipe) -> Settled:
+    """The recipe without `auto` in precision and dtype; finished trials decide it."""
+    file, record = Path(recipe.output_dir) / COMPARISON, None
+    if asks_for_auto(recipe) and file.exists() and read_results(Path(recipe.output_dir)):
+        record = {"identity": read_json(file).get("shared", {})}
+    return settle_precision(recipe, device(), record)
 
 
 @dataclass

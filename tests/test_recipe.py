@@ -493,8 +493,8 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
         ("model.path=' '", "model.path: got ' '; expected text that is not blank"),
         ("model.path=package:smol", "model.path: got 'package:smol'; expected "
          "package:NAME/FILE.gguf"),
-        ("model.dtype=bf16", "model.dtype: got 'bf16'; expected auto, float32, bfloat16 or float16; "
-         "did you mean bfloat16?"),
+        ("model.dtype=bf16", "model.dtype: got 'bf16'; expected auto, float32, bfloat16 or "
+         "float16; did you mean bfloat16?"),
         ("dataset.template=caht", "dataset.template: got 'caht'; expected chat, or text that holds "
          '{completion}, such as "Question: {prompt}\\nAnswer: {completion}"'),
         ("dataset.validation=true", "dataset.validation: got true; expected a share of the rows "

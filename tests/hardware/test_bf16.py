@@ -70,7 +70,7 @@ def test_mps_takes_float32_since_nothing_else_was_tried() -> None:
 def test_the_probe_ends_in_time_and_measures_both(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine of the test decides what the ratio is; that bfloat16 is slow is planted."""
     clock = {"now": 0.0}
-    monkeypatch.setattr(bf16.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
     calls: list[torch.dtype] = []
 
     def linear(x: torch.Tensor, weight: torch.Tensor) -> None:

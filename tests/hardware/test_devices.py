@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,7 @@ def test_the_processor_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(devices, "_CPU_INFO", info)
     assert devices.hardware_name(torch.device("cpu")) == "Some CPU @ 2 GHz"
     monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "none")
-    monkeypatch.setattr(devices.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
     assert devices.hardware_name(torch.device("cpu")) == "arm"
     about = SimpleNamespace(name="NVIDIA X")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
@@ -102,6 +103,6 @@ def test_what_a_device_cannot_do_is_refused(
 
 def test_a_quantised_base_is_refused_on_mps(machine: Any) -> None:
     machine(mps=True)
-    source = ModelSource("m", "local", Path("m"), ())
+    source = ModelSource("m", "folder", Path("m"), ())
     with pytest.raises(ModelError, match="nf4 is not supported on Apple's mps; expected null"):
         loading._check_quantisable(source, None, "nf4")

@@ -91,11 +91,13 @@ class Update:
     def __init__(self, name: str, terms: Sequence[Term], dtype: torch.dtype) -> None:
         self._name, self._dtype = name, dtype
         self._terms = [(each.weight * each.left, each.right) for each in terms]
-        # Of one term alone, in float32.
-        self._alone = None
-        if len(terms) == 1 and len(terms[0].left) == 1:
-            self._alone = self._terms[0][0].float(), self._terms[0][1].float()
-        self._of_lost = self._of_update = self._of_weight = self._deviation = 0.0
+        self._of_moved = self._of_update = self._of_weight = self._deviation = 0.0
+        # Of 16-bit weights: the factors in float32, where there is one term.
+        self._alone: tuple[Tensor, Tensor] | None = None
+        if dtype.itemsize == 2 and len(terms) == 1 and len(terms[0].left) == 1:
+            left, right = self._terms[0]
+            self._alone = left.float(), right.float()
+            self._of_update = float(left.square().sum() * right.square().sum())
 
     @torch.no_grad()
     def rows(self, weight: Tensor, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -136,49 +138,49 @@ class Update:
         stored.copy_(torch.add(wide, delta, out=exact))
         # What rounding takes away, exactly.
         lost = exact.sub_(wide.copy_(stored))
-        self._of_update += _product(delta, delta)
-        self._of_lost += _product(lost, delta)
+        of_update = _product(delta, delta)
+        self._of_update += of_update
+        self._of_moved += of_update - _product(lost, delta)
         self._note(_in_last_places(lost, stored, scratch))
 
     def _add_narrow(self, begin: int, before: Tensor, stored: Tensor, scratch: _Scratch) -> None:
         """Store W + Delta in 16 bits, and measure in float32 what the last rounding does."""
-        single, integer = torch.float32, torch.int32
-        exact, near = scratch.get("exact", before), scratch.get("near", before, single)
+        single, integer, end = torch.float32, torch.int32, begin + len(before)
+        weight = scratch.get("weight", before, single).copy_(before)
         # Torch has no fast way from float16 to float64 but by float32.
-        exact.copy_(near.copy_(before) if before.dtype == torch.float16 else before)
+        narrow = weight if before.dtype == torch.float16 else before
+        exact = scratch.get("exact", before).copy_(narrow)
         self._of_weight += _product(exact, exact)
         update = scratch.get("update", before, single)
         if self._alone is not None:
             # The numbers of one term cannot cancel, so that float32 has them to its last digit.
-            end = begin + len(before)
             kron_sum_rows(*self._terms[0], begin, end, exact, is_added=True)
             kron_sum_rows(*self._alone, begin, end, update)
         else:
             delta = scratch.get("delta", before)
             self._fill(begin, delta)
+            self._of_update += _product(delta, delta)
             update.copy_(delta)
             exact.add_(delta)
-        stored.copy_(near.copy_(exact))
-        back = scratch.get("back", before, single).copy_(stored)
+        near = scratch.get("near", before, single).copy_(exact)
+        back = scratch.get("back", before, single).copy_(stored.copy_(near))
         # The bits of float32 count its numbers, of which 2^spare are a unit of the 16-bit number.
         # Below a power of two the unit is half as large: then this says more than the distance.
         steps = scratch.get("steps", before, integer)
         torch.sub(back.view(integer), near.view(integer), out=steps)
         known = _FORMATS[stored.dtype]
         far = _largest(steps) / 2**known.spare
-        # What rounding takes away, exactly.
-        lost = near.sub_(back)
         if not far <= 0.5:
             # Units of numbers below the normal ones of float16 are larger than that.
-            far = _in_last_places(lost, stored, scratch)
-        of_lost, of_update = _product(lost, update), _product(update, update)
-        self._of_lost += of_lost
-        self._of_update += of_update
-        if of_update > 0:
+            far = _in_last_places(near.sub_(back), stored, scratch)
+        # From what was stored and not from the sum: float32 loses an update of 2^-25 of the weight.
+        of_moved = _product(back.sub_(weight), update)
+        self._of_moved += of_moved
+        if self._of_update > 0:
             # The sum in float64 is at most half a number of float32 from the one in float32.
             far += 2.0 ** -(known.spare + 1)
         # What is not finite makes the product so.
-        self._note(far if math.isfinite(of_lost) else math.inf)
+        self._note(far if math.isfinite(of_moved) else math.inf)
 
     def _note(self, far: float) -> None:
         """Take in the largest deviation of a block."""
@@ -196,7 +198,7 @@ class Update:
 
         Far below 1 where W has 16 bits and Delta is smaller than half the spacing around it.
         """
-        return 1 - self._of_lost / self._of_update if self._of_update > 0 else 1.0
+        return self._of_moved / self._of_update if self._of_update > 0 else 1.0
 
     @property
     def relative_size(self) -> float:
@@ -213,9 +215,11 @@ class Update:
 
 
 def _product(one: Tensor, other: Tensor) -> float:
-    """The inner product of two matrices."""
-    found = float(torch.dot(one.reshape(-1), other.reshape(-1)))
-    if one.dtype == torch.float32 and not _LEAST_PRODUCT < abs(found) < math.inf:
+    """The inner product of two matrices; of float32 each row is summed up in it, all in float64."""
+    if one.dtype == torch.float64:
+        return float(torch.dot(one.view(-1), other.view(-1)))
+    found = float(torch.linalg.vecdot(one, other).double().sum())
+    if not _LEAST_PRODUCT < abs(found) < math.inf:
         return _product(one.double(), other.double())
     return found
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kpsvd_tune.errors import MergeError
 from kpsvd_tune.merge.changes import Changes
-from kpsvd_tune.merge.update import Update
+from kpsvd_tune.merge.update import Scratch, Update
 from kpsvd_tune.models import Checkpoint, StoredTensor, WeightFile
 from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.models.stream import FLOATS, tensors_of
@@ -243,7 +243,8 @@ class ShardWriter:
         self._checkpoint, self._changes, self._compares = checkpoint, changes, compares
         self._advance = advance
         self._stopped = threading.Event()
-        self._computing = threading.Lock()
+        # Only the thread that computes has its memory.
+        self._computing, self._scratch = threading.Lock(), Scratch()
         self._local = threading.local()
         self._written = Written()
         # Of the updated tensors: how many bytes were written in a piece, and their sum.
@@ -344,7 +345,7 @@ class ShardWriter:
             if self._compares:
                 self._check_stopped()
                 self._changes.check_layer(name, weight)
-            update = Update(name, self._changes.terms(name), dtype)
+            update = Update(name, self._changes.terms(name), dtype, self._scratch)
             for _ in update.rows(weight, result):
                 self._check_stopped()
         self._written.kept[name] = update.kept

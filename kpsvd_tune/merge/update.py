@@ -63,19 +63,24 @@ class Term:
         return Term(self.left.mT.contiguous(), self.right.mT.contiguous(), self.weight)
 
 
-class _Scratch:
-    """Memory for one block, which is used again for the next: fresh pages cost more than sums."""
+class Scratch:
+    """Memory for blocks, which is used again and again: fresh pages cost more than sums."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
+        self._held: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
 
     def get(self, name: str, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Memory of that name and dtype, as large as a block, the first of which is the largest."""
-        key = name, dtype, like.shape
+        """The memory of that name, in the size of a block; of other dtypes it is the same one."""
+        key = name, like.shape, dtype
         if key not in self._views:
-            held = self._held.setdefault(key[:2], torch.empty(like.shape, dtype=dtype))
-            self._views[key] = held[: len(like)]
+            num_bytes = like.numel() * dtype.itemsize
+            held = self._held.get(name)
+            if held is None or len(held) < num_bytes:
+                # Views of what was too small keep it alive.
+                self._views = {each: view for each, view in self._views.items() if each[0] != name}
+                held = self._held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+            self._views[key] = held[:num_bytes].view(dtype).view(like.shape)
         return self._views[key]
 
 
@@ -86,10 +91,14 @@ class Update:
         name: The layer's, for messages.
         terms: The parts of Delta, each of the weight's size.
         dtype: Of the stored weight.
+        scratch: Memory that one update after the other may use.
     """
 
-    def __init__(self, name: str, terms: Sequence[Term], dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, terms: Sequence[Term], dtype: torch.dtype, scratch: Scratch | None = None
+    ) -> None:
         self._name, self._dtype = name, dtype
+        self._scratch = scratch or Scratch()
         self._terms = [(each.weight * each.left, each.right) for each in terms]
         self._of_moved = self._of_update = self._of_weight = self._deviation = 0.0
         # Of 16-bit weights: the factors in float32, where there is one term.
@@ -113,15 +122,14 @@ class Update:
             MergeError: An entry is not finite in the dtype.
         """
         step = min(len(weight), max(1, _BLOCK // weight.shape[1]))
-        scratch = _Scratch()
         add = self._add_narrow if self._dtype.itemsize == 2 else self._add_wide
         for begin in range(0, len(weight), step):
             before = weight[begin : begin + step]
             if into is None:
-                stored = scratch.get("stored", before, self._dtype)
+                stored = self._scratch.get("stored", before, self._dtype)
             else:
                 stored = into[begin : begin + step]
-            add(begin, before, stored, scratch)
+            add(begin, before, stored)
             yield begin, stored
 
     def _fill(self, begin: int, out: Tensor) -> None:
@@ -130,8 +138,9 @@ class Update:
         for index, (left, right) in enumerate(self._terms):
             kron_sum_rows(left, right, begin, end, out, is_added=index > 0)
 
-    def _add_wide(self, begin: int, before: Tensor, stored: Tensor, scratch: _Scratch) -> None:
+    def _add_wide(self, begin: int, before: Tensor, stored: Tensor) -> None:
         """Store W + Delta, and measure it in float64."""
+        scratch = self._scratch
         delta, exact, wide = (scratch.get(name, before) for name in ("delta", "exact", "wide"))
         self._fill(begin, delta)
         self._of_weight += _product(wide.copy_(before), wide)
@@ -143,9 +152,10 @@ class Update:
         self._of_moved += of_update - _product(lost, delta)
         self._note(_in_last_places(lost, stored, scratch))
 
-    def _add_narrow(self, begin: int, before: Tensor, stored: Tensor, scratch: _Scratch) -> None:
+    def _add_narrow(self, begin: int, before: Tensor, stored: Tensor) -> None:
         """Store W + Delta in 16 bits, and measure in float32 what the last rounding does."""
         single, integer, end = torch.float32, torch.int32, begin + len(before)
+        scratch, known = self._scratch, _FORMATS[stored.dtype]
         weight = scratch.get("weight", before, single).copy_(before)
         # Torch has no fast way from float16 to float64 but by float32.
         narrow = weight if before.dtype == torch.float16 else before
@@ -163,15 +173,15 @@ class Update:
             update.copy_(delta)
             exact.add_(delta)
         near = scratch.get("near", before, single).copy_(exact)
-        back = scratch.get("back", before, single).copy_(stored.copy_(near))
+        # In the memory of the sum, which is needed no more.
+        back = scratch.get("exact", before, single).copy_(stored.copy_(near))
         # The bits of float32 count its numbers, of which 2^spare are a unit of the 16-bit number.
         # Below a power of two the unit is half as large: then this says more than the distance.
-        steps = scratch.get("steps", before, integer)
-        torch.sub(back.view(integer), near.view(integer), out=steps)
-        known = _FORMATS[stored.dtype]
-        far = _largest(steps) / 2**known.spare
+        bits, steps = back.view(integer), near.view(integer)
+        far = _largest(torch.sub(bits, steps, out=steps)) / 2**known.spare
         if not far <= 0.5:
             # Units of numbers below the normal ones of float16 are larger than that.
+            torch.sub(bits, steps, out=steps)
             far = _in_last_places(near.sub_(back), stored, scratch)
         # From what was stored and not from the sum: float32 loses an update of 2^-25 of the weight.
         of_moved = _product(back.sub_(weight), update)
@@ -224,7 +234,7 @@ def _product(one: Tensor, other: Tensor) -> float:
     return found
 
 
-def _in_last_places(lost: Tensor, stored: Tensor, scratch: _Scratch) -> float:
+def _in_last_places(lost: Tensor, stored: Tensor, scratch: Scratch) -> float:
     """The largest |lost| in units in the last place of the stored numbers."""
     known = _FORMATS[stored.dtype]
     # The exponent's bits alone are a power of two; those of numbers below the normal ones are 0.

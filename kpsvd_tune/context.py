@@ -42,6 +42,7 @@ class Context:
     phase: Phase  # what the command does now, for messages
     options: RunOptions = field(default_factory=RunOptions)  # what was typed
     usage: Usage = field(default_factory=Usage)  # time and energy since the command began
+    going_on: str | None = None  # to be told once the run goes on: what was fitted for that
     page: LivePage = field(init=False)  # the run's report, kept up to date
 
     def __post_init__(self) -> None:

@@ -120,7 +120,7 @@ def evaluate(
         return
     if source is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
-    check_source(source)
+    check_source(source, base)
     given = {
         "task": task,
         "path": path,

@@ -18,7 +18,7 @@ from kpsvd_tune.comparison.account import Account, recorded_seconds
 from kpsvd_tune.comparison.advice import lines_to_use
 from kpsvd_tune.comparison.baselines import Sizes
 from kpsvd_tune.comparison.findings import best_rows
-from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.methods import Method, unfit_names
 from kpsvd_tune.comparison.money import Forecast, Price, Purse
 from kpsvd_tune.comparison.plan import Grid, next_trials, num_left, planned
 from kpsvd_tune.comparison.score import Questions, Scoring, make_questions, scored_task
@@ -71,9 +71,6 @@ from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
 from kpsvd_tune.training.stages import read_rows
 from kpsvd_tune.units import duration
 from kpsvd_tune.watch.before import row_warnings
-
-# Methods that read or overwrite the base's weights as they are stored.
-_NOT_ON = {"nf4": ("pissa", "lokr"), "int8": ("pissa",)}
 
 
 class Watcher(Protocol):
@@ -507,8 +504,7 @@ def check_comparable(recipe: Recipe, methods: Sequence[Method]) -> None:
             "set it to null"
         )
     kind = recipe.model.quantization
-    unfit = [each.name for each in methods if each.kind in _NOT_ON.get(kind or "", ())]
-    if unfit:
+    if unfit := unfit_names(methods, kind):
         raise RecipeError(
             f"model.quantization: {kind}: PEFT cannot train {some_of(unfit)} on such weights; "
             "expected model.quantization: null, or --methods without them"

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +18,7 @@ from kpsvd_tune.doctor.packages import (
     python_fault,
 )
 from kpsvd_tune.errors import KpsvdTuneError
-from kpsvd_tune.offline import is_offline
+from kpsvd_tune.offline import hub_address, is_offline, no_answer
 from kpsvd_tune.report.doctor import Check, Status
 from kpsvd_tune.storage.memory import free_memory, host_memory
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
@@ -30,7 +27,6 @@ from kpsvd_tune.units import size
 # Below this a checkpoint or a decomposition soon fails, and below the other nothing can be written.
 _LITTLE_DISK, _NO_DISK = 5 * 10**9, 10**8
 _LITTLE_MEMORY = 2 * 10**9
-_HUB_SECONDS = 4.0
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
@@ -190,8 +186,8 @@ def _cache() -> Check:
 def _hub() -> Check:
     if is_offline():
         return Check("hub", "ok", "not asked: HF_HUB_OFFLINE (or --offline) forbids the network")
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    problem = _ask(address)
+    address = hub_address()
+    problem = no_answer(address, with_certificate=True)
     if problem is None:
         return Check("hub", "ok", f"{address} answers")
     return Check(
@@ -201,28 +197,6 @@ def _hub() -> Check:
         "models and rows must be local paths, or lie in the hub's cache (then pass --offline); "
         "behind a proxy set HTTPS_PROXY",
     )
-
-
-def _ask(address: str) -> str | None:
-    """Why a server does not answer; None where it does. Never waits for longer than its limit."""
-    said: list[str | None] = []
-
-    def call() -> None:
-        try:
-            request = urllib.request.Request(address, method="HEAD")
-            with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
-                said.append(None)
-        except urllib.error.HTTPError:
-            # It answered.
-            said.append(None)
-        except (OSError, ValueError) as error:
-            said.append(str(getattr(error, "reason", error)))
-
-    # Looking up a name has no time limit of its own.
-    caller = threading.Thread(target=call, daemon=True)
-    caller.start()
-    caller.join(_HUB_SECONDS + 1)
-    return said[0] if said else f"no answer within {_HUB_SECONDS:.0f} s"
 
 
 def _sandbox() -> Check:

@@ -61,9 +61,10 @@ from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import make_accelerator
-from kpsvd_tune.training.cost import run_cost, start_usage
+from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
+from kpsvd_tune.training.global_batch import fit_global_batch
 from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.learned import measure_learned
 from kpsvd_tune.training.loop import Training
@@ -124,11 +125,26 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             stack.enter_context(run.lock())
 
         on_main_process(claim)
+        recipe, options, going_on = on_main_process(
+            lambda: _with_same_rows(recipe, run, options, accelerator.num_processes)
+        )
         told = RunEvents(events, run, is_main=accelerator.is_main_process)
         usage = start_usage(accelerator)
-        context = Context(recipe, run, accelerator, told, phase, options, usage)
+        context = Context(recipe, run, accelerator, told, phase, options, usage, going_on)
         with _ending_recorded(context):
             yield context
+
+
+def _with_same_rows(
+    recipe: Recipe, run: RunDirectory, options: RunOptions, num_processes: int
+) -> tuple[Recipe, RunOptions, str | None]:
+    """The recipe fitted to another number of processes, what is allowed then, and what to tell."""
+    if options.resume == "never" or not run.holds_checkpoint() or not run.run_file.exists():
+        return recipe, options, None
+    record = read_json(run.run_file)
+    fitted = fit_global_batch(recipe, record, num_processes, options.allow_change)
+    allowed = (*options.allow_change, *fitted.accepted)
+    return fitted.recipe, replace(options, allow_change=allowed), fitted.note
 
 
 @contextmanager
@@ -184,6 +200,8 @@ def read_data(context: Context) -> RunInput:
     start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
         context.events.begin(start.changed)
+        if context.going_on is not None:
+            context.events.note(context.going_on)
         file = context.run.preflight_file
         on_main_process(lambda: replace_file(file, to_json(preflight)))
         context.page.refresh()
@@ -309,7 +327,10 @@ def finish_run(
         results["score_conditions"] = scorer.conditions(tasks)
 
     learned = _learned(context, started.model, results["adapter_step"])
-    results |= run_cost(context.usage, context.accelerator, recipe, training.seconds_before)
+    changes = read_json(run.run_file).get("changes", ())
+    accelerator, before = context.accelerator, training.seconds_before
+    earlier = earlier_device_seconds(changes, before, accelerator.num_processes)
+    results |= run_cost(context.usage, accelerator, recipe, earlier)
 
     def save() -> None:
         found = _with_earlier_scores(run, results)

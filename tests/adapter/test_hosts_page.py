@@ -34,6 +34,14 @@ def test_the_examples_run(
     names: dict[str, Any] = {
         "rows": Dataset.from_dict(rows | {"labels": rows["input_ids"]}),
         "texts": Dataset.from_dict({"text": ["Tom has nuts.", "Ann has none."]}),
+        "pairs": Dataset.from_dict(
+            {
+                "prompt": ["Who has nuts?", "Who has none?"],
+                "chosen": [" Tom.", " Ann."],
+                "rejected": [" Ann.", " Tom."],
+            }
+        ),
+        "tokenizer": tokenizer,
     }
     for example in examples:
         names["base"] = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

@@ -18,27 +18,27 @@ from kpsvd_tune.commands.options import (
     emit,
     prepare_libraries,
 )
+from kpsvd_tune.comparison.methods import DEFAULT, default_methods, read_methods, read_rate
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import Recipe, load_recipe, read_number_of_parameters
 from kpsvd_tune.report.console import show_comparison, show_grid
 from kpsvd_tune.report.live import ConsoleEvents, TrialTable
 from kpsvd_tune.report.work import WorkPlan, show_work
 
-DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
-
 
 def compare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="A,B,C",
             help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, lora-xs, pissa, hira, lokr, "
             "randlora, vera, ia3; with settings as kpsvd:init=random, lora:on=q_proj+v_proj or "
-            "vera:rates=1e-3+1e-2.",
+            f"vera:rates=1e-3+1e-2; default: {DEFAULT}, without those that a quantised base has "
+            "no way for.",
         ),
-    ] = DEFAULT_METHODS,
+    ] = None,
     budgets: Annotated[
         str, typer.Option(metavar="A,B,C", help="Trainable parameters: 0.3M,0.6M,1.2M.")
     ] = "0.3M,0.6M,1.2M",
@@ -112,7 +112,6 @@ def compare(
             f"--jobs {jobs}: a call with --shared runs one trial at a time; start more such calls"
         )
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
-    from kpsvd_tune.comparison.methods import read_methods, read_rate
     from kpsvd_tune.comparison.plan import Entry, Grid
 
     rates: list[float] = []
@@ -120,7 +119,11 @@ def compare(
         items = _items("--learning-rates", learning_rates)
         rates = sorted({read_rate("--learning-rates", each) for each in items})
     common = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
-    chosen = read_methods(methods)
+    left_out = None
+    if methods is None:
+        chosen, left_out = default_methods(common.model.quantization)
+    else:
+        chosen = read_methods(methods)
     recipes = {
         method.name: load_recipe(recipe, [*(overrides or ()), *method.overrides])
         for method in chosen
@@ -137,6 +140,8 @@ def compare(
         from kpsvd_tune.estimate.verbs import comparison_work
 
         check_comparable(common, chosen)
+        if left_out:
+            typer.echo(f"note: {left_out}", err=True)
         summary = grid.summary()
         if money is not None:
             summary |= money_summary(common, grid, money, jobs or 1)
@@ -150,7 +155,8 @@ def compare(
     if ray is not None:
         check_comparable(common, chosen)
         words = _words(recipe, overrides or (), score, money, offline)
-        words += ["--methods", methods, "--budgets", budgets, "--seeds", str(seeds)]
+        words += [] if methods is None else ["--methods", methods]
+        words += ["--budgets", budgets, "--seeds", str(seeds)]
         words += ["--plan", grid.plan]
         words += [] if learning_rates is None else ["--learning-rates", learning_rates]
         from kpsvd_tune.comparison.ray_tasks import run_tasks
@@ -159,6 +165,8 @@ def compare(
             run_tasks(words, grid.summary()["trials"], ray, jobs, events)
         shared, trials = True, 0
     with ConsoleEvents() as events, TrialTable() as table:
+        if left_out:
+            events.note(left_out)
         verdict = run_comparison(
             common,
             recipes,

@@ -131,21 +131,19 @@ def _torch() -> Check:
 def _devices() -> Check:
     import torch
 
-    from kpsvd_tune.adapter.function import CPU_MULTIPLIES_BF16
+    from kpsvd_tune.hardware.bf16 import bf16_speed
+    from kpsvd_tune.hardware.devices import own_device
 
-    slow = "" if CPU_MULTIPLIES_BF16 else "no "
-    found = [f"CPU with {torch.get_num_threads()} threads, {slow}units for bfloat16"]
-    narrow = CPU_MULTIPLIES_BF16
+    found = [f"CPU with {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         about: Any = torch.cuda.get_device_properties(index)
-        has_bf16 = about.major >= 8
-        narrow = narrow or has_bf16
-        units = "bfloat16 natively" if has_bf16 else "float16 natively, bfloat16 slowly"
-        found.append(f"GPU {index}: {about.name}, {size(about.total_memory)}, {units}")
-    if narrow:
-        return Check("devices", "ok", "; ".join(found))
-    cure = 'set train.precision: "no" and model.dtype: float32: bfloat16 is many times slower here'
-    return Check("devices", "warning", "; ".join(found), cure)
+        found.append(f"GPU {index}: {about.name}, {size(about.total_memory)}")
+    if torch.backends.mps.is_available():
+        found.append("Apple's mps, on which nothing was tried yet")
+    speed = bf16_speed(own_device())
+    taken = "bf16" if speed.is_fast else "no (float32)"
+    found.append(f"train.precision: auto takes {taken} here: {speed.why}")
+    return Check("devices", "ok", "; ".join(found))
 
 
 def _memory() -> Check:

@@ -349,8 +349,11 @@ def _prove_and_report(
             passed=tensors_pass and difference <= tolerance,
             warnings=(*report.warnings, *proof.unseen(tolerance)),
         )
-    events.stage("computing the hashes of the weight files, which are kept in the report")
-    report = replace(report, weight_files=weight_hashes(partial))
+    files = {name: written.hashes[name] for name in sorted(written.hashes) if "/" not in name}
+    if not files:
+        events.stage("computing the hashes of the weight files, which are kept in the report")
+        files = weight_hashes(partial)
+    report = replace(report, weight_files=files)
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     (partial / "merge_report.json").write_text(text, encoding="utf-8")
     card = merged_card(report, settings.base, settings.trainings)

@@ -109,11 +109,14 @@ class Checkpoint:
                 return self.parameters[each]
         return None
 
-    def read(self, key: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU."""
+    def read(self, key: str, memory: Tensor | None = None) -> Tensor:
+        """One tensor in its stored dtype, on the CPU; in `memory` as :func:`read_tensor` has it.
+
+        Of a pickled file it is mapped, and `memory` stays as it is.
+        """
         location = self.tensors[key].location
         if location is not None:
-            return read_tensor(location)
+            return read_tensor(location, memory)
         return _unpickled(self.file_of[key].path)[key].detach()
 
     def close(self) -> None:

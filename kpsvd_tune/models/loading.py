@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
+from kpsvd_tune.hardware.devices import own_device
 from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer
 from kpsvd_tune.models.quantised import dequantised, quantisation_config
 from kpsvd_tune.models.source import ModelSource
@@ -134,6 +135,11 @@ def load_plain_model(source: ModelSource, dtype: str) -> PreTrainedModel:
 
 def _check_quantisable(source: ModelSource, config: Any, quantization: str) -> None:
     """Refuse to quantise what transformers does not, or what has been quantised before."""
+    if own_device().type == "mps":
+        raise ModelError(
+            f"model.quantization: {quantization} is not supported on Apple's mps; expected null, "
+            "or ACCELERATE_USE_CPU=true in the environment, which trains on the CPU"
+        )
     if source.kind == "gguf":
         raise ModelError(
             f"model {source.path!r} is a GGUF file, which is dequantised while it is loaded, and "

@@ -89,12 +89,14 @@ class WeightReader:
         self._loaded = None
 
 
-def read_tensor(location: TensorLocation) -> Tensor:
+def read_tensor(location: TensorLocation, memory: Tensor | None = None) -> Tensor:
     """Read one tensor with plain file reads; ModelError where the file is too short.
 
-    A memory map's pages would count as resident memory for as long as the file is open.
+    A memory map's pages would count as resident memory for as long as the file is open. `memory`,
+    bytes of at least the tensor's size, is used in place of new memory.
     """
-    data = torch.empty(location.end - location.begin, dtype=torch.uint8)
+    count = location.end - location.begin
+    data = torch.empty(count, dtype=torch.uint8) if memory is None else memory[:count]
     array: Any = data.numpy()
     # Buffered, so that it reads until all is there, which a single call of the system may not.
     with location.file.open("rb") as stream:

@@ -71,7 +71,9 @@ def parts(name: str, quantization: str | None) -> dict[str, int]:
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config(name))
     plans = [
-        replace(LayerPlan.of_weight(each, tuple(weight.shape), "balanced"), rank=RANK)
+        replace(
+            LayerPlan.of_weight(each, (weight.shape[0], weight.shape[1]), "balanced"), rank=RANK
+        )
         for each in target_names(skeleton, "all-linear", (), ())
         if isinstance(weight := skeleton.get_submodule(each).weight, torch.Tensor)
     ]

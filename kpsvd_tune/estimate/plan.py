@@ -26,6 +26,7 @@ from kpsvd_tune.estimate.memory import (
     heap_bytes,
     host_memory,
     loading_bytes,
+    part_of_process,
     process_bytes,
     training_parts,
 )
@@ -273,8 +274,7 @@ def _memory(
     """Of the host, and of each device where that is another."""
     count = setting.processes
     parts = training_parts(recipe, setting.skeleton, setting.ranks.most, trace)
-    if recipe.train.parallel == "fsdp" and count > 1:
-        parts = {n: b if n == "activations" else b // count for n, b in parts.items()}
+    parts = part_of_process(parts, recipe, count)
     wanted = recipe.model
     loading = loading_bytes(setting.source, setting.skeleton, wanted.dtype, wanted.quantization)
     process = setting.process_bytes

@@ -109,12 +109,13 @@ class Checkpoint:
                 return self.parameters[each]
         return None
 
-    def read(self, key: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU."""
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor in its stored dtype, on the CPU; or rows of it, as of :func:`read_tensor`."""
         location = self.tensors[key].location
         if location is not None:
-            return read_tensor(location)
-        return _unpickled(self.file_of[key].path)[key].detach()
+            return read_tensor(location, rows)
+        whole = _unpickled(self.file_of[key].path)[key].detach()
+        return whole if rows is None else whole[slice(*rows)]
 
     def close(self) -> None:
         """Let go of files that are mapped."""

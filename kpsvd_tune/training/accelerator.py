@@ -78,6 +78,12 @@ def make_accelerator(
     return accelerator
 
 
+def shares_weights(accelerator: Accelerator, recipe: TrainRecipe) -> bool:
+    """Whether each process holds a part of every weight: fully_shard, or ZeRO 3."""
+    is_fsdp = recipe.parallel == "fsdp" and accelerator.num_processes > 1
+    return is_fsdp or deepspeed_config.zero_stage(accelerator) == 3
+
+
 def _accelerator(**settings: Any) -> Accelerator:
     try:
         return Accelerator(**settings)

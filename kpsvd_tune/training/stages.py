@@ -22,7 +22,7 @@ from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
-from kpsvd_tune.decompose.start import adapt
+from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
@@ -60,7 +60,7 @@ from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
-from kpsvd_tune.training.accelerator import make_accelerator
+from kpsvd_tune.training.accelerator import make_accelerator, shares_weights
 from kpsvd_tune.training.cost import run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
@@ -227,7 +227,15 @@ def start_model(context: Context, data: RunInput) -> StartedModel:
         phase.enter("decomposing the base model", decomposition_cures(recipe), kept)
         recipe, decomposition = initialise(context, data)
         phase.enter("loading the base model", loading_cures(recipe.model.dtype))
-        model = adapt(recipe, data.source, decomposition, data.base_files)
+        is_shared = shares_weights(context.accelerator, recipe.train)
+        model = adapt(
+            recipe,
+            data.source,
+            decomposition,
+            data.base_files,
+            is_shared=is_shared,
+            note=events.note,
+        )
         return StartedModel(model, recipe, decomposition.report)
     phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
     events.stage(f"loading {data.adapter} on {recipe.model.path}")
@@ -267,7 +275,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         pad_token_id=data.pad_token_id,
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
-        rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
+        rate_factors=rate_factors(
+            model, is_relative=recipe.adapter.rate == "relative", fetch=fetching(model)
+        ),
         tell=events.tell,
     )
     events.mark_with(training.mark)
@@ -343,8 +353,7 @@ def _how_it_ended(error: BaseException, phase: str) -> str:
 def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | None:
     """How far each layer has moved; None where no process has whole weights, and on the others."""
     accelerator = context.accelerator
-    is_sharded = context.recipe.train.parallel == "fsdp" or zero_stage(accelerator) == 3
-    if is_sharded or not accelerator.is_main_process:
+    if shares_weights(accelerator, context.recipe.train) or not accelerator.is_main_process:
         return None
     return measure_learned(model, step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,8 @@ class Context:
     phase: Phase  # what the command does now, for messages
     options: RunOptions = field(default_factory=RunOptions)  # what was typed
     usage: Usage = field(default_factory=Usage)  # time and energy since the command began
+    going_on: str | None = None  # to be told once the run goes on: what was fitted for that
+    about: Mapping[str, Any] = field(default_factory=dict)  # of the machine, for run.json
     page: LivePage = field(init=False)  # the run's report, kept up to date
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import PartialState  # type: ignore[import-untyped]
 
 from kpsvd_tune.errors import KpsvdTuneError, RunError
+from kpsvd_tune.hardware.devices import own_device, wants_cpu
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.storage.memory import host_memory
 
@@ -72,12 +73,11 @@ def wait_for_all() -> None:
 
 def device() -> torch.device:
     """The device of this process; of several processes, after the process group is initialised."""
-    is_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return torch.device("cuda" if torch.cuda.is_available() and not is_cpu else "cpu")
+        return own_device()
     found = init_method()
     others: dict[str, str] = {} if found is None else {"init_method": found}
-    place: torch.device = PartialState(cpu=is_cpu, **others).device
+    place: torch.device = PartialState(cpu=wants_cpu(), **others).device
     return place
 
 

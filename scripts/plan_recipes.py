@@ -27,11 +27,13 @@ from kpsvd_tune.estimate import memory
 from kpsvd_tune.estimate import plan as plans
 from kpsvd_tune.estimate.time import Speed
 from kpsvd_tune.events import Silence
+from kpsvd_tune.hardware.bf16 import Bf16
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.recipe.files import shipped_parts
 from kpsvd_tune.recipe.heads import COMBINATIONS, candidates, head_of
 from kpsvd_tune.report.plan import Plan
+from kpsvd_tune.training import precision
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATIONS = ROOT / "tests" / "fixtures" / "configurations"
@@ -62,6 +64,14 @@ def imagined(model: str, device: str) -> Iterator[None]:
             yield
 
 
+def settled(name: str, recipe: Recipe) -> Recipe:
+    """The recipe with what `auto` takes on the machine that its part is for."""
+    device = machine_of(name)["Device"]
+    speed = Bf16(device == "cuda", "imagined")
+    with patch.object(precision, "bf16_speed", lambda _: speed):
+        return precision.settle_precision(recipe, torch.device(device)).recipe
+
+
 def machine_of(name: str) -> dict[str, str]:
     """What the machine's part says of itself."""
     return head_of(shipped_parts()[name.split("+")[2]])
@@ -71,7 +81,7 @@ def planned(name: str) -> Plan:
     """The plan of a combination, each row as long as may be."""
     model = name.split("+")[0].partition("/")[2]
     with imagined(model, machine_of(name)["Device"]):
-        return plans.make_plan(load_recipe(name), Silence(), reads_rows=False)
+        return plans.make_plan(settled(name, load_recipe(name)), Silence(), reads_rows=False)
 
 
 def sizes_of(plan: Plan) -> dict[str, int]:
@@ -89,6 +99,7 @@ def fits(name: str, sizes: dict[str, int]) -> bool:
 
 def key_of(name: str, recipe: Recipe) -> str:
     """A hash of what the sizes depend on; equal for combinations that take the same."""
+    recipe = settled(name, recipe)
     assert recipe.dataset is not None
     train, model = recipe.train, recipe.model
     what = [
@@ -111,7 +122,7 @@ def _sizes(name: str) -> tuple[str, dict[str, int]]:
 
 def too_large(name: str, recipe: Recipe) -> bool:
     """Whether the weights alone leave no room, so that nothing has to be planned."""
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.model.dtype]
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[settled(name, recipe).model.dtype]
     billions = json.loads((CONFIGURATIONS / "parameters.json").read_text(encoding="utf-8"))
     num = billions[name.split("+")[0].partition("/")[2]]
     return not fits(name, {"memory_bytes": width * num})

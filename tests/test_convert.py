@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -336,7 +337,56 @@ def test_what_cannot_be_converted_is_refused_with_what_was_seen(
 
 def test_a_missing_file_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["recipes", "convert", "no.yml"]) == 2
-    assert "no.yml: there is no such file; expected the YAML of axolotl" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: no.yml: there is no such file (looked from ")
+    assert "; expected the YAML of axolotl" in said
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "conf: is a folder, with no such file in it; expected the YAML of axolotl"),
+        (["notes.txt"], "conf: is a folder, with no such file in it; expected the YAML of axolotl"),
+        (["a b.yml"], "conf: is a folder; expected one file: kpsvd-tune recipes convert 'conf/a b"),
+        (
+            ["b.yaml", "a.yaml"],
+            "conf: is a folder, which holds a.yaml, b.yaml; expected one file: kpsvd-tune recipes "
+            "convert conf/a.yaml\n",
+        ),
+        (
+            ["a.yaml", "adapter_config.json"],
+            "conf: is the folder of an adapter; expected one file: kpsvd-tune recipes convert "
+            "conf/adapter_config.json\n",
+        ),
+    ],
+)
+def test_a_folder_is_refused_with_the_file_to_name(
+    files: list[str], expected: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "conf").mkdir()
+    for name in files:
+        (here / "conf" / name).write_text("{}")
+    assert cli.run(["recipes", "convert", "conf"]) == 2
+    assert f"error: {expected}" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_as_a_file_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(here / "pipe")
+    assert cli.run(["recipes", "convert", "pipe"]) == 2
+    assert (
+        "error: pipe: is a named pipe, socket or device, and convert reads one file; expected"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_a_recipe_of_ours_has_nothing_to_convert(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "ours.yaml").write_text("model: {path: o/m}\noutput_dir: x\n")
+    assert cli.run(["recipes", "convert", "ours.yaml"]) == 2
+    assert "ours.yaml: is a recipe of kpsvd-tune, so there is nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_the_recipes_of_the_papers_tasks_share_its_model_and_budget():
     assert len(recipes) == 3
     for recipe in recipes:
         assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
-        assert recipe.model.dtype == "bfloat16"
+        assert (recipe.model.dtype, recipe.train.precision) == ("auto", "auto")
         assert (recipe.adapter.rank.budget, recipe.adapter.rank.min) == (990_000, 0)
 
 
@@ -493,8 +493,8 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
         ("model.path=' '", "model.path: got ' '; expected text that is not blank"),
         ("model.path=package:smol", "model.path: got 'package:smol'; expected "
          "package:NAME/FILE.gguf"),
-        ("model.dtype=bf16", "model.dtype: got 'bf16'; expected float32, bfloat16 or float16; did "
-         "you mean bfloat16?"),
+        ("model.dtype=bf16", "model.dtype: got 'bf16'; expected auto, float32, bfloat16 or "
+         "float16; did you mean bfloat16?"),
         ("dataset.template=caht", "dataset.template: got 'caht'; expected chat, or text that holds "
          '{completion}, such as "Question: {prompt}\\nAnswer: {completion}"'),
         ("dataset.validation=true", "dataset.validation: got true; expected a share of the rows "
@@ -525,7 +525,7 @@ def test_a_missing_key_is_named_with_its_meaning(faults):
         ("train.batch_size=yes", "train.batch_size: got true; expected a whole number"),
         ("train.gradient_checkpointing=1", "train.gradient_checkpointing: got 1; expected true or "
          "false"),
-        ("train.precision=yes", "train.precision: got true; expected no, bf16 or fp16"),
+        ("train.precision=yes", "train.precision: got true; expected auto, no, bf16 or fp16"),
         ("train.seed=0x" + "f" * 20, "train.seed: is an integer of more than 64 bits"),
         ("train.seed=0x_", "train.seed: is not a number that can be read"),
         ("train=", "train: got null; expected a mapping with the keys max_steps, epochs, "

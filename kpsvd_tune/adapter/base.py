@@ -297,9 +297,14 @@ def check_rest(
     found = None
     if stored.kind:
         # Records of older versions hold nothing of the configuration and of buffers.
-        found = sketch_rest(base, list(layers), place.saved_whole, place.task, bool(told), fetch)
+        options = base, list(layers), place.saved_whole, place.task, bool(told), fetch
+        found = sketch_rest(*options, stored.kind)
     if found is not None:
         far, tolerance = distance(stored, found.sketch)
+        if not far <= tolerance and (exact := sketch_rest(*options)) is not None:
+            # Those of one dtype were summed up in float32, and to the forms that they need.
+            found = exact
+            far, tolerance = distance(stored, found.sketch)
         if not far <= tolerance:
             message = _other("the weights without adapters", far, tolerance, place.made_for, given)
             numbers = getattr(config, "base_tensors", None) or {}

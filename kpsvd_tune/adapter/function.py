@@ -17,12 +17,7 @@ from torch.nn import functional
 from kpsvd_tune.adapter import kernel
 from kpsvd_tune.adapter.forms import Form, Plan
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
-
-CPU_MULTIPLIES_BF16 = (
-    any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
-    if hasattr(torch.cpu, "get_capabilities")
-    else False
-)
+from kpsvd_tune.hardware.bf16 import multiplies_narrow
 
 
 class KpsvdFunction(torch.autograd.Function):
@@ -118,27 +113,6 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         for index, gradient in enumerate(found):
             gradients[index] = gradient.to(tensors[index].dtype)
     return gx, gy if needs_result else None, *[None] * 6, *gradients
-
-
-def multiplies_narrow(dtype: torch.dtype, device_kind: str) -> bool:
-    """Whether products of 16-bit numbers are at least as fast as those of 32-bit ones.
-
-    A CPU without units for bfloat16 multiplies float32 many times faster.
-    """
-    if torch.finfo(dtype).bits >= 32:
-        return False
-    return device_kind != "cpu" or (dtype == torch.bfloat16 and CPU_MULTIPLIES_BF16)
-
-
-def without_bf16(device: torch.device) -> str | None:
-    """The device's name where it has no units for bfloat16; None where it has them."""
-    if device.type == "cpu":
-        return None if CPU_MULTIPLIES_BF16 else "this CPU"
-    if device.type != "cuda":
-        return None
-    about = torch.cuda.get_device_properties(device)
-    # From the Ampere generation on.
-    return None if about.major >= 8 else str(about.name)
 
 
 def base_output(

@@ -91,7 +91,7 @@ class Restraint:
                 if features is None:
                     return
                 counts[name] += len(features)
-                product = (features.T @ features).double().cpu()
+                product = (features.T @ features).cpu().double()
                 sums[name] = sums[name] + product if name in sums else product
 
         def hook(name: str, layer: Any) -> Any:

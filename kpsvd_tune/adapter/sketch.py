@@ -27,13 +27,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 NUM_PROJECTIONS = 8
-# Everything is added up in float64. A chunk of a megabyte stays in a processor's cache, and in
-# memory that the allocator keeps: larger ones are given back and fetched again page by page.
-_BLOCK, _CHUNK = 4096, 1 << 17
+# Everything is added up in float64. A chunk of two megabytes stays in a processor's outer cache.
+_BLOCK, _CHUNK = 4096, 1 << 18
 FORMS: tuple[torch.dtype | None, ...] = (None, torch.bfloat16, torch.float16)
 SIZE = 1 + len(FORMS) * NUM_PROJECTIONS
 _EXACT, _BF16, _FP16, _OTHER, _MIXED, _MIXED_OTHER = range(1, 7)
@@ -92,35 +90,33 @@ def sketch(weight: Tensor, is_quantised: bool = False, known: int | None = None)
     is_alike = not is_quantised and known in (_BF16, _FP16) and _KINDS.get(weight.dtype) == known
     wide = torch.float32 if is_alike else torch.float64
     flat = weight.detach().reshape(-1)
-    signs = _block_signs(wide)
-    if flat.device.type not in ("cpu", "mps"):
-        signs = signs.to(flat.device)
+    device = flat.device if flat.device.type != "mps" else torch.device("cpu")
+    signs = _block_signs(wide).to(device).T
     values = torch.zeros(len(FORMS), NUM_PROJECTIONS, dtype=torch.float64)
     square = 0.0
     is_form = [True] * len(FORMS)
     of_blocks = _signs("blocks", math.ceil(flat.numel() / _BLOCK))
+    # Memory that is used again: fresh pages cost as much as the sums.
+    held = torch.empty(min(_CHUNK, flat.numel()), dtype=wide, device=device)
     for begin in range(0, flat.numel(), _CHUNK):
-        chunk = flat[begin : begin + _CHUNK]
-        if chunk.device.type == "mps":
-            chunk = chunk.cpu()
-        first = begin // _BLOCK
+        chunk = flat[begin : begin + _CHUNK].to(device)
+        first, count = begin // _BLOCK, len(chunk) // _BLOCK  # blocks
         for index, form in enumerate(FORMS[:1] if is_alike else FORMS):
             rounded = chunk if form is None else chunk.float().to(form)
             if form is not None:
                 is_form[index] = is_form[index] and torch.equal(rounded.to(chunk.dtype), chunk)
-            entries = rounded.to(wide)
+            entries = held[: len(chunk)].copy_(rounded)
             own = float(torch.dot(entries, entries))
             if not math.isfinite(own):
                 # Neither infinity nor NaN may hide all other entries.
-                entries = torch.nan_to_num(entries, posinf=7e4, neginf=-7e4)
+                torch.nan_to_num(entries, posinf=7e4, neginf=-7e4, out=entries)
                 own = float(torch.dot(entries, entries))
             square += own if form is None else 0.0
-            whole = entries[: len(entries) // _BLOCK * _BLOCK].view(-1, _BLOCK)
-            sums = [linear(whole, signs)]
+            if count:
+                projected = entries[: count * _BLOCK].view(-1, _BLOCK) @ signs
+                values[index] += (projected.cpu() * of_blocks[first : first + count]).sum(0)
             if rest := len(entries) % _BLOCK:
-                sums.append(linear(entries[None, -rest:], signs[:, :rest]))
-            projected = torch.cat(sums).cpu()
-            values[index] += (projected * of_blocks[first : first + len(projected)]).sum(0)
+                values[index] += (entries[-rest:] @ signs[:rest]).cpu() * of_blocks[first + count]
     kind = _OTHER if is_quantised else _KINDS.get(weight.dtype, _OTHER)
     if kind == _EXACT:
         # A 16-bit file that was loaded in float32, as merging does, is a 16-bit weight still.
@@ -156,6 +152,7 @@ def sketch_rest(
     task: str | None,  # PEFT's task type, some of which save a head whole
     with_buffers: bool = True,  # floating buffers that are saved with the model count as weights
     fetch: Callable[[str], Tensor | None] | None = None,  # reads one that is not loaded, by name
+    known: int | None = None,  # the kind of what it is compared with, as in :func:`sketch`
 ) -> Rest | None:
     """Project all weights of a base but the adapted; None where some are sharded or not there."""
     ends = (*saved_whole, *_HEADS.get(str(getattr(task, "value", task)), ()))
@@ -176,7 +173,7 @@ def sketch_rest(
                 weight = fetch(full)
             if weight is None:
                 return None
-            one = sketch(weight, is_quantised)
+            one = sketch(weight, is_quantised, known)
             values += one.values * _signs(full, 1)
             square += one.norm**2
             (vague if one.is_any_kind else kinds).add(one.kind)

@@ -22,6 +22,7 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.phase import loading_cures, watched
+from kpsvd_tune.recipe.paths import check_reachable, check_source
 from kpsvd_tune.report.live import ConsoleEvents
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal."""
     prepare_libraries(offline, debug)
+    # Before torch is imported, which takes seconds.
+    check_source(source, base)
+    check_reachable(source, base)
     from kpsvd_tune.evaluation.conversation import Conversation
     from kpsvd_tune.evaluation.generation import GenerationOptions
     from kpsvd_tune.processes import device

@@ -18,27 +18,27 @@ from kpsvd_tune.commands.options import (
     emit,
     prepare_libraries,
 )
+from kpsvd_tune.comparison.methods import DEFAULT, default_methods, read_methods, read_rate
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import Recipe, load_recipe, read_number_of_parameters
 from kpsvd_tune.report.console import show_comparison, show_grid
 from kpsvd_tune.report.live import ConsoleEvents, TrialTable
 from kpsvd_tune.report.work import WorkPlan, show_work
 
-DEFAULT_METHODS = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
-
 
 def compare(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="A,B,C",
             help="kpsvd, kpsvd-thin, lora, lora+, rslora, lora-fa, lora-xs, pissa, hira, lokr, "
             "randlora, vera, ia3; with settings as kpsvd:init=random, lora:on=q_proj+v_proj or "
-            "vera:rates=1e-3+1e-2.",
+            f"vera:rates=1e-3+1e-2; default: {DEFAULT}, without those that a quantised base has "
+            "no way for.",
         ),
-    ] = DEFAULT_METHODS,
+    ] = None,
     budgets: Annotated[
         str, typer.Option(metavar="A,B,C", help="Trainable parameters: 0.3M,0.6M,1.2M.")
     ] = "0.3M,0.6M,1.2M",
@@ -81,7 +81,6 @@ def compare(
 ) -> None:
     """Train every method at equal budgets on the same rows, and draw a verdict."""
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
-    from kpsvd_tune.comparison.methods import read_methods, read_rate
     from kpsvd_tune.comparison.plan import Entry, Grid
 
     rates: list[float] = []
@@ -89,7 +88,11 @@ def compare(
         items = _items("--learning-rates", learning_rates)
         rates = sorted({read_rate("--learning-rates", each) for each in items})
     shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
-    chosen = read_methods(methods)
+    left_out = None
+    if methods is None:
+        chosen, left_out = default_methods(shared.model.quantization)
+    else:
+        chosen = read_methods(methods)
     recipes = {
         method.name: load_recipe(recipe, [*(overrides or ()), *method.overrides])
         for method in chosen
@@ -106,6 +109,8 @@ def compare(
         from kpsvd_tune.estimate.verbs import comparison_work
 
         check_comparable(shared, chosen)
+        if left_out:
+            typer.echo(f"note: {left_out}", err=True)
         summary = grid.summary()
         if money is not None:
             summary |= money_summary(shared, grid, money, jobs)
@@ -116,6 +121,8 @@ def compare(
     from kpsvd_tune.comparison.compare import compare as run_comparison
 
     with ConsoleEvents() as events, TrialTable() as table:
+        if left_out:
+            events.note(left_out)
         verdict = run_comparison(
             shared, recipes, chosen, grid, events, table, jobs=jobs, money=money, score=score
         )

@@ -120,7 +120,7 @@ def evaluate(
         return
     if source is None:
         raise InputError("eval needs a RUN_OR_MODEL, or --rescore FILE")
-    check_source(source)
+    check_source(source, base)
     given = {
         "task": task,
         "path": path,
@@ -153,18 +153,16 @@ def _planned(
     model: _Model, wanted: EvaluationRecipe, output: Path | None, *, on_cpu: bool
 ) -> WorkPlan:
     """What scoring would do and take; the model is found, and not loaded."""
-    import torch
-
     from kpsvd_tune.estimate.verbs import evaluation_work
     from kpsvd_tune.evaluation.output import output_folder
+    from kpsvd_tune.hardware.devices import own_device
     from kpsvd_tune.runs.find import find, resolve_base
 
     found = find(model.source)
     folder = output_folder(model.source, found, wanted, output, model.base_only)
     source = resolve_base(found, model.source, model.base, with_weights=False)
-    kind = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     known = model.dtype or found.dtype
-    return evaluation_work(found, source, wanted, known, folder, torch.device(kind))
+    return evaluation_work(found, source, wanted, known, folder, own_device(on_cpu))
 
 
 def _score(

@@ -19,6 +19,7 @@ from kpsvd_tune.commands.options import (
 )
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.phase import exporting_cures, watched
+from kpsvd_tune.recipe.paths import check_reachable, check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.work import show_work
@@ -82,22 +83,21 @@ def export(
                 "--dtype q8_0: a LoRA has float32, bfloat16 or float16; q8_0 is for --to gguf"
             )
     prepare_libraries(offline, debug)
+    # Before torch is imported, which takes seconds.
+    check_source(source, base)
+    check_reachable(source, base)
     from kpsvd_tune.export import gguf, lora
     from kpsvd_tune.merge.merging import check_output
-    from kpsvd_tune.runs.find import find, resolve_base
+    from kpsvd_tune.runs.find import adapter_of, find, resolve_base
 
     with ConsoleEvents() as events:
         width = _MAX_RANK if max_rank is None else max_rank
         lora.check_rank(width)
         found = find(source)
-        if found.adapter is None:
-            raise InputError(
-                f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
-                "adapter/, or one with adapter_config.json"
-            )
+        adapter = adapter_of(source, found)
         base_model = resolve_base(found, source, base, with_weights=not dry_run)
         own = [base_model.folder] if base_model.kind == "folder" else []
-        place = check_output(output, [found.adapter, Path(source), *own])
+        place = check_output(output, [adapter, Path(source), *own])
         if dry_run:
             from kpsvd_tune.estimate.verbs import export_work, gguf_work
 

@@ -18,6 +18,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.phase import loading_cures, watched
+from kpsvd_tune.recipe.paths import check_reachable, check_source
 from kpsvd_tune.report.live import ConsoleEvents
 
 
@@ -37,6 +38,9 @@ def generate(
 ) -> None:
     """Show what a model says to a prompt."""
     prepare_libraries(offline, debug)
+    # Before torch is imported, which takes seconds.
+    check_source(source, base)
+    check_reachable(source, base)
     from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
     from kpsvd_tune.processes import device
     from kpsvd_tune.runs.find import find, load, resolve_base

@@ -19,6 +19,7 @@ from kpsvd_tune.commands.options import (
     prepare_libraries,
 )
 from kpsvd_tune.phase import merging_cures, watched
+from kpsvd_tune.recipe.paths import check_reachable, check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.report.work import show_work
@@ -57,13 +58,17 @@ def merge(
 ) -> None:
     """Bake adapters into plain weights and prove that they are the same model."""
     prepare_libraries(offline, debug)
+    for source in sources:
+        # Before torch is imported, which takes seconds.
+        check_source(source, base)
+        check_reachable(source, base)
     from kpsvd_tune.merge import merging
     from kpsvd_tune.merge.changes import Part
-    from kpsvd_tune.runs.find import find, resolve_base
+    from kpsvd_tune.runs.find import adapter_of, find, resolve_base
 
     with ConsoleEvents() as events:
         found = [find(source) for source in sources]
-        adapters = [merging.check_source(*each) for each in zip(sources, found, strict=True)]
+        adapters = [adapter_of(*each) for each in zip(sources, found, strict=True)]
         shares = merging.weights_for(len(adapters), weights)
         base_model = resolve_base(found[0], sources[0], base, with_weights=not dry_run)
         own = [base_model.folder] if base_model.kind == "folder" else []

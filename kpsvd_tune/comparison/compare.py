@@ -18,7 +18,7 @@ from kpsvd_tune.comparison.account import Account, recorded_seconds
 from kpsvd_tune.comparison.advice import lines_to_use
 from kpsvd_tune.comparison.baselines import Sizes
 from kpsvd_tune.comparison.findings import best_rows
-from kpsvd_tune.comparison.methods import Method
+from kpsvd_tune.comparison.methods import Method, unfit_names
 from kpsvd_tune.comparison.money import Forecast, Price, Purse
 from kpsvd_tune.comparison.plan import Grid, next_trials, num_left, planned
 from kpsvd_tune.comparison.score import Questions, Scoring, make_questions, scored_task
@@ -67,13 +67,11 @@ from kpsvd_tune.runs.find import trained_as
 from kpsvd_tune.runs.ownership import refuse_foreign, refuse_inside_run
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_bytes, read_json, to_json
+from kpsvd_tune.training.precision import Settled, asks_for_auto, settle_precision
 from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
 from kpsvd_tune.training.stages import read_rows
 from kpsvd_tune.units import duration
 from kpsvd_tune.watch.before import row_warnings
-
-# Methods that read or overwrite the base's weights as they are stored.
-_NOT_ON = {"nf4": ("pissa", "lokr"), "int8": ("pissa",)}
 
 
 class Watcher(Protocol):
@@ -137,6 +135,8 @@ def compare(
     with watched() as phase, run.lock():
         began = time.monotonic()
         phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
+        settled = _settle_precision(recipe)
+        recipe = settled.recipe
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
         material, shared, warnings = _material(recipe, source, skeleton, events)
@@ -145,7 +145,8 @@ def compare(
         kind = skeleton.config.model_type
         plan = Setups(recipe, recipes, methods, sizes, kind, run.path, shared)
         plan.prepare(source, budgets, events)
-        for note in plan.notes:
+        notes = [*plan.notes, *filter(None, [settled.note])]
+        for note in notes:
             events.note(note)
         if recipe.restrain is not None:
             events.note("restrain is for `train`: the updates of the trials stay as trained")
@@ -157,7 +158,7 @@ def compare(
         account = Account(run.path, rows, num_devices(), began)
         session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs)
         # Of what all trials share; they stand in the page as well.
-        session.notes = [*plan.notes, *(each.text for each in (*warnings, *length.warnings))]
+        session.notes = [*notes, *(each.text for each in (*warnings, *length.warnings))]
         if task is not None:
             session.questions = make_questions(task, material.dataset, material.chat_template)
         try:
@@ -174,6 +175,14 @@ def compare(
             account.tick()
             account.write()
         return session.conclude()
+
+
+def _settle_precision(recipe: Recipe) -> Settled:
+    """The recipe without `auto` in precision and dtype; finished trials decide it."""
+    file, record = Path(recipe.output_dir) / COMPARISON, None
+    if asks_for_auto(recipe) and file.exists() and read_results(Path(recipe.output_dir)):
+        record = {"identity": read_json(file).get("shared", {})}
+    return settle_precision(recipe, device(), record)
 
 
 @dataclass
@@ -507,8 +516,7 @@ def check_comparable(recipe: Recipe, methods: Sequence[Method]) -> None:
             "set it to null"
         )
     kind = recipe.model.quantization
-    unfit = [each.name for each in methods if each.kind in _NOT_ON.get(kind or "", ())]
-    if unfit:
+    if unfit := unfit_names(methods, kind):
         raise RecipeError(
             f"model.quantization: {kind}: PEFT cannot train {some_of(unfit)} on such weights; "
             "expected model.quantization: null, or --methods without them"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +45,10 @@ NAMES: dict[str, _Known] = {
     "vera": _Known("vera", _VECTORS, {"d_initial": "0.1"}),
     "ia3": _Known("ia3", _VECTORS),
 }
+# Those that are compared where the user names none.
+DEFAULT = "kpsvd,kpsvd-thin,lora,rslora,pissa,lokr"
+# Methods that read or overwrite the base's weights as they are stored, by `model.quantization`.
+_NOT_ON: Mapping[str | None, tuple[Kind, ...]] = {"nf4": ("pissa", "lokr"), "int8": ("pissa",)}
 _ALPHA = (r"\d+(\.\d+)?r?", "a number above 0, or a multiple of the rank such as 2r")
 _NUMBER = (r"\d+(\.\d+)?", "a number above 0 such as 16")
 # Settings of PEFT's methods, each with its form and that in words; those of KPSVD are the
@@ -118,6 +122,25 @@ def read_methods(text: str) -> list[Method]:
         if names.count(name) > 1:
             raise InputError(f"--methods: {name} is given twice")
     return methods
+
+
+def default_methods(quantization: str | None) -> tuple[list[Method], str | None]:
+    """The default methods that such a base can be trained by, and what to say of those left out."""
+    methods = read_methods(DEFAULT)
+    unfit = unfit_names(methods, quantization)
+    chosen = [each for each in methods if each.name not in unfit]
+    if not unfit:
+        return chosen, None
+    note = (
+        f"compared are {', '.join(each.name for each in chosen)}: of the default methods "
+        f"{', '.join(unfit)} cannot be trained on {quantization} weights"
+    )
+    return chosen, note
+
+
+def unfit_names(methods: Sequence[Method], quantization: str | None) -> list[str]:
+    """The methods that cannot be trained on weights that are kept so, by their names."""
+    return [each.name for each in methods if each.kind in _NOT_ON.get(quantization, ())]
 
 
 def read_rate(option: str, text: str) -> float:

@@ -26,6 +26,7 @@ from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import CheckpointError, NonFiniteError
 from kpsvd_tune.evaluation.loss import text_loss
 from kpsvd_tune.events import Silence
+from kpsvd_tune.hardware.devices import decomposing_device
 from kpsvd_tune.models import ModelSource, load_tokenizer
 from kpsvd_tune.processes import device, gpu_identity, reset_peak_memory
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
@@ -224,7 +225,10 @@ def adapted(setup: Setup, material: Material, base: Any) -> tuple[PeftModel, str
         return baseline, "–" if rank is None else str(rank), time.monotonic() - began
     began = time.monotonic()
     decomposition = decompose(
-        source, recipe.adapter, start_seed=recipe.train.seed, device=str(device())
+        source,
+        recipe.adapter,
+        start_seed=recipe.train.seed,
+        device=str(decomposing_device(device())),
     )
     took = time.monotonic() - began
     model = adapt(recipe, source, decomposition, None, base)

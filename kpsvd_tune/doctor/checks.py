@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +18,7 @@ from kpsvd_tune.doctor.packages import (
     python_fault,
 )
 from kpsvd_tune.errors import KpsvdTuneError
-from kpsvd_tune.offline import is_offline
+from kpsvd_tune.offline import hub_address, is_offline, no_answer
 from kpsvd_tune.report.doctor import Check, Status
 from kpsvd_tune.storage.memory import free_memory, host_memory
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
@@ -30,7 +27,6 @@ from kpsvd_tune.units import size
 # Below this a checkpoint or a decomposition soon fails, and below the other nothing can be written.
 _LITTLE_DISK, _NO_DISK = 5 * 10**9, 10**8
 _LITTLE_MEMORY = 2 * 10**9
-_HUB_SECONDS = 4.0
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
@@ -135,21 +131,19 @@ def _torch() -> Check:
 def _devices() -> Check:
     import torch
 
-    from kpsvd_tune.adapter.function import CPU_MULTIPLIES_BF16
+    from kpsvd_tune.hardware.bf16 import bf16_speed
+    from kpsvd_tune.hardware.devices import own_device
 
-    slow = "" if CPU_MULTIPLIES_BF16 else "no "
-    found = [f"CPU with {torch.get_num_threads()} threads, {slow}units for bfloat16"]
-    narrow = CPU_MULTIPLIES_BF16
+    found = [f"CPU with {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         about: Any = torch.cuda.get_device_properties(index)
-        has_bf16 = about.major >= 8
-        narrow = narrow or has_bf16
-        units = "bfloat16 natively" if has_bf16 else "float16 natively, bfloat16 slowly"
-        found.append(f"GPU {index}: {about.name}, {size(about.total_memory)}, {units}")
-    if narrow:
-        return Check("devices", "ok", "; ".join(found))
-    cure = 'set train.precision: "no" and model.dtype: float32: bfloat16 is many times slower here'
-    return Check("devices", "warning", "; ".join(found), cure)
+        found.append(f"GPU {index}: {about.name}, {size(about.total_memory)}")
+    if torch.backends.mps.is_available():
+        found.append("Apple's mps, on which nothing was tried yet")
+    speed = bf16_speed(own_device())
+    taken = "bf16" if speed.is_fast else "no (float32)"
+    found.append(f"train.precision: auto takes {taken} here: {speed.why}")
+    return Check("devices", "ok", "; ".join(found))
 
 
 def _memory() -> Check:
@@ -190,8 +184,8 @@ def _cache() -> Check:
 def _hub() -> Check:
     if is_offline():
         return Check("hub", "ok", "not asked: HF_HUB_OFFLINE (or --offline) forbids the network")
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    problem = _ask(address)
+    address = hub_address()
+    problem = no_answer(address, with_certificate=True)
     if problem is None:
         return Check("hub", "ok", f"{address} answers")
     return Check(
@@ -201,28 +195,6 @@ def _hub() -> Check:
         "models and rows must be local paths, or lie in the hub's cache (then pass --offline); "
         "behind a proxy set HTTPS_PROXY",
     )
-
-
-def _ask(address: str) -> str | None:
-    """Why a server does not answer; None where it does. Never waits for longer than its limit."""
-    said: list[str | None] = []
-
-    def call() -> None:
-        try:
-            request = urllib.request.Request(address, method="HEAD")
-            with urllib.request.urlopen(request, timeout=_HUB_SECONDS):
-                said.append(None)
-        except urllib.error.HTTPError:
-            # It answered.
-            said.append(None)
-        except (OSError, ValueError) as error:
-            said.append(str(getattr(error, "reason", error)))
-
-    # Looking up a name has no time limit of its own.
-    caller = threading.Thread(target=call, daemon=True)
-    caller.start()
-    caller.join(_HUB_SECONDS + 1)
-    return said[0] if said else f"no answer within {_HUB_SECONDS:.0f} s"
 
 
 def _sandbox() -> Check:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kpsvd_tune.adapter.function import CPU_MULTIPLIES_BF16
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.data.rows.preflight import model_limits
 from kpsvd_tune.draft.budget import Budget
@@ -21,6 +20,8 @@ from kpsvd_tune.draft.rows import LookedAt
 from kpsvd_tune.errors import AdapterError, InputError
 from kpsvd_tune.estimate import make_plan
 from kpsvd_tune.events import Events, Silence
+from kpsvd_tune.hardware.bf16 import without_bf16
+from kpsvd_tune.hardware.devices import hardware_name, own_device
 from kpsvd_tune.models import find_configuration, load_skeleton, load_tokenizer
 from kpsvd_tune.recipe import LOSS_TASKS, DatasetRecipe, Recipe
 from kpsvd_tune.report.plan import Plan
@@ -34,7 +35,7 @@ _SIZES = ((1_000, 8, 3), (20_000, 16, 2), (None, 32, 1))
 _LONGEST = 8_192
 _MULTIPLE = 64
 # Questions that are answered before and after training; on a CPU an answer takes seconds.
-_QUESTIONS = {"cpu": 50, "cuda": 200}
+_QUESTIONS = {"cpu": 50, "mps": 50, "cuda": 200}
 _TOGETHER = 16
 _MOST_NEW_TOKENS = 1_024
 # Changes to make a plan fit; one makes it fit, and the free memory may have moved meanwhile.
@@ -273,16 +274,19 @@ def _shorten(content: dict[str, Any], plan: Plan, limit: float) -> tuple[Plan, s
 
 def _device() -> tuple[str, str]:
     """The kind of device that trains here, and what it is in words."""
-    if not torch.cuda.is_available():
+    device = own_device()
+    if device.type == "cpu":
         threads = torch.get_num_threads()
         return "cpu", f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
-    about: Any = torch.cuda.get_device_properties(0)
-    return "cuda", f"a GPU, {about.name}"
+    return device.type, f"a GPU, {hardware_name(device)}"
 
 
 def _precision() -> tuple[str, str]:
-    """What this machine multiplies fast: `train.precision` and `model.dtype`."""
-    if torch.cuda.is_available():
-        is_new = torch.cuda.get_device_properties(0).major >= 8
-        return ("bf16", "bfloat16") if is_new else ("fp16", "float16")
-    return ("bf16", "bfloat16") if CPU_MULTIPLIES_BF16 else ("no", "float32")
+    """`train.precision` and `model.dtype`: left to the machine that trains.
+
+    But on a CUDA device without units for bfloat16, which multiplies float16 fast instead; that is
+    never chosen by itself, for it needs a loss scaler.
+    """
+    device = own_device()
+    is_old = device.type == "cuda" and without_bf16(device) is not None
+    return ("fp16", "float16") if is_old else ("auto", "auto")

@@ -84,7 +84,7 @@ def _line(key: str, value: Any, comment: str | None, indent: str) -> str:
 def _comments(draft: Draft, rows: LookedAt) -> Iterator[tuple[tuple[str, ...], str]]:
     """What to know about a value, by its place."""
     content, lengths, data = draft.content, draft.lengths, draft.plan.data
-    yield ("model", "dtype"), "type the base is loaded in; it is never changed"
+    yield ("model", "dtype"), "type the base is loaded in, never changed; auto: as the precision"
     yield ("dataset", "columns"), "which column of the rows is what"
     yield (
         ("dataset", "template"),
@@ -115,7 +115,10 @@ def _comments(draft: Draft, rows: LookedAt) -> Iterator[tuple[tuple[str, ...], s
         f"forward passes of a step: {data.rows_per_step} rows in all",
     )
     yield ("train", "learning_rate"), "the first thing to try others of: 3.0e-4, 3.0e-3"
-    yield ("train", "precision"), "what this machine multiplies fast; no: float32"
+    yield (
+        ("train", "precision"),
+        "auto: bf16 where the machine multiplies it at full speed, else no, which is float32",
+    )
     yield ("train", "gradient_checkpointing"), "true: far less memory, a third more time"
     yield ("train", "eval_every"), "steps between validations"
     yield ("train", "save_every"), "steps between checkpoints, from which a stopped run goes on"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from kpsvd_tune.estimate.time import (
 )
 from kpsvd_tune.estimate.trace import MicroStep, Trace, trace_step
 from kpsvd_tune.events import Events
+from kpsvd_tune.hardware.devices import decomposing_device, own_device
 from kpsvd_tune.models import (
     ModelSource,
     WeightReader,
@@ -59,6 +59,7 @@ from kpsvd_tune.report.plan import (
 )
 from kpsvd_tune.storage.json_files import parse_json
 from kpsvd_tune.training.from_adapter import find_adapter
+from kpsvd_tune.training.precision import going_on, settle_precision
 from kpsvd_tune.training.schedule import RunLength, run_length
 from kpsvd_tune.training.stages import read_rows
 from kpsvd_tune.units import size
@@ -115,6 +116,11 @@ def make_plan(
     dataset = recipe.dataset
     if dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
+    device = own_device(on_cpu)
+    settled = settle_precision(recipe, device, going_on(recipe))
+    recipe = settled.recipe
+    if settled.note is not None:
+        events.note(settled.note)
     events.stage(f"reading the configuration of {recipe.model.path}")
     source = find_configuration(recipe.model.path, recipe.model.revision)
     skeleton = load_skeleton(source)
@@ -138,8 +144,6 @@ def make_plan(
             events.note(note)
         for warning in length.warnings:
             events.tell(warning)
-    is_cpu = on_cpu or os.environ.get("ACCELERATE_USE_CPU") == "true"
-    device = torch.device("cuda" if torch.cuda.is_available() and not is_cpu else "cpu")
     setting = _Setting(
         recipe, source, skeleton, ranks, data, length, device, processes, process_bytes()
     )
@@ -299,7 +303,8 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
 def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
     recipe, length = setting.recipe, setting.length
     rank, todo = recipe.adapter.rank, setting.ranks.to_decompose
-    seconds = decomposition_seconds(todo, rank.window, rank.tolerance, setting.device)
+    place = decomposing_device(setting.device)
+    seconds = decomposition_seconds(todo, rank.window, rank.tolerance, place)
     basis = ["decomposition by a small matrix decomposed now"] if todo else []
     steps = recipe.train.max_steps if length is None else length.num_steps
     if steps is None:

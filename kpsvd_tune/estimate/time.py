@@ -17,6 +17,7 @@ import torch
 
 from kpsvd_tune.decompose.spectra import work
 from kpsvd_tune.estimate.trace import Trace
+from kpsvd_tune.hardware.devices import wait_for
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan, decompose_layer
 
 # A probe of the decomposition takes a matrix of at most this many entries.
@@ -168,15 +169,10 @@ def _smaller(plan: LayerPlan) -> LayerPlan:
 
 def _per_second(work: Any, device: torch.device) -> float:
     work()
-    _wait(device)
+    wait_for(device)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < _PROBE_SECONDS:
         work()
-        _wait(device)
+        wait_for(device)
         count += 1
     return count / (time.perf_counter() - began)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

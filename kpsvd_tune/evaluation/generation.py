@@ -259,7 +259,7 @@ def _choose(logits: Tensor, answers: Sequence[_Answer], temperature: float) -> l
     scaled = logits.float().cpu() / temperature
     if not bool((scaled.isfinite() | ~logits.cpu().isfinite()).all()):
         # So low a temperature leaves the range of float32; relative to the largest none does.
-        logits = logits.double().cpu()
+        logits = logits.cpu().double()
         scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     shares = torch.softmax(scaled, dim=-1)
     return [

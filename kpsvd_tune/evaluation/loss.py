@@ -250,7 +250,7 @@ def token_losses(
             for logits, row_labels in zip(output.logits[:, :-1], labels, strict=True):
                 counted = row_labels != IGNORED
                 row = cross_entropy(logits[counted].float(), row_labels[counted], reduction="none")
-                losses.append(row.double().cpu())
+                losses.append(row.cpu().double())
             if progress is not None:
                 progress(min(start + batch_size, len(rows)), len(rows))
     return torch.cat(losses)

@@ -143,7 +143,12 @@ def kron_sum(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kron_sum_rows(
-    left: Tensor, right: Tensor, begin: int, end: int, out: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    begin: int,
+    end: int,
+    out: Tensor | None = None,
+    is_added: bool = False,
 ) -> Tensor:
     """Return some rows of :func:`kron_sum`, of which nothing else is made.
 
@@ -153,6 +158,7 @@ def kron_sum_rows(
         begin: The first row.
         end: One past the last row, at most m*p.
         out: Filled and returned where given, (end - begin, n*q), contiguous, same dtype.
+        is_added: The rows are added to what ``out`` holds.
 
     Returns:
         (end - begin, n*q), same dtype.
@@ -174,25 +180,35 @@ def kron_sum_rows(
             count = (end - row) // p
         rows = count * (last - k)
         part = out[row - begin : row - begin + rows].view(count, last - k, shape.n, shape.q)
-        _add_terms(left[:, i : i + count], right[:, k:last], part)
+        _add_terms(left[:, i : i + count], right[:, k:last], part, is_added)
         row += rows
     return out
 
 
-def _add_terms(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Fill (m, p, n, q) with sum_k A[k, i, j] B[k, a, b] at [i, a, j, b]."""
+def _add_terms(left: Tensor, right: Tensor, out: Tensor, is_added: bool) -> None:
+    """Fill (m, p, n, q) with sum_k A[k, i, j] B[k, a, b] at [i, a, j, b], or add that to it."""
     if 0 < len(left) <= _FEW_TERMS and right.shape[2] >= _WIDE:
-        factors = left[:, :, None, :, None], right[:, None, :, None, :]
-        torch.mul(factors[0][0], factors[1][0], out=out)
-        for one, other in zip(factors[0][1:], factors[1][1:], strict=True):
-            out.addcmul_(one, other)
-    elif len(left) > left.shape[2]:
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            factors = one[:, None, :, None], other[None, :, None, :]
+            if index or is_added:
+                out.addcmul_(*factors)
+            else:
+                torch.mul(*factors, out=out)
+        return
+    if len(left) > left.shape[2]:
         # Broadcast, the product below would copy B for every row of A.
         product = left.flatten(1).T @ right.flatten(1)
         sizes = left.shape[1], left.shape[2], right.shape[1], right.shape[2]
-        out.copy_(product.view(sizes).permute(0, 2, 1, 3))
+        found = product.view(sizes).permute(0, 2, 1, 3)
+    elif is_added:
+        found = left.permute(1, 2, 0)[:, None] @ right.permute(1, 0, 2)
     else:
         torch.matmul(left.permute(1, 2, 0)[:, None], right.permute(1, 0, 2), out=out)
+        return
+    if is_added:
+        out.add_(found)
+    else:
+        out.copy_(found)
 
 
 def _shape_of(left: Tensor, right: Tensor) -> KroneckerShape:

@@ -46,7 +46,7 @@ from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_folder
 from kpsvd_tune.storage.hashes import file_hashes
 from kpsvd_tune.storage.memory import free_memory
-from kpsvd_tune.storage.paths import check_writable, kind_of
+from kpsvd_tune.storage.paths import check_writable
 from kpsvd_tune.units import size
 
 # Below this share of an update surviving the rounding, the merge has quietly undone training.
@@ -78,21 +78,6 @@ class MergeSettings:
     warnings: tuple[str, ...] = ()  # for the report, before its own
     notes: tuple[str, ...] = ()  # for the report
     trainings: tuple[Training, ...] = ()  # of the adapters, for the card
-
-
-def check_source(source: str, found: Found) -> Path:
-    """The adapter that is merged; InputError where what was typed is none."""
-    if found.adapter is not None:
-        return found.adapter
-    if kind_of(source) in ("merged", "model"):
-        raise InputError(
-            f"{source} is a model, with plain weights: there is nothing to merge; expected a "
-            "run or an adapter"
-        )
-    raise InputError(
-        f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
-        "adapter/, or one with adapter_config.json"
-    )
 
 
 def check_output(output: Path, inputs: Sequence[Path]) -> Path:
@@ -364,8 +349,11 @@ def _prove_and_report(
             passed=tensors_pass and difference <= tolerance,
             warnings=(*report.warnings, *proof.unseen(tolerance)),
         )
-    events.stage("computing the hashes of the weight files, which are kept in the report")
-    report = replace(report, weight_files=weight_hashes(partial))
+    files = {name: written.hashes[name] for name in sorted(written.hashes) if "/" not in name}
+    if not files:
+        events.stage("computing the hashes of the weight files, which are kept in the report")
+        files = weight_hashes(partial)
+    report = replace(report, weight_files=files)
     text = json.dumps(report.to_dict(), indent=2) + "\n"
     (partial / "merge_report.json").write_text(text, encoding="utf-8")
     card = merged_card(report, settings.base, settings.trainings)

@@ -1,11 +1,13 @@
 """Writes merged weights shard by shard: what no adapter touches is copied, the rest is computed.
 
-Names, shards, their order of tensors and their metadata stay as they are. One tensor at a time is
-read for each of a few threads, so that memory does not grow with the model.
+Names, shards, their order of tensors and their metadata stay as they are. A few threads hold one
+tensor each, so that memory does not grow with the model. One of them computes at a time: the
+others meanwhile read and write, and read back and hash whole files, which needs no Python.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,21 @@ from torch import Tensor
 
 from kpsvd_tune.errors import MergeError
 from kpsvd_tune.merge.changes import Changes
-from kpsvd_tune.merge.update import Update
+from kpsvd_tune.merge.update import Scratch, Update
 from kpsvd_tune.models import Checkpoint, StoredTensor, WeightFile
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.models.stream import FLOATS, TensorLocation, tensors_of
+from kpsvd_tune.models.stream import FLOATS, tensors_of
 from kpsvd_tune.storage.durable import NewFile, make_folder, new_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
 
-# Each holds one tensor; more would wait for the disk.
-_WORKERS = 2
+# Threads that hold a tensor each: one reads, one computes, one writes.
+_HOLDERS = 3
+# Threads that copy, sync and read back files.
+_CARRIERS = 2
 # Entries that are converted at a time.
 _BLOCK = 1 << 20
+# Bytes that are written, and read back, at a time.
+_PIECE_BYTES = 1 << 20
 # Of a file, that are copied at a time.
 _COPIED_BYTES = 1 << 28
 _FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -90,11 +97,12 @@ class Plan:
 
 @dataclass
 class Written:
-    """What was measured while writing, for each adapted layer."""
+    """What was measured while writing: for each adapted layer, and the sha256 of each file."""
 
     kept: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     is_rest_compared: bool = True
 
 
@@ -206,6 +214,15 @@ def _whole(
     return values, added
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A part of the work on one file, which may be done at the same time as all others."""
+
+    do: Callable[[], None]
+    num_tensors: int  # that are done with it
+    is_holder: bool  # whether it holds a tensor
+
+
 class ShardWriter:
     """Writes the files of a plan into a folder.
 
@@ -226,6 +243,9 @@ class ShardWriter:
         self._checkpoint, self._changes, self._compares = checkpoint, changes, compares
         self._advance = advance
         self._stopped = threading.Event()
+        # Only the thread that computes has its memory.
+        self._computing, self._scratch = threading.Lock(), Scratch()
+        self._local = threading.local()
         self._written = Written()
         # Of the updated tensors: how many bytes were written in a piece, and their sum.
         self._sums: dict[str, list[tuple[int, int]]] = {}
@@ -238,34 +258,30 @@ class ShardWriter:
             AdapterError: The base is another than an adapter's.
             ResourceError: The disk refused.
         """
+        total = sum(len(tensors) for _, tensors in plan.files)
         # The tasks end before the files are closed.
-        with ExitStack() as files, _workers(self._stopped) as pool:
-            pending: set[Future[None]] = set()
+        with ExitStack() as files, _workers(self._stopped) as (holders, carriers):
+            work = _Work(lambda done: self._advance(done, total))
             if self._compares:
-                pending.add(pool(self._compare_rest))
-            total, done = sum(len(tensors) for _, tensors in plan.files), 0
+                work.add(carriers.submit(self._compare_rest))
             for file, tensors in plan.files:
                 path = folder / file.output_name
                 make_folder(path.parent)
                 new = files.enter_context(new_file(path))
-                for task, count in self._tasks(file, tensors, new):
-                    pending.add(pool(task))
+
+                def finish(new: NewFile = new, path: Path = path) -> None:
+                    work.add(carriers.submit(new.sync))
+                    work.add(carriers.submit(self._read_back, path, folder))
+
+                of_file = work.group(finish)
+                for task in self._tasks(file, tensors, new):
+                    pool = holders if task.is_holder else carriers
+                    future = pool.submit(task.do)
+                    work.add(future, of_file, task.num_tensors, task.is_holder)
                     # Bounded, so that a fault ends the work soon; a full disk is found early.
-                    while len(pending) > 2 * _WORKERS:
-                        pending -= self._finished(pending)
-                    done += count
-                    self._advance(done, total)
-                while pending:
-                    pending -= self._finished(pending)
-                pending.add(pool(new.sync))
-                stored = tensors_of(path) if any(each.layer for each in tensors) else {}
-                pending |= {
-                    pool(partial(self._read_back, stored[each.key]))
-                    for each in tensors
-                    if each.layer
-                }
-            while pending:
-                pending -= self._finished(pending)
+                    work.wait(2 * _HOLDERS)
+                work.close(of_file)
+            work.wait()
         _write_index(self._checkpoint, plan, folder)
         names = self._changes.layers
         for each in (self._written.kept, self._written.sizes, self._written.deviations):
@@ -274,27 +290,34 @@ class ShardWriter:
             each.update(ordered)
         return self._written
 
-    def _finished(self, pending: set[Future[None]]) -> set[Future[None]]:
-        done, _ = wait(pending, return_when=FIRST_COMPLETED)
-        for each in done:
-            each.result()
-        return done
-
     def _tasks(
         self, file: WeightFile, tensors: tuple[NewTensor, ...], new: NewFile
-    ) -> Iterator[tuple[Callable[[], None], int]]:
-        """The work on one file, as tasks that may run at once, and how many tensors each does."""
+    ) -> Iterator[_Task]:
+        """The work on one file."""
         is_same = [each.key for each in tensors] == list(file.tensors)
         if is_same and file.path.suffix == ".safetensors" and all(t.is_copied for t in tensors):
-            yield from _copies(file.path, new, 0, file.path.stat().st_size, 0, len(tensors))
+            yield from self._copies(file.path, new, 0, file.path.stat().st_size, 0, len(tensors))
             return
         header, places = _header(tensors, file.metadata)
         new.write_at(0, header)
         for begin, end, to, count in _runs(tensors, places):
-            yield from _copies(file.path, new, begin, end, to, count)
+            yield from self._copies(file.path, new, begin, end, to, count)
         for tensor in tensors:
             if not (tensor.is_copied and tensor.source and tensor.source.location):
-                yield partial(self._make, tensor, new, places[tensor.key]), 1
+                yield _Task(partial(self._make, tensor, new, places[tensor.key]), 1, True)
+
+    def _copies(
+        self, source: Path, new: NewFile, begin: int, end: int, to: int, count: int
+    ) -> Iterator[_Task]:
+        """A long copy in pieces, between which it can be stopped; the last counts its tensors."""
+
+        def copy(first: int, last: int) -> None:
+            self._check_stopped()
+            new.copy_from(source, first, last, to + first - begin)
+
+        for first in range(begin, end, _COPIED_BYTES):
+            last = min(end, first + _COPIED_BYTES)
+            yield _Task(partial(copy, first, last), count if last == end else 0, False)
 
     def _make(self, tensor: NewTensor, new: NewFile, to: int) -> None:
         """Compute one tensor and write it."""
@@ -302,49 +325,76 @@ class ShardWriter:
             self._cast(tensor, tensor.value, new, to)
             return
         assert tensor.source is not None
-        stored = self._checkpoint.read(tensor.source.key)
         if tensor.layer is not None:
-            self._add_update(tensor, stored, new, to)
+            self._write_updated(tensor, self._updated(tensor, tensor.source), new, to)
             return
+        stored = self._checkpoint.read(tensor.source.key)
         if tensor.rows is not None:
             numbers, values = tensor.rows
             stored = stored.clone()
             stored[numbers] = values.to(stored.dtype)
         self._cast(tensor, stored, new, to)
 
-    def _add_update(self, tensor: NewTensor, weight: Tensor, new: NewFile, to: int) -> None:
-        name = str(tensor.layer)
-        if self._compares:
-            self._changes.check_layer(name, weight)
-        dtype = FLOATS[tensor.dtype]
-        update = Update(name, self._changes.terms(name), dtype)
-        width = weight.shape[1] * dtype.itemsize
-        sums = self._sums[tensor.key] = []
-        for row, block in update.rows(weight):
-            self._check_stopped()
-            data = _bytes(block)
-            new.write_at(to + row * width, data)
-            sums.append((len(data), _sum_of(data)))
+    def _updated(self, tensor: NewTensor, source: StoredTensor) -> Tensor:
+        """Compute an updated weight, in place of the stored one where both have one dtype."""
+        name, dtype = str(tensor.layer), FLOATS[tensor.dtype]
+        weight = self._checkpoint.read(source.key, self._memory(source.num_bytes))
+        is_own = source.location is not None and weight.dtype == dtype
+        result = weight if is_own else torch.empty(weight.shape, dtype=dtype)
+        with self._computing:
+            if self._compares:
+                self._check_stopped()
+                self._changes.check_layer(name, weight)
+            update = Update(name, self._changes.terms(name), dtype, self._scratch)
+            for _ in update.rows(weight, result):
+                self._check_stopped()
         self._written.kept[name] = update.kept
         self._written.sizes[name] = update.relative_size
         self._written.deviations[name] = update.deviation
+        return result
 
-    def _read_back(self, location: TensorLocation) -> None:
-        """Compare an updated weight in its file with what was measured."""
-        sums = self._sums[location.key]
-        buffer = memoryview(bytearray(max(count for count, _ in sums)))
-        is_same = True
-        with location.file.open("rb") as stream:
-            stream.seek(location.begin)
-            for count, expected in sums:
+    def _memory(self, num_bytes: int) -> Tensor:
+        """This thread's memory for a stored tensor: fresh pages take longer than reading does."""
+        held: Tensor | None = getattr(self._local, "memory", None)
+        if held is None or len(held) < num_bytes:
+            held = self._local.memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return held
+
+    def _write_updated(self, tensor: NewTensor, result: Tensor, new: NewFile, to: int) -> None:
+        data = _bytes(result)
+        sums = self._sums[tensor.key] = []
+        for begin in range(0, len(data), _PIECE_BYTES):
+            self._check_stopped()
+            piece = data[begin : begin + _PIECE_BYTES]
+            new.write_at(to + begin, piece)
+            sums.append((len(piece), _sum_of(piece)))
+
+    def _read_back(self, path: Path, folder: Path) -> None:
+        """Hash a file, and compare the updated weights in it with what was measured."""
+        updated = [each for key, each in tensors_of(path).items() if key in self._sums]
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+        with path.open("rb", buffering=0) as stream:
+
+            def read(most: int) -> memoryview:
                 self._check_stopped()
-                piece = buffer[:count]
-                is_same &= stream.readinto(piece) == count and _sum_of(piece) == expected
-        if not is_same:
-            raise MergeError(
-                f"{location.file.name} does not hold {location.key} as it was written: is the disk "
-                "damaged? Nothing was kept; merge again, or choose another --output"
-            )
+                piece = buffer[: _read_into(stream, buffer[:most])]
+                digest.update(piece)
+                return piece
+
+            for location in sorted(updated, key=lambda each: each.begin):
+                while (left := location.begin - stream.tell()) > 0 and read(min(left, len(buffer))):
+                    pass
+                for count, expected in self._sums[location.key]:
+                    piece = read(count)
+                    if len(piece) != count or _sum_of(piece) != expected:
+                        raise MergeError(
+                            f"{path.name} does not hold {location.key} as it was written: is the "
+                            "disk damaged? Nothing was kept; merge again, or choose another "
+                            "--output"
+                        )
+            while read(len(buffer)):
+                pass
+        self._written.hashes[str(path.relative_to(folder))] = digest.hexdigest()
 
     def _cast(self, tensor: NewTensor, value: Tensor, new: NewFile, to: int) -> None:
         dtype = FLOATS.get(tensor.dtype, value.dtype)
@@ -389,25 +439,93 @@ def not_finite(name: str, dtype: torch.dtype) -> MergeError:
     )
 
 
+@dataclass
+class _Group:
+    """Tasks of one file."""
+
+    finish: Callable[[], None]  # called when all are done
+    num_open: int = 1  # the group itself is one, until it is closed
+
+
+class _Work:
+    """Tasks that are being done, and what follows when all of a file are.
+
+    Args:
+        advance: Told how many tensors are done.
+    """
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+        self._pending: dict[Future[None], tuple[_Group | None, int, bool]] = {}
+        self._num_held = self._done = 0
+
+    def group(self, finish: Callable[[], None]) -> _Group:
+        """Begin a group of tasks, after which something is called."""
+        return _Group(finish)
+
+    def add(
+        self,
+        future: Future[None],
+        group: _Group | None = None,
+        num_tensors: int = 0,
+        is_holder: bool = False,
+    ) -> None:
+        """Take in a task that was begun."""
+        self._pending[future] = group, num_tensors, is_holder
+        self._num_held += is_holder
+        if group is not None:
+            group.num_open += 1
+
+    def close(self, group: _Group) -> None:
+        """End a group, to which nothing is added any more."""
+        group.num_open -= 1
+        if group.num_open == 0:
+            group.finish()
+
+    def wait(self, most_held: int | None = None) -> None:
+        """Wait until all is done, or at most so many tasks that hold a tensor are left.
+
+        Raises what a task raised.
+        """
+        while self._pending and (most_held is None or self._num_held > most_held):
+            done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+            for each in done:
+                each.result()
+                group, num_tensors, is_holder = self._pending.pop(each)
+                self._num_held -= is_holder
+                self._done += num_tensors
+                if num_tensors:
+                    self._advance(self._done)
+                if group is not None:
+                    self.close(group)
+
+
 @contextmanager
 def _workers(
     stopped: threading.Event,
-) -> Iterator[Callable[[Callable[[], None]], Future[None]]]:
-    """A pool whose tasks share the processor's threads, and end soon when the block fails."""
+) -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
+    """Pools for tasks that hold a tensor and for the others, which end soon when the block fails.
+
+    The tasks share the processor's threads.
+    """
     before = torch.get_num_threads()
-    each = max(1, before // _WORKERS)
-    pool = ThreadPoolExecutor(_WORKERS, "merge", initializer=lambda: torch.set_num_threads(each))
+    each = max(1, before // 2)
 
-    def submit(task: Callable[[], None]) -> Future[None]:
-        return pool.submit(task)
+    def share() -> None:
+        torch.set_num_threads(each)
 
+    holders = ThreadPoolExecutor(_HOLDERS, "merge", initializer=share)
+    carriers = ThreadPoolExecutor(_CARRIERS, "merge files", initializer=share)
     try:
-        yield submit
+        yield holders, carriers
     except BaseException:
         stopped.set()
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (holders, carriers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (holders, carriers):
+            pool.shutdown(wait=True)
         torch.set_num_threads(before)
 
 
@@ -448,16 +566,6 @@ def _runs(
     return runs
 
 
-def _copies(
-    source: Path, new: NewFile, begin: int, end: int, to: int, count: int
-) -> Iterator[tuple[Callable[[], None], int]]:
-    """A long copy in pieces, between which the work can be stopped; the last counts them all."""
-    for first in range(begin, end, _COPIED_BYTES):
-        last = min(end, first + _COPIED_BYTES)
-        task = partial(new.copy_from, source, first, last, to + first - begin)
-        yield task, count if last == end else 0
-
-
 def _span(run: tuple[int, int, int, int]) -> tuple[int, int]:
     """Where a stretch is copied to, and its length."""
     return run[2], run[1] - run[0]
@@ -466,6 +574,14 @@ def _span(run: tuple[int, int, int, int]) -> tuple[int, int]:
 def _bytes(block: Tensor) -> memoryview:
     array: Any = block.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def _read_into(stream: FileIO, buffer: memoryview) -> int:
+    """Read until the buffer is full or the file ends; how many bytes were read."""
+    count = 0
+    while count < len(buffer) and (more := stream.readinto(buffer[count:])):
+        count += more
+    return count
 
 
 def _sum_of(data: memoryview) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib.util
 import json
 import logging
@@ -20,6 +19,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
+from kpsvd_tune.hardware.devices import own_device
+from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer
 from kpsvd_tune.models.quantised import dequantised, quantisation_config
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.memory import is_out_of_memory
@@ -140,6 +141,11 @@ def load_plain_model(source: ModelSource, dtype: str) -> PreTrainedModel:
 
 def _check_quantisable(source: ModelSource, config: Any, quantization: str) -> None:
     """Refuse to quantise what transformers does not, or what has been quantised before."""
+    if own_device().type == "mps":
+        raise ModelError(
+            f"model.quantization: {quantization} is not supported on Apple's mps; expected null, "
+            "or ACCELERATE_USE_CPU=true in the environment, which trains on the CPU"
+        )
     if source.kind == "gguf":
         raise ModelError(
             f"model {source.path!r} is a GGUF file, which is dequantised while it is loaded, and "
@@ -233,15 +239,18 @@ def load_tokenizer(source: ModelSource, adapter: Path | None = None) -> PreTrain
     """
     from transformers import AutoTokenizer
 
-    options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     _require_gguf(source)
     with _reading(
         f"model {source.path!r}: its tokenizer cannot be loaded",
         "expected the tokenizer files that belong to the model: fetch them again",
     ):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=False, **options
-        )
+        tokenizer: PreTrainedTokenizerBase
+        if source.kind == "gguf":
+            tokenizer = gguf_tokenizer(source)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.folder, local_files_only=True, trust_remote_code=False
+            )
         # Values of wrong types, as of model_max_length, show when they are first used.
         tokenizer("a")
     if adapter is not None:
@@ -307,8 +316,7 @@ def _config(source: ModelSource) -> PretrainedConfig:
     unreadable = f"model {source.path!r}: its configuration cannot be read"
     with _reading(unreadable, "fetch it again"), _building(source, _IMPOSSIBLE):
         if source.kind == "gguf":
-            # A copy: loading a model writes into its configuration.
-            return copy.deepcopy(_gguf_config(source, source.weight_files[0].stat().st_mtime_ns))
+            return gguf_config(source)
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 source.folder, local_files_only=True, trust_remote_code=False
@@ -373,18 +381,6 @@ def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
     shown = text if len(text) <= 300 else text[:297] + "..."
     return shown if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {shown}"
-
-
-# Reading a GGUF header takes seconds, since it holds the whole vocabulary; one run asks for the
-# skeleton and for the model.
-@functools.lru_cache(maxsize=2)
-def _gguf_config(source: ModelSource, modified_ns: int) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        source.folder, local_files_only=True, gguf_file=source.gguf_file
-    )
-    return config
 
 
 def _require_gguf(source: ModelSource) -> None:

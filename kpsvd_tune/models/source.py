@@ -17,8 +17,8 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import ModelError
-from kpsvd_tune.offline import is_offline
-from kpsvd_tune.recipe.paths import model_problem
+from kpsvd_tune.offline import hub_problem
+from kpsvd_tune.recipe.paths import looks_local, model_problem
 from kpsvd_tune.report.card import Base
 from kpsvd_tune.storage.hashes import file_hashes
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
@@ -78,8 +78,10 @@ def resolve_model(path: str, revision: str | None = None) -> ModelSource:
     if not HUB_ID.fullmatch(path):
         raise ModelError(
             f"model.path {path!r}: there is no such folder or file, and it is no hub id either "
-            "(expected owner/name)"
+            f"(expected owner/name){siblings(path)}"
         )
+    if looks_local(path):
+        raise ModelError(f"model.path: {model_problem(path)}")
     return _from_hub(path, revision)
 
 
@@ -89,7 +91,7 @@ def find_configuration(path: str, revision: str | None = None) -> ModelSource:
     `weight_files` is then empty, and the folder holds the configuration and the tokenizer.
     """
     local = expand(path)
-    is_here = exists(local) or path.endswith(".gguf") or path.startswith("package:")
+    is_here = exists(local) or path.endswith(".gguf") or looks_local(path)
     if is_here or not HUB_ID.fullmatch(path):
         return resolve_model(path, revision)
     return _from_hub(path, revision, with_weights=False)
@@ -164,13 +166,15 @@ def _inside_package(path: str) -> Path:
 def _from_hub(path: str, revision: str | None, *, with_weights: bool = True) -> ModelSource:
     from huggingface_hub import errors, snapshot_download
 
+    problem = hub_problem()
+
     def fetch(patterns: list[str]) -> Path:
         folder = snapshot_download(
             path,
             revision=revision,
             allow_patterns=patterns,
             ignore_patterns=HUB_IGNORED,
-            local_files_only=is_offline(),
+            local_files_only=problem is not None,
         )
         return Path(folder)
 
@@ -194,8 +198,8 @@ def _from_hub(path: str, revision: str | None, *, with_weights: bool = True) -> 
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelError(
             f"model.path {path!r}{at}: there is no such folder here, nothing of it is in the local "
-            "hub cache, and the hub cannot be asked; run once with a connection and without "
-            "--offline, or give the path of a folder" + siblings(path)
+            f"hub cache, and the hub cannot be asked: {problem or error}; run once with a "
+            "connection and without --offline, or give the path of a folder" + siblings(path)
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise ModelError(f"model.path {path!r}{at}: the hub failed: {error}") from error

@@ -89,18 +89,22 @@ class WeightReader:
         self._loaded = None
 
 
-def read_tensor(location: TensorLocation, rows: tuple[int, int] | None = None) -> Tensor:
+def read_tensor(
+    location: TensorLocation, memory: Tensor | None = None, rows: tuple[int, int] | None = None
+) -> Tensor:
     """Read one tensor with plain file reads; ModelError where the file is too short.
 
-    With `rows`, (first, one past the last), only those of its first dimension are read. A memory
-    map's pages would count as resident memory for as long as the file is open.
+    A memory map's pages would count as resident memory for as long as the file is open. `memory`,
+    bytes of at least the tensor's size, is used in place of new memory. With `rows`, (first, one
+    past the last), only those of its first dimension are read.
     """
     begin, end, size = location.begin, location.end, location.size
     if rows is not None:
         row_bytes = math.prod(size[1:]) * FLOATS[location.dtype].itemsize
         begin, end = begin + rows[0] * row_bytes, begin + rows[1] * row_bytes
         size = (rows[1] - rows[0], *size[1:])
-    data = torch.empty(end - begin, dtype=torch.uint8)
+    count = end - begin
+    data = torch.empty(count, dtype=torch.uint8) if memory is None else memory[:count]
     array: Any = data.numpy()
     # Buffered, so that it reads until all is there, which a single call of the system may not.
     with location.file.open("rb") as stream:

@@ -56,7 +56,7 @@ class StreamedWeights:
         if key is not None:
             # What is read of a pickled file is a view of the mapped file.
             is_mapped = self._checkpoint.tensors[key].location is None
-            return self._checkpoint.read(key, rows).to(dtype, copy=is_mapped)
+            return self._checkpoint.read(key, rows=rows).to(dtype, copy=is_mapped)
         names = (name, *self._checkpoint.ties.get(name, ()))
         own = next(each for each in names if each in self._conversions)
         if own not in self._converted:

@@ -14,6 +14,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.offline import hub_problem
 from kpsvd_tune.recipe.dataset import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
 from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
@@ -53,11 +54,42 @@ def _texts(value: object, path: Path, section: Any) -> Iterator[tuple[Path, str,
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path can be no hub id, or lies here."""
+    """Whether a path can be no hub id, or lies here, or would lie in a folder that is here."""
     if "://" in path or path.startswith("package:"):
         return False
     is_file_name = _FILE.fullmatch(FilePath(path).suffix) is not None
-    return is_file_name or _HUB_ID.fullmatch(path) is None or exists(path)
+    is_id = _HUB_ID.fullmatch(path) is not None
+    return is_file_name or not is_id or exists(path) or _in_folder_here(path)
+
+
+def _in_folder_here(path: str) -> bool:
+    """Whether OWNER/NAME is more likely a slip in a path: OWNER is a folder here.
+
+    The hub is not asked for such a name, unless it is in the hub's cache.
+    """
+    owner, slash, _ = path.partition("/")
+    return bool(slash) and os.path.isdir(owner) and not _is_cached(path, "models", "datasets")
+
+
+def _is_cached(path: str, *kinds: str) -> bool:
+    """Whether the hub's cache holds something of an id."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    names = ("--".join((kind, *path.split("/"))) for kind in kinds)
+    return any(os.path.isdir(os.path.join(HF_HUB_CACHE, name)) for name in names)
+
+
+def not_here(path: str, what: str) -> str:
+    """What a message says of a path where nothing lies; `what` was expected there."""
+    text = f"there is no {what} {path}{siblings(path)}"
+    if _HUB_ID.fullmatch(path) and _FILE.fullmatch(FilePath(path).suffix) is None:
+        owner = path.partition("/")[0]
+        text += (
+            f"; the hub is not asked for it, because there is a folder {owner} here (if that name "
+            f"is meant on the hub, fetch it first: hf download {path}, for rows with "
+            "--repo-type dataset)"
+        )
+    return text
 
 
 def model_problem(path: str) -> str | None:
@@ -66,7 +98,7 @@ def model_problem(path: str) -> str | None:
         return None
     kind = kind_of(path)
     if kind is None:
-        return f"there is no folder or file {path}{siblings(path)}"
+        return not_here(path, "folder or file")
     if kind in ("run", "adapter"):
         return (
             f"{path} is {named(kind)}, not a model; to train on from its adapter, name it in "
@@ -94,7 +126,7 @@ def rows_problem(path: str) -> str | None:
             found = glob.glob(os.fspath(expand(path)), recursive=True)
             return None if found else f"no file matches {path}{siblings(path)}"
         # `datasets` writes a part of a file as path[:100]; whoever reads it knows.
-        return f"there is no file {path}{siblings(path)}"
+        return not_here(path, "file")
     if kind in ("rows", "file", "folder"):
         return None
     return f"{path} is {named(kind)}; expected rows: a .jsonl, .json, .csv or .parquet file"
@@ -130,13 +162,19 @@ def _held_out_problem(value: str) -> str | None:
     return None if re.fullmatch(r"[\d.eE+-]+", value) else rows_problem(value)
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, base: str | None = None) -> None:
     """Refuse what can be neither a run nor an adapter nor a model, before any library is loaded.
 
+    `base` is where the base of an adapter lies, where that was typed.
+
     Raises:
-        InputError: Says what lies there.
+        InputError: Says what lies there, or that nothing does.
     """
+    if base and (problem := model_problem(base)):
+        raise InputError(f"--base: {problem}")
     kind = kind_of(source)
+    if kind is None and looks_local(source):
+        raise InputError(not_here(source, "run, adapter or model"))
     if kind == "comparison":
         raise InputError(
             f"{source} is {named(kind)}: to see it, kpsvd-tune report {source}; to use one of its "
@@ -146,6 +184,21 @@ def check_source(source: str) -> None:
         raise InputError(f"{source} is {named(kind)}; expected the run it made: its output_dir")
     if kind in ("rows", "file", "special"):
         raise InputError(f"{source} is {named(kind)}; expected a run, an adapter or a model")
+
+
+def check_reachable(source: str, base: str | None = None) -> None:
+    """Refuse ids that only the hub could have, where it cannot be asked (InputError).
+
+    `source` and `base` as for :func:`check_source`; for them torch need not be imported first.
+    """
+    for option, each in (("", source), ("--base ", base)):
+        is_on_hub = each and not looks_local(each) and _HUB_ID.fullmatch(each)
+        if each and is_on_hub and not _is_cached(each, "models") and (problem := hub_problem()):
+            raise InputError(
+                f"{option}{each}: there is no such folder here, nothing of it is in the local hub "
+                f"cache, and the hub cannot be asked: {problem}; run once with a connection and "
+                f"without --offline, or give the path of a folder{siblings(each)}"
+            )
 
 
 # The keys that hold paths, without the places in lists.

@@ -39,8 +39,10 @@ class ModelRecipe(Section):
         "installed package"
     )
     revision: Text | None = key(None, "branch, tag or commit on the hub")
-    dtype: Literal["float32", "bfloat16", "float16"] = key(
-        "bfloat16", "type the base weights are loaded in"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "bfloat16",
+        "type the base weights are loaded in; auto: bfloat16 with precision bf16, float16 with "
+        "fp16, float32 with no",
     )
     quantization: Literal["nf4", "int8"] | None = key(
         None,
@@ -113,7 +115,11 @@ class TrainRecipe(Section):
     warmup_steps: int | None = key(None, "steps to warm up in; null: by warmup_ratio", ge=0)
     weight_decay: Number = key(0.0, "decay of the offsets: towards the base", ge=0)
     max_grad_norm: Number | None = key(1.0, "gradient clipping; null: none", gt=0)
-    precision: Precision = key("bf16", "mixed precision: no, bf16 or fp16")
+    precision: Precision = key(
+        "bf16",
+        "mixed precision: no, bf16 or fp16; auto: bf16 where this machine multiplies it at full "
+        "speed, else no; a run keeps what it began with",
+    )
     gradient_checkpointing: bool = key(False, "recompute activations: less memory")
     log_every: int = key(1, "steps between lines of metrics.jsonl", ge=1)
     eval_every: int = key(50, "steps between validations; 0: at the end only", ge=0)

@@ -269,7 +269,7 @@ Pattern = Annotated[Text, AfterValidator(_compile)]
 # The names of a list are looked for as they are.
 PatternOrList = _OneOrMany[Pattern, Text]
 Targets = _OneOrMany[Annotated[Pattern, AfterValidator(_check_target)], Text]
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_read_precision)]
+Precision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_read_precision)]
 Energy = Annotated[float | Literal["auto"], BeforeValidator(_read_energy)]
 # Editors take what a user may write, and not what is made of it.
 Budget = Annotated[

@@ -184,7 +184,8 @@ def identity_lines(run: RunFiles) -> list[tuple[str, str]]:
     lines += [
         (
             f"changed at step {each.get('step')}",
-            f"{each.get('key')}: {each.get('old')} → {each.get('new')}",
+            f"{each.get('key')}: {each.get('old')} → {each.get('new')}"
+            + (f" ({each['note']})" if each.get("note") else ""),
         )
         for each in changes
         if isinstance(each, Mapping)

@@ -27,7 +27,13 @@ from typing_extensions import TypedDict
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.report.events import EVENTS_FILE
 from kpsvd_tune.report.results import Event
-from kpsvd_tune.runs.identity import changes, refusal, run_id
+from kpsvd_tune.runs.identity import (
+    NOT_THE_SAME_BYTES,
+    PROCESSES,
+    changes,
+    refusal,
+    run_id,
+)
 from kpsvd_tune.runs.ownership import is_run, refuse_foreign
 from kpsvd_tune.runs.state import TrainingState, from_files, to_files
 from kpsvd_tune.storage import durable
@@ -222,6 +228,12 @@ class RunDirectory:
         durable.replace_file(self.recipe_file, recipe_text.encode())
         history = recorded.get("changes", []) + [
             {"step": state.step, "key": key, "old": old, "new": new}
+            # The time until then was that of another number of devices.
+            | (
+                {"seconds": state.progress.get("seconds", 0.0), "note": NOT_THE_SAME_BYTES}
+                if key == PROCESSES
+                else {}
+            )
             for key, (old, new) in found.items()
         ]
         self._write_run(

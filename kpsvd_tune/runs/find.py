@@ -40,7 +40,7 @@ from kpsvd_tune.runs.adapter_folder import (
 from kpsvd_tune.runs.hub_adapter import adapter_on_hub
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
-from kpsvd_tune.storage.paths import expand
+from kpsvd_tune.storage.paths import expand, kind_of
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
@@ -109,6 +109,21 @@ def find(source: str) -> Found:
         config = read_adapter_config(folder)
         return Found(folder, config.base_model_name_or_path or "", None, config.revision)
     return Found(None, source)
+
+
+def adapter_of(source: str, found: Found) -> Path:
+    """The folder of the adapter; InputError where what was typed holds none."""
+    if found.adapter is not None:
+        return found.adapter
+    if kind_of(source) in ("merged", "model"):
+        raise InputError(
+            f"{source} is a model, with plain weights: there is no adapter in it; expected a run "
+            "or an adapter"
+        )
+    raise InputError(
+        f"{source} is neither a run nor an adapter: expected a folder with recipe.yaml and "
+        "adapter/, one with adapter_config.json, or the id of an adapter on the hub"
+    )
 
 
 def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:

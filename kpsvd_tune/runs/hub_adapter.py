@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kpsvd_tune.errors import ModelError
 from kpsvd_tune.models.source import HUB_ID, HUB_IGNORED
-from kpsvd_tune.offline import is_offline
+from kpsvd_tune.offline import hub_problem
 from kpsvd_tune.runs.adapter_folder import CONFIG
 from kpsvd_tune.storage.paths import exists, expand
 
@@ -22,7 +22,7 @@ def adapter_on_hub(source: str) -> Path | None:
         return None
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
-    offline = is_offline()
+    offline = hub_problem() is not None
     try:
         hf_hub_download(source, CONFIG, local_files_only=offline)
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError):

@@ -39,6 +39,12 @@ FIXED = (
     "adapter.rank",
     "adapter.modules_to_save",
 )
+# The key with which the rows of a step stay, and the bytes do not (training/global_batch.py).
+PROCESSES = "num_processes"
+NOT_THE_SAME_BYTES = (
+    "not byte for byte the run it would have been: sums are rounded in another order (about 1e-5 "
+    "of a loss in float32), and random numbers, as of dropout, are drawn anew in every process"
+)
 _ABSENT = "(not set)"
 Change = tuple[Any, Any]
 
@@ -57,7 +63,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]
     return {
         key.removeprefix("recipe."): (before.get(key, _ABSENT), after.get(key, _ABSENT))
         for key in keys
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and not _covers(HARMLESS, key)
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT) and not covers(HARMLESS, key)
     }
 
 
@@ -66,7 +72,7 @@ def run_id(identity: Mapping[str, Any]) -> str:
 
     Runs with equal ones have equal bytes, so that a checkpoint of the one is one of the other.
     """
-    settings = {key: value for key, value in _flat(identity) if not _covers(HARMLESS, key)}
+    settings = {key: value for key, value in _flat(identity) if not covers(HARMLESS, key)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -75,14 +81,20 @@ def refusal(found: Mapping[str, Change], allowed: Collection[str]) -> str | None
 
     A key in `allowed` covers those below it: `train` covers `train.seed`.
     """
-    fixed = [key for key in found if key == "adapter" or _covers(FIXED, key)]
-    unwanted = [key for key in found if key in fixed or not _covers(allowed, key)]
+    fixed = [key for key in found if key == "adapter" or covers(FIXED, key)]
+    unwanted = [key for key in found if key in fixed or not covers(allowed, key)]
     if not unwanted:
         return None
     lines = [describe({key: found[key] for key in unwanted})]
     keys = [f"--allow-change {key}" for key in unwanted if key not in fixed]
     accept = f", or accept it with {' '.join(keys)}" if keys else ""
     lines.append(f"To continue that run, undo the change{accept}.")
+    if PROCESSES in unwanted:
+        lines.append(
+            "With num_processes accepted a step keeps its rows: train.batch_size and "
+            "train.gradient_accumulation follow. The run goes on to the same losses within "
+            "float32 rounding, and not to the same bytes."
+        )
     if fixed:
         lines.append(
             f"{', '.join(fixed)} made the factors, which all checkpoints belong to, and cannot be "
@@ -105,7 +117,8 @@ def _defaults() -> Mapping[str, Any]:
     return dict(_flat({"recipe": Recipe.model_validate(least).model_dump(mode="json")}))
 
 
-def _covers(keys: Collection[str], key: str) -> bool:
+def covers(keys: Collection[str], key: str) -> bool:
+    """Whether a dotted key, or one above it, is among some keys."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import PartialState  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
 from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
@@ -17,6 +19,7 @@ from accelerate.utils import (  # type: ignore[import-untyped]
 )
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.hardware.devices import own_device, wants_cpu
 from kpsvd_tune.processes import meet
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines import deepspeed_config
@@ -46,13 +49,8 @@ def make_accelerator(
         # The frozen factors are buffers; they are equal everywhere and need no sending.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
-    if deepspeed_config.is_requested():
-        deepspeed_config.prepare()
-        if not torch.accelerator.is_available():
-            # Accelerate knows no backend for DeepSpeed on CPUs.
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    elif init_method is not None:
-        handlers.append(InitProcessGroupKwargs(init_method=init_method))
+    if group := _group(init_method):
+        handlers.append(InitProcessGroupKwargs(**group))
     accelerator = _accelerator(
         mixed_precision=recipe.precision,
         log_with=list(tracking) or None,
@@ -65,8 +63,7 @@ def make_accelerator(
     )
     check_optimizer(recipe, accelerator.num_processes)
     check_halving(recipe, accelerator.num_processes, deepspeed_config.is_requested())
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
-        raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    _check_device(recipe, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         raise RecipeError(
             "Accelerate's configuration asks for FSDP; expected plain processes (MULTI_GPU or "
@@ -82,6 +79,45 @@ def shares_weights(accelerator: Accelerator, recipe: TrainRecipe) -> bool:
     """Whether each process holds a part of every weight: fully_shard, or ZeRO 3."""
     is_fsdp = recipe.parallel == "fsdp" and accelerator.num_processes > 1
     return is_fsdp or deepspeed_config.zero_stage(accelerator) == 3
+
+
+def join(init_method: str | None = None) -> torch.device:
+    """Let the processes of a run find each other, and give the device of this one.
+
+    :func:`make_accelerator` does so too; this is for what must be known before it is called.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return own_device()
+    place: torch.device = PartialState(cpu=wants_cpu(), **_group(init_method)).device
+    return place
+
+
+def _group(init_method: str | None) -> dict[str, Any]:
+    """How the process group is made, where not as Accelerate does by itself."""
+    if deepspeed_config.is_requested():
+        deepspeed_config.prepare()
+        # Accelerate knows no backend for DeepSpeed on CPUs.
+        return {} if torch.accelerator.is_available() else {"backend": "gloo"}
+    return {} if init_method is None else {"init_method": init_method}
+
+
+def _check_device(recipe: TrainRecipe, accelerator: Accelerator) -> None:
+    """Refuse what the device cannot do."""
+    kind = accelerator.device.type
+    if recipe.precision == "fp16" and kind == "cpu":
+        raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    if kind != "mps":
+        return
+    if recipe.precision == "fp16":
+        raise RecipeError(
+            'train.precision: fp16 is not supported on mps; expected "no", auto, or bf16, which '
+            "has not been tried there"
+        )
+    if accelerator.num_processes > 1:
+        raise RecipeError(
+            f"{accelerator.num_processes} processes cannot share Apple's mps; train with one "
+            "process, or on the CPU with --processes"
+        )
 
 
 def _accelerator(**settings: Any) -> Accelerator:

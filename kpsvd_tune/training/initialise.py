@@ -26,6 +26,7 @@ from kpsvd_tune.decompose import (
 )
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import DataError, NonFiniteError
+from kpsvd_tune.hardware.devices import decomposing_device
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
@@ -81,7 +82,7 @@ def _decompose(
         recipe.adapter,
         seed=seed,
         start_seed=seed,
-        device=str(context.accelerator.device),
+        device=str(decomposing_device(context.accelerator.device)),
         progress=report_decomposition(events),
     )
     events.end_progress()
@@ -186,9 +187,9 @@ class EnergyProbes:
     @cached_property
     def _spectra(self) -> Spectra:
         """Those of all target matrices; for the main process alone."""
-        recipe, device = self.context.recipe, str(self.context.accelerator.device)
+        recipe, place = self.context.recipe, decomposing_device(self.context.accelerator.device)
         return collect_spectra(
-            self.data.source, recipe.adapter, seed=recipe.train.seed, device=device
+            self.data.source, recipe.adapter, seed=recipe.train.seed, device=str(place)
         )
 
     def _candidates(self) -> list[float]:

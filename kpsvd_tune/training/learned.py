@@ -46,6 +46,11 @@ def update_norm(left: Tensor, right: Tensor) -> float:
         left: The left factors, (s, m, n).
         right: The right factors, (s, p, q).
     """
-    grams = [each @ each.T for each in (left.double().flatten(1), right.double().flatten(1))]
+    grams = [each @ each.T for each in (_wide(left), _wide(right))]
     # Rounding may leave a square of nearly nothing below zero.
     return float((grams[0] * grams[1]).sum().clamp(min=0).sqrt())
+
+
+def _wide(factors: Tensor) -> Tensor:
+    # On the CPU, since not every device knows float64.
+    return factors.cpu().double().flatten(1)

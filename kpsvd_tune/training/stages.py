@@ -17,7 +17,6 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kpsvd_tune.adapter.function import without_bf16
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
@@ -26,6 +25,7 @@ from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
+from kpsvd_tune.hardware.bf16 import without_bf16
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
     base_fingerprint,
@@ -60,13 +60,21 @@ from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
-from kpsvd_tune.training.accelerator import make_accelerator, shares_weights
-from kpsvd_tune.training.cost import run_cost, start_usage
+from kpsvd_tune.training.accelerator import join, make_accelerator, shares_weights
+from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
+from kpsvd_tune.training.global_batch import fit_global_batch
 from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.learned import measure_learned
 from kpsvd_tune.training.loop import Training
+from kpsvd_tune.training.precision import (
+    PRECISION_KEY,
+    Settled,
+    asks_for_auto,
+    going_on,
+    settle_precision,
+)
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
 from kpsvd_tune.watch.before import row_warnings, without
@@ -109,6 +117,8 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
     with watched() as phase, ExitStack() as stack:
         phase.enter("meeting the other ranks")
         stack.callback(end_processes)
+        settled = _settle_precision(recipe, options)
+        recipe = settled.recipe
         accelerator = make_accelerator(
             recipe.train, recipe.tracking, run.path / "logs", init_method()
         )
@@ -124,11 +134,42 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             stack.enter_context(run.lock())
 
         on_main_process(claim)
+        recipe, options, going_on = on_main_process(
+            lambda: _with_same_rows(recipe, run, options, accelerator.num_processes)
+        )
         told = RunEvents(events, run, is_main=accelerator.is_main_process)
         usage = start_usage(accelerator)
-        context = Context(recipe, run, accelerator, told, phase, options, usage)
+        if settled.note is not None:
+            told.note(settled.note)
+        about = {} if settled.about is None else {PRECISION_KEY: settled.about}
+        context = Context(recipe, run, accelerator, told, phase, options, usage, going_on, about)
         with _ending_recorded(context):
             yield context
+
+
+def _settle_precision(recipe: Recipe, options: RunOptions) -> Settled:
+    """The recipe without `auto`, as the main process finds it; the same in every process."""
+    if not asks_for_auto(recipe):
+        return Settled(recipe)
+    device = join(init_method())
+
+    def settle() -> Settled:
+        record = None if options.resume == "never" else going_on(recipe)
+        return settle_precision(recipe, device, record)
+
+    return on_main_process(settle)
+
+
+def _with_same_rows(
+    recipe: Recipe, run: RunDirectory, options: RunOptions, num_processes: int
+) -> tuple[Recipe, RunOptions, str | None]:
+    """The recipe fitted to another number of processes, what is allowed then, and what to tell."""
+    if options.resume == "never" or not run.holds_checkpoint() or not run.run_file.exists():
+        return recipe, options, None
+    record = read_json(run.run_file)
+    fitted = fit_global_batch(recipe, record, num_processes, options.allow_change)
+    allowed = (*options.allow_change, *fitted.accepted)
+    return fitted.recipe, replace(options, allow_change=allowed), fitted.note
 
 
 @contextmanager
@@ -184,6 +225,8 @@ def read_data(context: Context) -> RunInput:
     start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
         context.events.begin(start.changed)
+        if context.going_on is not None:
+            context.events.note(context.going_on)
         file = context.run.preflight_file
         on_main_process(lambda: replace_file(file, to_json(preflight)))
         context.page.refresh()
@@ -319,7 +362,10 @@ def finish_run(
         results["score_conditions"] = scorer.conditions(tasks)
 
     learned = _learned(context, started.model, results["adapter_step"])
-    results |= run_cost(context.usage, context.accelerator, recipe, training.seconds_before)
+    changes = read_json(run.run_file).get("changes", ())
+    accelerator, before = context.accelerator, training.seconds_before
+    earlier = earlier_device_seconds(changes, before, accelerator.num_processes)
+    results |= run_cost(context.usage, accelerator, recipe, earlier)
 
     def save() -> None:
         found = _with_earlier_scores(run, results)
@@ -449,6 +495,7 @@ def _begin(
         ROWS_KEY: rows,
         # Where the values came from; recipe.yaml holds the values, and no part is read again.
         "recipe_parts": recipe.extends,
+        **context.about,
     }
     return run.begin(
         recipe_to_yaml(recipe),

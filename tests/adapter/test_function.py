@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kpsvd_tune.adapter import KpsvdLinear, function, kernel
+from kpsvd_tune.adapter import KpsvdLinear, kernel
 from kpsvd_tune.adapter.forms import FORMS, Form, Plan, Way
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
+from kpsvd_tune.hardware import bf16
 from kpsvd_tune.linalg import KroneckerShape
 
 SHAPES = [(12, 2, 2, 12), (6, 4, 4, 6), (8, 1, 5, 7), (5, 7, 1, 8), (1, 3, 9, 4), (1, 1, 6, 5)]
@@ -287,7 +288,7 @@ def test_bf16_gradients_with_and_without_units_for_it(
     plan: Plan, has_units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, plan)
-    monkeypatch.setattr(function, "CPU_MULTIPLIES_BF16", has_units)
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", has_units)
     module = adapted((16, 8, 8, 16), dtype=torch.bfloat16)
     x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
     gy = torch.randn(64, 128, dtype=torch.bfloat16)

@@ -30,6 +30,7 @@ from kpsvd_tune.adapter.sketch import (
     Sketch,
     distance,
     sketch,
+    sketch_rest,
     unpacked,
 )
 from kpsvd_tune.errors import AdapterError
@@ -271,15 +272,16 @@ def test_sums_of_16_bit_weights_in_float32_are_far_within_the_tolerance(
     assert distance(stored, found)[0] < 0.4 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj", "embed_tokens"])
 def test_one_huge_entry_beside_small_ones_is_no_other_base(
-    model_factory: Make, tmp_path: Path
+    model_factory: Make, tmp_path: Path, name: str
 ) -> None:
     """Sums in float32 are off by more there; before a base is refused, they are made exactly."""
 
     @torch.no_grad()
     def made(value: float) -> Any:
         base = model_factory().to(torch.bfloat16)
-        base.model.layers[0].self_attn.q_proj.weight.mul_(1e-3).view(-1)[7] = value
+        base.model.get_submodule(name).weight.mul_(1e-3).view(-1)[7] = value
         return base
 
     folder = saved(made(3008), tmp_path)
@@ -289,6 +291,41 @@ def test_one_huge_entry_beside_small_ones_is_no_other_base(
     # Whose square is infinite in float32.
     with pytest.raises(AdapterError, match=WRONG):
         from_folder(made(2e25), folder)
+
+
+def test_weights_without_adapters_are_compared_in_float32_where_all_have_one_16_bit_dtype(
+    model_factory: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(is_mixed: bool = False, seed: int = 0) -> Any:
+        base = model_factory(seed=seed).to(torch.bfloat16)
+        if is_mixed:
+            base.model.embed_tokens.float()
+        return base
+
+    known: list[Any] = []
+
+    def noting(*given: Any) -> Any:
+        known.append(given[6] if len(given) > 6 else None)
+        return sketch_rest(*given)
+
+    folder = saved(made(), tmp_path)
+    bfloat16 = sketch(torch.randn(8).to(torch.bfloat16)).kind
+    monkeypatch.setattr("kpsvd_tune.adapter.base.sketch_rest", noting)
+    # Numbers of bfloat16 that are held in float32 are the same weights.
+    for is_mixed in (False, True):
+        known.clear()
+        from_folder(made(is_mixed), folder)
+        assert known == [bfloat16]
+        with pytest.raises(AdapterError, match=WRONG):
+            from_folder(made(is_mixed, seed=1), folder)
+        known.clear()
+        other = made(is_mixed)
+        with torch.no_grad():
+            other.model.embed_tokens.weight[3, 3] += 1
+        with pytest.raises(AdapterError, match=f"{WRONG}: the weights without adapters"):
+            from_folder(other, folder)
+        # Before it is refused, all is summed up in float64.
+        assert known == [bfloat16, None]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

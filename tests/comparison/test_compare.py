@@ -333,6 +333,29 @@ def test_a_dry_run_refuses_what_the_comparison_refuses(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("kind", "left", "kept"),
+    [
+        ("nf4", "pissa, lokr", "kpsvd, kpsvd-thin, lora, rslora"),
+        ("int8", "pissa", "kpsvd, kpsvd-thin, lora, rslora, lokr"),
+    ],
+)
+def test_the_default_methods_leave_out_what_a_quantised_base_cannot_train(
+    kind: str, left: str, kept: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(recipe), "--budgets", "2k", f"model.quantization={kind}", "--dry-run"]
+    assert cli.run([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    assert f"note: compared are {kept}: of the default methods {left} cannot be trained on" in (
+        said.err
+    )
+    methods = set(json.loads(said.out)["methods"])
+    assert methods == set(kept.split(", "))
+    for each in left.split(", "):
+        assert cli.run([*command, "--methods", f"kpsvd,{each}"]) == 2
+        assert f"{kind}: PEFT cannot train {each} on such" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_plan_says_what_all_trials_would_take(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -313,6 +313,8 @@ def test_sources_and_options_that_cannot_be_exported(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(tiny_model_dir, tmp_path / "lora") == 2
+    assert "is a model, with plain weights: there is no adapter in it" in capsys.readouterr().err
+    assert export(tmp_path, tmp_path / "lora") == 2
     assert "is neither a run nor an adapter: expected a folder" in capsys.readouterr().err
     assert export(tiny_model_dir, tmp_path / "lora", "--max-rank", "12") == 2
     assert "--max-rank 12: expected one of 1, 8, 16, 32," in capsys.readouterr().err

@@ -163,6 +163,22 @@ def test_any_rows_of_a_sum_are_those_of_the_whole(sizes: tuple[int, int, int, in
             torch.testing.assert_close(rows, whole[begin:end])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "terms"),
+    [((3, 2, 4, 16), 1), ((3, 2, 4, 16), 3), ((3, 2, 4, 5), 2), ((3, 2, 4, 5), 9)],
+)
+def test_rows_of_a_sum_are_added_to_what_is_there(
+    sizes: tuple[int, int, int, int], terms: int
+) -> None:
+    left, right = factors(sizes, terms)
+    whole = torch.from_numpy(oracle.kron_sum(left.numpy(), right.numpy()))
+    for begin, end in ((0, 12), (0, 8), (2, 3), (3, 10), (6, 12)):
+        before = torch.linspace(-1, 1, (end - begin) * whole.shape[1], dtype=torch.float64)
+        out = before.view(end - begin, -1).clone()
+        assert kron_sum_rows(left, right, begin, end, out, is_added=True) is out
+        torch.testing.assert_close(out, before.view_as(out) + whole[begin:end])
+
+
 @pytest.mark.parametrize(("begin", "end"), [(-1, 2), (2, 2), (3, 2), (0, 7)])
 def test_rows_that_are_not_there_are_refused(begin: int, end: int) -> None:
     left, right = factors((2, 2, 3, 2), 1)

@@ -182,7 +182,7 @@ def test_hub_ids_and_paths_that_are_right_pass(here: Path, setting: str) -> None
         ("eval compared --task gsm8k", "to see it, kpsvd-tune report compared; to use one of its"),
         ("generate rows/train.jsonl hello", "is a file of rows; expected a run, an adapter or a"),
         ("generate compared hello", "compared is the folder of a comparison"),
-        ("merge merged --output o", "merged is a model, with plain weights: there is nothing to"),
+        ("merge merged --output o", "merged is a model, with plain weights: there is no adapter"),
         ("merge compared --output o", "compared is the folder of a comparison"),
         ("merge r.yaml --output o", "r.yaml is a recipe; expected the run it made: its output_dir"),
         ("report model", "it is a model; expected the output_dir of a recipe"),

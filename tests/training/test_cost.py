@@ -76,3 +76,15 @@ def test_a_device_that_tells_no_energy_is_not_guessed(
     others.append([1.0, float("nan")])
     found = cost.run_cost(Told(1.0, 90.0), None, load_recipe(write_recipe()), 0.0)
     assert "energy_joules" not in found
+
+
+def test_each_stretch_counts_the_processes_that_it_had() -> None:
+    changes = [
+        {"key": "train.seed", "old": 0, "new": 1, "step": 2},
+        {"key": "num_processes", "old": 4, "new": 1, "seconds": 100.0},
+        {"key": "num_processes", "old": 1, "new": 2, "seconds": 160.0},
+    ]
+    assert cost.earlier_device_seconds([], 200.0, 3) == 600.0
+    assert cost.earlier_device_seconds(changes, 200.0, 2) == 4 * 100 + 60 + 2 * 40
+    # A run that went back to a checkpoint of before the second change.
+    assert cost.earlier_device_seconds(changes, 120.0, 2) == 4 * 100 + 20

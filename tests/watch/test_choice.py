@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from kpsvd_tune.adapter import function
+from kpsvd_tune.hardware import bf16
 from kpsvd_tune.report.results import LayerReport, RankReport
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
@@ -38,11 +38,11 @@ def test_a_budget_of_which_not_half_is_used_is_told(budget, is_told):
 
 
 def test_a_device_without_units_for_bfloat16_is_told(monkeypatch):
-    monkeypatch.setattr(function, "CPU_MULTIPLIES_BF16", True)
-    assert function.without_bf16(torch.device("cpu")) is None
-    assert function.without_bf16(torch.device("meta")) is None
-    monkeypatch.setattr(function, "CPU_MULTIPLIES_BF16", False)
-    slow = function.without_bf16(torch.device("cpu"))
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", True)
+    assert bf16.without_bf16(torch.device("cpu")) is None
+    assert bf16.without_bf16(torch.device("meta")) is None
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", False)
+    slow = bf16.without_bf16(torch.device("cpu"))
     assert slow == "this CPU"
     event = bf16_fallback(slow, "train.precision: bf16")
     assert event.text.startswith("train.precision: bf16 asks for bfloat16, and this CPU has no")

@@ -29,13 +29,11 @@ from kpsvd_tune.data.read.folders import (
     list_pattern,
 )
 from kpsvd_tune.errors import DataError
-from kpsvd_tune.offline import is_offline
+from kpsvd_tune.offline import hub_problem, is_offline
 from kpsvd_tune.recipe import DatasetRecipe, SourceRecipe
+from kpsvd_tune.recipe.paths import rows_problem
 from kpsvd_tune.storage.hashes import file_hash
 from kpsvd_tune.storage.paths import expand
-
-# A hub that says nothing for so long is taken for one that cannot be reached.
-_HUB_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,8 @@ def open_sources(
         return [each for one in listings for each in _listed(one, split, is_held_out)]
     local = _open_local(path, split, is_held_out)
     if local is None:
+        if problem := rows_problem(path):
+            raise DataError(f"dataset.path: {problem}")
         return [_hub(path, one, split, streaming) for one in names]
     if name is not None:
         note = f"dataset.name {name!r} has no effect: {path} is local and has no configurations"
@@ -265,27 +265,14 @@ def _sliced(read: Callable[[], Iterator[Row]], part: Part, label: str) -> Iterat
 
 def _hub_access(source: str) -> tuple[bool, str, tuple[str, ...]]:
     """Whether the local cache alone is read, where rows come from in words, and notes on that."""
-    if is_offline("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        return True, "the local cache (offline)", ()
-    if _reaches_hub(source):
+    variables = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    problem = hub_problem(*variables)
+    if problem is None:
         return False, "the hub", ()
+    if is_offline(*variables):
+        return True, "the local cache (offline)", ()
     note = f"the hub cannot be reached: {source} is read from the local cache"
-    return True, "the local cache, and the hub cannot be reached", (note,)
-
-
-def _reaches_hub(source: str) -> bool:
-    """Whether the hub answers; `datasets` itself would try for half a minute before it gives up."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        HfApi().dataset_info(source, timeout=_HUB_SECONDS)
-    except (HfHubHTTPError, HFValidationError):
-        return True  # that it has no such data set is an answer
-    # The HTTP client raises many kinds, and all of them mean that nothing came back.
-    except Exception:
-        return False
-    return True
+    return True, f"the local cache, and the hub cannot be reached: {problem}", (note,)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import InputError, some_of
@@ -18,7 +20,7 @@ from kpsvd_tune.recipe.loading import value_to_yaml
 from kpsvd_tune.recipe.reading import Line, read_yaml
 from kpsvd_tune.recipe.reference import MODELINE
 from kpsvd_tune.recipe.schema import Recipe
-from kpsvd_tune.storage.paths import expand
+from kpsvd_tune.storage.paths import expand, kind_of, named, siblings
 
 RULES: Mapping[str, Rules] = {
     "axolotl": AXOLOTL,
@@ -89,8 +91,8 @@ def convert(path: str | os.PathLike[str], name: str) -> Converted:
         InputError: The file cannot be read, is of no known form, or trains on preferences.
     """
     file = expand(path)
-    if not file.is_file():
-        raise InputError(f"{path}: there is no such file; {_WANTED}")
+    if not os.path.isfile(file):
+        raise InputError(f"{path}: {_no_file(file)}")
     document = read_yaml(read_text(shown(file), file), shown(file))
     if document.faults:
         fault = document.faults[0]
@@ -137,6 +139,26 @@ def _set_defaults(target: Target, settings: Mapping[str, Any], tool: str) -> Non
         target.set("model.dtype", "float32", "neither bf16 nor fp16")
 
 
+def _no_file(place: Path) -> str:
+    """What is wrong with a path that is no file, and which files there could be meant."""
+    kind = kind_of(place)
+    if kind is None:
+        return f"there is no such file{siblings(place)}; {_WANTED}"
+    if not os.path.isdir(place):
+        return f"is {named(kind)}, and convert reads one file; {_WANTED}"
+    try:
+        names = sorted(os.listdir(place))
+    except OSError as error:
+        return f"is a folder that cannot be read: {error.strerror}; name one file; {_WANTED}"
+    suits = [each for each in names if each.lower().endswith((".yaml", ".yml"))]
+    suits = [each for each in names if each == "adapter_config.json"] or suits
+    if not suits:
+        return f"is {named(kind)}, with no such file in it; {_WANTED}"
+    command = f"kpsvd-tune recipes convert {shlex.quote(str(place / suits[0]))}"
+    held = "" if len(suits) == 1 else f", which holds {some_of(suits)}"
+    return f"is {named(kind)}{held}; expected one file: {command}"
+
+
 def _tool_of(settings: Mapping[str, Any], name: str) -> str:
     kind = settings.get("peft_type")
     if kind is not None:
@@ -156,6 +178,11 @@ def _tool_of(settings: Mapping[str, Any], name: str) -> str:
             tool = "LLaMA-Factory"
         elif settings.keys() & (TRL.keys() - {"model_name_or_path"}):
             tool = "trl"
+    if tool is None and settings.keys() <= Recipe.model_fields.keys() | {"extends"}:
+        raise InputError(
+            f"{name}: is a recipe of kpsvd-tune, so there is nothing to convert; next: kpsvd-tune "
+            f"validate {shlex.quote(name)}"
+        )
     if tool is None:
         keys = some_of(list(map(str, settings)), 8)
         raise InputError(f"{name}: is of no known form: it holds the keys {keys}; {_WANTED}")

@@ -98,6 +98,13 @@ def training_parts(
     }
 
 
+def part_of_process(parts: dict[str, int], recipe: Recipe, count: int) -> dict[str, int]:
+    """Bytes of each part that one of so many processes holds: its shard, where they are sharded."""
+    if recipe.train.parallel != "fsdp" or count == 1:
+        return parts
+    return {name: b if name == "activations" else b // count for name, b in parts.items()}
+
+
 def loading_bytes(
     source: ModelSource, skeleton: nn.Module, dtype: str, quantization: str | None = None
 ) -> int:

@@ -77,6 +77,7 @@ from kpsvd_tune.training.precision import (
 )
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
+from kpsvd_tune.units import duration
 from kpsvd_tune.watch.before import row_warnings, without
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
@@ -299,7 +300,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     # unless adapter.from gave others.
     tasks = {name: task for name, task in labelled(recipe.evaluation).items() if task.before}
     folder = context.run.path / "evaluation" / "before"
+    is_first, began = not folder.exists(), time.monotonic()
     before = _scorer(context, data).score_all(model, tasks, folder)
+    scored = time.monotonic() - began
     cures = training_cures(recipe)
     phase.enter("preparing the training", cures)
     # The preflight held them against the configuration; this is the model itself.
@@ -331,6 +334,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         events.note(f"continuing from {data.start.checkpoint}")
     total = training.num_steps
     events.stage(f"training for {total} steps")
+    if tasks and is_first:
+        # The time that is left of the training does not count it.
+        events.note(f"scoring took {duration(scored)}, and is done again after the training")
     phase.enter(f"training, step {training.progress.step + 1} of {total}", cures)
     for metrics in training.steps():
         events.step(metrics, total)

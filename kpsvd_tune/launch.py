@@ -130,7 +130,7 @@ def launch(
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), PHASE_FILE: str(phases[rank])},
                 # A group of its own: a terminal's Ctrl-C reaches the ranks through us alone, once.
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
             for rank in range(num_processes)
         ]
@@ -210,8 +210,10 @@ def _phase(file: Path) -> str:
         return "while starting"
 
 
-def _end_with_parent() -> None:
-    """In a new rank: ask Linux for a SIGTERM when the launcher ends, however it ends."""
+def end_with_parent() -> None:
+    """In a new process: ask Linux for a SIGTERM when its parent ends, however it ends."""
+    if sys.platform != "linux":
+        return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

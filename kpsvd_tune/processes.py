@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from accelerate.state import PartialState  # type: ignore[import-untyped]
 from kpsvd_tune.errors import KpsvdTuneError, RunError
 from kpsvd_tune.hardware.devices import own_device, wants_cpu
 from kpsvd_tune.launch import init_method
+from kpsvd_tune.storage.locks import hold
 from kpsvd_tune.storage.memory import host_memory
 
 T = TypeVar("T")
@@ -29,6 +32,9 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=30)
 # What gloo and NCCL say when the other end of a connection is gone; neither has a type for it.
 _LOST = ("connection closed", "connection reset", "broken pipe", "socket", "remote process exited")
+
+# A disk of another machine may take a while to notice that the holder of a lock is gone.
+_LOST_SECONDS = 5.0
 
 
 class _Patient:
@@ -134,18 +140,67 @@ def how_it_ended(process: BaseProcess) -> str:
 
 
 @contextlib.contextmanager
-def name_lost_process(phase: Callable[[], str]) -> Iterator[None]:
-    """Turn the failure of a collective whose partner died into a RunError with rank and phase."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise RunError(
-            f"rank {dist.get_rank()} lost the connection to another rank, which has died, while "
-            f"{phase()} ({reason}). The last checkpoint is whole; the same command goes on from it"
-        ) from error
+def name_lost_process(phase: Callable[[], str], folder: Path | None = None) -> Iterator[None]:
+    """Turn the failure of a collective whose partner died into a RunError with rank and phase.
+
+    With a `folder` that all processes see, the message names the ranks that died, on whatever
+    machine: each holds the lock of a file there until it ends, and empties it where it could.
+    """
+    with contextlib.ExitStack() as stack:
+        if folder is not None and is_distributed():
+            stack.enter_context(_alive(folder))
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            reason = str(error).splitlines()[0]
+            lost = [] if folder is None else _lost(folder)
+            raise RunError(
+                f"rank {dist.get_rank()} lost the connection to {_named(lost)}, while {phase()} "
+                f"({reason}). The last checkpoint is whole; the same command goes on from it"
+            ) from error
+
+
+@contextlib.contextmanager
+def _alive(folder: Path) -> Iterator[None]:
+    """Hold the lock of this rank's file while the block runs; no run ends for want of one."""
+    file = folder / f"rank-{rank()}"
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if stack.enter_context(hold(file, wait=False)):
+                file.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        # Files of all ranks are there from here on.
+        wait_for_all()
+        try:
+            yield
+        finally:
+            # Before the lock is gone: who ended in order was not lost.
+            with contextlib.suppress(OSError):
+                os.truncate(file, 0)
+
+
+def _lost(folder: Path) -> list[str]:
+    """The ranks that were killed, with process and machine; empty where nobody can tell."""
+    deadline = time.monotonic() + _LOST_SECONDS
+    while True:
+        found = []
+        for number in range(num_processes()):
+            file = folder / f"rank-{number}"
+            with contextlib.suppress(OSError), hold(file, wait=False) as held:
+                if held and (who := file.read_text("utf-8")):
+                    found.append(f"rank {number} ({who})")
+        # A machine that is gone loses its locks a little later than its connections.
+        if found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
+def _named(lost: Sequence[str]) -> str:
+    if not lost:
+        return "another rank, which has died"
+    return f"{' and '.join(lost)}, which {'has' if len(lost) == 1 else 'have'} died"
 
 
 def is_lost_process(error: RuntimeError) -> bool:

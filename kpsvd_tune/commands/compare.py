@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -73,13 +73,44 @@ def compare(
             "on rows of the recipe's evaluation, of compare.test or of a validation file.",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time; with --ray tasks, default: all.")
+    ] = None,
+    shared: Annotated[
+        bool,
+        typer.Option(
+            "--shared",
+            help="Work beside other calls on the same output_dir, from any machines: take trials "
+            "that none of them has.",
+        ),
+    ] = False,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="With --shared: at most N trials in this call; 0: the verdict."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run each trial as a task of a Ray cluster: its address, auto, or local.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     offline: Offline = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train every method at equal budgets on the same rows, and draw a verdict."""
+    if ray is not None and shared:
+        raise InputError("--ray and --shared exclude each other: tasks of Ray share by themselves")
+    if trials is not None and not shared:
+        raise InputError(f"--trials {trials} needs --shared: other calls take the other trials")
+    if shared and jobs is not None:
+        raise InputError(
+            f"--jobs {jobs}: a call with --shared runs one trial at a time; start more such calls"
+        )
     sizes = sorted({_budget(each) for each in _items("--budgets", budgets)})
     from kpsvd_tune.comparison.plan import Entry, Grid
 
@@ -87,10 +118,10 @@ def compare(
     if learning_rates is not None:
         items = _items("--learning-rates", learning_rates)
         rates = sorted({read_rate("--learning-rates", each) for each in items})
-    shared = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
+    common = load_recipe(recipe, overrides or (), look_up=("model", "dataset", "compare"))
     left_out = None
     if methods is None:
-        chosen, left_out = default_methods(shared.model.quantization)
+        chosen, left_out = default_methods(common.model.quantization)
     else:
         chosen = read_methods(methods)
     recipes = {
@@ -102,31 +133,64 @@ def compare(
     ]
     grid = Grid(entries, seeds, plan or ("full" if money is None else "staged"))
     if money is not None:
-        _check_money(money, shared)
+        _check_money(money, common)
     if dry_run:
         prepare_libraries(offline, debug)
         from kpsvd_tune.comparison.compare import check_comparable, money_summary
         from kpsvd_tune.estimate.verbs import comparison_work
 
-        check_comparable(shared, chosen)
+        check_comparable(common, chosen)
         if left_out:
             typer.echo(f"note: {left_out}", err=True)
         summary = grid.summary()
         if money is not None:
-            summary |= money_summary(shared, grid, money, jobs)
-        work = comparison_work(shared, max(sizes), summary["trials"], jobs)
+            summary |= money_summary(common, grid, money, jobs or 1)
+        work = comparison_work(common, max(sizes), summary["trials"], jobs or 1)
         emit({**summary, "work": work.to_dict()}, as_json, lambda _: _show(summary, work))
         return
     prepare_libraries(offline, debug)
+    from kpsvd_tune.comparison.compare import check_comparable
     from kpsvd_tune.comparison.compare import compare as run_comparison
 
+    if ray is not None:
+        check_comparable(common, chosen)
+        words = _words(recipe, overrides or (), score, money, offline)
+        words += [] if methods is None else ["--methods", methods]
+        words += ["--budgets", budgets, "--seeds", str(seeds)]
+        words += ["--plan", grid.plan]
+        words += [] if learning_rates is None else ["--learning-rates", learning_rates]
+        from kpsvd_tune.comparison.ray_tasks import run_tasks
+
+        with ConsoleEvents() as events:
+            run_tasks(words, grid.summary()["trials"], ray, jobs, events)
+        shared, trials = True, 0
     with ConsoleEvents() as events, TrialTable() as table:
         if left_out:
             events.note(left_out)
         verdict = run_comparison(
-            shared, recipes, chosen, grid, events, table, jobs=jobs, money=money, score=score
+            common,
+            recipes,
+            chosen,
+            grid,
+            events,
+            table,
+            jobs=1 if ray else jobs or 1,
+            money=money,
+            score=score,
+            is_shared=shared,
+            num_trials=trials,
         )
     emit(verdict, as_json, show_comparison)
+
+
+def _words(
+    recipe: str, overrides: Sequence[str], score: str | None, money: float | None, offline: bool
+) -> list[str]:
+    """The command of a worker, as far as it is the same for all plans."""
+    words = ["compare", recipe, *overrides]
+    words += [] if score is None else ["--score", score]
+    words += [] if money is None else ["--money", repr(money)]
+    return [*words, *(["--offline"] if offline else [])]
 
 
 def _check_money(money: float, recipe: Recipe) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from kpsvd_tune.comparison.money import Forecast, Price, Purse
 from kpsvd_tune.comparison.plan import Grid, next_trials, num_left, planned
 from kpsvd_tune.comparison.score import Questions, Scoring, make_questions, scored_task
 from kpsvd_tune.comparison.setup import Setups
+from kpsvd_tune.comparison.taking import POLL_SECONDS, Taking
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
     COMPARISON,
@@ -101,6 +102,8 @@ def compare(
     jobs: int = 1,
     money: float | None = None,
     score: str | None = None,
+    is_shared: bool = False,
+    num_trials: int | None = None,
 ) -> Comparison:
     """Run every trial that is not done yet, and draw the verdict.
 
@@ -115,6 +118,9 @@ def compare(
         money: What all calls together may spend, at the recipe's price of device time; None: as
             much as it takes.
         score: Task that the trained models are judged by beside their loss; None: none.
+        is_shared: Work beside other calls on the same folder, which have it set too, on any
+            machines: take trials that none of them has, one at a time.
+        num_trials: At most so many trials in this call, of a shared folder; None: all there are.
 
     Returns:
         The verdict, also written to comparison.json and comparison.html in the recipe's
@@ -128,13 +134,18 @@ def compare(
     task = None if score is None else scored_task(recipe, score)
     budgets = sorted({budget for each in grid.entries for budget in each.budgets})
     run = RunDirectory(recipe.output_dir)
-    if not (run.path / COMPARISON).exists():
-        # The record of a comparison is the first file of its folder.
-        refuse_inside_run(run.path, "output_dir")
-        refuse_foreign(run.path, ())
-    with watched() as phase, run.lock():
+    taking = Taking(run.path, num_trials) if is_shared else None
+    if taking is None:
+        _check_folder(run.path)
+    with watched() as phase, ExitStack() as stack:
+        stack.enter_context(run.lock() if taking is None else taking.joined())
         began = time.monotonic()
         phase.enter("preparing the comparison", data_cures(recipe), "finished trials are kept")
+        preparing = ExitStack()
+        stack.enter_context(preparing)
+        if taking is not None:
+            preparing.enter_context(taking.alone(events))
+            _check_folder(run.path)
         settled = _settle_precision(recipe)
         recipe = settled.recipe
         source = resolve_model(recipe.model.path, recipe.model.revision)
@@ -152,11 +163,12 @@ def compare(
             events.note("restrain is for `train`: the updates of the trials stay as trained")
         if grid.plan != "done":
             grid = grid.with_budgets(plan.budgets)
-        rows = open_results(run.path, shared, plan.adapters())
+        rows = open_results(run.path, shared, plan.adapters(), has_workers=is_shared)
         if rows and next_trials(grid, rows) and num_warmup_steps(recipe.train, length.num_steps):
             check_schedule(run.path)
         account = Account(run.path, rows, num_devices(), began)
-        session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs)
+        preparing.close()
+        session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs, taking)
         # Of what all trials share; they stand in the page as well.
         session.notes = [*notes, *(each.text for each in (*warnings, *length.warnings))]
         if task is not None:
@@ -167,14 +179,23 @@ def compare(
                 session.run(workers, money)
         except StoppedBySignal:
             # The verdict so far, for whoever wants to look at it now.
-            with suppress(InputError):
-                session.conclude()
+            if taking is None:  # of several workers the others do
+                with suppress(InputError):
+                    session.conclude()
             raise
         finally:
             # Also of a call that an error ends.
             account.tick()
             account.write()
         return session.conclude()
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a comparison."""
+    if not (folder / COMPARISON).exists():
+        # The record of a comparison is the first file of its folder.
+        refuse_inside_run(folder, "output_dir")
+        refuse_foreign(folder, ("claims",))
 
 
 def _settle_precision(recipe: Recipe) -> Settled:
@@ -197,6 +218,7 @@ class _Session:
     account: Account
     rows: list[TrialRow]  # those that are done
     jobs: int
+    taking: Taking | None = None  # where other calls work on the folder too
     notes: Sequence[str] = ()  # what a reader of the verdict must know of the plan
     questions: Questions | None = None  # what models are scored by
     base: Mapping[str, float | None] = field(default_factory=dict)  # losses of the base model
@@ -212,31 +234,112 @@ class _Session:
     def run(self, workers: Workers, money: float | None) -> None:
         """Run the trials that are to come and that the money buys, and score the best ones."""
         began = time.monotonic()
-        self.base = workers.base(self.folder / "base.json", self.events)
-        # A trial loads and measures a model too.
-        self.measuring_seconds = time.monotonic() - began
-        self._score_base(workers)
+        with self._alone():
+            self.base = workers.base(self.folder / "base.json", self.events)
+            # A trial loads and measures a model too.
+            self.measuring_seconds = time.monotonic() - began
+            self._score_base(workers)
         if money is not None:
             self._open_purse(workers, money)
         self.watcher.begin(self.rows, self._num_coming(), self.jobs)
+        if self.taking is not None:
+            self._take_trials(workers, self.taking)
+            return
         while pending := next_trials(self.grid, self.rows):
-            for row in workers.rows([self.plan.setup(trial, self.base) for trial in pending]):
-                append_row(self.folder, row)
-                self.rows.append(row)
-                if self.purse is not None:
-                    self._tell_measured(self.purse, row)
-                self.watcher.finished(row, self._num_coming())
-                for code, text in row.warnings.items():
-                    self.watcher.note(f"{row.trial}: {code}: {text}")
+            self._run_trials(workers, pending)
             if self.purse is not None and self.purse.refused is not None:
                 break
-        self._score_best(workers)
+        self._score_best(workers, self._unscored())
+
+    def _run_trials(self, workers: Workers, trials: Sequence[Trial]) -> None:
+        for row in workers.rows([self.plan.setup(trial, self.base) for trial in trials]):
+            append_row(self.folder, row)
+            self.rows.append(row)
+            if self.purse is not None:
+                self._tell_measured(self.purse, row)
+            self.watcher.finished(row, self._num_coming())
+            for code, text in row.warnings.items():
+                self.watcher.note(f"{row.trial}: {code}: {text}")
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Where other calls work on the folder, keep them from what is done once for all."""
+        return nullcontext() if self.taking is None else self.taking.alone(self.events)
+
+    def _take_trials(self, workers: Workers, taking: Taking) -> None:
+        """Run trials that no other worker has, as many as this one may, then score models."""
+        if not taking.has_more:
+            return
+        told = ""
+        while taking.has_more:
+            self._read_again()
+            pending = next_trials(self.grid, self.rows)
+            names = [trial.folder_name for trial in pending]
+            with taking.take(names, partial(self._is_bought, pending)) as taken:
+                if taken.number is not None:
+                    # Another may have ended it since the rows were read.
+                    self._read_again()
+                    trial = pending[taken.number]
+                    if all(row.trial != trial for row in self.rows):
+                        self._run_trials(workers, [trial])
+                        taking.count()
+                    continue
+            if not taken.others:
+                break
+            if taking.is_bounded and num_left(self.grid, self.rows) == len(pending):
+                self.watcher.note("other workers run every trial that is left")
+                return
+            if told != (told := f"waiting for {len(taken.others)} trials of other workers"):
+                self.watcher.note(told)
+            self._wait()
+        self._read_again()
+        is_refused = self.purse is not None and self.purse.refused is not None
+        if is_refused or not next_trials(self.grid, self.rows):
+            self._take_scorings(workers, taking)
+
+    def _is_bought(
+        self, pending: Sequence[Trial], number: int, others: Mapping[int, float]
+    ) -> bool:
+        """Whether the money holds a trial besides those that all workers run."""
+        if self.purse is None:
+            return True
+        self.account.tick()
+        self.account.write()
+        now, clock = time.monotonic(), time.time()
+        self.purse.run_elsewhere({pending[each]: now - (clock - others[each]) for each in others})
+        return self.purse.may_start(pending[number])
+
+    def _take_scorings(self, workers: Workers, taking: Taking) -> None:
+        while left := self._unscored():
+            names = [f"score-{row.trial.folder_name}" for row in left]
+            with taking.take(names) as taken:
+                if taken.number is not None:
+                    self._read_again()
+                    wanted = left[taken.number].trial
+                    rows = [row for row in self._unscored() if row.trial == wanted]
+                    if rows and not self._score_best(workers, rows):
+                        return
+                    continue
+            if taking.is_bounded:
+                return
+            self._wait()
+            self._read_again()
+
+    def _wait(self) -> None:
+        self.account.tick()
+        time.sleep(POLL_SECONDS)
+
+    def _read_again(self) -> None:
+        """Take in the rows of other workers."""
+        self.rows[:] = read_results(self.folder)
 
     def conclude(self) -> Comparison:
         """Write the account, and the verdict on the trials so far."""
-        self.account.tick()
-        self.account.write()
-        return _conclude(self)
+        with self._alone():
+            if self.taking is not None:
+                self._read_again()
+            self.account.tick()
+            self.account.write()
+            return _conclude(self)
 
     def trials_to_come(self) -> tuple[int, str]:
         """How many trials of the plan are not done, and what to do about them."""
@@ -315,10 +418,11 @@ class _Session:
             if row.score is None or (row.score.task, row.score.asked) != wanted
         ]
 
-    def _score_best(self, workers: Workers) -> None:
+    def _score_best(self, workers: Workers, rows: Sequence[TrialRow]) -> bool:
+        """Have the models of some rows answer; False where the money does not reach for all."""
         if self.questions is None:
-            return
-        left = {row.trial: row for row in self._unscored()}
+            return True
+        left = {row.trial: row for row in rows}
         setups = [self.plan.setup(trial, self.base) for trial in left]
         scorings = [
             Scoring(self.questions, each, each.folder / "score", f"the score of {each.trial}")
@@ -341,6 +445,7 @@ class _Session:
             )
         if number < len(left):
             self.watcher.note(f"{len(left) - number} models are not scored: the money is spent")
+        return number == len(left)
 
 
 def make_purse(

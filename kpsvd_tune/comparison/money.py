@@ -120,6 +120,10 @@ class Purse:
         self._running[trial] = now
         return True
 
+    def run_elsewhere(self, trials: Mapping[Trial, float]) -> None:
+        """Say which trials others run and since when, by time.monotonic(); in place of earlier."""
+        self._running = dict(trials)
+
     def may_score(self) -> bool:
         """Whether the money holds a scoring besides those that run; it then counts as started."""
         cost = self.price.cost(self.forecast.scoring)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from typing_extensions import TypedDict
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.runs.identity import changes, describe
+from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, truncate_file
 from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json, to_json
+from kpsvd_tune.storage.locks import hold
 
 RESULTS = "results.jsonl"
 COMPARISON = "compare.json"
@@ -33,25 +36,31 @@ class _Shared(TypedDict, total=False):
 
 
 def open_results(
-    folder: Path, shared: Mapping[str, Any], adapters: Mapping[str, Any]
+    folder: Path,
+    shared: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    *,
+    has_workers: bool = False,
 ) -> list[TrialRow]:
     """Give the rows that are done, and refuse a folder of trials that are not comparable.
 
-    A folder without a finished trial holds nothing to protect, and takes the settings of now. A
-    CheckpointError says that rows, model, loop or a method's settings were others: ``shared`` is
-    what is equal in all trials, ``adapters`` has each KPSVD method's adapter section by its name.
+    A folder without a finished trial holds nothing to protect, and takes the settings of now, but
+    not where it `has_workers`, which may be in their first trials. A CheckpointError says that
+    rows, model, loop or a method's settings were others: ``shared`` is what is equal in all trials,
+    ``adapters`` has each KPSVD method's adapter section by its name.
     An InputError says that a line of results.jsonl is no row.
     """
     file, results = folder / COMPARISON, folder / RESULTS
-    rows = _read(results)
+    with _locked(folder):
+        rows = _read(results)
     # By way of JSON, for what was read back must equal what was not.
     now = as_read_back({"shared": dict(shared), "methods": dict(adapters), "schedule": SCHEDULE})
-    if file.exists() and rows:
+    if file.exists() and (rows or has_workers):
         earlier = read_json(file, _Shared)
         known = {**now["methods"], **earlier.get("methods", {})}
         found = changes(earlier.get("shared", {}), now["shared"])
         for name, adapter in now["methods"].items():
-            if any(row.method == name for row in rows):
+            if has_workers or any(row.method == name for row in rows):
                 own = changes(known[name], adapter)
                 found |= {f"{name}: adapter.{key}": change for key, change in own.items()}
         if found:
@@ -83,8 +92,11 @@ def check_schedule(folder: Path) -> None:
 def append_row(folder: Path, row: TrialRow) -> None:
     """Add the row of a finished trial; it is on the disk when this returns."""
     line = json.dumps(row.to_dict(), allow_nan=False) + "\n"
-    append_file(folder / RESULTS, line.encode())
-    sync_file(folder / RESULTS)
+    with _locked(folder):
+        # A worker that was killed in its line may have left a half of one.
+        _cut(folder / RESULTS)
+        append_file(folder / RESULTS, line.encode())
+        sync_file(folder / RESULTS)
 
 
 def read_results(folder: Path) -> list[TrialRow]:
@@ -97,13 +109,29 @@ def read_results(folder: Path) -> list[TrialRow]:
 
 
 def _read(file: Path) -> list[TrialRow]:
+    return _rows(file, _cut(file)) if file.exists() else []
+
+
+def _cut(file: Path) -> bytes:
+    """The whole lines of a file; half a line, which a crash can leave behind, is cut off.
+
+    Its trial is asked for its row again.
+    """
     if not file.exists():
-        return []
+        return b""
     content = read_bytes(file)
     whole = content[: content.rfind(b"\n") + 1]
-    # A crash can leave half a line behind; its trial is asked for its row again.
-    truncate_file(file, len(whole))
-    return _rows(file, whole)
+    if len(whole) < len(content):
+        truncate_file(file, len(whole))
+    return whole
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time reads to write, of all that share the folder."""
+    file = folder / ".results.lock"
+    with explained(f"lock {file}"), hold(file, wait=True):
+        yield
 
 
 def _rows(file: Path, whole: bytes) -> list[TrialRow]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import filelock
 
-from kpsvd_tune.errors import FolderInUseError
+from kpsvd_tune.errors import FolderInUseError, ResourceError
 from kpsvd_tune.storage.disk import explained
 
 _log = logging.getLogger(__name__)
@@ -74,6 +74,40 @@ def lock_folder(folder: Path) -> Iterator[None]:
             if held:
                 with contextlib.suppress(OSError):
                     os.truncate(file, 0)
+
+
+@contextlib.contextmanager
+def join_folder(folder: Path, who: str) -> Iterator[None]:
+    """Share a folder that exists with others that join it, and keep out who wants it alone.
+
+    `who` tells that one what the folder is in use by. FolderInUseError: it is held alone;
+    ResourceError: the file system has no locks, so nothing would keep the others apart.
+    """
+    file = folder / ".lock"
+    with explained(f"lock {file}"):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+            raise FolderInUseError(
+                f"{folder} is in use by a call that does not share it ({holder}); wait for it, "
+                "stop it, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise ResourceError(
+                f"the file system of {folder} has no locks ({error.strerror}), so nothing would "
+                "keep several workers from the same work; expected an output_dir on one that has, "
+                "or a single call that does not share it"
+            ) from error
+        with explained(f"write {file}"):
+            file.write_text(who, encoding="utf-8")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def lock_descriptor(descriptor: int) -> bool | None:

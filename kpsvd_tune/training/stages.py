@@ -127,7 +127,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         accelerator = make_accelerator(
             recipe.train, recipe.tracking, run.path / "logs", init_method()
         )
-        stack.enter_context(name_lost_process(lambda: phase.name))
+        lost = name_lost_process(lambda: phase.name, run.path / ".ranks")
         is_sharded = zero_stage(accelerator) == 3
         _check_scorable(recipe, "DeepSpeed's ZeRO 3", is_sharded)
         _check_quantisation(recipe, "DeepSpeed's ZeRO 3", is_sharded)
@@ -138,7 +138,10 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             run.check_ours(options.resume)
             stack.enter_context(run.lock())
 
-        on_main_process(claim)
+        with name_lost_process(lambda: phase.name):
+            on_main_process(claim)
+        # Only now, for the folder may have been refused.
+        stack.enter_context(lost)
         recipe, options, going_on = on_main_process(
             lambda: _with_same_rows(recipe, run, options, accelerator.num_processes)
         )

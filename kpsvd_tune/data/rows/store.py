@@ -26,8 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kpsvd_tune.data.encode.encoder import IGNORED, Mark, TokenizedRow
-from kpsvd_tune.data.read.sources import file_sha256
-from kpsvd_tune.data.read.sources import file_sha256
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.hashes import file_hash
 from kpsvd_tune.storage.json_files import check_regular, parse_json, read_bytes

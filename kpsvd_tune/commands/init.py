@@ -111,7 +111,8 @@ def init(
 
     found = ask("--data", "Rows to learn from (.jsonl, .csv, ..., hub id)", data, None, rows)
     typer.echo(
-        f"  {found.num_rows:,} distinct rows ({found.form.name}: {found.form.reason}); "
+        f"  {found.num_rows:,} distinct rows{_of_all(found)} "
+        f"({found.form.name}: {found.form.reason}); "
         f"{len(found.held_out)} of them are held out to judge by",
         err=True,
     )
@@ -153,6 +154,14 @@ def init(
             "take a smaller base model, or a machine with more memory",
             err=True,
         )
+
+
+def _of_all(found: LookedAt) -> str:
+    """How many rows there are, where some of them repeat others."""
+    repeated = found.num_all - found.num_rows
+    if not repeated:
+        return ""
+    return f" of {found.num_all:,}, {repeated:,} repeating an earlier question with its answer"
 
 
 def _write_new(files: Mapping[Path, bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,6 +36,7 @@ class LookedAt:
     form: RowFormat
     columns: Mapping[str, str]  # that the recipe has to name; empty where the rows do themselves
     num_rows: int  # distinct ones with something to learn
+    num_all: int  # those that repeat one counted too
     held_out: tuple[Mapping[str, Any], ...]  # rows that are not to be trained on
     task: str | None  # that suits the answers; None: score nothing but the loss
     reason: str  # why that task
@@ -57,7 +59,8 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
     form, columns = _form(first, columns)
     examples = (form.example(row) for row in first)
     task, reason = suited_task([_answer(each) for each in examples if each is not None], form)
-    keys = dict.fromkeys(key for _, key in _distinct(sources, form))
+    counts = Counter(key for _, key in _keyed(sources, form))
+    keys = list(counts)
     if len(keys) < 2:
         raise DataError(
             f"{path}: holds {len(keys)} distinct rows with an answer; expected at least two, one "
@@ -66,10 +69,9 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
         )
     order = permutation(len(keys), "held out by init")
     number = min(_MOST, max(1, round(_SHARE * len(keys))))
-    names = list(keys)
-    chosen = {names[place] for place in islice(iter(order), number)}
+    chosen = {keys[place] for place in islice(iter(order), number)}
     held_out = tuple(row.values for row, key in _distinct(sources, form) if key in chosen)
-    return LookedAt(path, form, columns, len(keys), held_out, task, reason)
+    return LookedAt(path, form, columns, len(keys), counts.total(), held_out, task, reason)
 
 
 def suited_task(answers: Sequence[str], form: RowFormat) -> tuple[str | None, str]:
@@ -129,16 +131,21 @@ def _rows(sources: Sequence[RowSource]) -> Iterator[Row]:
 
 
 def _distinct(sources: Sequence[RowSource], form: RowFormat) -> Iterator[tuple[Row, bytes]]:
-    """The first of equal rows that have something to learn, each with a key of its content."""
+    """The first of equal rows that have something to learn, each with its key."""
     seen: set[bytes] = set()
-    for row in _rows(sources):
-        example = form.example(row)
-        if example is None:
-            continue
-        key = hashlib.sha256(repr(example).encode("utf-8", "backslashreplace")).digest()[:16]
+    for row, key in _keyed(sources, form):
         if key not in seen:
             seen.add(key)
             yield row, key
+
+
+def _keyed(sources: Sequence[RowSource], form: RowFormat) -> Iterator[tuple[Row, bytes]]:
+    """The rows that have something to learn, each with a key of its content."""
+    for row in _rows(sources):
+        example = form.example(row)
+        if example is not None:
+            content = repr(example).encode("utf-8", "backslashreplace")
+            yield row, hashlib.sha256(content).digest()[:16]
 
 
 def _answer(example: Pair | Chat) -> str:

@@ -98,6 +98,13 @@ def training_parts(
     }
 
 
+def part_of_process(parts: dict[str, int], recipe: Recipe, count: int) -> dict[str, int]:
+    """Bytes of each part that one of so many processes holds: its shard, where they are sharded."""
+    if recipe.train.parallel != "fsdp" or count == 1:
+        return parts
+    return {name: b if name == "activations" else b // count for name, b in parts.items()}
+
+
 def loading_bytes(
     source: ModelSource, skeleton: nn.Module, dtype: str, quantization: str | None = None
 ) -> int:
@@ -111,6 +118,24 @@ def loading_bytes(
     if source.weight_files and not source.is_safetensors:
         return base_bytes(skeleton, "float32") + files + 2 * _FLOAT * largest
     return base_bytes(skeleton, dtype, quantization) + files
+
+
+def shared_loading_bytes(
+    source: ModelSource, skeleton: nn.Module, dtype: str, processes: int
+) -> int | None:
+    """Bytes beside each process while processes share out the weights that they read.
+
+    A part of the weights, and the largest tensor as it is stored and as it is kept. None where
+    every process loads the whole base first.
+    """
+    if not source.weight_files or source.kind == "gguf":
+        return None
+    config = getattr(skeleton, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    largest = max(each.numel() for each in skeleton.parameters())
+    wide = largest * (_FLOAT + DTYPES[dtype].itemsize)
+    return base_bytes(skeleton, dtype) // processes + wide
 
 
 def heap_bytes(whole: Trace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.base import RECORD
 from kpsvd_tune.adapter.forms import FORMS
@@ -17,6 +18,7 @@ from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.estimate.answers import scoring_seconds
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.memory import (
     base_bytes,
@@ -24,7 +26,9 @@ from kpsvd_tune.estimate.memory import (
     heap_bytes,
     host_memory,
     loading_bytes,
+    part_of_process,
     process_bytes,
+    shared_loading_bytes,
     training_parts,
 )
 from kpsvd_tune.estimate.ranks import PossibleRanks, possible_ranks, ranks_of_adapter
@@ -87,6 +91,7 @@ class _Setting:
     device: torch.device
     processes: int
     process_bytes: int
+    tokenizer: PreTrainedTokenizerBase | None  # None where the rows were not read
 
 
 def make_plan(
@@ -133,9 +138,10 @@ def make_plan(
     else:
         reader = WeightReader(source, names, skeleton)
         ranks = possible_ranks(reader, layer_plans(reader, adapter), adapter, recipe.train.seed)
-    data = length = None
+    data = length = tokenizer = None
     if reads_rows:
-        data = read_rows(recipe, dataset, load_tokenizer(source), skeleton, events)
+        tokenizer = load_tokenizer(source)
+        data = read_rows(recipe, dataset, tokenizer, skeleton, events)
         length = run_length(recipe.train, len(data.train), len(data.validation), processes)
         if length.faults:
             raise RecipeError("\n".join(length.faults))
@@ -144,7 +150,7 @@ def make_plan(
         for warning in length.warnings:
             events.tell(warning)
     setting = _Setting(
-        recipe, source, skeleton, ranks, data, length, device, processes, process_bytes()
+        recipe, source, skeleton, ranks, data, length, device, processes, process_bytes(), tokenizer
     )
     events.stage("tracing a step of the largest batch on tensors without numbers")
     return _plan(setting, dataset)
@@ -157,11 +163,13 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     host, on_device = _memory(setting, recipe, trace, whole)
     does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
     cure = _cure(setting, dataset.max_length) if does_not_fit else None
-    time = _time(setting, batches, trace)
+    time = _with_scoring(setting, _time(setting, batches, trace))
     price = recipe.compare.price_per_hour
     cost = None
     if price is not None and time.training_seconds is not None:
-        hours = [(time.decomposition_seconds + each) / 3600 for each in time.training_seconds]
+        scored = time.scoring_seconds or (0.0, 0.0)
+        ends = zip(time.training_seconds, scored, strict=True)
+        hours = [(time.decomposition_seconds + sum(each)) / 3600 for each in ends]
         cost = (hours[0] * price * setting.processes, hours[1] * price * setting.processes)
     numel = sum(parameter.numel() for parameter in skeleton.parameters())
     return Plan(
@@ -267,10 +275,12 @@ def _memory(
     """Of the host, and of each device where that is another."""
     count = setting.processes
     parts = training_parts(recipe, setting.skeleton, setting.ranks.most, trace)
-    if recipe.train.parallel == "fsdp" and count > 1:
-        parts = {n: b if n == "activations" else b // count for n, b in parts.items()}
+    parts = part_of_process(parts, recipe, count)
     wanted = recipe.model
     loading = loading_bytes(setting.source, setting.skeleton, wanted.dtype, wanted.quantization)
+    if recipe.train.parallel == "fsdp" and count > 1:
+        shared = shared_loading_bytes(setting.source, setting.skeleton, wanted.dtype, count)
+        loading = loading if shared is None else shared
     process = setting.process_bytes
     if setting.device.type == "cpu":
         parts["holes in the heap"] = heap_bytes(whole)
@@ -292,7 +302,7 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")
     if setting.recipe.evaluation:
-        found.append("answers that the evaluation generates are not counted")
+        found.append("the memory of answers that the evaluation generates is not counted")
     return tuple(found)
 
 
@@ -322,6 +332,20 @@ def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
     )
     most, least = (run_seconds(each, steps, validations, share) for each in (high, low))
     return TimePlan(seconds, len(todo), (least, most), tuple(basis))
+
+
+def _with_scoring(setting: _Setting, time: TimePlan) -> TimePlan:
+    """The times with that of the evaluation, whose questions are read."""
+    recipe = setting.recipe
+    if not recipe.evaluation:
+        return time
+    if setting.tokenizer is None:
+        unread = "the time of scoring is not estimated: the rows were not read"
+        return replace(time, basis=(*time.basis, unread))
+    seconds, basis = scoring_seconds(
+        recipe, setting.skeleton, setting.tokenizer, setting.device, setting.processes
+    )
+    return replace(time, basis=(*time.basis, *basis), scoring_seconds=seconds)
 
 
 def _ahead(setting: _Setting, batches: RunBatches, steps: int) -> Ahead:

@@ -15,6 +15,7 @@ import torch
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.decompose import default_cache_dir, layer_plans
+from kpsvd_tune.estimate.answers import ANSWERS_BASIS, answering_seconds, prompt_lengths
 from kpsvd_tune.estimate.memory import (
     base_bytes,
     host_memory,
@@ -24,9 +25,8 @@ from kpsvd_tune.estimate.memory import (
 from kpsvd_tune.estimate.memory import device_memory as on_one_device
 from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
-from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds, measure_speed
+from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds
 from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
-from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_shots
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Silence
 from kpsvd_tune.export.gguf_model import GgufModel, choose_file
@@ -244,7 +244,7 @@ def evaluation_work(
     if not TASKS[task.task].scorers:
         basis.append("the time is not estimated for tasks without answers to generate")
     else:
-        lengths = _prompt_lengths(task, source, found)
+        lengths = prompt_lengths(task, load_tokenizer(source, found.adapter))
         answers = len(lengths) * task.samples
         most = answers * task.max_new_tokens
         steps += [
@@ -257,11 +257,8 @@ def evaluation_work(
             basis.append("the cache of keys and values is not counted: another kind of model")
         else:
             parts["keys and values"] = cache
-        seconds = _answering(skeleton, dtype, device, task, lengths)
-        basis.append(
-            "time by the speed that this machine shows now: from answers of one token each to "
-            "answers that are all as long as they may be"
-        )
+        seconds = answering_seconds(skeleton, dtype, task, lengths, device)
+        basis.append(f"time {ANSWERS_BASIS}")
     loading = loading_bytes(source, skeleton, dtype, found.quantization)
     own = process_bytes()
     on_cpu = device.type == "cpu"
@@ -287,7 +284,9 @@ def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> 
     """
     rank = recipe.adapter.rank.model_copy(update={"budget": budget, "min": 0})
     adapter = recipe.adapter.model_copy(update={"rank": rank})
-    plan = make_plan(recipe.model_copy(update={"adapter": adapter}), Silence())
+    # Trials are judged by their loss; the recipe's evaluation is not run.
+    trial = recipe.model_copy(update={"adapter": adapter, "evaluation": []})
+    plan = make_plan(trial, Silence())
     parts = {f"{name}, {jobs} at a time": part * jobs for name, part in plan.host.parts.items()}
     peak = max(plan.host.peak_bytes * jobs, sum(parts.values()))
     host = replace(plan.host, parts=parts if jobs > 1 else plan.host.parts, peak_bytes=peak)
@@ -318,28 +317,6 @@ def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> 
             "take somewhat less or up to twice the time a step (docs/performance.md)",
         ),
     )
-
-
-def _prompt_lengths(task: EvaluationRecipe, source: ModelSource, found: Found) -> list[int]:
-    tokenizer = load_tokenizer(source, found.adapter)
-    template = task.template or TASKS[task.task].template
-    prompts, _ = build_prompts(read_questions(task), tokenizer, template, task, read_shots(task))
-    return [len(each.input_ids) for each in prompts]
-
-
-def _answering(
-    skeleton: Any, dtype: str, device: torch.device, task: EvaluationRecipe, lengths: list[int]
-) -> tuple[float, float]:
-    """Least and most seconds: every token takes a product with all weights, or their reading."""
-    numel = sum(each.numel() for each in skeleton.parameters())
-    speed = measure_speed(device, DTYPES[dtype])
-    reading = base_bytes(skeleton, dtype) / speed.traffic
-    reads = task.samples * sum(lengths) * numel / speed.multiply_adds
-    batches = -(-len(lengths) * task.samples // task.batch_size)
-    together = min(task.batch_size, len(lengths) * task.samples)
-    token = max(reading, together * numel / speed.multiply_adds)
-    low, high = reads + batches * token, reads + batches * task.max_new_tokens * token
-    return STEP_RANGE[0] * low, STEP_RANGE[1] * high
 
 
 def _cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:

@@ -78,6 +78,8 @@ class TimePlan(Result):
     to_decompose: int  # matrices that are not in the cache
     training_seconds: tuple[float, float] | None  # least and most; None without a number of steps
     basis: tuple[str, ...]
+    # Of the evaluation, before and after the training; None where none of it can be told.
+    scoring_seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,8 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     found = [("decomposition", f"{duration(time.decomposition_seconds)}{cached}")]
     if time.training_seconds is not None:
         found.append(("training", span(time.training_seconds, duration)))
+    if time.scoring_seconds is not None:
+        found.append(("scoring", span(time.scoring_seconds, duration)))
     if plan.cost is not None:
         low, high = plan.cost
         found.append(("cost", f"{span((low, high), money)} {plan.currency}"))

@@ -23,7 +23,7 @@ from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
-from kpsvd_tune.decompose.start import adapt
+from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
@@ -63,7 +63,7 @@ from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
-from kpsvd_tune.training.accelerator import join, make_accelerator
+from kpsvd_tune.training.accelerator import join, make_accelerator, shares_weights
 from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
@@ -80,6 +80,7 @@ from kpsvd_tune.training.precision import (
 )
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
+from kpsvd_tune.units import duration
 from kpsvd_tune.watch.before import row_warnings, without
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
@@ -303,7 +304,15 @@ def start_model(context: Context, data: RunInput) -> StartedModel:
         phase.enter("decomposing the base model", decomposition_cures(recipe), kept)
         recipe, decomposition = initialise(context, data)
         phase.enter("loading the base model", loading_cures(recipe.model.dtype))
-        model = adapt(recipe, data.source, decomposition, data.base_files)
+        is_shared = shares_weights(context.accelerator, recipe.train)
+        model = adapt(
+            recipe,
+            data.source,
+            decomposition,
+            data.base_files,
+            is_shared=is_shared,
+            note=events.note,
+        )
         return StartedModel(model, recipe, decomposition.report)
     phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
     events.stage(f"loading {data.adapter} on {recipe.model.path}")
@@ -321,7 +330,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     # unless adapter.from gave others.
     tasks = {name: task for name, task in labelled(recipe.evaluation).items() if task.before}
     folder = context.run.path / "evaluation" / "before"
+    is_first, began = not folder.exists(), time.monotonic()
     before = _scorer(context, data).score_all(model, tasks, folder)
+    scored = time.monotonic() - began
     cures = training_cures(recipe)
     phase.enter("preparing the training", cures)
     # The preflight held them against the configuration; this is the model itself.
@@ -343,7 +354,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         pad_token_id=data.pad_token_id,
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
-        rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
+        rate_factors=rate_factors(
+            model, is_relative=recipe.adapter.rate == "relative", fetch=fetching(model)
+        ),
         tell=events.tell,
     )
     events.mark_with(training.mark)
@@ -351,6 +364,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         events.note(f"continuing from {data.start.checkpoint}")
     total = training.num_steps
     events.stage(f"training for {total} steps")
+    if tasks and is_first:
+        # The time that is left of the training does not count it.
+        events.note(f"scoring took {duration(scored)}, and is done again after the training")
     phase.enter(f"training, step {training.progress.step + 1} of {total}", cures)
     for metrics in training.steps():
         events.step(metrics, total)
@@ -422,8 +438,7 @@ def _how_it_ended(error: BaseException, phase: str) -> str:
 def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | None:
     """How far each layer has moved; None where no process has whole weights, and on the others."""
     accelerator = context.accelerator
-    is_sharded = context.recipe.train.parallel == "fsdp" or zero_stage(accelerator) == 3
-    if is_sharded or not accelerator.is_main_process:
+    if shares_weights(accelerator, context.recipe.train) or not accelerator.is_main_process:
         return None
     return measure_learned(model, step)
 

@@ -385,3 +385,15 @@ def test_a_schema_that_cannot_be_placed_stops_nothing(
     (tmp_path / SCHEMA_NAME).write_bytes(b"\xff\xfe\x00")
     assert place_schema(tmp_path) is None
     assert (tmp_path / SCHEMA_NAME).read_bytes() == b"\xff\xfe\x00"
+
+
+def test_rows_that_repeat_are_counted(
+    tiny_model_dir: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = rows.read_text(encoding="utf-8").splitlines()[:24]
+    rows.write_text("\n".join(lines * 2 + lines[:12]) + "\n", encoding="utf-8")
+    assert init("--model", tiny_model_dir, "--data", rows.name, "--budget", "3k", "--yes") == 0
+    said = capsys.readouterr().err
+    assert (
+        "24 distinct rows of 60, 36 repeating an earlier question with its answer (prompt-" in said
+    )

@@ -263,6 +263,8 @@ def test_tasks_of_ray_run_the_trials(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), *ARGUMENTS]
     done = subprocess.run(
         [*command, "--offline", "--ray", "local", "--jobs", "2", "--json"],
+        # Ray gives its workers the lowest priority otherwise: beside other tests they get no time.
+        env=os.environ | {"RAY_worker_niceness": "0"},
         capture_output=True,
         text=True,
         timeout=400,

@@ -20,6 +20,7 @@ from kpsvd_tune.estimate.time import Speed
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of the machine take time, and what they find is not tested here."""
     monkeypatch.setattr(plans, "measure_speed", lambda *_: Speed(1e9, 1e9))
+    monkeypatch.setattr("kpsvd_tune.estimate.answers.measure_speed", lambda *_: Speed(1e9, 1e9))
     monkeypatch.setattr(plans, "decomposition_seconds", lambda todo, *_: float(len(todo)))
 
 
@@ -144,6 +145,26 @@ def test_money_is_told_where_there_is_a_price(
 
 
 @pytest.mark.slow
+def test_scoring_is_in_the_time_and_the_money(
+    planned: Callable[..., dict[str, Any]], rows_file: Path
+) -> None:
+    task = {"task": "exact_match", "path": str(rows_file), "max_new_tokens": 4, "before": False}
+    task |= {"columns": {"prompt": "question", "completion": "answer"}}
+    price = "compare.price_per_hour=3600"
+    plain, once = planned(price), planned(price, evaluation=[task])
+    twice = planned(price, evaluation=[task | {"before": True}])
+    assert plain["time"]["scoring_seconds"] is None
+    low, high = once["time"]["scoring_seconds"]
+    assert 0 < low < high
+    assert twice["time"]["scoring_seconds"] == pytest.approx([2 * low, 2 * high])
+    more = [one - other for one, other in zip(once["cost"], plain["cost"], strict=True)]
+    assert more == pytest.approx([low, high])
+    assert any(line.startswith("scoring by the speed") for line in once["time"]["basis"])
+    unread = planned("train.max_steps=2", "--without-rows", evaluation=[task])["time"]
+    assert unread["scoring_seconds"] is None
+    assert "the time of scoring is not estimated: the rows were not read" in unread["basis"]
+
+
 def test_steps_that_are_done_tell_the_time(
     planned: Callable[..., dict[str, Any]], write_recipe: Callable[..., Path]
 ) -> None:

@@ -30,8 +30,6 @@ from kpsvd_tune.data.encode.templates import Template, shipped_name, texts_of
 from kpsvd_tune.data.encode.tools import render_calls
 from kpsvd_tune.data.encode.written import WrittenCheck
 from kpsvd_tune.data.read.files import shortened
-from kpsvd_tune.data.read.files import shortened
-from kpsvd_tune.data.read.files import shortened
 from kpsvd_tune.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]

@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.costs import from_record, table_of, to_record, use_costs
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
@@ -26,6 +28,7 @@ from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.bf16 import without_bf16
+from kpsvd_tune.hardware.devices import hardware_name
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
     base_fingerprint,
@@ -83,6 +86,8 @@ from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
+# Where run.json keeps the constants by which ways to compute are chosen.
+COSTS_KEY = "costs"
 # Parts of results.json that `eval RUN` writes as well.
 _ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
 
@@ -145,10 +150,35 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         usage = start_usage(accelerator)
         if settled.note is not None:
             told.note(settled.note)
-        about = {} if settled.about is None else {PRECISION_KEY: settled.about}
+        about: dict[str, Any] = {COSTS_KEY: _choose_costs(run, options, accelerator.device)}
+        stack.callback(use_costs, None)
+        if settled.about is not None:
+            about[PRECISION_KEY] = settled.about
         context = Context(recipe, run, accelerator, told, phase, options, usage, going_on, about)
         with _ending_recorded(context):
             yield context
+
+
+def _choose_costs(run: RunDirectory, options: RunOptions, device: torch.device) -> dict[str, Any]:
+    """Take the constants of this hardware for the choice of ways, or those that the run began with.
+
+    Ways differ in how sums are rounded, so a run that goes on elsewhere keeps its own. Gives what
+    run.json holds of them; equal in every process.
+    """
+
+    def choose() -> dict[str, Any]:
+        known = None
+        if options.resume != "never" and run.run_file.exists() and run.holds_checkpoint():
+            # A run of an older version had the common ones.
+            known = read_json(run.run_file).get(COSTS_KEY, {"hardware": "", "constants": {}})
+        if known is not None:
+            return dict(known)
+        name = hardware_name(device)
+        return {"hardware": name, "constants": to_record(table_of(name))}
+
+    chosen = on_main_process(choose)
+    use_costs(from_record(chosen["constants"]))
+    return chosen
 
 
 def _settle_precision(recipe: Recipe, options: RunOptions) -> Settled:

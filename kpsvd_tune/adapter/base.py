@@ -48,6 +48,8 @@ _MODELS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictiona
 _OTHERS: ContextVar[list[str] | None] = ContextVar("other bases that are accepted", default=None)
 _DISTANCES: ContextVar[dict[str, float] | None] = ContextVar("distances of bases", default=None)
 RECORD = (2, SIZE)
+# Reads a weight of the base by its name; None: it cannot.
+Fetch = Callable[[str], Tensor | None]
 # The first number of a record's row is the kind of its sketch. Above that byte the first row says
 # whether the factors were found to be the weight's own terms (form both) or has their mark (other
 # forms), the second has the configuration.
@@ -127,9 +129,36 @@ def base_sizes(base_layer: nn.Module) -> tuple[int, int]:
     return int(cast(int, out_features)), int(cast(int, in_features))
 
 
+@contextmanager
+def weight_at_hand(layer: Any, name: str, fetch: Fetch | None) -> Iterator[None]:
+    """Let an adapted layer have its base weight inside, where that is on the meta device.
+
+    Args:
+        layer: The layer, which does not keep the weight.
+        name: Its name in the base.
+        fetch: Reads a weight by its name; None changes nothing.
+    """
+    own: Any = layer.get_base_layer()._parameters
+    held = own["weight"]
+    if fetch is None or not held.is_meta:
+        yield
+        return
+    weight = fetch(f"{name}.weight")
+    if weight is not None:
+        own["weight"] = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        own["weight"] = held
+
+
 @torch.no_grad()
 def record_base(
-    model: nn.Module, layers: Mapping[str, Any], adapter_name: str, config: Any
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    adapter_name: str,
+    config: Any,
+    fetch: Fetch | None = None,
 ) -> None:
     """Store what the base is known by in an adapter that was made on it.
 
@@ -138,12 +167,13 @@ def record_base(
         layers: The adapted layers by their names in the base.
         adapter_name: The adapter.
         config: Its configuration, which gets what a message can name.
+        fetch: Reads a weight of the base by its name, where it is on the meta device.
     """
     if not layers:
         return
     base = without_peft(model)
     place: Place = next(iter(layers.values())).kpsvd_place[adapter_name]
-    rest = sketch_rest(base, list(layers), place.saved_whole, place.task)
+    rest = sketch_rest(base, list(layers), place.saved_whole, place.task, fetch=fetch)
     of_rest = torch.zeros(SIZE, dtype=torch.int32) if rest is None else rest.sketch.packed()
     config.base_config = values_of(base)
     of_rest[0] |= hash_of(config.base_config) << _BITS
@@ -152,20 +182,25 @@ def record_base(
         config.base_tensors = {
             name: float(f"{number:.8g}") for name, (number, _) in rest.numbers.items()
         }
-    for layer in layers.values():
-        own = sketch_module(layer.get_base_layer())
-        if own is None:
-            continue
-        of_own = own.packed()
-        if layer.kpsvd_form[adapter_name].name == "both":
-            told = int(_wrong_term(layer, adapter_name, is_of_few_bits(own)) == "")
-        else:
-            told = _mark(layer.frozen(adapter_name))
-        of_own[0] |= told << _BITS
-        record = torch.stack([of_own, of_rest])
-        held = layer.kpsvd_base[adapter_name]
-        layer.kpsvd_base[adapter_name] = record.to(held.device)
-        note_seen(layer, adapter_name, record, layer.frozen(adapter_name))
+    for name, layer in layers.items():
+        with weight_at_hand(layer, name, fetch):
+            _record_layer(layer, adapter_name, of_rest)
+
+
+def _record_layer(layer: Any, adapter_name: str, of_rest: Tensor) -> None:
+    own = sketch_module(layer.get_base_layer())
+    if own is None:
+        return
+    of_own = own.packed()
+    if layer.kpsvd_form[adapter_name].name == "both":
+        told = int(_wrong_term(layer, adapter_name, is_of_few_bits(own)) == "")
+    else:
+        told = _mark(layer.frozen(adapter_name))
+    of_own[0] |= told << _BITS
+    record = torch.stack([of_own, of_rest])
+    held = layer.kpsvd_base[adapter_name]
+    layer.kpsvd_base[adapter_name] = record.to(held.device)
+    note_seen(layer, adapter_name, record, layer.frozen(adapter_name))
 
 
 def check_loaded(layer: Any) -> None:
@@ -247,7 +282,7 @@ def check_rest(
     record: Tensor,  # as stored in any of the layers
     config: Any = None,
     given: str = "",  # name of the model at hand
-    fetch: Callable[[str], Tensor | None] | None = None,  # reads a weight that is not loaded
+    fetch: Fetch | None = None,  # reads a weight that is not loaded
 ) -> bool:
     """Refuse other weights where no adapter lies, and another configuration of the model.
 
@@ -288,18 +323,13 @@ def check_weight(layer: Any, adapter_name: str, weight: Tensor) -> None:
     `weight` is in the base layer's own layout; the layer, on the meta device, does not keep it.
     Whatever differs is refused as in :func:`check_record` and :func:`check_base`.
     """
-    own: Any = layer.get_base_layer()._parameters
-    held = own["weight"]
-    own["weight"] = nn.Parameter(weight, requires_grad=False)
-    try:
+    place: Place = layer.kpsvd_place[adapter_name]
+    with weight_at_hand(layer, place.name, lambda _: weight):
         record: Tensor | None = dict(layer.kpsvd_base.items()).get(adapter_name)
-        place: Place = layer.kpsvd_place[adapter_name]
         if record is not None and record.any():
             check_record(layer, adapter_name, record, unchecked=place)
         else:
             check_base(layer, adapter_name, place)
-    finally:
-        own["weight"] = held
 
 
 def say_uncompared() -> None:

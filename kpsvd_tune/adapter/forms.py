@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kpsvd_tune.adapter.costs import CPU_FLOAT32, Costs
 from kpsvd_tune.adapter.ways import BOTH, Batched, Dense, Flat, Sides
 from kpsvd_tune.linalg import KroneckerShape, drawn_factor, num_trained
 
@@ -137,23 +138,29 @@ class Form(ABC):
         return rows.view(height, r, width).permute(1, 0, 2)
 
     def plan(
-        self, tokens: int, path: str = "auto", is_training: bool = True, can_add: bool = True
+        self,
+        tokens: int,
+        path: str = "auto",
+        is_training: bool = True,
+        can_add: bool = True,
+        costs: Costs = CPU_FLOAT32,
     ) -> Plan:
         """Choose the cheapest way for one call on ``tokens`` rows of x: a pure function of sizes.
 
         A path of activations or weight forces the way of the update. ``can_add`` says that
         W + Delta may stand for W: not in 16 bits, which would round Delta away, nor where the base
-        layer computes for itself. Delta then costs a product of its own.
+        layer computes for itself. Delta then costs a product of its own. ``costs`` are those of
+        the kind of device and dtype.
         """
         shape, rank, terms = self.shape, self.rank, self.num_terms
-        flat = Flat.update_cost(tokens, terms, shape)
-        batched = Batched.update_cost(tokens, terms, shape)
+        flat = Flat.update_cost(tokens, terms, shape, costs)
+        batched = Batched.update_cost(tokens, terms, shape, costs)
         update = Flat if flat <= batched else Batched
         gradient: Way = Flat
         lowest = float("inf")
         # A loop because torch.compile traces no min() with a key over sizes that vary.
         for way in (Flat, Batched, Dense):
-            cost = way.gradient_cost(tokens, rank, shape, len(self.sides))
+            cost = way.gradient_cost(tokens, rank, shape, len(self.sides), costs)
             if cost < lowest:
                 gradient, lowest = way, cost
         if path == "auto":
@@ -162,7 +169,7 @@ class Form(ABC):
             if is_training and update is Flat and gradient is Flat and "right" in self.sides:
                 # The projection of gy is shared between the gradients of x and of the factors.
                 activations -= tokens * rank * shape.n * shape.p * shape.out_features
-            weight = directions * Dense.update_cost(tokens, terms, shape)
+            weight = directions * Dense.update_cost(tokens, terms, shape, costs)
             if not can_add:
                 weight += tokens * shape.out_features * shape.in_features
             path = "weight" if weight < activations else "activations"
@@ -288,6 +295,7 @@ class Core(Form):
         """As :meth:`Form.gradients`: those of the right factors, projected on V."""
         left, right = self.terms(tensors, dtype)
         gb = way.gradients(*operands, left, right, self.sides)[1]
+        gb = gb.to(torch.promote_types(gb.dtype, torch.float32))
         return (gb.flatten(1) @ tensors[2].to(gb.dtype).flatten(1).T,)
 
     @property

@@ -75,6 +75,10 @@ def _forward(
     y = base_output(x, weight, bias, base_dtype) if result is None else result
     if plan.update is Dense:
         delta = kernel.dense_weight(*terms, None).to(dtype)
+        if y.dtype == dtype and torch.finfo(dtype).bits < 32:
+            # The sum is taken in float32 and rounded once; a product of its own would be rounded.
+            total = kernel.rows_of(y.clone() if result is not None else y)
+            return kernel.no_view(total.addmm_(kernel.rows_of(x).to(dtype), delta.T).view(y.shape))
         update = functional.linear(x.to(dtype), delta)
         return (y + update).to(y.dtype) if result is not None else y.add_(update)
     way = plan.update
@@ -106,13 +110,28 @@ def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         gx = gx.to(x.dtype).view(x.shape)
     if any(ctx.needs_input_grad[-len(tensors) :]):
         flat_x = kernel.rows_of(x)
-        operands = flat_x.to(dtype), wide_gy, projected
+        operands, factor_dtype = (flat_x.to(dtype), wide_gy, projected), dtype
         if plan.gradient is Dense:
             operands = flat_x.to(large_dtype), large_gy, None
-        found = form.gradients(plan.gradient, operands, tensors, dtype)
+            # The weight gradient is rounded once; what is made of it is not.
+            factor_dtype = torch.promote_types(dtype, torch.float32)
+        found = form.gradients(plan.gradient, operands, tensors, factor_dtype)
         for index, gradient in enumerate(found):
             gradients[index] = gradient.to(tensors[index].dtype)
     return gx, gy if needs_result else None, *[None] * 6, *gradients
+
+
+def update_dtype(base: torch.dtype, factors: torch.dtype, device_kind: str) -> torch.dtype:
+    """The dtype in which x Delta^T is computed beside a base that computes in ``base``.
+
+    In 16 bits where the base does and the device multiplies them fast: that loses 2^-8 of Delta at
+    most, which W + Delta in 16 bits would lose of W. Products are added up in float32 by the
+    device, and factors, their gradients and the optimiser's state stay float32. Elsewhere at least
+    float32.
+    """
+    if multiplies_narrow(base, device_kind):
+        return base
+    return torch.promote_types(torch.promote_types(factors, base), torch.float32)
 
 
 def base_output(

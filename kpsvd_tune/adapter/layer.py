@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.base import RECORD, Place, base_sizes, check_loaded
+from kpsvd_tune.adapter.costs import costs_of
 from kpsvd_tune.adapter.forms import FROZEN, TRAINED, Form
 from kpsvd_tune.adapter.function import (
     KpsvdFunction,
@@ -22,6 +23,7 @@ from kpsvd_tune.adapter.function import (
     ambient_autocast,
     base_output,
     outside_autocast,
+    update_dtype,
 )
 from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready
 from kpsvd_tune.adapter.kernel import device_kind
@@ -323,14 +325,8 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
             weight, bias = base.weight, base.bias
         autocast_dtype = ambient_autocast(x)
         base_dtype = autocast_dtype or x.dtype
-        if autocast_dtype is not None and device_kind(x) != "cpu":
-            dtype = autocast_dtype
-        else:
-            # Factors are as cheap in float32 as in 16 bits on a CPU, and PEFT's LoRA multiplies
-            # its float32 factors in float32 unless autocast says otherwise.
-            dtype = torch.promote_types(
-                torch.promote_types(tensors[0].dtype, x.dtype), torch.float32
-            )
+        kind = device_kind(x)
+        dtype = update_dtype(base_dtype, tensors[0].dtype, kind)
         is_differentiated = torch.is_grad_enabled()
         tokens = x.numel() // x.shape[-1]
         path = self.kpsvd_path[name]
@@ -347,7 +343,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
         # A base layer that computes for itself leaves nothing to add Delta to.
         can_add = weight is not None and torch.finfo(base_dtype).bits >= 32
         form = self.kpsvd_form[name]
-        plan = form.plan(tokens, path, is_differentiated, can_add)
+        plan = form.plan(tokens, path, is_differentiated, can_add, costs_of(kind, dtype))
         way = plan.update
         if is_differentiated or way is Dense:
             if is_differentiated and not torch.compiler.is_compiling():

@@ -24,14 +24,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.base import (
+    Fetch,
     Place,
     check_base,
     check_record,
     check_rest,
+    check_weight,
     note_seen,
     record_base,
     remember,
     say_uncompared,
+    weight_at_hand,
 )
 from kpsvd_tune.adapter.config import KpsvdConfig
 from kpsvd_tune.adapter.forms import FORMS, FROZEN, LEFT, LEFT0, RIGHT, RIGHT0, Form
@@ -222,7 +225,10 @@ class KpsvdModel(BaseTuner):
 
 
 def load_factors(
-    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter_name: str = "default"
+    model: nn.Module,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    adapter_name: str = "default",
+    fetch: Fetch | None = None,
 ) -> None:
     """Fill the frozen factors of an injected adapter.
 
@@ -231,6 +237,7 @@ def load_factors(
         factors: Module name to A0 (r, m, n) and B0 (r, p, q), the weight's terms, of which the
             adapter's form takes what it freezes.
         adapter_name: The adapter.
+        fetch: Reads a weight of the base by its name, where it is on the meta device.
 
     Raises:
         AdapterError: A layer has no factors, or factors of another size.
@@ -247,14 +254,35 @@ def load_factors(
                 raise AdapterError(
                     f"{name}: factor of size {tuple(value.shape)}, expected {form.size(part)}"
                 )
-        frozen = _frozen(form, factors[name], layer, name)
+        with weight_at_hand(layer, name, fetch if form.is_scaled else None):
+            frozen = _frozen(form, factors[name], layer, name)
         for held, value in zip(layer.frozen(adapter_name), frozen, strict=True):
             held.copy_(value)
         # They come from a decomposition of this base.
         layer.kpsvd_unchecked.pop(adapter_name, None)
     configs: Any = model.peft_config
     layers = dict(kpsvd_layers(model, adapter_name))
-    record_base(model, layers, adapter_name, configs[adapter_name])
+    record_base(model, layers, adapter_name, configs[adapter_name], fetch)
+
+
+def check_streamed(
+    model: nn.Module, config: Any, fetch: Fetch, adapter_name: str = "default"
+) -> None:
+    """Compare a base on the meta device with what its adapter stored of it, as loading does.
+
+    Raises:
+        AdapterError: The adapter was made on another base.
+    """
+    layers = dict(kpsvd_layers(model, adapter_name))
+    record: Tensor | None = None
+    for name, layer in layers.items():
+        weight = fetch(f"{name}.weight")
+        if weight is not None:
+            check_weight(layer, adapter_name, weight)
+        held: Any = layer.kpsvd_base
+        record = dict(held.items()).get(adapter_name, record)
+    if record is not None and record.any():
+        check_rest(model, layers, adapter_name, record, config, fetch=fetch)
 
 
 def kpsvd_layers(

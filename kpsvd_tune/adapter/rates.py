@@ -6,6 +6,7 @@ import math
 
 from torch import nn
 
+from kpsvd_tune.adapter.base import Fetch, weight_at_hand
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 
 
@@ -14,6 +15,7 @@ def rate_factors(
     *,
     is_relative: bool = False,
     adapter_name: str = "default",
+    fetch: Fetch | None = None,
 ) -> dict[str, float]:
     """What the learning rate of each offset is to be multiplied with.
 
@@ -27,12 +29,13 @@ def rate_factors(
         model: A model with KPSVD layers, wrapped by PEFT.
         is_relative: Whether to scale as above.
         adapter_name: The adapter.
+        fetch: Reads a weight of the base by its name, where it is on the meta device.
 
     Returns:
         Name in ``model.named_parameters()`` to factor, for offsets that are trained.
     """
     factors: dict[int, float] = {}
-    for _, layer in kpsvd_layers(model, adapter_name):
+    for name, layer in kpsvd_layers(model, adapter_name):
         form = layer.kpsvd_form[adapter_name]
         if form.is_scaled:
             # Their frozen factors hold the scale that makes the rate relative.
@@ -42,7 +45,8 @@ def rate_factors(
         shape = form.shape
         left = right = 1.0
         if is_relative:
-            norm = float(base_weight(layer).float().norm())
+            with weight_at_hand(layer, name, fetch):
+                norm = float(base_weight(layer, name).float().norm())
             left = norm / math.sqrt(shape.m * shape.n * float(right0.square().sum()))
             right = norm / math.sqrt(shape.p * shape.q * float(left0.square().sum()))
         factors[id(layer.kpsvd_left[adapter_name])] = left

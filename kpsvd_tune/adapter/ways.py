@@ -8,9 +8,8 @@ ga[s, i, j] = sum over t, k, l of gy[t, i, k] B[s, k, l] x[t, j, l] and
 gb[s, k, l] = sum over t, i, j of gy[t, i, k] A[s, i, j] x[t, j, l].
 
 Everything works in the dtype of its arguments and differentiates nothing. Costs are counted in
-multiply-adds at the speed of a large matrix product; the constants are what products of other
-forms were measured to cost beyond that (docs/performance.md has the measurements, and
-scripts/benchmarks/paths.py repeats them). They are pure functions of sizes: no clock and no device
+multiply-adds at the speed of a large matrix product; the constants of :mod:`.costs` are what
+products of other forms cost beyond that. They are pure functions of sizes and constants: no clock
 is asked, so a run computes in the same way every time.
 """
 
@@ -21,6 +20,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from kpsvd_tune.adapter.costs import CPU_FLOAT32, Costs
 from kpsvd_tune.adapter.kernel import chunk_tokens, dense_update, row_blocks
 from kpsvd_tune.linalg import KroneckerShape
 
@@ -29,21 +29,6 @@ Sides = tuple[Side, ...]
 BOTH: Sides = ("left", "right")
 # Those of A (r, m, n) and of B (r, p, q); what was not asked for has no meaning.
 Gradients = tuple[Tensor, Tensor]
-
-# Building W + Delta moves two matrices of W's size and multiplies with a small inner size.
-BUILD_PER_ENTRY = 41.0
-BUILD_PER_TERM = 1.0
-# Reading and writing an activation once, per entry: what keeps narrow products from full speed.
-PASS_PER_ENTRY = 8.7
-# Products batched over tokens, in the output and in the gradients, are too small for full speed.
-BATCHED_SLOWNESS = 2.7
-CHUNKED_SLOWNESS = 1.87
-# The gradients' batched products have p columns: the slower, the fewer they are.
-NARROW = 0.85
-# The weight gradient is made at full speed; rearranging and contracting it is not.
-REARRANGE_PER_ENTRY = 43.0
-# A call of a small product, whatever its size.
-CALL = 1.75e5
 
 
 @final
@@ -107,7 +92,7 @@ class Flat:
         if "left" in sides:
             inner = torch.mm(x.view(-1, q), right.reshape(r * p, q).T)
             wide = torch.mm(inner.view(-1, n * r * p).T, gy).view(n, r, p, m, p)
-            ga = wide.diagonal(dim1=2, dim2=4).sum(-1).permute(1, 2, 0)
+            ga = wide.diagonal(dim1=2, dim2=4).sum(-1, dtype=_wide(x)).permute(1, 2, 0)
         if "right" in sides:
             if projected is None:
                 projected = cls.project(gy, cls.arrange(left, p), p)
@@ -116,20 +101,28 @@ class Flat:
         return ga, gb
 
     @staticmethod
-    def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
+    def update_cost(
+        tokens: int, terms: int, shape: KroneckerShape, costs: Costs = CPU_FLOAT32
+    ) -> float:
         """Cost of adding x Delta^T to y."""
         out, size = shape.out_features, shape.in_features
         width = terms * shape.n * shape.p
-        passes = PASS_PER_ENTRY * (size + 2 * out)
+        passes = costs.pass_per_entry * (size + 2 * out)
         products = terms * shape.p * size + width * out
-        return tokens * (products + passes) + width * out * PASS_PER_ENTRY + 2 * CALL
+        return tokens * (products + passes) + width * out * costs.pass_per_entry + 2 * costs.call
 
     @staticmethod
-    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape, num_sides: int = 2) -> float:
+    def gradient_cost(
+        tokens: int,
+        rank: int,
+        shape: KroneckerShape,
+        num_sides: int = 2,
+        costs: Costs = CPU_FLOAT32,
+    ) -> float:
         """Cost of the gradients of the factors of one side or both."""
         out, size = shape.out_features, shape.in_features
         products = rank * shape.p * size + rank * shape.n * shape.p * out
-        return tokens * num_sides * (products + PASS_PER_ENTRY * (size + out))
+        return tokens * num_sides * (products + costs.pass_per_entry * (size + out))
 
 
 @final
@@ -187,33 +180,44 @@ class Batched:
     ) -> Gradients:
         """As :meth:`Flat.gradients`; ``projected`` is not used."""
         (r, m, n), (_, p, q) = left.shape, right.shape
-        ga, gb = x.new_zeros(m, n * r), x.new_zeros(r * p, q)
+        wide = _wide(x)
+        ga, gb = (x.new_zeros(size, dtype=wide) for size in ((m, n * r), (r * p, q)))
         folded, right_t = cls.arrange(left, p), right.reshape(r * p, q).T
         # The left factors' gradients exist for every token of a chunk, beside its rows of gy.
         step = chunk_tokens(x, n * r * p + (m * n * r + m * p if "left" in sides else 0))
         for xs, gys in zip(torch.split(x, step), torch.split(gy, step), strict=True):
             if "left" in sides:
                 inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)
-                ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0)
+                ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0, dtype=wide)
             if "right" in sides:
-                gb.addmm_(cls.project(gys, folded, p).view(-1, r * p).T, xs.reshape(-1, q))
+                projected, rows = cls.project(gys, folded, p).view(-1, r * p).T, xs.reshape(-1, q)
+                # Chunks are added up in float32.
+                gb = gb.addmm_(projected, rows) if wide == x.dtype else gb + projected @ rows
         return ga.view(m, n, r).permute(2, 0, 1), gb.view(r, p, q)
 
     @staticmethod
-    def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
+    def update_cost(
+        tokens: int, terms: int, shape: KroneckerShape, costs: Costs = CPU_FLOAT32
+    ) -> float:
         """As :meth:`Flat.update_cost`."""
         out, size = shape.out_features, shape.in_features
         products = terms * shape.p * size + terms * shape.n * out
-        passes = PASS_PER_ENTRY * (size + 2 * out)
-        return tokens * (BATCHED_SLOWNESS * products + passes) + 3 * CALL
+        passes = costs.pass_per_entry * (size + 2 * out)
+        return tokens * (costs.batched_slowness * products + passes) + 3 * costs.call
 
     @staticmethod
-    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape, num_sides: int = 2) -> float:
+    def gradient_cost(
+        tokens: int,
+        rank: int,
+        shape: KroneckerShape,
+        num_sides: int = 2,
+        costs: Costs = CPU_FLOAT32,
+    ) -> float:
         """As :meth:`Flat.gradient_cost`."""
         out, size = shape.out_features, shape.in_features
         products = rank * shape.p * size + rank * shape.n * out
-        slowness = CHUNKED_SLOWNESS * (1 + NARROW / shape.p)
-        return tokens * num_sides * (slowness * products + PASS_PER_ENTRY * (size + out))
+        slowness = costs.chunked_slowness * (1 + costs.narrow / shape.p)
+        return tokens * num_sides * (slowness * products + costs.pass_per_entry * (size + out))
 
 
 @final
@@ -268,13 +272,26 @@ class Dense:
         return ga, gb.view(r, p, q)
 
     @staticmethod
-    def update_cost(tokens: int, terms: int, shape: KroneckerShape) -> float:
+    def update_cost(
+        tokens: int, terms: int, shape: KroneckerShape, costs: Costs = CPU_FLOAT32
+    ) -> float:
         """Cost of W + Delta, whatever the tokens: its product is the base layer's own."""
         entries = shape.out_features * shape.in_features
-        return entries * (BUILD_PER_ENTRY + BUILD_PER_TERM * terms) + CALL
+        return entries * (costs.build_per_entry + costs.build_per_term * terms) + costs.call
 
     @staticmethod
-    def gradient_cost(tokens: int, rank: int, shape: KroneckerShape, num_sides: int = 2) -> float:
+    def gradient_cost(
+        tokens: int,
+        rank: int,
+        shape: KroneckerShape,
+        num_sides: int = 2,
+        costs: Costs = CPU_FLOAT32,
+    ) -> float:
         """As :meth:`Flat.gradient_cost`."""
         entries = shape.out_features * shape.in_features
-        return entries * (tokens + REARRANGE_PER_ENTRY + num_sides * rank)
+        return entries * (tokens + costs.rearrange_per_entry + num_sides * rank)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """In which gradients are added up."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
+from torch import Tensor
 
 from kpsvd_tune.adapter import KpsvdConfig, load_factors
 from kpsvd_tune.decompose.decomposition import Decomposition
 from kpsvd_tune.models import ModelSource, load_model
+from kpsvd_tune.models.streamed import load_streamed, streamed_weights
 from kpsvd_tune.recipe import Recipe
+
+Note = Callable[[str], None]  # gets a sentence for the user
 
 
 def adapt(
@@ -20,6 +24,8 @@ def adapt(
     decomposition: Decomposition,
     base_files: Mapping[str, str] | None,
     base: Any = None,
+    is_shared: bool = False,
+    note: Note | None = None,
 ) -> PeftModel:
     """Load the base model and inject the adapter with the factors of the decomposition.
 
@@ -29,9 +35,11 @@ def adapt(
         decomposition: Layers and factors.
         base_files: Hashes of the base's files, where the adapter is to know them.
         base: The base model, where it is loaded already.
+        is_shared: As of :func:`load_base`.
+        note: As of :func:`load_base`.
     """
     if base is None:
-        base = load_base(source, recipe)
+        base = load_base(source, recipe, is_shared=is_shared, note=note)
     adapter = recipe.adapter
     shape = adapter.factor_shape
     config = KpsvdConfig(
@@ -51,17 +59,39 @@ def adapt(
         base_files=dict(base_files) if base_files is not None else None,
     )
     model = get_peft_model(base, config)
-    load_factors(model, decomposition.factors)
+    load_factors(model, decomposition.factors, fetch=fetching(model))
     # What a user can load again: the recipe's words, with a local path made independent of
     # the folder the command ran in.
     model.peft_config["default"].base_model_name_or_path = base_name(recipe.model.path)
     return model
 
 
-def load_base(source: ModelSource, recipe: Recipe) -> Any:
-    """Load the base model as a recipe asks for it."""
+def load_base(
+    source: ModelSource, recipe: Recipe, *, is_shared: bool = False, note: Note | None = None
+) -> Any:
+    """Load the base model as a recipe asks for it.
+
+    With `is_shared` processes are to share out its weights: it comes on the meta device, and
+    :func:`kpsvd_tune.models.streamed.streamed_weights` tells what its weights are read by. Where
+    its files cannot be read so it comes whole, and `note` is told why.
+    """
     wanted = recipe.model
+    if is_shared:
+        found = load_streamed(source, wanted.dtype, wanted.attn_implementation)
+        if not isinstance(found, str):
+            return found
+        if note is not None:
+            note(
+                f"every process loads the whole of {wanted.path} before the weights are shared "
+                f"out, for {found}"
+            )
     return load_model(source, wanted.dtype, wanted.attn_implementation, wanted.quantization)
+
+
+def fetching(model: Any) -> Callable[[str], Tensor] | None:
+    """What reads the weights of a base that is on the meta device; None where they are here."""
+    weights = streamed_weights(model)
+    return None if weights is None else weights.read
 
 
 def base_name(path: str) -> str:

@@ -120,6 +120,24 @@ def loading_bytes(
     return base_bytes(skeleton, dtype, quantization) + files
 
 
+def shared_loading_bytes(
+    source: ModelSource, skeleton: nn.Module, dtype: str, processes: int
+) -> int | None:
+    """Bytes beside each process while processes share out the weights that they read.
+
+    A part of the weights, and the largest tensor as it is stored and as it is kept. None where
+    every process loads the whole base first.
+    """
+    if not source.weight_files or source.kind == "gguf":
+        return None
+    config = getattr(skeleton, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    largest = max(each.numel() for each in skeleton.parameters())
+    wide = largest * (_FLOAT + DTYPES[dtype].itemsize)
+    return base_bytes(skeleton, dtype) // processes + wide
+
+
 def heap_bytes(whole: Trace) -> int:
     """Bytes of holes in the heap of a CPU process; ``whole`` is traced without checkpointing."""
     return round(_HOLES * whole.in_layers)

@@ -28,6 +28,7 @@ from kpsvd_tune.estimate.memory import (
     loading_bytes,
     part_of_process,
     process_bytes,
+    shared_loading_bytes,
     training_parts,
 )
 from kpsvd_tune.estimate.ranks import PossibleRanks, possible_ranks, ranks_of_adapter
@@ -277,6 +278,9 @@ def _memory(
     parts = part_of_process(parts, recipe, count)
     wanted = recipe.model
     loading = loading_bytes(setting.source, setting.skeleton, wanted.dtype, wanted.quantization)
+    if recipe.train.parallel == "fsdp" and count > 1:
+        shared = shared_loading_bytes(setting.source, setting.skeleton, wanted.dtype, count)
+        loading = loading if shared is None else shared
     process = setting.process_bytes
     if setting.device.type == "cpu":
         parts["holes in the heap"] = heap_bytes(whole)

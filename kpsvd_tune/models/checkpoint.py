@@ -109,15 +109,19 @@ class Checkpoint:
                 return self.parameters[each]
         return None
 
-    def read(self, key: str, memory: Tensor | None = None) -> Tensor:
+    def read(
+        self, key: str, memory: Tensor | None = None, rows: tuple[int, int] | None = None
+    ) -> Tensor:
         """One tensor in its stored dtype, on the CPU; in `memory` as :func:`read_tensor` has it.
 
-        Of a pickled file it is mapped, and `memory` stays as it is.
+        With `rows` only those, as :func:`read_tensor` has it. Of a pickled file it is mapped, and
+        `memory` stays as it is.
         """
         location = self.tensors[key].location
         if location is not None:
-            return read_tensor(location, memory)
-        return _unpickled(self.file_of[key].path)[key].detach()
+            return read_tensor(location, memory, rows)
+        whole = _unpickled(self.file_of[key].path)[key].detach()
+        return whole if rows is None else whole[slice(*rows)]
 
     def close(self) -> None:
         """Let go of files that are mapped."""

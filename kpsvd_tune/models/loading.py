@@ -8,12 +8,13 @@ import json
 import logging
 import re
 from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
@@ -96,16 +97,21 @@ def load_model(
     extra = sorted(info["unexpected_keys"])
     refuse_more_layers(source, extra, model.state_dict())
     if extra:
-        _log.warning(
-            "model %r: its configuration has no place for %s of its files; they are left out",
-            source.path,
-            some_of(extra),
-        )
+        warn_of_extra(source, extra)
     if source.kind == "gguf":
         _forget_quantisation(model)
         _warn_of_rotations(source)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def warn_of_extra(source: ModelSource, extra: Sequence[str]) -> None:
+    """Tell of stored tensors that no part of the model is made of."""
+    _log.warning(
+        "model %r: its configuration has no place for %s of its files; they are left out",
+        source.path,
+        some_of(extra),
+    )
 
 
 def load_plain_model(source: ModelSource, dtype: str) -> PreTrainedModel:
@@ -170,8 +176,16 @@ def refuse_more_layers(source: ModelSource, extra: Iterable[str], known: Iterabl
         )
 
 
-def load_skeleton(source: ModelSource) -> PreTrainedModel:
+def load_skeleton(
+    source: ModelSource,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    *,
+    with_buffers: bool = False,
+) -> PreTrainedModel:
     """Build the model from its configuration alone, on the meta device: names and sizes.
+
+    Without a dtype it is the configuration's. `with_buffers` makes the buffers for real.
 
     Raises:
         ModelError: The configuration is not one of a causal language model, or holds impossible
@@ -188,8 +202,13 @@ def load_skeleton(source: ModelSource) -> PreTrainedModel:
             f"model {source.path!r}: its model_type {config.model_type!r} is not a causal "
             f"language model of transformers {transformers_version}"
         )
-    with _building(source), torch.device("meta"):
-        return build_model(config)
+    place = init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta")
+    with _building(source), place:
+        model = build_model(config, dtype, attn_implementation)
+    if with_buffers:
+        # Each name was given a parameter of its own.
+        model.tie_weights()
+    return model
 
 
 def build_model(

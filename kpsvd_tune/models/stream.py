@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -89,23 +89,31 @@ class WeightReader:
         self._loaded = None
 
 
-def read_tensor(location: TensorLocation, memory: Tensor | None = None) -> Tensor:
+def read_tensor(
+    location: TensorLocation, memory: Tensor | None = None, rows: tuple[int, int] | None = None
+) -> Tensor:
     """Read one tensor with plain file reads; ModelError where the file is too short.
 
     A memory map's pages would count as resident memory for as long as the file is open. `memory`,
-    bytes of at least the tensor's size, is used in place of new memory.
+    bytes of at least the tensor's size, is used in place of new memory. With `rows`, (first, one
+    past the last), only those of its first dimension are read.
     """
-    count = location.end - location.begin
+    begin, end, size = location.begin, location.end, location.size
+    if rows is not None:
+        row_bytes = math.prod(size[1:]) * FLOATS[location.dtype].itemsize
+        begin, end = begin + rows[0] * row_bytes, begin + rows[1] * row_bytes
+        size = (rows[1] - rows[0], *size[1:])
+    count = end - begin
     data = torch.empty(count, dtype=torch.uint8) if memory is None else memory[:count]
     array: Any = data.numpy()
     # Buffered, so that it reads until all is there, which a single call of the system may not.
     with location.file.open("rb") as stream:
-        stream.seek(location.begin)
+        stream.seek(begin)
         if stream.readinto(array) < len(data):
             raise ModelError(
                 f"{location.file} ends inside the tensor {location.key}; fetch it again"
             )
-    return data.view(FLOATS[location.dtype]).reshape(location.size)
+    return data.view(FLOATS[location.dtype]).reshape(size)
 
 
 def _load(source: ModelSource) -> PreTrainedModel:
@@ -221,6 +229,47 @@ def names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str
     transposes are left out, and so are names that two stored tensors claim; what they become is
     the second result.
     """
+    parameters = skeleton.state_dict()
+    direct: dict[str, str] = {}
+    claimed: set[str] = set()
+    for key, names, conversion in _renamed(skeleton, keys):
+        name = names[0]
+        if name in claimed or conversion is not None:
+            direct.pop(name, None)
+        elif name in parameters:
+            direct[name] = key
+        claimed.update(names)
+    return direct, claimed - direct.keys()
+
+
+@dataclass
+class Conversion:
+    """Stored tensors that transformers splits, joins or transposes into parameters."""
+
+    converter: Any  # transformers' WeightConverter
+    target: str  # the first of the parameters
+    sources: list[tuple[str, str]]  # stored name and the converter's pattern for it, in order
+
+
+def conversions_in_model(skeleton: PreTrainedModel, keys: list[str]) -> dict[str, Conversion]:
+    """For each parameter that a converter makes what it is made of, as transformers does it."""
+    found: dict[str, Conversion] = {}
+    for key, names, conversion in _renamed(skeleton, keys):
+        if conversion is not None:
+            converter, pattern = conversion
+            one = found.setdefault(names[0], Conversion(converter, names[0], []))
+            one.sources.append((key, pattern))
+            found |= dict.fromkeys(names, one)
+    return found
+
+
+def _renamed(
+    skeleton: PreTrainedModel, keys: list[str]
+) -> Iterator[tuple[str, list[str], tuple[Any, str] | None]]:
+    """For each stored name the names in the model, and where one converts it that and its pattern.
+
+    In the order of transformers' loader.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -235,20 +284,15 @@ def names_in_model(skeleton: PreTrainedModel, keys: list[str]) -> tuple[dict[str
     parameters = skeleton.state_dict()
     prefix = skeleton.base_model_prefix
     by_source = {pattern: each for each in converters for pattern in each.source_patterns}
-    direct: dict[str, str] = {}
-    claimed: set[str] = set()
     # Some renamings remember what they have seen, so the order must be the loader's.
     for key in sorted(keys, key=dot_natural_key):
-        name, converted = rename_source_key(key, renamings, converters, prefix, parameters)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
         if name not in parameters and key in parameters:
-            name, converted = rename_source_key(key, [], [], prefix, parameters)
-        if name in claimed or converted is not None:
-            direct.pop(name, None)
-        elif name in parameters:
-            direct[name] = key
-        claimed.add(name)
-        if converted is not None:
+            name, pattern = rename_source_key(key, [], [], prefix, parameters)
+        if pattern is None:
+            yield key, [name], None
+        else:
             # A tensor that is split is named after the first of its parts.
-            first, *others = by_source[converted].target_patterns
-            claimed.update(name.replace(first, each) for each in others)
-    return direct, claimed - direct.keys()
+            first, *others = by_source[pattern].target_patterns
+            names = [name, *(name.replace(first, each) for each in others)]
+            yield key, names, (by_source[pattern], pattern)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
+from kpsvd_tune.adapter.model import check_streamed
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
@@ -25,6 +27,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.models.streamed import streamed_weights
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.runs.adapter_folder import (
@@ -191,12 +194,32 @@ def load_adapter(
 
     With `allow_other_base` any base whose sizes fit will do; what is returned beside the model
     says so. AdapterError: the file of weights is damaged, or is of another base or other layers.
+    A base of `load_streamed` keeps its weights on the meta device.
     """
+    weights = streamed_weights(model)
 
     def load() -> PeftModel:
-        return PeftModel.from_pretrained(model, folder, **options)
+        if weights is None:
+            return PeftModel.from_pretrained(model, folder, **options)
+        # Tensors of the file take the places of those on the meta device.
+        adapted = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True, **options)
+        _cast_saved(adapted)
+        check_streamed(adapted, adapted.peft_config["default"], weights.read)
+        return adapted
 
     return _loaded(load, model, folder, allow_other_base)
+
+
+def _cast_saved(model: PeftModel) -> None:
+    """Give modules that are trained whole the dtype of the base's own, as copying into them does.
+
+    Taken from a file they have the file's.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            known = dict(module.original_module.named_parameters())
+            for name, parameter in module.modules_to_save["default"].named_parameters():
+                parameter.data = parameter.data.to(known[name].dtype)
 
 
 def add_adapter(

@@ -75,6 +75,12 @@ def make_accelerator(
     return accelerator
 
 
+def shares_weights(accelerator: Accelerator, recipe: TrainRecipe) -> bool:
+    """Whether each process holds a part of every weight: fully_shard, or ZeRO 3."""
+    is_fsdp = recipe.parallel == "fsdp" and accelerator.num_processes > 1
+    return is_fsdp or deepspeed_config.zero_stage(accelerator) == 3
+
+
 def join(init_method: str | None = None) -> torch.device:
     """Let the processes of a run find each other, and give the device of this one.
 

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 
 from kpsvd_tune.adapter import KpsvdConfig, KpsvdLayer
-from kpsvd_tune.adapter.base import RECORD, record_base
+from kpsvd_tune.adapter.base import RECORD, record_base, weight_at_hand
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
 from kpsvd_tune.adapter.targets import untouched
 from kpsvd_tune.context import Context, RunInput
 from kpsvd_tune.decompose import layer_report
-from kpsvd_tune.decompose.start import base_name, load_base
+from kpsvd_tune.decompose.start import base_name, fetching, load_base
 from kpsvd_tune.errors import AdapterError, RecipeError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import LayerPlan, rearrange
@@ -25,6 +25,7 @@ from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.runs.adapter_folder import WEIGHTS, holds_adapter
 from kpsvd_tune.runs.find import COMPARED, find, load_adapter
 from kpsvd_tune.storage.disk import explained
+from kpsvd_tune.training.accelerator import shares_weights
 
 
 def find_adapter(recipe: Recipe) -> Path | None:
@@ -53,7 +54,8 @@ def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftMo
     result is as of :func:`kpsvd_tune.runs.find.load_adapter`; AdapterError if of another base.
     """
     recipe, events, base_files = context.recipe, context.events, data.base_files
-    base = load_base(data.source, recipe)
+    is_shared = shares_weights(context.accelerator, recipe.train)
+    base = load_base(data.source, recipe, is_shared=is_shared, note=events.note)
     config: KpsvdConfig = KpsvdConfig.from_pretrained(str(folder))
     if not config.layers:
         raise AdapterError(f"adapter.from: {folder} says nothing about its layers")
@@ -73,7 +75,7 @@ def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftMo
             layer.kpsvd_base["default"] = torch.zeros(RECORD, dtype=torch.int32)
         if other is not None and config.layers is not None:
             config.layers[name]["fingerprint"] = None
-    record_base(model, layers, "default", config)
+    record_base(model, layers, "default", config, fetching(model))
     config.base_files = dict(base_files)
     config.base_model_name_or_path = base_name(recipe.model.path)
     return model, other
@@ -94,7 +96,10 @@ def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) 
 def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     """What the adapter's layers are, in the form of the decomposition's report."""
     base = model.get_base_model()
-    plans = [_plan(name, layer) for name, layer in kpsvd_layers(model)]
+    fetch, plans = fetching(model), []
+    for name, layer in kpsvd_layers(model):
+        with weight_at_hand(layer, name, fetch):
+            plans.append(_plan(name, layer))
     layers = tuple(map(layer_report, plans))
     config: Any = model.peft_config["default"]
     return RankReport(

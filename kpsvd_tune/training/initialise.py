@@ -24,7 +24,7 @@ from kpsvd_tune.decompose import (
     report_decomposition,
     start_from,
 )
-from kpsvd_tune.decompose.start import adapt
+from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.hardware.devices import decomposing_device
 from kpsvd_tune.processes import on_main_process
@@ -33,6 +33,7 @@ from kpsvd_tune.report.results import Probe
 from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
+from kpsvd_tune.training.accelerator import shares_weights
 from kpsvd_tune.training.loop import Training
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
@@ -212,7 +213,8 @@ class EnergyProbes:
             "warmup_steps": None if warmup is not None and warmup >= length else warmup,
         }
         start = on_main_process(lambda: start_from(self._spectra, tried.adapter, tried.train.seed))
-        model = adapt(tried, self.data.source, start, None)
+        is_shared = shares_weights(self.context.accelerator, tried.train)
+        model = adapt(tried, self.data.source, start, None, is_shared=is_shared)
         own = RunDirectory(folder)
         begun = on_main_process(
             lambda: own.begin(
@@ -230,7 +232,9 @@ class EnergyProbes:
             own,
             pad_token_id=self.data.pad_token_id,
             checkpoint=begun.checkpoint,
-            rate_factors=rate_factors(model, is_relative=tried.adapter.rate == "relative"),
+            rate_factors=rate_factors(
+                model, is_relative=tried.adapter.rate == "relative", fetch=fetching(model)
+            ),
         )
 
 

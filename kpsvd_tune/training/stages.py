@@ -13,19 +13,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kpsvd_tune.adapter.costs import from_record, table_of, to_record, use_costs
 from kpsvd_tune.adapter.rates import rate_factors
 from kpsvd_tune.context import Context, RunInput, RunOptions
 from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
-from kpsvd_tune.decompose.start import adapt
+from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.bf16 import without_bf16
+from kpsvd_tune.hardware.devices import hardware_name
 from kpsvd_tune.launch import init_method
 from kpsvd_tune.models import (
     base_fingerprint,
@@ -60,7 +63,7 @@ from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
-from kpsvd_tune.training.accelerator import join, make_accelerator
+from kpsvd_tune.training.accelerator import join, make_accelerator, shares_weights
 from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
@@ -83,6 +86,8 @@ from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
 
+# Where run.json keeps the constants by which ways to compute are chosen.
+COSTS_KEY = "costs"
 # Parts of results.json that `eval RUN` writes as well.
 _ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
 
@@ -145,10 +150,35 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         usage = start_usage(accelerator)
         if settled.note is not None:
             told.note(settled.note)
-        about = {} if settled.about is None else {PRECISION_KEY: settled.about}
+        about: dict[str, Any] = {COSTS_KEY: _choose_costs(run, options, accelerator.device)}
+        stack.callback(use_costs, None)
+        if settled.about is not None:
+            about[PRECISION_KEY] = settled.about
         context = Context(recipe, run, accelerator, told, phase, options, usage, going_on, about)
         with _ending_recorded(context):
             yield context
+
+
+def _choose_costs(run: RunDirectory, options: RunOptions, device: torch.device) -> dict[str, Any]:
+    """Take the constants of this hardware for the choice of ways, or those that the run began with.
+
+    Ways differ in how sums are rounded, so a run that goes on elsewhere keeps its own. Gives what
+    run.json holds of them; equal in every process.
+    """
+
+    def choose() -> dict[str, Any]:
+        known = None
+        if options.resume != "never" and run.run_file.exists() and run.holds_checkpoint():
+            # A run of an older version had the common ones.
+            known = read_json(run.run_file).get(COSTS_KEY, {"hardware": "", "constants": {}})
+        if known is not None:
+            return dict(known)
+        name = hardware_name(device)
+        return {"hardware": name, "constants": to_record(table_of(name))}
+
+    chosen = on_main_process(choose)
+    use_costs(from_record(chosen["constants"]))
+    return chosen
 
 
 def _settle_precision(recipe: Recipe, options: RunOptions) -> Settled:
@@ -274,7 +304,15 @@ def start_model(context: Context, data: RunInput) -> StartedModel:
         phase.enter("decomposing the base model", decomposition_cures(recipe), kept)
         recipe, decomposition = initialise(context, data)
         phase.enter("loading the base model", loading_cures(recipe.model.dtype))
-        model = adapt(recipe, data.source, decomposition, data.base_files)
+        is_shared = shares_weights(context.accelerator, recipe.train)
+        model = adapt(
+            recipe,
+            data.source,
+            decomposition,
+            data.base_files,
+            is_shared=is_shared,
+            note=events.note,
+        )
         return StartedModel(model, recipe, decomposition.report)
     phase.enter("loading the adapter and its base model", loading_cures(recipe.model.dtype))
     events.stage(f"loading {data.adapter} on {recipe.model.path}")
@@ -316,7 +354,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         pad_token_id=data.pad_token_id,
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
-        rate_factors=rate_factors(model, is_relative=recipe.adapter.rate == "relative"),
+        rate_factors=rate_factors(
+            model, is_relative=recipe.adapter.rate == "relative", fetch=fetching(model)
+        ),
         tell=events.tell,
     )
     events.mark_with(training.mark)
@@ -398,8 +438,7 @@ def _how_it_ended(error: BaseException, phase: str) -> str:
 def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | None:
     """How far each layer has moved; None where no process has whole weights, and on the others."""
     accelerator = context.accelerator
-    is_sharded = context.recipe.train.parallel == "fsdp" or zero_stage(accelerator) == 3
-    if is_sharded or not accelerator.is_main_process:
+    if shares_weights(accelerator, context.recipe.train) or not accelerator.is_main_process:
         return None
     return measure_learned(model, step)
 

@@ -209,6 +209,7 @@ def test_bf16_rounds_the_update_no_more_than_lora(
 ) -> None:
     """The error of y - Wx, not of y: rounding W + Delta to bf16 would lose small updates."""
     use(monkeypatch, plan)
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", False)
     module = adapted((16, 8, 8, 16), dtype=torch.bfloat16, bias=False)
     with torch.no_grad():
         for parameter in trained(module):
@@ -367,3 +368,138 @@ def test_a_second_derivative_is_refused() -> None:
     (gx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gx.sum().backward()
+
+
+def lora_of(module: KpsvdLinear, delta: Tensor) -> Any:
+    """PEFT's LoRA with the same update, on the same base."""
+    size = delta.shape[1]
+    lora: Any = get_peft_model(
+        nn.Sequential(module.base_layer),
+        LoraConfig(target_modules=["0"], r=size, lora_alpha=size, init_lora_weights=False),
+    )
+    found = lora.base_model.model[0]
+    with torch.no_grad():
+        # Balanced factors, as training makes them; both products are rounded.
+        u, values, v = torch.linalg.svd(delta)
+        found.lora_A["default"].weight.copy_(values.sqrt()[:, None] * v)
+        found.lora_B["default"].weight.copy_(u * values.sqrt())
+    return lora
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_an_update_in_bf16_errs_no_more_than_loras(
+    plan: Plan, scale: float, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole output and the gradient of the input, against float64, in units of LoRA's."""
+    use(monkeypatch, plan)
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", True)
+    monkeypatch.setattr(kernel, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(kernel, "CACHED_ENTRIES", 1)
+    module = adapted((16, 8, 8, 16), dtype=torch.bfloat16, bias=False)
+    if not is_fused:
+        module.base_layer.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        for parameter in trained(module):
+            parameter.mul_(scale)
+    delta = torch.from_numpy(oracle_delta(module))
+    weight = base_of(module).weight.double() + delta
+    lora = lora_of(module, delta)
+    x, gy = (torch.randn(200, 128, dtype=torch.bfloat16) for _ in range(2))
+    errors = {}
+    for name, model in (("ours", module), ("lora", lora)):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(own)
+        y.backward(gy)
+        assert own.grad is not None
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            inferred = model(x)
+        errors[name] = [
+            float((got.double() - wanted).norm())
+            for got, wanted in (
+                (y.detach(), x.double() @ weight.T),
+                (inferred, x.double() @ weight.T),
+                (own.grad, gy.double() @ weight),
+            )
+        ]
+    for ours, theirs in zip(errors["ours"], errors["lora"], strict=True):
+        assert ours <= 1.05 * theirs
+
+
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_gradients_of_factors_in_bf16_err_no_more_than_loras(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the gradient, as LoRA's two factors of a thin update have theirs rounded."""
+    use(monkeypatch, plan)
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", True)
+    module = adapted((128, 1, 1, 128), rank=4, dtype=torch.bfloat16, bias=False, form="both")
+    lora: Any = get_peft_model(
+        nn.Sequential(module.base_layer),
+        LoraConfig(target_modules=["0"], r=4, lora_alpha=4, init_lora_weights=False),
+    )
+    found = lora.base_model.model[0]
+    a, b, left0, right0 = module.tensors("default")
+    with torch.no_grad():
+        found.lora_A["default"].weight.copy_((right0 + b).flatten(1))
+        found.lora_B["default"].weight.copy_((left0 + a).flatten(1).T)
+    x, gy = (torch.randn(300, 128, dtype=torch.bfloat16) for _ in range(2))
+    for model in (module, lora):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.backward(gy)
+    ga, gb = oracle_gradients(module, x, gy)
+    wanted = {"left": torch.from_numpy(ga), "right": torch.from_numpy(gb)}
+    left, right = trained(module)
+    theirs = {
+        "left": found.lora_B["default"].weight.grad.T,
+        "right": found.lora_A["default"].weight.grad,
+    }
+    for name, own in (("left", left.grad), ("right", right.grad)):
+        assert own is not None
+        assert own.dtype == torch.float32
+        size = wanted[name].norm()
+        ours = float((own.double() - wanted[name]).norm() / size)
+        other = theirs[name].double().reshape(wanted[name].shape)
+        assert ours <= 1.05 * float((other - wanted[name]).norm() / size)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("plan", WAYS, ids=str)
+def test_zeros_give_the_bits_of_the_base_in_bf16_units(
+    form: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", True)
+    test_zeros_give_the_bits_of_the_base(form, plan, torch.bfloat16, monkeypatch)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_no_more_bytes_are_kept_than_by_lora_with_16_bit_factors(
+    has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", has_units)
+    module = adapted((128, 1, 1, 128), rank=4, dtype=torch.bfloat16, bias=False)
+    lora: Any = get_peft_model(
+        nn.Sequential(nn.Linear(128, 128, bias=False).bfloat16()),
+        LoraConfig(target_modules=["0"], r=4, init_lora_weights=False),
+        autocast_adapter_dtype=False,
+    ).bfloat16()
+    kept = {}
+    for name, model in (("ours", module), ("lora", lora)):
+        own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, own: Any = own, sizes: Any = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = model(x)
+        assert y.requires_grad
+        kept[name] = sum(sizes.values())
+    assert kept["ours"] <= 1.00 * kept["lora"]

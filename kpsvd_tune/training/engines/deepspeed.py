@@ -8,13 +8,16 @@ tensors in its own checkpoints. DeepSpeed's own files are pickles; none is writt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.runs.state import check_groups
 from kpsvd_tune.training.engines.deepspeed_config import engine_config
@@ -31,8 +34,8 @@ class DeepSpeedEngine(Engine):
     keeps_gradients = False
     holds_weights = False  # not at stage 3
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, token_loss: SummedTokenLoss, *arguments: Any) -> None:
+        super().__init__(token_loss, *arguments)
         import deepspeed
 
         _check_dtype(self._names)
@@ -46,7 +49,9 @@ class DeepSpeedEngine(Engine):
         # Only now, as it takes the parameters' data away at stage 3.
         if self.stage == 3:
             # Weight by weight, for the engine would first put the whole base on every device.
-            deepspeed.zero.Init(module=self._module, config_dict_or_path=config)
+            is_reader = self._accelerator.is_main_process
+            filled = _Filled(self._module, token_loss.model, is_reader)
+            deepspeed.zero.Init(module=filled, config_dict_or_path=config)
             self._module.to(self._accelerator.device)
             self._module.is_sharded = True  # type: ignore[assignment]
         self._engine: Any
@@ -55,6 +60,9 @@ class DeepSpeedEngine(Engine):
         )
 
     def _prepare(self, token_loss: SummedTokenLoss) -> nn.Module:
+        # The optimiser keeps what is trained, so that must be here before.
+        for _ in _fill(token_loss.model, is_reader=True, is_trained=True):
+            pass
         if self._recipe.precision == "bf16":
             cast: Any = torch.autocast(self._accelerator.device.type, torch.bfloat16)
             token_loss.forward = cast(token_loss.forward)  # type: ignore[method-assign]
@@ -173,6 +181,52 @@ class DeepSpeedEngine(Engine):
             else self._zero.single_partition_of_fp32_groups
         )
         return parts
+
+
+class _Filled(nn.Module):
+    """A module that reads its weights as they are asked for, and gives each of them once.
+
+    `zero.Init` shares out one before it asks for the next.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        model: nn.Module,  # in it, with the base
+        is_reader: bool,  # the others are sent what this process has read
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._filled = partial(_fill, model, is_reader=is_reader)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All parameters, each with its values."""
+        yield from self._filled()
+        yield from super().parameters(recurse)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, *, is_reader: bool, is_trained: bool = False) -> Iterator[nn.Parameter]:
+    """Give values to the weights on the meta device, one after the other; or to the trained alone.
+
+    A process that is no reader gets memory without values.
+    """
+    weights = streamed_weights(model)
+    if weights is None:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, places, held in to_be_filled(base):
+        if is_trained and not held.requires_grad:
+            continue
+        if is_reader:
+            value = weights.read(name).to(held.dtype)
+        else:
+            value = torch.empty(held.shape, dtype=held.dtype)
+        filled = nn.Parameter(value, requires_grad=held.requires_grad)
+        for module, key in places:
+            module._parameters[key] = filled
+        yield filled
+    weights.close()
 
 
 def _is_per_entry(value: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines.plain import Engine
 from kpsvd_tune.training.loss import SummedTokenLoss
@@ -39,6 +40,7 @@ class ShardedEngine(Engine):
         for block in _blocks(token_loss.model):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
+        fill_shards(token_loss.model)
         token_loss.is_sharded = True
         # Sets up the precision; in evaluation mode Accelerate does not wrap the module in DDP.
         module: nn.Module = self._accelerator.prepare_model(token_loss, evaluation_mode=True)
@@ -77,6 +79,33 @@ class ShardedEngine(Engine):
         super().load_optimizer_state({**state, "state": shards})
 
 
+@torch.no_grad()
+def fill_shards(model: nn.Module) -> None:
+    """Read this process's part of each weight that is on the meta device."""
+    weights = streamed_weights(model)
+    if weights is None:
+        return
+    for name, places, held in to_be_filled(_base_of(model)):
+        meta = cast(DTensor, held)
+        mesh, rows = meta.device_mesh, meta.shape[0]
+        # As torch.chunk cuts them, of which the last may be shorter or absent.
+        share = -(-rows // mesh.size())
+        first = min(rows, mesh.get_local_rank() * share)
+        own = weights.read(name, (first, min(rows, first + share)))
+        shard = DTensor.from_local(
+            own.to(mesh.device_type, meta.dtype),
+            mesh,
+            meta.placements,
+            run_check=False,
+            shape=meta.shape,
+            stride=meta.stride(),
+        )
+        filled = nn.Parameter(shard, requires_grad=held.requires_grad)
+        for module, key in places:
+            module._parameters[key] = filled
+    weights.close()
+
+
 def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
     """Refuse what fully_shard cannot do."""
     if recipe.precision == "fp16":
@@ -95,9 +124,12 @@ def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that the model's authors say must stay on one device: its decoder layers."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = set(getattr(base, "_no_split_modules", None) or ())
+    names = set(getattr(_base_of(model), "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _whole(tree: Tree) -> Tree:

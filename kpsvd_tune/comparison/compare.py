@@ -146,7 +146,7 @@ def compare(
         if taking is not None:
             preparing.enter_context(taking.alone(events))
             _check_folder(run.path)
-        settled = _settle_precision(recipe)
+        settled = _settle_precision(recipe, has_workers=is_shared)
         recipe = settled.recipe
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
@@ -198,10 +198,11 @@ def _check_folder(folder: Path) -> None:
         refuse_foreign(folder, ("claims",))
 
 
-def _settle_precision(recipe: Recipe) -> Settled:
-    """The recipe without `auto` in precision and dtype; finished trials decide it."""
+def _settle_precision(recipe: Recipe, *, has_workers: bool) -> Settled:
+    """The recipe without `auto` in precision and dtype; finished trials decide it, or workers."""
     file, record = Path(recipe.output_dir) / COMPARISON, None
-    if asks_for_auto(recipe) and file.exists() and read_results(Path(recipe.output_dir)):
+    is_bound = has_workers or read_results(Path(recipe.output_dir))
+    if asks_for_auto(recipe) and file.exists() and is_bound:
         record = {"identity": read_json(file).get("shared", {})}
     return settle_precision(recipe, device(), record)
 

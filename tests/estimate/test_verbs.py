@@ -17,7 +17,7 @@ from kpsvd_tune.estimate.time import Speed
 @pytest.fixture(autouse=True)
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of the machine take time, and what they find is not tested here."""
-    monkeypatch.setattr(verbs, "measure_speed", lambda *_: Speed(1e9, 1e9))
+    monkeypatch.setattr("kpsvd_tune.estimate.answers.measure_speed", lambda *_: Speed(1e9, 1e9))
     monkeypatch.setattr(verbs, "decomposition_seconds", lambda todo, *_: float(len(todo)))
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import (  # type: ignore[import-untyped]
+    AcceleratorState,
+    GradientState,
+    PartialState,
+)
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.hardware.bf16 import Bf16
@@ -19,6 +24,20 @@ from kpsvd_tune.training.precision import settle_precision
 CPU = torch.device("cpu")
 FAST = Bf16(True, "bfloat16 was 6.9 x as fast as float32 on this CPU (planted)", 6.9)
 SLOW = Bf16(False, "this CPU (planted) has no units for bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the first precision of a process, which other tests must not find."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+    reset()
+    yield
+    reset()
 
 
 def recipe(asked: str, dtype: str) -> Recipe:

@@ -363,7 +363,9 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     if data.start.checkpoint is not None:
         events.note(f"continuing from {data.start.checkpoint}")
     total = training.num_steps
-    events.stage(f"training for {total} steps")
+    done = training.progress.step
+    going_on = f", of which {done} are done" if done else ""
+    events.stage(f"training for {total} steps{going_on}")
     if tasks and is_first:
         # The time that is left of the training does not count it.
         events.note(f"scoring took {duration(scored)}, and is done again after the training")

@@ -146,7 +146,7 @@ def _interval_notes(train: TrainRecipe, num_steps: int, num_validation_rows: int
     if "save_every" in given and train.save_every > num_steps:
         yield (
             f"train.save_every is {train.save_every} and the run has {num_steps:,} steps: it is "
-            "saved at the end and where it is stopped (Ctrl-C) only: a crash or kill -9 before costs all"
+            "saved at the end and where Ctrl-C stops it only: a crash before that costs all of it"
         )
     if "log_every" in given and train.log_every > num_steps:
         yield (

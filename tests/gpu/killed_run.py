@@ -20,7 +20,7 @@ def main(recipe: str, last: int) -> int:
         if metrics.step == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ConsoleEvents.step = stepped  # type: ignore[method-assign]
+    ConsoleEvents.step = stepped  # type: ignore[assignment,method-assign]
     return cli.run(["train", recipe])
 
 

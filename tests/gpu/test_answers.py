@@ -30,9 +30,10 @@ def test_an_unmerged_adapter_answers_as_the_merged_model(
         )
         return {each.id: each.completion for each in found}
 
-    base = answers(tiny_model.to(device))
+    plain: Any = tiny_model
+    base = answers(plain.to(device))
     config = KpsvdConfig(target_modules="all-linear", rank=2, factor_shape=shape)
-    model: Any = get_peft_model(tiny_model.cpu(), config)
+    model: Any = get_peft_model(plain.cpu(), config)
     add_offsets(model, scale=0.1)
     unmerged = answers(model.to(device))
     assert unmerged != base

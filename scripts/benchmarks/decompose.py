@@ -1,6 +1,7 @@
 """Time and accuracy of the truncated KPSVD at 7B sizes, against torch.svd_lowrank.
 
     python scripts/benchmarks/decompose.py [--repeats 3] [--threads N] [--json FILE] [--exact]
+        [--device cuda]
 
 Both methods start from the same bf16 weight, rearranged and cast within the timed part, and are
 run in turn in one process. svd_lowrank(q=16, niter=16) is what PEFT's ``pissa_niter_16`` calls.
@@ -63,22 +64,37 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def timed(call: Callable[[], Tensor]) -> tuple[Tensor, float, float, float]:
-    """Run once: result, wall seconds, processor seconds, peak MB above the start."""
-    reset_peak()
-    start = peak_memory_mb()
+def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float, float, float]:
+    """Run once: result, wall seconds, processor seconds, peak MB of the device above the start."""
+    is_on_gpu = device.type == "cuda"
+    if is_on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated() / 2**20
+    else:
+        reset_peak()
+        start = peak_memory_mb()
     wall, processor = time.perf_counter(), time.process_time()
     values = call()
+    if is_on_gpu:
+        torch.cuda.synchronize()
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return values, wall, processor, peak_memory_mb() - start
+    peak = torch.cuda.max_memory_allocated() / 2**20 if is_on_gpu else peak_memory_mb()
+    return values, wall, processor, peak - start
 
 
 def measure(
-    out_features: int, in_features: int, repeats: int, *, exact: bool = False, full: bool = False
+    out_features: int,
+    in_features: int,
+    repeats: int,
+    device: torch.device,
+    *,
+    exact: bool = False,
+    full: bool = False,
 ) -> dict[str, Any]:
     """Compare the methods on one matrix; ``full`` adds torch.linalg.svd to them."""
     shape = choose_shape(out_features, in_features, "balanced").shape
-    weight = planted_weight(shape)
+    weight = planted_weight(shape).to(device)
 
     def ours(tolerance: float) -> Tensor:
         return kpsvd(weight, shape, RANK, tolerance=tolerance).values
@@ -114,7 +130,7 @@ def measure(
     runs: dict[str, list[tuple[Tensor, float, float, float]]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, call in methods.items():
-            runs[name].append(timed(call))
+            runs[name].append(timed(call, device))
     base = statistics.median(run[1] for run in runs["svd_lowrank(q=16, niter=16)"])
     result["methods"] = {
         name: {
@@ -132,6 +148,8 @@ def measure(
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, help="only a square matrix of this size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--exact", action="store_true", help="full SVD of the first matrix")
@@ -141,10 +159,12 @@ def main() -> None:
     torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    small = (options.size, options.size) if options.size else SMALL
     results = []
-    for size in [*SIZES, SMALL]:
+    for size in [small] if options.size else [*SIZES, SMALL]:
         exact = options.exact and size == SIZES[0]
-        result = measure(*size, options.repeats, exact=exact, full=size == SMALL)
+        result = measure(*size, options.repeats, device, exact=exact, full=size == small)
         results.append(result)
         print(
             f"{size[0]} x {size[1]}, factors {result['factor_shape']}, best {RANK} terms hold "
@@ -159,7 +179,10 @@ def main() -> None:
                 f" {figures['peak_memory_mb']:7.0f} MB"
             )
     if options.json:
-        payload = {"threads": torch.get_num_threads(), "torch": torch.__version__, "runs": results}
+        payload: dict[str, Any] = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        if device.type == "cuda":
+            payload["device"] = torch.cuda.get_device_name(device)
+        payload["runs"] = results
         options.json.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
 
 

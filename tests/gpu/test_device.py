@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import (  # type: ignore[import-untyped]
-    AcceleratorState,
-    GradientState,
-    PartialState,
-)
 from torch import nn
 
 from kpsvd_tune.adapter import KpsvdLinear
@@ -20,29 +15,6 @@ from kpsvd_tune.commands import main as cli
 from kpsvd_tune.linalg import KroneckerShape, kpsvd, kron_sum
 
 SHAPE = KroneckerShape(16, 8, 8, 16)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps the first precision of a process, which other tests must not find."""
-
-    def reset() -> None:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-
-    reset()
-    yield
-    reset()
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    if request.param == "cpu":
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return str(request.param)
 
 
 @pytest.mark.parametrize(

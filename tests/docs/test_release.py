@@ -28,11 +28,11 @@ def test_the_version_is_the_newest_of_the_changelog_and_of_the_citation():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
-def test_all_names_every_extra_for_users_but_one():
+def test_all_names_every_extra_for_users_but_two():
     (everything,) = PROJECT["optional-dependencies"]["all"]
     named = set(re.split(r"[\[\],]", everything)[1:-1])
-    # deepspeed is compiled where it is installed, and serves several GPUs alone.
-    others = {"all", "deepspeed", "dev", "docs"}
+    # deepspeed is compiled where it is installed, and serves several GPUs alone; ray serves clusters.
+    others = {"all", "deepspeed", "dev", "docs", "ray"}
     assert named == PROJECT["optional-dependencies"].keys() - others
 
 

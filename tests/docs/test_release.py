@@ -31,7 +31,7 @@ def test_the_version_is_the_newest_of_the_changelog_and_of_the_citation():
 def test_all_names_every_extra_for_users_but_two():
     (everything,) = PROJECT["optional-dependencies"]["all"]
     named = set(re.split(r"[\[\],]", everything)[1:-1])
-    # deepspeed is compiled where it is installed, and serves several GPUs alone; ray serves clusters.
+    # deepspeed is compiled where it is installed, for several GPUs alone; ray is for clusters.
     others = {"all", "deepspeed", "dev", "docs", "ray"}
     assert named == PROJECT["optional-dependencies"].keys() - others
 

@@ -95,24 +95,25 @@ def _kept(
     """What was kept of a file, else what is read from it, which is kept where that is the same."""
     try:
         folder = cache_folder() / "gguf" / f"{_key(source)}-{kind}"
-        kept = _load(folder, load)
-        if kept is not None:
-            return kept
+        if (held := _load(folder, load)) is not None:
+            return held
     except (InputError, ResourceError, OSError):
         return read()
-    found = read()
-    with tempfile.TemporaryDirectory() as place:
-        saving: Any = found
-        saving.save_pretrained(place)
-        back = load(Path(place))
-        if not is_same(found, back):
-            return found
-        try:
+    found = kept = read()
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            saving: Any = found
+            saving.save_pretrained(place)
+            back = load(Path(place))
+            if not is_same(found, back):
+                return found
+            # Also where it cannot be kept, so that a fingerprint of it is the same one.
+            kept = back
             shutil.rmtree(folder, ignore_errors=True)
             commit(folder, [(each.name, each.read_bytes()) for each in Path(place).iterdir()])
-        except (CheckpointError, ResourceError, OSError):
-            pass  # another process was faster, or the disk refused
-    return back
+    except (CheckpointError, ResourceError, OSError):
+        pass  # another process was faster, or a disk refused
+    return kept
 
 
 def _load(folder: Path, load: Callable[[Path], T]) -> T | None:

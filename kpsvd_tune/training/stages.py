@@ -143,7 +143,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             on_main_process(claim)
         # Only now, for the folder may have been refused.
         stack.enter_context(lost)
-        recipe, options, going_on = on_main_process(
+        recipe, options, fitted = on_main_process(
             lambda: _with_same_rows(recipe, run, options, accelerator.num_processes)
         )
         told = RunEvents(events, run, is_main=accelerator.is_main_process)
@@ -154,7 +154,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         stack.callback(use_costs, None)
         if settled.about is not None:
             about[PRECISION_KEY] = settled.about
-        context = Context(recipe, run, accelerator, told, phase, options, usage, going_on, about)
+        context = Context(recipe, run, accelerator, told, phase, options, usage, fitted, about)
         with _ending_recorded(context):
             yield context
 

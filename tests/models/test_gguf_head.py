@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,3 +117,16 @@ def test_what_does_not_survive_saving_is_not_kept(
     source = resolve_model(str(write_gguf(tmp_path / "tiny.gguf")))
     assert "to" in load_tokenizer(source).get_vocab()
     assert not list((cache_folder() / "gguf").glob("*-tokenizer"))
+
+
+def test_a_full_disk_keeps_nothing_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    source = resolve_model(str(write_gguf(tmp_path / "tiny.gguf")))
+    assert load_skeleton(source).config.hidden_size == 16
+    assert "to" in load_tokenizer(source).get_vocab()
+    assert not (cache_folder() / "gguf").exists()

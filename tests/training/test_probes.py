@@ -134,9 +134,9 @@ def test_probes_leave_neither_models_nor_traces_in_trackers(
     started: list[str] = []
     adapt = start.adapt
 
-    def watch(*arguments: Any) -> Any:
+    def watch(*arguments: Any, **options: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
-        model = adapt(*arguments)
+        model = adapt(*arguments, **options)
         models.append(weakref.ref(model))
         return model
 

@@ -229,7 +229,8 @@ def _wait(
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        for index, code in enumerate(codes):
+        # Ranks that were killed first: the others fail because of them, often before they are seen.
+        for index, code in sorted(enumerate(codes), key=lambda each: (each[1] or 0) >= 0):
             if code and first_failure is None:
                 first_failure = code if code > 0 else 128 - code
                 deadline = time.monotonic() + GRACE_SECONDS

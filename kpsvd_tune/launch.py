@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -40,6 +40,16 @@ RENDEZVOUS = "KPSVD_TUNE_RENDEZVOUS"
 # the libraries look up this machine's name and listen on the address that they find.
 _INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": _INTERFACE, "NCCL_SOCKET_IFNAME": _INTERFACE}
+# What torchrun, Accelerate, MPI and this file tell a rank of its place and its launch.
+_OF_A_RANK = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "NODE_RANK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
+    *(PHASE_FILE, RENDEZVOUS),
+)
+_OF_A_LAUNCHER = (
+    *("MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"),
+    *("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_"),
+)
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -137,8 +147,59 @@ def launch(
         return _attend(ranks, phases)
 
 
+def run_alone(arguments: Sequence[str]) -> int:
+    """Run `python -m kpsvd_tune ARGUMENTS` in a process that is no rank of this one's launch.
+
+    It has this process's standard error and device, the threads of all ranks of this machine, and
+    no standard output. SIGINT and SIGTERM are passed on to it, and it ends when this process does.
+
+    Gives its exit code, or 128 + the number of a signal that ended it.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "kpsvd_tune", *arguments],
+        env=environment_alone(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # A group of its own: a terminal's Ctrl-C reaches it through us alone, once.
+        start_new_session=True,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+    )
+    with _passing_on_signals([child]) as signalled:
+        while (code := child.poll()) is None:
+            if len(signalled) > 1 and time.monotonic() > signalled[1] + _FORCED_SECONDS:
+                child.kill()
+            time.sleep(0.05)
+    return code if code >= 0 else 128 - code
+
+
+def environment_alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that works alone, made of that of a rank."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name not in _OF_A_RANK and not name.startswith(_OF_A_LAUNCHER)
+    }
+    if environment.get("ACCELERATE_USE_CPU") == "true":
+        kept["ACCELERATE_USE_CPU"] = "true"
+    with contextlib.suppress(KeyError, ValueError):
+        # Launchers share the cores out among the ranks, which have all ended but one.
+        threads = int(environment["OMP_NUM_THREADS"]) * int(environment["LOCAL_WORLD_SIZE"])
+        kept["OMP_NUM_THREADS"] = str(threads)
+    return kept
+
+
 def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) -> int:
-    signalled: list[float] = []  # times of the first signal and of those that are another request
+    with _passing_on_signals(ranks) as signalled:
+        return _wait(ranks, phases, signalled)
+
+
+@contextlib.contextmanager
+def _passing_on_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[float]]:
+    """Pass SIGINT and SIGTERM on to processes; kills at the end those that still run.
+
+    Gives the times of the first signal and of those that are another request.
+    """
+    signalled: list[float] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -151,7 +212,7 @@ def _attend(ranks: Sequence[subprocess.Popen[bytes]], phases: Sequence[Path]) ->
 
     previous = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(ranks, phases, signalled)
+        yield signalled
     finally:
         for rank in ranks:
             if rank.poll() is None:
@@ -168,7 +229,8 @@ def _wait(
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        for index, code in enumerate(codes):
+        # Ranks that were killed first: the others fail because of them, often before they are seen.
+        for index, code in sorted(enumerate(codes), key=lambda each: (each[1] or 0) >= 0):
             if code and first_failure is None:
                 first_failure = code if code > 0 else 128 - code
                 deadline = time.monotonic() + GRACE_SECONDS

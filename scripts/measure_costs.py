@@ -3,8 +3,9 @@
     python scripts/measure_costs.py --device cuda --dtype bfloat16 --write
 
 They are printed as an entry of kpsvd_tune/adapter/costs.json, by which the ways to compute an
-adapter are chosen; --write puts it there in place of an earlier one of the same hardware. The unit
-is a multiply-add of a large product, so everything is timed against that. Let the machine be quiet.
+adapter are chosen; --write puts it there in place of an earlier one of the same hardware. In
+bfloat16 on a CPU that is the CPU's unit for it, whoever made the CPU. The unit of cost is a
+multiply-add of a large product, so everything is timed against that. Let the machine be quiet.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from kpsvd_tune.adapter.costs import Costs
 from kpsvd_tune.adapter.kernel import dense_weight
 from kpsvd_tune.adapter.ways import Batched, Dense
+from kpsvd_tune.hardware.bf16 import CPU_UNIT
 from kpsvd_tune.hardware.devices import hardware_name, wait_for
 
 FILE = Path(__file__).parents[1] / "kpsvd_tune" / "adapter" / "costs.json"
@@ -106,8 +108,9 @@ def measure(
         rearrange_per_entry=max(0.0, whole - TOKENS - 2 * FEW),
         call=call,
     )
+    is_by_unit = device.type == "cpu" and dtype == torch.bfloat16
     return {
-        "hardware": hardware_name(device),
+        "hardware": CPU_UNIT if is_by_unit else hardware_name(device),
         "kind": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "costs": {name: round(value, 3) for name, value in vars(costs).items()},

@@ -188,6 +188,21 @@ def test_a_killed_rank_ends_those_that_wait_for_it(
     assert "stopping rank 0, which still waits" in err
 
 
+def test_a_killed_rank_is_named_though_another_failed_before_it_was_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, signal, sys\nos.kill(os.getpid(), signal.SIGKILL) if {} else sys.exit(1)\n"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code.format(is_killed)])
+        for is_killed in (False, True)
+    ]
+    for rank in ranks:
+        rank.wait()
+    phases = [tmp_path / "0", tmp_path / "1"]
+    assert launch._wait(ranks, phases, ()) == 128 + signal.SIGKILL
+    assert "error: rank 1 was killed by SIGKILL" in capfd.readouterr().err
+
+
 def test_a_signal_reaches_every_rank_once(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

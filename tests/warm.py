@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Of `subprocess`, for modules in whose place this one is put.
+DEVNULL = subprocess.DEVNULL
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kpsvd_tune.hardware.bf16 import CPU_UNIT
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -45,13 +47,17 @@ def _shipped() -> list[dict[str, Any]]:
     return found
 
 
-def table_of(hardware: str = "") -> Table:
-    """The constants for a piece of hardware, by its name; the common ones where it has none."""
+def table_of(hardware: str = "", cpu_unit: str = CPU_UNIT) -> Table:
+    """The constants for a piece of hardware, by its name; the common ones where it has none.
+
+    Between the two stand those of CPUs with a unit for bfloat16, by the name of its flag: the
+    unit decides far more than the maker.
+    """
     found: Table = {}
-    # Entries for all hardware of a kind come first.
-    for entry in sorted(_shipped(), key=lambda each: bool(each["hardware"])):
-        if entry["hardware"] in ("", hardware):
-            found[entry["kind"], entry["dtype"]] = Costs(**entry["costs"])
+    for name in dict.fromkeys(("", cpu_unit, hardware)):
+        for entry in _shipped():
+            if entry["hardware"] == name:
+                found[entry["kind"], entry["dtype"]] = Costs(**entry["costs"])
     return found
 
 

@@ -44,8 +44,10 @@ from kpsvd_tune.recipe import EvaluationRecipe, evaluation_section, load_recipe
 from kpsvd_tune.recipe.paths import check_source
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report.live import ConsoleEvents
-from kpsvd_tune.report.run import as_mapping
+from kpsvd_tune.report.run import UNSCORED, as_mapping
+from kpsvd_tune.report.run_files import is_finished
 from kpsvd_tune.report.work import WorkPlan, show_work
+from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.paths import check_writable, expand, kind_of, siblings
 
 # Keys of an evaluation that belong to its rows.
@@ -132,10 +134,24 @@ def evaluate(
         "batch_size": batch_size,
     }
     options = {key: value for key, value in given.items() if value is not None}
-    wanted = _task(source, options, overrides or ())
     # Before the processes start and the libraries are loaded: nothing is to be waited for.
     allowed = sandbox if allow_code_execution else None
     model = _Model(source, base, dtype, base_only, allow_other_base)
+    if not (options or overrides or output or base_only) and (left := _left_unscored(source)):
+        if dry_run:
+            check_devices(gpus, processes)
+            prepare_libraries(offline, debug)
+            plans = _plans_of_left(model, left, on_cpu=processes is not None)
+            emit({"tasks": plans}, as_json, _show_plans)
+            return
+        check_code_execution([each.task for each in left], allowed)
+        launch_processes(gpus, processes)
+        prepare_libraries(offline, debug)
+        with ConsoleEvents() as events:
+            results = _score_left(model, allowed, events)
+            emit(results, as_json, view.show_results)
+        return
+    wanted = _task(source, options, overrides or ())
     if dry_run:
         check_devices(gpus, processes)
         prepare_libraries(offline, debug)
@@ -147,6 +163,59 @@ def evaluate(
     with ConsoleEvents() as events:
         result = _score(model, wanted, output, allowed, events)
         emit(result, as_json, view.show_scores)
+
+
+def _left_unscored(source: str) -> list[EvaluationRecipe]:
+    """The tasks that a finished run still has to be scored on; none of what is no such run."""
+    run = expand(source)
+    recipe, record, results = (run / name for name in ("recipe.yaml", "run.json", "results.json"))
+    if not (recipe.is_file() and record.is_file() and results.is_file()):
+        return []
+    is_left = is_finished(read_json(record)) and UNSCORED in read_json(results, error=InputError)
+    return load_recipe(recipe, of_run=True).evaluation if is_left else []
+
+
+def _plans_of_left(
+    model: _Model, left: Sequence[EvaluationRecipe], *, on_cpu: bool
+) -> list[WorkPlan]:
+    """What scoring a run would do that its training has left unscored, task by task."""
+    from kpsvd_tune.estimate.verbs import evaluation_work
+    from kpsvd_tune.evaluation.evaluate import labelled
+    from kpsvd_tune.hardware.devices import own_device
+    from kpsvd_tune.runs.find import find, resolve_base
+
+    found, folder = find(model.source), expand(model.source) / "evaluation" / "after"
+    source = resolve_base(found, model.source, model.base, with_weights=False)
+    known, device = model.dtype or found.dtype, own_device(on_cpu)
+    return [
+        evaluation_work(found, source, task, known, folder / name, device)
+        for name, task in labelled(left).items()
+    ]
+
+
+def _show_plans(found: Mapping[str, Sequence[WorkPlan]]) -> None:
+    for plan in found["tasks"]:
+        show_work(plan)
+
+
+def _score_left(model: _Model, sandbox: Sandbox | None, events: Events) -> Mapping[str, Any]:
+    """Score a run on the tasks that its training has left unscored; gives its results."""
+    from kpsvd_tune.evaluation.unscored import UnscoredRun
+    from kpsvd_tune.processes import device, end_processes, on_main_process
+    from kpsvd_tune.runs.directory import RunDirectory
+    from kpsvd_tune.runs.find import find, resolve_base
+
+    found, run = find(model.source), RunDirectory(expand(model.source))
+    # A run that trained on another base than its first adapter's was allowed to.
+    is_other = "other_base" in read_json(run.results_file)
+    with watched() as phase, ExitStack() as stack:
+        stack.callback(end_processes)
+        place = device()
+        base = on_main_process(lambda: resolve_base(found, model.source, model.base))
+        dtype, allowed = model.dtype or found.dtype, model.allow_other_base or is_other
+        return UnscoredRun(
+            run, found, base, dtype, place, events, phase, sandbox, allow_other_base=allowed
+        ).score()
 
 
 def _planned(

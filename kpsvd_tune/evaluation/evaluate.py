@@ -116,6 +116,26 @@ class Scorer:
                 self.events.note(f"{score.scorer}: {score_text(score.scorer, score.to_dict())}")
         return found
 
+    def of_training(
+        self,
+        tasks: Mapping[str, EvaluationRecipe],
+        before: Mapping[str, Sequence[Score]],
+        after: Mapping[str, Sequence[Score]],
+    ) -> dict[str, Any]:
+        """What results.json says of the scores before and after a training; {} without tasks."""
+        results: dict[str, Any] = {
+            key: {name: as_mapping(scores) for name, scores in found.items()}
+            for key, found in (("scores", after), ("base_scores", before))
+            if found
+        }
+        for name, scores in before.items():
+            now = after[name][0]
+            results[name] = {"before": scores[0].value, "after": now.value, "n": now.n}
+        if tasks:
+            results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
+            results["score_conditions"] = self.conditions(tasks)
+        return results
+
     def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
         """How each task was asked, in words."""
         return {name: conditions(as_trained(task, self.dataset)) for name, task in tasks.items()}

@@ -9,11 +9,17 @@ import torch
 
 from kpsvd_tune.hardware.devices import hardware_name
 
-CPU_MULTIPLIES_BF16 = (
-    any(torch.cpu.get_capabilities().get(unit) for unit in ("avx512_bf16", "amx_bf16"))
-    if hasattr(torch.cpu, "get_capabilities")
-    else False
-)
+
+def _cpu_unit() -> str:
+    """This CPU's fastest unit for bfloat16, as its flags name it; empty where it has none."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return ""
+    has = torch.cpu.get_capabilities()
+    return next((unit for unit in ("amx_bf16", "avx512_bf16") if has.get(unit)), "")
+
+
+CPU_UNIT = _cpu_unit()
+CPU_MULTIPLIES_BF16 = bool(CPU_UNIT)
 # A CPU that has units may still be slow with them, as where a library does not use them: in
 # bfloat16 a product must be so many times as fast as in float32.
 WORTHWHILE = 1.5

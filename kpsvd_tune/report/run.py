@@ -22,6 +22,8 @@ from kpsvd_tune.units import duration, size
 LOSSES = frozenset({"loss", "perplexity", "loss_change", "base_loss"})
 # Scorers whose value is a mean of parts of a point, and no share of answers that are right.
 MEANS = frozenset({"chrf", "rouge_l", "macro_f1", "fields"})
+# Key of results.json: tasks of the recipe that a finished run has not been scored on yet.
+UNSCORED = "unscored"
 # 97.5 % quantile of the normal distribution.
 _Z = 1.959963984540054
 # Rounding alone moves a loss by less; any real change moves it by more.
@@ -33,6 +35,7 @@ _NAMES = {
     "validation_loss_before": "the same before training",
     "text_loss_change": "rise of the loss on the text of restrain",
     "best_step": "lowest at step",
+    UNSCORED: "not scored yet",
     "train_loss": "training loss, last steps",
     "steps": "steps",
     "trainable_parameters": "trainable parameters",

@@ -15,7 +15,7 @@ from kpsvd_tune.errors import InputError, KpsvdTuneError
 from kpsvd_tune.report.comparison import read_comparison
 from kpsvd_tune.report.layout import Column, output, print_line, print_table
 from kpsvd_tune.report.results import Result
-from kpsvd_tune.report.run import losses
+from kpsvd_tune.report.run import UNSCORED, losses
 from kpsvd_tune.report.run_files import is_finished, json_lines, run_state
 from kpsvd_tune.report.run_words import headline_score
 from kpsvd_tune.storage.json_files import read_json
@@ -179,7 +179,7 @@ def _run(place: Path, name: str) -> RunLine:
         loss=loss,
         score=None if score is None else score.value,
         score_name=None if score is None else score.name,
-        score_text=None if score is None else score.text,
+        score_text=score.text if score else "not yet" if UNSCORED in results else None,
         time=seconds,
     )
 

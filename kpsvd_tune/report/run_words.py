@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kpsvd_tune.report.results import Event, LearnedLayer
-from kpsvd_tune.report.run import losses, score_lines, score_value
+from kpsvd_tune.report.run import UNSCORED, losses, score_lines, score_value
 from kpsvd_tune.report.run_files import RunFiles, Step
 from kpsvd_tune.units import duration, energy, money, percent, size
 
@@ -225,6 +225,8 @@ def cards(run: RunFiles) -> list[dict[str, str]]:
         found.append((f"{loss:.4f}", before, "validation loss"))
     if (score := headline_score(run.results)) is not None:
         found.append((score.text, f"from {score.before}" if score.before else "", score.name))
+    if names := run.results.get(UNSCORED):
+        found.append(("not scored yet", "", ", ".join(names)))
     train = run.results.get("train_loss")
     if train is None:
         train = next(reversed(series(run.metrics, "loss")[1]), None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.state import PartialState  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped]
 from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
 from accelerate.utils import (  # type: ignore[import-untyped]
     DistributedDataParallelKwargs,
@@ -25,6 +25,9 @@ from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines import deepspeed_config
 from kpsvd_tune.training.progress import check_halving
 from kpsvd_tune.training.schedule import check_optimizer
+
+# Marks Accelerate's state of a process as made here.
+_OURS = "made_by_kpsvd_tune"
 
 
 def make_accelerator(
@@ -101,6 +104,26 @@ def _group(init_method: str | None) -> dict[str, Any]:
     return {} if init_method is None else {"init_method": init_method}
 
 
+def _let_go_of_precision(wanted: str) -> None:
+    """Let a process train in one precision after another.
+
+    Accelerate binds a process to the precision of its first Accelerator. One of an earlier run of
+    ours is done with; one that somebody else made may be in use, and its precision stays.
+    """
+    held = AcceleratorState._shared_state
+    # DeepSpeed keeps the precision in its own settings.
+    if held.get("_mixed_precision", wanted) == wanted or deepspeed_config.is_requested():
+        return
+    if held.get(_OURS):
+        AcceleratorState._reset_state()
+        return
+    raise RecipeError(
+        f"train.precision is {wanted}, but this process has an Accelerator with mixed_precision="
+        f"{held['_mixed_precision']!r}, and Accelerate allows one precision in a process; train in "
+        "a process of its own, or set train.precision to that of the Accelerator"
+    )
+
+
 def _check_device(recipe: TrainRecipe, accelerator: Accelerator) -> None:
     """Refuse what the device cannot do."""
     kind = accelerator.device.type
@@ -121,8 +144,11 @@ def _check_device(recipe: TrainRecipe, accelerator: Accelerator) -> None:
 
 
 def _accelerator(**settings: Any) -> Accelerator:
+    _let_go_of_precision(settings["mixed_precision"])
     try:
-        return Accelerator(**settings)
+        accelerator = Accelerator(**settings)
+        setattr(accelerator.state, _OURS, True)
+        return accelerator
     except ValueError as error:
         if not deepspeed_config.is_requested():
             raise

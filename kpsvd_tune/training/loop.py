@@ -209,6 +209,10 @@ class Training:
         """Every trained tensor by its name in the model, whole; all processes must ask."""
         return self._stepper.trained_weights()
 
+    def free(self) -> None:
+        """Give back the model's memory once all is saved; all processes must call it."""
+        self._stepper.free()
+
     @property
     def _is_over(self) -> bool:
         return self.progress.is_stopped_early or self.progress.step >= self.num_steps

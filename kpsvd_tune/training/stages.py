@@ -25,7 +25,7 @@ from kpsvd_tune.data import PreparedData, prepare, source_names
 from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad_token_id
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
-from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled, rows_source
+from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.bf16 import without_bf16
 from kpsvd_tune.hardware.devices import hardware_name
@@ -49,7 +49,7 @@ from kpsvd_tune.processes import end_processes, name_lost_process, on_main_proce
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.card import adapter_card
 from kpsvd_tune.report.results import LearnedReport, RankReport, Score
-from kpsvd_tune.report.run import as_mapping, ending
+from kpsvd_tune.report.run import UNSCORED, ending
 from kpsvd_tune.runs.adapter_folder import (
     adapter_hash,
     check_own,
@@ -130,7 +130,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         )
         lost = name_lost_process(lambda: phase.name, run.path / ".ranks")
         is_sharded = zero_stage(accelerator) == 3
-        _check_scorable(recipe, "DeepSpeed's ZeRO 3", is_sharded)
+        _check_restrain(recipe, "DeepSpeed's ZeRO 3", is_sharded)
         _check_quantisation(recipe, "DeepSpeed's ZeRO 3", is_sharded)
 
         def claim() -> None:
@@ -285,6 +285,10 @@ def read_data(context: Context) -> RunInput:
 def earlier_results(context: Context) -> dict[str, Any]:
     """Say that the run is finished, and return the content of its results.json."""
     run, missing = context.run, ""
+    results = on_main_process(lambda: _left_unscored(context))
+    if UNSCORED in results:
+        context.events.note(f"the training in {run.path} is finished; its scores are missing")
+        return results
     if holds_adapter(run.adapter):
         check_own(run.adapter, read_json(run.run_file).get(ADAPTER_KEY))
     else:
@@ -293,7 +297,22 @@ def earlier_results(context: Context) -> dict[str, Any]:
         f"the run in {run.path} is finished; nothing was done.{missing} To run it again, "
         "choose another output_dir or pass --resume never"
     )
-    return read_json(run.results_file)
+    return results
+
+
+def _left_unscored(context: Context) -> dict[str, Any]:
+    """The results of a finished run; of one that is not scored yet, with the tasks typed now."""
+    run, tasks = context.run, labelled(context.recipe.evaluation)
+    results = read_json(run.results_file)
+    if UNSCORED not in results:
+        return results
+    # They may be others: with fewer questions at a time, or none at all.
+    replace_file(run.recipe_file, recipe_to_yaml(context.recipe).encode())
+    del results[UNSCORED]
+    if tasks:
+        results[UNSCORED] = list(tasks)
+    run.replace_results(results)
+    return results
 
 
 def start_model(context: Context, data: RunInput) -> StartedModel:
@@ -326,9 +345,16 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     recipe, model, phase, events = started.recipe, started.model, context.phase, context.events
     cures = answering_cures(recipe.evaluation)
     phase.enter("scoring the base model", cures, "finished completions are kept")
+    tasks = {name: task for name, task in labelled(recipe.evaluation).items() if task.before}
+    if scores_later(context):
+        events.note(
+            "evaluation: no process holds all weights, which answers need; a process of its own "
+            "loads the model and scores it once the run is saved"
+            + (", and what it was before the training as well" if tasks else "")
+        )
+        tasks = {}
     # Offsets are those of step 0 here, also when a run goes on: zero, which is the base model,
     # unless adapter.from gave others.
-    tasks = {name: task for name, task in labelled(recipe.evaluation).items() if task.before}
     folder = context.run.path / "evaluation" / "before"
     is_first, began = not folder.exists(), time.monotonic()
     before = _scorer(context, data).score_all(model, tasks, folder)
@@ -393,14 +419,17 @@ def finish_run(
     context.phase.enter("scoring and saving", answering_cures(recipe.evaluation), _KEPT)
     weights = training.trained_weights()
     scorer, tasks = _scorer(context, data), labelled(recipe.evaluation)
-    after = scorer.score_all(started.model, tasks, run.path / "evaluation" / "after")
+    is_later = scores_later(context)
+    after = scorer.score_all(
+        started.model, {} if is_later else tasks, run.path / "evaluation" / "after"
+    )
     results |= ending(results, from_adapter=data.adapter is not None)
-    results |= _scores(trained.scores_before, after)
     if started.other_base is not None:
         results["other_base"] = f"trained {started.other_base}"
-    if tasks:
-        results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
-        results["score_conditions"] = scorer.conditions(tasks)
+    if is_later:
+        results[UNSCORED] = list(tasks)
+    else:
+        results |= scorer.of_training(tasks, trained.scores_before, after)
 
     learned = _learned(context, started.model, results["adapter_step"])
     changes = read_json(run.run_file).get("changes", ())
@@ -425,7 +454,17 @@ def finish_run(
     evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
     context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
     on_main_process(lambda: context.page.refresh(is_last=True))
+    if is_later:
+        # The process that scores loads the whole model on the device of this one.
+        training.free()
     return results
+
+
+def scores_later(context: Context) -> bool:
+    """Whether there is something to score, and no process holds the weights to do it with."""
+    return bool(context.recipe.evaluation) and shares_weights(
+        context.accelerator, context.recipe.train
+    )
 
 
 def _how_it_ended(error: BaseException, phase: str) -> str:
@@ -450,7 +489,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     is_sharded = recipe.train.parallel == "fsdp"
-    _check_scorable(recipe, "train.parallel: fsdp", is_sharded)
+    _check_restrain(recipe, "train.parallel: fsdp", is_sharded)
     _check_quantisation(recipe, "train.parallel: fsdp", is_sharded)
     check_tasks(recipe.evaluation, recipe.dataset)
     find_adapter(recipe)
@@ -465,16 +504,11 @@ def _check_quantisation(recipe: Recipe, sharding: str, is_sharded: bool) -> None
         )
 
 
-def _check_scorable(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
+def _check_restrain(recipe: Recipe, sharding: str, is_sharded: bool) -> None:
     if is_sharded and recipe.restrain is not None:
         raise RecipeError(
             f"restrain: an update is not cut back on sharded weights ({sharding}); remove the "
             "section, or train without sharding"
-        )
-    if is_sharded and recipe.evaluation:
-        raise RecipeError(
-            f"evaluation: answers are not generated from sharded weights ({sharding}); "
-            "pass evaluation=[] and score the finished run with `kpsvd-tune eval`"
         )
 
 
@@ -558,24 +592,12 @@ def _scorer(context: Context, data: RunInput) -> Scorer:
     )
 
 
-def _scores(
-    before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]
-) -> dict[str, Any]:
-    results: dict[str, Any] = {
-        key: {task: as_mapping(scores) for task, scores in found.items()}
-        for key, found in (("scores", after), ("base_scores", before))
-        if found
-    }
-    for task, scores in before.items():
-        now = after[task][0]
-        results[task] = {"before": scores[0].value, "after": now.value, "n": now.n}
-    return results
-
-
 def _with_earlier_scores(run: RunDirectory, results: Mapping[str, Any]) -> Mapping[str, Any]:
     """The results with what `eval` has added to them, where a finished run is rebuilt."""
     earlier = read_json(run.results_file) if run.results_file.exists() else {}
+    later = results.get(UNSCORED, ())
     for key, value in earlier.items():
         if key in _ADDED_BY_EVAL and isinstance(value, dict):
-            results = {**results, key: {**value, **results.get(key, {})}}
+            kept = {name: each for name, each in value.items() if name not in later}
+            results = {**results, key: {**kept, **results.get(key, {})}}
     return results

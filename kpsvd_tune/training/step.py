@@ -168,6 +168,10 @@ class Stepper:
         """Every trained tensor by name, whole; all processes must ask."""
         return self._engine.weights()
 
+    def free(self) -> None:
+        """Give back the engine's memory; no step follows."""
+        self._engine.free()
+
     def load_state(
         self,
         offsets: Mapping[str, Tensor],

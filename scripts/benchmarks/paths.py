@@ -3,11 +3,12 @@
     python scripts/benchmarks/paths.py --json paths.json
 
 For every weight size, factor shape, rank and number of tokens the forward and backward pass of one
-adapted float32 layer is timed (process time of one thread, ways taking turns, fastest of several)
-along each path and with each way of differentiating the factors. The table says what was chosen,
-what was fastest, and how much slower the choice is; the last lines how often the choice is off and
-how far. Ways that are far behind are given up after a few turns. ``--inference`` times the forward
-pass alone. LLaMA2-7B's larger weights are measured up to ``--largest`` multiply-adds of W alone, so
+adapted layer is timed (process time of one thread, ways taking turns, fastest of several) along
+each path and with each way of differentiating the factors. The table says what was chosen, what was
+fastest, and how much slower the choice is; the last lines how often the choice is off and how far.
+Ways that are far behind are given up after a few turns. ``--inference`` times the forward pass
+alone, ``--dtype bfloat16`` a layer in 16 bits, ``--form left`` one whose left factors alone are
+trained. LLaMA2-7B's larger weights are measured up to ``--largest`` multiply-adds of W alone, so
 that the grid ends: beyond, every cost grows in proportion to the tokens.
 """
 
@@ -26,37 +27,51 @@ import torch
 from torch import nn
 
 from kpsvd_tune.adapter import KpsvdLinear
-from kpsvd_tune.adapter.forms import Both, Plan, Way
+from kpsvd_tune.adapter.costs import costs_of
+from kpsvd_tune.adapter.forms import FORMS, Form, Plan, Way
+from kpsvd_tune.adapter.function import update_dtype
 from kpsvd_tune.adapter.ways import Batched, Dense, Flat
 from kpsvd_tune.linalg import KroneckerShape, choose_shape
+from kpsvd_tune.linalg.shape import nearest_shape
 
 SIZES = {
     "smollm2": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "llama7b": [(4096, 4096), (11008, 4096), (4096, 11008)],
 }
 RULES: dict[str, Any] = {"thin": "thin", "8x8": {"n": 8, "p": 8}, "balanced": "balanced"}
+FACTOR_SIZE = 32  # rows and columns of the trained factors of one-sided forms
 
 # The choice itself, which is replaced while other ways are timed.
-CHOOSE = Both.plan
+CHOOSE = Form.plan
 UPDATES: dict[Way, str] = {Flat: "flat", Batched: "batched", Dense: "weight"}
 GRADIENTS: dict[Way, str] = {Flat: "spread", Batched: "chunked", Dense: "full"}
 
 
-def plans(shape: KroneckerShape, rank: int, is_training: bool) -> list[Plan]:
+def shape_of(size: tuple[int, int], rule: str, form: str) -> KroneckerShape:
+    """The factor shape of a weight (out, in)."""
+    if form == "both":
+        return choose_shape(*size, RULES[rule]).shape
+    return nearest_shape(*size, form, FACTOR_SIZE).shape
+
+
+def plans(form: Form, is_training: bool) -> list[Plan]:
     """Every way to compute a layer, but flat products far wider than the layer itself."""
-    is_wide = 2 * rank * shape.n * shape.p > 2 * max(shape.out_features, shape.in_features)
+    shape = form.shape
+    largest = max(shape.out_features, shape.in_features)
+    is_wide = form.num_terms * shape.n * shape.p > 2 * largest
     ways: list[Way] = [Dense, Batched] if is_wide else [Dense, Batched, Flat]
     return [Plan(*each) for each in itertools.product(ways, ways if is_training else [Dense])]
 
 
-def make_layer(shape: KroneckerShape, rank: int) -> KpsvdLinear:
-    """One adapted layer with non-zero offsets."""
-    base = nn.Linear(shape.in_features, shape.out_features, bias=False).requires_grad_(False)
-    adapted = KpsvdLinear(base, "default")
-    factors = torch.randn(rank, shape.m, shape.n), torch.randn(rank, shape.p, shape.q)
-    adapted.update_layer("default", Both(shape, rank), 0.0, factors)
+def make_layer(form: Form, dtype: torch.dtype) -> KpsvdLinear:
+    """One adapted layer with a non-zero update."""
+    shape = form.shape
+    base = nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=dtype)
+    adapted = KpsvdLinear(base.requires_grad_(False), "default")
+    frozen = tuple(torch.randn(form.size(part)) for part in form.frozen)
+    adapted.update_layer("default", form, 0.0, frozen)
     with torch.no_grad():
-        for parameter in (*adapted.kpsvd_left.values(), *adapted.kpsvd_right.values()):
+        for parameter in adapted.trained("default"):
             parameter.normal_()
     return adapted
 
@@ -80,16 +95,16 @@ def fastest(calls: dict[Plan, Callable[[], object]], seconds: float) -> dict[Pla
 
 
 def measure(
-    shape: KroneckerShape, rank: int, tokens: int, is_training: bool, seconds: float
+    form: Form, tokens: int, is_training: bool, dtype: torch.dtype, seconds: float
 ) -> dict[str, Any]:
     """Time all ways for one layer and number of tokens."""
-    adapted = make_layer(shape, rank)
-    x = torch.randn(tokens, shape.in_features, requires_grad=is_training)
-    gradient = torch.randn(tokens, shape.out_features)
+    adapted, shape = make_layer(form, dtype), form.shape
+    x = torch.randn(tokens, shape.in_features, dtype=dtype, requires_grad=is_training)
+    gradient = torch.randn(tokens, shape.out_features, dtype=dtype)
 
     def call(plan: Plan) -> Callable[[], None]:
         def run() -> None:
-            Both.plan = lambda *_: plan  # type: ignore[method-assign]
+            Form.plan = lambda *_: plan  # type: ignore[method-assign]
             with torch.set_grad_enabled(is_training):
                 y = adapted(x)
             if is_training:
@@ -97,15 +112,17 @@ def measure(
 
         return run
 
-    took = fastest({plan: call(plan) for plan in plans(shape, rank, is_training)}, seconds)
-    chosen = CHOOSE(Both(shape, rank), tokens, "auto", is_training)
+    took = fastest({plan: call(plan) for plan in plans(form, is_training)}, seconds)
+    update = update_dtype(dtype, torch.float32, "cpu")
+    can_add, costs = torch.finfo(dtype).bits >= 32, costs_of("cpu", update)
+    chosen = CHOOSE(form, tokens, "auto", is_training, can_add, costs)
     if not is_training:
         chosen = Plan(chosen.update, Dense)
     best = min(took, key=lambda plan: took[plan])
     return {
         "out": shape.out_features,
         "in": shape.in_features,
-        "rank": rank,
+        "rank": form.rank,
         "tokens": tokens,
         "chosen": name_of(chosen),
         "best": name_of(best),
@@ -146,6 +163,8 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--form", choices=["both", "left"], default="both")
     parser.add_argument("--seconds", type=float, default=0.04, help="for each way of each point")
     parser.add_argument("--largest", type=float, default=5e9, help="tokens x out x in")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -154,11 +173,13 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     sizes = [size for name in args.sizes for size in SIZES[name]]
-    for size, rule, rank, tokens in itertools.product(sizes, args.rules, args.ranks, args.tokens):
+    rules = args.rules if args.form == "both" else [f"{FACTOR_SIZE}x{FACTOR_SIZE}"]
+    for size, rule, rank, tokens in itertools.product(sizes, rules, args.ranks, args.tokens):
         if tokens * math.prod(size) > args.largest:
             continue
-        shape = choose_shape(*size, RULES[rule]).shape
-        row = {"rule": rule} | measure(shape, rank, tokens, not args.inference, args.seconds)
+        form = FORMS[args.form](shape_of(size, rule, args.form), rank)
+        dtype = getattr(torch, args.dtype)
+        row = {"rule": rule} | measure(form, tokens, not args.inference, dtype, args.seconds)
         rows.append(row)
         print(
             f"{size[0]:6}x{size[1]:<6}{rule:9} r{rank:<3}{tokens:5} tokens  chosen "

@@ -60,6 +60,25 @@ def test_hardware_has_its_own_and_a_run_keeps_them(monkeypatch: pytest.MonkeyPat
     assert costs_of("cuda", torch.float32) != own
 
 
+def test_a_cpu_with_a_unit_for_bfloat16_has_the_constants_of_that_unit() -> None:
+    without = table_of(cpu_unit="")
+    with_unit = table_of(cpu_unit="avx512_bf16")
+    assert without["cpu", "bfloat16"] != with_unit["cpu", "bfloat16"]
+    assert without["cpu", "float32"] == with_unit["cpu", "float32"]
+    assert table_of(cpu_unit="a unit of the future") == without
+    # The same shipped entries whatever this machine has.
+    assert table_of("some CPU", "avx512_bf16") == with_unit
+
+
+def test_the_name_of_the_hardware_goes_before_that_of_the_unit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = planted(call=3.0)
+    entry = {"hardware": "X", "kind": "cpu", "dtype": "bfloat16", "costs": vars(own)}
+    monkeypatch.setattr(costs, "_shipped", lambda shipped=costs._shipped: [entry, *shipped()])
+    assert table_of("X", "avx512_bf16")["cpu", "bfloat16"] == own
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_constants_it_began_with(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

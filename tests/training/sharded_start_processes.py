@@ -145,6 +145,8 @@ def train(folder: Path, case: str, parallel: str, *, streamed: bool) -> None:
         "notes": notes,
         "meta": [key for key, each in model.named_parameters() if each.is_meta],
     }
+    training.free()
+    seen["freed"] = held_bytes(model.get_base_model())
     (folder / f"{name}-{accelerator.process_index}.json").write_text(json.dumps(seen))
     accelerator.free_memory()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.state import (  # type: ignore[import-untyped]
     AcceleratorState,
     GradientState,
@@ -16,9 +17,10 @@ from accelerate.state import (  # type: ignore[import-untyped]
 )
 
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.hardware.bf16 import Bf16
-from kpsvd_tune.recipe import Recipe
-from kpsvd_tune.training import precision
+from kpsvd_tune.recipe import Recipe, TrainRecipe
+from kpsvd_tune.training import make_accelerator, precision
 from kpsvd_tune.training.precision import settle_precision
 
 CPU = torch.device("cpu")
@@ -158,3 +160,19 @@ def test_the_plan_counts_with_what_auto_takes(
         assert speed.why[:20] in " ".join(err.split())
         sizes[name] = json.loads(out)["base_model_bytes"]
     assert sizes["slow"] == 2 * sizes["fast"]
+
+
+def test_a_process_trains_in_one_precision_after_another() -> None:
+    for wanted in ("bf16", "no", "no", "bf16"):
+        accelerator = make_accelerator(TrainRecipe(precision=wanted))
+        assert accelerator.mixed_precision == wanted
+        assert accelerator.native_amp == (wanted == "bf16")
+
+
+def test_an_accelerator_of_the_users_keeps_its_precision() -> None:
+    theirs = Accelerator(mixed_precision="bf16")
+    with pytest.raises(RecipeError, match=r"train\.precision is no, but this process has") as error:
+        make_accelerator(TrainRecipe(precision="no"))
+    assert "mixed_precision='bf16'" in str(error.value)
+    assert "a process of its own" in str(error.value)
+    assert theirs.mixed_precision == "bf16"

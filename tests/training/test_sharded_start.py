@@ -117,6 +117,15 @@ def test_no_process_ever_holds_all_weights(folder, case):
     assert seen(folder, case, "old", 0)["most"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_weights_that_something_else_refers_to_are_given_back(folder, case):
+    """DeepSpeed's hooks outlive the training; fully_shard's go with the model."""
+    for rank in (0, 1):
+        found = seen(folder, case, "new", rank)
+        assert found["freed"] == (0 if folder.name.startswith("zero3") else found["held"])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_what_is_read_is_the_model_that_would_be_loaded(tmp_path, architecture, dtype):

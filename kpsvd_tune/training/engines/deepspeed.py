@@ -121,6 +121,14 @@ class DeepSpeedEngine(Engine):
                 value = values[name].to(parameter.device)
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
+    def free(self) -> None:
+        """Give back the buffers and the weights, to which DeepSpeed's hooks refer for ever."""
+        self._engine.destroy()
+        for parameter in self._module.parameters():
+            for held in (parameter, getattr(parameter, "ds_tensor", None)):
+                if held is not None:
+                    held.data = torch.empty(0, dtype=held.dtype, device=held.device)
+
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state as without DeepSpeed, tensors whole."""
         if self.stage == 0:

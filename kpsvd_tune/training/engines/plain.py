@@ -108,6 +108,9 @@ class Engine:
             for parameter, name in self._names.items():
                 parameter.copy_(values[name])
 
+    def free(self) -> None:
+        """Give back memory that would outlive the last reference; nothing is called afterwards."""
+
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state in the form of `runs.state.optimizer_state`, tensors whole."""
         return optimizer_state(self.optimizer, self._names)

@@ -44,6 +44,7 @@ from kpsvd_tune.adapter.targets import (
     modules_by_name,
     plain_name,
     saved_whole_notes,
+    settle_quantised,
     target_names,
 )
 from kpsvd_tune.errors import AdapterError, some_of
@@ -77,8 +78,8 @@ class KpsvdModel(BaseTuner):
         where the configuration says otherwise.
 
         Raises:
-            AdapterError: No layer is matched, a target cannot be adapted, or every rank is 0; or
-                the adapter's name is none that torch can hold.
+            AdapterError: No layer is matched, a target cannot be adapted, or every rank is 0; 4-bit
+                weights are misread on this CPU; or the adapter's name is none that torch can hold.
         """
         if not adapter_name or "." in adapter_name:
             raise AdapterError(
@@ -91,6 +92,7 @@ class KpsvdModel(BaseTuner):
                 "adapter beside them with add_adapter, or get the plain model back with unload or "
                 "merge_and_unload"
             )
+        settle_quantised(model)
         _unmerge(model)
         config: Any = self.peft_config[adapter_name]
         check_saved_plain(model, config.modules_to_save or ())

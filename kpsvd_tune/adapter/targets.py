@@ -23,6 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import AdapterError, closest, did_you_mean, some_of
+from kpsvd_tune.hardware import four_bits
 from kpsvd_tune.storage.patterns import SlowPatternError, time_limit
 
 LINEAR = (nn.Linear, Conv1D)
@@ -169,6 +170,16 @@ def check_saved_plain(model: nn.Module, modules_to_save: Sequence[str]) -> None:
                 "instead (target_modules), or load the base without quantisation "
                 "(model.quantization: null)"
             )
+
+
+def settle_quantised(model: nn.Module) -> None:
+    """Have the model compute with 4-bit weights as they are stored; refuse misread ones.
+
+    Raises:
+        AdapterError: bitsandbytes dequantises some of them wrongly on this CPU.
+    """
+    if fault := four_bits.settle(model):
+        raise AdapterError(f"{fault}; expected a base with plain or 8-bit weights")
 
 
 def saved_whole_notes(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
 from kpsvd_tune.hardware.devices import own_device
 from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer
-from kpsvd_tune.models.quantised import dequantised, quantisation_config
+from kpsvd_tune.models.quantised import dequantised, quantisation_config, settle_quantised
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.memory import is_out_of_memory
 
@@ -101,6 +101,7 @@ def load_model(
     if source.kind == "gguf":
         _forget_quantisation(model)
         _warn_of_rotations(source)
+    settle_quantised(model, source.path)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.errors import ModelError
+from kpsvd_tune.hardware import four_bits
 
 # As recipes name them: 4-bit NormalFloat with scales that are quantised too (QLoRA, arXiv
 # 2305.14314), and 8-bit integers with outlying inputs apart (LLM.int8, arXiv 2208.07339).
@@ -48,6 +49,19 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def settle_quantised(model: nn.Module, path: str) -> None:
+    """See to it that a base computes on every CPU with its 4-bit weights as they are stored.
+
+    Raises:
+        ModelError: bitsandbytes reads some of them wrongly here.
+    """
+    if fault := four_bits.settle(model):
+        raise ModelError(
+            f"model {path!r}: {fault}; expected plain weights (model.quantization: null), or "
+            "model.quantization: int8"
+        )
 
 
 def dequantised(model: Any) -> Any:

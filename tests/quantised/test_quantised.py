@@ -304,7 +304,7 @@ def test_conv1d_layers_are_trained_and_merged_as_linear_ones(
     """transformers packs the (in, out) of GPT-2's layers as (out, in)."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_embd=32,
+        n_embd=64,
         n_layer=1,
         n_head=4,
         n_positions=128,

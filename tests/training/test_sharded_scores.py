@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kpsvd_tune import launch
 from kpsvd_tune.commands import main as cli
@@ -46,13 +47,18 @@ def unscored(recipe: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A run as a training with shared-out weights leaves it, and its results with the scores."""
     run = tmp_path / "run"
     assert cli.run(["train", str(recipe)]) == 0
+    return run, forget_scores(run, tmp_path / "evaluation")
+
+
+def forget_scores(run: Path, evaluation: Path) -> dict[str, Any]:
+    """Leave a run as if it had not been scored, and give its results; completions are moved."""
     scored = results_of(run)
     tasks = list(scored["scores"])
     of_scores = {"scores", "base_scores", "score_files", "score_conditions", *tasks}
     left = {key: value for key, value in scored.items() if key not in of_scores}
     (run / "results.json").write_text(json.dumps(left | {"unscored": tasks}))
-    (run / "evaluation").rename(tmp_path / "evaluation")
-    return run, scored
+    (run / "evaluation").rename(evaluation)
+    return scored
 
 
 def results_of(run: Path) -> dict[str, Any]:
@@ -129,6 +135,25 @@ def test_what_a_training_left_is_made_up_for_to_the_letter(
         assert again.read_bytes() == file.read_bytes()
     # Nothing is left, and nothing is started.
     assert score_apart(str(run), scored, ()) is scored
+
+
+@pytest.mark.slow
+def test_before_the_training_is_with_the_adapter_that_it_began_with(
+    recipe: Path, tmp_path: Path, warm_ranks: None
+) -> None:
+    first, run = tmp_path / "first", tmp_path / "run"
+    rate = "train.learning_rate=0.1"
+    assert cli.run(["train", str(recipe), f"output_dir={first}", rate]) in (0, 4)
+    content = yaml.safe_load(recipe.read_text()) | {"adapter": {"from": str(first)}}
+    recipe.write_text(yaml.safe_dump(content))
+    assert cli.run(["train", str(recipe), rate]) in (0, 4)
+    scored = forget_scores(run, tmp_path / "evaluation")
+    assert score_apart(str(run), results_of(run), ["--offline"]) == scored
+    done = Path("before", "exact_match", "completions.jsonl")
+    again = (run / "evaluation" / done).read_bytes()
+    assert again == (tmp_path / "evaluation" / done).read_bytes()
+    # The base alone answers otherwise.
+    assert again != (first / "evaluation" / done).read_bytes()
 
 
 @pytest.mark.slow

@@ -392,7 +392,9 @@ def test_a_recipe_of_ours_has_nothing_to_convert(
 @pytest.mark.parametrize(
     ("keys", "section", "key", "expected"),
     [
-        ("bf16: auto", "train", "precision", "bf16"),
+        ("bf16: auto", "train", "precision", "auto"),
+        ("bf16: auto", "model", "dtype", "auto"),
+        ("bf16: true", "train", "precision", "bf16"),
         ("fp16: true", "model", "dtype", "float16"),
         ("warmup_ratio: 0.2", "train", "warmup_ratio", 0.2),
         ("max_steps: -1\nnum_epochs: 2", "train", "epochs", 2),

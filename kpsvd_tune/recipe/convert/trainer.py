@@ -51,15 +51,16 @@ def optimiser(target: Target, source: str, value: Any) -> None:
 
 
 def precision(name: str) -> Rule:
-    """bf16 or fp16: a switch, or `auto`, or `full`."""
+    """bf16 or fp16: a switch, or `full`; or `auto`, which is left to the machine here too."""
 
     def rule(target: Target, source: str, value: Any) -> None:
         train = target.content.setdefault("train", {})
         if value in keys.NOTHING:
             train.setdefault("precision", "no")
             return
-        target.set("train.precision", name, source)
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[name]
+        is_auto = name == "bf16" and value == "auto"
+        target.set("train.precision", "auto" if is_auto else name, source)
+        dtype = "auto" if is_auto else {"bf16": "bfloat16", "fp16": "float16"}[name]
         target.content.setdefault("model", {}).setdefault("dtype", dtype)
 
     return Rule("`train.precision`, `model.dtype`", rule)

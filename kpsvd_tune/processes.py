@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
@@ -88,12 +89,21 @@ def device() -> torch.device:
     return place
 
 
-def on_main_process(work: Callable[[], T]) -> T:
+@dataclass(frozen=True)
+class _Parts:
+    """What the main process asks all of them to do, in place of the result that they wait for."""
+
+    parts: Sequence[Any]  # one for each process; the first is the main one's own
+
+
+def on_main_process(work: Callable[[], T], helper: Callable[[Any], Any] | None = None) -> T:
     """The result of work that the main process does once while the others wait for it.
 
     It must be picklable. The others wait without a time limit, and notice at once when the main
     process dies. A KpsvdTuneError of `work` is raised on every process alike, so that none waits
     for one that has gone; other exceptions become a RunError on the others.
+
+    While they wait they do with `helper` what `work` asks of them by :func:`share_out`.
     """
     if not is_distributed():
         return work()
@@ -109,11 +119,51 @@ def on_main_process(work: Callable[[], T]) -> T:
             dist.broadcast_object_list(outcome, src=0, group=_Patient.group)
             raise
     dist.broadcast_object_list(outcome, src=0, group=_Patient.group)
+    own: Exception | None = None
+    while isinstance(outcome[0], _Parts):
+        assert helper is not None  # work that shares out is given with what the others do
+        answer, own = _attempt(helper, outcome[0].parts[rank()])
+        dist.gather_object(answer, dst=0, group=_Patient.group)
+        dist.broadcast_object_list(outcome, src=0, group=_Patient.group)
+    if own is not None and not isinstance(own, KpsvdTuneError):
+        # What it was is known here alone, such as a lack of memory.
+        raise own
     if outcome[1] is not None:
         outcome[1].is_everywhere = True
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def share_out(parts: Sequence[Any], work: Callable[[Any], T]) -> list[T]:
+    """Do the first part here, and have each other process do its own by its helper.
+
+    For work inside of :func:`on_main_process`. `parts` are one for each process, and they and the
+    results, which come in the same order, must be picklable. An exception of any process is raised
+    here once all have answered; of another process one that is no KpsvdTuneError is a RunError.
+    """
+    if not is_distributed():
+        return [work(each) for each in parts]
+    dist.broadcast_object_list([_Parts(parts), None], src=0, group=_Patient.group)
+    answer, own = _attempt(work, parts[0])
+    answers: list[Any] = [None] * num_processes()
+    dist.gather_object(answer, answers, dst=0, group=_Patient.group)
+    if own is not None:
+        raise own
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]
+
+
+def _attempt(work: Callable[[Any], T], part: Any) -> tuple[tuple[T | None, Any], Exception | None]:
+    """What is sent of one part, a result or an error that can be, and the exception itself."""
+    try:
+        return (work(part), None), None
+    except KpsvdTuneError as error:
+        return (None, error), error
+    except Exception as error:
+        return (None, RunError(f"rank {rank()} failed: {type(error).__name__}: {error}")), error
 
 
 def end_processes() -> None:
@@ -141,11 +191,17 @@ def how_it_ended(process: BaseProcess) -> str:
 
 
 @contextlib.contextmanager
-def name_lost_process(phase: Callable[[], str], folder: Path | None = None) -> Iterator[None]:
+def name_lost_process(
+    phase: Callable[[], str],
+    folder: Path | None = None,
+    *,
+    kept: str = "The last checkpoint is whole",
+) -> Iterator[None]:
     """Turn the failure of a collective whose partner died into a RunError with rank and phase.
 
     With a `folder` that all processes see, the message names the ranks that died, on whatever
     machine: each holds the lock of a file there until it ends, and empties it where it could.
+    `kept` says what the same command goes on from.
     """
     with contextlib.ExitStack() as stack:
         if folder is not None and is_distributed():
@@ -159,7 +215,7 @@ def name_lost_process(phase: Callable[[], str], folder: Path | None = None) -> I
             lost = [] if folder is None else _lost(folder)
             raise RunError(
                 f"rank {dist.get_rank()} lost the connection to {_named(lost)}, while {phase()} "
-                f"({reason}). The last checkpoint is whole; the same command goes on from it"
+                f"({reason}). {kept}; the same command goes on from there"
             ) from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +65,12 @@ def init_only(
     with ConsoleEvents() as events:
         if sweep:
             variants = _variants(recipe, overrides or (), sweep)
-            emit(_sweep(variants, workers, events), as_json, view.show_sweep)
+            with _together(workers) as (phase, run):
+                swept = run(lambda: _sweep(variants, workers, phase, events))
+            emit(swept, as_json, view.show_sweep)
             return
-        report = _decompose(resolved, workers, events)
+        with _together(workers) as (phase, run):
+            report: RankReport = run(lambda: _decompose(resolved, workers, phase, events))
         emit(report, as_json, view.show_ranks)
         init = Path(resolved.output_dir) / "init"
         page = init / "rank_report.html"
@@ -73,7 +78,41 @@ def init_only(
         events.note(f"written: {init}/rank_report.json and .csv{look}")
 
 
-def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> RankReport:
+@contextmanager
+def _together(
+    workers: dict[str, Any],
+) -> Iterator[tuple[Phase, Callable[[Callable[[], Any]], Any]]]:
+    """Gather the processes of a launch, where there is one, and change `workers` to them.
+
+    Gives the phase, and what has the main process do some work while the others help it.
+    """
+    from kpsvd_tune.decompose.launched import Helper
+    from kpsvd_tune.hardware.devices import decomposing_device
+    from kpsvd_tune.processes import device, end_processes, name_lost_process, on_main_process
+
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    with watched() as phase, ExitStack() as stack:
+        if number > 1:
+            if workers["processes"] > 1:
+                raise InputError(
+                    f"{workers['processes']} worker processes were asked for, and a launcher has "
+                    f"started {number} ranks, which share the matrices; leave --processes and "
+                    "--gpus out"
+                )
+            phase.enter("meeting the other ranks")
+            stack.callback(end_processes)
+            place = str(decomposing_device(device()))
+            workers |= {"device": place, "in_launch": True}
+            phase.enter("decomposing the base model")
+            kept = "Finished matrices are kept"
+            stack.enter_context(name_lost_process(lambda: phase.name, kept=kept))
+        helper = Helper(workers["device"])
+        yield phase, lambda work: on_main_process(work, helper)
+
+
+def _decompose(
+    recipe: Recipe, workers: Mapping[str, Any], phase: Phase, events: Events
+) -> RankReport:
     """Decompose every target, choose the ranks, and write the rank report to init/.
 
     The factors stay in the spectra cache, from which `train` takes them at once.
@@ -96,7 +135,7 @@ def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> Ra
         )
     refuse_inside_run(run.path, "output_dir")
     run.check_ours()
-    with watched() as phase, run.lock():
+    with run.lock():
         report: RankReport = _run(decompose, recipe, phase, workers, events).report
         if recipe.adapter.rank.energy == "auto":
             stands_in = f"here {report.rule['energy']:g} stands in"
@@ -109,15 +148,14 @@ def _decompose(recipe: Recipe, workers: Mapping[str, Any], events: Events) -> Ra
 
 
 def _sweep(
-    variants: Mapping[str, Recipe], workers: Mapping[str, Any], events: Events
+    variants: Mapping[str, Recipe], workers: Mapping[str, Any], phase: Phase, events: Events
 ) -> dict[str, RankReport | dict[str, str]]:
     """Decompose once and apply the rank rule of each variant."""
     from kpsvd_tune.decompose import collect_spectra
     from kpsvd_tune.decompose.sweep import check_sweep, sweep_ranks
 
     widest = check_sweep(variants)
-    with watched() as phase:
-        spectra = _run(collect_spectra, widest, phase, workers, events)
+    spectra = _run(collect_spectra, widest, phase, workers, events)
     return sweep_ranks(spectra, variants, events)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kpsvd_tune.adapter.targets import saved_whole_notes, target_names, untouched
 from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
+from kpsvd_tune.decompose.launched import run_launched
 from kpsvd_tune.decompose.ranks import rank_report, rank_rule
 from kpsvd_tune.decompose.spectra import Found, Settings, SpectraWorker, work
 from kpsvd_tune.decompose.workers import run_processes
@@ -18,6 +19,7 @@ from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.events import Events
 from kpsvd_tune.linalg import LayerPlan, check_rule
 from kpsvd_tune.models import ModelSource, WeightReader, load_skeleton
+from kpsvd_tune.processes import num_processes
 from kpsvd_tune.recipe.adapter import AdapterRecipe, RankRecipe
 from kpsvd_tune.report.results import RankReport
 from kpsvd_tune.units import time_left
@@ -133,6 +135,7 @@ def collect_spectra(
     is_rule_final: bool = False,
     processes: int = 1,
     device: str = "cpu",
+    in_launch: bool = False,
     progress: Show | None = None,
 ) -> Spectra:
     """Compute, or find in the cache, the spectra of all target matrices.
@@ -148,6 +151,8 @@ def collect_spectra(
             that tries several leaves that to :meth:`Spectra.report`.
         processes: Worker processes to start for this call.
         device: Where to decompose: cpu, cuda, cuda:1.
+        in_launch: Whether the other processes of this launch wait with a
+            :class:`kpsvd_tune.decompose.launched.Helper`; they then share the work.
         progress: Called after each matrix.
 
     Raises:
@@ -180,6 +185,8 @@ def collect_spectra(
                 raise ModelError(f"{plan.name} cannot be adapted: {error}") from error
             plan = replace(plan, seconds=time.perf_counter() - began)
             found.add(Found(plan, "", "computed"))
+    elif in_launch and num_processes() > 1:
+        run_launched(worker, reader, settings, plans, found.add)
     elif processes > 1:
         # Starting workers takes seconds: only for what the cache does not have.
         run_processes(source, worker.look_up(plans, found.add), settings, processes, found.add)

@@ -118,6 +118,7 @@ def decompose(
     start_seed: int = 0,
     processes: int = 1,
     device: str = "cpu",
+    in_launch: bool = False,
     progress: Show | None = None,
 ) -> Decomposition:
     """Decompose the target matrices, choose their ranks, and give the factors of `adapter.init`.
@@ -137,6 +138,7 @@ def decompose(
         is_rule_final=True,
         processes=processes,
         device=device,
+        in_launch=in_launch,
         progress=progress,
     )
     return start_from(spectra, adapter, start_seed)

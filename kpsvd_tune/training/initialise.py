@@ -24,6 +24,7 @@ from kpsvd_tune.decompose import (
     report_decomposition,
     start_from,
 )
+from kpsvd_tune.decompose.launched import Helper
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.hardware.devices import decomposing_device
@@ -66,7 +67,9 @@ def initialise(context: Context, data: RunInput) -> tuple[Recipe, Decomposition]
             energy, probes = EnergyProbes(context, data).choose()
             events.note(f"energy threshold chosen: {energy:g}")
             recipe = with_energy(recipe, energy)
-        found = on_main_process(lambda: _decompose(context, data, recipe, probes))
+        found = on_main_process(
+            lambda: _decompose(context, data, recipe, probes), Helper(_place(context))
+        )
     events.ranks(found.report)
     return recipe, found
 
@@ -82,7 +85,8 @@ def _decompose(
         recipe.adapter,
         seed=seed,
         start_seed=seed,
-        device=str(decomposing_device(context.accelerator.device)),
+        device=_place(context),
+        in_launch=True,
         progress=report_decomposition(events),
     )
     events.end_progress()
@@ -93,6 +97,11 @@ def _decompose(
         events.note(missing_page)
     run.update(init_seconds=time.monotonic() - began)
     return found
+
+
+def _place(context: Context) -> str:
+    """Where this process decomposes."""
+    return str(decomposing_device(context.accelerator.device))
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class EnergyProbes:
                 "adapter.rank.energy: auto compares thresholds on held-out rows and "
                 "dataset.validation is 0; set it above 0, or give a threshold such as 0.5"
             )
-        left = on_main_process(self._candidates)
+        left = on_main_process(self._candidates, Helper(_place(self.context)))
         lengths = round_lengths(len(left), self.data.num_steps)
         cost = sum(length * max(1, len(left) >> place) for place, length in enumerate(lengths))
         events.stage(
@@ -187,9 +196,13 @@ class EnergyProbes:
     @cached_property
     def _spectra(self) -> Spectra:
         """Those of all target matrices; for the main process alone."""
-        recipe, place = self.context.recipe, decomposing_device(self.context.accelerator.device)
+        recipe, place = self.context.recipe, _place(self.context)
         return collect_spectra(
-            self.data.source, recipe.adapter, seed=recipe.train.seed, device=str(place)
+            self.data.source,
+            recipe.adapter,
+            seed=recipe.train.seed,
+            device=place,
+            in_launch=True,
         )
 
     def _candidates(self) -> list[float]:

@@ -122,7 +122,7 @@ def test_a_lost_machine_is_named_and_the_run_goes_on_to_the_same_bytes(
         r"rank 0 lost the connection to rank 1 \(process \d+ on \S+\), which has died, while train"
     )
     assert re.search(told, err), err
-    assert "The last checkpoint is whole; the same command goes on from it" in err
+    assert "The last checkpoint is whole; the same command goes on from there" in err
     assert not (lost / "results.json").exists()
 
     run_to_the_end(tmp_path, arguments)

@@ -70,6 +70,8 @@ def prepare_libraries(offline: bool, debug: bool) -> None:
         # Their warnings are about their insides; ours say what a user can act on. Their bars show
         # a person that a download goes on, and fill a log file with noise.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # On a CPU with units for bfloat16 it asks for a package with a kernel that is not used.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
         warnings.simplefilter("ignore")

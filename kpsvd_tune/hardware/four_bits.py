@@ -52,9 +52,9 @@ def keep_as_stored(model: nn.Module) -> None:
 def misread_layers(model: nn.Module) -> dict[str, int]:
     """Which layers' 4-bit weights bitsandbytes dequantises wrongly on this CPU, and their inputs.
 
-    Its kernel for AVX-512 takes a wrong scale where a row is not a whole number of blocks. Each
-    such width is tried: the same bits read as one long row, where blocks cannot be mistaken, must
-    give the same numbers.
+    On a CPU with AVX-512 it was seen to take a wrong scale where a row is not a whole number of
+    blocks. Each such width is tried: the same bits read as one long row, where blocks cannot be
+    mistaken, must give the same numbers.
     """
     wrong: dict[tuple[int, int, str], bool] = {}
     found: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,12 @@ def test_a_base_whose_weights_would_be_misread_is_refused(
     load_model(resolve_model(str(tmp_path)), "float32", quantization="int8")
     monkeypatch.setattr(four_bits, "_is_misread", lambda *_: False)
     by_our_loader(tmp_path)
+
+
+def test_commands_do_not_pass_on_that_an_unused_kernel_is_missing(tmp_path: Path) -> None:
+    """bitsandbytes says so when it is imported on a CPU with units for bfloat16."""
+    logger = logging.getLogger("bitsandbytes")
+    logger.setLevel(logging.NOTSET)
+    assert cli.run(["generate", str(tmp_path / "none"), "Hello", "--offline"]) == 2
+    assert not logger.getChild("backends.cpu.ops").isEnabledFor(logging.WARNING)
+    assert logger.isEnabledFor(logging.ERROR)

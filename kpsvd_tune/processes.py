@@ -195,7 +195,7 @@ def name_lost_process(
     phase: Callable[[], str],
     folder: Path | None = None,
     *,
-    kept: str = "The last checkpoint is whole",
+    kept: Callable[[], str] = lambda: "Nothing that was finished is lost",
 ) -> Iterator[None]:
     """Turn the failure of a collective whose partner died into a RunError with rank and phase.
 
@@ -215,7 +215,7 @@ def name_lost_process(
             lost = [] if folder is None else _lost(folder)
             raise RunError(
                 f"rank {dist.get_rank()} lost the connection to {_named(lost)}, while {phase()} "
-                f"({reason}). {kept}; the same command goes on from there"
+                f"({reason}). {kept()}; the same command goes on from there"
             ) from error
 
 

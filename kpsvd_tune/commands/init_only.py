@@ -104,8 +104,8 @@ def _together(
             place = str(decomposing_device(device()))
             workers |= {"device": place, "in_launch": True}
             phase.enter("decomposing the base model")
-            kept = "Finished matrices are kept"
-            stack.enter_context(name_lost_process(lambda: phase.name, kept=kept))
+            lost = name_lost_process(lambda: phase.name, kept=lambda: "Finished matrices are kept")
+            stack.enter_context(lost)
         helper = Helper(workers["device"])
         yield phase, lambda work: on_main_process(work, helper)
 

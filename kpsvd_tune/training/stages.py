@@ -128,7 +128,13 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         accelerator = make_accelerator(
             recipe.train, recipe.tracking, run.path / "logs", init_method()
         )
-        lost = name_lost_process(lambda: phase.name, run.path / ".ranks")
+
+        def kept() -> str:
+            if run.holds_checkpoint():
+                return "The last checkpoint is whole"
+            return "There is no checkpoint yet; what was finished before is kept"
+
+        lost = name_lost_process(lambda: phase.name, run.path / ".ranks", kept=kept)
         is_sharded = zero_stage(accelerator) == 3
         _check_restrain(recipe, "DeepSpeed's ZeRO 3", is_sharded)
         _check_quantisation(recipe, "DeepSpeed's ZeRO 3", is_sharded)

@@ -189,17 +189,27 @@ def test_a_fault_on_another_rank_ends_all_with_its_message(
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_others(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("verb", "lost", "kept"),
+    [
+        ("init-only", "another rank", "Finished matrices are kept"),
+        ("train", "rank 1 (pro", "There is no checkpoint yet; what was finished before is kept"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_others(
+    verb: str, lost: str, kept: str, recipe: Path, tmp_path: Path
+) -> None:
     script = SECOND.format(does="os.kill(os.getpid(), signal.SIGKILL)")
     commands = (COMMAND, ("-c", script, str(tmp_path / "second")))
     caches = [tmp_path / "here", tmp_path / "there"]
-    with two_ranks(["init-only", str(recipe)], caches, tmp_path, commands) as ranks:
+    with two_ranks([verb, str(recipe)], caches, tmp_path, commands) as ranks:
         said = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert ranks[0].returncode == 1, said
     assert ranks[1].returncode == -signal.SIGKILL
-    assert "error: rank 0 lost the connection to another rank, which has died" in said[0]
+    assert f"error: rank 0 lost the connection to {lost}" in said[0]
+    assert ", which has died, while " in said[0]
     assert "while decomposing the base model (" in said[0]
-    assert said[0].endswith("). Finished matrices are kept; the same command goes on from there\n")
+    assert said[0].endswith(f"). {kept}; the same command goes on from there\n")
     # What was finished is kept.
     assert len(entries(caches[0])) >= 2
 

@@ -13,7 +13,7 @@ from shipped_scripts import script
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.recipe import SourceRecipe, load_recipe
-from kpsvd_tune.recipe.convert import convert
+from kpsvd_tune.recipe.convert import convert, converting
 from kpsvd_tune.recipe.convert.converting import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -368,6 +368,21 @@ def test_a_folder_is_refused_with_the_file_to_name(
         (here / "conf" / name).write_text("{}")
     assert cli.run(["recipes", "convert", "conf"]) == 2
     assert f"error: {expected}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "conf").mkdir()
+
+    def refuse(path: object) -> list[str]:
+        # Root, as whom tests may run, reads every folder.
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(converting.os, "listdir", refuse)
+    assert cli.run(["recipes", "convert", "conf"]) == 2
+    said = capsys.readouterr().err
+    assert "error: conf: is a folder that cannot be read: Permission denied; name one file" in said
 
 
 def test_what_cannot_be_read_as_a_file_is_refused(

@@ -6,8 +6,8 @@
 A training of forty steps in bfloat16 is started as users do, is sent a Ctrl-C once its second step
 is logged, and is started again by the same command, until its fourth. It must have saved each time,
 and the second start must go on with the step after the last one of the first. Memory is sampled for
-the whole of both, decomposition included. Rows are one short sentence each. A checkpoint without a
-tokenizer gets one of bytes.
+the whole of both. The frozen factors are random, for the decomposition streams and has a benchmark
+of its own. Rows are one short sentence each. A checkpoint without a tokenizer gets one of bytes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def write_recipe(base: Path, work: Path) -> Path:
             "target_modules": "all-linear",
             "form": "left",
             "factor_size": 64,
+            "init": "random",
             "rank": {"method": "fixed", "max": 1, "window": 1},
         },
         "train": {

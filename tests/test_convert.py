@@ -13,7 +13,7 @@ from shipped_scripts import script
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.recipe import SourceRecipe, load_recipe
-from kpsvd_tune.recipe.convert import convert, converting
+from kpsvd_tune.recipe.convert import convert
 from kpsvd_tune.recipe.convert.converting import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_read_is_refused(
         # Root, as whom tests may run, reads every folder.
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(converting.os, "listdir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     assert cli.run(["recipes", "convert", "conf"]) == 2
     said = capsys.readouterr().err
     assert "error: conf: is a folder that cannot be read: Permission denied; name one file" in said

@@ -54,8 +54,9 @@ def table_of(hardware: str = "", cpu_unit: str = CPU_UNIT) -> Table:
     unit decides far more than the maker.
     """
     found: Table = {}
+    shipped = _shipped()
     for name in dict.fromkeys(("", cpu_unit, hardware)):
-        for entry in _shipped():
+        for entry in shipped:
             if entry["hardware"] == name:
                 found[entry["kind"], entry["dtype"]] = Costs(**entry["costs"])
     return found

@@ -145,9 +145,11 @@ def _check_device(recipe: TrainRecipe, accelerator: Accelerator) -> None:
 
 def _accelerator(**settings: Any) -> Accelerator:
     _let_go_of_precision(settings["mixed_precision"])
+    is_first = not AcceleratorState._shared_state
     try:
         accelerator = Accelerator(**settings)
-        setattr(accelerator.state, _OURS, True)
+        if is_first:
+            setattr(accelerator.state, _OURS, True)
         return accelerator
     except ValueError as error:
         if not deepspeed_config.is_requested():

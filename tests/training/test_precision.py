@@ -171,6 +171,7 @@ def test_a_process_trains_in_one_precision_after_another() -> None:
 
 def test_an_accelerator_of_the_users_keeps_its_precision() -> None:
     theirs = Accelerator(mixed_precision="bf16")
+    assert make_accelerator(TrainRecipe(precision="bf16")).mixed_precision == "bf16"
     with pytest.raises(RecipeError, match=r"train\.precision is no, but this process has") as error:
         make_accelerator(TrainRecipe(precision="no"))
     assert "mixed_precision='bf16'" in str(error.value)

@@ -26,7 +26,7 @@ from kpsvd_tune.estimate.memory import device_memory as on_one_device
 from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds
-from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
+from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions, rows_asked
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Silence
 from kpsvd_tune.export.gguf_model import GgufModel, choose_file
@@ -238,7 +238,7 @@ def evaluation_work(
     skeleton = load_skeleton(source)
     weights = base_bytes(skeleton, dtype, found.quantization)
     parts = {"weights": weights, "adapter": _adapter_bytes(found)}
-    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
+    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task, rows_asked(task))}")]
     seconds, most = None, 0
     basis = [_BY_CONFIGURATION]
     if not TASKS[task.task].scorers:

@@ -17,8 +17,8 @@ from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.recipe import EvaluationRecipe, Recipe
 
 ANSWERS_BASIS = (
-    "by products of the model's own sizes, made now: from answers of one token each to answers that are "
-    "all as long as they may be"
+    "by products of the model's own sizes, made now: from answers of one token each to answers "
+    "that are all as long as they may be"
 )
 
 
@@ -63,7 +63,8 @@ def scoring_seconds(
 ) -> tuple[tuple[float, float] | None, list[str]]:
     """Least and most seconds of a run's scorings, before and after, and what they rest on.
 
-    ``adapted`` layers have adapters. None where no task has answers that can be counted; what is not counted is named.
+    ``adapted`` layers have adapters. None where no task has answers that can be counted; what is
+    not counted is named.
     """
     least = most = 0.0
     left: list[str] = []

@@ -105,8 +105,8 @@ def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = Fal
         on_device=None,
         disk=_disk(default_cache_dir(), cached, cached),
         basis=(
-            f"{_BY_CONFIGURATION}; time by random matrices of the same shapes decomposed now; memory "
-            "by the largest matrix twice in float32",
+            f"{_BY_CONFIGURATION}; time by random matrices of the same shapes decomposed now; "
+            "memory by the largest matrix twice in float32",
         ),
     )
 

@@ -48,7 +48,7 @@ class PassTimes:
         self._sizes = Counter(s for m, s in sizes.items() if s is not None and m is not head)
         self._head = None if head is None else sizes.get(head)
         known = sum(out * inside * count for (out, inside), count in self._sizes.items())
-        # Weights of other kinds, such as those of experts, are taken at the pace of the linear ones.
+        # Weights of other kinds, such as those of experts, take the pace of the linear ones.
         others = sum(
             each.numel()
             for module in skeleton.modules()

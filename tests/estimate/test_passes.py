@@ -18,8 +18,13 @@ from kpsvd_tune.models.loading import build_model
 from kpsvd_tune.recipe import EvaluationRecipe
 
 CPU = torch.device("cpu")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 300}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "vocab_size": 300,
+}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA = LlamaConfig(**SIZES, **HEADS)
 IN_LAYERS = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
 
@@ -63,8 +68,13 @@ def test_weights_of_experts_are_counted(probed: list[tuple[int, int, int]]) -> N
 
 
 def test_a_probe_is_made_once_for_like_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(PassTimes, "_timed", lambda _, call: calls.append(call) or 1.0)
+    calls: list[object] = []
+
+    def timed(_: PassTimes, call: object) -> float:
+        calls.append(call)
+        return 1.0
+
+    monkeypatch.setattr(PassTimes, "_timed", timed)
     times = PassTimes(skeleton(LLAMA), torch.float32, CPU)
     one = times.seconds(4, 40)
     count = len(calls)

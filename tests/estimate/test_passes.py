@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MixtralConfig
+from transformers import GPT2Config, LlamaConfig, MambaConfig, MixtralConfig
 
 from kpsvd_tune.estimate import loading
 from kpsvd_tune.estimate.answers import answering_seconds
+from kpsvd_tune.estimate.memory import cache_bytes, pass_bytes
 from kpsvd_tune.estimate.passes import PassTimes
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.models.loading import build_model
@@ -94,6 +95,15 @@ def test_answers_take_a_pass_a_batch_and_one_a_token(
     reading = (2 * 10 + 4) * IN_LAYERS + 3 * 300 * 32
     assert low == pytest.approx(0.7 * reading)
     assert high == pytest.approx(2.5 * (reading + 2 * 3 * (IN_LAYERS + 300 * 32)))
+
+
+def test_keys_values_and_one_layer_are_what_answers_hold() -> None:
+    model = skeleton(LLAMA)
+    # Two heads of 8 numbers in each of 3 layers, for keys and for values.
+    assert cache_bytes(model, "float32", 2, 10) == 2 * 3 * 2 * 8 * 20 * 4
+    assert pass_bytes(model, "bfloat16", 2, 10) == 2 * (20 * (4 * 32 + 3 * 48) + 2 * 2 * 300)
+    other = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=300)
+    assert cache_bytes(skeleton(other), "float32", 2, 10) is None
 
 
 @pytest.mark.slow

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Above, the choice of a way takes no noticeable share of the call, and depends on the tokens.
 READY_TOKENS = 64
+# Up to so many tokens a CPU takes the update's products in float32 beside a 16-bit base: a small
+# product in 16 bits takes it 30 us to begin, one in float32 5 (docs/log.md).
+_FLOAT_TOKENS = 8
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -90,6 +93,8 @@ class ReadyUpdate:
         parameters = self.base._parameters
         y = functional.linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
         if y.dtype != self.dtype:
+            if self.is_single:
+                return self._add_single(y.to(self.dtype), x.to(self.dtype)).to(y.dtype)
             total = rows_of(y.to(self.dtype))
             self.way.add_update(total, rows_of(x).to(self.dtype), self.left, self.right)
             return no_view(total.to(y.dtype).view(y.shape))
@@ -97,6 +102,9 @@ class ReadyUpdate:
             total = rows_of(y)
             self.way.add_update(total, rows_of(x), self.left, self.right)
             return no_view(total.view(y.shape))
+        return self._add_single(y, x)
+
+    def _add_single(self, y: Tensor, x: Tensor) -> Tensor:
         # The same two products as add_update's, with as few calls as can be.
         inner = torch.mm(x.reshape(-1, self.q), self.right_t)
         if self.is_flat:
@@ -111,6 +119,12 @@ def can_make_ready(factors: tuple[Tensor, ...], tokens: int) -> bool:
     if tokens > READY_TOKENS or torch.compiler.is_compiling():
         return False
     return not any(factor.is_inference() for factor in factors)
+
+
+def ready_dtype(dtype: torch.dtype, tokens: int, device_kind: str) -> torch.dtype:
+    """The dtype of the products of an update that is made ready, which training takes in dtype."""
+    is_small = device_kind == "cpu" and tokens <= _FLOAT_TOKENS
+    return torch.promote_types(dtype, torch.float32) if is_small else dtype
 
 
 def _held(layer: KpsvdLinear, part: str, name: str) -> Tensor:

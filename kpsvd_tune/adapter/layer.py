@@ -25,7 +25,7 @@ from kpsvd_tune.adapter.function import (
     outside_autocast,
     update_dtype,
 )
-from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready
+from kpsvd_tune.adapter.inference import PLAIN, ReadyUpdate, can_make_ready, ready_dtype
 from kpsvd_tune.adapter.kernel import device_kind
 from kpsvd_tune.adapter.ways import Dense
 from kpsvd_tune.errors import AdapterError
@@ -339,7 +339,7 @@ class KpsvdLinear(nn.Module, KpsvdLayer):
         )
         if keeps:
             # Kept factors cost nothing to stack again, while W + Delta would have to be built.
-            path = "activations"
+            path, dtype = "activations", ready_dtype(dtype, tokens, kind)
         # A base layer that computes for itself leaves nothing to add Delta to.
         can_add = weight is not None and torch.finfo(base_dtype).bits >= 32
         form = self.kpsvd_form[name]

@@ -56,6 +56,7 @@ def generate(
             )
             if loaded.other_base is not None:
                 events.note(f"answering {loaded.other_base}")
+            events.stage("answering")
             phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
             loaded.model.to(device()).eval()
             # A run's answers are asked for as it was trained; a model alone by its chat template.

@@ -33,10 +33,10 @@ from kpsvd_tune.training.optim import make_optimizer
 _USUAL_PROCESS = 700_000_000
 # Holes that the C library's heap is left with where tensors of layers come and go, as a share of
 # what the layers would keep without gradient checkpointing: a block that is freed does not fit
-# the next aligned one of its size. Fitted on runs of SmolLM2-135M with glibc 2.36, with and
-# without checkpointing: 0.44 at first, and 0.3 where less was allocated before the training
-# (docs/performance.md); this lies between.
-_HOLES = 0.36
+# the next aligned one of its size. How many there are is luck: six runs of SmolLM2-135M with
+# checkpointing and glibc 2.36 had 0.22 to 0.34, a GPT-2 0.52 (docs/performance.md). With this
+# share all were within 13 % of the predicted peak.
+_HOLES = 0.32
 _FLOAT = 4  # bytes; adapters are kept and trained in float32
 
 

@@ -38,6 +38,10 @@ _MOST_LABELS = 10
 _WIDE = 140
 # Below this width a row of the table is written as a block, which leaves nothing out.
 _NARROW = 100
+# A logit tolerance above this share of what the adapter changes proves little by itself.
+_COARSE = 0.25
+# Below this share of an update that rounding left, the screen says how to keep all of it.
+_MUCH = 0.99
 # Columns by the names that `in_words` gives their cells; the titles here are short.
 _METHOD_COLUMNS = {
     "method": Column("method", is_text=True),
@@ -126,16 +130,41 @@ def show_merge(report: MergeReport) -> None:
             f"base + update in float64 ({counted(len(report.deviation), 'layer')})"
         )
         print_line(out, Text(far, style=style))
-    if report.adapter_logit_difference is not None:
-        change = f"{report.adapter_logit_difference:.3g}"
-        print_line(out, f"the adapter changes a logit of its base by at most {change}")
-    kept = f"{100 * report.min_kept_share:.1f} %"
-    rounding = f"survived the rounding to {report.dtype}"
-    print_line(out, f"of every layer's update at least {kept} {rounding}")
+    for line in (*_against_the_adapter(report), *_kept_of_updates(report)):
+        print_line(out, line)
     for note in report.notes:
         print_line(out, note)
     for warning in report.warnings:
         print_line(out, Text(f"warning: {warning}", style="yellow"))
+
+
+def _against_the_adapter(report: MergeReport) -> list[str]:
+    """The logit difference beside what the adapter itself changes, and what the proof can tell."""
+    change, found = report.adapter_logit_difference, report.max_logit_difference
+    if change is None or found is None or report.tolerance is None:
+        return []
+    lines = [f"the adapter changes a logit of its base by at most {change:.3g}"]
+    if change > 0:
+        lines[0] += f": the difference above is {100 * found / change:.2g} % of it"
+    if change > report.tolerance > _COARSE * change and report.max_deviation is not None:
+        lines.append(
+            f"by rounding to {report.dtype} it may be {100 * report.tolerance / change:.2g} %, so "
+            "that logits alone would show coarse faults only; that every stored weight is so near "
+            "to base + update is the finer proof"
+        )
+    return lines
+
+
+def _kept_of_updates(report: MergeReport) -> list[str]:
+    """The least share of an update that is left, in which layer, and how to keep all of it."""
+    kept, worst = report.min_kept_share, ""
+    if report.kept_share and kept < _MUCH and report.dtype != "float32":
+        layer = min(report.kept_share, key=report.kept_share.__getitem__)
+        worst = f" ({layer} keeps least); --dtype float32 keeps all, in twice the room"
+    share = f"{100 * kept:.1f} %"
+    return [
+        f"of every layer's update at least {share} survived the rounding to {report.dtype}{worst}"
+    ]
 
 
 def show_lora(report: LoraReport) -> None:

@@ -28,7 +28,8 @@ def make_model(base: Any, method: str, args: argparse.Namespace) -> Any:
     if method == "merged":
         own = make_base(args.model, args.dtype).to(args.device)
         return adapt(own, "thin-r4").merge_and_unload().eval()
-    return adapt(base, method).eval()
+    # As `generate`, `eval` and the scorings of a training have it: nothing needs a gradient.
+    return adapt(base, method).eval().requires_grad_(False)
 
 
 def feed(caches: dict[str, Any], name: str, model: Any, token: Tensor) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from kpsvd_tune.report import console as view
 from kpsvd_tune.report import live
 from kpsvd_tune.report.live import ConsoleEvents
-from kpsvd_tune.report.results import LayerReport, RankReport, StepMetrics
+from kpsvd_tune.report.results import LayerReport, MergeReport, RankReport, StepMetrics
 
 RESULTS: dict[str, Any] = {
     "train_loss": 5.16248,
@@ -227,3 +227,50 @@ def test_a_score_of_the_base_alone_has_its_own_conditions(capsys: pytest.Capture
 def test_a_run_that_is_not_finished_says_so(capsys: pytest.CaptureFixture[str]):
     view.show_run({"results": None, "ranks": None})
     assert capsys.readouterr().out.splitlines() == [f"{'results':<26} the run is not finished"]
+
+
+def merged(**changes: Any) -> MergeReport:
+    report = MergeReport(
+        adapter="run",
+        output="merged",
+        dtype="bfloat16",
+        tolerance=1.1,
+        max_logit_difference=0.075,
+        top1_agreement=1.0,
+        num_positions=40,
+        prompts=("a",),
+        kept_share={"layers.0.q_proj": 0.998, "layers.7.up_proj": 0.9304},
+        relative_update={"layers.0.q_proj": 0.01, "layers.7.up_proj": 0.001},
+        min_kept_share=0.9304,
+        passed=True,
+        adapter_logit_difference=1.5,
+        deviation={"layers.0.q_proj": 0.5, "layers.7.up_proj": 0.5},
+        max_deviation=0.5,
+    )
+    return replace(report, **changes)
+
+
+def test_a_merge_says_what_its_logits_can_prove_and_how_to_keep_what_rounding_took(
+    capsys: pytest.CaptureFixture[str],
+):
+    view.show_merge(merged())
+    words = " ".join(capsys.readouterr().out.split())
+    assert "by at most 1.5: the difference above is 5 % of it" in words
+    assert "rounding to bfloat16 it may be 73 %, so that logits alone would show coarse" in words
+    assert (
+        "at least 93.0 % survived the rounding to bfloat16 (layers.7.up_proj keeps least); "
+        "--dtype float32 keeps all, in twice the room"
+    ) in words
+
+
+def test_a_merge_that_keeps_and_proves_enough_says_no_more(capsys: pytest.CaptureFixture[str]):
+    view.show_merge(merged(dtype="float32", tolerance=1e-4, max_logit_difference=3e-5))
+    words = capsys.readouterr().out
+    assert "the difference above is 0.002 % of it" in words
+    assert "coarse" not in words
+    assert "--dtype" not in words
+    # One that cannot be told from the base has its warning already.
+    view.show_merge(merged(adapter_logit_difference=0.9, kept_share={}, min_kept_share=1.0))
+    words = capsys.readouterr().out
+    assert "coarse" not in words
+    assert "--dtype" not in words

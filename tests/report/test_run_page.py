@@ -353,14 +353,16 @@ def test_a_browser_draws_the_page_from_disk_at_every_width(
 
 
 @pytest.mark.slow
-def test_a_browser_draws_the_page_of_two_runs(folder: Path, tmp_path: Path, browser: Any) -> None:
+def test_a_browser_draws_the_page_of_two_runs(
+    folder: Path, tmp_path: Path, browser: Any, fits_width: Any
+) -> None:
     runs = read_run_files(folder), read_run_files(write_run(tmp_path / EVIL.replace("/", "_")))
     file = tmp_path / "pair.html"
     write_pair_page(set_side_by_side(*runs, {}), runs, file)
     page, complaints, requests = browser(file, width=360)
     for name in ("checks", "trained"):
         page.wait_for_selector(f"#{name} .legend .traces >> nth=1")
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert fits_width(page, 360)
     assert page.locator("img").count() == 0
     assert complaints == []
     assert requests == [file.as_uri()]

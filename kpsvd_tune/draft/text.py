@@ -42,6 +42,12 @@ def write_recipe(draft: Draft, rows: LookedAt, command: str, modeline: str) -> s
     return "\n".join(lines) + "\n"
 
 
+def _steps(draft: Draft) -> str:
+    steps = draft.plan.data.steps
+    assert steps is not None  # the rows were read for the draft
+    return counted(steps, "step")
+
+
 def _head(draft: Draft, command: str) -> list[str]:
     plan, data = draft.plan, draft.plan.data
     low, high = plan.adapter.trainable_parameters
@@ -49,8 +55,7 @@ def _head(draft: Draft, command: str) -> list[str]:
     found = [
         f"# Purpose: {draft.content['model']['path']} learns {draft.content['dataset']['path']}.",
         f"# Drafted: {command}",
-        f"#          on {draft.device}; {trained} trainable parameters, "
-        f"{counted(data.steps, 'step')}",
+        f"#          on {draft.device}; {trained} trainable parameters, {_steps(draft)}",
         f"#          of {counted(data.rows_per_step, 'row')}, peak memory about "
         f"{size((plan.on_device or plan.host).peak_bytes)}.",
     ]
@@ -108,7 +113,7 @@ def _comments(draft: Draft, rows: LookedAt) -> Iterator[tuple[tuple[str, ...], s
         yield ("adapter", "rank", "min"), "0: the budget does not hold a term of every layer"
     yield ("adapter", "rank", "max"), "most terms of a layer"
     yield ("adapter", "rank", "budget"), "most trainable parameters; the file holds twice as many"
-    yield ("train", "epochs"), f"passes over the rows: {counted(data.steps, 'step')}"
+    yield ("train", "epochs"), f"passes over the rows: {_steps(draft)}"
     yield ("train", "max_steps"), draft.limit or "steps"
     yield ("train", "batch_size"), "rows of a forward pass; memory grows with it"
     yield (

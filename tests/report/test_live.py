@@ -68,7 +68,7 @@ def test_a_terminal_shows_running_and_finished_trials_in_one_table() -> None:
 def test_the_answer_to_a_signal_is_not_drawn_over(monkeypatch: pytest.MonkeyPatch) -> None:
     table, out = TrialTable(), io.StringIO()
     table._console = Console(file=out, force_terminal=True, width=120)
-    monkeypatch.setattr(signals.os, "write", lambda _, text: out.write(text.decode()))
+    monkeypatch.setattr("kpsvd_tune.signals.os.write", lambda _, text: out.write(text.decode()))
     with table, signals.drawing(table.leave_table):
         table.begin([], 4, 1)
         table.stepped(Trial("kpsvd", 100, 1e-3, 0), 3, 60, 1.234)

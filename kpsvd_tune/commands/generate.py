@@ -56,6 +56,7 @@ def generate(
             )
             if loaded.other_base is not None:
                 events.note(f"answering {loaded.other_base}")
+            events.stage("answering")
             phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
             place_loaded(found, loaded, device(), events.note)
             loaded.model.eval()

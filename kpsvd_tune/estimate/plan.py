@@ -20,6 +20,7 @@ from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.estimate.answers import scoring_seconds
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
+from kpsvd_tune.estimate.loading import loading_seconds
 from kpsvd_tune.estimate.memory import (
     base_bytes,
     device_memory,
@@ -33,6 +34,7 @@ from kpsvd_tune.estimate.memory import (
 )
 from kpsvd_tune.estimate.ranks import PossibleRanks, possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import (
+    STEP_RANGE,
     Ahead,
     decomposition_seconds,
     measure_speed,
@@ -163,13 +165,11 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     host, on_device = _memory(setting, recipe, trace, whole)
     does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
     cure = _cure(setting, dataset.max_length) if does_not_fit else None
-    time = _with_scoring(setting, _time(setting, batches, trace))
+    time = _with_scoring(setting, _with_loading(setting, _time(setting, batches, trace)))
     price = recipe.compare.price_per_hour
     cost = None
-    if price is not None and time.training_seconds is not None:
-        scored = time.scoring_seconds or (0.0, 0.0)
-        ends = zip(time.training_seconds, scored, strict=True)
-        hours = [(time.decomposition_seconds + sum(each)) / 3600 for each in ends]
+    if price is not None and (seconds := time.whole_seconds) is not None:
+        hours = [each / 3600 for each in seconds]
         cost = (hours[0] * price * setting.processes, hours[1] * price * setting.processes)
     numel = sum(parameter.numel() for parameter in skeleton.parameters())
     return Plan(
@@ -311,16 +311,16 @@ def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
     rank, todo = recipe.adapter.rank, setting.ranks.to_decompose
     place = decomposing_device(setting.device)
     seconds = decomposition_seconds(todo, rank.window, rank.tolerance, place)
-    basis = ["decomposition by a small matrix decomposed now"] if todo else []
+    basis = ["decomposition by random matrices of the same shapes decomposed now"] if todo else []
     steps = recipe.train.max_steps if length is None else length.num_steps
     if steps is None:
-        return TimePlan(seconds, len(todo), None, tuple(basis))
+        return _times(seconds, len(todo), None, basis)
     validations, share = _validations(setting, steps)
     known = seconds_by_steps(_begun(recipe), _ahead(setting, batches, steps))
     if known is not None:
         basis.append(f"training by the steps that the run in {recipe.output_dir} has done")
         ends = ((1 - _BY_STEPS) * known, (1 + _BY_STEPS) * known)
-        return TimePlan(seconds, len(todo), ends, tuple(basis))
+        return _times(seconds, len(todo), ends, basis)
     precision = recipe.train.precision
     dtype = DTYPES[{"bf16": "bfloat16", "fp16": "float16"}.get(precision, recipe.model.dtype)]
     speed = measure_speed(setting.device, dtype)
@@ -331,7 +331,29 @@ def _time(setting: _Setting, batches: RunBatches, largest: Trace) -> TimePlan:
         "five steps the run itself tells it, and so does `plan`"
     )
     most, least = (run_seconds(each, steps, validations, share) for each in (high, low))
-    return TimePlan(seconds, len(todo), (least, most), tuple(basis))
+    return _times(seconds, len(todo), (least, most), basis)
+
+
+def _times(
+    decomposing: float, to_decompose: int, training: tuple[float, float] | None, basis: list[str]
+) -> TimePlan:
+    low, high = (factor * decomposing for factor in STEP_RANGE)
+    return TimePlan(decomposing, to_decompose, training, tuple(basis), (low, high))
+
+
+def _with_loading(setting: _Setting, time: TimePlan) -> TimePlan:
+    """The times with that of loading the base model, which a training does once or twice."""
+    seconds = loading_seconds(
+        setting.source,
+        setting.skeleton,
+        setting.recipe.model.dtype,
+        decomposes=bool(setting.ranks.to_decompose),
+    )
+    said = (
+        "loading by the kind of the files and the pace of Python, of a machine left alone and of "
+        "one as busy as now; fetching the files is not counted"
+    )
+    return replace(time, basis=(*time.basis, said), loading_seconds=seconds)
 
 
 def _with_scoring(setting: _Setting, time: TimePlan) -> TimePlan:
@@ -342,8 +364,9 @@ def _with_scoring(setting: _Setting, time: TimePlan) -> TimePlan:
     if setting.tokenizer is None:
         unread = "the time of scoring is not estimated: the rows were not read"
         return replace(time, basis=(*time.basis, unread))
+    adapted = sum(plan.rank > 0 for plan in setting.ranks.most)
     seconds, basis = scoring_seconds(
-        recipe, setting.skeleton, setting.tokenizer, setting.device, setting.processes
+        recipe, setting.skeleton, setting.tokenizer, setting.device, setting.processes, adapted
     )
     return replace(time, basis=(*time.basis, *basis), scoring_seconds=seconds)
 

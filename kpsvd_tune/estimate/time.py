@@ -20,8 +20,13 @@ from kpsvd_tune.estimate.trace import Trace
 from kpsvd_tune.hardware.devices import wait_for
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan, decompose_layer
 
-# A probe of the decomposition takes a matrix of at most this many entries.
+# A probe of the decomposition takes a matrix of at most this many entries, and so many shapes are
+# probed, those with the most work.
 _PROBE_ENTRIES = 1 << 20
+_PROBED_SHAPES = 4
+# Seconds of each matrix beside its decomposition, for hashing it and writing its terms to the cache
+# (SmolLM2-135M on an AMD EPYC).
+_MATRIX_SECONDS = 0.013
 _PROBE_SECONDS = 0.3
 # What a step takes, in times of products and memory traffic at the speed of the probes.
 STEP_RANGE = (0.7, 2.5)
@@ -146,16 +151,35 @@ def _size_of(line: Mapping[str, Any], ahead: Ahead) -> float:
 def decomposition_seconds(
     plans: Sequence[LayerPlan], num_terms: int, tolerance: float, device: torch.device
 ) -> float:
-    """Seconds to decompose these layers one after another, by a small matrix decomposed now."""
-    if not plans:
-        return 0.0
-    largest = max(plans, key=work)
-    probe = _smaller(largest)
+    """Seconds to decompose these layers one after another, by matrices decomposed now.
+
+    One of each shape, those with the most work first; of large matrices smaller ones of like
+    proportions, and of what is not probed the pace of the last one.
+    """
+    shapes: dict[KroneckerShape, list[LayerPlan]] = {}
+    for plan in plans:
+        shapes.setdefault(plan.shape, []).append(plan)
+    pace: dict[KroneckerShape, float] = {}  # seconds of a unit of work, by the probe's shape
+    total, last = _MATRIX_SECONDS * len(plans), 0.0
+    for same in sorted(shapes.values(), key=lambda each: -sum(map(work, each))):
+        probe = _smaller(same[0])
+        if probe.shape not in pace and len(pace) < _PROBED_SHAPES:
+            if not pace:
+                # The first one also loads what the library needs.
+                _decompose(probe, num_terms, tolerance, device)
+            pace[probe.shape] = _decompose(probe, num_terms, tolerance, device) / work(probe)
+        last = pace.get(probe.shape, last)
+        total += last * sum(map(work, same))
+    return total
+
+
+def _decompose(probe: LayerPlan, num_terms: int, tolerance: float, device: torch.device) -> float:
+    """Seconds to decompose a random matrix of a shape."""
     generator = torch.Generator().manual_seed(0)
     shape = probe.shape
     weight = torch.randn(shape.out_features, shape.in_features, generator=generator).to(device)
     done, _ = decompose_layer(probe, weight, num_terms, tolerance=tolerance, seed=0)
-    return done.seconds * sum(map(work, plans)) / work(probe)
+    return done.seconds
 
 
 def _smaller(plan: LayerPlan) -> LayerPlan:

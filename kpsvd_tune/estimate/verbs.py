@@ -16,6 +16,10 @@ import torch
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.decompose import default_cache_dir, layer_plans
 from kpsvd_tune.estimate.answers import ANSWERS_BASIS, answering_seconds, prompt_lengths
+from kpsvd_tune.estimate.loading import (
+    is_loaded_whole,
+    loading_seconds,
+)
 from kpsvd_tune.estimate.memory import (
     base_bytes,
     host_memory,
@@ -26,7 +30,7 @@ from kpsvd_tune.estimate.memory import device_memory as on_one_device
 from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds
-from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
+from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions, rows_asked
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Silence
 from kpsvd_tune.export.gguf_model import GgufModel, choose_file
@@ -79,10 +83,13 @@ def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = Fal
     largest = _FLOAT * max((p.shape.out_features * p.shape.in_features for p in todo), default=0)
     parts = {"matrices in hand": _IN_HAND * largest * processes}
     loading = 0
-    if source.weight_files and not source.is_safetensors:
+    if is_loaded_whole(source):
         loading = loading_bytes(source, skeleton, "float32")
     own = process_bytes()
     share = seconds / processes
+    loads = (0.0, 0.0)
+    if todo and is_loaded_whole(source):
+        loads = loading_seconds(source, skeleton, "float32", decomposes=False)
     low, high = ranks.num_trained()
     return WorkPlan(
         command="init-only",
@@ -92,14 +99,14 @@ def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = Fal
             ("trainable parameters", span((low, high))),
             ("ranks", ranks.basis),
         ),
-        # The probe is one small matrix; larger ones differ from it by what the caches hold.
-        seconds=(STEP_RANGE[0] * share, STEP_RANGE[1] * share),
+        # Large matrices differ from small ones by what the caches hold.
+        seconds=(STEP_RANGE[0] * share + loads[0], STEP_RANGE[1] * share + loads[1]),
         host=host_memory(own * processes, loading, parts),
         on_device=None,
         disk=_disk(default_cache_dir(), cached, cached),
         basis=(
-            f"{_BY_CONFIGURATION}; time by a small matrix decomposed now; memory by the largest "
-            "matrix twice in float32",
+            f"{_BY_CONFIGURATION}; time by random matrices of the same shapes decomposed now; "
+            "memory by the largest matrix twice in float32",
         ),
     )
 
@@ -238,7 +245,7 @@ def evaluation_work(
     skeleton = load_skeleton(source)
     weights = base_bytes(skeleton, dtype, found.quantization)
     parts = {"weights": weights, "adapter": _adapter_bytes(found)}
-    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
+    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task, rows_asked(task))}")]
     seconds, most = None, 0
     basis = [_BY_CONFIGURATION]
     if not TASKS[task.task].scorers:
@@ -257,7 +264,9 @@ def evaluation_work(
             basis.append("the cache of keys and values is not counted: another kind of model")
         else:
             parts["keys and values"] = cache
-        seconds = answering_seconds(skeleton, dtype, task, lengths, device)
+        answering = answering_seconds(skeleton, dtype, task, lengths, device, _num_adapted(found))
+        loads = loading_seconds(source, skeleton, dtype, decomposes=False)
+        seconds = (answering[0] + loads[0], answering[1] + loads[1])
         basis.append(f"time {ANSWERS_BASIS}")
     loading = loading_bytes(source, skeleton, dtype, found.quantization)
     own = process_bytes()
@@ -298,7 +307,9 @@ def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> 
     seconds = None
     if plan.time.training_seconds is not None:
         each = plan.time.training_seconds
-        low, high = (plan.time.decomposition_seconds + num_trials * one / jobs for one in each)
+        loading = plan.time.loading_seconds or (0.0, 0.0)
+        once = (sum(ends) for ends in zip(plan.time.decomposition_range, loading, strict=True))
+        low, high = (first + num_trials * one / jobs for first, one in zip(once, each, strict=True))
         seconds = (low, high)
         steps.append(("a trial", span(each, duration)))
         if (price := recipe.compare.price_per_hour) is not None:
@@ -317,6 +328,12 @@ def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> 
             "take somewhat less or up to twice the time a step (docs/performance.md)",
         ),
     )
+
+
+def _num_adapted(found: Found) -> int:
+    if found.adapter is None:
+        return 0
+    return sum(plan.rank > 0 for plan in ranks_of_adapter(found.adapter).most)
 
 
 def _cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:

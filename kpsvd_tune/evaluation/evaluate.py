@@ -134,12 +134,20 @@ class Scorer:
             results[name] = {"before": scores[0].value, "after": now.value, "n": now.n}
         if tasks:
             results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
-            results["score_conditions"] = self.conditions(tasks)
+            results["score_conditions"] = self.conditions(tasks, after)
         return results
 
-    def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
-        """How each task was asked, in words."""
-        return {name: conditions(as_trained(task, self.dataset)) for name, task in tasks.items()}
+    def conditions(
+        self, tasks: Mapping[str, EvaluationRecipe], scores: Mapping[str, Sequence[Score]]
+    ) -> dict[str, str]:
+        """How each task was asked, in words; the scores say of how many rows."""
+        return {
+            name: conditions(
+                as_trained(task, self.dataset),
+                scores[name][0].n if TASKS[task.task].scorers else None,
+            )
+            for name, task in tasks.items()
+        }
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
@@ -156,7 +164,7 @@ class Scorer:
             DataError: the data cannot be read or do not fit the task.
         """
         task = as_trained(task, self.dataset)
-        self.events.stage(f"scoring {task.task}: {conditions(task)}")
+        self.events.stage(f"scoring {task.task}: {conditions(task, rows_asked(task))}")
         check_code_execution([task.task], self.sandbox)
         if not is_offloaded(model):
             model.to(self.place)
@@ -228,9 +236,9 @@ class Scorer:
             ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
             interval, the task, the place of the rows and completions, and how they were asked.
         """
-        scores = as_mapping(self.score(loaded.model, task, folder))
-        asked = self.conditions({task.task: task})[task.task]
-        result = {"task": task.task, "file": rows_source(task), "scores": scores}
+        scores = self.score(loaded.model, task, folder)
+        asked = self.conditions({task.task: task}, {task.task: scores})[task.task]
+        result = {"task": task.task, "file": rows_source(task), "scores": as_mapping(scores)}
         if (other := loaded.other_base) is not None:
             self.events.note(f"scored {other}")
             # The conditions stand in results.json and in the card of a run.
@@ -267,10 +275,29 @@ def rows_source(recipe: EvaluationRecipe) -> str:
     return rows
 
 
-def conditions(recipe: EvaluationRecipe) -> str:
-    """How a task is asked, in words: what one has to know to compare its scores with others."""
+def rows_asked(recipe: EvaluationRecipe) -> int | None:
+    """Questions that a limited task asks; None without a limit, and where it asks none.
+
+    Raises:
+        DataError: As of :func:`read_questions`.
+    """
+    if recipe.limit is None or not TASKS[recipe.task].scorers:
+        return None
+    return len(read_questions(recipe))
+
+
+def conditions(recipe: EvaluationRecipe, num_rows: int | None = None) -> str:
+    """How a task is asked, in words: what one has to know to compare its scores with others.
+
+    ``num_rows`` are the rows that were asked, where that is known: fewer than the limit are all.
+    """
     rows = rows_source(recipe)
-    parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
+    if recipe.limit is None:
+        parts = [rows]
+    elif num_rows is not None and num_rows < recipe.limit:
+        parts = [f"{rows}, all {num_rows}"]
+    else:
+        parts = [f"{rows}, the first {recipe.limit}"]
     if recipe.task == "lm_eval":
         shots = "the task's" if recipe.shots is None else str(recipe.shots)
         is_chat = "the chat template" if recipe.template == "chat" else "no chat template"

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from kpsvd_tune.report.alive import Heartbeat
 from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.report.console import preflight_lines, rank_summary
 from kpsvd_tune.report.layout import make_console, print_line
@@ -27,6 +28,8 @@ from kpsvd_tune.units import duration, time_left
 # and one at this interval where a tenth takes long.
 PLAIN_SECONDS = 10.0
 ALIVE_SECONDS = 60.0
+# First words of stages that may say nothing for minutes; the others end with what they count.
+_SILENT = ("loading", "decomposing", "merging", "computing", "writing", "reading")
 # A log gets a line for each running trial at this interval.
 TRIAL_SECONDS = 30.0
 # Finished trials that the live table shows; the rest are counted.
@@ -48,14 +51,22 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         self._validated = -PLAIN_SECONDS
         # Number and time of the first training step that was seen here.
         self._first_step: tuple[int, float] | None = None
+        self._alive = Heartbeat(self._still, ALIVE_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         self.end_progress()
+        self._alive.end()
 
     def stage(self, text: str) -> None:
-        """Say what begins now."""
+        """Say what begins now, and once a minute that it still goes on, until there is progress."""
         self.end_progress()
+        self._alive.end()
         print_line(self._console, Text(f"· {text}", style="bold"))
+        if self._main and text.startswith(_SILENT):
+            self._alive.begin(text)
+
+    def _still(self, text: str) -> None:
+        print_line(self._console, Text(f"  {text}", style="dim"), 4)
 
     def note(self, text: str) -> None:
         """Say a remark that belongs to the stage."""
@@ -100,6 +111,7 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         """
         if not self._main:
             return
+        self._alive.end()
         now = time.monotonic()
         if phase != self._phase:
             self.end_progress()

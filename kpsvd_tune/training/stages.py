@@ -332,6 +332,7 @@ def start_model(context: Context, data: RunInput) -> StartedModel:
         phase.enter("decomposing the base model", decomposition_cures(recipe), kept)
         recipe, decomposition = initialise(context, data)
         phase.enter("loading the base model", loading_cures(recipe.model.dtype))
+        events.stage(f"loading {recipe.model.path}")
         is_shared = shares_weights(context.accelerator, recipe.train)
         model = adapt(
             recipe,

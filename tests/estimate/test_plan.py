@@ -20,7 +20,8 @@ from kpsvd_tune.estimate.time import Speed
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of the machine take time, and what they find is not tested here."""
     monkeypatch.setattr(plans, "measure_speed", lambda *_: Speed(1e9, 1e9))
-    monkeypatch.setattr("kpsvd_tune.estimate.answers.measure_speed", lambda *_: Speed(1e9, 1e9))
+    monkeypatch.setattr("kpsvd_tune.estimate.passes.PassTimes.seconds", lambda *_: 0.1)
+    monkeypatch.setattr("kpsvd_tune.estimate.loading.python_slowness", lambda: (1.0, 1.0))
     monkeypatch.setattr(plans, "decomposition_seconds", lambda todo, *_: float(len(todo)))
 
 
@@ -138,9 +139,10 @@ def test_money_is_told_where_there_is_a_price(
     planned: Callable[..., dict[str, Any]],
 ) -> None:
     found = planned("compare.price_per_hour=3600")
-    low, high = found["time"]["training_seconds"]
-    init = found["time"]["decomposition_seconds"]
-    assert found["cost"] == pytest.approx([init + low, init + high])
+    time = found["time"]
+    parts = [time[key] for key in ("training_seconds", "decomposition_range", "loading_seconds")]
+    assert found["cost"] == pytest.approx([sum(each) for each in zip(*parts, strict=True)])
+    assert time["decomposition_range"][0] < time["decomposition_seconds"]
     assert planned()["cost"] is None
 
 
@@ -159,7 +161,7 @@ def test_scoring_is_in_the_time_and_the_money(
     assert twice["time"]["scoring_seconds"] == pytest.approx([2 * low, 2 * high])
     more = [one - other for one, other in zip(once["cost"], plain["cost"], strict=True)]
     assert more == pytest.approx([low, high])
-    assert any(line.startswith("scoring by the speed") for line in once["time"]["basis"])
+    assert any(line.startswith("scoring by products") for line in once["time"]["basis"])
     unread = planned("train.max_steps=2", "--without-rows", evaluation=[task])["time"]
     assert unread["scoring_seconds"] is None
     assert "the time of scoring is not estimated: the rows were not read" in unread["basis"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -85,3 +86,27 @@ def test_a_warning_is_shown_with_its_step_what_was_found_and_its_cure(
         "  warning: step 7: Rows are cut.\n    found: row 3\n    Raise the limit.\n"
         "  fallback: Went back.\n"
     )
+
+
+def test_a_silent_stage_gives_a_sign_of_life(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "ALIVE_SECONDS", 0.05)
+    with ConsoleEvents() as events:
+        events.stage("loading a/model")
+        time.sleep(0.3)
+        events.note("a note")
+        said = capsys.readouterr().err.splitlines()
+        assert said[0] == "· loading a/model"
+        assert said[1].startswith("  still loading a/model, 0.")
+        # Progress has signs of its own.
+        events.advance("answering", 1, 10)
+        capsys.readouterr()
+        time.sleep(0.2)
+        assert capsys.readouterr().err == ""
+        events.stage("training for 10 steps")
+        time.sleep(0.2)
+        assert capsys.readouterr().err == "· training for 10 steps\n"
+        events.stage("reading a/file")
+    time.sleep(0.2)
+    assert "still" not in capsys.readouterr().err

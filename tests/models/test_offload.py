@@ -33,10 +33,15 @@ def weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [at for block in offloading._offloadable(model) for at in block.places]
 
 
-def hide(model: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    for owner, name in places:
-        held: Any = owner._parameters[name]
-        owner._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=False)
+def held(at: tuple[nn.Module, str]) -> Any:
+    owner, name = at
+    return owner._parameters[name]
+
+
+def hide(places: list[tuple[nn.Module, str]]) -> None:
+    for at in places:
+        owner, name = at
+        owner._parameters[name] = nn.Parameter(held(at).to("meta"), requires_grad=False)
 
 
 def adapted(checkpointing: bool = False) -> Any:
@@ -54,10 +59,7 @@ def adapted(checkpointing: bool = False) -> Any:
 
 def free_for(model: nn.Module, num_blocks: int) -> int:
     """Free bytes with which so many first blocks lie on the card."""
-    sizes = [
-        offloading._bytes(owner._parameters[name] for owner, name in block.places)
-        for block in offloading._offloadable(model)
-    ]
+    sizes = [offloading._bytes(map(held, block.places)) for block in offloading._offloadable(model)]
     assert sizes
     others = offloading._bytes([*model.parameters(), *model.buffers()]) - sum(sizes)
     state = 3 * offloading._bytes(p for p in model.parameters() if p.requires_grad)
@@ -72,8 +74,8 @@ def test_losses_and_gradients_are_those_of_a_model_that_fits(num_kept: int) -> N
     found = offload(model, CPU, free_for(model, num_kept))
     assert (found.num_blocks, found.num_offloaded) == (4, 4 - num_kept)
     away = places[num_kept * len(places) // 4 :]
-    assert found.offloaded_bytes == sum(m._parameters[n].nbytes for m, n in away)
-    hide(model, away)
+    assert found.offloaded_bytes == sum(held(at).nbytes for at in away)
+    hide(away)
     losses = [each(input_ids=IDS, labels=IDS).loss for each in (plain, model)]
     for loss in losses:
         loss.backward()
@@ -84,7 +86,7 @@ def test_losses_and_gradients_are_those_of_a_model_that_fits(num_kept: int) -> N
         if parameter.requires_grad:
             assert torch.equal(parameter.grad, wanted[name]), name
     # Also after a recomputation, which ends in the middle of a forward pass.
-    assert all(owner._parameters[name].is_meta for owner, name in away)
+    assert all(held(at).is_meta for at in away)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -92,11 +94,11 @@ def test_checkpointing_alone_lets_go_of_the_copies(checkpointing: bool) -> None:
     model = adapted(checkpointing).train()
     places = weights(model)
     offload(model, CPU, free_for(model, 0))
-    hide(model, places)
+    hide(places)
     copies: dict[int, list[weakref.ref[Any]]] = {}
     most = 0
 
-    def look(module: nn.Module, _inputs: Any) -> None:
+    def look(module: Any, _inputs: Any) -> None:
         nonlocal most
         block = next(i for i, each in enumerate(blocks) if module in set(each.modules()))
         copies.setdefault(block, []).append(weakref.ref(module.weight.untyped_storage()))
@@ -119,7 +121,7 @@ def test_answers_are_those_of_a_model_that_fits() -> None:
     plain, model = adapted().eval(), adapted().eval()
     places = weights(model)
     offload(model, CPU, free_for(model, 0))
-    hide(model, places)
+    hide(places)
     options = {"max_new_tokens": 6, "do_sample": False, "output_scores": True}
     found = [
         each.generate(input_ids=IDS, return_dict_in_generate=True, **options)
@@ -142,7 +144,7 @@ def test_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     monkeypatch.setattr(offloading, "num_that_fit", lambda sizes, room: 0)
     offload(model, CPU, 10**9)
-    hide(model, places)
+    hide(places)
     with torch.no_grad():
         assert torch.equal(output_of(model, kind.inputs), wanted)
 
@@ -151,7 +153,7 @@ def test_an_exception_leaves_no_copy_behind() -> None:
     model = adapted().eval()
     places = weights(model)
     offload(model, CPU, free_for(model, 0))
-    hide(model, places)
+    hide(places)
     mlp = model.get_base_model().model.layers[1].mlp
 
     def fail(*_: Any) -> None:
@@ -160,14 +162,14 @@ def test_an_exception_leaves_no_copy_behind() -> None:
     handle = mlp.down_proj.register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         model(IDS)
-    assert all(owner._parameters[name].is_meta for owner, name in places)
+    assert all(held(at).is_meta for at in places)
     handle.remove()
     model(IDS)
 
 
 def test_what_stays_on_the_card() -> None:
     model = adapted()
-    ids = {id(owner._parameters[name]) for owner, name in weights(model)}
+    ids = {id(held(at)) for at in weights(model)}
     names = [name for name, p in model.named_parameters() if id(p) not in ids]
     assert any("embed_tokens" in name for name in names)
     assert any("lm_head" in name for name in names)
@@ -177,7 +179,7 @@ def test_what_stays_on_the_card() -> None:
     )
     # Neither where nothing is trained.
     model.requires_grad_(False)
-    ids = {id(owner._parameters[name]) for owner, name in weights(model)}
+    ids = {id(held(at)) for at in weights(model)}
     assert names == [name for name, p in model.named_parameters() if id(p) not in ids]
 
 
@@ -207,7 +209,8 @@ def test_a_card_too_small_for_the_rest_is_refused() -> None:
 
 
 def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, notes = adapted(), []
+    model = adapted()
+    notes: list[str] = []
     place(model, None, CPU, notes.append)
     assert notes == []
     place(model, "auto", CPU, notes.append)

@@ -667,6 +667,11 @@ def check_comparable(recipe: Recipe, methods: Sequence[Method]) -> None:
             "adapter.from: methods are compared from their own starts, not from a trained adapter; "
             "set it to null"
         )
+    if recipe.model.device_map is not None:
+        raise RecipeError(
+            "model.device_map: auto: `compare` keeps one base on the card for all its trials; "
+            "expected model.device_map: null, with model.quantization for a base that is too large"
+        )
     kind = recipe.model.quantization
     if unfit := unfit_names(methods, kind):
         raise RecipeError(

@@ -28,6 +28,7 @@ from kpsvd_tune.decompose.launched import Helper
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.hardware.devices import decomposing_device
+from kpsvd_tune.models.offload import place
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
@@ -230,6 +231,11 @@ class EnergyProbes:
         start = on_main_process(lambda: start_from(self._spectra, tried.adapter, tried.train.seed))
         is_shared = shares_weights(self.context.accelerator, tried.train)
         model = adapt(tried, self.data.source, start, None, is_shared=is_shared)
+        rates = rate_factors(
+            model, is_relative=tried.adapter.rate == "relative", fetch=fetching(model)
+        )
+        # The run itself tells of it.
+        place(model, tried.model.device_map, self.context.accelerator.device, lambda _: None)
         own = RunDirectory(folder)
         begun = on_main_process(
             lambda: own.begin(
@@ -247,9 +253,7 @@ class EnergyProbes:
             own,
             pad_token_id=self.data.pad_token_id,
             checkpoint=begun.checkpoint,
-            rate_factors=rate_factors(
-                model, is_relative=tried.adapter.rate == "relative", fetch=fetching(model)
-            ),
+            rate_factors=rates,
         )
 
 

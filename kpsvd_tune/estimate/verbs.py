@@ -50,7 +50,7 @@ from kpsvd_tune.recipe import EvaluationRecipe, Recipe
 from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.work import DiskPlan, WorkPlan
 from kpsvd_tune.runs.find import Found
-from kpsvd_tune.units import duration, money, size
+from kpsvd_tune.units import counted, duration, money, size
 
 _FLOAT = 4
 # Bytes a number takes in a GGUF file; q8_0 has two more for every 32.
@@ -257,7 +257,7 @@ def evaluation_work(
         answers = len(lengths) * task.samples
         most = answers * task.max_new_tokens
         steps += [
-            ("questions", f"{len(lengths):,}, {task.samples} answers each"),
+            ("questions", f"{len(lengths):,}, {counted(task.samples, 'answer')} each"),
             ("prompts", f"{sum(lengths):,} tokens, the longest {max(lengths):,}"),
             ("answers", f"at most {most:,} tokens"),
         ]

@@ -50,6 +50,7 @@ from kpsvd_tune.evaluation.scoring import (
 )
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
+from kpsvd_tune.models.offload import is_offloaded
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, OWN_ROWS_TASKS, DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
@@ -165,7 +166,8 @@ class Scorer:
         task = as_trained(task, self.dataset)
         self.events.stage(f"scoring {task.task}: {conditions(task, rows_asked(task))}")
         check_code_execution([task.task], self.sandbox)
-        model.to(self.place)
+        if not is_offloaded(model):
+            model.to(self.place)
         template = task.template or TASKS[task.task].template
         if task.task == "lm_eval":
             scores, left_out = on_main_process(lambda: harness_scores(model, self.tokenizer, task))

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.models.offload import decoder_blocks
 from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines.plain import Engine
@@ -37,7 +38,7 @@ class ShardedEngine(Engine):
         check_shardable(token_loss.model, self._recipe)
         device, number = self._accelerator.device, self._accelerator.num_processes
         mesh = init_device_mesh(device.type, (number,))
-        for block in _blocks(token_loss.model):
+        for block in decoder_blocks(token_loss.model):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         fill_shards(token_loss.model)
@@ -120,12 +121,6 @@ def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
             f"{' and '.join(sorted(dtypes))}; set model.dtype: float32, or "
             "adapter.modules_to_save: []"
         )
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that the model's authors say must stay on one device: its decoder layers."""
-    names = set(getattr(_base_of(model), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -145,7 +145,7 @@ class SpectraWorker:
 
 
 def work(plan: LayerPlan) -> float:
-    """Estimated work of a layer, in multiply-adds up to a constant, with what each costs besides."""
+    """Estimated work of a layer, in multiply-adds up to a constant; each has some besides."""
     side = plan.shape.max_rank
     passes = side if side <= DIRECT_SIZE else ITERATION_PASSES
     return float(plan.shape.out_features * plan.shape.in_features * passes + MATRIX_WORK)

@@ -270,7 +270,7 @@ def test_the_time_left_does_not_jump_with_the_sizes_of_the_matrices(
         for number, (size, seconds) in enumerate(rows)
     ]
     now = 0.0
-    monkeypatch.setattr(collect.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("kpsvd_tune.decompose.collect.time.perf_counter", lambda: now)
     seen: list[Progress] = []
     collected = collect._Collected(plans, seen.append)
     monkeypatch.setattr(LayerPlan, "energy", lambda *_: 1.0)

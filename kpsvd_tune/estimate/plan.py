@@ -18,17 +18,19 @@ from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.estimate.answers import scoring_seconds
+from kpsvd_tune.estimate.answers import answering_sizes, scoring_seconds
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.loading import loading_seconds
 from kpsvd_tune.estimate.memory import (
     base_bytes,
+    cache_bytes,
     device_memory,
     heap_bytes,
     host_memory,
     loading_bytes,
     offloaded_bytes,
     part_of_process,
+    pass_bytes,
     process_bytes,
     shared_loading_bytes,
     training_parts,
@@ -96,6 +98,7 @@ class _Setting:
     processes: int
     process_bytes: int
     tokenizer: PreTrainedTokenizerBase | None  # None where the rows were not read
+    answers: list[tuple[int, int, int]]  # as of `answering_sizes`
 
 
 def make_plan(
@@ -154,7 +157,17 @@ def make_plan(
         for warning in length.warnings:
             events.tell(warning)
     setting = _Setting(
-        recipe, source, skeleton, ranks, data, length, device, processes, process_bytes(), tokenizer
+        recipe,
+        source,
+        skeleton,
+        ranks,
+        data,
+        length,
+        device,
+        processes,
+        process_bytes(),
+        tokenizer,
+        [] if tokenizer is None else answering_sizes(recipe, tokenizer),
     )
     events.stage("tracing a step of the largest batch on tensors without numbers")
     return _plan(setting, dataset)
@@ -284,18 +297,32 @@ def _memory(
         shared = shared_loading_bytes(setting.source, setting.skeleton, wanted.dtype, count)
         loading = loading if shared is None else shared
     process = setting.process_bytes
+    scoring = _scoring_bytes(setting, recipe, parts)
     if setting.device.type == "cpu":
         parts["holes in the heap"] = heap_bytes(whole)
         everything = {name: each * count for name, each in parts.items()}
-        return host_memory(process * count, loading * count, everything), None
+        return host_memory(process * count, loading * count, everything, scoring * count), None
     away = offloaded_bytes(parts, setting.skeleton, recipe)
     if not away:
-        return host_memory(process * count, loading * count, {}), device_memory(parts)
+        return host_memory(process * count, loading * count, {}), device_memory(parts, scoring)
     # The block that computes is on the device as well, in turn with the others.
     largest = max(block_parameters(setting.skeleton)) * DTYPES[wanted.dtype].itemsize
     parts["weights"] += largest - away
     host = host_memory(process, loading, {"weights that are offloaded": away})
-    return host, device_memory(parts)
+    return host, device_memory(parts, _scoring_bytes(setting, recipe, parts))
+
+
+def _scoring_bytes(setting: _Setting, recipe: Recipe, parts: Mapping[str, int]) -> int:
+    """Bytes of the scoring after the training, in a process that has these parts; 0 without one."""
+    if not setting.answers or recipe.train.parallel == "fsdp":
+        return 0
+    dtype, skeleton = recipe.model.dtype, setting.skeleton
+    most = max(
+        (cache_bytes(skeleton, dtype, rows, tokens + new) or 0)
+        + pass_bytes(skeleton, dtype, rows, tokens)
+        for rows, tokens, new in setting.answers
+    )
+    return most + sum(parts[each] for each in ("weights", "adapter", "optimiser", "gradients"))
 
 
 def _memory_basis(setting: _Setting) -> tuple[str, ...]:
@@ -310,8 +337,13 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
         )
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")
-    if setting.recipe.evaluation:
-        found.append("the memory of answers that the evaluation generates is not counted")
+    if setting.answers:
+        found.append(
+            "the scoring by keys and values, one layer and the logits of its largest batch; where "
+            "it is the peak, a lower batch_size of the evaluation takes less"
+        )
+    elif setting.recipe.evaluation:
+        found.append("the memory of the evaluation is not counted: none of its prompts was read")
     return tuple(found)
 
 

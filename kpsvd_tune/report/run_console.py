@@ -22,6 +22,7 @@ from kpsvd_tune.report.run_words import (
     state_line,
     told_events,
 )
+from kpsvd_tune.units import counted
 
 _SPARK_WIDTH = 48
 _LEARNED = 3
@@ -106,7 +107,7 @@ def show_run_report(run: RunFiles, *, layers: bool = False) -> None:
 def _show_answers(out: Console, run: RunFiles) -> None:
     """The first questions of each task, with the answers before and after below each other."""
     for task in read_answers(run.folder, _ANSWERS):
-        print_line(out, f"{task.task}, the first of {task.num_questions} answers:")
+        print_line(out, f"{task.task}, the first of {counted(task.num_questions, 'answer')}:")
         for one in task.shown:
             sides = {
                 "asked": one["prompt"],

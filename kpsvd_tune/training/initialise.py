@@ -37,6 +37,7 @@ from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import shares_weights
 from kpsvd_tune.training.loop import Training
+from kpsvd_tune.units import counted
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
 # A candidate with fewer parameters wins where it keeps this share of the best fall of the loss:
@@ -131,8 +132,9 @@ class EnergyProbes:
         lengths = round_lengths(len(left), self.data.num_steps)
         cost = sum(length * max(1, len(left) >> place) for place, length in enumerate(lengths))
         events.stage(
-            f"choosing the energy threshold among {', '.join(map(str, left))}: {cost} steps "
-            f"in {len(lengths)} rounds, beside the run's {self.data.num_steps}"
+            f"choosing the energy threshold among {', '.join(map(str, left))}: "
+            f"{counted(cost, 'step')} "
+            f"in {counted(len(lengths), 'round')}, beside the run's {self.data.num_steps}"
         )
         probes: list[Probe] = []
         for length in lengths:
@@ -152,7 +154,7 @@ class EnergyProbes:
             for each in done:
                 events.note(
                     f"energy {each.energy:g}: {each.parameters:,} parameters, validation loss "
-                    f"{each.loss_before:.4f} to {each.loss:.4f} in {each.steps} steps"
+                    f"{each.loss_before:.4f} to {each.loss:.4f} in {counted(each.steps, 'step')}"
                 )
             probes += done
             left = [probe.energy for probe in best_first(done)][: max(1, len(done) // 2)]

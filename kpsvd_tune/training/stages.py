@@ -82,7 +82,7 @@ from kpsvd_tune.training.precision import (
 )
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
-from kpsvd_tune.units import duration
+from kpsvd_tune.units import counted, duration
 from kpsvd_tune.watch.before import row_warnings, without
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
@@ -405,7 +405,7 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     total = training.num_steps
     done = training.progress.step
     going_on = f", of which {done} are done" if done else ""
-    events.stage(f"training for {total} steps{going_on}")
+    events.stage(f"training for {counted(total, 'step')}{going_on}")
     if tasks and is_first:
         # The time that is left of the training does not count it.
         events.note(f"scoring took {duration(scored)}, and is done again after the training")
@@ -466,7 +466,7 @@ def finish_run(
     on_main_process(save)
     context.events.note(f"adapter: {run.adapter}, results: {run.results_file}")
     evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
-    context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
+    context.events.ended(f"The run is done after {counted(results['steps'], 'step')}.", evidence)
     on_main_process(lambda: context.page.refresh(is_last=True))
     if is_later:
         # The process that scores loads the whole model on the device of this one.

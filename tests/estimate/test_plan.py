@@ -170,6 +170,24 @@ def test_scoring_is_in_the_time_and_the_money(
     assert "the time of scoring is not estimated: the rows were not read" in unread["basis"]
 
 
+def test_a_scoring_that_holds_more_than_the_training_is_the_peak(
+    planned: Callable[..., dict[str, Any]], rows_file: Path
+) -> None:
+    task = {"task": "exact_match", "path": str(rows_file), "batch_size": 4, "max_new_tokens": 4}
+    task |= {"columns": {"prompt": "question", "completion": "answer"}}
+    plain, small = planned(), planned(evaluation=[task])
+    assert plain["host"]["peak_bytes"] == pytest.approx(small["host"]["peak_bytes"], rel=0.05)
+    assert small["host"]["bound_by"] != "scoring"
+    new = 10**7
+    large = planned(evaluation=[task | {"max_new_tokens": new}])["host"]
+    assert large["bound_by"] == "scoring"
+    few = planned(evaluation=[task | {"max_new_tokens": new, "batch_size": 2}])["host"]
+    process = large["parts"]["Python and libraries"]
+    grown = (large["peak_bytes"] - process) / (few["peak_bytes"] - process)
+    assert grown == pytest.approx(2, rel=0.02)
+    assert any("a lower batch_size" in line for line in planned(evaluation=[task])["memory_basis"])
+
+
 def test_steps_that_are_done_tell_the_time(
     planned: Callable[..., dict[str, Any]], write_recipe: Callable[..., Path]
 ) -> None:

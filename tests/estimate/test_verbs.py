@@ -86,7 +86,7 @@ def test_merge_export_and_eval_say_what_they_would_write(
     assert files_in(tmp_path) == before
     assert scored["seconds"][0] < scored["seconds"][1]
     steps = dict(scored["steps"])
-    assert (steps["questions"], steps["answers"]) == ("8, 1 answers each", "at most 40 tokens")
+    assert (steps["questions"], steps["answers"]) == ("8, 1 answer each", "at most 40 tokens")
     assert scored["host"]["parts"]["keys and values"] > 0
     assert planned("eval", run, "--task", "loss", "--path", rows_file)["seconds"] is None
 

@@ -79,16 +79,21 @@ def place(
 
 def check_device(device: torch.device) -> None:
     """Refuse `model.device_map: auto` where it cannot work; RecipeError says why."""
+    check_alone()
+    if device.type == "mps":
+        raise RecipeError(
+            "model.device_map: auto: Apple's mps has no memory of its own, so there is nothing to "
+            "offload to; expected model.device_map: null"
+        )
+
+
+def check_alone() -> None:
+    """Refuse `model.device_map: auto` in one of several processes; RecipeError says why."""
     if (count := num_processes()) > 1:
         raise RecipeError(
             f"model.device_map: auto: got {count} processes; expected one, for each would keep the "
             "base in the host's memory: to train on several GPUs set train.parallel: fsdp and "
             "model.device_map: null; to score a run leave --gpus and --processes out"
-        )
-    if device.type == "mps":
-        raise RecipeError(
-            "model.device_map: auto: Apple's mps has no memory of its own, so there is nothing to "
-            "offload to; expected model.device_map: null"
         )
 
 

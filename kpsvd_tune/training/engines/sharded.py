@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.hardware.heap import return_large_blocks
 from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines.plain import Engine
@@ -37,7 +38,9 @@ class ShardedEngine(Engine):
         check_shardable(token_loss.model, self._recipe)
         device, number = self._accelerator.device, self._accelerator.num_processes
         mesh = init_device_mesh(device.type, (number,))
-        for block in _blocks(token_loss.model):
+        if device.type == "cpu":
+            return_large_blocks()
+        for block in (*_blocks(token_loss.model), *_ends(token_loss.model)):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         fill_shards(token_loss.model)
@@ -126,6 +129,18 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that the model's authors say must stay on one device: its decoder layers."""
     names = set(getattr(_base_of(model), "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The embedding and the output head, where each has a plain weight of its own.
+
+    What is in no unit of its own stays whole from the first layer's forward to its backward pass.
+    """
+    base: Any = _base_of(model)
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    plain = [each for each in ends if type(each) in (nn.Embedding, nn.Linear)]
+    is_tied = len({id(each.weight) for each in plain}) < len(plain)
+    return [] if is_tied else plain
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ _SAME_REQUEST_SECONDS = 1.0
 _PROMPT_SECONDS = 0.5
 _BOTH = (signal.SIGINT, signal.SIGTERM)
 _END_OF_THREAD = b"\0"
+_drawings: list[Callable[[], None]] = []
 
 
 class StopSignals:
@@ -106,6 +107,19 @@ class StopSignals:
             os._exit(128 + number if self._is_immediate else UNSAVED_EXIT_CODE)
 
 
+@contextmanager
+def drawing(leave: Callable[[], None]) -> Iterator[None]:
+    """Where several lines are drawn again and again: ``leave`` ends that before `tell` writes.
+
+    It is called from another thread. The drawing would else wipe the line out.
+    """
+    _drawings.append(leave)
+    try:
+        yield
+    finally:
+        _drawings.remove(leave)
+
+
 def tell(line: str, *, is_last: bool = False) -> None:
     """Write a line to stderr, whatever the program is doing when a signal comes.
 
@@ -113,6 +127,9 @@ def tell(line: str, *, is_last: bool = False) -> None:
     """
     if int(os.environ.get("RANK", "0")) or multiprocessing.parent_process() is not None:
         return
+    for leave in list(_drawings):
+        with contextlib.suppress(Exception):
+            leave()
     if os.isatty(2):
         # It replaces the line of a progress bar, which is drawn again below it; the last line shows
         # the cursor again, which the bar hides.

@@ -1,4 +1,4 @@
-"""Times and sizes as people write them; files keep the raw numbers."""
+"""Times, sizes and counts as people write them; files keep the raw numbers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def size(num_bytes: float) -> str:
     while value >= 999.5 and unit < len(_SIZES) - 1:
         value, unit = value / 1000, unit + 1
     return f"{value:,.0f} {_SIZES[unit]}" if value >= 9.95 else f"{value:.1f} {_SIZES[unit]}"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: 1 step, 1,200 steps; ``plural`` where that is not the noun and an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def energy(joules: float) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kpsvd_tune.units import duration, energy, money, size, time_left
+from kpsvd_tune.units import counted, duration, energy, money, size, time_left
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,17 @@ def test_money_shows_two_digits_however_small():
 def test_energy_is_in_watt_hours():
     joules = (360, 3600, 43_200, 3_600_000, 4_680_000)
     assert [energy(each) for each in joules] == ["0.1 Wh", "1 Wh", "12 Wh", "1.0 kWh", "1.3 kWh"]
+
+
+@pytest.mark.parametrize(
+    ("number", "nouns", "text"),
+    [
+        (0, ["step"], "0 steps"),
+        (1, ["step"], "1 step"),
+        (1200, ["step"], "1,200 steps"),
+        (1, ["matrix", "matrices"], "1 matrix"),
+        (210, ["matrix", "matrices"], "210 matrices"),
+    ],
+)
+def test_one_thing_is_no_plural(number: int, nouns: list[str], text: str):
+    assert counted(number, *nouns) == text

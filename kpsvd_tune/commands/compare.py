@@ -24,6 +24,7 @@ from kpsvd_tune.recipe import Recipe, load_recipe, read_number_of_parameters
 from kpsvd_tune.report.console import show_comparison, show_grid
 from kpsvd_tune.report.live import ConsoleEvents, TrialTable
 from kpsvd_tune.report.work import WorkPlan, show_work
+from kpsvd_tune.signals import drawing
 
 
 def compare(
@@ -164,7 +165,7 @@ def compare(
         with ConsoleEvents() as events:
             run_tasks(words, grid.summary()["trials"], ray, jobs, events)
         shared, trials = True, 0
-    with ConsoleEvents() as events, TrialTable() as table:
+    with ConsoleEvents() as events, TrialTable() as table, drawing(table.leave_table):
         if left_out:
             events.note(left_out)
         verdict = run_comparison(

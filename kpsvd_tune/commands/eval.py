@@ -245,7 +245,7 @@ def _score(
     from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks
     from kpsvd_tune.evaluation.output import keep_scores, output_folder
     from kpsvd_tune.processes import device, end_processes, on_main_process
-    from kpsvd_tune.runs.find import find, load, resolve_base
+    from kpsvd_tune.runs.find import find, load, place_loaded, resolve_base
 
     found = find(model.source)
     if wanted.task == "forgetting" and (found.adapter is None or model.base_only):
@@ -268,6 +268,7 @@ def _score(
         phase.enter("loading the model", loading_cures(known, "--dtype"))
         options = {"base_only": model.base_only, "allow_other_base": model.allow_other_base}
         loaded = load(found, place_of_base, known, **options)
+        place_loaded(found, loaded, place, events.note)
         kept = f"completions that are finished are kept in {folder}"
         phase.enter(f"scoring {wanted.task}", answering_cures([wanted]), kept)
         scorer = Scorer(loaded.tokenizer, found.dataset, place, events, sandbox)

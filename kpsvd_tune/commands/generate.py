@@ -43,7 +43,7 @@ def generate(
     check_reachable(source, base)
     from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
     from kpsvd_tune.processes import device
-    from kpsvd_tune.runs.find import find, load, resolve_base
+    from kpsvd_tune.runs.find import find, load, place_loaded, resolve_base
 
     with ConsoleEvents() as events:
         found = find(source)
@@ -56,8 +56,10 @@ def generate(
             )
             if loaded.other_base is not None:
                 events.note(f"answering {loaded.other_base}")
+            events.stage("answering")
             phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
-            loaded.model.to(device()).eval()
+            place_loaded(found, loaded, device(), events.note)
+            loaded.model.eval()
             # A run's answers are asked for as it was trained; a model alone by its chat template.
             template = "chat" if loaded.tokenizer.chat_template else None
             if found.dataset is not None:

@@ -19,6 +19,7 @@ from kpsvd_tune.recipe.paths import model_problem, rows_problem
 from kpsvd_tune.recipe.reference import MODELINE, place_schema
 from kpsvd_tune.report.live import ConsoleEvents
 from kpsvd_tune.storage.paths import check_writable, exists, expand
+from kpsvd_tune.units import counted
 
 if TYPE_CHECKING:
     from kpsvd_tune.draft.rows import LookedAt
@@ -111,7 +112,7 @@ def init(
 
     found = ask("--data", "Rows to learn from (.jsonl, .csv, ..., hub id)", data, None, rows)
     typer.echo(
-        f"  {found.num_rows:,} distinct rows{_of_all(found)} "
+        f"  {counted(found.num_rows, 'distinct row')}{_of_all(found)} "
         f"({found.form.name}: {found.form.reason}); "
         f"{len(found.held_out)} of them are held out to judge by",
         err=True,

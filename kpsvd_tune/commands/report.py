@@ -35,6 +35,15 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Another place for the page.")
     ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour",
+            min=0,
+            help="Of a device: tell what a run cost, in place of the recipe's "
+            "compare.price_per_hour.",
+        ),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -43,20 +52,32 @@ def report(
         raise InputError("--output is the place of the page: add --html")
     folder = expand(run)
     if other is not None:
-        _report_pair(folder, expand(other), html, output, as_json)
+        _report_pair(folder, expand(other), html, output, as_json, price)
     elif kind_of(folder) == "comparison":
         if html:
             raise InputError(
                 f"{folder} is the folder of a comparison, whose page `compare` writes: open "
                 f"{folder / 'comparison.html'}, or write it again with compare --plan done"
             )
+        if price is not None:
+            raise InputError(
+                f"--price-per-hour {price:g}: {folder} is the folder of a comparison, whose costs "
+                "are written with it; expected a run. Give the price to `compare`, with "
+                "compare.price_per_hour and --plan done"
+            )
         emit(read_comparison(folder), as_json, show_comparison)
     else:
-        _report_run(folder, html, output, as_json, layers)
+        _report_run(_read(folder, price), html, output, as_json, layers)
 
 
-def _report_run(folder: Path, html: bool, output: Path | None, as_json: bool, layers: bool) -> None:
+def _read(folder: Path, price: float | None) -> RunFiles:
     found = read_run_files(folder)
+    return found if price is None else found.at_price(price)
+
+
+def _report_run(
+    found: RunFiles, html: bool, output: Path | None, as_json: bool, layers: bool
+) -> None:
     if not html:
         emit(told(found), as_json, lambda _: show_run_report(found, layers=layers))
         return
@@ -64,7 +85,7 @@ def _report_run(folder: Path, html: bool, output: Path | None, as_json: bool, la
     from kpsvd_tune.report.pages import check_page
     from kpsvd_tune.report.run_page import write_run_page
 
-    page = folder / PAGE if output is None else expand(output)
+    page = found.folder / PAGE if output is None else expand(output)
     check_page(page)
     write_run_page(found, page)
     _emit_page(page, told(found), as_json)
@@ -74,14 +95,21 @@ def _emit_page(page: Path, content: dict[str, Any], as_json: bool) -> None:
     emit({**content, "page": str(page)}, as_json, lambda _: typer.echo(f"page: {page}"))
 
 
-def _report_pair(first: Path, second: Path, html: bool, output: Path | None, as_json: bool) -> None:
+def _report_pair(
+    first: Path,
+    second: Path,
+    html: bool,
+    output: Path | None,
+    as_json: bool,
+    price: float | None,
+) -> None:
     for folder in (first, second):
         if kind_of(folder) == "comparison":
             raise InputError(
                 f"{folder} is the folder of a comparison; expected two runs. Its trials lie in "
                 f"{folder / 'trials'}, and kpsvd-tune report {folder} shows the verdict"
             )
-    runs = read_run_files(first), read_run_files(second)
+    runs = _read(first, price), _read(second, price)
     if first.resolve() == second.resolve():
         raise InputError(f"{first} and {second} are the same run; expected two")
     pair = set_side_by_side(*runs, _paired(*runs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kpsvd_tune.comparison.findings import Findings, is_kpsvd, key_of, lowest
 from kpsvd_tune.comparison.statistics import estimate, steps_to, variation
 from kpsvd_tune.report.comparison import Claim, Difference, Estimate, MethodSummary
+from kpsvd_tune.units import counted
 
 # Losses this close, in nats, count as equal quality: well below what one step on a usual grid of
 # learning rates changes.
@@ -177,7 +178,8 @@ def _short(found: Findings, ours: MethodSummary, other: MethodSummary) -> str | 
     if steps >= needed:
         return None
     return (
-        f"runs of {steps} steps, {num_warmup} of them warm-up, are too short to tell: it takes "
+        f"runs of {counted(steps, 'step')}, {num_warmup} of them warm-up, are too short to "
+        "tell: it takes "
         f"{needed} or more ({WARMUPS} times the warm-up, and at least {FEWEST_STEPS})"
     )
 

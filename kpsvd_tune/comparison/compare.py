@@ -22,7 +22,7 @@ from kpsvd_tune.comparison.methods import Method, unfit_names
 from kpsvd_tune.comparison.money import Forecast, Price, Purse
 from kpsvd_tune.comparison.plan import Grid, next_trials, num_left, planned
 from kpsvd_tune.comparison.score import Questions, Scoring, make_questions, scored_task
-from kpsvd_tune.comparison.setup import Setups
+from kpsvd_tune.comparison.setup import KEYS_OF_TRIALS, Setups
 from kpsvd_tune.comparison.taking import POLL_SECONDS, Taking
 from kpsvd_tune.comparison.trial import Material
 from kpsvd_tune.comparison.trial_log import (
@@ -47,6 +47,7 @@ from kpsvd_tune.errors import (
     some_of,
 )
 from kpsvd_tune.estimate.plan import make_plan
+from kpsvd_tune.estimate.verbs import comparison_work
 from kpsvd_tune.events import Events, Silence
 from kpsvd_tune.models import (
     ModelSource,
@@ -62,6 +63,7 @@ from kpsvd_tune.recipe import AdapterRecipe, Recipe
 from kpsvd_tune.report.comparison import Comparison, Trial, TrialRow, TrialScore
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.pages import write_page
+from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.directory import RunDirectory
 from kpsvd_tune.runs.find import trained_as
@@ -71,7 +73,7 @@ from kpsvd_tune.storage.json_files import read_bytes, read_json, to_json
 from kpsvd_tune.training.precision import Settled, asks_for_auto, settle_precision
 from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
 from kpsvd_tune.training.stages import read_rows
-from kpsvd_tune.units import duration
+from kpsvd_tune.units import counted, duration
 from kpsvd_tune.watch.before import row_warnings
 
 
@@ -80,6 +82,9 @@ class Watcher(Protocol):
 
     def begin(self, rows: Sequence[TrialRow], num_left: int, jobs: int) -> None:
         """Show the trials that are done already, and how many are to come, ``jobs`` at a time."""
+
+    def started(self, trial: Trial, number: int, total: int) -> None:
+        """Report a trial that begins, or goes on: ``number`` of ``total``, counted from 1."""
 
     def stepped(self, trial: Trial, step: int, total: int, loss: float) -> None:
         """Report one step of a trial that runs."""
@@ -148,6 +153,9 @@ def compare(
             _check_folder(run.path)
         settled = _settle_precision(recipe, has_workers=is_shared)
         recipe = settled.recipe
+        if grid.plan != "done":
+            Workers.warm_up()
+            stack.push(_cool_down)
         source = resolve_model(recipe.model.path, recipe.model.revision)
         skeleton = load_skeleton(source)
         material, shared, warnings = _material(recipe, source, skeleton, events)
@@ -174,10 +182,13 @@ def compare(
         if task is not None:
             session.questions = make_questions(task, material.dataset, material.chat_template)
         try:
+            phase.enter("running trials", kept="finished trials are kept")
             with Workers(material, recipe, jobs, watcher.stepped) as workers:
                 workers.tick = account.tick
                 session.run(workers, money)
         except StoppedBySignal:
+            for trial in workers.unsaved:
+                events.note(f"{trial} had not saved in time: it goes on from its last checkpoint")
             # The verdict so far, for whoever wants to look at it now.
             if taking is None:  # of several workers the others do
                 with suppress(InputError):
@@ -188,6 +199,11 @@ def compare(
             account.tick()
             account.write()
         return session.conclude()
+
+
+def _cool_down(error: type[BaseException] | None, *_: object) -> None:
+    if error is not None:
+        Workers.cool_down()
 
 
 def _check_folder(folder: Path) -> None:
@@ -242,6 +258,8 @@ class _Session:
             self._score_base(workers)
         if money is not None:
             self._open_purse(workers, money)
+        elif self.taking is None and not self.rows:
+            self._tell_estimate()
         self.watcher.begin(self.rows, self._num_coming(), self.jobs)
         if self.taking is not None:
             self._take_trials(workers, self.taking)
@@ -252,10 +270,33 @@ class _Session:
                 break
         self._score_best(workers, self._unscored())
 
+    def _tell_estimate(self) -> None:
+        """Say how many trials come and how long they take, before one has shown it."""
+        if not (number := self._num_coming()):
+            return
+        self.events.stage(f"estimating how long {counted(number, 'trial')} will take")
+        budget = max(max(each.budgets) for each in self.grid.entries if each.budgets)
+        work = comparison_work(self.recipe, budget, number, self.jobs)
+        if work.seconds is not None:
+            self.events.note(
+                f"a trial: {dict(work.steps)['a trial']}; in all: {span(work.seconds, duration)}, "
+                f"{self.jobs} at a time; the trials' own steps tell better"
+            )
+
     def _run_trials(self, workers: Workers, trials: Sequence[Trial]) -> None:
+        running: set[Trial] = set()
+
+        def begun(trial: Trial) -> None:
+            running.add(trial)
+            done = len(self.rows)
+            number = done + len(running)
+            self.watcher.started(trial, number, max(number, done + self._num_coming()))
+
+        workers.begun = begun
         for row in workers.rows([self.plan.setup(trial, self.base) for trial in trials]):
             append_row(self.folder, row)
             self.rows.append(row)
+            running.discard(row.trial)
             if self.purse is not None:
                 self._tell_measured(self.purse, row)
             self.watcher.finished(row, self._num_coming())
@@ -289,7 +330,9 @@ class _Session:
             if taking.is_bounded and num_left(self.grid, self.rows) == len(pending):
                 self.watcher.note("other workers run every trial that is left")
                 return
-            if told != (told := f"waiting for {len(taken.others)} trials of other workers"):
+            if told != (
+                told := f"waiting for {counted(len(taken.others), 'trial')} of other workers"
+            ):
                 self.watcher.note(told)
             self._wait()
         self._read_again()
@@ -445,7 +488,9 @@ class _Session:
                 f"{len(found.shares)} in {duration(found.seconds)}"
             )
         if number < len(left):
-            self.watcher.note(f"{len(left) - number} models are not scored: the money is spent")
+            self.watcher.note(
+                f"{counted(len(left) - number, 'model')} not scored: the money is spent"
+            )
         return number == len(left)
 
 
@@ -545,7 +590,8 @@ def _material(
 
 def _length(recipe: Recipe, grid: Grid, material: Material, events: Events) -> RunLength:
     """The length of a trial, where the recipe's steps and validations fit together."""
-    length = run_length(recipe.train, len(material.train), len(material.validation))
+    train = recipe.train.model_copy(update=KEYS_OF_TRIALS)
+    length = run_length(train, len(material.train), len(material.validation))
     if length.faults and grid.plan != "done":
         raise RecipeError("\n".join(length.faults))
     for note in length.notes:
@@ -620,6 +666,11 @@ def check_comparable(recipe: Recipe, methods: Sequence[Method]) -> None:
         raise RecipeError(
             "adapter.from: methods are compared from their own starts, not from a trained adapter; "
             "set it to null"
+        )
+    if recipe.model.device_map is not None:
+        raise RecipeError(
+            "model.device_map: auto: `compare` keeps one base on the card for all its trials; "
+            "expected model.device_map: null, with model.quantization for a base that is too large"
         )
     kind = recipe.model.quantization
     if unfit := unfit_names(methods, kind):

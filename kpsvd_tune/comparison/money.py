@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kpsvd_tune.comparison.plan import Grid, Planned, planned
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.comparison import Trial, TrialRow
-from kpsvd_tune.units import duration, money
+from kpsvd_tune.units import counted, duration, money
 
 # Of a time that was measured on the same method at the same budget, and on others.
 _MARGIN, _OTHER_MARGIN = 1.1, 1.3
@@ -162,7 +162,7 @@ class Purse:
         if not coming:
             return [*lines, "every trial of the plan is done"]
         lines.append(
-            f"the money buys {len(bought)} of the {len(coming)} trials to come"
+            f"the money buys {len(bought)} of the {counted(len(coming), 'trial')} to come"
             + (f": {_counted(bought)}" if bought else "")
         )
         if rest:

@@ -18,6 +18,7 @@ from typing import Any
 from kpsvd_tune.errors import InputError, ResourceError, RunError
 from kpsvd_tune.events import Events
 from kpsvd_tune.phase import watched
+from kpsvd_tune.units import counted
 
 # How often Ray starts a task again that was killed, or whose machine is gone.
 RETRIES = 3
@@ -63,7 +64,7 @@ def run_tasks(
         try:
             phase.enter("running trials as tasks of Ray", kept="finished trials are kept")
             resources = _resources(ray.cluster_resources(), jobs)
-            events.stage(f"running {num_tasks} tasks of Ray")
+            events.stage(f"running {counted(num_tasks, 'task')} of Ray")
             task = ray.remote(max_retries=RETRIES, retry_exceptions=[_Killed], **resources)(_work)
             command = [*words, "--shared", "--trials", "1"]
             left = [task.remote(command, str(Path.cwd())) for _ in range(num_tasks)]

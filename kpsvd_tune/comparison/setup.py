@@ -26,6 +26,9 @@ from kpsvd_tune.models import ModelSource
 from kpsvd_tune.recipe import RankRecipe, Recipe
 from kpsvd_tune.report.comparison import Trial
 
+# Of the section train: curves have a point a step, and a trial is one process.
+KEYS_OF_TRIALS: Mapping[str, Any] = {"log_every": 1, "num_workers": 0}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -101,9 +104,7 @@ class Setups:
             size = self._chosen[trial.method, trial.budget]
             dropout = self._recipe.adapter.dropout
             own = baseline(method, size, self._model_type, dropout=dropout, seed=trial.seed)
-        # Curves have a point a step, and a trial is one process.
-        keys: dict[str, Any] = {"log_every": 1, "num_workers": 0}
-        keys |= {"learning_rate": trial.learning_rate, "seed": trial.seed}
+        keys = {**KEYS_OF_TRIALS, "learning_rate": trial.learning_rate, "seed": trial.seed}
         train = self._recipe.train.model_copy(update=keys)
         folder = self._folder / "trials" / trial.folder_name
         recipe = self._recipe.model_copy(

@@ -21,6 +21,7 @@ from kpsvd_tune.report.comparison import (
     TrialScore,
     percent_plus_minus,
 )
+from kpsvd_tune.units import counted
 
 _LISTED = 6
 
@@ -142,7 +143,7 @@ def _by_loss(found: Findings, chosen: MethodSummary, others: list[MethodSummary]
     if start is not None and loss >= start:
         text = (
             f"On this data take none of them: the best, {what}, has a validation loss of "
-            f"{loss:.4f} after {found.steps} steps, and the base model has {start:.4f}."
+            f"{loss:.4f} after {counted(found.steps, 'step')}, and the base model has {start:.4f}."
         )
         return _Judged(text, False, (), [])
     against = "" if start is None else f", where the base model has {start:.4f}"
@@ -159,7 +160,8 @@ def _by_loss(found: Findings, chosen: MethodSummary, others: list[MethodSummary]
         each for each, (_, change) in zip(others, rivals, strict=True) if not _is_above(change)
     ]
     text = (
-        f"On this data take {what}, because its validation loss after {found.steps} steps is "
+        f"On this data take {what}, because its validation loss after "
+        f"{counted(found.steps, 'step')} is "
         f"{loss:.4f}{test}{against}; {_standing(rivals)}."
     )
     return _Judged(text, True, undecided, open_)
@@ -183,7 +185,8 @@ def _by_score(found: Findings, chosen: MethodSummary, others: list[MethodSummary
     if start is not None and chosen.score.mean <= start:
         text = (
             f"On this data take none of them: the best, {what}, scores {score} on "
-            f"{found.asked[0]} after {found.steps} steps, and the base model {100 * start:.1f} %."
+            f"{found.asked[0]} after {counted(found.steps, 'step')}, and the base model "
+            f"{100 * start:.1f} %."
         )
         return _Judged(text, False, (), [])
     rivals = [(each, found.score_difference(key_of(chosen), key_of(each))) for each in others]
@@ -245,7 +248,7 @@ def _open_settings(
 ) -> Iterable[str]:
     """What about the chosen size, rate and trials is not known."""
     if num_missing:
-        yield f"everything: at least {num_missing} trials are still to come"
+        yield f"everything: at least {counted(num_missing, 'trial')} still to come"
     same_size = [each for each in found.summaries if each.budget == chosen.budget]
     if unequal_sizes(same_size):
         yield f"what equal sizes would show: parameters trained here are {_sizes(same_size)}"
@@ -279,7 +282,7 @@ def _sizes(summaries: Iterable[MethodSummary]) -> str:
 
 def _notes(found: Findings, num_missing: int, jobs: int) -> Iterable[str]:
     if num_missing:
-        yield f"at least {num_missing} trials are still to come, so no claim is judged yet"
+        yield f"at least {counted(num_missing, 'trial')} still to come, so no claim is judged yet"
     for method in found.methods:
         if is_ours(method):
             yield f"{method} is this project's own code: PEFT has no such method"
@@ -321,14 +324,15 @@ def _watched(found: Findings) -> Iterable[str]:
             told = [row for row in rows if code in row.warnings]
             yield (
                 f"{method} at {budget:,}, rate {rows[0].learning_rate:g}: {code} in "
-                f"{len(told)} of {len(rows)} seeds: {told[0].warnings[code]}"
+                f"{len(told)} of {counted(len(rows), 'seed')}: {told[0].warnings[code]}"
             )
     taken = {row.trial for rows in found.best.values() for row in rows}
     others = [row for row in found.rows if row.trial not in taken]
     for code in dict.fromkeys(code for row in others for code in row.warnings):
         told = [row for row in others if code in row.warnings]
         names = some_of([f"{row.method} at {row.learning_rate:g}" for row in told], _LISTED)
-        yield f"{code} in {len(told)} of {len(others)} trials at rates not taken: {names}"
+        whole = counted(len(others), "trial")
+        yield f"{code} in {len(told)} of {whole} at rates not taken: {names}"
 
 
 def _binding(found: Findings) -> Iterable[str]:

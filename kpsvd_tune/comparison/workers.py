@@ -12,9 +12,9 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -39,11 +39,12 @@ from kpsvd_tune.signals import StopSignals
 from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.memory import explained_memory
+from kpsvd_tune.units import counted
 
 Stepped = Callable[[Trial, int, int, float], None]
 # What a worker is given to do: a trial, a scoring, or the measurement of the base model.
 Task = Setup | Scoring | None
-# A trial that was asked to stop saves first; then it is killed.
+# A trial that was asked to stop saves first; then it is killed, and has its last checkpoint.
 GRACE_SECONDS = 60.0
 # A trial or scoring whose parent was killed notices at its next step or batch of answers, and gives
 # its folder back then.
@@ -74,12 +75,32 @@ class Workers(AbstractContextManager["Workers", None]):
         self._jobs, self._workers = jobs, dict[Connection, _Worker]()
         # Told now and then how many tasks run.
         self.tick: Callable[[int], None] = lambda _: None
+        # Told each trial as it is given to a process.
+        self.begun: Callable[[Trial], None] = lambda _: None
         # Asked before each trial, and before each trial's model is scored.
         self.may_start: Callable[[Trial], bool] = lambda _: True
         self.may_score: Callable[[], bool] = lambda: True
+        # Trials that had not saved in time when they were stopped.
+        self.unsaved: list[Trial] = []
 
     def __exit__(self, *_: object) -> None:
-        _stop(self._workers)
+        killed = _stop(self._workers)
+        self.unsaved = [task.trial for task in killed if isinstance(task, Setup)]
+
+    @staticmethod
+    def warm_up() -> None:
+        """Let the libraries of later processes be loaded in the background meanwhile."""
+        with _outside_ctrl_c():
+            forkserver.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
+            forkserver.ensure_running()
+
+    @staticmethod
+    def cool_down() -> None:
+        """End what loads the libraries, which would outlive a command that ends before it has."""
+        pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+        with suppress(ProcessLookupError):
+            if pid is not None:
+                os.kill(pid, signal.SIGTERM)
 
     def base(self, file: Path, events: Events) -> dict[str, float | None]:
         """The base model's losses, measured once for a comparison and kept in ``file``."""
@@ -113,9 +134,7 @@ class Workers(AbstractContextManager["Workers", None]):
         """Have tasks done in order, and give each with its result as that is found."""
         waiting = deque(tasks)
         signals = StopSignals(
-            lambda: (
-                f"asking {len(self._busy())} running trials to save, at most {GRACE_SECONDS:.0f} s"
-            ),
+            self._outlook,
             lambda: "running trials go back to their last checkpoints, finished ones are kept",
         )
         with signals:
@@ -148,6 +167,21 @@ class Workers(AbstractContextManager["Workers", None]):
             return self.may_start(task.trial)
         return self.may_score() if task is not None and task.setup is not None else True
 
+    def _outlook(self) -> str:
+        """What a signal leads to now; asked by another thread."""
+        tasks = [worker.task for worker in list(self._workers.values()) if worker.is_busy]
+        if any(isinstance(task, Setup) for task in tasks):
+            what = counted(len(tasks), "trial")
+            return (
+                f"waiting for {what} to save after the running step, at most "
+                f"{GRACE_SECONDS:.0f} s; one that takes longer goes back to its last checkpoint"
+            )
+        if any(isinstance(task, Scoring) for task in tasks):
+            return f"stopping {counted(len(tasks), 'scoring')}; finished answers are kept"
+        if tasks:
+            return "stopping the measurement of the base model, which is done again next time"
+        return "stopping as soon as the libraries of the trials' process are loaded"
+
     def _busy(self) -> list[Connection]:
         return [end for end, worker in self._workers.items() if worker.is_busy]
 
@@ -157,6 +191,8 @@ class Workers(AbstractContextManager["Workers", None]):
         end = next(idle, None) or self._start()
         worker = self._workers[end]
         worker.task, worker.is_busy = task, True
+        if isinstance(task, Setup):
+            self.begun(task.trial)
         # One that has died meanwhile says nothing any more, which is seen when it is listened to.
         with suppress(BrokenPipeError, ConnectionResetError):
             end.send(task)
@@ -164,28 +200,36 @@ class Workers(AbstractContextManager["Workers", None]):
     def _start(self) -> Connection:
         # Forked from a process that has the libraries and nothing else: a worker starts at once,
         # and no thread or GPU context is forked.
+        self.warm_up()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["kpsvd_tune.comparison.workers"])
         own, other = context.Pipe()
         slot, threads = len(self._workers), max(1, torch.get_num_threads() // self._jobs)
         arguments = (self._material, self._recipe, slot, threads, self._jobs, other)
         process = context.Process(target=_work, args=arguments, daemon=True)
-        # The server that forks never sees the terminal's Ctrl-C. Running already it leaves the
-        # mask alone; started by the server it would lift it.
-        resource_tracker.ensure_running()
-        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            process.start()
+            with _outside_ctrl_c():
+                process.start()
         except (EOFError, ConnectionError) as error:
             raise ResourceError(
                 "the process that starts trials was killed; run the same command again: finished "
                 "trials are kept"
             ) from error
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
             other.close()
         self._workers[own] = _Worker(process, slot)
         return own
+
+
+@contextmanager
+def _outside_ctrl_c() -> Iterator[None]:
+    """Start processes that never see the terminal's Ctrl-C."""
+    # Running already it leaves the mask alone; started by the server it would lift it.
+    resource_tracker.ensure_running()
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 class _Beating(Silence):
@@ -216,8 +260,24 @@ def _name(task: Setup | Scoring) -> str:
     return task.trial.folder_name if isinstance(task, Setup) else task.name
 
 
-def _stop(workers: dict[Connection, _Worker]) -> None:
-    """Ask what still runs to save, and end all; nothing is left behind."""
+def _stop(workers: dict[Connection, _Worker]) -> list[Task]:
+    """Ask what still runs to save, and end all; gives the tasks of those that had to be killed."""
+    killed = list[Task]()
+    try:
+        _ask_to_end(workers)
+    finally:
+        # Also where a second signal ends the waiting.
+        for worker in workers.values():
+            if worker.process.is_alive():
+                worker.process.kill()
+                killed.append(worker.task)
+            worker.process.join()
+        workers.clear()
+    return killed
+
+
+def _ask_to_end(workers: dict[Connection, _Worker]) -> None:
+    """Ask, and wait until all have ended or the time is over."""
     for end, worker in workers.items():
         if not worker.is_busy:
             end.close()  # which tells it that there is no more to do
@@ -234,10 +294,6 @@ def _stop(workers: dict[Connection, _Worker]) -> None:
                         end.close()  # it ended before it could hear, and waits for more
                     continue
             worker.process.join(0.1)
-        if worker.process.is_alive():
-            worker.process.kill()
-        worker.process.join()
-    workers.clear()
 
 
 def _work(

@@ -22,7 +22,7 @@ from kpsvd_tune.offline import hub_address, is_offline, no_answer
 from kpsvd_tune.report.doctor import Check, Status
 from kpsvd_tune.storage.memory import free_memory, host_memory
 from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
-from kpsvd_tune.units import size
+from kpsvd_tune.units import counted, size
 
 # Below this a checkpoint or a decomposition soon fails, and below the other nothing can be written.
 _LITTLE_DISK, _NO_DISK = 5 * 10**9, 10**8
@@ -134,7 +134,7 @@ def _devices() -> Check:
     from kpsvd_tune.hardware.bf16 import bf16_speed
     from kpsvd_tune.hardware.devices import own_device
 
-    found = [f"CPU with {torch.get_num_threads()} threads"]
+    found = [f"CPU with {counted(torch.get_num_threads(), 'thread')}"]
     for index in range(torch.cuda.device_count()):
         about: Any = torch.cuda.get_device_properties(index)
         found.append(f"GPU {index}: {about.name}, {size(about.total_memory)}")

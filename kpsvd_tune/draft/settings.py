@@ -26,7 +26,7 @@ from kpsvd_tune.models import find_configuration, load_skeleton, load_tokenizer
 from kpsvd_tune.recipe import LOSS_TASKS, DatasetRecipe, Recipe
 from kpsvd_tune.report.plan import Plan
 from kpsvd_tune.training.stages import read_rows
-from kpsvd_tune.units import duration
+from kpsvd_tune.units import counted, duration
 
 DEFAULT_PARAMETERS = 600_000
 # Rows a step, passes: more rows make steadier steps, and need fewer passes.
@@ -269,7 +269,10 @@ def _shorten(content: dict[str, Any], plan: Plan, limit: float) -> tuple[Plan, s
     # By the speed that chose the steps: another probe finds another one.
     least, most = (each * wanted / steps for each in time.training_seconds or (0.0, 0.0))
     shorter = replace(shorter, time=replace(shorter.time, training_seconds=(least, most)))
-    return shorter, f"of {steps} steps {wanted} are within {duration(limit)}, without the scoring"
+    return (
+        shorter,
+        f"of {counted(steps, 'step')} {wanted} are within {duration(limit)}, without the scoring",
+    )
 
 
 def _device() -> tuple[str, str]:
@@ -277,7 +280,7 @@ def _device() -> tuple[str, str]:
     device = own_device()
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return "cpu", f"a CPU with {threads} thread{'s' if threads > 1 else ''}"
+        return "cpu", f"a CPU with {counted(threads, 'thread')}"
     return device.type, f"a GPU, {hardware_name(device)}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from kpsvd_tune.draft.rows import LookedAt
 from kpsvd_tune.draft.settings import Draft
 from kpsvd_tune.recipe import value_to_yaml
-from kpsvd_tune.units import duration, size
+from kpsvd_tune.units import counted, duration, size
 
 # Where a comment begins, unless the value is longer.
 _COLUMN = 36
@@ -42,6 +42,12 @@ def write_recipe(draft: Draft, rows: LookedAt, command: str, modeline: str) -> s
     return "\n".join(lines) + "\n"
 
 
+def _steps(draft: Draft) -> str:
+    steps = draft.plan.data.steps
+    assert steps is not None  # the rows were read for the draft
+    return counted(steps, "step")
+
+
 def _head(draft: Draft, command: str) -> list[str]:
     plan, data = draft.plan, draft.plan.data
     low, high = plan.adapter.trainable_parameters
@@ -49,8 +55,8 @@ def _head(draft: Draft, command: str) -> list[str]:
     found = [
         f"# Purpose: {draft.content['model']['path']} learns {draft.content['dataset']['path']}.",
         f"# Drafted: {command}",
-        f"#          on {draft.device}; {trained} trainable parameters, {data.steps} steps",
-        f"#          of {data.rows_per_step} rows, peak memory about "
+        f"#          on {draft.device}; {trained} trainable parameters, {_steps(draft)}",
+        f"#          of {counted(data.rows_per_step, 'row')}, peak memory about "
         f"{size((plan.on_device or plan.host).peak_bytes)}.",
     ]
     if plan.time.training_seconds is not None:
@@ -107,12 +113,12 @@ def _comments(draft: Draft, rows: LookedAt) -> Iterator[tuple[tuple[str, ...], s
         yield ("adapter", "rank", "min"), "0: the budget does not hold a term of every layer"
     yield ("adapter", "rank", "max"), "most terms of a layer"
     yield ("adapter", "rank", "budget"), "most trainable parameters; the file holds twice as many"
-    yield ("train", "epochs"), f"passes over the rows: {data.steps} steps"
+    yield ("train", "epochs"), f"passes over the rows: {_steps(draft)}"
     yield ("train", "max_steps"), draft.limit or "steps"
     yield ("train", "batch_size"), "rows of a forward pass; memory grows with it"
     yield (
         ("train", "gradient_accumulation"),
-        f"forward passes of a step: {data.rows_per_step} rows in all",
+        f"forward passes of a step: {counted(data.rows_per_step, 'row')} in all",
     )
     yield ("train", "learning_rate"), "the first thing to try others of: 3.0e-4, 3.0e-3"
     yield (
@@ -125,6 +131,9 @@ def _comments(draft: Draft, rows: LookedAt) -> Iterator[tuple[tuple[str, ...], s
     yield ("evaluation", "task"), rows.reason
     yield ("evaluation", "before"), "the base model answers the same questions first"
     yield ("evaluation", "limit"), "questions to ask; more take longer and tell more"
-    yield ("evaluation", "max_new_tokens"), f"the longest right answer has {lengths.answer} tokens"
+    yield (
+        ("evaluation", "max_new_tokens"),
+        f"the longest right answer has {counted(lengths.answer, 'token')}",
+    )
     yield ("compare", "price_per_hour"), "of this machine; plan and report count with it"
     yield ("output_dir",), "folder of the run"

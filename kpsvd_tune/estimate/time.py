@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 
-from kpsvd_tune.decompose.spectra import work
+from kpsvd_tune.decompose.spectra import MATRIX_WORK, work
 from kpsvd_tune.estimate.trace import Trace
 from kpsvd_tune.hardware.devices import wait_for
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan, decompose_layer
 
-# A probe of the decomposition takes a matrix of at most this many entries.
+# A probe of the decomposition takes a matrix of at most this many entries, and so many shapes are
+# probed, those with the most work.
 _PROBE_ENTRIES = 1 << 20
+_PROBED_SHAPES = 4
+# Seconds of each matrix beside its decomposition, for hashing it and writing its terms to the cache
+# (SmolLM2-135M on an AMD EPYC).
+_MATRIX_SECONDS = 0.013
 _PROBE_SECONDS = 0.3
 # What a step takes, in times of products and memory traffic at the speed of the probes.
 STEP_RANGE = (0.7, 2.5)
@@ -146,16 +151,42 @@ def _size_of(line: Mapping[str, Any], ahead: Ahead) -> float:
 def decomposition_seconds(
     plans: Sequence[LayerPlan], num_terms: int, tolerance: float, device: torch.device
 ) -> float:
-    """Seconds to decompose these layers one after another, by a small matrix decomposed now."""
-    if not plans:
-        return 0.0
-    largest = max(plans, key=work)
-    probe = _smaller(largest)
+    """Seconds to decompose these layers one after another, by matrices decomposed now.
+
+    One of each shape, those with the most work first; of large matrices smaller ones of like
+    proportions, and of what is not probed the pace of the last one.
+    """
+    shapes: dict[KroneckerShape, list[LayerPlan]] = {}
+    for plan in plans:
+        shapes.setdefault(plan.shape, []).append(plan)
+    pace: dict[KroneckerShape, float] = {}  # seconds of a unit of work, by the probe's shape
+    total, last = _MATRIX_SECONDS * len(plans), 0.0
+    for same in sorted(shapes.values(), key=lambda each: -sum(map(_own_work, each))):
+        probe = _smaller(same[0])
+        if probe.shape not in pace and len(pace) < _PROBED_SHAPES:
+            # The first one also loads what the library needs, and one may have been interrupted.
+            tries = [_decompose(probe, num_terms, tolerance, device) for _ in range(2)]
+            pace[probe.shape] = min(tries) / _own_work(probe)
+        last = pace.get(probe.shape, last)
+        total += last * sum(map(_own_work, same))
+    return total
+
+
+def _own_work(plan: LayerPlan) -> float:
+    """Work of the decomposition itself, which a probe measures."""
+    return work(plan) - MATRIX_WORK
+
+
+def _decompose(probe: LayerPlan, num_terms: int, tolerance: float, device: torch.device) -> float:
+    """Seconds to decompose a random matrix of a shape, of a processor that does nothing else."""
     generator = torch.Generator().manual_seed(0)
     shape = probe.shape
     weight = torch.randn(shape.out_features, shape.in_features, generator=generator).to(device)
+    used = time.process_time()
     done, _ = decompose_layer(probe, weight, num_terms, tolerance=tolerance, seed=0)
-    return done.seconds * sum(map(work, plans)) / work(probe)
+    used = time.process_time() - used
+    # Threads that wait for each other on a busy machine use more processor time than the clock has.
+    return min(done.seconds, used) if device.type == "cpu" else done.seconds
 
 
 def _smaller(plan: LayerPlan) -> LayerPlan:

@@ -16,17 +16,23 @@ import torch
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.decompose import default_cache_dir, layer_plans
 from kpsvd_tune.estimate.answers import ANSWERS_BASIS, answering_seconds, prompt_lengths
+from kpsvd_tune.estimate.loading import (
+    is_loaded_whole,
+    loading_seconds,
+)
 from kpsvd_tune.estimate.memory import (
     base_bytes,
+    cache_bytes,
     host_memory,
     loading_bytes,
+    pass_bytes,
     process_bytes,
 )
 from kpsvd_tune.estimate.memory import device_memory as on_one_device
 from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds
-from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions
+from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks, conditions, rows_asked
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Silence
 from kpsvd_tune.export.gguf_model import GgufModel, choose_file
@@ -44,7 +50,7 @@ from kpsvd_tune.recipe import EvaluationRecipe, Recipe
 from kpsvd_tune.report.plan import span
 from kpsvd_tune.report.work import DiskPlan, WorkPlan
 from kpsvd_tune.runs.find import Found
-from kpsvd_tune.units import duration, money, size
+from kpsvd_tune.units import counted, duration, money, size
 
 _FLOAT = 4
 # Bytes a number takes in a GGUF file; q8_0 has two more for every 32.
@@ -79,10 +85,13 @@ def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = Fal
     largest = _FLOAT * max((p.shape.out_features * p.shape.in_features for p in todo), default=0)
     parts = {"matrices in hand": _IN_HAND * largest * processes}
     loading = 0
-    if source.weight_files and not source.is_safetensors:
+    if is_loaded_whole(source):
         loading = loading_bytes(source, skeleton, "float32")
     own = process_bytes()
     share = seconds / processes
+    loads = (0.0, 0.0)
+    if todo and is_loaded_whole(source):
+        loads = loading_seconds(source, skeleton, "float32", decomposes=False)
     low, high = ranks.num_trained()
     return WorkPlan(
         command="init-only",
@@ -92,14 +101,14 @@ def decomposition_work(recipe: Recipe, *, processes: int = 1, on_gpu: bool = Fal
             ("trainable parameters", span((low, high))),
             ("ranks", ranks.basis),
         ),
-        # The probe is one small matrix; larger ones differ from it by what the caches hold.
-        seconds=(STEP_RANGE[0] * share, STEP_RANGE[1] * share),
+        # Large matrices differ from small ones by what the caches hold.
+        seconds=(STEP_RANGE[0] * share + loads[0], STEP_RANGE[1] * share + loads[1]),
         host=host_memory(own * processes, loading, parts),
         on_device=None,
         disk=_disk(default_cache_dir(), cached, cached),
         basis=(
-            f"{_BY_CONFIGURATION}; time by a small matrix decomposed now; memory by the largest "
-            "matrix twice in float32",
+            f"{_BY_CONFIGURATION}; time by random matrices of the same shapes decomposed now; "
+            "memory by the largest matrix twice in float32",
         ),
     )
 
@@ -238,7 +247,7 @@ def evaluation_work(
     skeleton = load_skeleton(source)
     weights = base_bytes(skeleton, dtype, found.quantization)
     parts = {"weights": weights, "adapter": _adapter_bytes(found)}
-    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task)}")]
+    steps = [("model", source.path), ("task", f"{task.task}: {conditions(task, rows_asked(task))}")]
     seconds, most = None, 0
     basis = [_BY_CONFIGURATION]
     if not TASKS[task.task].scorers:
@@ -248,16 +257,20 @@ def evaluation_work(
         answers = len(lengths) * task.samples
         most = answers * task.max_new_tokens
         steps += [
-            ("questions", f"{len(lengths):,}, {task.samples} answers each"),
+            ("questions", f"{len(lengths):,}, {counted(task.samples, 'answer')} each"),
             ("prompts", f"{sum(lengths):,} tokens, the longest {max(lengths):,}"),
             ("answers", f"at most {most:,} tokens"),
         ]
-        cache = _cache_bytes(skeleton, dtype, task.batch_size, max(lengths) + task.max_new_tokens)
+        rows = min(task.batch_size, answers)
+        cache = cache_bytes(skeleton, dtype, rows, max(lengths) + task.max_new_tokens)
         if cache is None:
             basis.append("the cache of keys and values is not counted: another kind of model")
         else:
             parts["keys and values"] = cache
-        seconds = answering_seconds(skeleton, dtype, task, lengths, device)
+        parts["activations and logits"] = pass_bytes(skeleton, dtype, rows, max(lengths))
+        answering = answering_seconds(skeleton, dtype, task, lengths, device, _num_adapted(found))
+        loads = loading_seconds(source, skeleton, dtype, decomposes=False)
+        seconds = (answering[0] + loads[0], answering[1] + loads[1])
         basis.append(f"time {ANSWERS_BASIS}")
     loading = loading_bytes(source, skeleton, dtype, found.quantization)
     own = process_bytes()
@@ -298,7 +311,9 @@ def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> 
     seconds = None
     if plan.time.training_seconds is not None:
         each = plan.time.training_seconds
-        low, high = (plan.time.decomposition_seconds + num_trials * one / jobs for one in each)
+        loading = plan.time.loading_seconds or (0.0, 0.0)
+        once = (sum(ends) for ends in zip(plan.time.decomposition_range, loading, strict=True))
+        low, high = (first + num_trials * one / jobs for first, one in zip(once, each, strict=True))
         seconds = (low, high)
         steps.append(("a trial", span(each, duration)))
         if (price := recipe.compare.price_per_hour) is not None:
@@ -319,16 +334,10 @@ def comparison_work(recipe: Recipe, budget: int, num_trials: int, jobs: int) -> 
     )
 
 
-def _cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:
-    """Bytes of keys and values of a batch; None for models that keep something else."""
-    config = skeleton.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not heads or not layers:
-        return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * layers * kept * width * rows * tokens * DTYPES[dtype].itemsize)
+def _num_adapted(found: Found) -> int:
+    if found.adapter is None:
+        return 0
+    return sum(plan.rank > 0 for plan in ranks_of_adapter(found.adapter).most)
 
 
 def _model_bytes(source: ModelSource, skeleton: Any, dtype: str | None) -> tuple[int, str]:

@@ -50,6 +50,7 @@ from kpsvd_tune.evaluation.scoring import (
 )
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
+from kpsvd_tune.models.offload import is_offloaded
 from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_all
 from kpsvd_tune.recipe import LOSS_TASKS, OWN_ROWS_TASKS, DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
@@ -133,12 +134,20 @@ class Scorer:
             results[name] = {"before": scores[0].value, "after": now.value, "n": now.n}
         if tasks:
             results["score_files"] = {name: rows_source(task) for name, task in tasks.items()}
-            results["score_conditions"] = self.conditions(tasks)
+            results["score_conditions"] = self.conditions(tasks, after)
         return results
 
-    def conditions(self, tasks: Mapping[str, EvaluationRecipe]) -> dict[str, str]:
-        """How each task was asked, in words."""
-        return {name: conditions(as_trained(task, self.dataset)) for name, task in tasks.items()}
+    def conditions(
+        self, tasks: Mapping[str, EvaluationRecipe], scores: Mapping[str, Sequence[Score]]
+    ) -> dict[str, str]:
+        """How each task was asked, in words; the scores say of how many rows."""
+        return {
+            name: conditions(
+                as_trained(task, self.dataset),
+                scores[name][0].n if TASKS[task.task].scorers else None,
+            )
+            for name, task in tasks.items()
+        }
 
     def score(
         self, model: Any, task: EvaluationRecipe, folder: Path, *, set_aside: bool = False
@@ -155,9 +164,10 @@ class Scorer:
             DataError: the data cannot be read or do not fit the task.
         """
         task = as_trained(task, self.dataset)
-        self.events.stage(f"scoring {task.task}: {conditions(task)}")
+        self.events.stage(f"scoring {task.task}: {conditions(task, rows_asked(task))}")
         check_code_execution([task.task], self.sandbox)
-        model.to(self.place)
+        if not is_offloaded(model):
+            model.to(self.place)
         template = task.template or TASKS[task.task].template
         if task.task == "lm_eval":
             scores, left_out = on_main_process(lambda: harness_scores(model, self.tokenizer, task))
@@ -226,9 +236,9 @@ class Scorer:
             ``{"scores": {scorer: {"value", "n", "stderr", "unextractable"}}}``, shares with their
             interval, the task, the place of the rows and completions, and how they were asked.
         """
-        scores = as_mapping(self.score(loaded.model, task, folder))
-        asked = self.conditions({task.task: task})[task.task]
-        result = {"task": task.task, "file": rows_source(task), "scores": scores}
+        scores = self.score(loaded.model, task, folder)
+        asked = self.conditions({task.task: task}, {task.task: scores})[task.task]
+        result = {"task": task.task, "file": rows_source(task), "scores": as_mapping(scores)}
         if (other := loaded.other_base) is not None:
             self.events.note(f"scored {other}")
             # The conditions stand in results.json and in the card of a run.
@@ -265,10 +275,29 @@ def rows_source(recipe: EvaluationRecipe) -> str:
     return rows
 
 
-def conditions(recipe: EvaluationRecipe) -> str:
-    """How a task is asked, in words: what one has to know to compare its scores with others."""
+def rows_asked(recipe: EvaluationRecipe) -> int | None:
+    """Questions that a limited task asks; None without a limit, and where it asks none.
+
+    Raises:
+        DataError: As of :func:`read_questions`.
+    """
+    if recipe.limit is None or not TASKS[recipe.task].scorers:
+        return None
+    return len(read_questions(recipe))
+
+
+def conditions(recipe: EvaluationRecipe, num_rows: int | None = None) -> str:
+    """How a task is asked, in words: what one has to know to compare its scores with others.
+
+    ``num_rows`` are the rows that were asked, where that is known: fewer than the limit are all.
+    """
     rows = rows_source(recipe)
-    parts = [rows if recipe.limit is None else f"{rows}, the first {recipe.limit}"]
+    if recipe.limit is None:
+        parts = [rows]
+    elif num_rows is not None and num_rows < recipe.limit:
+        parts = [f"{rows}, all {num_rows}"]
+    else:
+        parts = [f"{rows}, the first {recipe.limit}"]
     if recipe.task == "lm_eval":
         shots = "the task's" if recipe.shots is None else str(recipe.shots)
         is_chat = "the chat template" if recipe.template == "chat" else "no chat template"

@@ -27,7 +27,7 @@ from kpsvd_tune.data import Encoder
 from kpsvd_tune.errors import InputError, ModelError, NonFiniteError
 from kpsvd_tune.evaluation.completions import Completion, RowId
 from kpsvd_tune.storage.memory import explained_memory
-from kpsvd_tune.units import time_left
+from kpsvd_tune.units import counted, time_left
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -128,7 +128,8 @@ def generate_completions(
         for start in range(0, len(answers), options.batch_size):
             batch = answers[start : start + options.batch_size]
             with explained_memory(
-                f"answering {len(batch)} prompts of up to {len(batch[0].prompt.input_ids)} tokens "
+                f"answering {counted(len(batch), 'prompt')} of up to "
+                f"{len(batch[0].prompt.input_ids)} tokens "
                 f"with up to {options.max_new_tokens} new ones (finished completions are kept)",
                 f"a lower batch_size of the evaluation (now {options.batch_size}): fewer "
                 "questions at a time",
@@ -173,12 +174,16 @@ def _decode_batch(
     tokens, mask = tokens.to(device), mask.to(device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     known = _forward_parameters(model)
-    extra: dict[str, Tensor | int] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    extra: dict[str, Tensor] = {}
     cache = None
     active = list(answers)
     while True:
         if "position_ids" in known:
             extra["position_ids"] = positions
+        if "logits_to_keep" in known:
+            # By its place and not by a count: of a slice, which has holes between its rows, torch
+            # multiplies the head in bfloat16 once a row, each with a copy of the head's weights.
+            extra["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1], device=device)
         with torch.no_grad():
             output = model(
                 input_ids=tokens,

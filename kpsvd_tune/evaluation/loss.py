@@ -26,6 +26,7 @@ from kpsvd_tune.evaluation.tasks import Progress
 from kpsvd_tune.recipe import EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.storage.json_files import check_regular
+from kpsvd_tune.units import counted
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def text_windows(
     window = min(window, int(getattr(model.config, "max_position_embeddings", None) or window))
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     if len(ids) < 2:
-        raise DataError(f"{path} holds {len(ids)} tokens; expected at least 2.")
+        raise DataError(f"{path} holds {counted(len(ids), 'token')}; expected at least 2.")
     parts = [ids[start : start + window] for start in range(0, len(ids), window)]
     # The last of them may be a single token, which nothing predicts.
     return [

@@ -27,7 +27,7 @@ from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import UNSCORED
 from kpsvd_tune.runs.adapter_folder import update_card
 from kpsvd_tune.runs.directory import RunDirectory
-from kpsvd_tune.runs.find import Found, find, load
+from kpsvd_tune.runs.find import Found, find, load, place_loaded
 from kpsvd_tune.storage.json_files import read_json
 
 
@@ -86,6 +86,7 @@ class UnscoredRun:
         slower = ["ACCELERATE_USE_CPU=true in the environment: the CPU scores, slowly"] * is_gpu
         self.phase.enter("loading the model", [*slower, *loading_cures(self.dtype, "--dtype")])
         loaded = load(found, self.base, self.dtype, allow_other_base=self.allow_other_base)
+        place_loaded(found, loaded, self.place, self.events.note)
         folder = self.run.path / "evaluation" / when
         kept = f"finished completions are kept in {folder}"
         cures = [*slower, *answering_cures(list(tasks.values()))]

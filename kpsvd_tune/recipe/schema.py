@@ -49,6 +49,11 @@ class ModelRecipe(Section):
         "keep the base's linear layers in 4 (nf4) or 8 bits (int8) while training; the weights are "
         "decomposed before, and an adapter is merged, in full precision",
     )
+    device_map: Literal["auto"] | None = key(
+        None,
+        "auto: decoder blocks that do not fit on the card stay in the host's memory, and are "
+        "copied for each use; one process; training needs train.gradient_checkpointing",
+    )
     attn_implementation: Text | None = key(
         None, "attention of transformers (eager, sdpa, ...); null lets it choose"
     )

@@ -13,7 +13,7 @@ from typing import Any
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.results import CLOSED, Result
 from kpsvd_tune.storage.json_files import check_types, read_json
-from kpsvd_tune.units import duration, energy, money, size
+from kpsvd_tune.units import counted, duration, energy, money, size
 
 
 @dataclass(frozen=True, order=True)
@@ -227,10 +227,10 @@ class ScoreDifference(Result):
     def in_words(self) -> str:
         """The change in points with its interval and what it rests on."""
         low, high = self.interval()
-        seeds = "1 seed" if self.num_seeds == 1 else f"{self.num_seeds} seeds"
+        seeds = counted(self.num_seeds, "seed")
         return (
             f"{100 * self.change:+.1f} points (95 % interval {100 * low:+.1f} to "
-            f"{100 * high:+.1f}; {self.num_questions:,} questions, {seeds})"
+            f"{100 * high:+.1f}; {counted(self.num_questions, 'question')}, {seeds})"
         )
 
 
@@ -337,7 +337,7 @@ class Spent(Result):
 
     def in_words(self, currency: str) -> str:
         """One sentence, and how many trials an amount of money buys."""
-        trials = "1 trial" if self.trials == 1 else f"{self.trials:,} trials"
+        trials = counted(self.trials, "trial")
         took = f"{trials}, {duration(self.device_seconds)} of device time in all"
         if self.energy_joules is not None:
             took += f", {energy(self.energy_joules)}"

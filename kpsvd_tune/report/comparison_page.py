@@ -9,6 +9,7 @@ from typing import Any
 from kpsvd_tune.report.comparison import Comparison, MethodSummary, TrialRow
 from kpsvd_tune.report.figures import DASHES, PALETTES, Style, Trace, figure
 from kpsvd_tune.report.pages import render
+from kpsvd_tune.units import counted
 
 # Steps of the moving median of gradient norms: one batch's outlier should not hide the rest.
 SMOOTH_STEPS = 5
@@ -35,7 +36,8 @@ def comparison_page(verdict: Comparison, rows: Sequence[TrialRow]) -> str:
         model=verdict.model,
         at=f"at {budget:,} parameters",
         subtitle=(
-            f"{verdict.steps} steps a trial, {len(rows)} trials; the reference is "
+            f"{counted(verdict.steps, 'step')} a trial, {counted(len(rows), 'trial')}; the "
+            "reference is "
             f"{verdict.reference}; bands span the seeds, bars are one standard deviation, "
             "intervals are 95 %."
         ),

@@ -27,7 +27,7 @@ from kpsvd_tune.report.results import (
     RankReport,
 )
 from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
-from kpsvd_tune.units import percent, size
+from kpsvd_tune.units import counted, percent, size
 
 # The summary names at most this many matrices.
 _LISTED = 3
@@ -127,7 +127,7 @@ def show_merge(report: MergeReport) -> None:
     if report.max_deviation is not None:
         far = (
             f"every stored weight is within {report.max_deviation:.3f} units in the last place of "
-            f"base + update in float64 ({len(report.deviation)} layers)"
+            f"base + update in float64 ({counted(len(report.deviation), 'layer')})"
         )
         print_line(out, Text(far, style=style))
     for line in (*_against_the_adapter(report), *_kept_of_updates(report)):
@@ -196,7 +196,9 @@ def show_push(report: PushReport) -> None:
     who = "public" if report.is_public else "private"
     print_line(out, Text(f"{report.content}, {who}: {report.repo}, {report.revision}"))
     print_pairs([(name, size(count)) for name, count in report.files.items()])
-    print_line(out, f"{len(report.files)} files, {size(report.num_bytes)}: {report.message}")
+    print_line(
+        out, f"{counted(len(report.files), 'file')}, {size(report.num_bytes)}: {report.message}"
+    )
     for title, names in (
         ("without the folders of this machine", report.shortened),
         ("hidden, not sent", report.left_out),
@@ -234,7 +236,8 @@ def show_gguf(report: GgufReport) -> None:
     copied = f", {report.num_copied} of them copied from the base" if report.num_copied else ""
     print_line(
         out,
-        f"{report.num_tensors} tensors{copied}; {size(report.num_bytes)}; tokenizer and settings "
+        f"{counted(report.num_tensors, 'tensor')}{copied}; {size(report.num_bytes)}; tokenizer "
+        "and settings "
         f"of {report.metadata_from}",
     )
     for note in report.notes:
@@ -289,7 +292,7 @@ def _show_confusion(out: Console, table: Mapping[str, Mapping[str, int]]) -> Non
         return
     wrong = [(n, r, g) for r, row in table.items() for g, n in row.items() if r != g]
     for number, right, label in sorted(wrong, reverse=True)[:_MOST_LABELS]:
-        print_line(out, f"  {right} answered as {label}: {number} times", 4)
+        print_line(out, f"  {right} answered as {label}: {counted(number, 'time')}", 4)
 
 
 def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
@@ -316,7 +319,8 @@ def rank_summary(report: RankReport) -> list[str]:
     ranks = [layer.rank for layer in report.layers]
     adapted = sum(rank > 0 for rank in ranks)
     lines = [
-        f"{len(report.layers)} matrices, {adapted} adapted; ranks {min(ranks, default=0)} to "
+        f"{counted(len(report.layers), 'matrix', 'matrices')}, {adapted} adapted; ranks "
+        f"{min(ranks, default=0)} to "
         f"{max(ranks, default=0)}, mean {sum(ranks) / max(1, len(ranks)):.2f}",
         f"{totals['trainable_parameters']:,} trainable parameters (form {report.form}), "
         f"{report.stored_parameters:,} stored with the frozen factors; LoRA of rank 1 on the same "
@@ -325,7 +329,7 @@ def rank_summary(report: RankReport) -> list[str]:
     ]
     lines += [
         f"probe of energy {probe.energy:g}: {probe.parameters:,} parameters, validation loss "
-        f"{probe.loss_before:.4f} to {probe.loss:.4f} in {probe.steps} steps"
+        f"{probe.loss_before:.4f} to {probe.loss:.4f} in {counted(probe.steps, 'step')}"
         for probe in report.probes
     ]
     if report.untouched:
@@ -336,26 +340,30 @@ def rank_summary(report: RankReport) -> list[str]:
         )
     notes = sum(bool(layer.note) for layer in report.layers)
     if notes:
-        lines.append(f"{notes} layers with a note (a rule fell back): see rank_report.json")
+        lines.append(
+            f"{counted(notes, 'layer')} with a note (a rule fell back): see rank_report.json"
+        )
     return lines
 
 
 def preflight_lines(report: PreflightReport) -> list[str]:
     """What will be trained on, before it is."""
     lines = [
-        f"{report.num_rows:,} training rows, {report.num_validation_rows:,} validation rows "
+        f"{counted(report.num_rows, 'training row')}, "
+        f"{counted(report.num_validation_rows, 'validation row')} "
         f"({report.format}: {report.format_reason})",
-        f"{report.num_tokens:,} tokens, {report.num_supervised_tokens:,} supervised; "
-        f"{report.num_truncated:,} rows cut, {report.num_dropped:,} dropped; longest "
-        f"{report.max_tokens} tokens",
+        f"{counted(report.num_tokens, 'token')}, {report.num_supervised_tokens:,} supervised; "
+        f"{counted(report.num_truncated, 'row')} cut, {report.num_dropped:,} dropped; longest "
+        f"{counted(report.max_tokens, 'token')}",
     ]
     for each in report.sources[:_SOURCES]:
         lines.append(
-            f"{each.source} ({each.format}, weight {each.weight:g}): {each.num_rows:,} rows, "
+            f"{each.source} ({each.format}, weight {each.weight:g}): "
+            f"{counted(each.num_rows, 'row')}, "
             f"{each.num_supervised_tokens:,} supervised tokens an epoch"
         )
     if len(report.sources) > _SOURCES:
-        lines.append(f"and {len(report.sources) - _SOURCES} more sources")
+        lines.append(f"and {counted(len(report.sources) - _SOURCES, 'more source')}")
     return lines + [f"note: {warning}" for warning in report.warnings]
 
 

@@ -17,16 +17,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from kpsvd_tune.report.alive import Heartbeat
 from kpsvd_tune.report.comparison import Trial, TrialRow
 from kpsvd_tune.report.console import preflight_lines, rank_summary
 from kpsvd_tune.report.layout import make_console, print_line
 from kpsvd_tune.report.results import Event, PreflightReport, RankReport, StepMetrics
-from kpsvd_tune.units import duration, time_left
+from kpsvd_tune.units import counted, duration, time_left
 
 # A log gets a line of progress at every tenth of the work, but not sooner than this after the last,
 # and one at this interval where a tenth takes long.
 PLAIN_SECONDS = 10.0
 ALIVE_SECONDS = 60.0
+# First words of stages that may say nothing for minutes; the others end with what they count.
+_SILENT = ("loading", "decomposing", "merging", "computing", "writing", "reading")
 # A log gets a line for each running trial at this interval.
 TRIAL_SECONDS = 30.0
 # Finished trials that the live table shows; the rest are counted.
@@ -48,14 +51,22 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         self._validated = -PLAIN_SECONDS
         # Number and time of the first training step that was seen here.
         self._first_step: tuple[int, float] | None = None
+        self._alive = Heartbeat(self._still, ALIVE_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         self.end_progress()
+        self._alive.end()
 
     def stage(self, text: str) -> None:
-        """Say what begins now."""
+        """Say what begins now, and once a minute that it still goes on, until there is progress."""
         self.end_progress()
+        self._alive.end()
         print_line(self._console, Text(f"· {text}", style="bold"))
+        if self._main and text.startswith(_SILENT):
+            self._alive.begin(text)
+
+    def _still(self, text: str) -> None:
+        print_line(self._console, Text(f"  {text}", style="dim"), 4)
 
     def note(self, text: str) -> None:
         """Say a remark that belongs to the stage."""
@@ -100,6 +111,7 @@ class ConsoleEvents(AbstractContextManager["ConsoleEvents", None]):
         """
         if not self._main:
             return
+        self._alive.end()
         now = time.monotonic()
         if phase != self._phase:
             self.end_progress()
@@ -186,21 +198,37 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
         self._rows: list[TrialRow] = []
         self._running: dict[Trial, tuple[int, int, float]] = {}
         self._since: dict[Trial, float] = {}
+        # Each trial that runs, as "trial 2 of 4".
+        self._names: dict[Trial, str] = {}
         self._num_left, self._jobs = 0, 1
         self._last = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self.leave_table()
+
+    def leave_table(self) -> None:
+        """Go on in lines, below the table; any thread may ask for it."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     def begin(self, rows: Sequence[TrialRow], num_left: int, jobs: int) -> None:
         """Show the trials that are done, and how many are to come, ``jobs`` at a time."""
         self._rows, self._num_left, self._jobs = list(rows), num_left, jobs
         if rows:
-            print_line(self._console, f"· {len(rows)} trials are done already")
+            are = "is" if len(rows) == 1 else "are"
+            print_line(self._console, f"· {counted(len(rows), 'trial')} {are} done already")
         if self._console.is_terminal and os.environ.get("TERM") != "dumb":
             self._live = Live(console=self._console, refresh_per_second=4)
             self._live.start()
+
+    def started(self, trial: Trial, number: int, total: int) -> None:
+        """Report a trial that begins, or goes on: ``number`` of ``total``, counted from 1."""
+        self._names[trial] = f"trial {number} of {total}"
+        if self._live is None:
+            print_line(self._console, f"· {self._named(trial)}")
+            self._last = time.monotonic()
+        self._show()
 
     def stepped(self, trial: Trial, step: int, total: int, loss: float) -> None:
         """Report one step of a trial that runs."""
@@ -217,13 +245,18 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
         if self._live is None:
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
             took = duration(row.wall_seconds)
-            told = f"  {row.trial}: validation loss {loss}, {took}; {self._standing()}"
-            print_line(self._console, told)
+            told = f"  {self._named(row.trial)}: validation loss {loss}, {took}"
+            print_line(self._console, f"{told}; {self._standing()}")
+        self._names.pop(row.trial, None)
         self._show()
 
     def note(self, text: str) -> None:
         """Say something between trials."""
         print_line(self._console, Text(f"  {text}", style="dim"), 4)
+
+    def _named(self, trial: Trial) -> str:
+        name = self._names.get(trial)
+        return f"{trial}" if name is None else f"{name}: {trial}"
 
     def _standing(self) -> str:
         """How many trials are done and to come, and how long those take."""
@@ -252,21 +285,27 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
         return max(self._num_left - sum(parts), 0.0) * each / min(self._jobs, self._num_left or 1)
 
     def _show(self) -> None:
-        if self._live is not None:
-            self._live.update(self._table())
+        # Another thread may end it meanwhile.
+        if (shown := self._live) is not None:
+            shown.update(self._table())
         elif time.monotonic() - self._last >= TRIAL_SECONDS:
             self._last = time.monotonic()
+            left = time_left(self._seconds_left())
             for trial, (step, total, loss) in self._running.items():
-                print_line(self._console, f"  {trial}: step {step}/{total}, loss {loss:.3f}")
+                told = f"  {self._named(trial)}: step {step}/{total}, loss {loss:.3f}"
+                print_line(self._console, told + (f"; all trials: {left}" if left else ""))
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 2), title=self._standing())
+        title = ", ".join([*self._names.values(), self._standing()])
+        table = Table(box=None, pad_edge=False, padding=(0, 2), title=title)
         for name in ("method", "budget", "rate", "seed", "step", "loss", "validation"):
             table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
         for row in self._rows[-_RECENT:]:
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
             last = f"{row.losses[-1]:.3f}" if row.losses else "–"
             table.add_row(*_cells(row.trial), "done", last, loss)
+        for trial in self._names.keys() - self._running.keys():
+            table.add_row(*_cells(trial), "starts", "…", "…", style="bold")
         for trial, (step, total, now) in self._running.items():
             table.add_row(*_cells(trial), f"{step}/{total}", f"{now:.3f}", "…", style="bold")
         return table

@@ -78,8 +78,21 @@ class TimePlan(Result):
     to_decompose: int  # matrices that are not in the cache
     training_seconds: tuple[float, float] | None  # least and most; None without a number of steps
     basis: tuple[str, ...]
+    decomposition_range: tuple[float, float] = (0.0, 0.0)  # least and most
     # Of the evaluation, before and after the training; None where none of it can be told.
     scoring_seconds: tuple[float, float] | None = None
+    # Of the base model, in a training also of what its matrices are read from.
+    loading_seconds: tuple[float, float] | None = None
+
+    @property
+    def whole_seconds(self) -> tuple[float, float] | None:
+        """Least and most of all that is told; None without a number of steps."""
+        if self.training_seconds is None:
+            return None
+        parts = [self.decomposition_range, self.training_seconds]
+        parts += [each for each in (self.loading_seconds, self.scoring_seconds) if each is not None]
+        low, high = (sum(each) for each in zip(*parts, strict=True))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,10 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     cached = "" if time.to_decompose else ", all in the cache"
     if 0 < time.to_decompose < plan.target_matrices:
         cached = f", {time.to_decompose} of {plan.target_matrices} matrices"
-    found = [("decomposition", f"{duration(time.decomposition_seconds)}{cached}")]
+    found = []
+    if time.loading_seconds is not None:
+        found.append(("loading", span(time.loading_seconds, duration)))
+    found.append(("decomposition", f"{span(time.decomposition_range, duration)}{cached}"))
     if time.training_seconds is not None:
         found.append(("training", span(time.training_seconds, duration)))
     if time.scoring_seconds is not None:

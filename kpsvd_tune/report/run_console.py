@@ -22,6 +22,7 @@ from kpsvd_tune.report.run_words import (
     state_line,
     told_events,
 )
+from kpsvd_tune.units import counted
 
 _SPARK_WIDTH = 48
 _LEARNED = 3
@@ -29,6 +30,11 @@ _EVENTS = 12
 # Questions of each task that are shown with their answers, and letters of each line.
 _ANSWERS = 2
 _ANSWER_WIDTH = 200
+# Figures of results.json that have a section of their own here.
+_OF_COST = (
+    *("wall_seconds", "device_seconds", "cost", "currency", "energy_joules"),
+    "peak_memory_bytes",
+)
 
 
 def told(run: RunFiles) -> dict[str, Any]:
@@ -59,7 +65,8 @@ def show_run_report(run: RunFiles, *, layers: bool = False) -> None:
     out = output()
     style = {"finished": "green", "failed": "bold red"}.get(run.state, "yellow")
     print_line(out, Text(f"{run.name}: {state_line(run)}", style=style))
-    show_run({"ranks": run.ranks, "results": dict(run.results) or None}, layers=layers)
+    results = {key: each for key, each in run.results.items() if key not in _OF_COST}
+    show_run({"ranks": run.ranks, "results": results or None}, layers=layers)
     rows = curve_rows(run)
     if rows:
         out.print()
@@ -79,9 +86,8 @@ def show_run_report(run: RunFiles, *, layers: bool = False) -> None:
     if run.preflight is not None:
         for line in preflight_lines(run.preflight)[:2]:
             print_line(out, line, 4)
-    if "device_seconds" not in run.results:
-        # Runs of older versions, and those that have not ended.
-        print_pairs(cost_lines(run))
+    print_line(out, Text("what it cost", style="bold"))
+    print_pairs(cost_lines(run))
     warned = told_events(run.events)
     for event in warned[:_EVENTS]:
         step = "" if event.step is None else f", step {event.step:,}"
@@ -101,7 +107,7 @@ def show_run_report(run: RunFiles, *, layers: bool = False) -> None:
 def _show_answers(out: Console, run: RunFiles) -> None:
     """The first questions of each task, with the answers before and after below each other."""
     for task in read_answers(run.folder, _ANSWERS):
-        print_line(out, f"{task.task}, the first of {task.num_questions} answers:")
+        print_line(out, f"{task.task}, the first of {counted(task.num_questions, 'answer')}:")
         for one in task.shown:
             sides = {
                 "asked": one["prompt"],

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,12 +40,27 @@ class RunFiles:
     events: Sequence[Event]
     recipe_text: str  # recipe.yaml
     faults: Sequence[str]  # files, or parts of them, that could not be read
+    # Of an hour of a device, where it was given for this look at the run; else the recipe's holds.
+    price_per_hour: float | None = None
 
     @property
     def recipe(self) -> Mapping[str, Any]:
         """The resolved recipe; empty where no run.json says it."""
         found = self.record.get("identity", {}).get("recipe", {})
         return found if isinstance(found, Mapping) else {}
+
+    @property
+    def currency(self) -> str:
+        """What prices are in."""
+        return str(self.recipe.get("compare", {}).get("currency", "USD"))
+
+    def at_price(self, price_per_hour: float) -> RunFiles:
+        """The run with its cost at another price of an hour of a device; its files stay."""
+        results, seconds = self.results, self.results.get("device_seconds")
+        if isinstance(seconds, int | float):
+            cost = {"cost": seconds / 3600 * price_per_hour, "currency": self.currency}
+            results = {**results, **cost}
+        return replace(self, results=results, price_per_hour=price_per_hour)
 
     @property
     def name(self) -> str:

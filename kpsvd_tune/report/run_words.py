@@ -108,8 +108,9 @@ def seconds_trained(run: RunFiles) -> float | None:
 
 def money_spent(run: RunFiles) -> tuple[str, str] | None:
     """What the run has cost, and what that rests on; None where no price is known."""
-    compare = run.recipe.get("compare", {})
-    price, currency = compare.get("price_per_hour"), compare.get("currency", "USD")
+    price, currency = run.price_per_hour, run.currency
+    if price is None:
+        price = run.recipe.get("compare", {}).get("price_per_hour")
     rate = "" if price is None else f", at {money(price)} {currency} an hour of a device"
     if (cost := run.results.get("cost")) is not None:
         told = f"{money(cost)} {run.results.get('currency', currency)}"
@@ -128,7 +129,11 @@ def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
     if (device_seconds := results.get("device_seconds")) is not None:
         lines.append(("device time, from start to end", duration(device_seconds)))
     if spent is None:
-        unknown = "not known: compare.price_per_hour of a recipe is the price of a device"
+        unknown = (
+            f"not known: give the price of an hour of a device, as in `kpsvd-tune report "
+            f"{shlex.quote(str(run.folder))} --price-per-hour 0.2`; compare.price_per_hour of a "
+            "recipe holds for all its runs"
+        )
         lines.append(("cost", unknown))
     else:
         lines.append(("cost", f"{spent[0]} {spent[1]}"))

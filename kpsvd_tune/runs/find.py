@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.models.offload import is_offloaded, place
 from kpsvd_tune.models.streamed import streamed_weights
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
@@ -41,6 +43,8 @@ from kpsvd_tune.runs.hub_adapter import adapter_on_hub
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
 from kpsvd_tune.storage.paths import expand, kind_of
+
+Note = Callable[[str], None]  # gets a sentence for the user
 
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
@@ -73,6 +77,11 @@ class Found:
     def quantization(self) -> str | None:
         """How the run quantised its base: nf4, int8 or None."""
         return self.recipe.model.quantization if self.recipe else None
+
+    @property
+    def device_map(self) -> str | None:
+        """How the run shared its base out to the card and the host: auto or None."""
+        return self.recipe.model.device_map if self.recipe else None
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,16 @@ def load(
         return Loaded(model, tokenizer, None)
     model, other = load_adapter(model, found.adapter, allow_other_base)
     return Loaded(model, tokenizer, other)
+
+
+def place_loaded(found: Found, loaded: Loaded, device: torch.device, note: Note) -> None:
+    """Bring a loaded model to a device as its run had it; raises as :func:`models.offload.place`.
+
+    `note` is told what lies where, if not everything lies on the device.
+    """
+    place(loaded.model, found.device_map, device, note)
+    if not is_offloaded(loaded.model):
+        loaded.model.to(device)
 
 
 def load_adapter(

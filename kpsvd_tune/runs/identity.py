@@ -23,6 +23,8 @@ HARMLESS = (
     "recipe.train.save_every",
     "recipe.train.keep_checkpoints",
     "recipe.train.num_workers",
+    # Where weights lie until they are used: they compute on the same device.
+    "recipe.model.device_map",
     # A run that memory ended goes on with it: rows and updates of a step are the same.
     "recipe.train.on_oom",
 )

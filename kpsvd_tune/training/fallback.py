@@ -14,6 +14,7 @@ from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.report.results import Event
 from kpsvd_tune.training.progress import Progress
+from kpsvd_tune.units import counted
 from kpsvd_tune.watch.loss import divergence
 
 # What a checkpoint to go back to may have lost against the start, in its mean training loss.
@@ -52,10 +53,10 @@ def used_up(recipe: TrainRecipe, progress: Progress) -> str:
     """Why `train.fallback` has nothing left, as a sentence."""
     limits = recipe.nonfinite
     said = {
-        "skip_batch": f"skip_batch left out {progress.num_skipped} steps "
+        "skip_batch": f"skip_batch left out {counted(progress.num_skipped, 'step')} "
         f"(train.nonfinite.max_streak is {limits.max_streak}, max_total {limits.max_total})",
-        "lower_rate": f"lower_rate went back {progress.num_retries} times, the last one with "
-        f"{progress.rate_factor:g} times the learning rate (train.nonfinite.max_retries)",
+        "lower_rate": f"lower_rate went back {counted(progress.num_retries, 'time')}, the last one "
+        f"with {progress.rate_factor:g} times the learning rate (train.nonfinite.max_retries)",
         "keep_best": "keep_best had no validation to take the best of",
     }
     return f"train.fallback has nothing left: {'; '.join(said[way] for way in recipe.fallback)}"

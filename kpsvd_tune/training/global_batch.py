@@ -14,6 +14,7 @@ from typing import Any
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.runs.identity import NOT_THE_SAME_BYTES, PROCESSES, covers
+from kpsvd_tune.units import counted
 
 # What follows the number of processes, and is accepted with it.
 FOLLOWING = ("train.batch_size", "train.gradient_accumulation")
@@ -84,7 +85,8 @@ def _sizes(rows: int, num_processes: int, most: int, typed_steps: int) -> tuple[
     if rows % num_processes:
         fitting = [str(number) for number in range(1, rows + 1) if rows % number == 0]
         raise CheckpointError(
-            f"a step of this run takes {rows} rows, which {_counted(num_processes)} cannot "
+            f"a step of this run takes {rows} rows, which "
+            f"{counted(num_processes, 'process', 'processes')} cannot "
             "share equally (train.batch_size x processes x train.gradient_accumulation); go on "
             f"with one of {', '.join(fitting)} processes, or let a step take other "
             "rows from here on: set both keys, and pass --allow-change train.batch_size "
@@ -102,7 +104,8 @@ def _note(
     where = f"train.batch_size {sizes[0]} and train.gradient_accumulation {sizes[1]}"
     if before != now:
         return (
-            f"going on with {_counted(now)} in place of {before}: a step takes the same "
+            f"going on with {counted(now, 'process', 'processes')} in place of {before}: a step "
+            "takes the same "
             f"{rows} rows as before, by {where}. The run is from here on {NOT_THE_SAME_BYTES}"
         )
     if typed != sizes:
@@ -111,7 +114,3 @@ def _note(
             f"rows: {where} are used, not the recipe's {typed[0]} and {typed[1]}"
         )
     return None
-
-
-def _counted(number: int) -> str:
-    return f"{number} process{'' if number == 1 else 'es'}"

@@ -28,6 +28,7 @@ from kpsvd_tune.decompose.launched import Helper
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import DataError, NonFiniteError
 from kpsvd_tune.hardware.devices import decomposing_device
+from kpsvd_tune.models.offload import place
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import Recipe, recipe_to_yaml
 from kpsvd_tune.report.results import Probe
@@ -36,6 +37,7 @@ from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import shares_weights
 from kpsvd_tune.training.loop import Training
+from kpsvd_tune.units import counted
 
 CANDIDATES = (0.2, 0.4, 0.6, 0.8)
 # A candidate with fewer parameters wins where it keeps this share of the best fall of the loss:
@@ -130,8 +132,9 @@ class EnergyProbes:
         lengths = round_lengths(len(left), self.data.num_steps)
         cost = sum(length * max(1, len(left) >> place) for place, length in enumerate(lengths))
         events.stage(
-            f"choosing the energy threshold among {', '.join(map(str, left))}: {cost} steps "
-            f"in {len(lengths)} rounds, beside the run's {self.data.num_steps}"
+            f"choosing the energy threshold among {', '.join(map(str, left))}: "
+            f"{counted(cost, 'step')} "
+            f"in {counted(len(lengths), 'round')}, beside the run's {self.data.num_steps}"
         )
         probes: list[Probe] = []
         for length in lengths:
@@ -151,7 +154,7 @@ class EnergyProbes:
             for each in done:
                 events.note(
                     f"energy {each.energy:g}: {each.parameters:,} parameters, validation loss "
-                    f"{each.loss_before:.4f} to {each.loss:.4f} in {each.steps} steps"
+                    f"{each.loss_before:.4f} to {each.loss:.4f} in {counted(each.steps, 'step')}"
                 )
             probes += done
             left = [probe.energy for probe in best_first(done)][: max(1, len(done) // 2)]
@@ -228,6 +231,11 @@ class EnergyProbes:
         start = on_main_process(lambda: start_from(self._spectra, tried.adapter, tried.train.seed))
         is_shared = shares_weights(self.context.accelerator, tried.train)
         model = adapt(tried, self.data.source, start, None, is_shared=is_shared)
+        rates = rate_factors(
+            model, is_relative=tried.adapter.rate == "relative", fetch=fetching(model)
+        )
+        # The run itself tells of it.
+        place(model, tried.model.device_map, self.context.accelerator.device, lambda _: None)
         own = RunDirectory(folder)
         begun = on_main_process(
             lambda: own.begin(
@@ -245,9 +253,7 @@ class EnergyProbes:
             own,
             pad_token_id=self.data.pad_token_id,
             checkpoint=begun.checkpoint,
-            rate_factors=rate_factors(
-                model, is_relative=tried.adapter.rate == "relative", fetch=fetching(model)
-            ),
+            rate_factors=rates,
         )
 
 

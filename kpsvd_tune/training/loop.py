@@ -44,7 +44,7 @@ from kpsvd_tune.training.saving import Saving
 from kpsvd_tune.training.step import Stepper
 from kpsvd_tune.training.tracking import Tracking
 from kpsvd_tune.training.watching import Tell, Watching, log_event, log_idle, memory_of_process
-from kpsvd_tune.units import duration
+from kpsvd_tune.units import counted, duration
 from kpsvd_tune.watch.telling import fallback
 
 # Steps whose mean time tells how long the running one takes.
@@ -476,7 +476,7 @@ class Training:
         """What a second signal loses."""
         saved = self._saving.saved_step
         lost = self.progress.step - (saved or 0)
-        steps = f"{lost} finished step{'' if lost == 1 else 's'}"
+        steps = counted(lost, "finished step")
         if saved is None:
             return f"{steps} and the running one are lost, for there is no checkpoint yet"
         return f"{steps} since the checkpoint of step {saved}, and the running one, are lost"

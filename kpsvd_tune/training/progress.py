@@ -26,6 +26,7 @@ from kpsvd_tune.errors import NonFiniteError, RecipeError, ResourceError, some_o
 from kpsvd_tune.recipe import EarlyStopping, TrainRecipe
 from kpsvd_tune.report.results import Event, StepMetrics
 from kpsvd_tune.storage.memory import is_out_of_memory, out_of_memory
+from kpsvd_tune.units import counted
 from kpsvd_tune.watch.loss import RISING_CHECKS
 from kpsvd_tune.watch.telling import fallback
 
@@ -172,7 +173,8 @@ def retry_or_refuse(
     limits = recipe.nonfinite
     if progress.num_retries >= limits.max_retries:
         raise NonFiniteError(
-            f"{error}. It was tried again {progress.num_retries} times, the last one with "
+            f"{error}. It was tried again {counted(progress.num_retries, 'time')}, the last one "
+            "with "
             f"{progress.rate_factor:g} times the learning rate (train.nonfinite.max_retries)"
         )
     return progress.num_retries + 1, progress.rate_factor * limits.retry_factor

@@ -28,6 +28,7 @@ from kpsvd_tune.training.optim import (
     optimizer_class,
     stand_in,
 )
+from kpsvd_tune.units import counted
 from kpsvd_tune.watch.before import schedule_warnings
 
 # Whole steps make a run a little longer than the epochs asked for; more than this share is told.
@@ -58,8 +59,9 @@ def run_length(
     passes = sampler.epoch(num_steps)
     faults = tuple(_faults(train, num_steps, num_rows, num_validation_rows))
     notes = [
-        f"{num_steps:,} steps of {sampler.global_batch_size:,} rows: {passes:.3g} passes over "
-        f"{num_rows:,} rows"
+        f"{counted(num_steps, 'step')} of {counted(sampler.global_batch_size, 'row')}: "
+        f"{passes:.3g} passes over "
+        f"{counted(num_rows, 'row')}"
     ]
     notes += _row_notes(train, sampler, passes, num_validation_rows)
     notes += _interval_notes(train, num_steps, num_validation_rows)
@@ -77,7 +79,8 @@ def _faults(
     warmup = 0 if train.scheduler == "constant" else train.warmup_steps or 0
     if warmup and warmup >= num_steps:
         yield (
-            f"train.warmup_steps: is {warmup} and the run has {num_steps} steps, so the warm-up "
+            f"train.warmup_steps: is {warmup} and the run has {counted(num_steps, 'step')}, so "
+            "the warm-up "
             "would take all of it; set it below that, or train.warmup_steps=null for "
             "train.warmup_ratio"
         )
@@ -103,7 +106,8 @@ def _row_notes(
     sizes = "train.batch_size, train.gradient_accumulation or the number of processes"
     if size > num_rows:
         yield (
-            f"warning: one step takes {size:,} rows and there are {num_rows:,}, so it takes some "
+            f"warning: one step takes {counted(size, 'row')} and there are {num_rows:,}, so it "
+            "takes some "
             f"of them more than once; lower {sizes}"
         )
     asked = train.epochs
@@ -121,15 +125,16 @@ def _row_notes(
 
 def _interval_notes(train: TrainRecipe, num_steps: int, num_validation_rows: int) -> Iterator[str]:
     """Of numbers of steps that the user gave; the defaults are made for longer runs."""
-    given = train.model_fields_set
+    # Whoever gives the number of steps cuts the run short knowingly; epochs do not show it.
+    given = train.model_fields_set if train.max_steps is None else set[str]()
     every = train.eval_every
     if not num_validation_rows:
-        if "eval_every" in given and every:
+        if "eval_every" in train.model_fields_set and every:
             yield f"train.eval_every is {every} and no row is held out: nothing is validated"
     elif "eval_every" in given and every > num_steps:
         yield (
-            f"train.eval_every is {every} and the run has {num_steps:,} steps: it is validated "
-            "before the first step and at the end only"
+            f"train.eval_every is {every} and the run has {counted(num_steps, 'step')}: it is "
+            "validated before the first step and at the end only"
         )
     rule = train.early_stopping
     if rule is not None and every * (rule.patience + 1) > num_steps:
@@ -145,12 +150,13 @@ def _interval_notes(train: TrainRecipe, num_steps: int, num_validation_rows: int
         )
     if "save_every" in given and train.save_every > num_steps:
         yield (
-            f"train.save_every is {train.save_every} and the run has {num_steps:,} steps: it is "
-            "saved at the end and where Ctrl-C stops it only: a crash before that costs all of it"
+            f"train.save_every is {train.save_every} and the run has "
+            f"{counted(num_steps, 'step')}: it is saved at the end and where Ctrl-C stops it only: "
+            "a crash before that costs all of it"
         )
     if "log_every" in given and train.log_every > num_steps:
         yield (
-            f"train.log_every is {train.log_every} and the run has {num_steps:,} steps: "
+            f"train.log_every is {train.log_every} and the run has {counted(num_steps, 'step')}: "
             "metrics.jsonl gets its last step only"
         )
 

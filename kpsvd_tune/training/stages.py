@@ -37,6 +37,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.models.offload import place
 from kpsvd_tune.phase import (
     answering_cures,
     data_cures,
@@ -65,6 +66,7 @@ from kpsvd_tune.storage.durable import replace_file
 from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.training.accelerator import join, make_accelerator, shares_weights
 from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
+from kpsvd_tune.training.device_map import check_device_map, check_place
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.global_batch import fit_global_batch
@@ -80,7 +82,7 @@ from kpsvd_tune.training.precision import (
 )
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
-from kpsvd_tune.units import duration
+from kpsvd_tune.units import counted, duration
 from kpsvd_tune.watch.before import row_warnings, without
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
@@ -138,6 +140,7 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
         is_sharded = zero_stage(accelerator) == 3
         _check_restrain(recipe, "DeepSpeed's ZeRO 3", is_sharded)
         _check_quantisation(recipe, "DeepSpeed's ZeRO 3", is_sharded)
+        check_place(recipe, accelerator)
 
         def claim() -> None:
             if not is_run(run.path):
@@ -329,6 +332,7 @@ def start_model(context: Context, data: RunInput) -> StartedModel:
         phase.enter("decomposing the base model", decomposition_cures(recipe), kept)
         recipe, decomposition = initialise(context, data)
         phase.enter("loading the base model", loading_cures(recipe.model.dtype))
+        events.stage(f"loading {recipe.model.path}")
         is_shared = shares_weights(context.accelerator, recipe.train)
         model = adapt(
             recipe,
@@ -349,6 +353,12 @@ def start_model(context: Context, data: RunInput) -> StartedModel:
 def train_model(context: Context, data: RunInput, started: StartedModel) -> TrainedModel:
     """Score the model where the recipe asks for that, then train it."""
     recipe, model, phase, events = started.recipe, started.model, context.phase, context.events
+    # While all weights lie on the CPU, so that rates do not depend on where they lie afterwards.
+    rates = rate_factors(
+        model, is_relative=recipe.adapter.rate == "relative", fetch=fetching(model)
+    )
+    phase.enter("placing the model", training_cures(recipe))
+    place(model, recipe.model.device_map, context.accelerator.device, events.note)
     cures = answering_cures(recipe.evaluation)
     phase.enter("scoring the base model", cures, "finished completions are kept")
     tasks = {name: task for name, task in labelled(recipe.evaluation).items() if task.before}
@@ -386,9 +396,7 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
         pad_token_id=data.pad_token_id,
         checkpoint=data.start.checkpoint,
         settings=recipe.model_dump(mode="json"),
-        rate_factors=rate_factors(
-            model, is_relative=recipe.adapter.rate == "relative", fetch=fetching(model)
-        ),
+        rate_factors=rates,
         tell=events.tell,
     )
     events.mark_with(training.mark)
@@ -397,7 +405,7 @@ def train_model(context: Context, data: RunInput, started: StartedModel) -> Trai
     total = training.num_steps
     done = training.progress.step
     going_on = f", of which {done} are done" if done else ""
-    events.stage(f"training for {total} steps{going_on}")
+    events.stage(f"training for {counted(total, 'step')}{going_on}")
     if tasks and is_first:
         # The time that is left of the training does not count it.
         events.note(f"scoring took {duration(scored)}, and is done again after the training")
@@ -458,7 +466,7 @@ def finish_run(
     on_main_process(save)
     context.events.note(f"adapter: {run.adapter}, results: {run.results_file}")
     evidence = {key: results[key] for key in _END_EVIDENCE if results.get(key) is not None}
-    context.events.ended(f"The run is done after {results['steps']:,} steps.", evidence)
+    context.events.ended(f"The run is done after {counted(results['steps'], 'step')}.", evidence)
     on_main_process(lambda: context.page.refresh(is_last=True))
     if is_later:
         # The process that scores loads the whole model on the device of this one.
@@ -497,6 +505,7 @@ def _check(recipe: Recipe) -> None:
     is_sharded = recipe.train.parallel == "fsdp"
     _check_restrain(recipe, "train.parallel: fsdp", is_sharded)
     _check_quantisation(recipe, "train.parallel: fsdp", is_sharded)
+    check_device_map(recipe)
     check_tasks(recipe.evaluation, recipe.dataset)
     find_adapter(recipe)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kpsvd_tune.report.results import Event, PreflightReport
+from kpsvd_tune.units import counted
 from kpsvd_tune.watch.telling import warning
 
 # A few long rows in a hundred are cut or left out in most data sets, and change nothing.
@@ -86,7 +87,7 @@ def schedule_warnings(
     if num_effective < FEWEST_STEPS:
         yield warning(
             "few_steps",
-            f"The run has {num_steps:,} step{'s' if num_steps != 1 else ''}, of which "
+            f"The run has {counted(num_steps, 'step')}, of which "
             f"{num_effective} can change a weight.",
             "Train longer (train.epochs or train.max_steps), take fewer rows a step "
             "(train.batch_size, train.gradient_accumulation), or look at train.scheduler_args and "

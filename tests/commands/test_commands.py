@@ -162,7 +162,7 @@ OPTIONS = {
         "--debug",
     },
     "runs": {"--sort", "--reverse", "--json", "--debug"},
-    "report": {"--layers", "--html", "--output", "-o", "--json", "--debug"},
+    "report": {"--layers", "--price-per-hour", "--html", "--output", "-o", "--json", "--debug"},
     "recipes list": {"--model", "--task", "--machine", "--size", "--memory", "--json"},
     "recipes show": set(),
     "recipes copy": {"--resolved"},

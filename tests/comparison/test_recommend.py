@@ -86,7 +86,7 @@ def test_edges_sizes_and_missing_trials_are_named():
     ]
     found = recommendation(rows, num_missing=5)
     assert found.undecided == (
-        "everything: at least 5 trials are still to come",
+        "everything: at least 5 trials still to come",
         "what equal sizes would show: parameters trained here are kpsvd 64, lora 100",
         "whether a rate beyond 0.001 is better: it is the last one tried",
     )

@@ -340,8 +340,8 @@ def test_a_trial_is_watched_and_what_looked_wrong_is_told(
     (other,) = {1e-3, 1e-2} - {taken}
     page = (tmp_path / "comparison" / "comparison.html").read_text(encoding="utf-8")
     for note in (
-        f"lora at 3,000, rate {taken:g}: clipping in 1 of 1 seeds: The gradient was clipped in",
-        f"clipping in 1 of 1 trials at rates not taken: lora at {other:g}",
+        f"lora at 3,000, rate {taken:g}: clipping in 1 of 1 seed: The gradient was clipped in",
+        f"clipping in 1 of 1 trial at rates not taken: lora at {other:g}",
         "The rate rises in 47 of the 52 steps.",
     ):
         assert any(each.startswith(note) for each in verdict["notes"]), note

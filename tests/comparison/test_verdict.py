@@ -142,7 +142,7 @@ def test_claims_wait_for_the_last_trial() -> None:
     rows = seeds("kpsvd", [0.5, 0.51, 0.49]) + seeds("lora", [1.0, 1.01, 0.99])
     found = verdict(rows, num_missing=2)
     assert found.claims == ()
-    assert any("2 trials are still to come" in note for note in found.notes)
+    assert any("2 trials still to come" in note for note in found.notes)
 
 
 def test_unequal_numbers_of_trials_and_shared_machines_are_told() -> None:

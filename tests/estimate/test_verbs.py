@@ -11,13 +11,13 @@ import pytest
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.estimate import memory, verbs
-from kpsvd_tune.estimate.time import Speed
 
 
 @pytest.fixture(autouse=True)
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes of the machine take time, and what they find is not tested here."""
-    monkeypatch.setattr("kpsvd_tune.estimate.answers.measure_speed", lambda *_: Speed(1e9, 1e9))
+    monkeypatch.setattr("kpsvd_tune.estimate.passes.PassTimes.seconds", lambda *_: 0.1)
+    monkeypatch.setattr("kpsvd_tune.estimate.loading.python_slowness", lambda: (1.0, 1.0))
     monkeypatch.setattr(verbs, "decomposition_seconds", lambda todo, *_: float(len(todo)))
 
 
@@ -86,7 +86,7 @@ def test_merge_export_and_eval_say_what_they_would_write(
     assert files_in(tmp_path) == before
     assert scored["seconds"][0] < scored["seconds"][1]
     steps = dict(scored["steps"])
-    assert (steps["questions"], steps["answers"]) == ("8, 1 answers each", "at most 40 tokens")
+    assert (steps["questions"], steps["answers"]) == ("8, 1 answer each", "at most 40 tokens")
     assert scored["host"]["parts"]["keys and values"] > 0
     assert planned("eval", run, "--task", "loss", "--path", rows_file)["seconds"] is None
 

@@ -208,6 +208,9 @@ def test_the_conditions_name_all_that_changes_a_score():
         "openai/gsm8k (test), the first 5, template 'Question: {prompt}\\nAnswer: {completion}', "
         "0 worked examples, greedy, at most 256 new tokens"
     )
+    assert module.conditions(greedy, 5) == module.conditions(greedy)
+    # A file that has fewer rows than the limit is asked in full.
+    assert module.conditions(greedy, 3).startswith("openai/gsm8k (test), all 3, template")
     sampled = EvaluationRecipe(
         task="mbpp", prompt="lm-eval", path=["a.jsonl", "b.jsonl"], temperature=0.8, samples=5
     )

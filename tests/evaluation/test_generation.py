@@ -98,6 +98,19 @@ def test_greedy_equals_transformers(answer, tiny_model, tokenizer, prompts):
         assert prompt.text + completions[prompt.id, 0] == expected
 
 
+def test_the_head_gets_last_tokens_without_holes_between_them(tiny_model, tokenizer, prompts):
+    """Of a view into the whole prompts torch copies the head's weights once for each row."""
+    seen = []
+    head = tiny_model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        list(generate_completions(tiny_model, tokenizer, prompts, GenerationOptions(batch_size=3)))
+    finally:
+        hook.remove()
+    assert max(len(each) for each in seen) == 3
+    assert all(each.shape[1] == 1 and each.is_contiguous() for each in seen)
+
+
 def test_a_model_with_another_generation_config_is_still_greedy(answer, tiny_model):
     plain = answer()
     tiny_model.generation_config.repetition_penalty = 5.0

@@ -115,7 +115,7 @@ def test_a_model_without_an_adapter_has_nothing_to_forget(tiny_model, tokenizer,
     ("content", "window", "error", "message"),
     [
         (b"", 8, DataError, "holds 0 tokens; expected at least 2"),
-        (b"a", 8, DataError, "holds 1 tokens; expected at least 2"),
+        (b"a", 8, DataError, "holds 1 token; expected at least 2"),
         (b"\xff\xfe", 8, DataError, "as UTF-8 text"),
         (None, 8, DataError, "cannot read .*gone.txt as UTF-8 text"),
         (b"some text", 1, InputError, "window must be 2 tokens or more, got 1"),

@@ -162,7 +162,7 @@ def test_results_come_first_in_units_and_layers_only_when_asked(
         assert text in shown
     assert "None" not in shown
     assert "self_attn.q_proj" not in shown
-    assert shown.index("4 min 10 s") < shown.index("1 matrices, 1 adapted")
+    assert shown.index("4 min 10 s") < shown.index("1 matrix, 1 adapted")
     assert lines[-1] == "--layers shows the rank of every layer"
 
     view.show_run(run, layers=True)

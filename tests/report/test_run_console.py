@@ -82,9 +82,36 @@ def test_an_older_run_without_a_price_says_what_is_missing(
 ) -> None:
     assert cli.run(["report", str(OLD / "finished")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "cost not known: compare.price_per_hour of a recipe" in shown
+    assert "cost not known: give the price of an hour of a device" in shown
+    assert f"kpsvd-tune report {OLD / 'finished'} --price-per-hour 0.2" in shown
     assert cli.run(["report", str(OLD / "initialised")]) == 0
     assert "initialised: decomposed, not trained" in capsys.readouterr().out
+
+
+def test_a_price_that_is_typed_tells_the_cost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "results.json"
+    results = json.loads(file.read_text()) | {"device_seconds": 7200.0}
+    for key in ("cost", "currency"):
+        results.pop(key, None)
+    file.write_text(json.dumps(results))
+    before = file.read_bytes()
+    assert cli.run(["report", str(folder), "--price-per-hour", "0.5"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "what it cost" in shown
+    assert "cost 1.00 EUR from the start of the command to its end, at 0.50 EUR an hour" in shown
+    assert "device time, from start to end 2 h 00 min" in shown
+    # Each figure once.
+    assert shown.count("peak memory") <= 1
+    assert cli.run(["report", str(folder), "--price-per-hour", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["cost"] == 4.0
+    other = write_run(tmp_path / "other")
+    assert cli.run(["report", str(folder), str(other), "--price-per-hour", "2"]) == 0
+    assert "4.00 EUR" in capsys.readouterr().out
+    assert file.read_bytes() == before
+    assert cli.run(["report", str(folder), "--price-per-hour", "-1"]) == 2
+    assert "--price-per-hour" in capsys.readouterr().err
 
 
 def test_a_curve_in_a_line_shows_where_it_falls() -> None:

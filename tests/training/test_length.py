@@ -28,7 +28,7 @@ def test_an_ordinary_run_has_nothing_else_to_tell():
 
 def test_fewer_rows_than_a_step_takes_are_told():
     first, repeated, passes = length(3, 1, batch_size=8).notes
-    assert first == "1 steps of 8 rows: 2.67 passes over 3 rows"
+    assert first == "1 step of 8 rows: 2.67 passes over 3 rows"
     assert "one step takes 8 rows and there are 3" in repeated
     assert "lower train.batch_size, train.gradient_accumulation" in repeated
     assert "train.epochs asks for 1 passes and whole steps make 2.67" in passes
@@ -66,9 +66,9 @@ def test_what_cannot_work_is_a_fault(values, fault):
 @pytest.mark.parametrize(
     ("values", "note"),
     [
-        ({"max_steps": 5, "save_every": 6}, "train.save_every is 6 and the run has 5 steps"),
-        ({"max_steps": 5, "eval_every": 6}, "validated before the first step and at the end only"),
-        ({"max_steps": 5, "log_every": 6}, "metrics.jsonl gets its last step only"),
+        ({"save_every": 26}, "train.save_every is 26 and the run has 25 steps"),
+        ({"eval_every": 26}, "validated before the first step and at the end only"),
+        ({"log_every": 26}, "metrics.jsonl gets its last step only"),
         ({"eval_every": 5, "num_validation": 0}, "no row is held out: nothing is validated"),
         ({"num_validation": 101}, "more rows are held out (101) than trained on (100)"),
         (
@@ -112,6 +112,12 @@ def test_defaults_are_made_for_longer_runs_and_say_nothing_of_short_ones():
     found = length(max_steps=2, log_every=1)
     assert len(found.notes) == 1
     assert not found.warnings
+
+
+def test_a_run_that_is_cut_short_knowingly_is_told_no_intervals():
+    values = {"eval_every": 14, "save_every": 14, "log_every": 14}
+    assert len(length(**values, max_steps=12).notes) == 1
+    assert len(length(**values, batch_size=25, epochs=3).notes) == 4
 
 
 @pytest.mark.parametrize(

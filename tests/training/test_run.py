@@ -192,7 +192,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(
     )
     # One step trains, and what it amounts to is told.
     assert cli.run(["train", str(recipe), "train.max_steps=1", "dataset.validation=0"]) == 0
-    assert "1 steps of 2 rows: 0.25 passes over 8 rows" in capsys.readouterr().err
+    assert "1 step of 2 rows: 0.25 passes over 8 rows" in capsys.readouterr().err
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any(bool(value.any()) for key, value in saved.items() if key.endswith("_right"))
 

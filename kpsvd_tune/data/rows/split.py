@@ -21,6 +21,7 @@ from kpsvd_tune.data.rows.store import StoredRows
 from kpsvd_tune.data.rows.tokenise import TokenizedSource
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.units import counted
 
 Places = NDArray[np.int64]
 
@@ -83,7 +84,8 @@ class Selection:
             ),
         )
         return [
-            f"{_rows(int(which.sum()))} {what} (first: {self.where(self.places[which.argmax()])})"
+            f"{counted(int(which.sum()), 'row')} {what} (first: "
+            f"{self.where(self.places[which.argmax()])})"
             for which, what in kinds
             if which.any()
         ]
@@ -138,13 +140,14 @@ def divide(
         known = np.isin(groups[np.intersect1d(held, whole.usable)], groups[leaks])
         if isinstance(dataset.validation, str) and len(trained) and known.all():
             # A part of the training file, as `init` writes it: nothing to be warned of.
+            are = "are" if len(leaks) > 1 else "is"
             notes.append(
-                f"every held-out row is one of the training file's: {_rows(len(leaks))} of it "
-                f"{'are' if len(leaks) > 1 else 'is'} not trained {first}"
+                f"held out: {counted(len(leaks), 'row')} of the training file, which {are} not "
+                f"trained on"
             )
         else:
             notes.append(
-                f"LEFT OUT OF TRAINING: {_rows(len(leaks))} that "
+                f"LEFT OUT OF TRAINING: {counted(len(leaks), 'row')} that "
                 f"{'are' if len(leaks) > 1 else 'is'} held out too, since training on them would "
                 f"make the validation loss one of known rows {first}"
             )
@@ -157,7 +160,7 @@ def divide(
     repeats, first = _repeats(whole, keys, trained)
     if number := int(repeats.sum()):
         notes.append(
-            f"REPEATED ROWS: {number} of {_rows(len(trained))} to train on repeat another "
+            f"REPEATED ROWS: {number} of {counted(len(trained), 'row')} to train on repeat another "
             f"({len(trained) - number} distinct; first: {first}): each is trained as often as it "
             "occurs; dataset.deduplicate=true trains each once"
         )
@@ -282,12 +285,9 @@ def _without_repeats(
     repeats, first = _repeats(whole, keys, places)
     if number := int(repeats.sum()):
         notes.append(
-            f"{lead}{_rows(number)} left out that {'repeats' if number == 1 else 'repeat'} "
+            f"{lead}{counted(number, 'row')} left out that "
+            f"{'repeats' if number == 1 else 'repeat'} "
             f"another, as dataset.deduplicate says (first: {first})"
         )
     kept: Places = places[~repeats]
     return kept
-
-
-def _rows(number: int) -> str:
-    return f"{number} row{'s' if number != 1 else ''}"

@@ -13,6 +13,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from kpsvd_tune.adapter.idle import trained_by_layer, unreached_layers
+from kpsvd_tune.models.offload import is_offloaded
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.runs.state import load_optimizer_state, optimizer_state
 from kpsvd_tune.training.batches import MicroBatch
@@ -60,7 +61,10 @@ class Engine:
         """What is called in training: the loss on its device, wrapped or sharded."""
         if self._accelerator.num_processes > 1 and self._example is not None:
             allow_unused_parameters(token_loss, self._example, self._accelerator)
-        module: nn.Module = self._accelerator.prepare_model(token_loss)
+        stays = is_offloaded(token_loss)
+        module: nn.Module = self._accelerator.prepare_model(
+            token_loss, device_placement=False if stays else None
+        )
         return module
 
     def backward(self, inputs: Mapping[str, Tensor], scale: float, is_last: bool) -> Tensor:

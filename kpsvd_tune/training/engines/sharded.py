@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
 from kpsvd_tune.hardware.heap import return_large_blocks
+from kpsvd_tune.models.offload import decoder_blocks
 from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.recipe import TrainRecipe
 from kpsvd_tune.training.engines.plain import Engine
@@ -40,7 +41,7 @@ class ShardedEngine(Engine):
         mesh = init_device_mesh(device.type, (number,))
         if device.type == "cpu":
             return_large_blocks()
-        for block in (*_blocks(token_loss.model), *_ends(token_loss.model)):
+        for block in (*decoder_blocks(token_loss.model), *_ends(token_loss.model)):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         fill_shards(token_loss.model)
@@ -123,12 +124,6 @@ def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
             f"{' and '.join(sorted(dtypes))}; set model.dtype: float32, or "
             "adapter.modules_to_save: []"
         )
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that the model's authors say must stay on one device: its decoder layers."""
-    names = set(getattr(_base_of(model), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:

@@ -156,7 +156,7 @@ def test_a_validation_file_that_is_listed_to_train_on_is_not_trained(
     a, b = files
     data = read(tokenizer, path=[b, a], validation=a)
     assert (len(data.train), len(data.validation)) == (4, 10)
-    assert any("10 rows of it are not trained" in each for each in data.report.warnings)
+    assert any("held out: 10 rows of the training file" in each for each in data.report.warnings)
 
 
 @pytest.mark.slow

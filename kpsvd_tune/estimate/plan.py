@@ -57,6 +57,7 @@ from kpsvd_tune.models import (
 )
 from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.models.offload import block_parameters
+from kpsvd_tune.models.quantised import check_quantisation
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.plan import (
     AdapterPlan,
@@ -135,6 +136,7 @@ def make_plan(
     events.stage(f"reading the configuration of {recipe.model.path}")
     source = find_configuration(recipe.model.path, recipe.model.revision)
     skeleton = load_skeleton(source)
+    check_quantisation(skeleton, recipe.model.quantization, source.path, device.type)
     adapter = recipe.adapter
     names = target_names(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save

@@ -22,6 +22,7 @@ from kpsvd_tune.estimate.trace import Trace
 from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.models.offload import RESERVE, block_parameters, num_that_fit
 from kpsvd_tune.models.quantised import weight_bytes
 from kpsvd_tune.recipe import Recipe, TrainRecipe
 from kpsvd_tune.report.plan import MemoryPlan
@@ -184,6 +185,20 @@ def host_memory(process: int, loading: int, parts: dict[str, int], scoring: int 
     bound = max(stages, key=lambda each: stages[each])
     # What this process holds is there for the run as well.
     return MemoryPlan(parts, stages[bound], None if free is None else free + own, bound)
+
+
+def offloaded_bytes(parts: dict[str, int], skeleton: nn.Module, recipe: Recipe) -> int:
+    """Bytes of the weights that a training with these parts keeps in the host's memory.
+
+    With `model.device_map`, on this machine's CUDA device as it is now; as `models.offload` does.
+    """
+    if recipe.model.device_map is None or not torch.cuda.is_available():
+        return 0
+    free, _ = torch.cuda.mem_get_info()
+    width = DTYPES[recipe.model.dtype].itemsize
+    sizes = [number * width for number in block_parameters(skeleton)]
+    others = sum(parts.values()) - parts["activations"] - sum(sizes)
+    return sum(sizes[num_that_fit(sizes, round((1 - RESERVE) * free) - others) :])
 
 
 def device_memory(parts: dict[str, int], scoring: int = 0) -> MemoryPlan:

@@ -28,6 +28,7 @@ from kpsvd_tune.estimate.memory import (
     heap_bytes,
     host_memory,
     loading_bytes,
+    offloaded_bytes,
     part_of_process,
     pass_bytes,
     process_bytes,
@@ -55,6 +56,8 @@ from kpsvd_tune.models import (
     load_tokenizer,
 )
 from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.models.offload import block_parameters
+from kpsvd_tune.models.quantised import check_quantisation
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.plan import (
     AdapterPlan,
@@ -133,6 +136,7 @@ def make_plan(
     events.stage(f"reading the configuration of {recipe.model.path}")
     source = find_configuration(recipe.model.path, recipe.model.revision)
     skeleton = load_skeleton(source)
+    check_quantisation(skeleton, recipe.model.quantization, source.path, device.type)
     adapter = recipe.adapter
     names = target_names(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
@@ -300,7 +304,14 @@ def _memory(
         parts["holes in the heap"] = heap_bytes(whole)
         everything = {name: each * count for name, each in parts.items()}
         return host_memory(process * count, loading * count, everything, scoring * count), None
-    return host_memory(process * count, loading * count, {}), device_memory(parts, scoring)
+    away = offloaded_bytes(parts, setting.skeleton, recipe)
+    if not away:
+        return host_memory(process * count, loading * count, {}), device_memory(parts, scoring)
+    # The block that computes is on the device as well, in turn with the others.
+    largest = max(block_parameters(setting.skeleton)) * DTYPES[wanted.dtype].itemsize
+    parts["weights"] += largest - away
+    host = host_memory(process, loading, {"weights that are offloaded": away})
+    return host, device_memory(parts, _scoring_bytes(setting, recipe, parts))
 
 
 def _scoring_bytes(setting: _Setting, recipe: Recipe, parts: Mapping[str, int]) -> int:
@@ -473,8 +484,8 @@ def _changes(setting: _Setting, max_length: int) -> Iterator[tuple[dict[str, obj
     """Changes that take less memory, the cheapest first, each with the recipe that has it.
 
     Smaller batches with more accumulation leave the steps what they are; checkpointing costs a
-    third more time; bfloat16 rounds the base, and nf4 does so coarsely; shorter rows change what is
-    learnt.
+    third more time; bfloat16 rounds the base, and nf4 does so coarsely; offloading copies
+    weights in each step; shorter rows change what is learnt.
     """
     recipe = setting.recipe
     halvings = list(_halvings(recipe))
@@ -498,15 +509,29 @@ def _changes(setting: _Setting, max_length: int) -> Iterator[tuple[dict[str, obj
             {**keys, "model.dtype": "bfloat16"},
         )
         yield keys, changed, max_length
+    exact, exact_keys = changed, keys
     can_quantise = setting.source.kind != "gguf" and recipe.train.parallel == "ddp"
+    can_quantise = can_quantise and recipe.model.device_map is None
     if recipe.model.quantization is None and can_quantise:
         model = changed.model.model_copy(update={"quantization": "nf4"})
         changed = changed.model_copy(update={"model": model})
         keys = {**keys, "model.quantization": "nf4"}
         yield keys, changed, max_length
+    if _can_offload(setting):
+        model = exact.model.model_copy(update={"device_map": "auto"})
+        found = exact.model_copy(update={"model": model})
+        yield {**exact_keys, "model.device_map": "auto"}, found, max_length
     while max_length > _FEWEST_TOKENS:
         max_length //= 2
         yield {**keys, "dataset.max_length": max_length}, changed, max_length
+
+
+def _can_offload(setting: _Setting) -> bool:
+    """Whether `model.device_map: auto` would change anything, and is not refused."""
+    model = setting.recipe.model
+    is_alone = setting.processes == 1 and setting.recipe.train.parallel == "ddp"
+    is_free = model.device_map is None and model.quantization is None
+    return is_alone and is_free and setting.device.type == "cuda"
 
 
 def _halvings(recipe: Recipe) -> Iterator[tuple[dict[str, object], Recipe]]:

@@ -113,8 +113,12 @@ def training_cures(recipe: Recipe) -> list[str]:
         cures.append(f"a lower dataset.max_length (now {recipe.dataset.max_length}): shorter rows")
     if recipe.model.dtype == "float32":
         cures.append("model.dtype=bfloat16: the base in half the memory")
-    if recipe.model.quantization is None:
+    if recipe.model.quantization is None and recipe.model.device_map is None:
         cures.append("model.quantization=nf4: the base in a quarter of bfloat16's memory")
+        if train.gradient_checkpointing:
+            cures.append(
+                "on a GPU, model.device_map=auto: blocks that do not fit stay in the host's memory"
+            )
     return cures[:3]
 
 

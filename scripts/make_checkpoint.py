@@ -47,6 +47,8 @@ class Size:
 SIZES = {
     "tiny": Size(64, 160, 2, 4, 2, 256),
     "small": Size(512, 1408, 4, 8, 8, 4096),
+    # 2.2 GB in layers of 88 MB, of TinyLlama's sizes.
+    "llama-1b": Size(2048, 5632, 22, 32, 4, 32000),
     "llama2-7b": Size(4096, 11008, 32, 32, 32, 32000),
     # As large in every tensor, with fewer layers.
     "llama2-7b-4-layers": Size(4096, 11008, 4, 32, 32, 32000),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +28,25 @@ def prompt_lengths(task: EvaluationRecipe, tokenizer: PreTrainedTokenizerBase) -
     template = task.template or TASKS[task.task].template
     prompts, _ = build_prompts(read_questions(task), tokenizer, template, task, read_shots(task))
     return [len(each.input_ids) for each in prompts]
+
+
+def answering_sizes(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int, int]]:
+    """Rows, tokens of the longest prompt and most new ones of the largest batch of each task.
+
+    Tasks without answers, and those whose rows cannot be read now, are left out.
+    """
+    found = []
+    for each in recipe.evaluation:
+        if not TASKS[each.task].scorers:
+            continue
+        task = as_trained(each, recipe.dataset)
+        with suppress(KpsvdTuneError):
+            lengths = prompt_lengths(task, tokenizer)
+            rows = min(task.batch_size, len(lengths) * task.samples)
+            found.append((rows, max(lengths), task.max_new_tokens))
+    return found
 
 
 def answering_seconds(

@@ -13,7 +13,6 @@ from kpsvd_tune.models.loading import DTYPES
 
 # Processor time of the parts of loading, taken with SmolLM2-135M from its GGUF file (10 s) and from
 # safetensors (0.3 s) on one thread of an AMD EPYC, whose pace of Python is _PACE.
-_IMPORTS = 2.0  # the model's own code, once a command
 _STRING = 30e-6  # a token or merge of the vocabulary in a GGUF file
 _NAME = 0.35e-3  # a module's name among those of one layer, of which gguf lists all for each module
 _DEQUANTISED = 20e-9  # a weight of a GGUF file
@@ -31,18 +30,21 @@ def loading_seconds(
     The base once, and once more in float32 where it `decomposes` and the files cannot be read
     matrix by matrix. At the least the machine is left alone, at the most it stays as busy as now.
     """
-    seconds = _IMPORTS + _once(source, skeleton, dtype)
-    if decomposes and is_loaded_whole(source):
-        seconds += _once(source, skeleton, "float32")
+    times = 2 if decomposes and is_loaded_whole(source) else 1
+    reading = times * _reading(source, skeleton)
+    copying = _COPIED * sum(each.numel() for each in skeleton.parameters()) * DTYPES[dtype].itemsize
+    if times == 2:
+        copying += copying * DTYPES["float32"].itemsize / DTYPES[dtype].itemsize
     alone, now = python_slowness()
-    return STEP_RANGE[0] * seconds * alone, STEP_RANGE[1] * seconds * now
+    # Weights that are kept as they are stored may be copied when they are used, if ever.
+    return STEP_RANGE[0] * reading * alone, STEP_RANGE[1] * (reading + copying) * now
 
 
-def _once(source: ModelSource, skeleton: nn.Module, dtype: str) -> float:
-    """Seconds of loading the base model where the constants are from."""
-    numel = sum(each.numel() for each in skeleton.parameters())
-    seconds = _COPIED * numel * DTYPES[dtype].itemsize
+def _reading(source: ModelSource, skeleton: nn.Module) -> float:
+    """Seconds of reading the files once, beside the copying, where the constants are from."""
+    seconds = 0.0
     if source.kind == "gguf":
+        numel = sum(each.numel() for each in skeleton.parameters())
         model: Any = skeleton
         config = model.config.get_text_config()
         modules = sum(1 for _ in skeleton.modules())

@@ -22,6 +22,7 @@ from kpsvd_tune.estimate.trace import Trace
 from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.models.offload import RESERVE, block_parameters, num_that_fit
 from kpsvd_tune.models.quantised import weight_bytes
 from kpsvd_tune.recipe import Recipe, TrainRecipe
 from kpsvd_tune.report.plan import MemoryPlan
@@ -144,24 +145,67 @@ def heap_bytes(whole: Trace) -> int:
     return round(_HOLES * whole.in_layers)
 
 
-def host_memory(process: int, loading: int, parts: dict[str, int]) -> MemoryPlan:
-    """The host's memory of a command whose training has these parts."""
+def cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:
+    """Bytes of keys and values of a batch; None for models that keep something else."""
+    config = skeleton.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not heads or not layers:
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * layers * kept * width * rows * tokens * DTYPES[dtype].itemsize)
+
+
+def pass_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int:
+    """Bytes that a pass over prompts holds beside keys and values: of one layer, and of the logits.
+
+    A layer's input, its norm and sum and its attention have the width of the model; the MLP's two
+    products and theirs that of the MLP. Of each row the last token has logits, of which a copy is
+    made where they are drawn from.
+    """
+    config = skeleton.config.get_text_config()
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = rows * tokens * (4 * config.hidden_size + 3 * wide)
+    return int((layer + 2 * rows * config.vocab_size) * DTYPES[dtype].itemsize)
+
+
+def host_memory(process: int, loading: int, parts: dict[str, int], scoring: int = 0) -> MemoryPlan:
+    """The host's memory of a command whose training has these parts.
+
+    ``scoring`` are the bytes beside the process while answers are generated.
+    """
     parts = {"Python and libraries": process, **parts}
-    training, own = sum(parts.values()), process_bytes()
-    is_loading = process + loading > training
-    free = free_memory()
-    return MemoryPlan(
-        parts,
-        max(training, process + loading),
-        # What this process holds is there for the run as well.
-        None if free is None else free + own,
-        "loading the base model" if is_loading else "training",
-    )
+    own, free = process_bytes(), free_memory()
+    stages = {
+        "training": sum(parts.values()),
+        "loading the base model": process + loading,
+        "scoring": process + scoring,
+    }
+    bound = max(stages, key=lambda each: stages[each])
+    # What this process holds is there for the run as well.
+    return MemoryPlan(parts, stages[bound], None if free is None else free + own, bound)
 
 
-def device_memory(parts: dict[str, int]) -> MemoryPlan:
+def offloaded_bytes(parts: dict[str, int], skeleton: nn.Module, recipe: Recipe) -> int:
+    """Bytes of the weights that a training with these parts keeps in the host's memory.
+
+    With `model.device_map`, on this machine's CUDA device as it is now; as `models.offload` does.
+    """
+    if recipe.model.device_map is None or not torch.cuda.is_available():
+        return 0
+    free, _ = torch.cuda.mem_get_info()
+    width = DTYPES[recipe.model.dtype].itemsize
+    sizes = [number * width for number in block_parameters(skeleton)]
+    others = sum(parts.values()) - parts["activations"] - sum(sizes)
+    return sum(sizes[num_that_fit(sizes, round((1 - RESERVE) * free) - others) :])
+
+
+def device_memory(parts: dict[str, int], scoring: int = 0) -> MemoryPlan:
     """The memory of one CUDA device in a training with these parts."""
     free: Any = None
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-    return MemoryPlan(parts, sum(parts.values()), free, "training")
+    training = sum(parts.values())
+    bound = "scoring" if scoring > training else "training"
+    return MemoryPlan(parts, max(training, scoring), free, bound)

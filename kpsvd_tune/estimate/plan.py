@@ -18,16 +18,19 @@ from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.estimate.answers import scoring_seconds
+from kpsvd_tune.estimate.answers import answering_sizes, scoring_seconds
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.loading import loading_seconds
 from kpsvd_tune.estimate.memory import (
     base_bytes,
+    cache_bytes,
     device_memory,
     heap_bytes,
     host_memory,
     loading_bytes,
+    offloaded_bytes,
     part_of_process,
+    pass_bytes,
     process_bytes,
     shared_loading_bytes,
     training_parts,
@@ -53,6 +56,8 @@ from kpsvd_tune.models import (
     load_tokenizer,
 )
 from kpsvd_tune.models.loading import DTYPES
+from kpsvd_tune.models.offload import block_parameters
+from kpsvd_tune.models.quantised import check_quantisation
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.plan import (
     AdapterPlan,
@@ -94,6 +99,7 @@ class _Setting:
     processes: int
     process_bytes: int
     tokenizer: PreTrainedTokenizerBase | None  # None where the rows were not read
+    answers: list[tuple[int, int, int]]  # as of `answering_sizes`
 
 
 def make_plan(
@@ -130,6 +136,7 @@ def make_plan(
     events.stage(f"reading the configuration of {recipe.model.path}")
     source = find_configuration(recipe.model.path, recipe.model.revision)
     skeleton = load_skeleton(source)
+    check_quantisation(skeleton, recipe.model.quantization, source.path, device.type)
     adapter = recipe.adapter
     names = target_names(
         skeleton, adapter.target_modules, adapter.exclude_modules, adapter.modules_to_save
@@ -152,7 +159,17 @@ def make_plan(
         for warning in length.warnings:
             events.tell(warning)
     setting = _Setting(
-        recipe, source, skeleton, ranks, data, length, device, processes, process_bytes(), tokenizer
+        recipe,
+        source,
+        skeleton,
+        ranks,
+        data,
+        length,
+        device,
+        processes,
+        process_bytes(),
+        tokenizer,
+        [] if tokenizer is None else answering_sizes(recipe, tokenizer),
     )
     events.stage("tracing a step of the largest batch on tensors without numbers")
     return _plan(setting, dataset)
@@ -282,11 +299,32 @@ def _memory(
         shared = shared_loading_bytes(setting.source, setting.skeleton, wanted.dtype, count)
         loading = loading if shared is None else shared
     process = setting.process_bytes
+    scoring = _scoring_bytes(setting, recipe, parts)
     if setting.device.type == "cpu":
         parts["holes in the heap"] = heap_bytes(whole)
         everything = {name: each * count for name, each in parts.items()}
-        return host_memory(process * count, loading * count, everything), None
-    return host_memory(process * count, loading * count, {}), device_memory(parts)
+        return host_memory(process * count, loading * count, everything, scoring * count), None
+    away = offloaded_bytes(parts, setting.skeleton, recipe)
+    if not away:
+        return host_memory(process * count, loading * count, {}), device_memory(parts, scoring)
+    # The block that computes is on the device as well, in turn with the others.
+    largest = max(block_parameters(setting.skeleton)) * DTYPES[wanted.dtype].itemsize
+    parts["weights"] += largest - away
+    host = host_memory(process, loading, {"weights that are offloaded": away})
+    return host, device_memory(parts, _scoring_bytes(setting, recipe, parts))
+
+
+def _scoring_bytes(setting: _Setting, recipe: Recipe, parts: Mapping[str, int]) -> int:
+    """Bytes of the scoring after the training, in a process that has these parts; 0 without one."""
+    if not setting.answers or recipe.train.parallel == "fsdp":
+        return 0
+    dtype, skeleton = recipe.model.dtype, setting.skeleton
+    most = max(
+        (cache_bytes(skeleton, dtype, rows, tokens + new) or 0)
+        + pass_bytes(skeleton, dtype, rows, tokens)
+        for rows, tokens, new in setting.answers
+    )
+    return most + sum(parts[each] for each in ("weights", "adapter", "optimiser", "gradients"))
 
 
 def _memory_basis(setting: _Setting) -> tuple[str, ...]:
@@ -301,8 +339,13 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
         )
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")
-    if setting.recipe.evaluation:
-        found.append("the memory of answers that the evaluation generates is not counted")
+    if setting.answers:
+        found.append(
+            "the scoring by keys and values, one layer and the logits of its largest batch; where "
+            "it is the peak, a lower batch_size of the evaluation takes less"
+        )
+    elif setting.recipe.evaluation:
+        found.append("the memory of the evaluation is not counted: none of its prompts was read")
     return tuple(found)
 
 
@@ -441,8 +484,8 @@ def _changes(setting: _Setting, max_length: int) -> Iterator[tuple[dict[str, obj
     """Changes that take less memory, the cheapest first, each with the recipe that has it.
 
     Smaller batches with more accumulation leave the steps what they are; checkpointing costs a
-    third more time; bfloat16 rounds the base, and nf4 does so coarsely; shorter rows change what is
-    learnt.
+    third more time; bfloat16 rounds the base, and nf4 does so coarsely; offloading copies
+    weights in each step; shorter rows change what is learnt.
     """
     recipe = setting.recipe
     halvings = list(_halvings(recipe))
@@ -466,15 +509,29 @@ def _changes(setting: _Setting, max_length: int) -> Iterator[tuple[dict[str, obj
             {**keys, "model.dtype": "bfloat16"},
         )
         yield keys, changed, max_length
+    exact, exact_keys = changed, keys
     can_quantise = setting.source.kind != "gguf" and recipe.train.parallel == "ddp"
+    can_quantise = can_quantise and recipe.model.device_map is None
     if recipe.model.quantization is None and can_quantise:
         model = changed.model.model_copy(update={"quantization": "nf4"})
         changed = changed.model_copy(update={"model": model})
         keys = {**keys, "model.quantization": "nf4"}
         yield keys, changed, max_length
+    if _can_offload(setting):
+        model = exact.model.model_copy(update={"device_map": "auto"})
+        found = exact.model_copy(update={"model": model})
+        yield {**exact_keys, "model.device_map": "auto"}, found, max_length
     while max_length > _FEWEST_TOKENS:
         max_length //= 2
         yield {**keys, "dataset.max_length": max_length}, changed, max_length
+
+
+def _can_offload(setting: _Setting) -> bool:
+    """Whether `model.device_map: auto` would change anything, and is not refused."""
+    model = setting.recipe.model
+    is_alone = setting.processes == 1 and setting.recipe.train.parallel == "ddp"
+    is_free = model.device_map is None and model.quantization is None
+    return is_alone and is_free and setting.device.type == "cuda"
 
 
 def _halvings(recipe: Recipe) -> Iterator[tuple[dict[str, object], Recipe]]:

@@ -22,8 +22,10 @@ from kpsvd_tune.estimate.loading import (
 )
 from kpsvd_tune.estimate.memory import (
     base_bytes,
+    cache_bytes,
     host_memory,
     loading_bytes,
+    pass_bytes,
     process_bytes,
 )
 from kpsvd_tune.estimate.memory import device_memory as on_one_device
@@ -259,11 +261,13 @@ def evaluation_work(
             ("prompts", f"{sum(lengths):,} tokens, the longest {max(lengths):,}"),
             ("answers", f"at most {most:,} tokens"),
         ]
-        cache = _cache_bytes(skeleton, dtype, task.batch_size, max(lengths) + task.max_new_tokens)
+        rows = min(task.batch_size, answers)
+        cache = cache_bytes(skeleton, dtype, rows, max(lengths) + task.max_new_tokens)
         if cache is None:
             basis.append("the cache of keys and values is not counted: another kind of model")
         else:
             parts["keys and values"] = cache
+        parts["activations and logits"] = pass_bytes(skeleton, dtype, rows, max(lengths))
         answering = answering_seconds(skeleton, dtype, task, lengths, device, _num_adapted(found))
         loads = loading_seconds(source, skeleton, dtype, decomposes=False)
         seconds = (answering[0] + loads[0], answering[1] + loads[1])
@@ -334,18 +338,6 @@ def _num_adapted(found: Found) -> int:
     if found.adapter is None:
         return 0
     return sum(plan.rank > 0 for plan in ranks_of_adapter(found.adapter).most)
-
-
-def _cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:
-    """Bytes of keys and values of a batch; None for models that keep something else."""
-    config = skeleton.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not heads or not layers:
-        return None
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * layers * kept * width * rows * tokens * DTYPES[dtype].itemsize)
 
 
 def _model_bytes(source: ModelSource, skeleton: Any, dtype: str | None) -> tuple[int, str]:

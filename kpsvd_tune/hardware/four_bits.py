@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from kpsvd_tune.errors import some_of
+
+_BLOCK = 64  # weights that share a scale, if not chosen otherwise
 
 
 def settle(model: nn.Module) -> str | None:
@@ -22,7 +25,25 @@ def settle(model: nn.Module) -> str | None:
         Which of them bitsandbytes reads wrongly on this one, as a clause; None where it is none.
     """
     keep_as_stored(model)
-    if not (misread := misread_layers(model)):
+    return _told(misread_layers(model))
+
+
+def foreseen(widths: Mapping[str, int], kind: str) -> str | None:
+    """What :func:`settle` would say of linear layers of so many inputs, before they are loaded.
+
+    Args:
+        widths: Inputs of each layer that is to be quantised, by its name.
+        kind: nf4 or fp4.
+    """
+    import bitsandbytes  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
+
+    odd = {width for width in widths.values() if width % _BLOCK}
+    wrong = {width for width in odd if _is_misread(width, _BLOCK, kind)}
+    return _told({name: width for name, width in widths.items() if width in wrong})
+
+
+def _told(misread: Mapping[str, int]) -> str | None:
+    if not misread:
         return None
     widths = ", ".join(str(width) for width in sorted({*misread.values()}))
     return (

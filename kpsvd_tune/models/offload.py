@@ -79,16 +79,21 @@ def place(
 
 def check_device(device: torch.device) -> None:
     """Refuse `model.device_map: auto` where it cannot work; RecipeError says why."""
+    check_alone()
+    if device.type == "mps":
+        raise RecipeError(
+            "model.device_map: auto: Apple's mps has no memory of its own, so there is nothing to "
+            "offload to; expected model.device_map: null"
+        )
+
+
+def check_alone() -> None:
+    """Refuse `model.device_map: auto` in one of several processes; RecipeError says why."""
     if (count := num_processes()) > 1:
         raise RecipeError(
             f"model.device_map: auto: got {count} processes; expected one, for each would keep the "
             "base in the host's memory: to train on several GPUs set train.parallel: fsdp and "
             "model.device_map: null; to score a run leave --gpus and --processes out"
-        )
-    if device.type == "mps":
-        raise RecipeError(
-            "model.device_map: auto: Apple's mps has no memory of its own, so there is nothing to "
-            "offload to; expected model.device_map: null"
         )
 
 
@@ -141,6 +146,14 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def block_parameters(skeleton: nn.Module) -> list[int]:
+    """Numbers of each block's weights that can be offloaded, of a base without adapters."""
+    return [
+        sum(cast(Tensor, owner._parameters[name]).numel() for owner, name in block.places)
+        for block in _offloadable(skeleton, is_base=True)
+    ]
+
+
 def num_that_fit(sizes: Sequence[int], room: int) -> int:
     """How many of the first blocks lie in so many bytes; beside the largest where not all do."""
     if sum(sizes) <= room:
@@ -164,8 +177,8 @@ class _Block:
         return [place for places in self.by_child.values() for place in places]
 
 
-def _offloadable(model: nn.Module) -> list[_Block]:
-    """The outermost decoder blocks, in the order of the model.
+def _offloadable(model: nn.Module, is_base: bool = False) -> list[_Block]:
+    """The outermost decoder blocks, in the order of the model; of a base all weights are frozen.
 
     Of their weights not what is trained, nor adapters, which PEFT keeps in dictionaries; nor packed
     ones, nor those that have another place in the model.
@@ -175,7 +188,7 @@ def _offloadable(model: nn.Module) -> list[_Block]:
     def can_go(parameter: nn.Parameter | None) -> bool:
         if type(parameter) is not nn.Parameter or held[id(parameter)] > 1:
             return False
-        return parameter.is_floating_point() and not parameter.requires_grad
+        return parameter.is_floating_point() and (is_base or not parameter.requires_grad)
 
     blocks = decoder_blocks(model)
     inner = {id(each) for block in blocks for each in block.modules() if each is not block}

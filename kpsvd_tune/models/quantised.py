@@ -57,7 +57,35 @@ def settle_quantised(model: nn.Module, path: str) -> None:
     Raises:
         ModelError: bitsandbytes reads some of them wrongly here.
     """
-    if fault := four_bits.settle(model):
+    _refuse(four_bits.settle(model), path)
+
+
+def check_quantisation(skeleton: nn.Module, kind: str | None, path: str, device: str) -> None:
+    """Refuse before any weight is read what :func:`settle_quantised` would refuse once it is.
+
+    Nothing is known, and nothing refused, where bitsandbytes is not installed.
+    """
+    is_known = importlib.util.find_spec("bitsandbytes") is not None
+    if kind == "nf4" and device == "cpu" and is_known:
+        widths = {
+            name: module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+            for name, module in _quantised_layers(skeleton).items()
+        }
+        _refuse(four_bits.foreseen(widths, kind), path)
+
+
+def _quantised_layers(model: nn.Module) -> dict[str, Any]:
+    """Every linear layer but the output head, whose weight is often the embedding's too."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def _refuse(fault: str | None, path: str) -> None:
+    if fault:
         raise ModelError(
             f"model {path!r}: {fault}; expected plain weights (model.quantization: null), or "
             "model.quantization: int8"
@@ -92,18 +120,15 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, kind: str | None = None) 
     Args:
         model: May be on the meta device.
         dtype: Of the weights that are not quantised.
-        kind: nf4, int8 or None. Every linear layer is quantised but the output head, whose weight
-            is often the embedding's too.
+        kind: nf4, int8 or None.
     """
     quantised: dict[int, int] = {}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for module in model.modules() if kind else ():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            count = module.weight.numel()
-            rows = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
-            scales = math.ceil(count / _BLOCK)
-            nf4 = math.ceil(count / 2) + scales + 4 * math.ceil(scales / _SCALES)
-            quantised[id(module.weight)] = nf4 if kind == "nf4" else count + 4 * rows
+    for module in _quantised_layers(model).values() if kind else ():
+        count = module.weight.numel()
+        rows = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+        scales = math.ceil(count / _BLOCK)
+        nf4 = math.ceil(count / 2) + scales + 4 * math.ceil(scales / _SCALES)
+        quantised[id(module.weight)] = nf4 if kind == "nf4" else count + 4 * rows
     return sum(
         quantised.get(id(each), each.numel() * dtype.itemsize) for each in model.parameters()
     )

@@ -28,7 +28,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
-from kpsvd_tune.models.offload import is_offloaded, place
+from kpsvd_tune.models.offload import check_alone, is_offloaded, place
 from kpsvd_tune.models.streamed import streamed_weights
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, load_recipe
 from kpsvd_tune.recipe.paths import check_source
@@ -184,6 +184,8 @@ def load(
     in_full: bool = False,  # with plain weights, even where the training had quantised ones
 ) -> Loaded:
     """Load a model in a dtype, with its adapter, as by :func:`load_adapter`, where it has one."""
+    if found.device_map is not None and not in_full:
+        check_alone()
     tokenizer = load_tokenizer(source, found.adapter)
     model: Any
     if in_full:

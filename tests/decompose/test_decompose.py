@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -20,11 +21,12 @@ from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.decompose import (
     Decomposition,
     Progress,
+    collect,
     collect_spectra,
     decompose,
     default_cache_dir,
 )
-from kpsvd_tune.decompose.spectra import divide, work
+from kpsvd_tune.decompose.spectra import Found, divide, work
 from kpsvd_tune.decompose.start import adapt
 from kpsvd_tune.errors import AdapterError, ModelError
 from kpsvd_tune.linalg import KroneckerShape, LayerPlan, kpsvd, unrearrange
@@ -253,6 +255,32 @@ def test_progress_counts_every_matrix(source: ModelSource) -> None:
     seen.clear()
     decompose(source, recipe(), progress=seen.append)
     assert {progress.seconds_left for progress in seen} == {None}
+
+
+def test_the_time_left_does_not_jump_with_the_sizes_of_the_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A layer of SmolLM2-135M in its order, with the seconds that each matrix took with its hash
+    # and its place in the cache.
+    q, kv, up, down = (576, 576), (192, 576), (1536, 576), (576, 1536)
+    layer = [(q, 0.05), (kv, 0.021), (kv, 0.021), (q, 0.05), (up, 0.1), (up, 0.1), (down, 0.1)]
+    rows = layer * 4
+    plans = [
+        replace(LayerPlan.of_weight(str(number), size, "balanced"), seconds=seconds)
+        for number, (size, seconds) in enumerate(rows)
+    ]
+    now = 0.0
+    monkeypatch.setattr("kpsvd_tune.decompose.collect.time.perf_counter", lambda: now)
+    seen: list[Progress] = []
+    collected = collect._Collected(plans, seen.append)
+    monkeypatch.setattr(LayerPlan, "energy", lambda *_: 1.0)
+    rest = sum(seconds for _, seconds in rows)
+    for plan in plans[:-1]:
+        now += plan.seconds
+        rest -= plan.seconds
+        collected.add(Found(plan, "", "computed"))
+        assert seen[-1].seconds_left == pytest.approx(rest, rel=0.25), plan
+    assert len(seen) == 27
 
 
 def test_factors_survive_the_file(source: ModelSource, tmp_path: Path) -> None:

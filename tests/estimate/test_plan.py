@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.estimate import memory
 from kpsvd_tune.estimate import plan as plans
+from kpsvd_tune.estimate.plan import _changes
 from kpsvd_tune.estimate.time import Speed
+from kpsvd_tune.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +170,24 @@ def test_scoring_is_in_the_time_and_the_money(
     assert "the time of scoring is not estimated: the rows were not read" in unread["basis"]
 
 
+def test_a_scoring_that_holds_more_than_the_training_is_the_peak(
+    planned: Callable[..., dict[str, Any]], rows_file: Path
+) -> None:
+    task = {"task": "exact_match", "path": str(rows_file), "batch_size": 4, "max_new_tokens": 4}
+    task |= {"columns": {"prompt": "question", "completion": "answer"}}
+    plain, small = planned(), planned(evaluation=[task])
+    assert plain["host"]["peak_bytes"] == pytest.approx(small["host"]["peak_bytes"], rel=0.05)
+    assert small["host"]["bound_by"] != "scoring"
+    new = 10**7
+    large = planned(evaluation=[task | {"max_new_tokens": new}])["host"]
+    assert large["bound_by"] == "scoring"
+    few = planned(evaluation=[task | {"max_new_tokens": new, "batch_size": 2}])["host"]
+    process = large["parts"]["Python and libraries"]
+    grown = (large["peak_bytes"] - process) / (few["peak_bytes"] - process)
+    assert grown == pytest.approx(2, rel=0.02)
+    assert any("a lower batch_size" in line for line in planned(evaluation=[task])["memory_basis"])
+
+
 def test_steps_that_are_done_tell_the_time(
     planned: Callable[..., dict[str, Any]], write_recipe: Callable[..., Path]
 ) -> None:
@@ -215,3 +236,49 @@ def test_memory_of_a_gpu_is_apart_from_the_hosts(
     assert "activations" in found["on_device"]["parts"]
     assert list(found["host"]["parts"]) == ["Python and libraries"]
     assert (found["on_device"]["free_bytes"], found["fits"]) == (10, False)
+
+
+@pytest.mark.slow
+def test_what_is_offloaded_counts_on_the_host(
+    planned: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (180_000, 180_000))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    keys = ["adapter.rank.method=fixed", "adapter.rank.max=4", "train.gradient_checkpointing=true"]
+    whole = planned(*keys)
+    found = planned(*keys, "model.device_map=auto")
+    away = found["host"]["parts"]["weights that are offloaded"]
+    # Both blocks of the tiny model, of which one at a time is on the device.
+    assert away == 2 * 4 * (32 * (32 + 2 * 16 + 32 + 3 * 48) + 2 * 32)
+    weights = [each["on_device"]["parts"]["weights"] for each in (whole, found)]
+    assert weights[0] - weights[1] == away // 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
+    assert list(planned(*keys, "model.device_map=auto")["host"]["parts"]) == [
+        "Python and libraries"
+    ]
+
+
+def test_offloading_is_proposed_after_four_bits_where_it_is_not_refused() -> None:
+    def proposed(device: str = "cuda", processes: int = 1, **model: Any) -> list[set[str]]:
+        content = {"model": {"path": "m", **model}, "train": {"batch_size": 1}, "output_dir": "x"}
+        setting: Any = SimpleNamespace(
+            recipe=Recipe.model_validate(content),
+            device=torch.device(device),
+            processes=processes,
+            source=SimpleNamespace(kind="folder"),
+        )
+        return [set(keys) for keys, _, _ in _changes(setting, 64)]
+
+    checkpointing, offloading = {"train.gradient_checkpointing"}, {"model.device_map"}
+    four_bits = {"model.quantization"}
+    assert proposed() == [checkpointing, checkpointing | four_bits, checkpointing | offloading]
+    for refused in (
+        proposed("cpu"),
+        proposed(processes=2),
+        proposed(quantization="int8"),
+        proposed(device_map="auto"),
+    ):
+        assert not any(offloading <= keys for keys in refused)
+    # The two are refused together.
+    assert not any(four_bits <= keys for keys in proposed(device_map="auto"))

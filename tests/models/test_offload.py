@@ -18,7 +18,7 @@ from random_adapter import add_offsets
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kpsvd_tune.adapter import KpsvdConfig
+from kpsvd_tune.adapter import KpsvdConfig, KpsvdLinear
 from kpsvd_tune.errors import RecipeError, ResourceError
 from kpsvd_tune.models import offload as offloading
 from kpsvd_tune.models.offload import is_offloaded, num_that_fit, offload, place
@@ -101,13 +101,15 @@ def test_checkpointing_alone_lets_go_of_the_copies(checkpointing: bool) -> None:
     def look(module: Any, _inputs: Any) -> None:
         nonlocal most
         block = next(i for i, each in enumerate(blocks) if module in set(each.modules()))
-        copies.setdefault(block, []).append(weakref.ref(module.weight.untyped_storage()))
+        weight = getattr(module, "base_layer", module).weight
+        assert not weight.is_meta
+        copies.setdefault(block, []).append(weakref.ref(weight.untyped_storage()))
         most = max(most, sum(any(ref() is not None for ref in refs) for refs in copies.values()))
 
     blocks = model.get_base_model().model.layers
     for module in blocks.modules():
-        # Not the layers with an adapter, which take the base's weight without calling it.
-        if isinstance(module, nn.Linear):
+        # A layer with an adapter takes the base's weight without calling it.
+        if isinstance(module, nn.Linear | KpsvdLinear):
             module.register_forward_pre_hook(look)
     loss = model(input_ids=IDS, labels=IDS).loss
     alive = sum(ref() is not None for refs in copies.values() for ref in refs)

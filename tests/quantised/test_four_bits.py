@@ -165,6 +165,29 @@ def test_a_base_whose_weights_would_be_misread_is_refused(
     by_our_loader(tmp_path)
 
 
+def test_a_plan_refuses_what_the_loading_would_refuse(
+    model_factory: Callable[..., LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerFast,
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tmp_path / "base"
+    model_factory(intermediate_size=80).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    recipe = write_recipe(model={"path": str(base), "quantization": "nf4"}, train={"max_steps": 1})
+    monkeypatch.setattr(four_bits, "_is_misread", lambda *_: True)
+    assert cli.run(["plan", str(recipe), "--offline"]) == 2
+    told = capsys.readouterr().err
+    assert "model.layers.0.mlp.down_proj" in told
+    assert "here 80, is not a whole number of the blocks" in told
+    # 8 bits have no such blocks, and whole blocks are never tried.
+    assert cli.run(["plan", str(recipe), "--offline", "model.quantization=int8"]) == 0
+    monkeypatch.setattr(four_bits, "_is_misread", lambda *_: False)
+    assert cli.run(["plan", str(recipe), "--offline"]) == 0
+
+
 def test_commands_do_not_pass_on_that_an_unused_kernel_is_missing(tmp_path: Path) -> None:
     """bitsandbytes says so when it is imported on a CPU with units for bfloat16."""
     logger = logging.getLogger("bitsandbytes")

@@ -70,7 +70,16 @@ def test_values_that_agree_pass_and_how_data_moves_is_kept():
         zero_optimization={"stage": 3, "reduce_bucket_size": 1000, "overlap_comm": "auto"},
     )
     config = engine_config(agreeing, RECIPE, 4)
-    assert config["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1000}
+    few = {"stage3_max_live_parameters": 100_000_000, "stage3_max_reuse_distance": 100_000_000}
+    assert config["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1000} | few
+
+
+@pytest.mark.parametrize(("stage", "wanted"), [(3, 5), (3, "auto"), (2, "auto")])
+def test_few_weights_stay_whole_at_stage_3_unless_it_is_said_otherwise(stage, wanted):
+    config = given(zero_optimization={"stage": stage, "stage3_max_live_parameters": wanted})
+    found = engine_config(config, TrainRecipe(batch_size=2, gradient_accumulation=4), 2)
+    live = found["zero_optimization"].get("stage3_max_live_parameters")
+    assert live == (None if stage == 2 else 5 if wanted == 5 else 100_000_000)
 
 
 @pytest.mark.parametrize(

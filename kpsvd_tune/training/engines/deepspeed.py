@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.hardware.heap import return_large_blocks
 from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.processes import gather_numbers
 from kpsvd_tune.runs.state import check_groups
@@ -48,6 +49,8 @@ class DeepSpeedEngine(Engine):
         ]
         # Only now, as it takes the parameters' data away at stage 3.
         if self.stage == 3:
+            if self._accelerator.device.type == "cpu":
+                return_large_blocks()
             # Weight by weight, for the engine would first put the whole base on every device.
             is_reader = self._accelerator.is_main_process
             filled = _Filled(self._module, token_loss.model, is_reader)

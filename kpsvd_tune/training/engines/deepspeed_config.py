@@ -47,6 +47,10 @@ _IGNORED = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 )
+# How many numbers of weights that were gathered may stay whole at stage 3, where nobody says: half
+# a decoder layer of 7B. DeepSpeed's own 1e9 keeps the whole of a base of 1B on every process.
+_MOST_WHOLE = 100_000_000
+_WHOLE_KEYS = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 
 
 def launch_environment(file: str, num_processes: int) -> dict[str, str]:
@@ -165,6 +169,9 @@ def engine_config(
         for key, value in given["zero_optimization"].items()
         if key in _ZERO_KEYS and value != "auto"
     }
+    if zero.get("stage") == 3:
+        for key in _WHOLE_KEYS:
+            zero.setdefault(key, _MOST_WHOLE)
     return {
         "train_batch_size": recipe.batch_size * recipe.gradient_accumulation * num_processes,
         "train_micro_batch_size_per_gpu": recipe.batch_size,

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.hardware.heap import return_large_blocks
 from kpsvd_tune.models.offload import decoder_blocks
 from kpsvd_tune.models.streamed import streamed_weights, to_be_filled
 from kpsvd_tune.recipe import TrainRecipe
@@ -38,7 +39,9 @@ class ShardedEngine(Engine):
         check_shardable(token_loss.model, self._recipe)
         device, number = self._accelerator.device, self._accelerator.num_processes
         mesh = init_device_mesh(device.type, (number,))
-        for block in decoder_blocks(token_loss.model):
+        if device.type == "cpu":
+            return_large_blocks()
+        for block in (*decoder_blocks(token_loss.model), *_ends(token_loss.model)):
             fully_shard(block, mesh=mesh)
         fully_shard(token_loss, mesh=mesh)
         fill_shards(token_loss.model)
@@ -121,6 +124,18 @@ def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
             f"{' and '.join(sorted(dtypes))}; set model.dtype: float32, or "
             "adapter.modules_to_save: []"
         )
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The embedding and the output head, where each has a plain weight of its own.
+
+    What is in no unit of its own stays whole from the first layer's forward to its backward pass.
+    """
+    base: Any = _base_of(model)
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    plain = [each for each in ends if type(each) in (nn.Embedding, nn.Linear)]
+    is_tied = len({id(each.weight) for each in plain}) < len(plain)
+    return [] if is_tied else plain
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -188,7 +188,10 @@ def compare(
                 session.run(workers, money)
         except StoppedBySignal:
             for trial in workers.unsaved:
-                events.note(f"{trial} had not saved in time: it goes on from its last checkpoint")
+                events.note(
+                    f"{trial} had not saved in time: it goes on from its last checkpoint, and "
+                    "begins anew where it has none"
+                )
             # The verdict so far, for whoever wants to look at it now.
             if taking is None:  # of several workers the others do
                 with suppress(InputError):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kpsvd_tune.report.results import Event, LearnedLayer
 from kpsvd_tune.report.run import UNSCORED, losses, score_lines, score_value
 from kpsvd_tune.report.run_files import RunFiles, Step
-from kpsvd_tune.units import duration, energy, money, percent, size
+from kpsvd_tune.units import counted, duration, energy, money, percent, size
 
 # Rows of the table of a curve.
 _ROWS = 10
@@ -32,7 +32,7 @@ def state_line(run: RunFiles) -> str:
     steps = f"step {run.last_step:,}"
     wanted = run.recipe.get("train", {}).get("max_steps")
     if run.state == "finished":
-        return f"finished after {run.last_step:,} steps"
+        return f"finished after {counted(run.last_step, 'step')}"
     if wanted:
         steps += f" of {wanted:,}"
     if run.state == "initialised":

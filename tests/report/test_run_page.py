@@ -168,7 +168,8 @@ def test_a_run_that_has_just_begun_is_shown(tmp_path: Path) -> None:
     assert "stopped at step 0: its process ended without a word, or was killed" in text
     assert "No step is logged yet." in text
     assert "Nothing was scored" in text
-    assert "cost not known: compare.price_per_hour of a recipe" in text
+    assert "cost not known: give the price of an hour of a device, as in" in text
+    assert "--price-per-hour 0.2" in text
 
 
 def test_how_a_run_ended_is_told(tmp_path: Path) -> None:

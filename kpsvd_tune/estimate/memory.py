@@ -39,6 +39,8 @@ _USUAL_PROCESS = 700_000_000
 # share all were within 13 % of the predicted peak.
 _HOLES = 0.32
 _FLOAT = 4  # bytes; adapters are kept and trained in float32
+OFFLOADED = "weights that are offloaded"
+COPYING = "the copying of offloaded weights to the device, for each use, is not in the time"
 
 
 def base_bytes(skeleton: nn.Module, dtype: str, quantization: str | None = None) -> int:
@@ -187,18 +189,26 @@ def host_memory(process: int, loading: int, parts: dict[str, int], scoring: int 
     return MemoryPlan(parts, stages[bound], None if free is None else free + own, bound)
 
 
-def offloaded_bytes(parts: dict[str, int], skeleton: nn.Module, recipe: Recipe) -> int:
-    """Bytes of the weights that a training with these parts keeps in the host's memory.
+def leave_on_host(
+    parts: dict[str, int], skeleton: nn.Module, dtype: str, device_map: str | None
+) -> dict[str, int]:
+    """Take off a card's parts the weights that stay in the host's memory, which are given back.
 
     With `model.device_map`, on this machine's CUDA device as it is now; as `models.offload` does.
+    All parts but the activations are there, or have their room, when the model is placed.
     """
-    if recipe.model.device_map is None or not torch.cuda.is_available():
-        return 0
+    if device_map is None or not torch.cuda.is_available():
+        return {}
     free, _ = torch.cuda.mem_get_info()
-    width = DTYPES[recipe.model.dtype].itemsize
+    width = DTYPES[dtype].itemsize
     sizes = [number * width for number in block_parameters(skeleton)]
-    others = sum(parts.values()) - parts["activations"] - sum(sizes)
-    return sum(sizes[num_that_fit(sizes, round((1 - RESERVE) * free) - others) :])
+    others = sum(parts.values()) - parts.get("activations", 0) - sum(sizes)
+    away = sum(sizes[num_that_fit(sizes, round((1 - RESERVE) * free) - others) :])
+    if not away:
+        return {}
+    # The block that computes is on the device as well, in turn with the others.
+    parts["weights"] += max(sizes) - away
+    return {OFFLOADED: away}
 
 
 def device_memory(parts: dict[str, int], scoring: int = 0) -> MemoryPlan:

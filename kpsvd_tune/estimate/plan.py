@@ -22,13 +22,15 @@ from kpsvd_tune.estimate.answers import answering_sizes, scoring_seconds
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.loading import loading_seconds
 from kpsvd_tune.estimate.memory import (
+    COPYING,
+    OFFLOADED,
     base_bytes,
     cache_bytes,
     device_memory,
     heap_bytes,
     host_memory,
+    leave_on_host,
     loading_bytes,
-    offloaded_bytes,
     part_of_process,
     pass_bytes,
     process_bytes,
@@ -56,7 +58,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
 )
 from kpsvd_tune.models.loading import DTYPES
-from kpsvd_tune.models.offload import block_parameters
+from kpsvd_tune.models.offload import check_device
 from kpsvd_tune.models.quantised import check_quantisation
 from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.plan import (
@@ -68,6 +70,7 @@ from kpsvd_tune.report.plan import (
     TimePlan,
 )
 from kpsvd_tune.storage.json_files import parse_json
+from kpsvd_tune.training.device_map import check_device_map
 from kpsvd_tune.training.from_adapter import find_adapter
 from kpsvd_tune.training.precision import going_on, settle_precision
 from kpsvd_tune.training.schedule import RunLength, run_length
@@ -120,7 +123,8 @@ def make_plan(
         reads_rows: Whether to read and tokenise the rows; else every row counts as the longest.
 
     Raises:
-        RecipeError: The recipe has no rows, or its settings cannot work with their number.
+        RecipeError: The recipe has no rows, or its settings cannot work together, with the number
+            of rows or with that of processes.
         ModelError: The base model cannot be found or read.
         AdapterError: No layer to adapt, or a rank rule that cannot be met.
         DataError: The rows cannot be used.
@@ -129,6 +133,9 @@ def make_plan(
     if dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     device = own_device(on_cpu)
+    check_device_map(recipe, processes)
+    if recipe.model.device_map is not None:
+        check_device(device)
     settled = settle_precision(recipe, device, going_on(recipe))
     recipe = settled.recipe
     if settled.note is not None:
@@ -183,6 +190,8 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
     cure = _cure(setting, dataset.max_length) if does_not_fit else None
     time = _with_scoring(setting, _with_loading(setting, _time(setting, batches, trace)))
+    if OFFLOADED in host.parts:
+        time = replace(time, basis=(*time.basis, COPYING))
     price = recipe.compare.price_per_hour
     cost = None
     if price is not None and (seconds := time.whole_seconds) is not None:
@@ -299,18 +308,13 @@ def _memory(
         shared = shared_loading_bytes(setting.source, setting.skeleton, wanted.dtype, count)
         loading = loading if shared is None else shared
     process = setting.process_bytes
-    scoring = _scoring_bytes(setting, recipe, parts)
     if setting.device.type == "cpu":
+        scoring = _scoring_bytes(setting, recipe, parts)
         parts["holes in the heap"] = heap_bytes(whole)
         everything = {name: each * count for name, each in parts.items()}
         return host_memory(process * count, loading * count, everything, scoring * count), None
-    away = offloaded_bytes(parts, setting.skeleton, recipe)
-    if not away:
-        return host_memory(process * count, loading * count, {}), device_memory(parts, scoring)
-    # The block that computes is on the device as well, in turn with the others.
-    largest = max(block_parameters(setting.skeleton)) * DTYPES[wanted.dtype].itemsize
-    parts["weights"] += largest - away
-    host = host_memory(process, loading, {"weights that are offloaded": away})
+    kept = leave_on_host(parts, setting.skeleton, wanted.dtype, wanted.device_map)
+    host = host_memory(process * count, loading * count, kept)
     return host, device_memory(parts, _scoring_bytes(setting, recipe, parts))
 
 

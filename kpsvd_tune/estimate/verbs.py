@@ -21,9 +21,11 @@ from kpsvd_tune.estimate.loading import (
     loading_seconds,
 )
 from kpsvd_tune.estimate.memory import (
+    COPYING,
     base_bytes,
     cache_bytes,
     host_memory,
+    leave_on_host,
     loading_bytes,
     pass_bytes,
     process_bytes,
@@ -247,6 +249,8 @@ def evaluation_work(
     skeleton = load_skeleton(source)
     weights = base_bytes(skeleton, dtype, found.quantization)
     parts = {"weights": weights, "adapter": _adapter_bytes(found)}
+    on_cpu = device.type == "cpu"
+    kept = {} if on_cpu else leave_on_host(parts, skeleton, dtype, found.device_map)
     steps = [("model", source.path), ("task", f"{task.task}: {conditions(task, rows_asked(task))}")]
     seconds, most = None, 0
     basis = [_BY_CONFIGURATION]
@@ -272,10 +276,11 @@ def evaluation_work(
         loads = loading_seconds(source, skeleton, dtype, decomposes=False)
         seconds = (answering[0] + loads[0], answering[1] + loads[1])
         basis.append(f"time {ANSWERS_BASIS}")
+        if kept:
+            basis.append(COPYING)
     loading = loading_bytes(source, skeleton, dtype, found.quantization)
     own = process_bytes()
-    on_cpu = device.type == "cpu"
-    host = host_memory(own, loading, parts if on_cpu else {})
+    host = host_memory(own, loading, parts if on_cpu else kept)
     # A line of a completion holds prompt and answer, at about four bytes a token.
     lines = 0 if not TASKS[task.task].scorers else 4 * (sum(lengths) * task.samples + most)
     return WorkPlan(

@@ -10,8 +10,11 @@ from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 
 
-def check_device_map(recipe: Recipe) -> None:
-    """Refuse keys of a recipe that exclude each other; RecipeError says which."""
+def check_device_map(recipe: Recipe, processes: int = 1) -> None:
+    """Refuse keys of a recipe that exclude each other, and several processes; RecipeError says why.
+
+    ``processes`` are those that are planned; in those that run `check_place` looks for itself.
+    """
     model, train = recipe.model, recipe.train
     if model.device_map is None:
         return
@@ -33,6 +36,12 @@ def check_device_map(recipe: Recipe) -> None:
             "would be kept on the card until the backward pass, and nothing would be saved; set "
             "train.gradient_checkpointing: true, with which a block's weights are there only while "
             "it computes"
+        )
+    if processes > 1:
+        raise RecipeError(
+            f"{got}: got {processes} processes; expected one, for each would keep the base in the "
+            "host's memory: to train on several GPUs set train.parallel: fsdp and "
+            "model.device_map: null"
         )
 
 

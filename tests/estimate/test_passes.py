@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MambaConfig, MixtralConfig
+from transformers import GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, Qwen3MoeConfig
 
 from kpsvd_tune.estimate import loading
 from kpsvd_tune.estimate.answers import answering_seconds
@@ -62,10 +62,35 @@ def test_a_pass_multiplies_every_layer_and_has_logits_of_last_tokens(
     )
 
 
-def test_weights_of_experts_are_counted(probed: list[tuple[int, int, int]]) -> None:
-    dense = PassTimes(skeleton(LLAMA), torch.float32, CPU).seconds(1, 1)
-    config = MixtralConfig(**SIZES, **HEADS, num_local_experts=4)
-    assert PassTimes(skeleton(config), torch.float32, CPU).seconds(1, 1) > 1.5 * dense
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig])
+def test_experts_count_by_the_tokens_that_reach_them(
+    kind: Any, probed: list[tuple[int, int, int]]
+) -> None:
+    sizes: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 8}
+    config = kind(**SIZES, **HEADS, **sizes, num_local_experts=8)
+    times = PassTimes(skeleton(config), torch.float32, CPU)
+    # Of 8 experts a token meets 2, and the router's weights for all.
+    active = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 + 2 * 3 * 48 * 32)
+    for tokens in (1, 6, 40):
+        expected = tokens * active + 300 * 32
+        assert times.seconds(1, tokens) == pytest.approx(expected), tokens
+    # 40 tokens are 10 for each expert: its weights are read once for these.
+    assert {rows for out, _, rows in probed if out != 300} == {1, 2, 6, 10, 40}
+
+
+def test_a_head_of_a_large_vocabulary_is_probed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest: list[int] = []
+
+    def ones(*shape: int, **options: Any) -> torch.Tensor:
+        largest.append(shape[0] * shape[1] * options["dtype"].itemsize)
+        return torch.empty(*shape, **{**options, "device": "meta"})
+
+    times = PassTimes(skeleton(LLAMA), torch.float32, CPU)
+    monkeypatch.setattr("kpsvd_tune.estimate.passes.torch.ones", ones)
+    monkeypatch.setattr(PassTimes, "_timed", lambda *_: 1.0)
+    # 16,384 outputs of 2048 numbers in float32 are 2^27 bytes.
+    assert times._product(128_256, 2048, 4) == pytest.approx(128_256 / 16_384)
+    assert max(largest) == 1 << 27
 
 
 def test_a_probe_is_made_once_for_like_lengths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,8 @@ def test_what_is_offloaded_counts_on_the_host(
     assert away == 2 * 4 * (32 * (32 + 2 * 16 + 32 + 3 * 48) + 2 * 32)
     weights = [each["on_device"]["parts"]["weights"] for each in (whole, found)]
     assert weights[0] - weights[1] == away // 2
+    assert any("copying of offloaded weights" in each for each in found["time"]["basis"])
+    assert not any("copying of offloaded" in each for each in whole["time"]["basis"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
     assert list(planned(*keys, "model.device_map=auto")["host"]["parts"]) == [
         "Python and libraries"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.estimate import memory, verbs
@@ -58,6 +59,40 @@ def test_init_only_would_decompose_what_the_cache_lacks(
     assert dict(planned("init-only", recipe)["steps"])["target matrices"].startswith("14, 0 of")
     assert cli.run(["init-only", str(recipe), "--dry-run", "--sweep", "adapter.rank.max=1,2"]) == 2
     assert "--dry-run plans one recipe" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_answers_of_an_offloaded_run_have_its_weights_on_the_host(
+    planned: Callable[..., dict[str, Any]],
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    rows_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = ["train.gradient_checkpointing=true", "train.max_steps=1", "model.device_map=auto"]
+    assert cli.run(["train", str(write_recipe()), *keys]) in (0, 4)
+    capsys.readouterr()
+    asked = ("eval", tmp_path / "run", "--task", "exact_match", "--path", rows_file)
+    on_cpu = planned(*asked)
+    assert memory.OFFLOADED not in on_cpu["host"]["parts"]
+    monkeypatch.setattr("kpsvd_tune.hardware.devices.own_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    for free in (150_000, 10**9):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        found[free] = planned(*asked)
+    small, large = found.values()
+    # Both blocks of the tiny model, of which one at a time is on the device.
+    away = 2 * 4 * (32 * (32 + 2 * 16 + 32 + 3 * 48) + 2 * 32)
+    assert small["host"]["parts"][memory.OFFLOADED] == away
+    assert memory.OFFLOADED not in large["host"]["parts"]
+    weights = [each["on_device"]["parts"]["weights"] for each in (large, small)]
+    assert weights[0] - weights[1] == away // 2
+    assert ["copying of offloaded" in str(each["basis"]) for each in (small, large)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.commands import main as cli
@@ -166,6 +167,30 @@ def test_keys_that_exclude_each_other(sections: dict[str, Any], message: str) ->
         if "model" not in sections
         else parsed(model={**sections["model"], "device_map": None})
     )
+
+
+def test_processes_that_are_planned_are_refused() -> None:
+    with pytest.raises(RecipeError, match="got 2 processes; expected one"):
+        check_device_map(parsed(), 2)
+    check_device_map(parsed(model={"device_map": None}), 2)
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--dry-run"]])
+def test_a_plan_refuses_what_a_training_does(
+    command: list[str], recipe: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*command, str(recipe), "model.device_map=auto"]
+    for key, message in (
+        ("train.gradient_checkpointing=false", "would be kept on the card until"),
+        ("model.quantization=nf4", "packed weights are not copied"),
+        ("train.parallel=fsdp", "on several GPUs, or ddp on one"),
+        ("--processes=2", "got 2 processes; expected one"),
+    ):
+        assert cli.run([*asked, key]) == 2, key
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("kpsvd_tune.estimate.plan.own_device", lambda _: torch.device("mps"))
+    assert cli.run(asked) == 2
+    assert "Apple's mps has no memory of its own" in capsys.readouterr().err
 
 
 def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

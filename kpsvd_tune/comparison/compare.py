@@ -42,6 +42,7 @@ from kpsvd_tune.errors import (
     AdapterError,
     DataError,
     InputError,
+    KpsvdTuneError,
     RecipeError,
     StoppedBySignal,
     some_of,
@@ -263,7 +264,10 @@ class _Session:
             self._open_purse(workers, money)
         elif self.taking is None and not self.rows:
             self._tell_estimate()
-        self.watcher.begin(self.rows, self._num_coming(), self.jobs)
+        # A stage of its own: the last one has ended, and gives no more signs of life.
+        coming = self._num_coming()
+        self.events.stage("running trials" if coming else "no trial is left to run")
+        self.watcher.begin(self.rows, coming, self.jobs)
         if self.taking is not None:
             self._take_trials(workers, self.taking)
             return
@@ -279,8 +283,11 @@ class _Session:
             return
         self.events.stage(f"estimating how long {counted(number, 'trial')} will take")
         budget = max(max(each.budgets) for each in self.grid.entries if each.budgets)
-        work = comparison_work(self.recipe, budget, number, self.jobs)
-        if work.seconds is not None:
+        work = None
+        # The trials need no estimate, and tell their own reasons where they cannot run.
+        with suppress(KpsvdTuneError, MemoryError, torch.OutOfMemoryError):
+            work = comparison_work(self.recipe, budget, number, self.jobs)
+        if work is not None and work.seconds is not None:
             self.events.note(
                 f"a trial: {dict(work.steps)['a trial']}; in all: {span(work.seconds, duration)}, "
                 f"{self.jobs} at a time; the trials' own steps tell better"

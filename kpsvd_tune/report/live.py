@@ -29,7 +29,10 @@ from kpsvd_tune.units import counted, duration, time_left
 PLAIN_SECONDS = 10.0
 ALIVE_SECONDS = 60.0
 # First words of stages that may say nothing for minutes; the others end with what they count.
-_SILENT = ("loading", "decomposing", "merging", "computing", "writing", "reading")
+_SILENT = (
+    *("loading", "decomposing", "merging", "computing", "writing", "reading", "taking"),
+    *("measuring", "scoring", "estimating", "tracing", "planning", "tokenising", "sending"),
+)
 # A log gets a line for each running trial at this interval.
 TRIAL_SECONDS = 30.0
 # Finished trials that the live table shows; the rest are counted.
@@ -304,7 +307,7 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
             loss = "failed" if row.validation_loss is None else f"{row.validation_loss:.4f}"
             last = f"{row.losses[-1]:.3f}" if row.losses else "–"
             table.add_row(*_cells(row.trial), "done", last, loss)
-        for trial in self._names.keys() - self._running.keys():
+        for trial in [each for each in self._names if each not in self._running]:
             table.add_row(*_cells(trial), "starts", "…", "…", style="bold")
         for trial, (step, total, now) in self._running.items():
             table.add_row(*_cells(trial), f"{step}/{total}", f"{now:.3f}", "…", style="bold")

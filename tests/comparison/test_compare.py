@@ -23,7 +23,9 @@ from kpsvd_tune.commands import main as cli
 from kpsvd_tune.comparison.kept_base import KeptBase
 from kpsvd_tune.comparison.workers import Workers, _answer
 from kpsvd_tune.estimate.time import Speed
+from kpsvd_tune.report import live
 from kpsvd_tune.report.comparison import TrialRow
+from kpsvd_tune.report.live import TrialTable
 
 
 @pytest.fixture
@@ -266,6 +268,49 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(
         file.write(b"[]\n")
     assert cli.run(judged) == 2
     assert "results.jsonl:9 is no row of a trial" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_stage_that_has_ended_gives_signs_of_life_while_trials_run(
+    recipe: Path,
+    tmp_path: Path,
+    in_this_process: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["compare", str(recipe), "--offline", "--methods", "kpsvd", "--budgets", "3k"]
+    command += ["--learning-rates", "1e-2", "--seeds", "2"]
+
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("the probe found no room")
+
+    # An estimate that fails ends no comparison.
+    with monkeypatch.context() as patch:
+        patch.setattr("kpsvd_tune.comparison.compare.comparison_work", out_of_memory)
+        assert cli.run(command) == 0
+    said = capsys.readouterr().err
+    assert "· estimating how long 2 trials will take" in said
+    assert "a trial:" not in said
+    results = tmp_path / "comparison" / "results.jsonl"
+    results.write_bytes(results.read_bytes().splitlines(keepends=True)[0])
+
+    stepped = TrialTable.stepped
+
+    def slowly(*arguments: Any) -> None:
+        stepped(*arguments)
+        time.sleep(0.1)
+
+    # Spectra and the base's losses are there, so that the trials follow the decomposition.
+    monkeypatch.setattr(live, "ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(TrialTable, "stepped", slowly)
+    assert cli.run(command) == 0
+    said = capsys.readouterr().err
+    trials = said[said.index("· running trials") :]
+    assert "1 trial is done already" in trials
+    assert "2 done, 0 to come" in trials
+    assert "still" not in trials
+    assert cli.run(command) == 0
+    assert "· no trial is left to run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -82,6 +82,16 @@ def test_the_answer_to_a_signal_is_not_drawn_over(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[1A" not in after, "the lines above are wiped out"
 
 
+def test_trials_that_start_keep_their_places() -> None:
+    rates = [10.0**-number for number in range(1, 7)]
+    with TrialTable() as table:
+        for number, rate in enumerate(rates, start=1):
+            table.started(Trial("kpsvd", 100, rate, 0), number, 6)
+        table.stepped(Trial("kpsvd", 100, rates[0], 0), 3, 60, 1.234)
+        shown = list(table._table().columns[2].cells)
+    assert shown == [f"{rate:g}" for rate in [*rates[1:], rates[0]]]
+
+
 def test_before_the_first_trial_is_done_its_steps_tell_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -140,6 +150,10 @@ def test_a_silent_stage_gives_a_sign_of_life(
         events.stage("training for 10 steps")
         time.sleep(0.2)
         assert capsys.readouterr().err == "· training for 10 steps\n"
+        # Processes of their own measure it, and say nothing here.
+        events.stage("measuring the base model")
+        time.sleep(0.2)
+        assert "  still measuring the base model, 0." in capsys.readouterr().err
         events.stage("reading a/file")
     time.sleep(0.2)
     assert "still" not in capsys.readouterr().err

@@ -84,6 +84,15 @@ ZOO: dict[str, Callable[[], Kind]] = {
     "gemma": lambda: _causal("Gemma", GROUPED),
     "gemma2": lambda: _causal("Gemma2", GROUPED),
     "gemma3": lambda: _causal("Gemma3", GROUPED, "Gemma3TextConfig"),
+    # Its block uses methods of one of its children.
+    "gemma3n": lambda: _causal(
+        "Gemma3n",
+        {**GROUPED, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 4}
+        | {"num_hidden_layers": 2, "num_kv_shared_layers": 0, "laurel_rank": 2, "head_dim": 8}
+        | {"altup_num_inputs": 2, "activation_sparsity_pattern": None}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        "Gemma3nTextConfig",
+    ),
     "phi": lambda: _causal("Phi", SMALL),
     "phi3": lambda: _causal("Phi3", {**GROUPED, "pad_token_id": 0}),
     "olmo2": lambda: _causal("Olmo2", GROUPED),

@@ -101,6 +101,8 @@ class Workers(AbstractContextManager["Workers", None]):
         with suppress(ProcessLookupError):
             if pid is not None:
                 os.kill(pid, signal.SIGTERM)
+                # Waits for its end, so that the next one is not asked of it.
+                forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
     def base(self, file: Path, events: Events) -> dict[str, float | None]:
         """The base model's losses, measured once for a comparison and kept in ``file``."""
@@ -180,6 +182,8 @@ class Workers(AbstractContextManager["Workers", None]):
             return f"stopping {counted(len(tasks), 'scoring')}; finished answers are kept"
         if tasks:
             return "stopping the measurement of the base model, which is done again next time"
+        if self._workers:
+            return "stopping; finished trials are kept"
         return "stopping as soon as the libraries of the trials' process are loaded"
 
     def _busy(self) -> list[Connection]:

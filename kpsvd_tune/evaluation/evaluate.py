@@ -164,8 +164,8 @@ class Scorer:
             DataError: the data cannot be read or do not fit the task.
         """
         task = as_trained(task, self.dataset)
-        self.events.stage(f"scoring {task.task}: {conditions(task, rows_asked(task))}")
         check_code_execution([task.task], self.sandbox)
+        self.events.stage(f"scoring {task.task}: {conditions(task, rows_asked(task))}")
         if not is_offloaded(model):
             model.to(self.place)
         template = task.template or TASKS[task.task].template

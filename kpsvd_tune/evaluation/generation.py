@@ -174,16 +174,19 @@ def _decode_batch(
     tokens, mask = tokens.to(device), mask.to(device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     known = _forward_parameters(model)
-    extra: dict[str, Tensor] = {}
+    extra: dict[str, Tensor | int] = {}
     cache = None
     active = list(answers)
     while True:
         if "position_ids" in known:
             extra["position_ids"] = positions
         if "logits_to_keep" in known:
-            # By its place and not by a count: of a slice, which has holes between its rows, torch
-            # multiplies the head in bfloat16 once a row, each with a copy of the head's weights.
-            extra["logits_to_keep"] = torch.tensor([tokens.shape[1] - 1], device=device)
+            width = tokens.shape[1]
+            # Of prompts by its place and not by a count: of a slice, which has holes between its
+            # rows, torch multiplies the head in bfloat16 on a CPU once a row, each with a copy of
+            # the head's weights.
+            by_place = width > 1 and device.type == "cpu"
+            extra["logits_to_keep"] = torch.tensor([width - 1]) if by_place else 1
         with torch.no_grad():
             output = model(
                 input_ids=tokens,

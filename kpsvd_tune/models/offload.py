@@ -12,9 +12,11 @@ for a whole attention or MLP, so that everything computes as it does on a card t
 from __future__ import annotations
 
 import gc
+import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from itertools import accumulate
@@ -31,6 +33,7 @@ from kpsvd_tune.units import size
 RESERVE = 0.25
 # Gradients and AdamW's two moments, in sizes of what is trained.
 _OPTIMISER = 3
+_METHOD = re.compile(r"self\.(\w+)\.\w+\(")
 _MARK = "brings_weights"  # of a forward pass that does
 _Place = tuple[nn.Module, str]  # a parameter's owner, and its name there
 
@@ -211,11 +214,17 @@ def _offloadable(model: nn.Module, is_base: bool = False) -> list[_Block]:
 
 
 def _called(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a block calls, also those that it keeps in lists."""
-    for child in block.children():
+    """The modules whose forward pass a block calls, also those that it keeps in lists.
+
+    Not those of which it uses other methods, as Gemma 3n's does: nothing would bring their weights.
+    """
+    by_methods: list[str] = []
+    with suppress(OSError):  # a class without a source
+        by_methods = _METHOD.findall(inspect.getsource(type(block).forward))
+    for name, child in block.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called(child)
-        else:
+        elif name not in by_methods:
             yield child
 
 

@@ -203,6 +203,8 @@ def place_loaded(found: Found, loaded: Loaded, device: torch.device, note: Note)
 
     `note` is told what lies where, if not everything lies on the device.
     """
+    # A base without an adapter comes with weights that could be trained; here none is.
+    loaded.model.requires_grad_(False)
     place(loaded.model, found.device_map, device, note)
     if not is_offloaded(loaded.model):
         loaded.model.to(device)

@@ -33,6 +33,9 @@ from kpsvd_tune.training.accelerator import shares_weights
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "tied": ("qwen2", {"train": {"gradient_checkpointing": True}}),
+    # Tied, with an embedding of a class of its own.
+    "scaled": ("gemma", {}),
+    "tied and saved": ("qwen2", {"adapter": {"modules_to_save": ["lm_head"]}}),
     "experts": ("mixtral", {}),
     "conv1d": ("gpt2", {"adapter": {"target_modules": ["c_attn", "c_fc"]}}),
     "pickled": ("pickled", {}),

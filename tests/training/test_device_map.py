@@ -100,6 +100,11 @@ def test_a_run_is_the_one_of_a_card_that_holds_the_base(
     assert captured.err.count(OFFLOADED) == 2
     assert captured.out.replace(str(run), str(whole)) == expected
 
+    # The base alone, whose weights come as if they were trained.
+    monkeypatch.setattr(offload, "free_bytes", lambda device: 140_000)
+    assert cli.run(["generate", str(run), "Tom has", "--base-only", "--max-new-tokens", "5"]) == 0
+    assert "stay in the host's memory" in capsys.readouterr().err
+
     monkeypatch.setattr(offload, "num_processes", lambda: 2)
     assert cli.run(["eval", str(run), *questions]) == 2
     assert "to score a run leave --gpus and --processes out" in capsys.readouterr().err

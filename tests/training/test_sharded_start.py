@@ -38,7 +38,7 @@ def pickle(model: Any, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """What two ranks left behind, which were started once for all tests."""
     folder = tmp_path_factory.mktemp(request.param)
-    for architecture in ("llama", "qwen2", "mixtral", "gpt2"):
+    for architecture in ("llama", "qwen2", "gemma", "mixtral", "gpt2"):
         save(architecture, folder / "bases" / architecture)
     pickle(architectures.make("llama"), folder / "bases" / "pickled")
     with socket.socket() as probe:

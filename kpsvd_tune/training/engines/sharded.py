@@ -6,6 +6,7 @@ run is not known to work.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -127,15 +128,20 @@ def check_shardable(model: nn.Module, recipe: TrainRecipe) -> None:
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
-    """The embedding and the output head, where each has a plain weight of its own.
+    """The embedding and the output head, each where its weight is plain, and is nowhere else.
 
     What is in no unit of its own stays whole from the first layer's forward to its backward pass.
     """
     base: Any = _base_of(model)
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    plain = [each for each in ends if type(each) in (nn.Embedding, nn.Linear)]
-    is_tied = len({id(each.weight) for each in plain}) < len(plain)
-    return [] if is_tied else plain
+    held = Counter(id(each) for module in base.modules() for each in module._parameters.values())
+    inner = {id(each) for block in decoder_blocks(model) for each in block.modules()}
+    return [
+        each
+        for each in (base.get_input_embeddings(), base.get_output_embeddings())
+        if type(each) in (nn.Embedding, nn.Linear)
+        and held[id(each.weight)] == 1
+        and id(each) not in inner
+    ]
 
 
 def _base_of(model: nn.Module) -> nn.Module:

@@ -128,7 +128,7 @@ def _share_of_tokens(skeleton: Any, module: nn.Module, weight: nn.Parameter) -> 
     found = [getattr(config, name, None) for name in _EXPERTS_PER_TOKEN]
     # Some models have a number for each layer: all of the experts are counted there.
     seen = next((each for each in found if isinstance(each, int)), number)
-    return min(1.0, seen / number)
+    return min(1.0, float(seen / number))
 
 
 def _size(module: nn.Module) -> tuple[int, int] | None:

@@ -166,6 +166,11 @@ class Scorer:
         task = as_trained(task, self.dataset)
         check_code_execution([task.task], self.sandbox)
         self.events.stage(f"scoring {task.task}: {conditions(task, rows_asked(task))}")
+        if self._may_be_chat(task):
+            self.events.note(
+                "the model has a chat template, and the questions are put as plain text: if it "
+                "was trained on chats, as a run of `init` on a chat model is, give template=chat"
+            )
         if not is_offloaded(model):
             model.to(self.place)
         template = task.template or TASKS[task.task].template
@@ -188,6 +193,11 @@ class Scorer:
         for note in missing_scorers(task.task):
             self.events.note(note)
         return scores
+
+    def _may_be_chat(self, task: EvaluationRecipe) -> bool:
+        """Whether nothing says how the model was trained to be asked, and a chat is likely."""
+        is_open = self.dataset is None and task.template is None and task.prompt == "template"
+        return is_open and bool(getattr(self.tokenizer, "chat_template", None))
 
     def _answers(
         self, model: Any, task: EvaluationRecipe, template: str, folder: Path, set_aside: bool

@@ -8,7 +8,7 @@ from typing import Any
 from kpsvd_tune.units import duration, energy, money
 
 # Keys of results.json that these words stand for.
-_KEYS = ("device_seconds", "cost", "currency", "energy_joules")
+_KEYS = ("device_seconds", "earlier_device_seconds", "cost", "currency", "energy_joules")
 
 
 def cost_in_words(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ _ANSWERS = 2
 _ANSWER_WIDTH = 200
 # Figures of results.json that have a section of their own here.
 _OF_COST = (
-    *("wall_seconds", "device_seconds", "cost", "currency", "energy_joules"),
+    *("wall_seconds", "device_seconds", "earlier_device_seconds", "cost", "currency"),
+    "energy_joules",
     "peak_memory_bytes",
 )
 

@@ -127,7 +127,13 @@ def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
     results, seconds, spent = run.results, seconds_trained(run), money_spent(run)
     lines = [] if seconds is None else [("time of the training", duration(seconds))]
     if (device_seconds := results.get("device_seconds")) is not None:
-        lines.append(("device time, from start to end", duration(device_seconds)))
+        told, earlier = duration(device_seconds), results.get("earlier_device_seconds")
+        if earlier:
+            told += (
+                f", of which {duration(earlier)} are steps before it was stopped; what else those "
+                "commands took, such as loading and scoring, is not counted"
+            )
+        lines.append(("device time, from start to end", told))
     if spent is None:
         unknown = (
             f"not known: give the price of an hour of a device, as in `kpsvd-tune report "

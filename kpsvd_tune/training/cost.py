@@ -52,8 +52,9 @@ def run_cost(
             else is known.
 
     Returns:
-        `device_seconds`, `cost` and `currency` with a price, and `energy_joules` where every
-        process tells its own for the whole run.
+        `device_seconds`, of which `earlier_device_seconds` if the run was stopped; `cost` and
+        `currency` with a price, and `energy_joules` where every process tells its own for the
+        whole run.
     """
     joules = usage.joules()
     told = gather_numbers(accelerator, [usage.seconds(), math.nan if joules is None else joules])
@@ -61,6 +62,8 @@ def run_cost(
     longest = max(seconds for seconds, _ in told)
     device_seconds = len(told) * longest + earlier
     found: dict[str, Any] = {"device_seconds": device_seconds}
+    if earlier:
+        found["earlier_device_seconds"] = earlier
     price = recipe.compare.price_per_hour
     if price is not None:
         found |= {"cost": device_seconds / 3600 * price, "currency": recipe.compare.currency}

@@ -49,6 +49,23 @@ def recipe(rows_file: Path) -> EvaluationRecipe:
     )
 
 
+def test_a_chat_model_that_is_asked_in_plain_text_is_told(
+    tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def notes(name: str, **changes: Any) -> list[str]:
+        told = Notes()
+        evaluate(tiny_model, tokenizer, recipe.model_copy(update=changes), tmp_path / name, told)
+        return [note for note in told.notes if "give template=chat" in note]
+
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert not notes("plain")
+    template = "{% for each in messages %}{{ each.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert notes("asked plainly")
+    assert not notes("asked as a chat", template="chat")
+    assert not notes("asked on purpose", template="Q {prompt} A {completion}")
+
+
 def test_an_evaluation_answers_every_row_and_can_be_scored_again(
     tiny_model, tokenizer, recipe, tmp_path: Path
 ):

@@ -104,6 +104,11 @@ def test_a_price_that_is_typed_tells_the_cost(
     assert "device time, from start to end 2 h 00 min" in shown
     # Each figure once.
     assert shown.count("peak memory") <= 1
+    file.write_text(json.dumps(results | {"earlier_device_seconds": 60.0}))
+    assert cli.run(["report", str(folder), "--price-per-hour", "0.5"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 h 00 min, of which 1 min 00 s are steps before it was stopped; what else" in shown
+    file.write_bytes(before)
     assert cli.run(["report", str(folder), "--price-per-hour", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"]["cost"] == 4.0
     other = write_run(tmp_path / "other")

@@ -67,7 +67,7 @@ def test_a_run_that_went_on_counts_its_earlier_steps_and_tells_no_energy(
 ) -> None:
     recipe = load_recipe(write_recipe())
     found = cost.run_cost(Told(100.0, 90.0), None, recipe, 300.0)
-    assert found == {"device_seconds": 400.0}
+    assert found == {"device_seconds": 400.0, "earlier_device_seconds": 300.0}
 
 
 def test_a_device_that_tells_no_energy_is_not_guessed(

@@ -197,7 +197,8 @@ class Scorer:
     def _may_be_chat(self, task: EvaluationRecipe) -> bool:
         """Whether nothing says how the model was trained to be asked, and a chat is likely."""
         is_open = self.dataset is None and task.template is None and task.prompt == "template"
-        return is_open and bool(getattr(self.tokenizer, "chat_template", None))
+        has_questions = bool(TASKS[task.task].scorers)
+        return is_open and has_questions and bool(getattr(self.tokenizer, "chat_template", None))
 
     def _answers(
         self, model: Any, task: EvaluationRecipe, template: str, folder: Path, set_aside: bool

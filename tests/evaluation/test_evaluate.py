@@ -188,6 +188,7 @@ def test_completions_of_another_model_can_be_set_aside(
 
 def test_going_on_says_how_many_answers_are_there(tiny_model, tokenizer, recipe, tmp_path: Path):
     told = Notes()
+    recipe = recipe.model_copy(update={"template": "Question: {prompt}\nAnswer: {completion}"})
     some = recipe.model_copy(update={"limit": 3})
     evaluate(tiny_model, tokenizer, some, tmp_path, events=told)
     assert told.notes == []

@@ -271,7 +271,7 @@ def test_a_signal_ends_the_scoring_and_the_same_command_goes_on_with_it(
 def sampled(rows: Path, samples: int) -> str:
     """The recipe's evaluation with that many long answers to each question."""
     return (
-        f"evaluation=[{{task: exact_match, path: {rows}, max_new_tokens: 400, batch_size: 1, "
+        f"evaluation=[{{task: exact_match, path: {rows}, max_new_tokens: 60, batch_size: 1, "
         f"temperature: 1.0, samples: {samples}, "
         "columns: {prompt: question, completion: answer}}]"
     )

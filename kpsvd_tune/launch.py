@@ -67,7 +67,9 @@ def tell_phase(phase: str) -> None:
     """Tell the launcher, where there is one, what this rank does now, such as "training"."""
     if path := os.environ.get(PHASE_FILE):
         with contextlib.suppress(OSError):
-            Path(path).write_text(phase, encoding="utf-8")
+            # Replaced as a whole: a rank that is killed while it writes leaves the phase before.
+            Path(f"{path}.new").write_text(phase, encoding="utf-8")
+            os.replace(f"{path}.new", path)
 
 
 def check_gpus(count: int) -> None:

@@ -343,3 +343,19 @@ def test_without_a_launcher_torch_finds_the_others_by_its_own_way(
     assert launch.init_method() == "file:///x/store?rank=1&world_size=2"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert launch.init_method() == "file:///x/store"
+
+
+def test_a_phase_is_told_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "phase"
+    monkeypatch.setenv(launch.PHASE_FILE, str(file))
+    launch.tell_phase("training, step 3 of 100")
+    assert launch._phase(file) == "while training, step 3 of 100"
+
+    def die(*_: object) -> None:
+        raise OSError("killed here")
+
+    monkeypatch.setattr(launch.os, "replace", die)
+    launch.tell_phase("training, step 4 of 100")
+    assert launch._phase(file) == "while training, step 3 of 100"

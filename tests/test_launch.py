@@ -356,6 +356,6 @@ def test_a_phase_is_told_whole_or_not_at_all(
     def die(*_: object) -> None:
         raise OSError("killed here")
 
-    monkeypatch.setattr(launch.os, "replace", die)
+    monkeypatch.setattr("kpsvd_tune.launch.os.replace", die)
     launch.tell_phase("training, step 4 of 100")
     assert launch._phase(file) == "while training, step 3 of 100"

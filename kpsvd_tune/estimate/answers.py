@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,38 +29,43 @@ def prompt_lengths(task: EvaluationRecipe, tokenizer: PreTrainedTokenizerBase) -
     return [len(each.input_ids) for each in prompts]
 
 
-def answering_sizes(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int, int]]:
-    """Rows, tokens of the longest prompt and most new ones of the largest batch of each task.
+# A task as it is asked in a run, and the tokens of each of its prompts.
+AskedTask = tuple[EvaluationRecipe, list[int]]
 
-    Tasks without answers, and those whose rows cannot be read now, are left out.
+
+def asked_tasks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[AskedTask], list[str]]:
+    """The tasks of a run that have answers to generate, and the names of the others.
+
+    Those whose rows cannot be read now are among the others, with the reason.
     """
-    found = []
-    for each in recipe.evaluation:
+    found: list[AskedTask] = []
+    left = []
+    for name, each in labelled(recipe.evaluation).items():
         if not TASKS[each.task].scorers:
+            left.append(name)
             continue
         task = as_trained(each, recipe.dataset)
-        with suppress(KpsvdTuneError):
-            lengths = prompt_lengths(task, tokenizer)
-            rows = min(task.batch_size, len(lengths) * task.samples)
-            found.append((rows, max(lengths), task.max_new_tokens))
-    return found
+        try:
+            found.append((task, prompt_lengths(task, tokenizer)))
+        except KpsvdTuneError as error:
+            left.append(f"{name} ({str(error).splitlines()[0]})")
+    return found, left
+
+
+def batch_rows(task: EvaluationRecipe, lengths: list[int]) -> int:
+    """Rows of a task's largest batch."""
+    return min(task.batch_size, len(lengths) * task.samples)
 
 
 def answering_seconds(
-    skeleton: Any,
-    dtype: str,
-    task: EvaluationRecipe,
-    lengths: list[int],
-    device: torch.device,
-    adapted: int = 0,
+    passes: PassTimes, task: EvaluationRecipe, lengths: list[int]
 ) -> tuple[float, float]:
     """Least and most seconds: a pass over the prompts of each batch, and one for every token more.
 
-    ``adapted`` layers have adapters.
+    ``lengths`` are tokens of the prompts.
     """
-    passes = PassTimes(skeleton, DTYPES[dtype], device, adapted)
     low = high = 0.0
     # As `generate_completions` puts them together.
     rows = sorted((each for each in lengths for _ in range(task.samples)), reverse=True)
@@ -74,36 +78,21 @@ def answering_seconds(
 
 
 def scoring_seconds(
-    recipe: Recipe,
+    tasks: list[AskedTask],
     skeleton: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
     device: torch.device,
     processes: int,
     adapted: int,
-) -> tuple[tuple[float, float] | None, list[str]]:
-    """Least and most seconds of a run's scorings, before and after, and what they rest on.
+) -> tuple[float, float] | None:
+    """Least and most seconds of a run's scorings, before and after; None without a task.
 
-    ``adapted`` layers have adapters. None where no task has answers that can be counted; what is
-    not counted is named.
+    ``adapted`` layers have adapters.
     """
+    passes = PassTimes(skeleton, DTYPES[dtype], device, adapted)
     least = most = 0.0
-    left: list[str] = []
-    is_known = False
-    for name, each in labelled(recipe.evaluation).items():
-        if not TASKS[each.task].scorers:
-            left.append(name)
-            continue
-        task = as_trained(each, recipe.dataset)
-        try:
-            lengths = prompt_lengths(task, tokenizer)
-        except KpsvdTuneError as error:
-            left.append(f"{name} ({str(error).splitlines()[0]})")
-            continue
-        share = lengths[::processes]
-        low, high = answering_seconds(skeleton, recipe.model.dtype, task, share, device, adapted)
+    for task, lengths in tasks:
+        low, high = answering_seconds(passes, task, lengths[::processes])
         times = 2 if task.before else 1
-        least, most, is_known = least + times * low, most + times * high, True
-    basis = [f"scoring {ANSWERS_BASIS}"] if is_known else []
-    if left:
-        basis.append(f"the time of scoring {', '.join(left)} is not estimated")
-    return ((least, most) if is_known else None), basis
+        least, most = least + times * low, most + times * high
+    return (least, most) if tasks else None

@@ -18,7 +18,13 @@ from kpsvd_tune.adapter.targets import target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.estimate.answers import answering_sizes, scoring_seconds
+from kpsvd_tune.estimate.answers import (
+    ANSWERS_BASIS,
+    AskedTask,
+    asked_tasks,
+    batch_rows,
+    scoring_seconds,
+)
 from kpsvd_tune.estimate.batches import RunBatches, batches_of, full_batches, validation_size
 from kpsvd_tune.estimate.loading import loading_seconds
 from kpsvd_tune.estimate.memory import (
@@ -102,7 +108,8 @@ class _Setting:
     processes: int
     process_bytes: int
     tokenizer: PreTrainedTokenizerBase | None  # None where the rows were not read
-    answers: list[tuple[int, int, int]]  # as of `answering_sizes`
+    asked: list[AskedTask]  # tasks that have answers, as of `asked_tasks`
+    unasked: list[str]  # the others
 
 
 def make_plan(
@@ -176,7 +183,7 @@ def make_plan(
         processes,
         process_bytes(),
         tokenizer,
-        [] if tokenizer is None else answering_sizes(recipe, tokenizer),
+        *(([], []) if tokenizer is None else asked_tasks(recipe, tokenizer)),
     )
     events.stage("tracing a step of the largest batch on tensors without numbers")
     return _plan(setting, dataset)
@@ -320,13 +327,14 @@ def _memory(
 
 def _scoring_bytes(setting: _Setting, recipe: Recipe, parts: Mapping[str, int]) -> int:
     """Bytes of the scoring after the training, in a process that has these parts; 0 without one."""
-    if not setting.answers or recipe.train.parallel == "fsdp":
+    if not setting.asked or recipe.train.parallel == "fsdp":
         return 0
     dtype, skeleton = recipe.model.dtype, setting.skeleton
     most = max(
-        (cache_bytes(skeleton, dtype, rows, tokens + new) or 0)
-        + pass_bytes(skeleton, dtype, rows, tokens)
-        for rows, tokens, new in setting.answers
+        (cache_bytes(skeleton, dtype, rows, max(lengths) + task.max_new_tokens) or 0)
+        + pass_bytes(skeleton, dtype, rows, max(lengths))
+        for task, lengths in setting.asked
+        for rows in [batch_rows(task, lengths)]
     )
     return most + sum(parts[each] for each in ("weights", "adapter", "optimiser", "gradients"))
 
@@ -343,7 +351,7 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
         )
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")
-    if setting.answers:
+    if setting.asked:
         found.append(
             "the scoring by keys and values, one layer and the logits of its largest batch; where "
             "it is the peak, a lower batch_size of the evaluation takes less"
@@ -411,10 +419,17 @@ def _with_scoring(setting: _Setting, time: TimePlan) -> TimePlan:
     if setting.tokenizer is None:
         unread = "the time of scoring is not estimated: the rows were not read"
         return replace(time, basis=(*time.basis, unread))
-    adapted = sum(plan.rank > 0 for plan in setting.ranks.most)
-    seconds, basis = scoring_seconds(
-        recipe, setting.skeleton, setting.tokenizer, setting.device, setting.processes, adapted
+    seconds = scoring_seconds(
+        setting.asked,
+        setting.skeleton,
+        recipe.model.dtype,
+        setting.device,
+        setting.processes,
+        sum(plan.rank > 0 for plan in setting.ranks.most),
     )
+    basis = [f"scoring {ANSWERS_BASIS}"] if setting.asked else []
+    if setting.unasked:
+        basis.append(f"the time of scoring {', '.join(setting.unasked)} is not estimated")
     return replace(time, basis=(*time.basis, *basis), scoring_seconds=seconds)
 
 

@@ -15,7 +15,12 @@ import torch
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.decompose import default_cache_dir, layer_plans
-from kpsvd_tune.estimate.answers import ANSWERS_BASIS, answering_seconds, prompt_lengths
+from kpsvd_tune.estimate.answers import (
+    ANSWERS_BASIS,
+    answering_seconds,
+    batch_rows,
+    prompt_lengths,
+)
 from kpsvd_tune.estimate.loading import (
     is_loaded_whole,
     loading_seconds,
@@ -31,6 +36,7 @@ from kpsvd_tune.estimate.memory import (
     process_bytes,
 )
 from kpsvd_tune.estimate.memory import device_memory as on_one_device
+from kpsvd_tune.estimate.passes import PassTimes
 from kpsvd_tune.estimate.plan import make_plan
 from kpsvd_tune.estimate.ranks import possible_ranks, ranks_of_adapter
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds
@@ -265,14 +271,15 @@ def evaluation_work(
             ("prompts", f"{sum(lengths):,} tokens, the longest {max(lengths):,}"),
             ("answers", f"at most {most:,} tokens"),
         ]
-        rows = min(task.batch_size, answers)
+        rows = batch_rows(task, lengths)
         cache = cache_bytes(skeleton, dtype, rows, max(lengths) + task.max_new_tokens)
         if cache is None:
             basis.append("the cache of keys and values is not counted: another kind of model")
         else:
             parts["keys and values"] = cache
         parts["activations and logits"] = pass_bytes(skeleton, dtype, rows, max(lengths))
-        answering = answering_seconds(skeleton, dtype, task, lengths, device, _num_adapted(found))
+        passes = PassTimes(skeleton, DTYPES[dtype], device, _num_adapted(found))
+        answering = answering_seconds(passes, task, lengths)
         loads = loading_seconds(source, skeleton, dtype, decomposes=False)
         seconds = (answering[0] + loads[0], answering[1] + loads[1])
         basis.append(f"time {ANSWERS_BASIS}")

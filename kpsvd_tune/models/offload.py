@@ -90,9 +90,9 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def check_alone() -> None:
-    """Refuse `model.device_map: auto` in one of several processes; RecipeError says why."""
-    if (count := num_processes()) > 1:
+def check_alone(planned: int = 1) -> None:
+    """Refuse `model.device_map: auto` in several processes, running or planned: RecipeError."""
+    if (count := max(num_processes(), planned)) > 1:
         raise RecipeError(
             f"model.device_map: auto: got {count} processes; expected one, for each would keep the "
             "base in the host's memory: to train on several GPUs set train.parallel: fsdp and "

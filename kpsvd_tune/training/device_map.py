@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.errors import RecipeError
-from kpsvd_tune.models.offload import check_device
+from kpsvd_tune.models.offload import check_alone, check_device
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
 
@@ -37,12 +37,7 @@ def check_device_map(recipe: Recipe, processes: int = 1) -> None:
             "train.gradient_checkpointing: true, with which a block's weights are there only while "
             "it computes"
         )
-    if processes > 1:
-        raise RecipeError(
-            f"{got}: got {processes} processes; expected one, for each would keep the base in the "
-            "host's memory: to train on several GPUs set train.parallel: fsdp and "
-            "model.device_map: null"
-        )
+    check_alone(processes)
 
 
 def check_place(recipe: Recipe, accelerator: Accelerator) -> None:

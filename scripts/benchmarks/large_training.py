@@ -30,15 +30,18 @@ STOPS = (2, 4)  # steps after which it is stopped
 NUM_STEPS = 40
 
 
-def write_recipe(base: Path, work: Path) -> Path:
-    """A recipe and its rows."""
+def write_recipe(
+    base: Path, work: Path, dtype: str = "bfloat16", name: str = "run", **train: Any
+) -> Path:
+    """A recipe of short rows and random factors, which trains into `name` of the folder."""
     rows = [
         {"prompt": f"{i} and {i + 1}", "completion": f" are {2 * i + 1} in all."} for i in range(64)
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (work / "rows.jsonl").write_text(text, encoding="utf-8")
+    precision = "bf16" if dtype == "bfloat16" else "no"
     recipe = {
-        "model": {"path": str(base), "dtype": "bfloat16"},
+        "model": {"path": str(base), "dtype": dtype},
         "dataset": {"path": str(work / "rows.jsonl"), "max_length": 64, "validation": 0},
         "adapter": {
             "target_modules": "all-linear",
@@ -47,16 +50,10 @@ def write_recipe(base: Path, work: Path) -> Path:
             "init": "random",
             "rank": {"method": "fixed", "max": 1, "window": 1},
         },
-        "train": {
-            "max_steps": NUM_STEPS,
-            "batch_size": 1,
-            "precision": "bf16",
-            "save_every": 1,
-            "eval_every": 0,
-        },
-        "output_dir": str(work / "run"),
+        "train": {"batch_size": 1, "precision": precision, "eval_every": 0, **train},
+        "output_dir": str(work / name),
     }
-    path = work / "recipe.yaml"
+    path = work / f"{name}.yaml"
     path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     return path
 
@@ -112,7 +109,8 @@ def main() -> int:
     work.mkdir(parents=True)
     if not (base / "tokenizer_config.json").is_file():
         make_tokenizer(base)
-    recipe, run = write_recipe(base, work), work / "run"
+    recipe = write_recipe(base, work, max_steps=NUM_STEPS, save_every=1)
+    run = work / "run"
     sessions = [train_until(step, recipe, run, work / "log.txt") for step in STOPS]
     first, second = sessions
     result = {

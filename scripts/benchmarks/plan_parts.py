@@ -27,6 +27,7 @@ from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.decompose import collect_spectra, layer_plans
 from kpsvd_tune.estimate.answers import answering_seconds
 from kpsvd_tune.estimate.loading import loading_seconds
+from kpsvd_tune.estimate.passes import PassTimes
 from kpsvd_tune.estimate.time import STEP_RANGE, decomposition_seconds
 from kpsvd_tune.evaluation.generation import GenerationOptions, Prompt, generate_completions
 from kpsvd_tune.models import (
@@ -36,6 +37,7 @@ from kpsvd_tune.models import (
     load_tokenizer,
     resolve_model,
 )
+from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.recipe import EvaluationRecipe
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 
@@ -70,7 +72,7 @@ def one(path: str, dtype: str) -> None:
     more = loads if is_gguf else (0.0, 0.0)
     told = {
         "loading": loading_seconds(source, skeleton, dtype, decomposes=False),
-        "scoring": answering_seconds(skeleton, dtype, task, LENGTHS, CPU),
+        "scoring": answering_seconds(PassTimes(skeleton, DTYPES[dtype], CPU), task, LENGTHS),
         "decomposition": (
             STEP_RANGE[0] * decomposing + more[0],
             STEP_RANGE[1] * decomposing + more[1],

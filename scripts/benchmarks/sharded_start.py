@@ -1,13 +1,13 @@
 """What each process of a sharded training holds, and whether its losses are one process's.
 
-    python scripts/make_checkpoint.py llama2-7b-4-layers /path/llama-2gb
-    python scripts/benchmarks/sharded_start.py /path/llama-2gb --dtype bfloat16 --json sharded.json
+    python scripts/make_checkpoint.py llama-1b /path/llama-1b
+    python scripts/benchmarks/sharded_start.py /path/llama-1b --dtype bfloat16 --json sharded.json
 
 Trains three steps of two short rows on a CPU: by one process, by two under `train.parallel: fsdp`,
 and by two under DeepSpeed's ZeRO 3 (the extra deepspeed). Measured is the largest anonymous memory
-of each kind's largest process, from its start to its end, and beside it what a process held before
-the base was read (its libraries): the rest is its share of the weights, what a layer needs while it
-is computed, and activations. The frozen factors are random, so that nothing is decomposed.
+of each process, from its start to its end: its libraries, its share of the weights, what a layer
+needs while it is computed, and activations. On a checkpoint of the size `tiny` it is the libraries
+alone. The frozen factors are random, so that nothing is decomposed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from large_training import steps_of, write_recipe
 from merge import make_tokenizer
 from streaming import family, memory_of
 
@@ -48,38 +49,6 @@ class Peaks:
         return sorted(self.by_process.values(), reverse=True)[:count]
 
 
-def write_recipe(base: Path, work: Path, kind: str, dtype: str) -> Path:
-    """A recipe of three steps of two rows in all."""
-    rows = [
-        {"prompt": f"{i} and {i + 1}", "completion": f" are {2 * i + 1} in all."} for i in range(16)
-    ]
-    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    count = 1 if kind == "one process" else 2
-    recipe = {
-        "model": {"path": str(base), "dtype": dtype},
-        "dataset": {"path": str(work / "rows.jsonl"), "max_length": 64, "validation": 0},
-        "adapter": {
-            "target_modules": "all-linear",
-            "form": "left",
-            "factor_size": 64,
-            "init": "random",
-            "rank": {"method": "fixed", "max": 1, "window": 1},
-        },
-        "train": {
-            "max_steps": STEPS,
-            "batch_size": 2 // count,
-            "precision": "bf16" if dtype == "bfloat16" else "no",
-            "parallel": "fsdp" if kind == "fsdp" else "ddp",
-            "save_every": 0,
-            "eval_every": 0,
-        },
-        "output_dir": str(work / kind.replace(" ", "-")),
-    }
-    path = work / f"{kind.replace(' ', '-')}.yaml"
-    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-    return path
-
-
 def write_zero(work: Path) -> Path:
     """Accelerate's configuration of ZeRO 3."""
     found = {
@@ -97,9 +66,11 @@ def write_zero(work: Path) -> Path:
 
 def train(base: Path, work: Path, kind: str, dtype: str) -> dict[str, Any]:
     """Train, and tell losses, seconds and peaks."""
-    recipe = write_recipe(base, work, kind, dtype)
-    command = [sys.executable, "-m", "kpsvd_tune", "train", str(recipe), "--offline"]
     count = 1 if kind == "one process" else 2
+    keys = {"max_steps": STEPS, "save_every": 0, "batch_size": 2 // count}
+    parallel, name = "fsdp" if kind == "fsdp" else "ddp", kind.replace(" ", "-")
+    recipe = write_recipe(base, work, dtype, name, parallel=parallel, **keys)
+    command = [sys.executable, "-m", "kpsvd_tune", "train", str(recipe), "--offline"]
     if count > 1:
         command += ["--processes", str(count)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -118,12 +89,10 @@ def train(base: Path, work: Path, kind: str, dtype: str) -> dict[str, Any]:
             time.sleep(0.1)
     if process.returncode != 0:
         raise SystemExit(f"{kind}: exit code {process.returncode}; see {work / 'log.txt'}")
-    run = Path(json.loads(recipe.read_text(encoding="utf-8"))["output_dir"])
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "kind": kind,
         "seconds": time.perf_counter() - started,
-        "losses": [line["loss"] for line in map(json.loads, lines) if "loss" in line],
+        "losses": [line["loss"] for line in steps_of(work / name)],
         "anonymous_bytes": peaks.largest(count),
     }
 

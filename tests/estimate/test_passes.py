@@ -115,7 +115,7 @@ def test_answers_take_a_pass_a_batch_and_one_a_token(
     probed: list[tuple[int, int, int]],
 ) -> None:
     task = EvaluationRecipe(task="exact_match", path="a.jsonl", batch_size=2, max_new_tokens=3)
-    low, high = answering_seconds(skeleton(LLAMA), "float32", task, [4, 10, 6], CPU)
+    low, high = answering_seconds(PassTimes(skeleton(LLAMA), torch.float32, CPU), task, [4, 10, 6])
     # Longest first: 10 and 6 tokens together, then 4.
     reading = (2 * 10 + 4) * IN_LAYERS + 3 * 300 * 32
     assert low == pytest.approx(0.7 * reading)

@@ -114,7 +114,8 @@ def init(
     typer.echo(
         f"  {counted(found.num_rows, 'distinct row')}{_of_all(found)} "
         f"({found.form.name}: {found.form.reason}); "
-        f"{len(found.held_out)} of them are held out to judge by",
+        f"{len(found.held_out)} of them are held out to judge by"
+        f"{', of each label its share' if found.task == 'label' else ''}",
         err=True,
     )
     typer.echo(f"  {found.reason}", err=True)

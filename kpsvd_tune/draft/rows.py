@@ -59,7 +59,11 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
     form, columns = _form(first, columns)
     examples = (form.example(row) for row in first)
     task, reason = suited_task([_answer(each) for each in examples if each is not None], form)
-    counts = Counter(key for _, key in _keyed(sources, form))
+    counts: Counter[bytes] = Counter()
+    labels: dict[bytes, str] = {}  # of each distinct row; the same for all where there are none
+    for example, _, key in _keyed(sources, form):
+        counts[key] += 1
+        labels[key] = _answer(example).strip() if task == "label" else ""
     keys = list(counts)
     if len(keys) < 2:
         raise DataError(
@@ -67,11 +71,19 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
             "to learn from and one to judge by: are the columns right "
             f"({', '.join(f'{role}: {name}' for role, name in form.columns.items())})?"
         )
-    order = permutation(len(keys), "held out by init")
-    number = min(_MOST, max(1, round(_SHARE * len(keys))))
-    chosen = {keys[place] for place in islice(iter(order), number)}
+    chosen = {keys[place] for place in _drawn(list(labels.values()))}
     held_out = tuple(row.values for row, key in _distinct(sources, form) if key in chosen)
     return LookedAt(path, form, columns, len(keys), counts.total(), held_out, task, reason)
+
+
+def _drawn(labels: Sequence[str]) -> list[int]:
+    """Places to hold out: of every label its share, rounded up or down.
+
+    The places are shuffled, then sorted by label, and taken at equal distances.
+    """
+    order = sorted(permutation(len(labels), "held out by init"), key=labels.__getitem__)
+    number = min(_MOST, max(1, round(_SHARE * len(labels))))
+    return [order[(2 * each + 1) * len(labels) // (2 * number)] for each in range(number)]
 
 
 def suited_task(answers: Sequence[str], form: RowFormat) -> tuple[str | None, str]:
@@ -133,19 +145,21 @@ def _rows(sources: Sequence[RowSource]) -> Iterator[Row]:
 def _distinct(sources: Sequence[RowSource], form: RowFormat) -> Iterator[tuple[Row, bytes]]:
     """The first of equal rows that have something to learn, each with its key."""
     seen: set[bytes] = set()
-    for row, key in _keyed(sources, form):
+    for _, row, key in _keyed(sources, form):
         if key not in seen:
             seen.add(key)
             yield row, key
 
 
-def _keyed(sources: Sequence[RowSource], form: RowFormat) -> Iterator[tuple[Row, bytes]]:
-    """The rows that have something to learn, each with a key of its content."""
+def _keyed(
+    sources: Sequence[RowSource], form: RowFormat
+) -> Iterator[tuple[Pair | Chat, Row, bytes]]:
+    """The rows that have something to learn: each as an example, itself, and a key of it."""
     for row in _rows(sources):
         example = form.example(row)
         if example is not None:
             content = repr(example).encode("utf-8", "backslashreplace")
-            yield row, hashlib.sha256(content).digest()[:16]
+            yield example, row, hashlib.sha256(content).digest()[:16]
 
 
 def _answer(example: Pair | Chat) -> str:

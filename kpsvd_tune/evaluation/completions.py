@@ -22,6 +22,7 @@ RowId = int | str
 # In the folder of an evaluation.
 COMPLETIONS_FILE = "completions.jsonl"
 SETTINGS_FILE = "evaluation.json"
+POINTS_FILE = "points.json"  # what each answer was worth to the first scorer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Score a model on tasks: read rows, generate what is missing, score everything.
 
 The folder of an evaluation holds completions.jsonl, which an interrupted run goes on from, and
-evaluation.json, which says what was asked of which model. Completions are only ever continued
-under the very same settings and weights: a score is never made of two models' answers.
+evaluation.json, which says what was asked of which model; at the end points.json, which says what
+each answer was worth. Completions are only ever continued under the very same settings and weights:
+a score is never made of two models' answers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
     COMPLETIONS_FILE,
+    POINTS_FILE,
     SETTINGS_FILE,
     Completion,
     append_completion,
@@ -192,6 +194,7 @@ class Scorer:
         self.events.end_progress()
         for note in missing_scorers(task.task):
             self.events.note(note)
+        on_main_process(lambda: _keep_points(scores, folder))
         return scores
 
     def _may_be_chat(self, task: EvaluationRecipe) -> bool:
@@ -258,6 +261,14 @@ class Scorer:
         if (file := folder / COMPLETIONS_FILE).exists():
             result["completions"] = str(file)
         return {**result, "conditions": asked}
+
+
+def _keep_points(scores: Sequence[Score], folder: Path) -> None:
+    """Write down what each answer was worth, for who looks for the wrong ones."""
+    judged = next((each for each in scores if each.points is not None), None)
+    if judged is not None:
+        content = {"scorer": judged.scorer, "points": judged.points}
+        replace_file(folder / POINTS_FILE, to_json(content))
 
 
 def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> EvaluationRecipe:
@@ -363,7 +374,7 @@ def _open_folder(
         while (aside := folder / f"previous-{number}").exists():
             number += 1
         make_folder(aside)
-        for name in (COMPLETIONS_FILE, SETTINGS_FILE):
+        for name in (COMPLETIONS_FILE, SETTINGS_FILE, POINTS_FILE):
             if (folder / name).exists():
                 rename(folder / name, aside / name)
     if not (folder / COMPLETIONS_FILE).exists():

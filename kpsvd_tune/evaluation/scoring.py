@@ -94,9 +94,10 @@ def score_completions(
                 shares = [pass_at_k(total, right, k) for total, right in counts]
                 scores.append(_score(f"{name}@{k}", shares, verdicts))
         else:
-            score = _score(name, _means(completions, verdicts), verdicts)
+            points = _means(completions, verdicts)
+            score = _score(name, list(points.values()), verdicts)
             table = None if scorer.confusion is None else scorer.confusion(completions)
-            scores.append(replace(score, confusion=table))
+            scores.append(replace(score, confusion=table, points=points))
     return scores
 
 
@@ -128,12 +129,12 @@ def _counts(
     return [(total, right[row]) for row, total in Counter(each.id for each, _ in pairs).items()]
 
 
-def _means(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> list[float]:
-    """The mean points of each question's samples."""
+def _means(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The mean points of each question's samples, by the question's id."""
     points: dict[RowId, list[float]] = {}
     for completion, verdict in zip(completions, verdicts, strict=True):
         points.setdefault(completion.id, []).append(verdict.points)
-    return [math.fsum(each) / len(each) for each in points.values()]
+    return {str(row): math.fsum(each) / len(each) for row, each in points.items()}
 
 
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
-from kpsvd_tune.errors import InputError
+from kpsvd_tune.errors import InputError, some_of
 from kpsvd_tune.offline import hub_problem
 from kpsvd_tune.recipe.dataset import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
@@ -184,6 +184,17 @@ def check_source(source: str, base: str | None = None) -> None:
         raise InputError(f"{source} is {named(kind)}; expected the run it made: its output_dir")
     if kind in ("rows", "file", "special"):
         raise InputError(f"{source} is {named(kind)}; expected a run, an adapter or a model")
+    if kind == "folder" and (inside := _sources_in(source)):
+        raise InputError(f"{source} is a folder with {some_of(inside, 5)} in it: name one of them")
+
+
+def _sources_in(folder: str) -> list[str]:
+    """Paths of the runs and adapters that lie in a folder, by name."""
+    try:
+        paths = sorted(FilePath(folder) / name for name in os.listdir(expand(folder)))
+    except OSError:
+        return []
+    return [str(path) for path in paths if kind_of(path) in ("run", "adapter")]
 
 
 def check_reachable(source: str, base: str | None = None) -> None:

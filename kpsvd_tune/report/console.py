@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -161,10 +161,14 @@ def _kept_of_updates(report: MergeReport) -> list[str]:
     if report.kept_share and kept < _MUCH and report.dtype != "float32":
         layer = min(report.kept_share, key=report.kept_share.__getitem__)
         worst = f" ({layer} keeps least); --dtype float32 keeps all, in twice the room"
-    share = f"{100 * kept:.1f} %"
     return [
-        f"of every layer's update at least {share} survived the rounding to {report.dtype}{worst}"
+        f"of every layer's update {_at_least(kept)} survived the rounding to {report.dtype}{worst}"
     ]
+
+
+def _at_least(share: float) -> str:
+    """The share of every update that is left, at least; what rounds to all of it is all of it."""
+    return "at least 99.95 %" if share >= 0.9995 else f"at least {100 * share:.1f} %"
 
 
 def show_lora(report: LoraReport) -> None:
@@ -231,8 +235,8 @@ def show_gguf(report: GgufReport) -> None:
     )
     change = f"{report.adapter_logit_difference:.3g}"
     print_line(out, f"the adapter changes a logit of its base by at most {change}")
-    kept = f"{100 * report.min_kept_share:.1f} %"
-    print_line(out, f"of every layer's update at least {kept} survived the rounding")
+    kept = _at_least(report.min_kept_share)
+    print_line(out, f"of every layer's update {kept} survived the rounding")
     copied = f", {report.num_copied} of them copied from the base" if report.num_copied else ""
     print_line(
         out,
@@ -384,7 +388,7 @@ def show_comparison(verdict: Comparison) -> None:
     """The table of the methods, differences, claims, costs and notes; what to do comes last."""
     out = output(pipe_width=_WIDE)
     found = [summary.in_words() for summary in verdict.summaries]
-    names = [name for name in _METHOD_COLUMNS if name != "score" or verdict.task is not None]
+    names = [name for name in _METHOD_COLUMNS if {row[name] for row in found} != {"–"}]
     columns = [_METHOD_COLUMNS[name] for name in names]
     rows = [[cells[name] for name in names] for cells in found]
     if out.width < _NARROW:
@@ -408,11 +412,15 @@ def show_comparison(verdict: Comparison) -> None:
                 f"score of {change.method} minus {change.other} at {change.budget:,}: "
                 f"{change.in_words()}",
             )
+    if verdict.claims:
+        _print_title(out, "the claims about KPSVD, by these trials")
     for claim in verdict.claims:
-        print_line(out, f"{claim.verdict}: {claim.text}. {claim.figure}")
+        print_line(out, f"{claim.verdict}: {claim.text}")
+        print_line(out, Text(f"    {claim.figure}", style="dim"), 4)
     _show_costs(out, verdict)
-    for note in verdict.notes:
-        print_line(out, f"note: {note}")
+    if verdict.notes:
+        _print_title(out, "notes")
+        _print_list(out, verdict.notes)
     _show_recommendation(out, verdict.recommendation)
 
 
@@ -442,7 +450,19 @@ def _show_recommendation(out: Console, advice: Recommendation) -> None:
         print_line(out, "to use it:")
         for line in advice.lines:
             print_line(out, f"    {line}", 6)
-    for each in advice.undecided:
-        print_line(out, f"not decided: {each}")
-    for each in advice.missing:
-        print_line(out, f"missing: {each}")
+    if advice.undecided:
+        _print_title(out, "not decided")
+        _print_list(out, advice.undecided)
+    if advice.missing:
+        _print_title(out, "what would decide it")
+        _print_list(out, advice.missing)
+
+
+def _print_title(out: Console, text: str) -> None:
+    out.print()
+    print_line(out, Text(text, style="bold"))
+
+
+def _print_list(out: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        print_line(out, f"- {line}")

@@ -405,6 +405,8 @@ class Score(Result):
     unextractable: int = 0  # answers in which the rule found nothing to judge; they count as wrong
     # For each right label how often which one was answered; None where no labels are judged.
     confusion: Mapping[str, Mapping[str, int]] | None = None
+    # Mean points of each question by its id, 0 to 1; None where they are not judged one by one.
+    points: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,8 @@ def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
     """Scorer to its value, n, stderr and unextractable; all but a loss with their interval."""
     found: dict[str, dict[str, Any]] = {}
     for score in scores:
-        left_out = {"scorer", *(["confusion"] if score.confusion is None else [])}
+        # The points lie beside the answers: `POINTS_FILE`.
+        left_out = {"scorer", "points", *(["confusion"] if score.confusion is None else [])}
         own = {k: v for k, v in score.to_dict().items() if k not in left_out}
         if score.scorer not in LOSSES:
             own["interval"] = list(score_interval(score.scorer, own))

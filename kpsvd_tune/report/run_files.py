@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +18,8 @@ from typing import Any, TypeVar
 from kpsvd_tune.errors import InputError, KpsvdTuneError
 from kpsvd_tune.report.events import read_events
 from kpsvd_tune.report.results import Event, LearnedReport, PreflightReport, RankReport
-from kpsvd_tune.report.run import read_run
-from kpsvd_tune.storage.json_files import read_bytes, read_json
+from kpsvd_tune.report.run import MEANS, read_run
+from kpsvd_tune.storage.json_files import parse_json, read_bytes, read_json
 from kpsvd_tune.storage.locks import is_shared
 
 T = TypeVar("T")
@@ -218,6 +219,9 @@ class Answers:
     task: str
     num_questions: int  # that were answered after training, or before it
     shown: Sequence[Mapping[str, Any]]  # prompt, gold, and the answers before and after, or None
+    wrong: Sequence[Mapping[str, Any]]  # the same of questions with a wrong answer after training
+    num_wrong: int | None  # all of those; None where no scorer says which are wrong
+    scorer: str  # that says it
 
 
 def gold_text(gold: Any) -> str:
@@ -234,7 +238,8 @@ def read_answers(folder: Path, most: int) -> list[Answers]:
     """The first ``most`` questions of every task, with the answers before and after training.
 
     They are the first by row, of those answered both times where there are such: none is chosen
-    for what was answered. Several samples of an answer are shown by the first.
+    for what was answered. Beside them the first wrong ones, where a scorer told right from wrong.
+    Several samples of an answer are shown by the first.
     """
     # A later `eval` replaces the scores, so its answers come first, as in `completions_file`.
     places = {"before": ("base-{}", "before/{}"), "after": ("{}", "after/{}")}
@@ -251,28 +256,65 @@ def read_answers(folder: Path, most: int) -> list[Answers]:
     names = {n.removeprefix("base-") if (root / n).is_dir() else n for n in names}
     found = []
     for name in sorted(names):
-        sides: dict[str, dict[str, Mapping[str, Any]]] = {}
-        for side, patterns in places.items():
-            files = [root / each.format(name) / "completions.jsonl" for each in patterns]
-            sides[side] = next((_first_samples(file) for file in files if file.is_file()), {})
-        both = sides["before"].keys() & sides["after"].keys()
-        keys = sorted(both or sides["after"] or sides["before"], key=_by_row)
-        shown = []
-        for key in keys[:most]:
-            before, after = sides["before"].get(key), sides["after"].get(key)
-            one = after or before or {}
-            shown.append(
-                {
-                    "row": key,
-                    "prompt": str(one.get("prompt", "")),
-                    "gold": one.get("gold"),
-                    "before": None if before is None else str(before.get("completion", "")),
-                    "after": None if after is None else str(after.get("completion", "")),
-                }
-            )
-        if shown:
-            found.append(Answers(name, len(sides["after"] or sides["before"]), shown))
+        before, after = (_answered(root, name, patterns) for patterns in places.values())
+        if one := _answers(name, before, after, most):
+            found.append(one)
     return found
+
+
+def _answered(root: Path, name: str, patterns: Sequence[str]) -> Path | None:
+    """The first folder with answers to a task."""
+    folders = [root / each.format(name) for each in patterns]
+    return next((each for each in folders if (each / "completions.jsonl").is_file()), None)
+
+
+def _answers(task: str, before: Path | None, after: Path | None, most: int) -> Answers | None:
+    """Those of one task in the folders before and after training; None without a question."""
+    first, second = (
+        {} if folder is None else _first_samples(folder / "completions.jsonl")
+        for folder in (before, after)
+    )
+
+    def one(key: str) -> dict[str, Any]:
+        asked = second.get(key) or first.get(key) or {}
+        answers = {
+            name: str(side[key].get("completion", "")) if key in side else None
+            for name, side in (("before", first), ("after", second))
+        }
+        return {
+            "row": key,
+            "prompt": str(asked.get("prompt", "")),
+            "gold": asked.get("gold"),
+        } | answers
+
+    keys = sorted(first.keys() & second.keys() or second or first, key=_by_row)
+    if not keys:
+        return None
+    shown = keys[:most]
+    scorer, points = _points(after)
+    wrong = sorted((key for key in second if points.get(key, 1.0) < 1.0), key=_by_row)
+    return Answers(
+        task=task,
+        num_questions=len(second or first),
+        shown=[one(key) for key in shown],
+        wrong=[one(key) for key in wrong[:most]],
+        num_wrong=len(wrong) if points else None,
+        scorer=scorer,
+    )
+
+
+def _points(folder: Path | None) -> tuple[str, Mapping[str, float]]:
+    """What a scorer that tells right from wrong gave each answer, by the question's id."""
+    content: Any = None
+    if folder is not None and (folder / "points.json").is_file():
+        with suppress(OSError, ValueError):
+            content = parse_json(read_bytes(folder / "points.json"))
+    if not isinstance(content, dict):
+        return "", {}
+    scorer, points = content.get("scorer"), content.get("points")
+    if not isinstance(scorer, str) or scorer in MEANS or not isinstance(points, dict):
+        return "", {}
+    return scorer, {key: each for key, each in points.items() if isinstance(each, int | float)}
 
 
 def _first_samples(file: Path) -> dict[str, Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render
 from kpsvd_tune.report.results import LearnedReport, RankReport
 from kpsvd_tune.report.run import score_lines, score_text, score_value
-from kpsvd_tune.report.run_files import RunFiles, gold_text, read_answers
+from kpsvd_tune.report.run_files import Answers, RunFiles, gold_text, read_answers
 from kpsvd_tune.report.run_words import (
     CURVE_COLUMNS,
     cards,
@@ -29,12 +29,14 @@ from kpsvd_tune.report.run_words import (
     validations,
 )
 from kpsvd_tune.storage.durable import replace_file
+from kpsvd_tune.units import counted
 
 # What of a run is shown on its page: of more than that, how much more there is.
 MOST_ANSWERS = 6  # questions of a task
 LONGEST_TEXT = 1500  # characters of a question or an answer
 LONGEST_RECIPE = 20_000
 MOST_EVENTS = 200
+MOST_LABELS = 30  # in a table of right and given ones; results.json has larger ones
 MOST_LEARNED = 12  # layers in the table; all are in the heat map
 
 _TRAIN, _VALIDATION, _WARNING = Style("training", 0), Style("validation", 1), Style("warning", 4)
@@ -79,11 +81,9 @@ def run_page(run: RunFiles) -> str:
         rank_lines=rank_summary(run.ranks) if run.ranks else [],
         maps={name: each["about"] for name, each in maps.items()},
         learned=_learned_rows(run.learned),
-        answers=[
-            (each.task, each.num_questions, [_shown(one) for one in each.shown])
-            for each in read_answers(run.folder, MOST_ANSWERS)
-        ],
+        answers=[_answers(each) for each in read_answers(run.folder, MOST_ANSWERS)],
         scores=_score_rows(run.results),
+        confusions=_confusions(run.results),
         preflight=preflight_lines(run.preflight) if run.preflight else [],
         sample=run.preflight.sample if run.preflight else (),
         cost=cost_lines(run),
@@ -270,6 +270,42 @@ def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for line in score_lines(results)
     ]
+
+
+def _confusions(results: Mapping[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Any]]]:
+    """What is scored, the given labels, and of each right label how often each was given."""
+    found = []
+    for line in score_lines(results):
+        table = line.score.get("confusion")
+        if table and len(table) <= MOST_LABELS:
+            given = sorted({label for row in table.values() for label in row})
+            rows = [(right, [row.get(each, 0) for each in given]) for right, row in table.items()]
+            found.append((f"{line.model}, {line.name}", given, rows))
+    return found
+
+
+def _answers(found: Answers) -> dict[str, Any]:
+    """The groups of answers to a task, each with a sentence that says how they were chosen."""
+    num, groups = f"{found.num_questions:,}", []
+    if found.wrong:
+        told = counted(len(found.wrong), "question")
+        groups.append(
+            (
+                f"Wrong after training by {found.scorer}: {found.num_wrong:,} of {num}; here the "
+                f"first {told} of them by row.",
+                [_shown(one) for one in found.wrong],
+            )
+        )
+    elif found.num_wrong == 0:
+        groups.append((f"Wrong after training by {found.scorer}: none of {num}.", []))
+    groups.append(
+        (
+            f"The first {len(found.shown)} of {num} questions by row; none was chosen for its "
+            "answer.",
+            [_shown(one) for one in found.shown],
+        )
+    )
+    return {"task": found.task, "groups": groups}
 
 
 def _shown(answer: Mapping[str, Any]) -> dict[str, Any]:

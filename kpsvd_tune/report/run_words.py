@@ -125,7 +125,12 @@ def money_spent(run: RunFiles) -> tuple[str, str] | None:
 def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
     """Time, money and energy of a run, and what they rest on."""
     results, seconds, spent = run.results, seconds_trained(run), money_spent(run)
-    lines = [] if seconds is None else [("time of the training", duration(seconds))]
+    lines = []
+    if seconds is not None:
+        told = duration(seconds)
+        if run.last_step:
+            told += f", {seconds / run.last_step:.3g} s a step with validation and saving"
+        lines.append(("time of the training", told))
     if (device_seconds := results.get("device_seconds")) is not None:
         told, earlier = duration(device_seconds), results.get("earlier_device_seconds")
         if earlier:

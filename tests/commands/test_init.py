@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.data.encode.format import RowFormat
 from kpsvd_tune.draft.budget import Budget, read_budget
-from kpsvd_tune.draft.rows import suited_task
+from kpsvd_tune.draft.rows import look_at, suited_task
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.estimate import plan as plans
 from kpsvd_tune.estimate.time import Speed
@@ -338,6 +339,23 @@ def test_the_task_suits_the_answers(answers: list[str], task: str) -> None:
     form = RowFormat("prompt-completion", {}, "")
     assert suited_task(answers, form)[0] == task
     assert suited_task(answers, RowFormat("text", {}, ""))[0] == "loss"
+
+
+def test_of_every_label_its_share_is_held_out(here: Path) -> None:
+    labels = ["common"] * 140 + ["some"] * 40 + ["rare"] * 20
+    rows = [{"prompt": f"row {n}", "completion": label} for n, label in enumerate(labels)]
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    held_out = look_at("rows.jsonl", {}).held_out
+    assert Counter(row["completion"] for row in held_out) == {"common": 14, "some": 4, "rare": 2}
+    # Not the first ones of each.
+    assert held_out[0]["prompt"] != "row 0" or held_out[1]["prompt"] != "row 1"
+    # Where there are no labels, rows of the whole file.
+    texts = [{"prompt": f"row {n}", "completion": f"a text of {n} words"} for n in range(200)]
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in texts))
+    places = [int(str(row["prompt"]).split()[1]) for row in look_at("rows.jsonl", {}).held_out]
+    assert len(set(places)) == 20
+    assert min(places) < 60
+    assert max(places) > 140
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,12 @@ def test_an_evaluation_answers_every_row_and_can_be_scored_again(
     assert {each.name for each in (tmp_path / "eval").iterdir()} == {
         "completions.jsonl",
         "evaluation.json",
+        "points.json",
     }
+    kept = json.loads((tmp_path / "eval" / "points.json").read_text(encoding="utf-8"))
+    assert kept["scorer"] == "exact_match"
+    assert set(kept["points"]) == {str(row) for row in range(8)}
+    assert sum(kept["points"].values()) / 8 == scores[0].value
 
 
 def test_the_template_of_the_dataset_is_used_where_the_section_has_none(

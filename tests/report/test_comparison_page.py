@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,27 @@ def test_the_console_shows_every_method_claim_and_note(
     show_comparison(verdict)
     shown = capsys.readouterr().out
     # What to do comes last, after an empty line.
-    last = shown.rpartition("\n\n")[2]
-    assert last.startswith("On this data take kpsvd at 0.001 with 100 trainable parameters")
+    last = shown[
+        shown.index("\n\nOn this data take kpsvd at 0.001 with 100 trainable parameters") :
+    ]
     assert "to use it:\n    adapter:\n      form: both\n" in last
-    assert "missing: rates: kpsvd was best at the last rate tried, 0.001" in last
+    assert "\n\nnot decided\n- whether " in last
+    assert "\n\nwhat would decide it\n- rates: kpsvd was best at the last rate tried, 0.001" in last
     assert "spent: 24 trials, 4 min 48 s of device time in all" in shown
     assert "kpsvd minus lora at 200: -0.1000 nats" in shown
     for claim in verdict.claims:
-        assert f"{claim.verdict}: {claim.text[:30]}" in shown
-    assert "note: " in shown
+        assert f"{claim.verdict}: {claim.text}\n    {claim.figure}\n" in shown
+    assert "\n\nnotes\n- " in shown
+
+
+def test_columns_that_hold_nothing_are_left_out(
+    verdict: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summaries = tuple(replace(each, test_loss=None) for each in verdict.summaries)
+    show_comparison(replace(verdict, summaries=summaries))
+    shown = capsys.readouterr().out
+    assert "validation loss" in shown
+    assert "test loss" not in shown.partition("kpsvd minus")[0]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])

@@ -151,6 +151,41 @@ def test_answers_are_the_first_rows_and_none_is_chosen(folder: Path) -> None:
     assert str(task.shown[0]["after"]).startswith("new ")
 
 
+def test_wrong_answers_and_the_table_of_labels_are_shown(folder: Path) -> None:
+    file = folder / "evaluation" / "after" / "exact_match" / "points.json"
+    file.write_text('{"scorer": "exact_match", "points": {"0": 1.0, "1": 0, "2": 0.0, "3": 1}}')
+    results = json.loads((folder / "results.json").read_text())
+    table = {"red <b>": {"blue": 3, "red <b>": 1}, "blue": {"blue": 5}}
+    results["scores"]["exact_match"]["exact_match"]["confusion"] = table
+    (folder / "results.json").write_text(json.dumps(results))
+    (task,) = read_answers(folder, 1)
+    assert (task.scorer, task.num_wrong) == ("exact_match", 2)
+    assert [one["row"] for one in task.wrong] == ["1"]
+    assert [one["row"] for one in task.shown] == ["0"]
+    text = words(page_of(folder))
+    assert (
+        "Wrong after training by exact_match: 2 of 4; here the first 2 questions of them by row."
+        in text
+    )
+    assert "adapter, exact_match: right labels in rows, given ones in columns" in text
+    assert "right \\ given blue red <b> red <b> 3 1 blue 5 0" in text
+    file.write_text('{"scorer": "exact_match", "points": {"0": 1, "1": 1, "2": 1, "3": 1}}')
+    assert "Wrong after training by exact_match: none of 4." in words(page_of(folder))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", '{"scorer": "chrf", "points": {"0": 0.2}}', '{"points": 3}']
+)
+def test_without_points_of_right_and_wrong_none_are_called_wrong(
+    folder: Path, content: str
+) -> None:
+    file = folder / "evaluation" / "after" / "exact_match" / "points.json"
+    file.write_text(content)
+    (task,) = read_answers(folder, 2)
+    assert (task.num_wrong, list(task.wrong)) == (None, [])
+    assert "Wrong after training" not in words(page_of(folder))
+
+
 def test_long_answers_are_cut_and_say_so(tmp_path: Path) -> None:
     long = "a" * 5000
     folder = write_run(tmp_path / "run", answers={"before": [long], "after": [long]})

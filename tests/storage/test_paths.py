@@ -185,6 +185,8 @@ def test_hub_ids_and_paths_that_are_right_pass(here: Path, setting: str) -> None
         ("merge merged --output o", "merged is a model, with plain weights: there is no adapter"),
         ("merge compared --output o", "compared is the folder of a comparison"),
         ("merge r.yaml --output o", "r.yaml is a recipe; expected the run it made: its output_dir"),
+        ("merge . --output o", ". is a folder with adapter, done, run in it: name one of them"),
+        ("generate . hello", ". is a folder with adapter, done, run in it: name one of them"),
         ("report model", "it is a model; expected the output_dir of a recipe"),
         ("report gone", "nothing lies there; expected the output_dir of a recipe"),
         ("report dome", "or `compare` (looked from "),

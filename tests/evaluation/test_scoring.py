@@ -99,7 +99,10 @@ def test_the_figures_of_a_score(num_right: int):
     pairs = [("1" if i < num_right else "none", "1") for i in range(40)]
     score = scores_of("exact_match", pairs)["exact_match"]
     p = num_right / 40
-    assert score == Score("exact_match", p, 40, math.sqrt(p * (1 - p) / 40), 40 - num_right)
+    points = {str(i): float(i < num_right) for i in range(40)}
+    assert score == Score(
+        "exact_match", p, 40, math.sqrt(p * (1 - p) / 40), 40 - num_right, points=points
+    )
 
 
 @pytest.mark.usefixtures("run_nothing")

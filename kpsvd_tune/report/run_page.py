@@ -274,7 +274,7 @@ def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _confusions(results: Mapping[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Any]]]:
     """What is scored, the given labels, and of each right label how often each was given."""
-    found = []
+    found: list[tuple[str, Sequence[str], Sequence[Any]]] = []
     for line in score_lines(results):
         table = line.score.get("confusion")
         if table and len(table) <= MOST_LABELS:

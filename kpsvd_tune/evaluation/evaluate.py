@@ -378,6 +378,7 @@ def _open_folder(
             if (folder / name).exists():
                 rename(folder / name, aside / name)
     if not (folder / COMPLETIONS_FILE).exists():
+        (folder / POINTS_FILE).unlink(missing_ok=True)  # of answers that somebody has removed
         replace_file(folder / SETTINGS_FILE, to_json(settings))
 
 

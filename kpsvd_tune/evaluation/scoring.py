@@ -134,7 +134,9 @@ def _means(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> di
     points: dict[RowId, list[float]] = {}
     for completion, verdict in zip(completions, verdicts, strict=True):
         points.setdefault(completion.id, []).append(verdict.points)
-    return {str(row): math.fsum(each) / len(each) for row, each in points.items()}
+    means = {str(row): math.fsum(each) / len(each) for row, each in points.items()}
+    # Several processes answer in an order of their own.
+    return dict(sorted(means.items(), key=lambda one: (len(one[0]), one[0])))
 
 
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:

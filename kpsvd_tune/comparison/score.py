@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from kpsvd_tune.comparison.kept_base import KeptBase
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, adapted
 from kpsvd_tune.errors import CheckpointError, InputError
-from kpsvd_tune.evaluation.completions import COMPLETIONS_FILE, Completion, read_completions
 from kpsvd_tune.evaluation.evaluate import Scorer, as_trained, conditions
 from kpsvd_tune.evaluation.questions import read_questions, read_shots
 from kpsvd_tune.evaluation.scoring import check_scorers
-from kpsvd_tune.evaluation.tasks import TASKS, ScoringRule
+from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import load_tokenizer
 from kpsvd_tune.processes import device
@@ -117,24 +115,17 @@ def _score(scoring: Scoring, material: Material, base: KeptBase, events: Events)
     tokenizer.chat_template = questions.chat_template
     model = base.fresh() if scoring.setup is None else _trained(scoring.setup, material, base)
     scorer = Scorer(tokenizer, questions.dataset, device(), events, None)
-    scorer.score(model, task, scoring.folder, set_aside=True)
-    ids = [each.id for each in read_questions(task)]
-    found = {each.key: each for each in read_completions(scoring.folder / COMPLETIONS_FILE)}
-    answers = [found[row, sample] for row in ids for sample in range(task.samples)]
-    name, rule = _rule(task.task, answers)
-    verdicts = rule.judge(answers, None, None)
-    points = [each.points for each in verdicts]
-    number = task.samples
-    shares = tuple(
-        sum(points[start : start + number]) / number for start in range(0, len(points), number)
-    )
+    scores = scorer.score(model, task, scoring.folder, set_aside=True)
+    judged = next((each for each in scores if each.points is not None), None)
+    if judged is None or judged.points is None:
+        raise InputError(f"--score {task.task}: none of its scorers judges answers one by one")
     return TrialScore(
         task=task.task,
-        scorer=name,
+        scorer=judged.scorer,
         asked=questions.asked,
-        value=sum(shares) / len(shares),
-        shares=shares,
-        unextractable=sum(not each.is_extracted for each in verdicts),
+        value=judged.value,
+        shares=tuple(judged.points[str(each.id)] for each in read_questions(task)),
+        unextractable=judged.unextractable,
         seconds=time.monotonic() - began,
     )
 
@@ -153,11 +144,3 @@ def _trained(setup: Setup, material: Material, base: KeptBase) -> Any:
     model, _, _ = adapted(setup, material, base.fresh())
     set_peft_model_state_dict(model, load_file(str(file)))
     return model
-
-
-def _rule(task: str, answers: Sequence[Completion]) -> tuple[str, ScoringRule]:
-    """The first scorer of a task that judges answers one by one and is there."""
-    for name, rule in TASKS[task].scorers.items():
-        if rule.total is None and rule.missing() is None and rule.applies(answers):
-            return name, rule
-    raise InputError(f"--score {task}: none of its scorers judges answers one by one")

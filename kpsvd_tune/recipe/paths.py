@@ -17,7 +17,7 @@ from kpsvd_tune.errors import InputError, some_of
 from kpsvd_tune.offline import hub_problem
 from kpsvd_tune.recipe.dataset import chat_template_problem
 from kpsvd_tune.recipe.reading import Document, Fault, Path
-from kpsvd_tune.storage.paths import exists, expand, kind_of, named, siblings
+from kpsvd_tune.storage.paths import exists, expand, inside, kind_of, named, siblings
 
 # The sections that `validate` looks at; a command passes those that it uses.
 SECTIONS = ("model", "dataset", "adapter", "restrain", "evaluation", "compare")
@@ -184,17 +184,9 @@ def check_source(source: str, base: str | None = None) -> None:
         raise InputError(f"{source} is {named(kind)}; expected the run it made: its output_dir")
     if kind in ("rows", "file", "special"):
         raise InputError(f"{source} is {named(kind)}; expected a run, an adapter or a model")
-    if kind == "folder" and (inside := _sources_in(source)):
-        raise InputError(f"{source} is a folder with {some_of(inside, 5)} in it: name one of them")
-
-
-def _sources_in(folder: str) -> list[str]:
-    """Paths of the runs and adapters that lie in a folder, by name."""
-    try:
-        paths = sorted(FilePath(folder) / name for name in os.listdir(expand(folder)))
-    except OSError:
-        return []
-    return [str(path) for path in paths if kind_of(path) in ("run", "adapter")]
+    if kind == "folder" and (found := inside(source, "run", "adapter")):
+        names = some_of([str(each) for each in found], 5)
+        raise InputError(f"{source} is a folder with {names} in it: name one of them")
 
 
 def check_reachable(source: str, base: str | None = None) -> None:

@@ -26,7 +26,7 @@ from kpsvd_tune.report.results import (
     PushReport,
     RankReport,
 )
-from kpsvd_tune.report.run import result_figures, score_lines, score_text, score_value
+from kpsvd_tune.report.run import label_table, result_figures, score_lines, score_text, score_value
 from kpsvd_tune.units import counted, percent, size
 
 # The summary names at most this many matrices.
@@ -288,11 +288,10 @@ def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: st
 
 def _show_confusion(out: Console, table: Mapping[str, Mapping[str, int]]) -> None:
     """Right labels below each other, given ones beside; of many the commonest mistakes alone."""
-    given = sorted({label for row in table.values() for label in row})
+    given, found = label_table(table)
     if len(given) <= _MOST_LABELS:
         columns = [Column("right \\ given", is_text=True), *(Column(label) for label in given)]
-        rows = [[right, *(str(row.get(each, 0)) for each in given)] for right, row in table.items()]
-        print_table(out, columns, rows)
+        print_table(out, columns, [[right, *map(str, row)] for right, row in found])
         return
     wrong = [(n, r, g) for r, row in table.items() for g, n in row.items() if r != g]
     for number, right, label in sorted(wrong, reverse=True)[:_MOST_LABELS]:

@@ -15,7 +15,7 @@ from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.cost import cost_in_words
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.storage.json_files import read_json
-from kpsvd_tune.storage.paths import kind_of, named, siblings
+from kpsvd_tune.storage.paths import inside, kind_of, named, siblings
 from kpsvd_tune.units import duration, size
 
 # Scorers whose value is no share of right answers: their n counts tokens.
@@ -73,11 +73,17 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def _runs_in(folder: Path) -> list[str]:
     """Runs and comparisons that lie directly in a folder, the first few of them."""
-    if not os.path.isdir(folder):
-        return []
-    found = [each for each in sorted(folder.iterdir()) if kind_of(each) in ("run", "comparison")]
+    found = inside(folder, "run", "comparison")
     names = [str(each) for each in found[:_SHOWN]]
     return names + ["..."] * (len(found) > _SHOWN)
+
+
+def label_table(
+    table: Mapping[str, Mapping[str, int]],
+) -> tuple[list[str], list[tuple[str, list[int]]]]:
+    """The labels that were given, and for each right label how often each of them was."""
+    given = sorted({label for row in table.values() for label in row})
+    return given, [(right, [row.get(each, 0) for each in given]) for right, row in table.items()]
 
 
 def ending(results: Mapping[str, Any], *, from_adapter: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kpsvd_tune.report.figures import PALETTES, Style, Trace, figure, smooth, th
 from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render
 from kpsvd_tune.report.results import LearnedReport, RankReport
-from kpsvd_tune.report.run import score_lines, score_text, score_value
+from kpsvd_tune.report.run import label_table, score_lines, score_text, score_value
 from kpsvd_tune.report.run_files import Answers, RunFiles, gold_text, read_answers
 from kpsvd_tune.report.run_words import (
     CURVE_COLUMNS,
@@ -278,9 +278,7 @@ def _confusions(results: Mapping[str, Any]) -> list[tuple[str, Sequence[str], Se
     for line in score_lines(results):
         table = line.score.get("confusion")
         if table and len(table) <= MOST_LABELS:
-            given = sorted({label for row in table.values() for label in row})
-            rows = [(right, [row.get(each, 0) for each in given]) for right, row in table.items()]
-            found.append((f"{line.model}, {line.name}", given, rows))
+            found.append((f"{line.model}, {line.name}", *label_table(table)))
     return found
 
 

@@ -83,6 +83,15 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
     return "rows" if suffix in _ROWS else "file"
 
 
+def inside(folder: str | os.PathLike[str], *kinds: Kind) -> list[Path]:
+    """What of some kinds lies directly in a folder, by name; nothing where it cannot be read."""
+    try:
+        names = sorted(os.listdir(expand(folder)))
+    except (OSError, ValueError):
+        return []
+    return [path for name in names if kind_of(path := Path(folder) / name) in kinds]
+
+
 def named(kind: Kind) -> str:
     """The kind in words, as in "is the folder of a run"."""
     return _WORDS[kind]

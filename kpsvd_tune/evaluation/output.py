@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
-from kpsvd_tune.evaluation.completions import COMPLETIONS_FILE, SETTINGS_FILE
+from kpsvd_tune.evaluation.completions import COMPLETIONS_FILE, POINTS_FILE, SETTINGS_FILE
 from kpsvd_tune.evaluation.evaluate import rows_source
 from kpsvd_tune.events import Events
 from kpsvd_tune.recipe import EvaluationRecipe
@@ -22,6 +22,12 @@ from kpsvd_tune.storage.json_files import read_json, to_json
 from kpsvd_tune.storage.paths import check_replaceable, check_writable, expand
 
 RESULTS_FILE = "results.json"
+# What an evaluation leaves beside its answers, and keys by which such a file is known.
+_KEYS = {
+    RESULTS_FILE: {"task", "scores"},
+    SETTINGS_FILE: {"task"},
+    POINTS_FILE: {"scorer", "points"},
+}
 
 
 def output_folder(
@@ -43,7 +49,7 @@ def output_folder(
     else:
         output = _folder(expand(source), task, base_only)
     check_writable(output)
-    check_replaceable(output, (COMPLETIONS_FILE, SETTINGS_FILE, RESULTS_FILE))
+    check_replaceable(output, (COMPLETIONS_FILE, *_KEYS))
     return output
 
 
@@ -61,12 +67,13 @@ def keep_scores(folder: Path, result: dict[str, Any], run: Path | None, events: 
 def _check_ours(output: Path) -> None:
     """Refuse an output folder that holds anything but an earlier evaluation."""
     kept = (each.name for each in output.glob("previous-*"))
-    refuse_foreign(output, (COMPLETIONS_FILE, SETTINGS_FILE, RESULTS_FILE, *kept), "--output")
-    file = output / RESULTS_FILE
-    if file.exists() and not {"task", "scores"} <= read_json(file, error=InputError).keys():
-        raise InputError(
-            f"--output: {file} is not of an evaluation, and would be replaced; name another folder"
-        )
+    refuse_foreign(output, (COMPLETIONS_FILE, *_KEYS, *kept), "--output")
+    for file, keys in ((output / name, keys) for name, keys in _KEYS.items()):
+        if file.is_file() and not keys <= read_json(file, error=InputError).keys():
+            raise InputError(
+                f"--output: {file} is not of an evaluation, and would be replaced; name another "
+                "folder"
+            )
 
 
 def _folder(run: Path, task: EvaluationRecipe, base_only: bool) -> Path:

@@ -126,16 +126,19 @@ def test_an_evaluation_goes_into_a_folder_of_its_own(
     run, mine = tmp_path / "run", tmp_path / "mine"
     assert cli.run(["train", str(recipe)]) == 0
     mine.mkdir()
-    (mine / "results.json").write_text('{"accuracy": 0.9}')
     score = ["eval", str(run), "--task", "gsm8k", "--path", str(rows_file), "--limit", "1"]
     score += ["--max-new-tokens", "2", "--output", str(mine)]
-    assert cli.run(score) == 2
-    assert f"{mine / 'results.json'} is not of an evaluation" in capsys.readouterr().err
-    (mine / "results.json").rename(mine / "notes.json")
+    for name in ("results.json", "evaluation.json", "points.json"):
+        (mine / name).write_text('{"accuracy": 0.9}')
+        assert cli.run(score) == 2
+        assert f"{mine / name} is not of an evaluation" in capsys.readouterr().err
+        (mine / name).unlink()
+    (mine / "notes.json").write_text("{}")
     assert cli.run(score) == 2
     assert f"--output: {mine} holds notes.json" in capsys.readouterr().err
     (mine / "notes.json").unlink()
     assert cli.run(score) == 0
+    assert (mine / "points.json").is_file()
     assert cli.run(score) == 0
     # The scores go into the run's results: when it ended stays, and a stopped run stays one.
     directory = RunDirectory(run)

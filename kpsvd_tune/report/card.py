@@ -145,7 +145,7 @@ def merged_card(report: MergeReport, base: Base, trainings: Sequence[Training] =
             "With kpsvd-tune:",
             "",
             "```bash",
-            f'kpsvd-tune generate {THIS_FOLDER} "Ana has 3 pears and buys 4. How many?"',
+            f'kpsvd-tune generate {THIS_FOLDER} "YOUR QUESTION"',
             "```",
         ],
         trainings,

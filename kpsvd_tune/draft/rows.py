@@ -120,21 +120,10 @@ def _form(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[RowFormat, M
         filled = next((row for row in rows if any(row.values.values())), rows[0])
         advice = None if columns else advised_columns(filled)
         if advice is None or advice[1]:
-            raise _in_words(error) from None
+            raise error from None
         form = find_format(rows, "auto", advice[0], setting=setting)
         named = " and ".join(f"{name} as {role}" for role, name in advice[0].items())
         return replace(form, reason=f"takes {named}"), advice[0]
-
-
-def _in_words(error: DataError) -> DataError:
-    """The error with columns as the option takes them."""
-    text = str(error)
-    if "--columns={" not in text:
-        return error
-    start = text.index("--columns={")
-    end = text.index("}", start)
-    listed = text[start + len("--columns={") : end].replace(": ", "=").replace(", ", ",")
-    return DataError(f"{text[:start]}--columns {listed}{text[end + 1 :]}")
 
 
 def _rows(sources: Sequence[RowSource]) -> Iterator[Row]:

@@ -271,10 +271,12 @@ def show_results(results: Mapping[str, Any]) -> None:
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
-    """One line for every scorer of a task."""
+    """One line for every scorer of a task, and the file of the answers."""
     name = ", ".join(filter(None, (result.get("model"), result["task"])))
     for scorer, score in result["scores"].items():
         _show_score(name, scorer, score, result.get("conditions"))
+    if file := result.get("completions"):
+        print_line(output(), f"answers: {file}", 4)
 
 
 def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: str | None) -> None:

@@ -253,9 +253,10 @@ def test_swapped_columns_are_told_with_the_other_way(
     assert "warning: --task label was asked for, and there are 50 different answers in 50" in said
     option = "'prompt=text of it,completion=shelf'"
     assert f"are 5 labels: --columns {option} takes them the other way; or take --task text" in said
-    assert "task: label                       # asked for; the answers" in Path(
-        "mine.yaml"
-    ).read_text()
+    assert (
+        "task: label                       # asked for; the answers"
+        in Path("mine.yaml").read_text()
+    )
     for name in DRAFTED:
         Path(name).unlink()
     assert init(*options, "--columns", "prompt=text of it,completion=shelf") == 0

@@ -350,8 +350,8 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
     ]
     if setting.device.type == "cpu":
         found.append(
-            "holes in the heap by a share fitted on a few runs; see docs/performance.md for how far "
-            "predictions were from measured peaks"
+            "holes in the heap by a share fitted on a few runs; see docs/performance.md for how "
+            "far predictions were from measured peaks"
         )
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")

@@ -30,6 +30,7 @@ class RunOptions:
     allow_other_base: bool = False  # go on from an adapter (`adapter.from`) of another base model
     # For programs, which an evaluation on mbpp runs; None: they may not run.
     sandbox: Sandbox | None = None
+    began: float | None = None  # when the command began, by `time.monotonic`; None: now
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ _SAMPLE_SECONDS = 60.0
 
 
 class Usage:
-    """Seconds and joules from when it was made.
+    """Seconds and joules from when it was made; the seconds from an earlier moment, if wanted.
 
     Args:
+        began: Since when the seconds count, by `time.monotonic`; None: from now on.
         gpus: Identities of the GPUs that do the work, as NVML knows them (GPU-...). With one that
             tells no energy none is given at all, for the processors' alone would mislead.
         has_host: Whether this work is the only one of ours on the host's processors; else their
@@ -32,9 +33,14 @@ class Usage:
     """
 
     def __init__(
-        self, gpus: Sequence[str] = (), *, has_host: bool = True, powercap: Path = POWERCAP
+        self,
+        gpus: Sequence[str] = (),
+        *,
+        began: float | None = None,
+        has_host: bool = True,
+        powercap: Path = POWERCAP,
     ) -> None:
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._gpus = [_Gpu(name) for name in gpus]
         self._zones = [_Zone(file) for file in _package_files(powercap)] if has_host else []
         if self._zones:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,8 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Decompose, train, score and save the adapter of a recipe."""
+    # Before the libraries are loaded, which takes seconds of the device as well.
+    began = time.monotonic()
     resolved = load_recipe(
         recipe, overrides or (), look_up=("model", "dataset", "adapter", "evaluation")
     )
@@ -81,7 +84,8 @@ def train(
     from kpsvd_tune.training.scored_apart import score_apart
 
     with ConsoleEvents() as events:
-        options = RunOptions(resume, tuple(allow_change or ()), allow_other_base, allowed)
+        changes = tuple(allow_change or ())
+        options = RunOptions(resume, changes, allow_other_base, allowed, began)
         results = _train(resolved, events, options)
     if UNSCORED in results and is_later_rank():
         # The first rank scores now, and a launcher would end it for a failure of this one.

@@ -24,6 +24,7 @@ class RunBatches:
     tokens_per_step: float  # of an optimiser step over all processes, without padding
     # Tokens with padding that a process computes in each of the first optimiser steps.
     step_sizes: tuple[float, ...]
+    is_uneven: bool  # whether forward passes differ in size
 
     def size_until(self, step: int) -> float:
         """Tokens with padding that a process computes up to a step, that step included."""
@@ -90,6 +91,7 @@ def batches_of(
             / num_processes
             for first in range(0, len(sizes), passes_per_step)
         ),
+        len(set(sizes)) > 1,
     )
 
 
@@ -112,7 +114,7 @@ def full_batches(train: TrainRecipe, max_length: int, num_processes: int = 1) ->
     packed = train.packing and train.batch_size > 1
     step = MicroStep(*((1, size) if packed else (train.batch_size, max_length)), size)
     of_process = float(size * train.gradient_accumulation)
-    return RunBatches(step, step.size, of_process * num_processes, (of_process,))
+    return RunBatches(step, step.size, of_process * num_processes, (of_process,), is_uneven=True)
 
 
 def _size(lengths: Sequence[int], multiple: int, packed: bool) -> tuple[int, int]:

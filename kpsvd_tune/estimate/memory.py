@@ -35,9 +35,11 @@ _USUAL_PROCESS = 700_000_000
 # Holes that the C library's heap is left with where tensors of layers come and go, as a share of
 # what the layers would keep without gradient checkpointing: a block that is freed does not fit
 # the next aligned one of its size. How many there are is luck: six runs of SmolLM2-135M with
-# checkpointing and glibc 2.36 had 0.22 to 0.34, a GPT-2 0.52 (docs/performance.md). With this
-# share all were within 13 % of the predicted peak.
+# checkpointing and glibc 2.36 had 0.22 to 0.34, a GPT-2 0.52. Batches of many lengths leave more in
+# 16 bits, whose blocks are seldom large enough for pages of their own: 0.5 to 1.8 in nine runs
+# (docs/performance.md).
 _HOLES = 0.32
+_HOLES_UNEVEN_HALF = 1.1
 _FLOAT = 4  # bytes; adapters are kept and trained in float32
 OFFLOADED = "weights that are offloaded"
 COPYING = "the copying of offloaded weights to the device, for each use, is not in the time"
@@ -142,9 +144,16 @@ def shared_loading_bytes(
     return base_bytes(skeleton, dtype) // processes + wide
 
 
-def heap_bytes(whole: Trace) -> int:
-    """Bytes of holes in the heap of a CPU process; ``whole`` is traced without checkpointing."""
-    return round(_HOLES * whole.in_layers)
+def heap_bytes(whole: Trace, dtype: str, *, is_uneven: bool) -> int:
+    """Bytes of holes in the heap of a CPU process.
+
+    Args:
+        whole: The trace of the largest batch without gradient checkpointing.
+        dtype: Of the activations.
+        is_uneven: Whether the forward passes differ in size.
+    """
+    is_half = DTYPES[dtype].itemsize < _FLOAT
+    return round((_HOLES_UNEVEN_HALF if is_half and is_uneven else _HOLES) * whole.in_layers)
 
 
 def cache_bytes(skeleton: Any, dtype: str, rows: int, tokens: int) -> int | None:

@@ -53,7 +53,7 @@ from kpsvd_tune.estimate.time import (
     seconds_by_steps,
     step_seconds,
 )
-from kpsvd_tune.estimate.trace import MicroStep, Trace, trace_step
+from kpsvd_tune.estimate.trace import Trace, trace_step
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.devices import decomposing_device, own_device
 from kpsvd_tune.models import (
@@ -192,8 +192,8 @@ def make_plan(
 def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
     recipe, ranks, skeleton = setting.recipe, setting.ranks, setting.skeleton
     batches = _batches(setting, recipe, dataset.max_length)
-    trace, whole = _trace(setting, recipe, batches.largest)
-    host, on_device = _memory(setting, recipe, trace, whole)
+    trace, holes = _trace(setting, recipe, batches)
+    host, on_device = _memory(setting, recipe, trace, holes)
     does_not_fit = False in [each.fits for each in (host, on_device) if each is not None]
     cure = _cure(setting, dataset.max_length) if does_not_fit else None
     time = _with_scoring(setting, _with_loading(setting, _time(setting, batches, trace)))
@@ -291,19 +291,23 @@ def _data(setting: _Setting, batches: RunBatches) -> DataPlan:
     return found
 
 
-def _trace(setting: _Setting, recipe: Recipe, step: MicroStep) -> tuple[Trace, Trace]:
-    """A step's trace, and the one without gradient checkpointing."""
+def _trace(setting: _Setting, recipe: Recipe, batches: RunBatches) -> tuple[Trace, int]:
+    """The trace of the largest step, and the bytes of holes that the steps leave in the heap."""
     config, layers = setting.skeleton.config, setting.ranks.most
-    kind = setting.device.type
+    kind, step = setting.device.type, batches.largest
     found = trace_step(config, recipe, layers, step, kind)
-    if not recipe.train.gradient_checkpointing or setting.device.type != "cpu":
-        return found, found
-    train = recipe.train.model_copy(update={"gradient_checkpointing": False})
-    return found, trace_step(config, recipe.model_copy(update={"train": train}), layers, step, kind)
+    if kind != "cpu":
+        return found, 0
+    whole = found
+    if recipe.train.gradient_checkpointing:
+        train = recipe.train.model_copy(update={"gradient_checkpointing": False})
+        keeping = recipe.model_copy(update={"train": train})
+        whole = trace_step(config, keeping, layers, step, kind)
+    return found, heap_bytes(whole, recipe.model.dtype, is_uneven=batches.is_uneven)
 
 
 def _memory(
-    setting: _Setting, recipe: Recipe, trace: Trace, whole: Trace
+    setting: _Setting, recipe: Recipe, trace: Trace, holes: int
 ) -> tuple[MemoryPlan, MemoryPlan | None]:
     """Of the host, and of each device where that is another."""
     count = setting.processes
@@ -317,7 +321,7 @@ def _memory(
     process = setting.process_bytes
     if setting.device.type == "cpu":
         scoring = _scoring_bytes(setting, recipe, parts)
-        parts["holes in the heap"] = heap_bytes(whole)
+        parts["holes in the heap"] = holes
         everything = {name: each * count for name, each in parts.items()}
         return host_memory(process * count, loading * count, everything, scoring * count), None
     kept = leave_on_host(parts, setting.skeleton, wanted.dtype, wanted.device_map)
@@ -346,8 +350,8 @@ def _memory_basis(setting: _Setting) -> tuple[str, ...]:
     ]
     if setting.device.type == "cpu":
         found.append(
-            "holes in the heap by a share fitted on two runs; see docs/performance.md for how far "
-            "predictions were from measured peaks"
+            "holes in the heap by a share fitted on a few runs; see docs/performance.md for how "
+            "far predictions were from measured peaks"
         )
     if setting.device.type != "cpu":
         found.append("predictions for GPUs have not been held against measured ones yet")
@@ -488,11 +492,11 @@ def _cure(setting: _Setting, max_length: int) -> tuple[tuple[str, ...], int] | N
     """
     for changes, recipe, length in _changes(setting, max_length):
         batches = _batches(setting, recipe, length)
-        nothing = _memory(setting, recipe, Trace(0, 0, 0), Trace(0, 0, 0))
+        nothing = _memory(setting, recipe, Trace(0, 0, 0), 0)
         if False in [each.fits for each in nothing if each is not None]:
             continue
-        traces = _trace(setting, recipe, batches.largest)
-        found = [each for each in _memory(setting, recipe, *traces) if each is not None]
+        needed = _memory(setting, recipe, *_trace(setting, recipe, batches))
+        found = [each for each in needed if each is not None]
         if all(each.fits for each in found):
             keys = tuple(f"{key}={value}" for key, value in changes.items())
             return keys, found[-1].peak_bytes

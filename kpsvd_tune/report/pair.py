@@ -12,6 +12,7 @@ from kpsvd_tune.report.run import LOSSES, losses, score_lines
 from kpsvd_tune.report.run_files import RunFiles
 from kpsvd_tune.report.run_words import (
     money_spent,
+    peak_memory,
     seconds_trained,
     series,
     state_line,
@@ -110,11 +111,12 @@ def _figures(first: RunFiles, second: RunFiles) -> Iterator[tuple[str, str, str]
     sides = (first, second)
     after = [losses(run.results)[1] for run in sides]
     before = [losses(run.results)[0] for run in sides]
+    train = [run.results.get("train_loss") for run in sides]
     ranks = [None if run.ranks is None else run.ranks.totals for run in sides]
     rows: list[tuple[str, list[Any], str]] = [
         ("validation loss", after, ".4f"),
         ("the same before training", before, ".4f"),
-        ("training loss, last steps", [run.results.get("train_loss") for run in sides], ".4f"),
+        ("training loss, mean of the last steps", train, ".4f"),
         ("steps", [run.last_step for run in sides], ","),
         ("trainable parameters", [t and t["trainable_parameters"] for t in ranks], ","),
     ]
@@ -125,7 +127,7 @@ def _figures(first: RunFiles, second: RunFiles) -> Iterator[tuple[str, str, str]
     spent = [money_spent(run) for run in sides]
     if any(spent):
         yield _row("cost", ["–" if each is None else each[0] for each in spent])
-    peaks = [run.results.get("peak_memory_bytes") for run in sides]
+    peaks = [peak_memory(run) for run in sides]
     yield _row("peak memory of a process", ["–" if p is None else size(p) for p in peaks])
 
 

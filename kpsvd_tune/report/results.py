@@ -248,7 +248,7 @@ class LearnedReport(Result):
 class TrainResult(Result):
     """How a training run ended: the core of results.json."""
 
-    train_loss: float  # mean loss of the last logged steps
+    train_loss: float  # mean loss over the supervised tokens of the last steps
     # Loss on the held-out rows after the last step; None without such rows.
     validation_loss: float | None
     # The same before the first step: the base model's, or with `adapter.from` that adapter's.
@@ -261,6 +261,7 @@ class TrainResult(Result):
     # during the run.
     best_step: int | None = None
     best_validation_loss: float | None = None  # that loss
+    train_loss_steps: int | None = None  # how many steps `train_loss` is the mean of
     adapter_step: int | None = None  # the step that the saved adapter is of, by `train.keep`
     adapter_validation_loss: float | None = None  # loss of that adapter on the held-out rows
 

@@ -17,7 +17,7 @@ from kpsvd_tune.report.cost import cost_in_words
 from kpsvd_tune.report.results import RankReport, Score
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.paths import inside, kind_of, named, siblings
-from kpsvd_tune.units import duration, size
+from kpsvd_tune.units import counted, duration, size
 
 # Scorers whose value is no share of right answers: their n counts tokens.
 LOSSES = frozenset({"loss", "perplexity", "loss_change", "base_loss"})
@@ -37,7 +37,7 @@ _NAMES = {
     "text_loss_change": "rise of the loss on the text of restrain",
     "best_step": "lowest at step",
     UNSCORED: "not scored yet",
-    "train_loss": "training loss, last steps",
+    "train_loss": "training loss",
     "steps": "steps",
     "trainable_parameters": "trainable parameters",
     "wall_seconds": "time",
@@ -148,9 +148,20 @@ def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         value = results[key]
         is_repeated = key.endswith("_validation_loss") and value in shown.values()
         is_known = key == "adapter_step" and value == results.get("steps")
+        is_known = is_known or key == "train_loss_steps"
+        if key == "train_loss":
+            value = f"{value:.4f}, {train_loss_kind(results)}"
         if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):
             shown[key] = value
     return figures(cost_in_words(shown))
+
+
+def train_loss_kind(results: Mapping[str, Any]) -> str:
+    """What the training loss of results.json is; older versions do not say of how many steps."""
+    steps = results.get("train_loss_steps")
+    if steps is None:
+        return "mean of the last steps"
+    return f"mean of the last {counted(steps, 'step')}" if steps != 1 else "of the last step"
 
 
 def figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -215,6 +226,14 @@ def score_value(scorer: str, value: float) -> str:
     return f"{value:.4f}" if scorer in LOSSES else f"{100 * value:.1f} %"
 
 
+def score_error(scorer: str, score: Mapping[str, Any]) -> str:
+    """The standard error of a score; a dash where answers are all equal, for then it says nothing.
+
+    It is 0 then, however few they are; the 95 % interval says what is known.
+    """
+    return score_value(scorer, score["stderr"]) if score["stderr"] else "–"
+
+
 def score_text(scorer: str, score: Mapping[str, Any]) -> str:
     """A score of results.json with its uncertainty, its n and the answers that were not read."""
     value = score_value(scorer, score["value"])
@@ -263,7 +282,7 @@ def score_table(results: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             *(model, name, scorer, score_value(scorer, score["value"])),
-            *(score_value(scorer, score["stderr"]), _interval(scorer, score)),
+            *(score_error(scorer, score), _interval(scorer, score)),
             *(str(score["n"]), str(score["unextractable"]), conditions or "not known"),
         )
         for model, name, scorer, score, conditions in score_lines(results)

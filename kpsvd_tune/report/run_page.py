@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from kpsvd_tune.report.figures import PALETTES, Style, Trace, figure, smooth, th
 from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render
 from kpsvd_tune.report.results import LearnedReport, RankReport
-from kpsvd_tune.report.run import label_table, score_lines, score_text, score_value
+from kpsvd_tune.report.run import label_table, score_error, score_lines, score_text, score_value
 from kpsvd_tune.report.run_files import Answers, RunFiles, gold_text, read_answers
 from kpsvd_tune.report.run_words import (
     CURVE_COLUMNS,
@@ -128,6 +129,9 @@ def _figures(run: RunFiles) -> dict[str, Any]:
         steps, values = series(run.metrics, key)
         if not steps:
             continue
+        if key == "memory_bytes":
+            # Older versions began anew with it where a run was taken up.
+            values = list(accumulate(values, max))
         notes = []
         if key in ("grad_norm", "tokens_per_second"):
             traces = _line_and_mean(_TRAIN, axis, steps, values, notes)
@@ -264,7 +268,7 @@ def _score_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             line.model,
             line.name if line.scorer == line.name else f"{line.name}, {line.scorer}",
             score_value(line.scorer, line.score["value"]),
-            "± " + score_value(line.scorer, line.score["stderr"]),
+            score_error(line.scorer, line.score),
             score_text(line.scorer, line.score),
             line.conditions or "not known",
         )

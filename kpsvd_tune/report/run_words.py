@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kpsvd_tune.report.results import Event, LearnedLayer
-from kpsvd_tune.report.run import UNSCORED, losses, score_lines, score_value
-from kpsvd_tune.report.run_files import RunFiles, Step
+from kpsvd_tune.report.run import UNSCORED, losses, score_lines, score_value, train_loss_kind
+from kpsvd_tune.report.run_files import INSTALLED_KEY, SECONDS_KEY, SESSIONS_KEY, RunFiles, Step
 from kpsvd_tune.units import counted, duration, energy, money, percent, size
 
 # Rows of the table of a curve.
 _ROWS = 10
 CURVE_COLUMNS = ("step", "train loss", "validation loss", "learning rate", "gradient norm")
+_OWN = "kpsvd-tune"  # this package, by the name that run.json has for it
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -114,12 +115,20 @@ def money_spent(run: RunFiles) -> tuple[str, str] | None:
     rate = "" if price is None else f", at {money(price)} {currency} an hour of a device"
     if (cost := run.results.get("cost")) is not None:
         told = f"{money(cost)} {run.results.get('currency', currency)}"
-        return told, f"from the start of the command to its end{rate}"
+        return told, f"for this device time{rate}"
     seconds = seconds_trained(run)
     if price is None or seconds is None:
         return None
     spent = seconds / 3600 * _devices(run) * price
     return f"{money(spent)} {currency}", f"of the training alone{rate}"
+
+
+def peak_memory(run: RunFiles) -> float | None:
+    """The most that a process of the run held, in bytes; older versions forgot it at a stop."""
+    told = run.results.get("peak_memory_bytes")
+    if not isinstance(told, int | float):
+        return None
+    return max(told, *series(run.metrics, "memory_bytes")[1], 0)
 
 
 def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
@@ -132,13 +141,7 @@ def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
             told += f", {seconds / run.last_step:.3g} s a step with validation and saving"
         lines.append(("time of the training", told))
     if (device_seconds := results.get("device_seconds")) is not None:
-        told, earlier = duration(device_seconds), results.get("earlier_device_seconds")
-        if earlier:
-            told += (
-                f", of which {duration(earlier)} are steps before it was stopped; what else those "
-                "commands took, such as loading and scoring, is not counted"
-            )
-        lines.append(("device time, from start to end", told))
+        lines.append(("device time", f"{duration(device_seconds)}, {_what_is_counted(run)}"))
     if spent is None:
         unknown = (
             f"not known: give the price of an hour of a device, as in `kpsvd-tune report "
@@ -151,9 +154,32 @@ def cost_lines(run: RunFiles) -> list[tuple[str, str]]:
     if (joules := results.get("energy_joules")) is not None:
         lines.append(("energy", energy(joules)))
     lines.append(("devices", f"{_devices(run)} × {run.record.get('device', 'not known')}"))
-    if (peak := results.get("peak_memory_bytes")) is not None:
+    if (peak := peak_memory(run)) is not None:
         lines.append(("peak memory of a process", size(peak)))
     return lines
+
+
+def _what_is_counted(run: RunFiles) -> str:
+    """What the device time of a finished run is the time of."""
+    earlier, found = run.results.get("earlier_device_seconds"), sessions(run)
+    if not earlier:
+        return "from the start of the command to its end"
+    if len(found) < 2 or any(SECONDS_KEY not in each for each in found):
+        return (
+            f"of which {duration(earlier)} are steps before it was stopped; what else those "
+            "commands took, such as loading and scoring, is not counted"
+        )
+    told = f"of {len(found)} commands, from the start of each to its end"
+    # The last one is that which ended the run.
+    if killed := sum("ended" not in each for each in found[:-1]):
+        told += f"; of {counted(killed, 'command')} killed, until the last checkpoint"
+    return told
+
+
+def sessions(run: RunFiles) -> list[Mapping[str, Any]]:
+    """The commands that the run took, the first one first; empty for one of an older version."""
+    found = run.record.get(SESSIONS_KEY)
+    return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
 
 
 def _devices(run: RunFiles) -> int:
@@ -163,7 +189,7 @@ def _devices(run: RunFiles) -> int:
 def command_lines(run: RunFiles) -> list[tuple[str, str]]:
     """The command as it was typed, and one that does the same from the run's own recipe."""
     versions = run.record.get("versions", {})
-    packages = [f"{name}=={version}" for name, version in versions.items() if name != "python"]
+    packages = _packages(run)
     again = f"{run.folder}-again"
     lines = []
     if command := run.record.get("command"):
@@ -175,6 +201,8 @@ def command_lines(run: RunFiles) -> list[tuple[str, str]]:
                 shlex.join(["pip", "install", *packages]),
             )
         )
+    if own := _own_package(run):
+        lines.append((f"with {_OWN}", own))
     if run.recipe_text and run.recipe:
         words = ["kpsvd-tune", "train", str(run.folder / "recipe.yaml"), f"output_dir={again}"]
         processes = _devices(run)
@@ -185,12 +213,41 @@ def command_lines(run: RunFiles) -> list[tuple[str, str]]:
     return lines
 
 
+def _packages(run: RunFiles) -> list[str]:
+    """The packages of a run as an index has them: a build such as +cpu is on none."""
+    return [
+        f"{name}=={str(version).partition('+')[0]}"
+        for name, version in run.record.get("versions", {}).items()
+        if name != "python" and (name != _OWN or _installed(run).get("kind") == "index")
+    ]
+
+
+def _own_package(run: RunFiles) -> str | None:
+    """What this package was installed from; None where an index has it, or nothing is known."""
+    version, found = run.record.get("versions", {}).get(_OWN), _installed(run)
+    if version is None or found.get("kind") == "index":
+        return None
+    if "url" not in found:
+        return f"version {version}; what it was installed from is not known"
+    commit = f", commit {found['commit']}" if "commit" in found else ""
+    return f"version {version}, installed from {found['url']}{commit}"
+
+
+def _installed(run: RunFiles) -> Mapping[str, Any]:
+    found = run.record.get(INSTALLED_KEY)
+    return found if isinstance(found, Mapping) else {}
+
+
 def identity_lines(run: RunFiles) -> list[tuple[str, str]]:
     """What the run was made of: hashes of rows and base, seed, device, when."""
     record, identity = run.record, run.record.get("identity", {})
     base = identity.get("base") or {}
+    last, found = record.get("started"), sessions(run)
+    first = found[0].get("started", last) if found else last
+    times = f", {len(found) - 1} times in all" if len(found) > 2 else ""
     lines = [
-        ("started", record.get("started")),
+        ("started", first),
+        ("last taken up", f"{last}{times}" if len(found) > 1 else None),
         ("ended", record.get("ended")),
         ("seed", record.get("seed")),
         ("hash of the rows", identity.get("dataset")),
@@ -244,10 +301,12 @@ def cards(run: RunFiles) -> list[dict[str, str]]:
     if names := run.results.get(UNSCORED):
         found.append(("not scored yet", "", ", ".join(names)))
     train = run.results.get("train_loss")
+    title = f"training loss, {train_loss_kind(run.results)}"
     if train is None:
         train = next(reversed(series(run.metrics, "loss")[1]), None)
+        title = "training loss, last step"
     if train is not None:
-        found.append((f"{train:.4f}", "", "training loss, last steps"))
+        found.append((f"{train:.4f}", "", title))
     if (seconds := seconds_trained(run)) is not None:
         found.append((duration(seconds), "", "time of the training"))
     if (spent := money_spent(run)) is not None:
@@ -257,6 +316,6 @@ def cards(run: RunFiles) -> list[dict[str, str]]:
         share = totals["trainable_parameters"] / max(1, totals["base_parameters"])
         title = f"trainable parameters, {percent(share)} of the base"
         found.append((f"{totals['trainable_parameters']:,}", "", title))
-    if (peak := run.results.get("peak_memory_bytes")) is not None:
+    if (peak := peak_memory(run)) is not None and run.results:
         found.append((size(peak), "", "peak memory of a process"))
     return [dict(zip(("value", "spread", "title"), card, strict=True)) for card in found]

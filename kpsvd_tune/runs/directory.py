@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 from kpsvd_tune.errors import CheckpointError
 from kpsvd_tune.report.events import EVENTS_FILE
 from kpsvd_tune.report.results import Event
+from kpsvd_tune.report.run_files import SECONDS_KEY, SESSIONS_KEY
 from kpsvd_tune.runs.identity import (
     NOT_THE_SAME_BYTES,
     PROCESSES,
@@ -71,8 +72,13 @@ def checkpoint_name(step: int, is_pending: bool = False) -> str:
     return f"step-{step:06d}{'-pending' if is_pending else ''}"
 
 
+def time_text(seconds: float) -> str:
+    """A moment as run.json writes it, from seconds since 1970."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
+
+
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time_text(time.time())
 
 
 class Saved(NamedTuple):
@@ -103,6 +109,8 @@ class RunRecord(TypedDict, total=False):
     id: str
     identity: dict[str, Any]
     changes: list[dict[str, Any]]
+    started: str  # of this session
+    sessions: list[dict[str, Any]]
 
 
 class RunDirectory:
@@ -123,6 +131,8 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.learned_file = self.path / "learned.json"
         self.results_file = self.path / "results.json"
+        # Of this session until now; run.json then keeps them with each checkpoint and at the end.
+        self.device_seconds: Callable[[], float] | None = None
         self._is_begun = False
 
     @contextlib.contextmanager
@@ -212,7 +222,8 @@ class RunDirectory:
             return Start(is_finished=True, is_same=True)
         checkpoint = explicit or self.newest_checkpoint()
         if checkpoint is None and not is_finished:
-            return self._anew(recipe_text, identity, about, is_same=not found)
+            earlier = [] if found else _sessions(recorded)
+            return self._anew(recipe_text, identity, about, is_same=not found, earlier=earlier)
         if reason := refusal(found, allow_change):
             raise CheckpointError(
                 f"{self.path} holds a run with other settings:\n{reason} "
@@ -238,6 +249,7 @@ class RunDirectory:
         ]
         self._write_run(
             {**recorded, **about, "status": "running", "identity": identity, "changes": history}
+            | {SESSIONS_KEY: [*_sessions(recorded), _session(about)]}
         )
         changed = {key: f"{old!r} -> {new!r}" for key, (old, new) in found.items()}
         return Start(checkpoint=checkpoint, is_same=not found, changed=changed)
@@ -305,6 +317,8 @@ class RunDirectory:
         folder = self.checkpoints / checkpoint_name(state.step, is_pending)
         commit(folder, to_files(state), self._id())
         self._clean(folder)
+        if self.device_seconds is not None:
+            self.update()
         for old in self._saved()[keep:]:
             if old.step != best_step and not (keep_first and old.step == 0):
                 durable.remove_folder(old.folder)
@@ -432,13 +446,16 @@ class RunDirectory:
         recipe_text: str,
         identity: Mapping[str, Any],
         about: Mapping[str, Any],
+        *,
         is_same: bool = False,
+        earlier: Sequence[Mapping[str, Any]] = (),
     ) -> Start:
         durable.truncate_file(self.metrics_file, 0)
         durable.truncate_file(self.events_file, 0)
         # First, because this file shows that the others belong to a run.
         self._write_run(
             {"status": "running", **about, "id": run_id(identity), "identity": identity}
+            | {SESSIONS_KEY: [*earlier, _session(about)]}
         )
         durable.replace_file(self.recipe_file, recipe_text.encode())
         return Start(is_same=is_same)
@@ -448,7 +465,18 @@ class RunDirectory:
             # How an earlier session ended holds no longer.
             self._is_begun = True
             content = {key: content[key] for key in content if key not in _OF_THE_END}
+        if self._is_begun:
+            content = {**content, SESSIONS_KEY: self._counted(content)}
         durable.replace_file(self.run_file, to_json(content))
+
+    def _counted(self, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The sessions of run.json with what is known by now of this one, the last."""
+        *earlier, own = content[SESSIONS_KEY]
+        if self.device_seconds is not None:
+            own = {**own, SECONDS_KEY: self.device_seconds()}
+        if "ended" in content:
+            own = {**own, "ended": content["ended"]}
+        return [*earlier, own]
 
     def _set_aside(self) -> None:
         # A folder with no more than init/ was made by init-only, and is as good as new.
@@ -463,3 +491,14 @@ class RunDirectory:
             if (self.path / name).exists():
                 durable.rename(self.path / name, folder / name)
         _log.warning("the earlier run in %s was moved to %s", self.path, folder)
+
+
+def _session(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {"started": about.get("started", _now())}
+
+
+def _sessions(recorded: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sessions until now; older versions kept when the last one started, and no seconds."""
+    known = {key: recorded[key] for key in ("started", "ended") if key in recorded}
+    found: list[dict[str, Any]] = recorded.get(SESSIONS_KEY, [known])
+    return found

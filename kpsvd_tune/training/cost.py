@@ -10,25 +10,39 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 
 from kpsvd_tune.processes import gather_numbers, gpu_identity
 from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.report.run_files import SECONDS_KEY, SESSIONS_KEY
 from kpsvd_tune.runs.identity import PROCESSES
 from kpsvd_tune.usage import Usage
 
 
-def start_usage(accelerator: Accelerator) -> Usage:
-    """Count from now on what this process uses; the main one counts the host's processors too."""
-    return Usage(gpu_identity(accelerator.device), has_host=accelerator.is_main_process)
+def start_usage(accelerator: Accelerator, began: float | None) -> Usage:
+    """Count what this process uses; the main one counts the host's processors too.
+
+    `began` is when the command began, by `time.monotonic`: its seconds count from then on.
+    """
+    is_main = accelerator.is_main_process
+    return Usage(gpu_identity(accelerator.device), began=began, has_host=is_main)
 
 
-def earlier_device_seconds(
-    changes: Iterable[Mapping[str, Any]], seconds: float, num_processes: int
-) -> float:
-    """Device-seconds of the earlier calls of a run, whose loop took some seconds until now.
+def earlier_device_seconds(record: Mapping[str, Any], seconds: float, num_processes: int) -> float:
+    """Device-seconds of the earlier commands of a run.
+
+    Where one of them was of an older version, which did not count them, they are those of the
+    training loop alone.
 
     Args:
-        changes: What run.json says was changed, in its order.
-        seconds: Of the training loop, over all earlier calls.
-        num_processes: Of this call.
+        record: The content of run.json.
+        seconds: Of the training loop, over all earlier commands.
+        num_processes: Of this command.
     """
+    counted = [each.get(SECONDS_KEY) for each in record.get(SESSIONS_KEY, ({}, {}))[:-1]]
+    known = [each for each in counted if each is not None]
+    if len(known) == len(counted):
+        return math.fsum(known)
+    return _of_the_loop(record.get("changes", ()), seconds, num_processes)
+
+
+def _of_the_loop(changes: Iterable[Mapping[str, Any]], seconds: float, num_processes: int) -> float:
     total, since = 0.0, 0.0
     for each in changes:
         if each.get("key") == PROCESSES and "seconds" in each:
@@ -48,11 +62,10 @@ def run_cost(
         usage: Of this process since the command began.
         accelerator: Gathers what the processes used.
         recipe: Holds the price of an hour of one device.
-        earlier: Device-seconds of the training loop in earlier calls of this run, of which nothing
-            else is known.
+        earlier: Device-seconds of earlier commands of this run, as far as they are known.
 
     Returns:
-        `device_seconds`, of which `earlier_device_seconds` if the run was stopped; `cost` and
+        `device_seconds`, of which `earlier_device_seconds` if the run was taken up; `cost` and
         `currency` with a price, and `energy_joules` where every process tells its own for the
         whole run.
     """

@@ -157,7 +157,7 @@ class Training:
 
     def result(self) -> TrainResult:
         """How the run ended; every process must ask, for the largest memory is looked up."""
-        peak = gather_numbers(self._accelerator, [peak_memory_bytes(self._accelerator.device)])
+        peak = gather_numbers(self._accelerator, [self._peak_memory_bytes()])
         progress = self.progress
         kept, kept_loss = progress.step, progress.validation_loss
         if self._keeps_best and progress.best_step is not None:
@@ -172,6 +172,7 @@ class Training:
             peak_memory_bytes=int(max(each for (each,) in peak)),
             best_step=progress.best_step,
             best_validation_loss=progress.best_step_loss,
+            train_loss_steps=len(progress.recent),
             adapter_step=kept,
             adapter_validation_loss=kept_loss,
         )
@@ -305,11 +306,16 @@ class Training:
             seconds=now - self._began,
             skipped=sums.fault,
             micro_batch_size=self.progress.micro_batch_size,
-            memory_bytes=peak_memory_bytes(self._accelerator.device),
+            memory_bytes=self._peak_memory_bytes(),
         )
         self._step_seconds.append(now - began)
         self.progress.count_step(sums.loss, sums.num_supervised, metrics)
         return metrics
+
+    def _peak_memory_bytes(self) -> int:
+        """The most that this process has held; earlier sessions of the run count as well."""
+        own = peak_memory_bytes(self._accelerator.device)
+        return max(own, self.progress.peak_memory_bytes)
 
     def _complete(self, metrics: StepMetrics) -> StepMetrics:
         """Do all that follows a step; a signal leaves the validation to the resumed run."""

@@ -47,6 +47,7 @@ class Progress:
 
     step: int = 0  # optimiser steps done
     seconds: float = 0.0  # spent in this run, over all its sessions
+    peak_memory_bytes: int = 0  # the most that the main process held, over all its sessions
     # (summed loss, supervised tokens) of the last steps.
     recent: list[list[float]] = field(default_factory=list)
     validation_loss: float | None = None  # the newest one
@@ -72,6 +73,7 @@ class Progress:
     def count_step(self, loss: float, num_supervised: float, metrics: StepMetrics) -> None:
         """Count a step that was just taken, or skipped."""
         self.step = metrics.step
+        self.peak_memory_bytes = metrics.memory_bytes or self.peak_memory_bytes
         # JSON has no NaN and no infinity.
         self.pending = {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -51,6 +51,7 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.card import adapter_card
 from kpsvd_tune.report.results import LearnedReport, RankReport, Score
 from kpsvd_tune.report.run import UNSCORED, ending
+from kpsvd_tune.report.run_files import INSTALLED_KEY
 from kpsvd_tune.runs.adapter_folder import (
     adapter_hash,
     check_own,
@@ -58,8 +59,9 @@ from kpsvd_tune.runs.adapter_folder import (
     save_adapter,
 )
 from kpsvd_tune.runs.described import ROWS_KEY, describe_training
-from kpsvd_tune.runs.directory import RunDirectory, Start
+from kpsvd_tune.runs.directory import RunDirectory, Start, time_text
 from kpsvd_tune.runs.find import ADAPTER_KEY, TEMPLATE_KEY, trained_as
+from kpsvd_tune.runs.installed import installed_from
 from kpsvd_tune.runs.ownership import is_run, refuse_inside_run
 from kpsvd_tune.runs.record import RunEvents
 from kpsvd_tune.storage.durable import replace_file
@@ -157,7 +159,9 @@ def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator
             lambda: _with_same_rows(recipe, run, options, accelerator.num_processes)
         )
         told = RunEvents(events, run, is_main=accelerator.is_main_process)
-        usage = start_usage(accelerator)
+        usage = start_usage(accelerator, options.began)
+        # One device a process.
+        run.device_seconds = lambda: usage.seconds() * accelerator.num_processes
         if settled.note is not None:
             told.note(settled.note)
         about: dict[str, Any] = {COSTS_KEY: _choose_costs(run, options, accelerator.device)}
@@ -447,9 +451,9 @@ def finish_run(
         results |= scorer.of_training(tasks, trained.scores_before, after)
 
     learned = _learned(context, started.model, results["adapter_step"])
-    changes = read_json(run.run_file).get("changes", ())
     accelerator, before = context.accelerator, training.seconds_before
-    earlier = earlier_device_seconds(changes, before, accelerator.num_processes)
+    record = read_json(run.run_file)
+    earlier = earlier_device_seconds(record, before, accelerator.num_processes)
     results |= run_cost(context.usage, accelerator, recipe, earlier)
 
     def save() -> None:
@@ -579,10 +583,11 @@ def _begin(
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
+        INSTALLED_KEY: installed_from(),
         "device": str(accelerator.device),
         "num_processes": accelerator.num_processes,
         "seed": recipe.train.seed,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": time_text(time.time() - context.usage.seconds()),
         TEMPLATE_KEY: template,
         ROWS_KEY: rows,
         # Where the values came from; recipe.yaml holds the values, and no part is read again.

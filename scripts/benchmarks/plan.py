@@ -2,12 +2,12 @@
 
     python scripts/benchmarks/plan.py [--only NAME ...] [--steps 20] [--json FILE] [--write]
 
-Six recipes: two precisions, with and without gradient checkpointing, two models. Each is planned
-and trained for some steps in processes of their own, on the CPU, on made-up rows; measured is the
-most memory that the process held, and the seconds of the training, as results.json has them. The
-time is predicted as a range before the run, and once more by its first five steps. The SmolLM2
-recipes need the model that `scripts/setup` installs; the other model is a GPT-2 with random
-weights, written for the occasion.
+Nine recipes: two precisions, with and without gradient checkpointing, two models, rows of one
+length and of many. Each is planned and trained for some steps in processes of their own, on the
+CPU, on made-up rows; measured is the most memory that the process held, and the seconds of the
+training, as results.json has them. The time is predicted as a range before the run, and once more
+by its first five steps. The SmolLM2 recipes need the model that `scripts/setup` installs; the other
+model is a GPT-2 with random weights, written for the occasion.
 --write puts the table into docs/performance.md.
 """
 
@@ -42,17 +42,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-float32-checkpointing": ("gpt2", WHOLE | CHECKPOINTS | {"train.batch_size": 16}),
     "gpt2-bfloat16": ("gpt2", HALF),
     "gpt2-bfloat16-checkpointing": ("gpt2", HALF | CHECKPOINTS),
+    "smollm2-bfloat16-uneven": ("smollm2", HALF | {"train.batch_size": 8}),
+    "gpt2-float32-uneven": ("gpt2", WHOLE | {"train.batch_size": 8}),
+    "gpt2-bfloat16-uneven": ("gpt2", HALF | {"train.batch_size": 8}),
 }
+# Steps of batches of many lengths, after which the heap has most of its holes.
+FEWEST_UNEVEN_STEPS = 15
 
 
-def write_rows(file: Path) -> None:
-    """Rows of about 200 tokens, of which half are learnt."""
-    lines = []
-    for number in range(64):
-        words = [WORDS[(number * 7 + place * 5) % len(WORDS)] for place in range(160)]
-        row = {"prompt": " ".join(words[:80]), "completion": " ".join(words[80:])}
-        lines.append(json.dumps(row))
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_rows(folder: Path) -> None:
+    """rows.jsonl, all of about 200 tokens, and uneven.jsonl, of 40 to 200; half is learnt."""
+    for name, least in (("rows", 80), ("uneven", 16)):
+        lines = []
+        for number in range(128):
+            half = least + number * 37 % (81 - least)
+            words = [WORDS[(number * 7 + place * 5) % len(WORDS)] for place in range(2 * half)]
+            row = {"prompt": " ".join(words[:half]), "completion": " ".join(words[half:])}
+            lines.append(json.dumps(row))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_gpt2(folder: Path) -> None:
@@ -88,9 +95,12 @@ def _python(code: str) -> str:
 def recipe(folder: Path, name: str, steps: int) -> Path:
     """Write the recipe of a case and give its file."""
     model, keys = CASES[name]
+    is_uneven = name.endswith("-uneven")
+    rows = "uneven" if is_uneven else "rows"
+    steps = max(steps, FEWEST_UNEVEN_STEPS) if is_uneven else steps
     content: dict[str, Any] = {
         "model": {"path": SMOLLM2 if model == "smollm2" else str(folder / "gpt2")},
-        "dataset": {"path": str(folder / "rows.jsonl"), "max_length": 256, "validation": 4},
+        "dataset": {"path": str(folder / f"{rows}.jsonl"), "max_length": 256, "validation": 4},
         "adapter": {"rank": {"method": "fixed", "max": 4, "window": 4}},
         "train": {"max_steps": steps, "batch_size": 4, "eval_every": 0, "save_every": 0},
         "output_dir": str(folder / "runs" / name),
@@ -177,7 +187,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_rows(folder / "rows.jsonl")
+        write_rows(folder)
         write_gpt2(folder / "gpt2")
         rows = [compare(folder, each, options.steps) for each in options.only]
     text = table(rows)

@@ -100,14 +100,25 @@ def test_a_price_that_is_typed_tells_the_cost(
     assert cli.run(["report", str(folder), "--price-per-hour", "0.5"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "what it cost" in shown
-    assert "cost 1.00 EUR from the start of the command to its end, at 0.50 EUR an hour" in shown
-    assert "device time, from start to end 2 h 00 min" in shown
+    assert "cost 1.00 EUR for this device time, at 0.50 EUR an hour" in shown
+    assert "device time 2 h 00 min, from the start of the command to its end" in shown
     # Each figure once.
     assert shown.count("peak memory") <= 1
     file.write_text(json.dumps(results | {"earlier_device_seconds": 60.0}))
     assert cli.run(["report", str(folder), "--price-per-hour", "0.5"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "2 h 00 min, of which 1 min 00 s are steps before it was stopped; what else" in shown
+    # All that was counted, and what could not be.
+    whole = {"started": "a", "ended": "b", "device_seconds": 60.0}
+    killed = {"started": "c", "device_seconds": 60.0}
+    for sessions, told in (
+        ([whole, whole], "2 h 00 min, of 2 commands, from the start of each to its end cost"),
+        ([whole, killed, whole], "to its end; of 1 command killed, until the last checkpoint cost"),
+    ):
+        record = json.loads((folder / "run.json").read_text()) | {"sessions": sessions}
+        (folder / "run.json").write_text(json.dumps(record))
+        assert cli.run(["report", str(folder), "--price-per-hour", "0.5"]) == 0
+        assert told in " ".join(capsys.readouterr().out.split())
     file.write_bytes(before)
     assert cli.run(["report", str(folder), "--price-per-hour", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"]["cost"] == 4.0

@@ -99,12 +99,13 @@ def test_the_page_shows_all_that_a_run_has_written(folder: Path) -> None:
         "training for 40 steps",
         "100 training rows, 10 validation rows",
         "model.layers.2.mlp.down_proj 6 % 0.12 2",
-        "base model exact_match 0.0 % ± 0.0 %",
-        "adapter exact_match 50.0 % ± 25.0 % 50.0 % of 4 (95 % interval 15.0 % to 85.0 %)",
-        "device time, from start to end 40 s",
-        "0.75 EUR from the start of the command to its end, at 2.50 EUR an hour of a device",
+        "base model exact_match 0.0 % – 0.0 % of 4 (95 % interval 0.0 % to 49.0 %)",
+        "adapter exact_match 50.0 % 25.0 % 50.0 % of 4 (95 % interval 15.0 % to 85.0 %)",
+        "device time 40 s, from the start of the command to its end",
+        "0.75 EUR for this device time, at 2.50 EUR an hour of a device",
         "kpsvd-tune train recipe.yaml",
-        "pip install torch==2.8.0 kpsvd-tune==0.1",
+        "pip install torch==2.8.0",
+        "with kpsvd-tune version 0.1; what it was installed from is not known",
         f"kpsvd-tune train '{folder}/recipe.yaml' 'output_dir={folder}-again' --gpus 2",
         "hash of the rows " + "d" * 64,
         "python 3.11.9",
@@ -402,3 +403,44 @@ def test_a_browser_draws_the_page_of_two_runs(
     assert page.locator("img").count() == 0
     assert complaints == []
     assert requests == [file.as_uri()]
+
+
+def changed(folder: Path, **record: Any) -> str:
+    """The words of the page of a run whose run.json says something else."""
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**content, **record}))
+    return words(page_of(folder))
+
+
+def test_what_to_install_is_what_an_index_has(folder: Path) -> None:
+    versions = {"torch": "2.13.0+cpu", "kpsvd-tune": "0.2.0", "python": "3.11.7"}
+    text = changed(folder, versions=versions, installed_from={"kind": "index"})
+    assert "pip install torch==2.13.0 kpsvd-tune==0.2.0 again," in text
+    # The build is among what the run was made of.
+    assert "torch 2.13.0+cpu" in text
+    found = {"kind": "url", "url": "https://a.example/b.git", "commit": "0123abc"}
+    text = changed(folder, versions=versions, installed_from=found)
+    assert "pip install torch==2.13.0 with kpsvd-tune version 0.2.0, installed from" in text
+    assert "https://a.example/b.git, commit 0123abc again," in text
+
+
+def test_a_run_began_with_its_first_command(folder: Path) -> None:
+    assert "taken up" not in words(page_of(folder))
+    sessions = [{"started": "2026-01-01T00:00:00+0000"}, {"started": "2026-01-02T03:04:05+0000"}]
+    text = changed(folder, sessions=sessions)
+    told = "started 2026-01-01T00:00:00+0000 last taken up 2026-01-02T03:04:05+0000"
+    assert f"{told} seed" in text
+    text = changed(folder, sessions=[sessions[0], *sessions])
+    assert f"{told}, 2 times in all seed" in text
+
+
+def test_the_most_memory_so_far_never_falls(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # As older versions wrote it of a run that was taken up at step 21.
+    for line in lines:
+        line["memory_bytes"] = 9_000_000_000 if line["step"] <= 20 else 8_500_000_000
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = page_of(folder)
+    (trace,) = data_of(page)["figures"]["memory"]["traces"]
+    assert set(trace["y"]) == {9_000_000_000}
+    assert "9.0 GB peak memory of a process" in words(page)

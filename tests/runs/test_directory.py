@@ -421,3 +421,44 @@ def test_how_a_session_ended_is_recorded_until_the_run_goes_on(run):
     again.finish({"steps": 6})
     assert not again.interrupted("failed", "x")
     assert json.loads(run.run_file.read_text())["status"] == "finished"
+
+
+def test_the_time_of_every_command_is_kept(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.device_seconds = lambda: 7.0
+    run.begin("recipe: 1", identity(), {"started": "first"})
+    assert run.interrupted("stopped", "by SIGINT")
+    # Nothing was saved, so it begins again; what it took is not forgotten for that.
+    killed = RunDirectory(run.path)
+    killed.device_seconds = iter([1.0, 20.0]).__next__
+    killed.begin("recipe: 1", identity(), {"started": "second"})
+    killed.save(state(2), keep=3)
+    last = RunDirectory(run.path)
+    last.device_seconds = lambda: 30.0
+    last.begin("recipe: 1", identity(), {"started": "third"})
+    last.finish({"loss": 1.0})
+    record = json.loads(run.run_file.read_text())
+    told = [(each["started"], each["device_seconds"]) for each in record["sessions"]]
+    assert told == [("first", 7.0), ("second", 20.0), ("third", 30.0)]
+    assert ["ended" in each for each in record["sessions"]] == [True, False, True]
+    assert record["started"] == "third"
+    # Other settings before the first checkpoint are another run.
+    other = RunDirectory(tmp_path / "other")
+    other.begin("recipe: 1", identity(), {"started": "first"})
+    other.begin("recipe: 2", identity(train__seed=1), {"started": "second"})
+    record = json.loads(other.run_file.read_text())
+    assert record["sessions"] == [{"started": "second"}]
+
+
+def test_a_run_of_a_version_that_counted_no_time_goes_on(run):
+    record = json.loads(run.run_file.read_text())
+    del record["sessions"]
+    record |= {"started": "first", "status": "stopped", "ended": "later"}
+    run.run_file.write_text(json.dumps(record))
+    again = RunDirectory(run.path)
+    again.device_seconds = lambda: 3.0
+    again.begin("recipe: 1", identity(), {"started": "second"})
+    assert json.loads(run.run_file.read_text())["sessions"] == [
+        {"started": "first", "ended": "later"},
+        {"started": "second", "device_seconds": 3.0},
+    ]

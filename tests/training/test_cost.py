@@ -84,7 +84,18 @@ def test_each_stretch_counts_the_processes_that_it_had() -> None:
         {"key": "num_processes", "old": 4, "new": 1, "seconds": 100.0},
         {"key": "num_processes", "old": 1, "new": 2, "seconds": 160.0},
     ]
-    assert cost.earlier_device_seconds([], 200.0, 3) == 600.0
-    assert cost.earlier_device_seconds(changes, 200.0, 2) == 4 * 100 + 60 + 2 * 40
+    record = {"changes": changes, "sessions": [{"started": "an older version's"}, {}]}
+    assert cost.earlier_device_seconds({}, 200.0, 3) == 600.0
+    assert cost.earlier_device_seconds(record, 200.0, 2) == 4 * 100 + 60 + 2 * 40
     # A run that went back to a checkpoint of before the second change.
-    assert cost.earlier_device_seconds(changes, 120.0, 2) == 4 * 100 + 20
+    assert cost.earlier_device_seconds(record, 120.0, 2) == 4 * 100 + 20
+
+
+def test_commands_that_counted_their_time_are_summed_whole() -> None:
+    record = {
+        "changes": [{"key": "num_processes", "old": 4, "new": 1, "seconds": 100.0}],
+        "sessions": [{"device_seconds": 70.0}, {"device_seconds": 30.5}, {"device_seconds": 9.0}],
+    }
+    # The last one is under way.
+    assert cost.earlier_device_seconds(record, 55.0, 1) == 100.5
+    assert cost.earlier_device_seconds({"sessions": [{"device_seconds": 9.0}]}, 0.0, 1) == 0.0

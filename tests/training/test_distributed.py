@@ -218,7 +218,8 @@ def logged(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def decided(outcome: Any) -> dict[str, Any]:
     """Counters that decide, and the weights, of one process at the end."""
-    counters = {key: each for key, each in outcome["progress"].items() if key != "seconds"}
+    other = ("seconds", "peak_memory_bytes")
+    counters = {key: each for key, each in outcome["progress"].items() if key not in other}
     return counters | {"weights": outcome["weights"], "error": outcome["error"]}
 
 

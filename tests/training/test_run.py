@@ -21,6 +21,7 @@ import kpsvd_tune.adapter  # noqa: F401  registers KPSVD with PEFT
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import NonFiniteError
 from kpsvd_tune.report.live import ConsoleEvents
+from kpsvd_tune.units import money
 
 Run = Callable[..., int]
 
@@ -137,6 +138,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert metrics(whole) == metrics(stopped)
+    # What both commands took is the run's device time, in results.json and in its report.
+    results, record = (
+        json.loads((stopped / name).read_text()) for name in ("results.json", "run.json")
+    )
+    times = [each["device_seconds"] for each in record["sessions"]]
+    assert results["earlier_device_seconds"] == times[0] > 0
+    assert results["wall_seconds"] < results["device_seconds"] <= sum(times)
+    capsys.readouterr()
+    assert cli.run(["report", str(stopped), "--price-per-hour", "3600"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of 2 commands, from the start of each to its end" in shown
+    assert f"{money(results['device_seconds'])} USD for this device time" in shown
 
 
 @pytest.mark.slow

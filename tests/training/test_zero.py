@@ -163,6 +163,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder, parts, whole):
     states = [json.loads(each["state.json"]) for each in (found, expected)]
     for state in states:
         del state["metrics_bytes"], state["progress"]["seconds"]
+        # Two processes do not hold the same memory.
+        del state["progress"]["peak_memory_bytes"]
     assert states[0] == states[1]
 
 

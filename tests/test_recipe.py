@@ -1134,7 +1134,8 @@ def test_words_that_a_shell_has_split_are_one_fault_with_the_quoted_word(
     assert line == (
         f"override {words[0]}: a shell has split this word: put quotes around it, as in {quoted}"
     )
-    assert load_recipe(write(SECTIONS), shlex.split(quoted))
+    # Which is taken as it stands.
+    load_recipe(write(SECTIONS), shlex.split(quoted))
 
 
 def test_a_word_with_braces_that_is_whole_is_left_alone():

@@ -52,7 +52,7 @@ def _is_whole(value: str) -> bool:
 
 def _expanded(words: Sequence[str]) -> tuple[int, str] | None:
     """How many words were one with braces, and what to write."""
-    found = []
+    found: list[re.Match[str]] = []
     for word in words:
         part = _EXPANDED.fullmatch(word)
         if part is None or (found and part["key"] != found[0]["key"]):

@@ -128,6 +128,7 @@ def macro_f1(completions: Sequence[Completion]) -> Score:
         n=len(questions),
         stderr=float(np.std(values)),
         unextractable=sum(each is None for _, each, _ in found),
+        num_labels=len(names),
     )
 
 

@@ -193,7 +193,6 @@ def merge(
         reason = unstreamable(checkpoint, changes)
     with_logits = _with_logits(settings, needed, events)
     if checkpoint is None or reason is not None:
-        events.note(f"the whole base is loaded, for {reason}")
         _check_memory(needed, reason)
         with noted_distances() as changes.distances:
             model = _load(parts, source, settings, events)

@@ -26,7 +26,14 @@ from kpsvd_tune.report.results import (
     PushReport,
     RankReport,
 )
-from kpsvd_tune.report.run import label_table, result_figures, score_lines, score_text, score_value
+from kpsvd_tune.report.run import (
+    ScoreLine,
+    label_table,
+    result_figures,
+    score_lines,
+    score_text,
+    score_value,
+)
 from kpsvd_tune.units import counted, percent, size
 
 # The summary names at most this many matrices.
@@ -253,8 +260,7 @@ def show_gguf(report: GgufReport) -> None:
 def show_results(results: Mapping[str, Any]) -> None:
     """A run's figures of results.json, then a line for every score of the base and the adapter."""
     print_pairs(result_figures(results))
-    for line in score_lines(results):
-        _show_score(f"{line.model}, {line.name}", line.scorer, line.score, line.conditions)
+    _show_score_lines(list(score_lines(results)))
     for task, change in results.items():
         if not (isinstance(change, Mapping) and "before" in change):
             continue
@@ -272,20 +278,33 @@ def show_results(results: Mapping[str, Any]) -> None:
 
 def show_scores(result: Mapping[str, Any]) -> None:
     """One line for every scorer of a task, and the file of the answers."""
-    name = ", ".join(filter(None, (result.get("model"), result["task"])))
-    for scorer, score in result["scores"].items():
-        _show_score(name, scorer, score, result.get("conditions"))
+    model, conditions = result.get("model") or "", result.get("conditions")
+    _show_score_lines(
+        [
+            ScoreLine(model, result["task"], scorer, score, conditions)
+            for scorer, score in result["scores"].items()
+        ]
+    )
     if file := result.get("completions"):
         print_line(output(), f"answers: {file}", 4)
 
 
-def _show_score(name: str, scorer: str, score: Mapping[str, Any], conditions: str | None) -> None:
-    # Each line says how it was asked: lines are quoted one by one.
-    asked = f"; {conditions}" if conditions else ""
+def _show_score_lines(lines: Sequence[ScoreLine]) -> None:
+    """Scores, with how they were asked said once above all those that were asked alike."""
+    groups: dict[str | None, list[ScoreLine]] = {}
+    for line in lines:
+        groups.setdefault(line.conditions, []).append(line)
     out = output()
-    print_line(out, f"{name}, {scorer}: {score_text(scorer, score)}{asked}", 4)
-    if score.get("confusion"):
-        _show_confusion(out, score["confusion"])
+    for conditions, group in groups.items():
+        is_shared = bool(conditions) and len(group) > 1
+        if is_shared:
+            print_line(out, f"scores on {conditions}:")
+        for line in group:
+            name = ", ".join(filter(None, (line.model, line.name, line.scorer)))
+            asked = f"; {conditions}" if conditions and not is_shared else ""
+            print_line(out, f"{name}: {score_text(line.scorer, line.score)}{asked}", 4)
+            if line.score.get("confusion"):
+                _show_confusion(out, line.score["confusion"])
 
 
 def _show_confusion(out: Console, table: Mapping[str, Mapping[str, int]]) -> None:

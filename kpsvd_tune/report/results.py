@@ -408,6 +408,8 @@ class Score(Result):
     confusion: Mapping[str, Mapping[str, int]] | None = None
     # Mean points of each question by its id, 0 to 1; None where they are not judged one by one.
     points: Mapping[str, float] | None = None
+    # Labels that the value is the mean over; None where it is over the questions.
+    num_labels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from kpsvd_tune.units import counted, duration, size
 LOSSES = frozenset({"loss", "perplexity", "loss_change", "base_loss"})
 # Scorers whose value is a mean of parts of a point, and no share of answers that are right.
 MEANS = frozenset({"chrf", "rouge_l", "macro_f1", "fields"})
+# Those of them that are a mean over labels; the others are one over questions.
+OVER_LABELS = frozenset({"macro_f1"})
 # Key of results.json: tasks of the recipe that a finished run has not been scored on yet.
 UNSCORED = "unscored"
 # 97.5 % quantile of the normal distribution.
@@ -239,11 +241,19 @@ def score_text(scorer: str, score: Mapping[str, Any]) -> str:
     value = score_value(scorer, score["value"])
     if scorer in LOSSES:
         return f"{value} over {score['n']:,} tokens ({_uncertainty(scorer, score)})"
-    of = f"mean {value} over" if _is_mean(scorer) else f"{value} of"
-    return (
-        f"{of} {score['n']} ({_uncertainty(scorer, score)}), {score['unextractable']} "
-        "without an answer"
-    )
+    if scorer in OVER_LABELS:
+        of = f"{value}, {_labels(score)}, {counted(score['n'], 'question')}"
+    elif _is_mean(scorer):
+        of = f"mean {value} over {score['n']}"
+    else:
+        of = f"{value} of {score['n']}"
+    return f"{of} ({_uncertainty(scorer, score)}), {score['unextractable']} without an answer"
+
+
+def _labels(score: Mapping[str, Any]) -> str:
+    """What a mean over labels is over; older versions did not keep how many there are."""
+    number = score.get("num_labels")
+    return "mean over the labels" if number is None else f"mean over {counted(number, 'label')}"
 
 
 def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
@@ -251,8 +261,10 @@ def as_mapping(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for score in scores:
         # The points lie beside the answers: `POINTS_FILE`.
-        left_out = {"scorer", "points", *(["confusion"] if score.confusion is None else [])}
-        own = {k: v for k, v in score.to_dict().items() if k not in left_out}
+        told = score.to_dict()
+        left_out = {"scorer", "points"}
+        left_out |= {key for key in ("confusion", "num_labels") if told[key] is None}
+        own = {k: v for k, v in told.items() if k not in left_out}
         if score.scorer not in LOSSES:
             own["interval"] = list(score_interval(score.scorer, own))
         found[score.scorer] = own
@@ -281,7 +293,8 @@ def score_table(results: Mapping[str, Any]) -> list[str]:
     )
     rows = [
         (
-            *(model, name, scorer, score_value(scorer, score["value"])),
+            *(model, name, f"{scorer}, {_labels(score)}" if scorer in OVER_LABELS else scorer),
+            score_value(scorer, score["value"]),
             *(score_error(scorer, score), _interval(scorer, score)),
             *(str(score["n"]), str(score["unextractable"]), conditions or "not known"),
         )

@@ -111,7 +111,7 @@ def _show_answers(out: Console, run: RunFiles) -> None:
         print_line(out, f"{task.task}, the first of {counted(task.num_questions, 'answer')}:")
         for one in task.shown:
             sides = {
-                "asked": one["prompt"],
+                "asked": one["question"],
                 "expected": gold_text(one["gold"]),
                 "base model": one["before"],
                 "adapter": one["after"],

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from kpsvd_tune.errors import InputError, KpsvdTuneError
 from kpsvd_tune.report.events import read_events
+from kpsvd_tune.report.question import question_in
 from kpsvd_tune.report.results import Event, LearnedReport, PreflightReport, RankReport
 from kpsvd_tune.report.run import MEANS, read_run
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, read_json
@@ -223,7 +224,8 @@ class Answers:
 
     task: str
     num_questions: int  # that were answered after training, or before it
-    shown: Sequence[Mapping[str, Any]]  # prompt, gold, and the answers before and after, or None
+    # prompt, the question in it, gold, and the answers before and after, or None
+    shown: Sequence[Mapping[str, Any]]
     wrong: Sequence[Mapping[str, Any]]  # the same of questions with a wrong answer after training
     num_wrong: int | None  # all of those; None where no scorer says which are wrong
     scorer: str  # that says it
@@ -280,6 +282,11 @@ def _answers(task: str, before: Path | None, after: Path | None, most: int) -> A
         for folder in (before, after)
     )
 
+    prompts = {
+        key: str(asked.get("prompt", "")) for side in (first, second) for key, asked in side.items()
+    }
+    show = question_in(list(prompts.values()))
+
     def one(key: str) -> dict[str, Any]:
         asked = second.get(key) or first.get(key) or {}
         answers = {
@@ -288,7 +295,8 @@ def _answers(task: str, before: Path | None, after: Path | None, most: int) -> A
         }
         return {
             "row": key,
-            "prompt": str(asked.get("prompt", "")),
+            "prompt": prompts.get(key, ""),
+            "question": show(prompts.get(key, "")),
             "gold": asked.get("gold"),
         } | answers
 

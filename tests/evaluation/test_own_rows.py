@@ -128,6 +128,14 @@ def test_accuracy_macro_f1_and_the_confusion_table() -> None:
     found = as_mapping(list(scores.values()))
     assert found["accuracy"]["confusion"]["yes"] == {"no": 1, "yes": 2}
     assert "confusion" not in found["macro_f1"]
+    assert found["macro_f1"]["num_labels"] == 3
+    assert "num_labels" not in found["accuracy"]
+    told = score_text("macro_f1", found["macro_f1"])
+    assert told.startswith("43.3 %, mean over 3 labels, 6 questions (95 % interval ")
+    # Runs of older versions do not know how many.
+    del found["macro_f1"]["num_labels"]
+    told = score_text("macro_f1", found["macro_f1"])
+    assert told.startswith("43.3 %, mean over the labels, 6 questions (")
     low, high = found["macro_f1"]["interval"]
     assert 0 <= low < found["macro_f1"]["value"] < high <= 1
 
@@ -372,10 +380,12 @@ def test_a_run_tells_its_labels_before_and_after(
     assert cli.run(["report", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
     assert "base model, label, accuracy: " in shown
-    assert "adapter, label, macro_f1: mean " in shown
+    assert ", mean over 2 labels, 8 questions (95 % interval " in shown
+    # How it was asked is said once, for all four scores.
+    assert shown.count("at most 3 new tokens") == 1
     assert "right \\ given" in shown
     assert "label, the first of 8 answers:" in shown
-    assert "  asked: Question: Is 0 even? Answer:" in shown
+    assert "  asked: Question: Is 0 even?\n" in shown
     assert "  expected: yes" in shown
     assert shown.count("  base model: ") == shown.count("  adapter: ") == 2
     stored = tmp_path / "run" / "evaluation" / "after" / "label" / "completions.jsonl"

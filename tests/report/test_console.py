@@ -174,10 +174,15 @@ def test_results_come_first_in_units_and_layers_only_when_asked(
 def test_every_score_says_whose_it_is_and_how_it_was_asked(capsys: pytest.CaptureFixture[str]):
     view.show_results(RESULTS)
     lines = capsys.readouterr().out.splitlines()
-    for whose, value in (("base model", "9.0 %"), ("adapter", "47.0 %")):
-        (line,) = (line for line in lines if line.startswith(f"{whose}, gsm8k, strict: {value}"))
-        assert "of 200" in line
-        assert line.endswith("; own.jsonl, the first 200, greedy")
+    # Asked alike, so that it is said once.
+    (above,) = (place for place, line in enumerate(lines) if "own.jsonl" in line)
+    assert lines[above] == "scores on own.jsonl, the first 200, greedy:"
+    for place, whose in enumerate(
+        ("base model, gsm8k, strict: 9.0 %", "adapter, gsm8k, strict: 47.0 %")
+    ):
+        line = lines[above + 1 + place]
+        assert line.startswith(f"{whose} of 200 (95 % interval ")
+        assert line.endswith(" without an answer")
     assert not any("in this training" in line for line in lines)
 
 
@@ -274,3 +279,33 @@ def test_a_merge_that_keeps_and_proves_enough_says_no_more(capsys: pytest.Captur
     words = capsys.readouterr().out
     assert "coarse" not in words
     assert "--dtype" not in words
+
+
+def test_scores_that_were_asked_otherwise_are_grouped_by_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    score = {"value": 0.5, "n": 8, "stderr": 0.1, "unextractable": 0}
+    scores = {name: {"accuracy": score, "macro_f1": score} for name in ("label", "label, b.jsonl")}
+    conditions = {"label": "a.jsonl, greedy", "label, b.jsonl": "b.jsonl, greedy"}
+    results = {"scores": scores, "base_scores": scores, "score_conditions": conditions}
+    view.show_results(results)
+    starts = [line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert starts == [
+        *("scores on a.jsonl, greedy:", "base model, label, accuracy"),
+        *("base model, label, macro_f1", "adapter, label, accuracy", "adapter, label, macro_f1"),
+        *("scores on b.jsonl, greedy:", "base model, label, b.jsonl, accuracy"),
+        *("base model, label, b.jsonl, macro_f1", "adapter, label, b.jsonl, accuracy"),
+        "adapter, label, b.jsonl, macro_f1",
+    ]
+
+
+def test_the_training_loss_says_what_it_is_the_mean_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, told in (
+        ({}, "4.9000, mean of the last steps"),
+        ({"train_loss_steps": 10}, "4.9000, mean of the last 10 steps"),
+        ({"train_loss_steps": 1}, "4.9000, of the last step"),
+    ):
+        view.show_results({"train_loss": 4.9, "steps": 12, **steps})
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(maxsplit=2)[2] for line in lines if "loss" in line] == [told]
+        assert len(lines) == 2

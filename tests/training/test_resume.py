@@ -14,6 +14,7 @@ import torch
 from kpsvd_tune.errors import CheckpointError, StoppedBySignal
 from kpsvd_tune.recipe.values import OPTIMIZERS
 from kpsvd_tune.storage.commit import read_committed
+from kpsvd_tune.training import loop
 from kpsvd_tune.training.schedule import make_scheduler
 from kpsvd_tune.training.step import Stepper
 
@@ -452,3 +453,15 @@ def test_a_best_step_that_cannot_be_read_is_an_error_with_a_way_out(
     (tmp_path / "run" / "checkpoints" / "step-000001" / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"state\.json.*train\.keep=last --allow-change"):
         next(steps)
+
+
+def test_the_most_memory_is_that_of_all_commands_of_a_run(start_training, monkeypatch):
+    held = iter([300, 500, 200])
+    monkeypatch.setattr(loop, "peak_memory_bytes", lambda _: next(held))
+    steps = start_training(max_steps=3, save_every=1).steps()
+    assert [next(steps).memory_bytes for _ in range(2)] == [300, 500]
+    steps.close()
+    monkeypatch.setattr(loop, "peak_memory_bytes", lambda _: 200)
+    resumed = start_training(max_steps=3, save_every=1)
+    assert [metrics.memory_bytes for metrics in resumed.steps()] == [500]
+    assert resumed.result().peak_memory_bytes == 500

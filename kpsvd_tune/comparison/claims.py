@@ -68,7 +68,7 @@ def _fewer(found: Findings, other: MethodSummary) -> Claim:
         if is_kpsvd(each.method) and each.trainable_parameters <= limit
     )
     if ours is None:
-        return Claim(text, "undecided", "no KPSVD trial has that few parameters")
+        return _undecidable(text, "no KPSVD trial has that few parameters")
     change = found.difference(key_of(ours), key_of(other))
     share = ours.trainable_parameters / other.trainable_parameters
     figure = (
@@ -94,7 +94,7 @@ def _fewer(found: Findings, other: MethodSummary) -> Claim:
                 f"; but {cut.method} with {cut.trainable_parameters:,} is no worse either "
                 f"({_shown(own)}): the rank does not bind"
             )
-    return _claim(text, verdict, figure, _learnt_nothing(other, found))
+    return _claim(text, verdict, figure, change, _learnt_nothing(other, found))
 
 
 def _quality(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim:
@@ -104,7 +104,8 @@ def _quality(found: Findings, ours: MethodSummary, other: MethodSummary) -> Clai
     among = f", the best of {variants} variants" if variants > 1 else ""
     figure = f"{ours.method}{among}, against {other.method} at {ours.budget:,}: {_shown(change)}"
     verdict = _verdict(change, EQUAL_NATS)
-    return _claim(text, verdict, figure, _unequal(ours, other), _learnt_nothing(other, found))
+    doubts = _unequal(ours, other), _learnt_nothing(other, found)
+    return _claim(text, verdict, figure, change, *doubts)
 
 
 def _faster(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim:
@@ -121,7 +122,7 @@ def _faster(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim
         )
         changes.append(own_steps - their_steps)
     if not changes:
-        return Claim(text, "undecided", "no seed in common")
+        return _undecidable(text, "no seed in common")
     change = estimate(changes)
     note = f"; {num_short} of {len(changes)} KPSVD runs never reach it" if num_short else ""
     figure = (
@@ -131,20 +132,21 @@ def _faster(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim
     verdict = _verdict(change, 0.0)
     if verdict == "held" and num_short:
         verdict = "undecided"
-    return _claim(text, verdict, figure, _unequal(ours, other), _short(found, ours, other))
+    few, sizes = _short(found, ours, other), _unequal(ours, other)
+    return _claim(text, verdict, figure, change, sizes, few_steps=few)
 
 
 def _steadier(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim:
     text = "steadier gradients: lower variation of the gradient norm after warm-up"
     pairs, num_warmup = found.pairs(key_of(ours), key_of(other)), found.num_warmup
     if any(len(row.grad_norms) < num_warmup + 2 for pair in pairs for row in pair):
-        return Claim(text, "undecided", "too few steps after warm-up")
+        return _undecidable(text, "too few steps after warm-up")
     changes = [
         variation(own.grad_norms, num_warmup) - variation(theirs.grad_norms, num_warmup)
         for own, theirs in pairs
     ]
     if not changes:
-        return Claim(text, "undecided", "no seed in common")
+        return _undecidable(text, "no seed in common")
     change = estimate(changes)
     figure = (
         f"{ours.method} {ours.gradient_variation.mean:.3f}, {other.method} "
@@ -152,14 +154,34 @@ def _steadier(found: Findings, ours: MethodSummary, other: MethodSummary) -> Cla
         f"({change.interval(3)}); clipped steps {ours.clipped_share:.0%} and "
         f"{other.clipped_share:.0%}"
     )
-    doubts = _unequal(ours, other), _short(found, ours, other)
-    return _claim(text, _verdict(change, 0.0), figure, *doubts)
+    few, sizes = _short(found, ours, other), _unequal(ours, other)
+    return _claim(text, _verdict(change, 0.0), figure, change, sizes, few_steps=few)
 
 
-def _claim(text: str, verdict: str, figure: str, *doubts: str | None) -> Claim:
+def _claim(
+    text: str,
+    verdict: str,
+    figure: str,
+    change: Difference | Estimate | None,
+    *doubts: str | None,
+    few_steps: str | None = None,
+) -> Claim:
     """A claim that is undecided where there is a doubt, whatever the figures say."""
-    told = [doubt for doubt in doubts if doubt is not None]
-    return Claim(text, "undecided" if told else verdict, "; ".join((figure, *told)))
+    told = [doubt for doubt in (*doubts, few_steps) if doubt is not None]
+    found = change.loss if isinstance(change, Difference) else change
+    seeds = (
+        "no seed in common"
+        if found is None
+        else "one seed, which cannot tell a difference from chance"
+        if found.low is None
+        else None
+    )
+    undecidable = tuple(each for each in (seeds, few_steps) if each is not None)
+    return Claim(text, "undecided" if told else verdict, "; ".join((figure, *told)), undecidable)
+
+
+def _undecidable(text: str, why: str) -> Claim:
+    return Claim(text, "undecided", why, (why,))
 
 
 def _unequal(ours: MethodSummary, other: MethodSummary) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kpsvd_tune.comparison.claims import judge, unequal_sizes
-from kpsvd_tune.comparison.findings import Findings, key_of, lowest
+from kpsvd_tune.comparison.findings import Findings, is_kpsvd, key_of, lowest
 from kpsvd_tune.comparison.methods import is_ours
 from kpsvd_tune.comparison.missing import missing
 from kpsvd_tune.comparison.returns import returns, smallest_adapter, spent
@@ -273,6 +273,9 @@ def _lead(change: Difference | None, one: str, other: str) -> str:
     if change is None:
         return "no seed in common"
     loss = change.loss
+    if is_kpsvd(other) and not is_kpsvd(one):
+        # As in the tables: a KPSVD method minus a baseline.
+        one, other, loss = other, one, loss.negated()
     return f"loss of {one} minus that of {other}: {loss.mean:+.4f} nats, {loss.interval()}"
 
 

@@ -126,6 +126,12 @@ class Estimate(Result):
     high: float | None
     n: int  # seeds
 
+    def negated(self) -> Estimate:
+        """The same of the opposite: of a difference, the other way round."""
+        low = None if self.high is None else -self.high
+        high = None if self.low is None else -self.low
+        return Estimate(-self.mean, self.deviation, low, high, self.n)
+
     def interval(self, digits: int = 4) -> str:
         """The confidence interval in words, with the number of seeds."""
         if self.low is None or self.high is None:
@@ -169,7 +175,7 @@ class MethodSummary(Result):
         """The cell of every column of the tables, on the console and on the page."""
         steps, num_seeds = self.steps_to_reference, self.validation_loss.n
         seconds = self.seconds_to_reference
-        reached = "–" if steps is None else f"{steps.mean:.0f}"
+        reached = "–" if steps is None else f"{steps.mean:.1f}"
         if steps is not None and steps.n != num_seeds:
             reached += f" ({steps.n} of {num_seeds})"
         return {
@@ -263,9 +269,9 @@ class Return(Result):
             "device time": duration(3600 * self.hours),
             "cost": "–" if self.cost is None else f"{money(self.cost)} {currency}",
             "energy": "–" if self.energy_joules is None else energy(self.energy_joules),
-            "gain over base": _joined(
+            "minus the base": _joined(
                 [
-                    None if self.gain is None else f"{self.gain:+.4f} nats",
+                    None if self.gain is None else f"{-self.gain:+.4f} nats",
                     None if self.points is None else f"{self.points:+.1f} points",
                 ]
             ),
@@ -281,12 +287,13 @@ class Return(Result):
             return "is the best baseline"
         if extra is None or self.extra_gain is None:
             return f"{self.baseline}: no seed in common"
-        gains = [(self.extra_gain.mean, f"{self.extra_gain.mean:+.4f} nats", "nats")]
+        # Differences are ours minus the other's, as everywhere; a rate is of what is gained.
+        gains = [(self.extra_gain.mean, f"{-self.extra_gain.mean:+.4f} nats", "nats")]
         if (points := self.extra_points) is not None:
             gains.append((100 * points.change, f"{100 * points.change:+.1f} points", "points"))
         told = " and ".join(text for _, text, _ in gains)
         paid = f"{money(abs(extra))} {unit}"
-        said = f"{self.baseline}: {told} of gain for {paid} {'more' if extra > 0 else 'less'}"
+        said = f"{self.baseline}: {told} for {paid} {'more' if extra > 0 else 'less'}"
         rates = [each for gain, _, name in gains if (each := _rate(gain, extra, name))]
         return f"{said}: {' and '.join(rates)} per {unit}" if rates else said
 
@@ -363,6 +370,8 @@ class Claim(Result):
     text: str
     verdict: str  # held, not held, or undecided
     figure: str  # the figures behind the verdict
+    # Why such trials cannot decide it, whatever their figures are: one seed, or few steps.
+    undecidable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

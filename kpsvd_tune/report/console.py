@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from kpsvd_tune.report.comparison import Comparison, Recommendation
+from kpsvd_tune.report.comparison import Claim, Comparison, Recommendation
 from kpsvd_tune.report.layout import (
     Column,
     output,
@@ -64,6 +64,11 @@ _METHOD_COLUMNS = {
     "forgetting": Column("forgetting"),
     "time a step": Column("step time", goes=3),
 }
+# Said once, above the first difference.
+_DIFFERENCES = (
+    "Differences are always the first method minus the other: of a loss, below zero is better for "
+    "the first; of a score, above zero."
+)
 _COST_TEXTS = ("method", "against the best baseline")
 _RANK_COLUMNS = {
     "module": Column("module", is_text=True),
@@ -416,6 +421,8 @@ def show_comparison(verdict: Comparison) -> None:
     else:
         print_table(out, columns, rows, where="comparison.html")
     trained = {(each.method, each.budget): each.trainable_parameters for each in verdict.summaries}
+    if verdict.differences:
+        print_line(out, _DIFFERENCES)
     for pair in verdict.differences:
         if pair.budget == pair.other_budget:
             own, other = (trained[name, pair.budget] for name in (pair.method, pair.other))
@@ -432,16 +439,29 @@ def show_comparison(verdict: Comparison) -> None:
                 f"score of {change.method} minus {change.other} at {change.budget:,}: "
                 f"{change.in_words()}",
             )
-    if verdict.claims:
-        _print_title(out, "the claims about KPSVD, by these trials")
-    for claim in verdict.claims:
-        print_line(out, f"{claim.verdict}: {claim.text}")
-        print_line(out, Text(f"    {claim.figure}", style="dim"), 4)
+    _show_claims(out, verdict.claims)
     _show_costs(out, verdict)
     if verdict.notes:
         _print_title(out, "notes")
         _print_list(out, verdict.notes)
     _show_recommendation(out, verdict.recommendation)
+
+
+def _show_claims(out: Console, claims: Sequence[Claim]) -> None:
+    """Each claim with its figures; one line where such trials can decide none of them."""
+    if not claims:
+        return
+    _print_title(out, "the claims about KPSVD, by these trials")
+    if all(claim.verdict == "undecided" and claim.undecidable for claim in claims):
+        reasons = dict.fromkeys(why for claim in claims for why in claim.undecidable)
+        told = "; ".join(reasons)
+        print_line(
+            out, f"all {len(claims)} are undecided: {told}; comparison.html has their figures"
+        )
+        return
+    for claim in claims:
+        print_line(out, f"{claim.verdict}: {claim.text}")
+        print_line(out, Text(f"    {claim.figure}", style="dim"), 4)
 
 
 def _show_costs(out: Console, verdict: Comparison) -> None:

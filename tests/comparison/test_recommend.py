@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from trial_rows import row
@@ -57,6 +58,17 @@ def test_one_seed_proves_nothing():
         "whether it is better than kpsvd (loss of kpsvd minus that of lora: +0.5000 nats, one "
         "seed)",
     )
+
+
+def test_a_difference_is_kpsvd_minus_the_baseline_whoever_is_taken():
+    for loss, sign in ((0.5, "-"), (1.5, "+")):
+        (told,) = recommendation([row("lora", loss=1.0), row("kpsvd", loss=loss)]).undecided
+        assert f"(loss of kpsvd minus that of lora: {sign}0.5000 nats, one seed)" in told
+    # With its interval turned round too.
+    rows = [*trials("kpsvd", 1.0), *trials("lora", 1.01, 0.1)]
+    (told,) = recommendation(rows).undecided
+    low, high = map(float, re.findall(r"interval ([+-][\d.]+) to ([+-][\d.]+)", told)[0])
+    assert low < -0.01 < 0 < high, told
 
 
 def test_methods_without_a_seed_in_common_are_not_ranked():

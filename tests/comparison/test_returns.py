@@ -47,7 +47,7 @@ def test_a_run_costs_its_device_hours_and_brings_nats() -> None:
     cells = found.in_words("EUR")
     assert cells["device time"] == "12 s"
     assert cells["cost"] == "0.12 EUR"
-    assert cells["gain over base"] == "+1.0000 nats"
+    assert cells["minus the base"] == "-1.0000 nats"
     # 1.0 / 0.12
     assert cells["gain per EUR"] == "8.33 nats"
     assert cells["against the best baseline"] == "is the best baseline"
@@ -71,7 +71,7 @@ def test_more_money_than_the_baseline_is_held_against_what_it_brings() -> None:
     assert found.extra_gain is not None
     assert found.extra_gain.mean == pytest.approx(0.1)
     assert found.in_words("EUR")["against the best baseline"] == (
-        "lora: +0.1000 nats of gain for 0.080 EUR more: 1.25 nats per EUR"
+        "lora: -0.1000 nats for 0.080 EUR more: 1.25 nats per EUR"
     )
 
 
@@ -79,19 +79,19 @@ def test_a_cheaper_run_says_so_and_has_no_rate() -> None:
     rows = seeds("lora", [1.0, 1.2]) + seeds("kpsvd", [1.1, 1.3], seconds_per_step=1.0)
     found = of(verdict(rows), "kpsvd")
     assert found.in_words("EUR")["against the best baseline"] == (
-        "lora: -0.1000 nats of gain for 0.040 EUR less"
+        "lora: +0.1000 nats for 0.040 EUR less"
     )
 
 
 def test_what_is_lost_has_no_rate_for_the_money() -> None:
     cells = of(verdict(seeds("lora", [2.5])), "lora").in_words("EUR")
-    assert (cells["gain over base"], cells["gain per EUR"]) == ("-0.5000 nats", "–")
+    assert (cells["minus the base"], cells["gain per EUR"]) == ("+0.5000 nats", "–")
 
 
 def test_points_are_bought_beside_nats() -> None:
     rows = [row("lora", loss=1.0, score=scored((1.0, 0.0)))]
     cells = of(verdict(rows, base_score=scored((0.0, 0.0))), "lora").in_words("EUR")
-    assert cells["gain over base"] == "+1.0000 nats, +50.0 points"
+    assert cells["minus the base"] == "-1.0000 nats, +50.0 points"
     # 50 / 0.12
     assert cells["gain per EUR"] == "8.33 nats, 417 points"
 

@@ -261,7 +261,17 @@ def test_unequal_sizes_decide_nothing(size: int, is_equal: bool) -> None:
 def test_one_seed_decides_nothing() -> None:
     rows = seeds("kpsvd", [0.5], validation_losses=((0, 2.0), (1, 0.5)), **LONG)
     rows += seeds("lora", [1.0], **LONG)
-    assert {each.verdict for each in verdict(rows).claims} == {"undecided"}
+    claims = verdict(rows).claims
+    assert {each.verdict for each in claims} == {"undecided"}
+    # One seed says why, whatever the figures are.
+    assert all(each.undecidable for each in claims), claims
+    assert claims[1].undecidable == ("one seed, which cannot tell a difference from chance",)
+
+
+def test_seeds_that_could_decide_say_so_where_the_interval_holds_zero() -> None:
+    rows = seeds("kpsvd", [0.9, 1.1, 1.0], **LONG) + seeds("lora", [1.0, 0.9, 1.1], **LONG)
+    quality = claim(verdict(rows), "equal or better quality")
+    assert (quality.verdict, quality.undecidable) == ("undecided", ())
 
 
 def test_a_baseline_that_learnt_nothing_cannot_be_equalled() -> None:

@@ -15,7 +15,7 @@ from trial_rows import row
 
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.report.comparison import Comparison, TrialRow, plus_minus
+from kpsvd_tune.report.comparison import Claim, Comparison, TrialRow, plus_minus
 from kpsvd_tune.report.comparison_page import comparison_page
 from kpsvd_tune.report.console import show_comparison
 from kpsvd_tune.report.figures import PALETTES
@@ -91,6 +91,36 @@ def test_the_console_shows_every_method_claim_and_note(
     for claim in verdict.claims:
         assert f"{claim.verdict}: {claim.text}\n    {claim.figure}\n" in shown
     assert "\n\nnotes\n- " in shown
+
+
+def test_claims_that_such_trials_cannot_decide_are_one_line_with_the_reasons(
+    verdict: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims = tuple(
+        Claim(f"claim {n}", "undecided", f"figures {n}", ("one seed", "few steps")[:n])
+        for n in (1, 2)
+    )
+    show_comparison(replace(verdict, claims=claims))
+    shown = capsys.readouterr().out
+    assert "all 2 are undecided: one seed; few steps; comparison.html has their figures" in shown
+    assert "figures 1" not in shown
+    # Where the trials could have decided one of them, all are shown.
+    for other in (Claim("a", "undecided", "figures of a"), Claim("a", "held", "figures of a")):
+        show_comparison(replace(verdict, claims=(*claims, other)))
+        shown = capsys.readouterr().out
+        assert "figures 1" in shown
+        assert "figures of a" in shown
+
+
+def test_the_sign_of_a_difference_is_said_once_and_steps_have_a_decimal(
+    verdict: Comparison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_comparison(verdict)
+    shown = capsys.readouterr().out
+    assert shown.count("Differences are always the first method minus the other") == 1
+    steps = verdict.summaries[0].steps_to_reference
+    assert steps is not None
+    assert verdict.summaries[0].in_words()["steps to reference"].startswith(f"{steps.mean:.1f}")
 
 
 def test_columns_that_hold_nothing_are_left_out(

@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str, str]] = {
         "",
         "w.jsonl, line 1: the column 'prompt' is missing; found the columns frage, Answer; "
         "expected prompt and completion (format prompt-completion); for example "
-        "dataset.columns={prompt: frage, completion: Answer}",
+        "'dataset.columns={prompt: frage, completion: Answer}'",
     ),
     "duplicate keys": (
         "d.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from kpsvd_tune.recipe import (
 )
 from kpsvd_tune.recipe.faults import LEVELS, message_of
 from kpsvd_tune.recipe.reference import MODELINE, SCHEMA_NAME, reference_page, schema_text
+from kpsvd_tune.recipe.split_words import unsplit
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -645,7 +647,9 @@ def test_early_stopping_without_validation_is_refused(faults):
         ("=4", "has an empty key; expected key=value, for example train.learning_rate=1e-3"),
         ("train..seed=4", "has an empty key; expected key=value, for example "
          "train.learning_rate=1e-3"),
-        ("train.seed=[1", "not valid YAML: expected ',' or ']', but got '<stream end>'; text "
+        ("train.seed=[1", "begins with [ and is not closed: write the ], and quotes around the "
+             "whole word, which a shell splits at spaces: 'train.seed=[1 ...]'"),
+        ("train.seed=]", "not valid YAML: expected the node content, but found ']'; text "
              "with colons, braces or hashes: 'train.seed=\"...\"'"),
         ("train.seed=!!python/name:os.system", "tags such as "
          "'tag:yaml.org,2002:python/name:os.system' are not allowed; write a plain value"),
@@ -1103,3 +1107,39 @@ def test_schema_and_page_are_printed_or_written(tmp_path: Path, capsys: pytest.C
         assert (tmp_path / verb).read_text("utf-8") == text
         assert main.run(["recipes", verb, "-o", str(tmp_path / "no" / verb)]) == 2
         assert "cannot be written: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "quoted"),
+    [
+        (
+            ["dataset.columns={prompt:", "a,", "completion:", "b}"],
+            "'dataset.columns={prompt: a, completion: b}'",
+        ),
+        (
+            ["dataset.columns=prompt:a", "dataset.columns=completion:b"],
+            "'dataset.columns={prompt: a, completion: b}'",
+        ),
+        (
+            ["adapter.target_modules=[q_proj,", "v_proj]"],
+            "'adapter.target_modules=[q_proj, v_proj]'",
+        ),
+    ],
+)
+def test_words_that_a_shell_has_split_are_one_fault_with_the_quoted_word(
+    faults, write, words: list[str], quoted: str
+):
+    others = ["train.seed=3", *words, "train.log_every=2"]
+    line = one_fault(faults(SECTIONS, *others))
+    assert line == (
+        f"override {words[0]}: a shell has split this word: put quotes around it, as in {quoted}"
+    )
+    # Which is taken as it stands.
+    load_recipe(write(SECTIONS), shlex.split(quoted))
+
+
+def test_a_word_with_braces_that_is_whole_is_left_alone():
+    words = ["a={b: 1}", "c=[1, 2]", "d=x:y", "e='{'", 'f={g: "{"}', "h={i: [}", "j=3"]
+    found = dict(unsplit(words))
+    assert list(found) == words
+    assert [word for word, fault in found.items() if fault] == ["h={i: [}"]

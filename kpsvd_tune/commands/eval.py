@@ -258,7 +258,8 @@ def _score(
             check_writable(run)
         except InputError as error:
             events.note(f"the scores will not be added to the run: {error}")
-    check_tasks([wanted], found.dataset)
+    for doubt in check_tasks([wanted], found.dataset):
+        events.note(doubt)
     with watched() as phase, ExitStack() as stack:
         stack.callback(end_processes)
         place = device()

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -86,6 +87,7 @@ def init(
             raise InputError(fault)
     ask = _Questions(yes)
     prepare_libraries(offline, debug)
+    from kpsvd_tune.draft.asked_task import check_json, doubt_about
     from kpsvd_tune.draft.rows import look_at
     from kpsvd_tune.draft.settings import BaseModel, Wanted, as_lines, draft, look_at_model
     from kpsvd_tune.draft.text import write_recipe
@@ -121,7 +123,16 @@ def init(
     typer.echo(f"  {found.reason}", err=True)
     suggested = found.task or _NOTHING
     known = ", ".join([*OWN_ROWS_TASKS, _NOTHING])
-    scored = ask("--task", f"How to score ({known})", task, suggested, _task)
+
+    def scorer(text: str) -> str | None:
+        chosen = _task(text)
+        if chosen == "json":
+            check_json(found)
+        return chosen
+
+    scored = ask("--task", f"How to score ({known})", task, suggested, scorer)
+    if doubt := doubt_about(found, scored):
+        typer.echo(f"warning: {doubt}", err=True)
     spending, limit = ask(
         "--budget",
         "Budget: trainable parameters (0.6M), time (30min, 2h) or money (5USD)",
@@ -147,7 +158,7 @@ def init(
     }
     words = [word for pair in typed.items() if pair[1] is not None for word in pair]
     command = shlex.join(["kpsvd-tune", "init", name, *words])  # type: ignore[list-item]
-    text = write_recipe(made, found, command, MODELINE)
+    text = write_recipe(made, _asked_for(found, scored), command, MODELINE)
     _write_new({held_out: as_lines(found.held_out), file: text.encode()})
     _next(file, held_out, place_schema(file.parent), made.content["output_dir"])
     if made.plan.fits is False:
@@ -156,6 +167,13 @@ def init(
             "take a smaller base model, or a machine with more memory",
             err=True,
         )
+
+
+def _asked_for(found: LookedAt, task: str | None) -> LookedAt:
+    """What was found, with a reason for the task that was chosen."""
+    if task == found.task:
+        return found
+    return replace(found, reason=f"asked for; {found.reason}")
 
 
 def _of_all(found: LookedAt) -> str:

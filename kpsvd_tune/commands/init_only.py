@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -131,7 +132,8 @@ def _decompose(
         # A run that goes on reads init/ back: other ranks there would not fit its factors.
         raise CheckpointError(
             f"{run.path} holds a training run, and its ranks stay as they are; `kpsvd-tune report "
-            f"{run.path}` shows them. To try other ranks, choose another output_dir"
+            f"{shlex.quote(str(run.path))}` shows them. To try other ranks, choose another "
+            "output_dir"
         )
     refuse_inside_run(run.path, "output_dir")
     run.check_ours()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from kpsvd_tune.commands.report import report
 from kpsvd_tune.commands.runs import runs
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
-from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal
+from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal, closest
 from kpsvd_tune.recipe.faults import key_like
 from kpsvd_tune.report.layout import make_console, print_line, shortened
 from kpsvd_tune.storage.disk import cure
@@ -65,6 +66,8 @@ for _command in (
     app.command("eval" if _command is evaluate else None)(_command)
 app.add_typer(recipes_app, name="recipes")
 
+# What typer adds of options that are spelt somewhat alike.
+_OFFERED = re.compile(r" \((?:Possible options|Did you mean)\b[^)]*\)")
 # The commands with KEY=VALUE for a recipe.
 _TAKE_KEYS = ("plan", "train", "compare", "init-only", "validate")
 
@@ -150,13 +153,20 @@ def _usage_message(error: TyperException, arguments: Sequence[str]) -> str:
         return said if repr(got) in said else f"{said}; got {got!r}"
     if arguments[0] not in _TAKE_KEYS:
         return said
+    # What typer offers is right for a slip of a letter, and misleads where another word was typed.
+    offered = _OFFERED.search(said)
+    if offered is not None:
+        if closest(option, re.findall(r"--[\w-]+", offered[0]), 0.8):
+            return said
+        said = said.replace(offered[0], "")
     # Such an option may be meant for a key of the recipe.
     key = key_like(option.lstrip("-"))
     if key is None:
         return f"{said}; keys of the recipe are changed without dashes: train.max_steps=40"
     # An option without a value is a switch in the tools that have such options.
     is_switch = not equals and (not got or got.startswith("-") or "=" in got)
-    return f"{said}; to change that key of the recipe write {key}={'true' if is_switch else got}"
+    change = shlex.quote(f"{key}={'true' if is_switch else got}")
+    return f"{said}; to change that key of the recipe write {change}"
 
 
 def _check_text(arguments: Sequence[str]) -> None:

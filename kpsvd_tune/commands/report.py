@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,7 +108,8 @@ def _report_pair(
         if kind_of(folder) == "comparison":
             raise InputError(
                 f"{folder} is the folder of a comparison; expected two runs. Its trials lie in "
-                f"{folder / 'trials'}, and kpsvd-tune report {folder} shows the verdict"
+                f"{folder / 'trials'}, and kpsvd-tune report "
+                f"{shlex.quote(str(folder))} shows the verdict"
             )
     runs = _read(first, price), _read(second, price)
     if first.resolve() == second.resolve():

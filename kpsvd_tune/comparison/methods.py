@@ -194,7 +194,7 @@ def _check_recipe_key(text: str, key: str) -> None:
         raise InputError(
             f"--methods {text}: the modules of one method are named by on, as in "
             "kpsvd:on=q_proj+v_proj; for all of them set it as in "
-            "`compare RECIPE adapter.target_modules=[q_proj,v_proj]`"
+            "`compare RECIPE 'adapter.target_modules=[q_proj,v_proj]'`"
         )
     if key.split(".")[0] in ("train", "dataset", "model", "modules_to_save"):
         raise InputError(

@@ -40,6 +40,7 @@ class LookedAt:
     held_out: tuple[Mapping[str, Any], ...]  # rows that are not to be trained on
     task: str | None  # that suits the answers; None: score nothing but the loss
     reason: str  # why that task
+    examples: tuple[Pair | Chat, ...]  # of the first rows, those with something to learn
 
 
 def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
@@ -57,13 +58,13 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
     if not first:
         raise DataError(f"{path}: holds no rows; expected at least two, each with an answer")
     form, columns = _form(first, columns)
-    examples = (form.example(row) for row in first)
-    task, reason = suited_task([_answer(each) for each in examples if each is not None], form)
+    examples = tuple(each for row in first if (each := form.example(row)) is not None)
+    task, reason = suited_task([answer_of(each) for each in examples], form)
     counts: Counter[bytes] = Counter()
     labels: dict[bytes, str] = {}  # of each distinct row; the same for all where there are none
     for example, _, key in _keyed(sources, form):
         counts[key] += 1
-        labels[key] = _answer(example).strip() if task == "label" else ""
+        labels[key] = answer_of(example).strip() if task == "label" else ""
     keys = list(counts)
     if len(keys) < 2:
         raise DataError(
@@ -73,7 +74,9 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
         )
     chosen = {keys[place] for place in _drawn(list(labels.values()))}
     held_out = tuple(row.values for row, key in _distinct(sources, form) if key in chosen)
-    return LookedAt(path, form, columns, len(keys), counts.total(), held_out, task, reason)
+    return LookedAt(
+        path, form, columns, len(keys), counts.total(), held_out, task, reason, examples
+    )
 
 
 def _drawn(labels: Sequence[str]) -> list[int]:
@@ -117,21 +120,10 @@ def _form(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[RowFormat, M
         filled = next((row for row in rows if any(row.values.values())), rows[0])
         advice = None if columns else advised_columns(filled)
         if advice is None or advice[1]:
-            raise _in_words(error) from None
+            raise error from None
         form = find_format(rows, "auto", advice[0], setting=setting)
         named = " and ".join(f"{name} as {role}" for role, name in advice[0].items())
         return replace(form, reason=f"takes {named}"), advice[0]
-
-
-def _in_words(error: DataError) -> DataError:
-    """The error with columns as the option takes them."""
-    text = str(error)
-    if "--columns={" not in text:
-        return error
-    start = text.index("--columns={")
-    end = text.index("}", start)
-    listed = text[start + len("--columns={") : end].replace(": ", "=").replace(", ", ",")
-    return DataError(f"{text[:start]}--columns {listed}{text[end + 1 :]}")
 
 
 def _rows(sources: Sequence[RowSource]) -> Iterator[Row]:
@@ -162,7 +154,8 @@ def _keyed(
             yield example, row, hashlib.sha256(content).digest()[:16]
 
 
-def _answer(example: Pair | Chat) -> str:
+def answer_of(example: Pair | Chat) -> str:
+    """The answer that is learnt of a row; of a chat the last one."""
     if isinstance(example, Pair):
         return example.completion
     return str(example.messages[example.learnt[-1]]["content"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.errors import KpsvdTuneError
 from kpsvd_tune.estimate.passes import PassTimes
 from kpsvd_tune.estimate.time import STEP_RANGE
-from kpsvd_tune.evaluation.evaluate import as_trained, labelled
-from kpsvd_tune.evaluation.questions import build_prompts, read_questions, read_shots
+from kpsvd_tune.evaluation.evaluate import as_trained, doubt_of, labelled
+from kpsvd_tune.evaluation.questions import Question, build_prompts, read_questions, read_shots
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.recipe import EvaluationRecipe, Recipe
@@ -24,8 +25,14 @@ ANSWERS_BASIS = (
 
 def prompt_lengths(task: EvaluationRecipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each prompt of a task that has answers to generate."""
+    return _prompt_lengths(task, read_questions(task), tokenizer)
+
+
+def _prompt_lengths(
+    task: EvaluationRecipe, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     template = task.template or TASKS[task.task].template
-    prompts, _ = build_prompts(read_questions(task), tokenizer, template, task, read_shots(task))
+    prompts, _ = build_prompts(questions, tokenizer, template, task, read_shots(task))
     return [len(each.input_ids) for each in prompts]
 
 
@@ -34,11 +41,12 @@ AskedTask = tuple[EvaluationRecipe, list[int]]
 
 
 def asked_tasks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, note: Callable[[str], None]
 ) -> tuple[list[AskedTask], list[str]]:
     """The tasks of a run that have answers to generate, and the names of the others.
 
-    Those whose rows cannot be read now are among the others, with the reason.
+    Those whose rows cannot be read now are among the others, with the reason. `note` is told what
+    looks wrong about the rows of a task.
     """
     found: list[AskedTask] = []
     left = []
@@ -48,9 +56,13 @@ def asked_tasks(
             continue
         task = as_trained(each, recipe.dataset)
         try:
-            found.append((task, prompt_lengths(task, tokenizer)))
+            questions = read_questions(task)
+            found.append((task, _prompt_lengths(task, questions, tokenizer)))
         except KpsvdTuneError as error:
             left.append(f"{name} ({str(error).splitlines()[0]})")
+            continue
+        if (doubt := doubt_of(task, questions)) is not None:
+            note(doubt)
     return found, left
 
 

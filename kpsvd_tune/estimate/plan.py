@@ -183,7 +183,7 @@ def make_plan(
         processes,
         process_bytes(),
         tokenizer,
-        *(([], []) if tokenizer is None else asked_tasks(recipe, tokenizer)),
+        *(([], []) if tokenizer is None else asked_tasks(recipe, tokenizer, events.note)),
     )
     events.stage("tracing a step of the largest batch on tensors without numbers")
     return _plan(setting, dataset)

@@ -28,6 +28,7 @@ from kpsvd_tune.evaluation.completions import (
     read_completions,
     repair_completions,
 )
+from kpsvd_tune.evaluation.doubt import doubt
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
     LanguageModel,
@@ -37,6 +38,7 @@ from kpsvd_tune.evaluation.generation import (
 from kpsvd_tune.evaluation.lm_harness import check_harness, harness_scores, task_names
 from kpsvd_tune.evaluation.loss import check_loss, score_loss
 from kpsvd_tune.evaluation.questions import (
+    Question,
     build_prompts,
     num_shots,
     read_questions,
@@ -74,14 +76,18 @@ def labelled(tasks: Sequence[EvaluationRecipe]) -> dict[str, EvaluationRecipe]:
     return named
 
 
-def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None) -> None:
+def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None) -> list[str]:
     """Find now what would stop the scoring after a training, by reading all rows.
+
+    Returns:
+        What looks wrong and stops nothing, a sentence each.
 
     Raises:
         InputError: Worked examples are wanted, and there are no rows to take them from; or no
             scorer of the task is installed.
         DataError: A task's rows or text cannot be read.
     """
+    doubts = []
     for task in tasks:
         recipe = as_trained(task, dataset)
         check_scorers(task.task)
@@ -90,8 +96,22 @@ def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None
         elif recipe.task in LOSS_TASKS:
             check_loss(recipe)
         else:
-            read_questions(recipe)
+            doubts.append(doubt_of(recipe, read_questions(recipe)))
             read_shots(recipe)
+    return [each for each in doubts if each is not None]
+
+
+def doubt_of(task: EvaluationRecipe, questions: Sequence[Question]) -> str | None:
+    """What looks wrong about scoring these rows with the task, as a sentence; None: nothing."""
+    found = None
+    if task.labels is None:
+        found = doubt(task.task, [each.answer for each in questions], is_sample=True)
+    if found is None:
+        return None
+    return (
+        f"warning: evaluation of {task.task}: {found} ({rows_source(task)}): are the columns right "
+        "(evaluation.columns, dataset.columns)? The task text scores texts"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path as FilePath
 
 from kpsvd_tune.errors import RecipeError, did_you_mean
@@ -127,10 +128,10 @@ def _not_found(file: FilePath, name: str, *, wants_part: bool) -> str:
 
 def _not_a_recipe(file: FilePath, kind: Kind) -> str:
     """What is wrong with a folder or a special file that was given as a recipe."""
-    model = ", which names it in model.path"
+    model, report = ", which names it in model.path", shlex.quote(shown(file))
     advice = {
         "run": f"; that of the run is {shown(file / 'recipe.yaml')}",
-        "comparison": f": the one it was made with; to see it: kpsvd-tune report {shown(file)}",
+        "comparison": f": the one it was made with; to see it: kpsvd-tune report {report}",
         "model": model,
         "merged": model,
         "adapter": "; to train on from an adapter, name it in adapter.from",

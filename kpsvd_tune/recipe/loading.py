@@ -16,6 +16,7 @@ from kpsvd_tune.recipe.extending import EXAMPLE, read_extended
 from kpsvd_tune.recipe.paths import path_faults
 from kpsvd_tune.recipe.reading import Document, Fault, Line, apply_override
 from kpsvd_tune.recipe.schema import Recipe, TrainRecipe
+from kpsvd_tune.recipe.split_words import unsplit
 from kpsvd_tune.recipe.values import show
 
 _TYPED_PARTS = (
@@ -55,11 +56,13 @@ def load_recipe(
         message = f"got {got}; expected a mapping with the keys model, dataset, adapter, ..."
         document.faults = document.faults or [Fault(document.origins.get(()), (), message)]
         raise RecipeError(_render(name, document))
-    for override in overrides:
+    for override, fault in unsplit(overrides):
         if re.match(r"\s*extends\s*[.=\[]", override):
             document.faults.append(Fault(override, ("extends",), _TYPED_PARTS))
-            continue
-        apply_override(document, override)
+        elif fault is not None:
+            document.faults.append(Fault(override, (), fault))
+        else:
+            apply_override(document, override)
     recipe = check(document, of_run=of_run)
     _look_up(document, look_up)
     if recipe is None or document.faults:
@@ -85,8 +88,11 @@ def evaluation_section(
     document = Document({"model": {"path": "-"}, "output_dir": "-", "evaluation": [section]})
     place = ("evaluation", 0)
     document.origins |= {(*place, key): f"--{key.replace('_', '-')}" for key in options}
-    for override in overrides:
-        apply_override(document, f"evaluation.0.{override}")
+    for override, fault in unsplit(overrides):
+        if fault is not None:
+            document.faults.append(Fault(override, (), fault))
+        else:
+            apply_override(document, override, "evaluation.0.")
     recipe = check(document)
     _look_up(document, ("evaluation",))
     if recipe is None or document.faults:
@@ -96,7 +102,7 @@ def evaluation_section(
             is_option = isinstance(origin, str) and origin.startswith("--")
             key = origin if is_option else written_path(path[2:])
             if not key and isinstance(origin, str):
-                key = origin.removeprefix("evaluation.0.")
+                key = origin
             lines.append(f"{key}: {' '.join(message.split())}")
         raise RecipeError("\n".join(lines))
     return recipe.evaluation[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path as FilePath
 from typing import Any
@@ -103,7 +104,7 @@ def model_problem(path: str) -> str | None:
         return (
             f"{path} is {named(kind)}, not a model; to train on from its adapter, name it in "
             "adapter.from and its base model here; to use it as a model, merge it first: "
-            f"kpsvd-tune merge {path} --output FOLDER"
+            f"kpsvd-tune merge {shlex.quote(path)} --output FOLDER"
         )
     is_gguf = path.lower().endswith(".gguf")
     if kind in ("merged", "model") and (os.path.isdir(expand(path)) or is_gguf):
@@ -177,8 +178,8 @@ def check_source(source: str, base: str | None = None) -> None:
         raise InputError(not_here(source, "run, adapter or model"))
     if kind == "comparison":
         raise InputError(
-            f"{source} is {named(kind)}: to see it, kpsvd-tune report {source}; to use one of its "
-            f"trials, name that: {source}/trials/..."
+            f"{source} is {named(kind)}: to see it, kpsvd-tune report {shlex.quote(source)}; to "
+            f"use one of its trials, name that: {source}/trials/..."
         )
     if kind == "recipe":
         raise InputError(f"{source} is {named(kind)}; expected the run it made: its output_dir")

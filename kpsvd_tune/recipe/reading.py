@@ -210,11 +210,11 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def apply_override(document: Document, text: str) -> None:
+def apply_override(document: Document, text: str, within: str = "") -> None:
     """Set one value in the document, which holds a mapping; a wrong text becomes its fault.
 
     A key in what is no mapping yet makes it one; `evaluation.0.limit=5` reaches list items; an
-    empty value is null.
+    empty value is null. Keys are those of the mapping `within`, such as "evaluation.0.".
     """
     key, equals, value_text = text.partition("=")
     keys = _INDEX.sub(r".\1", key.strip()).split(".")
@@ -233,7 +233,7 @@ def apply_override(document: Document, text: str) -> None:
             for _, _, message in value.faults
         ]
         return
-    _place(document, keys, value, text)
+    _place(document, [*within.split(".")[:-1], *keys], value, text)
 
 
 def _place(document: Document, keys: list[str], value: Document, text: str) -> None:

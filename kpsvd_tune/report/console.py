@@ -277,7 +277,7 @@ def show_results(results: Mapping[str, Any]) -> None:
 
 
 def show_scores(result: Mapping[str, Any]) -> None:
-    """One line for every scorer of a task."""
+    """One line for every scorer of a task, and the file of the answers."""
     model, conditions = result.get("model") or "", result.get("conditions")
     _show_score_lines(
         [
@@ -285,6 +285,8 @@ def show_scores(result: Mapping[str, Any]) -> None:
             for scorer, score in result["scores"].items()
         ]
     )
+    if file := result.get("completions"):
+        print_line(output(), f"answers: {file}", 4)
 
 
 def _show_score_lines(lines: Sequence[ScoreLine]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def read_run(run: Path) -> dict[str, Any]:
         kind = kind_of(run)
         got = f"; it is {named(kind)}" if kind else "; nothing lies there"
         if within := _runs_in(run):
-            listed = f"`kpsvd-tune runs {run}` lists them"
+            listed = f"`kpsvd-tune runs {shlex.quote(str(run))}` lists them"
             got += f" with {', '.join(within)} in it: name one of them ({listed})"
         raise InputError(
             f"{run} holds neither init/rank_report.json nor results.json{got}; expected the "

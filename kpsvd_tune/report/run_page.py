@@ -295,8 +295,8 @@ def _answers(found: Answers) -> dict[str, Any]:
         told = "all of them" if is_all else f"the first {first} of them"
         groups.append(
             (
-                f"Wrong after training by {found.scorer}: {found.num_wrong:,} of {num}; here {told}, "
-                "by row.",
+                f"Wrong after training by {found.scorer}: {found.num_wrong:,} of {num}; here "
+                f"{told}, by row.",
                 [_shown(one) for one in found.wrong],
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def find(source: str) -> Found:
         if not (path / "adapter" / "adapter_config.json").is_file():
             raise InputError(
                 f"{source} is a run without a finished adapter: run `kpsvd-tune train "
-                f"{path / 'recipe.yaml'}` to its end first"
+                f"{shlex.quote(str(path / 'recipe.yaml'))}` to its end first"
             )
         facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
         check_own(path / "adapter", facts.get(ADAPTER_KEY))

@@ -122,7 +122,8 @@ class TrainedModel:
 @contextmanager
 def prepare_run(recipe: Recipe, events: Events, options: RunOptions) -> Iterator[Context]:
     """Refuse what cannot work, gather the processes and take the run's folder."""
-    _check(recipe)
+    for doubt in _check(recipe):
+        events.note(doubt)
     run = RunDirectory(recipe.output_dir)
     with watched() as phase, ExitStack() as stack:
         phase.enter("meeting the other ranks")
@@ -502,16 +503,17 @@ def _learned(context: Context, model: PeftModel, step: int) -> LearnedReport | N
     return measure_learned(model, step)
 
 
-def _check(recipe: Recipe) -> None:
-    """Refuse before the first long stage whatever can be refused."""
+def _check(recipe: Recipe) -> list[str]:
+    """Refuse before the first long stage whatever can be refused; gives what looks wrong."""
     if recipe.dataset is None:
         raise RecipeError("the recipe has no dataset section, which `train` needs")
     is_sharded = recipe.train.parallel == "fsdp"
     _check_restrain(recipe, "train.parallel: fsdp", is_sharded)
     _check_quantisation(recipe, "train.parallel: fsdp", is_sharded)
     check_device_map(recipe)
-    check_tasks(recipe.evaluation, recipe.dataset)
+    doubts = check_tasks(recipe.evaluation, recipe.dataset)
     find_adapter(recipe)
+    return doubts
 
 
 def _check_quantisation(recipe: Recipe, sharding: str, is_sharded: bool) -> None:

@@ -376,6 +376,21 @@ def test_an_unknown_command_is_answered_with_those_there_are(capsys, arguments, 
     assert told in err.partition("Expected one of ")[2]
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--epochs", "--epochs; to change that key of the recipe write train.epochs=1"),
+        ("--resum", "--resum (Possible options: --resume)"),
+        ("--sharing", "--sharing; keys of the recipe are changed without dashes: "),
+    ],
+)
+def test_an_unknown_option_is_answered_with_what_is_near_it_alone(capsys, option, told):
+    assert cli.run(["train", "r", option, "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: No such option: {told}"), said
+    assert said.count("; ") + said.count(" (") == 1, said
+
+
 def test_an_option_that_is_unknown_to_a_command_without_a_recipe(capsys):
     assert cli.run(["report", "r", "--layer"]) == 2
     assert "No such option: --layer" in capsys.readouterr().err

@@ -230,6 +230,51 @@ def test_data_that_cannot_be_used_is_told_with_the_cure(
     assert not Path("mine.yaml").exists()
 
 
+def swapped_rows(here: Path) -> Path:
+    """Products of five shelves, each with a text of its own."""
+    shelves = ["toys", "sports", "kitchen", "garden", "office"]
+    lines = [
+        {"text of it": f"Item number {n} of our list is a fine one.", "shelf": shelves[n % 5]}
+        for n in range(50)
+    ]
+    file = here / "products.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return file
+
+
+@pytest.mark.slow
+def test_swapped_columns_are_told_with_the_other_way(
+    tiny_model_dir: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = swapped_rows(here)
+    options = ["--model", tiny_model_dir, "--data", rows.name, "--task", "label", "--yes"]
+    assert init(*options, "--columns", "prompt=shelf,completion=text of it") == 0
+    said = capsys.readouterr().err
+    assert "warning: --task label was asked for, and there are 50 different answers in 50" in said
+    option = "'prompt=text of it,completion=shelf'"
+    assert f"are 5 labels: --columns {option} takes them the other way; or take --task text" in said
+    assert (
+        "task: label                       # asked for; the answers"
+        in Path("mine.yaml").read_text()
+    )
+    for name in DRAFTED:
+        Path(name).unlink()
+    assert init(*options, "--columns", "prompt=text of it,completion=shelf") == 0
+    assert "warning: --task" not in capsys.readouterr().err
+
+
+def test_answers_that_are_no_json_are_no_rows_of_that_task(
+    tiny_model_dir: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = swapped_rows(here)
+    options = ["--model", tiny_model_dir, "--data", rows.name, "--task", "json", "--yes"]
+    assert init(*options, "--columns", "prompt=text of it,completion=shelf") == 2
+    said = capsys.readouterr().err
+    assert "task: got json, and 50 of 50 answers of products.jsonl are no JSON, such as" in said
+    assert "or take --task label" in said
+    assert not Path("mine.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "told"),
     [

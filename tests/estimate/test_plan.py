@@ -170,6 +170,19 @@ def test_scoring_is_in_the_time_and_the_money(
     assert "the time of scoring is not estimated: the rows were not read" in unread["basis"]
 
 
+def test_answers_that_do_not_suit_their_task_are_told(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "swapped.jsonl"
+    text = "A chair with a back and {} legs, all of them of the same wood."
+    lines = [{"prompt": "chairs", "completion": text.format(n)} for n in range(9)]
+    rows.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    task = {"task": "label", "path": str(rows), "columns": {"completion": "completion"}}
+    assert cli.run(["plan", str(write_recipe(evaluation=[task]))]) == 0
+    said = capsys.readouterr().err
+    assert "warning: evaluation of label: there are 9 different answers in 9 rows" in said
+
+
 def test_a_scoring_that_holds_more_than_the_training_is_the_peak(
     planned: Callable[..., dict[str, Any]], rows_file: Path
 ) -> None:

@@ -15,6 +15,7 @@ from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation import json_answer, text_answer
 from kpsvd_tune.evaluation.completions import Completion
+from kpsvd_tune.evaluation.doubt import doubt
 from kpsvd_tune.evaluation.evaluate import check_tasks
 from kpsvd_tune.evaluation.json_answer import parse_answer, same, shared_fields
 from kpsvd_tune.evaluation.label_answer import labels_of, read_label
@@ -29,6 +30,51 @@ from kpsvd_tune.report.run_files import gold_text
 def scores_of(task: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Score]:
     completions = [Completion(i, "", text, gold) for i, (text, gold) in enumerate(pairs)]
     return {each.scorer: each for each in score_completions(task, completions)}
+
+
+# Answers that do not suit their task
+
+
+LONG = "It has {} legs, a seat that can be washed, and a back as straight as can be."
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "is_sample", "told"),
+    [
+        ("label", [f"a text of its own, number {n}" for n in range(20)], False, "20 different"),
+        ("label", [f"a text of its own, number {n}" for n in range(20)], True, "20 different"),
+        ("label", [f"P{n}" for n in range(200)], False, "200 different answers in 200 rows"),
+        # 20 rows that were drawn of many may well have a label each.
+        ("label", [f"P{n}" for n in range(20)], True, None),
+        ("label", ["spam", "ham"] * 10, False, None),
+        ("label", ["spam", "ham"], False, None),
+        ("exact_match", [LONG.format("four")] * 10, True, "texts of more than 12 words"),
+        # Their last number is compared.
+        ("exact_match", [LONG.format(4)] * 10, True, None),
+        ("exact_match", ["Paris"] * 10, True, None),
+        ("text", [LONG.format("four")] * 10, True, None),
+    ],
+)
+def test_answers_that_do_not_suit_a_task_are_doubted(
+    task: str, answers: list[str], is_sample: bool, told: str | None
+) -> None:
+    found = doubt(task, answers, is_sample=is_sample)
+    assert (found is None) == (told is None), found
+    assert told is None or told in str(found)
+
+
+def test_rows_that_look_wrong_are_told_before_the_work_and_stop_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "chairs", "completion": LONG.format(n)} for n in range(9)]
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    task = EvaluationRecipe(task="label", path=str(file))
+    told = check_tasks([task, task.model_copy(update={"task": "text"})], None)
+    assert len(told) == 1, told
+    assert "evaluation of label: there are 9 different answers in 9 rows" in told[0]
+    assert "evaluation.columns" in told[0]
+    # Who names the labels knows them.
+    named = task.model_copy(update={"labels": [LONG.format(n) for n in range(9)]})
+    assert check_tasks([named], None) == []
 
 
 # Labels

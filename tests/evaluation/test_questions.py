@@ -87,7 +87,7 @@ def test_a_missing_column_is_told_by_the_key_that_eval_takes(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", [{"q": "1 + 1?", "a": "2"}])
     with pytest.raises(DataError) as got:
         read_questions(recipe("gsm8k", path))
-    assert str(got.value).endswith("for example columns={prompt: q, completion: a}")
+    assert str(got.value).endswith("for example 'columns={prompt: q, completion: a}'")
 
 
 def test_rows_that_share_an_id_are_numbered(tmp_path: Path):

@@ -449,7 +449,9 @@ def test_evaluating_a_finished_run_keeps_the_scores_with_it(
     asked += ["columns={prompt: question, completion: answer}"]
     for more in ([], ["--base-only"]):
         assert cli.run(["eval", str(run), *asked, *more]) == 0
-    capsys.readouterr()
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said.startswith(f"answers: {run}/evaluation/"), said
+        assert len(Path(said.removeprefix("answers: ")).read_text().splitlines()) == 1
     after = json.loads((run / "results.json").read_text())
     name = "exact_match, other.jsonl"
     assert after["scores"] == before["scores"] | {name: after["scores"][name]}

@@ -18,6 +18,7 @@ from kpsvd_tune.data.read.columns import (
     looks_like_pair,
     message_kind,
     missing_column,
+    naming,
     read_list,
     text_of,
 )
@@ -326,7 +327,7 @@ def _holds_messages(rows: Sequence[Row], columns: Mapping[str, str], setting: st
                 + (f"{columns[other]!r} holds text" if other in kinds else f"no column is {other}")
                 + f"; expected text in both {role} and {other}, or lists of messages in both, such "
                 "as [{'role': 'user', 'content': ...}]: rewrite one of them, or name others with "
-                f"{setting}={{prompt: COLUMN, completion: COLUMN}}"
+                + naming(setting, {"prompt": "COLUMN", "completion": "COLUMN"})
             )
         return any(kinds.values())
     return False
@@ -374,7 +375,7 @@ def _refuse_single_messages(row: Row) -> None:
         f"the columns {speaker!r} ({row.values[speaker]!r}) and {text!r} are those of "
         "one message of a chat; expected a whole chat in each row: join the messages of a chat to "
         "a list, messages: [{'role': ..., 'content': ...}], or learn every row as plain text with "
-        f"dataset.format=text dataset.columns={{text: {text}}}"
+        f"dataset.format=text {naming('dataset.columns', {'text': text})}"
     )
 
 
@@ -390,12 +391,11 @@ def several_messages(row: Row, names: Sequence[str], setting: str) -> DataError:
     else:
         kind = message_kind(row.values[kept[0]]) or "chat"
         columns = {REQUIRED_ROLES[kind][0]: kept[0]}
-    listed = ", ".join(f"{role}: {name}" for role, name in columns.items())
     others = ", ".join(name for name in names if name not in kept)
     return DataError(
         f"the columns {', '.join(map(repr, names))} all hold messages; expected one "
-        f"such column, since only one can be learnt: name it, as with {setting}={{{listed}}}, or "
-        f"leave the others out with dataset.ignore_columns: [{others}]"
+        f"such column, since only one can be learnt: name it, as with {naming(setting, columns)}, "
+        f"or leave the others out with dataset.ignore_columns: [{others}]"
     )
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.chat_program import TemplateError, variables_of
 from kpsvd_tune.data.encode.format import Pair
+from kpsvd_tune.data.read.columns import naming
 from kpsvd_tune.errors import DataError, did_you_mean
 from kpsvd_tune.recipe import DatasetRecipe
 from kpsvd_tune.recipe.dataset import CHAT_TEMPLATES, chat_template_problem
@@ -217,7 +218,7 @@ class TextTemplate:
         if unknown := [name for name in names if name not in _KNOWN]:
             fault = (
                 f"has the placeholder {{{unknown[0]}}}; to use a column of that name write "
-                f"{{prompt}} and dataset.columns={{prompt: {unknown[0]}}}"
+                f"{{prompt}} and {naming('dataset.columns', {'prompt': unknown[0]})}"
             )
         elif names.count("completion") != 1:
             fault = f"has {{completion}} {names.count('completion')} times; expected once"

@@ -14,6 +14,7 @@ from kpsvd_tune.data.read.columns import (
     ends_with_question,
     is_empty,
     message_kind,
+    naming,
     nearest,
     plain_name,
 )
@@ -97,7 +98,7 @@ class UnusedColumns:
             how = (
                 "put it into a message"
                 if self._form.is_chat and _last(name) not in SYSTEM_NAMES
-                else f"write dataset.columns={{{self._mapping(name)}}}"
+                else f"write {self._naming(name)}"
             )
             notes.append(
                 f"the column {name!r} looks like a part of the example and is not used: to use it, "
@@ -180,7 +181,7 @@ class UnusedColumns:
 
     def _fault_of_context(self, row: Row, name: str) -> str:
         taken = self._form.columns.get("input")
-        cure = f"dataset.columns={{{self._mapping(name)}}} puts it into the prompt"
+        cure = f"{self._naming(name)} puts it into the prompt"
         if taken is not None and row.values.get(taken):
             cure = f"join it with {taken!r}"
         return (
@@ -188,8 +189,8 @@ class UnusedColumns:
             f"example to have one: {cure}"
         )
 
-    def _mapping(self, name: str) -> str:
-        """The columns of all roles with this one among them, as the recipe would write them."""
+    def _naming(self, name: str) -> str:
+        """The override that gives the columns of all roles, this one among them."""
         takes = dict(self._form.columns)
         if _last(name) in SYSTEM_NAMES:
             takes["system"] = name
@@ -198,7 +199,7 @@ class UnusedColumns:
             named = {alpaca.get(role, role): taken for role, taken in takes.items()}
             takes = {role: named[role] for role in named if role in alpaca.values()}
             takes["history" if _last(name) == "history" else "input"] = name
-        return ", ".join(f"{role}: {taken}" for role, taken in takes.items())
+        return naming("dataset.columns", takes)
 
 
 def _last(name: str) -> str:

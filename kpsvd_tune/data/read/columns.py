@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -187,6 +188,14 @@ def absent_column(row: Row, name: str) -> DataError:
     )
 
 
+def naming(setting: str, columns: Mapping[str, str]) -> str:
+    """The words that name columns by role, as one types them: a shell would split braces."""
+    if setting.startswith("--"):
+        return shlex.join([setting, ",".join(f"{role}={name}" for role, name in columns.items())])
+    listed = ", ".join(f"{role}: {name}" for role, name in columns.items())
+    return shlex.quote(f"{setting}={{{listed}}}")
+
+
 def missing_column(
     row: Row,
     form: str,
@@ -206,10 +215,9 @@ def missing_column(
     if "COLUMN" in mapping.values():
         lead = "say which columns to use: "
     changes = f"dataset.format={advised} " if names_format and advised != form else ""
-    listed = ", ".join(f"{key}: {value}" for key, value in mapping.items())
     return DataError(
         f"{row.where}: {what} is missing; found {describe_columns(row)}; expected "
-        f"{' and '.join(required)} (format {form}); {lead}{changes}{setting}={{{listed}}}"
+        f"{' and '.join(required)} (format {form}); {lead}{changes}{naming(setting, mapping)}"
     )
 
 
@@ -364,17 +372,17 @@ def _cure(row: Row, chosen: str | None, rejected: str, setting: str) -> str:
     starts_with_answer = isinstance(first, dict) and _speaker(first) in ("assistant", "gpt")
     if kind is not None and not starts_with_answer:
         role = "messages" if kind == "chat" else "conversations"
-        columns = f"{role}: {chosen}"
+        columns = {role: chosen}
     elif kind is not None and before is not None and message_kind(row.values[before]) is None:
         return (
             f"write {before!r} as [{{'role': 'user', 'content': ...}}], and then "
-            f"{setting}={{prompt: {before}, completion: {chosen}}} learns the preferred one"
+            f"{naming(setting, {'prompt': before, 'completion': chosen})} learns the preferred one"
         )
     elif before is not None:
-        columns = f"prompt: {before}, completion: {chosen}"
+        columns = {"prompt": before, "completion": chosen}
     else:
-        columns = f"text: {chosen}"
-    return f"to learn the preferred one, write {setting}={{{columns}}}"
+        columns = {"text": chosen}
+    return f"to learn the preferred one, write {naming(setting, columns)}"
 
 
 def _speaker(message: Mapping[str, Any]) -> Any:

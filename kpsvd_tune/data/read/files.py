@@ -23,6 +23,8 @@ from typing import Any, BinaryIO, cast
 from kpsvd_tune.errors import DataError
 
 # The number of a row with its values, or with what is wrong with it in words.
+# Columns that an example of a row shows.
+_SHOWN = 4
 Numbered = tuple[int, dict[str, Any] | str]
 _COMPRESSED = (".gz", ".zst")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".bz2", ".xz")
@@ -215,6 +217,7 @@ def _foreign_byte(path: Path) -> tuple[int, int]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Numbered]:
+    names: Sequence[str] = ("prompt", "completion")
     # newline=None: any line end ends a row, since JSON writes those inside a text as \\n and \\r.
     for number, line in enumerate(_read_text(path, newline=None), start=1):
         if not line.strip():
@@ -222,12 +225,21 @@ def _read_jsonl(path: Path) -> Iterator[Numbered]:
         try:
             values = parse_json(line)
             found = _object(values, _line_cure(values))
+            if isinstance(found, dict) and found:
+                names = list(found)
         except ValueError as error:
             found = (
                 f"{_json_fault(error)}; expected one JSON object a line, such as "
-                f'{{"prompt": "...", "completion": "..."}}; found {shortened(line.strip(), 60)!r}'
+                f"{_example(names)}; found {shortened(line.strip(), 60)!r}: correct the line, or "
+                "remove it"
             )
         yield number, found
+
+
+def _example(names: Sequence[str]) -> str:
+    """A row with these columns, the first few of many."""
+    shown = ", ".join(f'{json.dumps(name, ensure_ascii=False)}: "..."' for name in names[:_SHOWN])
+    return f"{{{shown}{', ...' * (len(names) > _SHOWN)}}}"
 
 
 def _line_cure(values: Any) -> str:

@@ -193,7 +193,7 @@ def find_form(
         if system is None or all(column(row, system) is None for row in rows):
             raise DataError(
                 "dataset.template has {system} and no column gives it; expected "
-                "dataset.columns={system: COLUMN}, or a template without it"
+                "'dataset.columns={system: COLUMN}', or a template without it"
             )
     return form
 
@@ -247,7 +247,7 @@ def _find_form(
         raise DataError(f"{label}: holds no rows; expected at least one")
     unreadable = [row.fault for row in head if row.fault is not None]
     if unreadable and (not settings.drops_faulty or len(unreadable) == len(head)):
-        raise unreadable[0]
+        raise unreadable[0] if settings.drops_faulty else _unreadable(unreadable[0])
     if not settings.drops_faulty:
         return find_form(head, settings.format, settings.columns, settings.template), []
     refused: list[DataError] = []
@@ -278,6 +278,10 @@ def _find_form(
     return form, [note]
 
 
+def _unreadable(fault: DataError) -> DataError:
+    return DataError(f"{fault}; or have such rows left out with dataset.on_bad_row=drop")
+
+
 def _is_understood(row: Row, form: RowFormat) -> bool:
     """Whether a row can be read in a form and gives something to learn."""
     try:
@@ -304,6 +308,8 @@ def _encode(
         try:
             parts = _lay_out(row, form, unused, encoder)
         except DataError as error:
+            if faults is None and error is row.fault:
+                raise _unreadable(error) from error
             if faults is None or isinstance(error, TemplateMismatch):
                 raise
             faults.add(row, error)

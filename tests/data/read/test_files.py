@@ -90,6 +90,12 @@ def test_csv_keeps_line_ends_inside_quotes(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("r.jsonl", PAIR + "\n{oops}\n", r"r\.jsonl, line 2: not valid JSON at column 2"),
+        # The example is of the file's own columns.
+        (
+            "r.jsonl",
+            '{"sku": "1", "shelf": "x"}\n{oops}\n',
+            r'such as {"sku": "...", "shelf": "..."}; found .*: correct the line, or remove it',
+        ),
         ("r.jsonl", f"[{PAIR}]", r"line 1: expected a JSON object .* rename the file to \.json"),
         ("r.jsonl", '"text"', r"line 1: expected a JSON object .* found a text"),
         ("r.jsonl", '{"a": 1, "a": 2}', r"line 1: the key 'a' occurs twice in one object"),

@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         [{"question": "1+1?", "answer": "2"}],
         {},
         r"r\.jsonl, line 1: the column 'prompt' is missing; found the columns question, answer; "
-        r"expected prompt and completion .* dataset\.columns={prompt: question, completion: answ",
+        r"expected prompt and completion .* 'dataset\.columns={prompt: question, completion: answ",
     ),
     "duplicate keys": (
         "r.jsonl",

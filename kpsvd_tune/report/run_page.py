@@ -30,7 +30,6 @@ from kpsvd_tune.report.run_words import (
     validations,
 )
 from kpsvd_tune.storage.durable import replace_file
-from kpsvd_tune.units import counted
 
 # What of a run is shown on its page: of more than that, how much more there is.
 MOST_ANSWERS = 6  # questions of a task
@@ -290,11 +289,14 @@ def _answers(found: Answers) -> dict[str, Any]:
     """The groups of answers to a task, each with a sentence that says how they were chosen."""
     num, groups = f"{found.num_questions:,}", []
     if found.wrong:
-        told = counted(len(found.wrong), "question")
+        number = len(found.wrong)
+        first = "question" if number == 1 else f"{number} questions"
+        is_all = number == found.num_wrong
+        told = "all of them" if is_all else f"the first {first} of them"
         groups.append(
             (
-                f"Wrong after training by {found.scorer}: {found.num_wrong:,} of {num}; here the "
-                f"first {told} of them by row.",
+                f"Wrong after training by {found.scorer}: {found.num_wrong:,} of {num}; here "
+                f"{told}, by row.",
                 [_shown(one) for one in found.wrong],
             )
         )

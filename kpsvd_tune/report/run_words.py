@@ -169,10 +169,11 @@ def _what_is_counted(run: RunFiles) -> str:
             f"of which {duration(earlier)} are steps before it was stopped; what else those "
             "commands took, such as loading and scoring, is not counted"
         )
-    told = f"of {len(found)} commands, from the start of each to its end"
+    told = f"of {len(found)} commands, each from its start to its end"
     # The last one is that which ended the run.
     if killed := sum("ended" not in each for each in found[:-1]):
-        told += f"; of {counted(killed, 'command')} killed, until the last checkpoint"
+        was, its = ("was", "counts until its") if killed == 1 else ("were", "count until their")
+        told += f"; {killed} of them {was} killed, and {its} last checkpoint"
     return told
 
 

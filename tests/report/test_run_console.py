@@ -112,8 +112,8 @@ def test_a_price_that_is_typed_tells_the_cost(
     whole = {"started": "a", "ended": "b", "device_seconds": 60.0}
     killed = {"started": "c", "device_seconds": 60.0}
     for sessions, told in (
-        ([whole, whole], "2 h 00 min, of 2 commands, from the start of each to its end cost"),
-        ([whole, killed, whole], "to its end; of 1 command killed, until the last checkpoint cost"),
+        ([whole, whole], "2 h 00 min, of 2 commands, each from its start to its end cost"),
+        ([whole, killed, whole], "1 of them was killed, and counts until its last checkpoint cost"),
     ):
         record = json.loads((folder / "run.json").read_text()) | {"sessions": sessions}
         (folder / "run.json").write_text(json.dumps(record))

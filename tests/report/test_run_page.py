@@ -15,6 +15,7 @@ import pytest
 from run_folder import EVIL, write_events, write_run
 
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.report import run_page as run_page_module
 from kpsvd_tune.report.figures import MOST_POINTS, smooth, thinned
 from kpsvd_tune.report.live_page import LEAST_SECONDS, LivePage
 from kpsvd_tune.report.pages import check_page
@@ -152,7 +153,9 @@ def test_answers_are_the_first_rows_and_none_is_chosen(folder: Path) -> None:
     assert str(task.shown[0]["after"]).startswith("new ")
 
 
-def test_wrong_answers_and_the_table_of_labels_are_shown(folder: Path) -> None:
+def test_wrong_answers_and_the_table_of_labels_are_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = folder / "evaluation" / "after" / "exact_match" / "points.json"
     file.write_text('{"scorer": "exact_match", "points": {"0": 1.0, "1": 0, "2": 0.0, "3": 1}}')
     results = json.loads((folder / "results.json").read_text())
@@ -164,12 +167,15 @@ def test_wrong_answers_and_the_table_of_labels_are_shown(folder: Path) -> None:
     assert [one["row"] for one in task.wrong] == ["1"]
     assert [one["row"] for one in task.shown] == ["0"]
     text = words(page_of(folder))
-    assert (
-        "Wrong after training by exact_match: 2 of 4; here the first 2 questions of them by row."
-        in text
-    )
+    assert "Wrong after training by exact_match: 2 of 4; here all of them, by row." in text
     assert "adapter, exact_match: right labels in rows, given ones in columns" in text
     assert "right \\ given blue red <b> red <b> 3 1 blue 5 0" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(run_page_module, "MOST_ANSWERS", 1)
+        told = (
+            "Wrong after training by exact_match: 2 of 4; here the first question of them, by row."
+        )
+        assert told in words(page_of(folder))
     file.write_text('{"scorer": "exact_match", "points": {"0": 1, "1": 1, "2": 1, "3": 1}}')
     assert "Wrong after training by exact_match: none of 4." in words(page_of(folder))
 

@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     capsys.readouterr()
     assert cli.run(["report", str(stopped), "--price-per-hour", "3600"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "of 2 commands, from the start of each to its end" in shown
+    assert "of 2 commands, each from its start to its end" in shown
     assert f"{money(results['device_seconds'])} USD for this device time" in shown
 
 

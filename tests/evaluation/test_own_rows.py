@@ -20,6 +20,7 @@ from kpsvd_tune.evaluation.evaluate import check_tasks
 from kpsvd_tune.evaluation.json_answer import parse_answer, same, shared_fields
 from kpsvd_tune.evaluation.label_answer import labels_of, read_label
 from kpsvd_tune.evaluation.questions import read_questions
+from kpsvd_tune.evaluation.room import room, with_room
 from kpsvd_tune.evaluation.scoring import missing_scorers, score_completions
 from kpsvd_tune.recipe import EvaluationRecipe, load_recipe
 from kpsvd_tune.report.results import Score
@@ -359,6 +360,35 @@ def test_samples_of_a_question_share_its_point() -> None:
 )
 def test_right_answers_are_shown_without_what_scorers_need(gold: Any, text: str) -> None:
     assert gold_text(gold) == text
+
+
+@pytest.mark.slow
+def test_answers_of_labels_have_room_by_the_longest_label_where_nothing_is_said(
+    tiny_model_dir: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, folder = tmp_path / "labels.jsonl", tmp_path / "scores"
+    labels = ["a very long label of many words indeed", "no"]
+    lines = [{"prompt": f"row {n}", "completion": labels[n % 2]} for n in range(4)]
+    rows.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    longest = len(tokenizer(labels[0], add_special_tokens=False)["input_ids"]) + 1
+    assert room(3) == 16
+    command = ["eval", str(tiny_model_dir), "--task", "label", "--path", str(rows)]
+    command += ["-o", str(folder)]
+    assert cli.run([*command, "--dry-run"]) == 0
+    assert f"at most {room(longest)} new tokens" in " ".join(capsys.readouterr().out.split())
+    assert cli.run(command) == 0
+    assert f"at most {room(longest)} new tokens" in capsys.readouterr().out
+    # What is typed holds, and what was begun goes on as it began.
+    other = ["-o", str(tmp_path / "other")]
+    assert cli.run([*command, *other, "max_new_tokens=2"]) == 0
+    capsys.readouterr()
+    assert cli.run([*command, *other]) == 0
+    said = capsys.readouterr()
+    assert "at most 2 new tokens" in said.out
+    assert "4 of 4 answers are in" in said.err
+    # Other tasks keep their default.
+    task = EvaluationRecipe(task="exact_match", path=str(rows))
+    assert with_room(task, None, tokenizer, folder).max_new_tokens == 256
 
 
 @pytest.mark.slow

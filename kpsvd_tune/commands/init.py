@@ -127,9 +127,12 @@ def init(
             raise InputError(told) from error
 
     found = ask("--data", "Rows to learn from (.jsonl, .csv, ..., hub id)", data, None, rows)
+    # Where columns were asked for, no option was typed.
+    reason = found.form.reason
+    reason = reason if roles else reason.replace("--columns names", "you named the columns for")
     typer.echo(
         f"  {counted(found.num_rows, 'distinct row')}{_of_all(found)} "
-        f"({found.form.name}: {found.form.reason}); "
+        f"({found.form.name}: {reason}); "
         f"{len(found.held_out)} of them are held out to judge by"
         f"{', of each label its share' if found.task == 'label' else ''}",
         err=True,

@@ -395,7 +395,9 @@ def test_columns_that_nobody_can_guess_are_asked_for(
     (here / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     asked = answers("rows.jsonl", "won", "prompt=won,completion=two", "one, two", "none", "3k")
     assert init("--model", tiny_model_dir) == 0
-    said = capsys.readouterr().out
+    shown = capsys.readouterr()
+    said = shown.out
+    assert "(prompt-completion: you named the columns for prompt and completion)" in shown.err
     assert "  the rows have the columns one, two\n" in said
     assert "got 'won'; expected ROLE=COLUMN" in said
     assert "the column 'won' for prompt is missing" in said

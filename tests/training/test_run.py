@@ -463,7 +463,7 @@ def test_evaluating_a_finished_run_keeps_the_scores_with_it(
     shown = capsys.readouterr().out
     for whose in ("adapter", "base model"):
         assert f"{whose}, exact_match, other.jsonl, exact_match: " in shown
-    assert f"; {other}, template" in " ".join(shown.split())
+    assert f"scores on {other}, template" in " ".join(shown.split())
     assert cli.run(["eval", str(run)]) == 2
     assert "the run's own are exact_match, exact_match, loss, forgetting" in capsys.readouterr().err
     assert cli.run(["eval", str(run), "--task", "forgetting", "--base-only"]) == 2

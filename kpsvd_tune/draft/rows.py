@@ -54,6 +54,7 @@ class LookedAt:
     task: str | None  # that suits the answers; None: score nothing but the loss
     reason: str  # why that task
     examples: tuple[Pair | Chat, ...]  # of the first rows, those with something to learn
+    labels: tuple[str, ...]  # the few answers there are, where the held-out rows lack some of them
 
 
 def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
@@ -74,11 +75,12 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
     form, columns = _form(first, columns)
     examples = tuple(each for row in first if (each := form.example(row)) is not None)
     task, reason = suited_task([answer_of(each) for each in examples], form)
+    has_few = len({answer_of(each).strip() for each in examples}) <= _MOST_LABELS
     counts: Counter[bytes] = Counter()
     labels: dict[bytes, str] = {}  # of each distinct row; the same for all where there are none
     for example, _, key in _keyed(sources, form):
         counts[key] += 1
-        labels[key] = answer_of(example).strip() if task == "label" else ""
+        labels[key] = answer_of(example).strip() if has_few else ""
     keys = list(counts)
     if len(keys) < 2:
         raise DataError(
@@ -88,8 +90,10 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
         )
     chosen = {keys[place] for place in _drawn(list(labels.values()))}
     held_out = tuple(row.values for row, key in _distinct(sources, form) if key in chosen)
+    known, asked = set(labels.values()), {labels[key] for key in chosen}
+    lacking = tuple(sorted(known)) if has_few and known != asked else ()
     return LookedAt(
-        path, form, columns, len(keys), counts.total(), held_out, task, reason, examples
+        path, form, columns, len(keys), counts.total(), held_out, task, reason, examples, lacking
     )
 
 

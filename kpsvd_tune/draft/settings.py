@@ -210,6 +210,8 @@ def _evaluation(wanted: Wanted, task: str, lengths: Lengths, max_length: int) ->
     found: dict[str, Any] = {"task": task, "path": wanted.held_out, "before": True}
     if task in LOSS_TASKS:
         return {**found, "window": max_length}
+    if task == "label" and len(wanted.rows.labels) > 1:
+        found["labels"] = list(wanted.rows.labels)
     return {
         **found,
         "limit": _QUESTIONS[_device()[0]],

@@ -130,6 +130,7 @@ def _comments(draft: Draft, rows: LookedAt) -> Iterator[tuple[tuple[str, ...], s
     yield ("train", "save_every"), "steps between checkpoints, from which a stopped run goes on"
     yield ("evaluation", "task"), rows.reason
     yield ("evaluation", "before"), "the base model answers the same questions first"
+    yield ("evaluation", "labels"), "all that the rows have; those held out lack some"
     yield ("evaluation", "limit"), "questions to ask; more take longer and tell more"
     yield (
         ("evaluation", "max_new_tokens"),

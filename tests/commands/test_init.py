@@ -21,6 +21,7 @@ from kpsvd_tune.draft.rows import look_at, suited_task
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.estimate import plan as plans
 from kpsvd_tune.estimate.time import Speed
+from kpsvd_tune.evaluation.evaluate import check_tasks
 from kpsvd_tune.events import Silence
 from kpsvd_tune.recipe import load_recipe
 from kpsvd_tune.recipe.reference import SCHEMA_NAME, place_schema
@@ -291,6 +292,27 @@ def test_swapped_columns_are_told_with_the_other_way(
         Path(name).unlink()
     assert init(*options, "--columns", "prompt=text of it,completion=shelf") == 0
     assert "warning: --task" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_labels_that_the_held_out_rows_lack_are_in_the_recipe(
+    tiny_model_dir: Path, here: Path
+) -> None:
+    lines = [{"prompt": f"row {n}", "completion": ["no", "yes"][n % 2]} for n in range(12)]
+    (here / "few.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert init("--model", tiny_model_dir, "--data", "few.jsonl", "--yes") == 0
+    # One row is held out, which a training would refuse as rows with a single label.
+    assert len(Path("mine_heldout.jsonl").read_text().splitlines()) == 1
+    assert drafted()["evaluation"][0]["labels"] == ["no", "yes"]
+    assert check_tasks(load_recipe("mine.yaml").evaluation, None) == []
+    # With more rows each label is held out, and the rows say themselves which there are.
+    assert look_at("few.jsonl", {}).labels == ("no", "yes")
+    (here / "many.jsonl").write_text(
+        "".join(
+            json.dumps({**each, "prompt": f"{n} {each}"}) + "\n" for n in range(9) for each in lines
+        )
+    )
+    assert look_at("many.jsonl", {}).labels == ()
 
 
 def test_answers_that_are_no_json_are_no_rows_of_that_task(

@@ -241,13 +241,15 @@ output_dir: unused
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All that a finished run left, without times and places."""
+    """All that a finished run left, without times, places and the memory that was held."""
     run = RunDirectory(folder)
     last = run.checkpoints / f"step-{STEPS:06d}"
     found: dict[str, Any] = dict(read_committed(last))
     state = json.loads(found.pop("state.json"))
     # Lines of the log hold times, whose number of digits is not fixed.
-    del state["metrics_bytes"], state["progress"]["seconds"]
+    del state["metrics_bytes"]
+    for other in ("seconds", "peak_memory_bytes"):
+        del state["progress"][other]
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     results = json.loads(run.results_file.read_text())
     return found | {

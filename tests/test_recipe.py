@@ -1005,6 +1005,9 @@ def test_importing_the_recipe_loads_neither_torch_nor_transformers():
         ({"task": "gsm8k"}, ["=1"], "=1: has an empty key"),
         ({"task": "gsm8k"}, ["stop=['']"], "stop[0]: "),
         ({"task": "gsm9k"}, ["shot=1"], "shot: unknown key; did you mean shots?"),
+        ({"task": "gsm8k"}, ["columns={prompt:", "a,", "completion:", "b}"],
+         "columns={prompt:: a shell has split this word: put quotes around it, as in "
+         "'columns={prompt: a, completion: b}'"),
     ],
 )  # fmt: skip
 def test_faults_of_an_evaluation_are_told_in_the_words_of_the_command_line(

@@ -1,0 +1,92 @@
+"""scripts/benchmarks/study/paired.py: differences of two methods, seed by seed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shipped_scripts import SCRIPTS, script
+
+RESULTS = SCRIPTS / "benchmarks" / "results" / "study"
+BOTH = (
+    "kpsvd:form=both:factor_shape=balanced:rank.method=fixed:rank.max=1"
+    ":on=gate_proj+up_proj+down_proj"
+)
+
+
+def told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> dict[str, list[str]]:
+    """The cells of each measure that the script prints."""
+    paired = script("benchmarks/study/paired")
+    monkeypatch.setattr(sys, "argv", ["paired.py", *words])
+    paired.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    return {name: rest for name, *rest in cells}
+
+
+def row(method: str, seed: int, losses: list[float], **values: Any) -> dict[str, Any]:
+    about = {"method": method, "learning_rate": 0.01, "seed": seed, "failed": None}
+    measured = {"validation_loss": losses[-1], "test_loss": None, "forgetting": 0.0}
+    norms = {"grad_norms": [2.0] * 10 + [0.5] * (len(losses) - 10), "trainable_parameters": 8}
+    return {**about, **measured, "losses": losses, **norms, **values}
+
+
+def test_differences_are_of_seeds_in_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    falling = [4.0] * 10 + [3.0] * 10 + [2.0] * 10
+    fast = [4.0] * 10 + [1.0] * 20
+    rows = [
+        *(row("ours", seed, fast, forgetting=0.1 * seed) for seed in (0, 1, 2)),
+        *(row("other", seed, falling) for seed in (0, 1)),
+        row("other", 3, falling, failed="no memory"),
+    ]
+    file = tmp_path / "results.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    found = told(monkeypatch, capsys, "ours@0.01", "other@1e-2", str(file))
+    assert found["loss"] == ["1.0000", "2.0000", "-1.0000, 95 % interval -1.0000 to -1.0000, n = 2"]
+    # Of 0 and 0.1: Student's t of one degree of freedom is 12.706.
+    assert found["forgetting"][2] == "+0.0500, 95 % interval -0.5853 to +0.6853, n = 2"
+    # From 4 at step 10 to 1 at step 20, on a straight line, 2 is met at 16.67; the other needs 30.
+    assert found["steps to the baseline's lowest training loss"][:2] == ["16.6667", "30.0000"]
+    assert found["clipped steps"][:2] == ["0.3333", "0.3333"]
+    assert "test loss" not in found, "no trial has one"
+
+
+def test_a_method_that_is_not_there_is_told_with_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps(row("ours", 0, [1.0] * 20)) + "\n")
+    monkeypatch.setattr(sys, "argv", ["paired.py", "ours@0.01", "other@0.01", str(file)])
+    with pytest.raises(SystemExit, match=r"no finished trial of other@0\.01; expected one of ours"):
+        script("benchmarks/study/paired").main()
+
+
+@pytest.mark.parametrize(
+    ("task", "rates", "quoted"),
+    [
+        ("few", ("1e-2", "1e-2"), "+0.0061 (+0.0037 to +0.0084)"),
+        ("code", ("1e-2", "5e-3"), "-0.0100 (-0.0276 to +0.0076)"),
+    ],
+)
+def test_the_study_quotes_what_the_rows_say(
+    task: str,
+    rates: tuple[str, str],
+    quoted: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own, theirs = rates
+    file = str(RESULTS / f"{task}.jsonl")
+    found = told(monkeypatch, capsys, f"{BOTH}@{own}", f"lora@{theirs}", file)
+    change, low, _, high = (
+        found["loss"][2].replace(",", "").replace("95 % interval ", "").split()[:4]
+    )
+    assert f"{change} ({low} to {high})" == quoted
+    assert quoted in (SCRIPTS.parent / "docs" / "study.md").read_text(encoding="utf-8")

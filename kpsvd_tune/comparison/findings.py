@@ -70,6 +70,10 @@ class Findings:
         """Every method at every budget, smallest budget first."""
         return tuple(self._summary(key) for key in sorted(self.best, key=lambda key: key[::-1]))
 
+    def num_rates(self, key: Key) -> int:
+        """How many learning rates a method has trials with at a budget."""
+        return len({row.learning_rate for row in self._groups[key]})
+
     def budgets(self, method: str) -> list[int]:
         """The budgets that a method has trials at, ascending."""
         return sorted(budget for name, budget in self.best if name == method)

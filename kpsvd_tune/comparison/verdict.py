@@ -261,6 +261,8 @@ def _open_settings(
                 yield f"whether {fewer} parameters would do as well ({told})"
     if chosen.is_edge:
         yield f"whether a rate beyond {chosen.learning_rate:g} is better: it is the last one tried"
+    elif found.num_rates(key_of(chosen)) == 1:
+        yield f"whether another rate is better: {chosen.learning_rate:g} is the only one tried"
 
 
 def _is_above(change: Difference | None) -> bool:

@@ -55,7 +55,7 @@ def _against(
     change = found.difference(key_of(summary), key_of(baseline))
     return {
         "extra_hours": _hours(found, summary) - _hours(found, baseline),
-        "extra_gain": None if change is None else _negated(change.loss),
+        "extra_gain": None if change is None else change.loss.negated(),
         "extra_points": found.score_difference(key_of(summary), key_of(baseline)),
     }
 
@@ -119,9 +119,3 @@ def spent(
 def _hours(found: Findings, summary: MethodSummary) -> float:
     steps = len(found.best[key_of(summary)][0].losses)
     return (summary.init_seconds + summary.seconds_per_step * steps) / 3600
-
-
-def _negated(found: Estimate) -> Estimate:
-    """The same of the other sign: a loss that is lower is a gain."""
-    low, high = (None if end is None else -end for end in (found.high, found.low))
-    return Estimate(-found.mean, found.deviation, low, high, found.n)

@@ -149,8 +149,9 @@ def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key in (*order, *results):
         value = results[key]
         is_repeated = key.endswith("_validation_loss") and value in shown.values()
-        is_known = key == "adapter_step" and value == results.get("steps")
-        is_known = is_known or key == "train_loss_steps"
+        is_known = key == "train_loss_steps" or (
+            key == "adapter_step" and value == results.get("steps")
+        )
         if key == "train_loss":
             value = f"{value:.4f}, {train_loss_kind(results)}"
         if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):

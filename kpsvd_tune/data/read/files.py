@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, cast
 
 from kpsvd_tune.errors import DataError
 
-# The number of a row with its values, or with what is wrong with it in words.
 # Columns that an example of a row shows.
 _SHOWN = 4
+# The number of a row with its values, or with what is wrong with it in words.
 Numbered = tuple[int, dict[str, Any] | str]
 _COMPRESSED = (".gz", ".zst")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".rar", ".7z", ".bz2", ".xz")

@@ -95,7 +95,7 @@ def measure(
 
     wide, thin = chunked(32), chunked(4)
     # thin = wide-limit x (1 + narrow / 4), wide = wide-limit x (1 + narrow / 32).
-    narrow = max(0.0, min(4.0, (thin - wide) / max(1e-9, wide / 4 - thin / 32)))
+    narrow = max(0.0, min(16.0, (thin - wide) / max(1e-9, wide / 4 - thin / 32)))
     a, b = made(FEW, side, side, kind=torch.float32), made(FEW, other, other, kind=torch.float32)
     whole = cost(lambda: Dense.gradients(x, gy, None, a, b)) / entries
     costs = Costs(

@@ -155,6 +155,11 @@ class Form(ABC):
         shape, rank, terms = self.shape, self.rank, self.num_terms
         flat = Flat.update_cost(tokens, terms, shape, costs)
         batched = Batched.update_cost(tokens, terms, shape, costs)
+        if is_training:
+            # Beside the update the gradient of x, which is the update of Delta^T.
+            flat *= 2
+            turned = KroneckerShape(shape.n, shape.m, shape.q, shape.p)
+            batched += Batched.update_cost(tokens, terms, turned, costs)
         update = Flat if flat <= batched else Batched
         gradient: Way = Flat
         lowest = float("inf")
@@ -165,7 +170,7 @@ class Form(ABC):
                 gradient, lowest = way, cost
         if path == "auto":
             directions = 2 if is_training else 1
-            activations = directions * (flat if update is Flat else batched)
+            activations = flat if update is Flat else batched
             if is_training and update is Flat and gradient is Flat and "right" in self.sides:
                 # The projection of gy is shared between the gradients of x and of the factors.
                 activations -= tokens * rank * shape.n * shape.p * shape.out_features

@@ -169,12 +169,10 @@ def _input_gradient(
 
     ``gx`` None stands for zero, ``weight`` None for a W that ``gx`` has already or never gets.
     """
-    p, q = right.shape[1:]
     if gx is None:
-        size = left.shape[2] * q
+        size = left.shape[2] * right.shape[2]
         gx = gy.new_zeros(len(gy), size) if weight is None else torch.mm(gy, weight.to(gy.dtype))
-    arranged = way.arrange(left.to(gy.dtype), p)
-    return gx, way.add_transposed(gx, gy, arranged, right.to(gy.dtype))
+    return gx, way.add_transposed(gx, gy, left.to(gy.dtype), right.to(gy.dtype))
 
 
 def ambient_autocast(x: Tensor) -> torch.dtype | None:

@@ -63,12 +63,12 @@ class Flat:
 
     @classmethod
     def add_transposed(cls, gx: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-        """Add gy Delta to gx (t, in) in place.
+        """Add gy Delta to gx (t, in) in place; left is A (s, m, n), right is B (s, p, q).
 
-        Returns the projection of gy on the left factors (t, n*s, p), if it was made in one piece.
+        Returns the projection of gy on the left factors (t, n*s, p), if it was made.
         """
         terms, p, q = right.shape
-        inner = cls.project(gy, left, p)
+        inner = cls.project(gy, cls.arrange(left, p), p)
         gx.view(-1, q).addmm_(inner.view(-1, terms * p), right.reshape(terms * p, q))
         return inner
 
@@ -149,24 +149,12 @@ class Batched:
             inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * terms, p)
             ys.view(-1, m, p).baddbmm_(left.expand(len(inner), m, n * terms), inner)
 
-    @staticmethod
-    def project(gy: Tensor, left: Tensor, p: int) -> Tensor:
-        """As :meth:`Flat.project`."""
-        m = left.shape[0]
-        folded = left.T.expand(len(gy), left.shape[1], m)
-        return torch.bmm(folded, gy.view(-1, m, p))
-
     @classmethod
     def add_transposed(cls, gx: Tensor, gy: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
-        """As :meth:`Flat.add_transposed`."""
-        terms, p, q = right.shape
-        flat = right.reshape(terms * p, q)
-        step = chunk_tokens(gy, left.shape[1] * p)
-        inner = None
-        for gxs, gys in zip(torch.split(gx, step), torch.split(gy, step), strict=True):
-            inner = cls.project(gys, left, p)
-            gxs.view(-1, q).addmm_(inner.view(-1, terms * p), flat)
-        return inner if step >= len(gy) else None
+        """As :meth:`Flat.add_transposed`: the update of Delta^T = sum_s A_s^T kron B_s^T."""
+        arranged = cls.arrange(left.transpose(1, 2), right.shape[2])
+        cls.add_update(gx, gy, arranged, right.transpose(1, 2))
+        return None
 
     @classmethod
     def gradients(
@@ -178,22 +166,26 @@ class Batched:
         right: Tensor,
         sides: Sides = BOTH,
     ) -> Gradients:
-        """As :meth:`Flat.gradients`; ``projected`` is not used."""
+        """As :meth:`Flat.gradients`; ``projected`` is not used.
+
+        Each side ends in one product over the tokens of a chunk; chunks are added up in float32.
+        """
         (r, m, n), (_, p, q) = left.shape, right.shape
         wide = _wide(x)
-        ga, gb = (x.new_zeros(size, dtype=wide) for size in ((m, n * r), (r * p, q)))
-        folded, right_t = cls.arrange(left, p), right.reshape(r * p, q).T
-        # The left factors' gradients exist for every token of a chunk, beside its rows of gy.
-        step = chunk_tokens(x, n * r * p + (m * n * r + m * p if "left" in sides else 0))
+        ga, gb = (x.new_zeros(size, dtype=wide) for size in ((n * r, m), (r * p, q)))
+        # Contiguous, since a batched product takes twice as long with a turned matrix.
+        folded, right_t = cls.arrange(left, p).T.contiguous(), right.reshape(r * p, q).T
+        step = chunk_tokens(x, n * r * p + m * p)
         for xs, gys in zip(torch.split(x, step), torch.split(gy, step), strict=True):
+            rows, outputs = xs.reshape(-1, q), gys.view(-1, m, p)
             if "left" in sides:
-                inner = torch.mm(xs.reshape(-1, q), right_t).view(-1, n * r, p)
-                ga += torch.bmm(gys.view(-1, m, p), inner.transpose(1, 2)).sum(0, dtype=wide)
+                inner = torch.mm(rows, right_t).view(-1, n * r, p)
+                # Tokens beside columns, so that the sum over both is a product's own.
+                ga = _plus_product(ga, _turned(inner), _turned(outputs).T)
             if "right" in sides:
-                projected, rows = cls.project(gys, folded, p).view(-1, r * p).T, xs.reshape(-1, q)
-                # Chunks are added up in float32.
-                gb = gb.addmm_(projected, rows) if wide == x.dtype else gb + projected @ rows
-        return ga.view(m, n, r).permute(2, 0, 1), gb.view(r, p, q)
+                projected = torch.bmm(folded.expand(len(outputs), n * r, m), outputs)
+                gb = _plus_product(gb, projected.view(-1, r * p).T, rows)
+        return ga.view(n, r, m).permute(1, 2, 0), gb.view(r, p, q)
 
     @staticmethod
     def update_cost(
@@ -290,6 +282,18 @@ class Dense:
         """As :meth:`Flat.gradient_cost`."""
         entries = shape.out_features * shape.in_features
         return entries * (tokens + costs.rearrange_per_entry + num_sides * rank)
+
+
+def _turned(blocks: Tensor) -> Tensor:
+    """Blocks (t, rows, columns) as a matrix (rows, t*columns)."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
+def _plus_product(total: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return total + first @ second in total's dtype, which may be wider than theirs."""
+    if total.dtype == first.dtype:
+        return total.addmm_(first, second)
+    return total + first @ second
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -7,7 +7,8 @@ nothing: two layers of LLaMA2-7B's sizes with random weights. On a CPU a step is
 process time of one thread, on a GPU by CUDA events. Methods take turns, so that a slow moment of
 the machine falls on all of them; the first turn is thrown away. Every adapter is non-zero. PEFT's
 figures hold for its default of float32 adapters (autocast_adapter_dtype=True); in 16 bits
-``lora-r4-16bit`` is LoRA without them.
+``lora-r4-16bit`` is LoRA without them. ``--peak`` adds the most resident memory of two steps on a
+CPU, of a process that has no other method in it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from kpsvd_tune.adapter import KpsvdConfig, load_factors
 from kpsvd_tune.linalg import KroneckerShape, choose_shape
 from kpsvd_tune.linalg.shape import nearest_shape
 from kpsvd_tune.models import load_model, resolve_model
+from kpsvd_tune.processes import peak_memory_bytes, reset_peak_memory
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Hidden and intermediate sizes and heads of models that are made here; tiny ones show that a
@@ -178,8 +182,8 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.process_time() - begin
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every method; one row each."""
+def start(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The base model and its inputs."""
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -188,13 +192,35 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     size = base.get_input_embeddings().weight.shape[1]
     dtype = next(base.parameters()).dtype
     inputs = torch.randn(args.rows, args.length, size, device=device, dtype=dtype)
-    inputs = inputs * (0.1 if args.model == "smollm2" else 1.0)
+    return base, inputs * (0.1 if args.model == "smollm2" else 1.0)
+
+
+def adapted(base: nn.Module, method: str, is_checkpointed: bool) -> nn.Module:
+    """The model with the adapter, ready to be trained."""
+    model = adapt(base, method).train()
+    if is_checkpointed:
+        unwrapped: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        unwrapped.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def peak_bytes(args: argparse.Namespace, method: str) -> int:
+    """The most resident memory of this process in two steps of one method."""
+    base, inputs = start(args)
+    step, _ = make_step(adapted(base, method, args.checkpointing), inputs)
+    reset_peak_memory(inputs.device)
+    step()
+    step()
+    return peak_memory_bytes(inputs.device)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every method; one row each."""
+    device = torch.device(args.device)
+    base, inputs = start(args)
     steps, rows = {}, []
     for method in args.methods:
-        model = adapt(base, method).train()
-        if args.checkpointing:
-            unwrapped: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-            unwrapped.gradient_checkpointing_enable({"use_reentrant": False})
+        model = adapted(base, method, args.checkpointing)
         step, loss = make_step(model, inputs)
         row: dict[str, Any] = {"method": method}
         row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -222,6 +248,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             torch.cuda.reset_peak_memory_stats()
             steps[row["method"]]()
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        elif args.peak:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                row["peak_memory_bytes"] = alone.submit(peak_bytes, args, row["method"]).result()
     return rows
 
 
@@ -236,6 +265,7 @@ def main() -> None:
     parser.add_argument("--length", type=int)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--peak", action="store_true", help="peak memory on a CPU, too")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     args.rows = args.rows or (4 if args.model == "smollm2" else 1)

@@ -29,13 +29,14 @@ FACTORS = {
 def step_table(figures: dict[str, Any]) -> str:
     """One run of step.py."""
     rows = {row["method"]: row for row in figures["rows"]}
+    has_peak = all(row.get("peak_memory_bytes") for row in rows.values())
     lokr = rows.get("lokr-r4")
     # LoRA without its float32 copies is what saved bytes are held against.
     lora = rows.get("lora-r4-16bit", rows["lora-r4"])
     lines = [
         "| method | parameters | factors | seconds (least to most) | x LoRA r4 | x floor | x LoKr "
-        "| saved MiB | x LoRA |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| saved MiB | x LoRA |" + " peak MiB |" * has_peak,
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|" + "---:|" * has_peak,
     ]
     for method, row in rows.items():
         factors = FACTORS.get(method) or FACTORS.get(method.split("-")[0], "float32")
@@ -51,6 +52,8 @@ def step_table(figures: dict[str, Any]) -> str:
             f"{saved:.1f}",
             f"{row['saved_bytes'] / lora['saved_bytes']:.3f}",
         ]
+        if has_peak:
+            cells.append(f"{row['peak_memory_bytes'] / 2**20:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     settings, machine = figures["settings"], figures.get("machine", "")
     versions = ", ".join(f"{name} {value}" for name, value in figures["versions"].items())

@@ -134,7 +134,7 @@ def test_every_way_is_the_oracle(
     use(monkeypatch, plan)
     # Small pieces, so that their seams are crossed: 27 tokens in chunks of 4, W in rows.
     monkeypatch.setattr(kernel, "CHUNK_TOKENS", 4)
-    monkeypatch.setattr(kernel, "CACHED_ENTRIES", 1)
+    monkeypatch.setattr(kernel, "CACHED_BYTES", 1)
     monkeypatch.setattr(kernel, "BLOCK_ENTRIES", 100)
     module = adapted(sizes, form=form)
     if not is_fused:
@@ -396,7 +396,7 @@ def test_an_update_in_bf16_errs_no_more_than_loras(
     use(monkeypatch, plan)
     monkeypatch.setattr(bf16, "CPU_MULTIPLIES_BF16", True)
     monkeypatch.setattr(kernel, "CHUNK_TOKENS", 16)
-    monkeypatch.setattr(kernel, "CACHED_ENTRIES", 1)
+    monkeypatch.setattr(kernel, "CACHED_BYTES", 1)
     module = adapted((16, 8, 8, 16), dtype=torch.bfloat16, bias=False)
     if not is_fused:
         module.base_layer.register_forward_hook(lambda *_: None)

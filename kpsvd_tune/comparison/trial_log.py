@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.report.comparison import Trial, TrialRow
-from kpsvd_tune.runs.identity import changes, describe
+from kpsvd_tune.runs.identity import changes, describe, words_of
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import append_file, replace_file, sync_file, truncate_file
 from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes, read_json, to_json
@@ -64,9 +64,11 @@ def open_results(
                 own = changes(known[name], adapter)
                 found |= {f"{name}: adapter.{key}": change for key, change in own.items()}
         if found:
+            undo = " ".join(words_of({key: old for key, (old, _) in found.items()}))
             raise CheckpointError(
                 f"{folder} holds a comparison with other settings:\n{describe(found)}\n"
-                "Its trials cannot be compared with new ones: undo the change, or choose another "
+                "Its trials cannot be compared with new ones: "
+                f"{f'write {undo} again' if undo else 'undo the change'}, or choose another "
                 "output_dir"
             )
         now["methods"] = {**earlier.get("methods", {}), **now["methods"]}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
+
+import yaml
 
 from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.recipe.removed import had_no_effect
@@ -90,7 +94,9 @@ def refusal(found: Mapping[str, Change], allowed: Collection[str]) -> str | None
     lines = [describe({key: found[key] for key in unwanted})]
     keys = [f"--allow-change {key}" for key in unwanted if key not in fixed]
     accept = f", or accept it with {' '.join(keys)}" if keys else ""
-    lines.append(f"To continue that run, undo the change{accept}.")
+    undo = " ".join(words_of({key: found[key][0] for key in unwanted}))
+    again = f"write {undo} again" if undo else "undo the change"
+    lines.append(f"To continue that run, {again}{accept}.")
     if PROCESSES in unwanted:
         lines.append(
             "With num_processes accepted a step keeps its rows: train.batch_size and "
@@ -110,6 +116,24 @@ def describe(found: Mapping[str, Change]) -> str:
     return "\n".join(
         f"  {key}: {old!r} in the run, {new!r} now" for key, (old, new) in found.items()
     )
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a recipe as KEY=VALUE to type; none where one of them is no key of a recipe."""
+    is_typed = all(
+        value != _ABSENT and any(covers([known], f"recipe.{key}") for known in _defaults())
+        for key, value in settings.items()
+    )
+    if not is_typed:
+        return []
+    return [shlex.quote(f"{key}={_as_yaml(value)}") for key, value in settings.items()]
+
+
+def _as_yaml(value: Any) -> str:
+    # JSON is YAML; a text such as no stands in quotes where YAML would read something else.
+    if not isinstance(value, str):
+        return json.dumps(value)
+    return yaml.safe_dump(value, width=sys.maxsize, allow_unicode=True).partition("\n")[0]
 
 
 @cache

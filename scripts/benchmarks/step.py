@@ -160,7 +160,8 @@ def saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The tensor itself would hold the graph that holds it, for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         held = loss()
@@ -214,9 +215,17 @@ def peak_bytes(args: argparse.Namespace, method: str) -> int:
     return peak_memory_bytes(inputs.device)
 
 
+def peak_alone(args: argparse.Namespace, method: str) -> int:
+    """:func:`peak_bytes` of a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+        return alone.submit(peak_bytes, args, method).result()
+
+
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every method; one row each."""
     device = torch.device(args.device)
+    # First of all, while this process is small itself.
+    peaks = {method: peak_alone(args, method) for method in args.methods if args.peak}
     base, inputs = start(args)
     steps, rows = {}, []
     for method in args.methods:
@@ -248,9 +257,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             torch.cuda.reset_peak_memory_stats()
             steps[row["method"]]()
             row["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        elif args.peak:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-                row["peak_memory_bytes"] = alone.submit(peak_bytes, args, row["method"]).result()
+        elif peaks:
+            row["peak_memory_bytes"] = peaks[row["method"]]
     return rows
 
 

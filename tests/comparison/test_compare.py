@@ -256,7 +256,9 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(
     assert cli.run(arguments) == 0
     assert "8 trials are done already" in capsys.readouterr().err
     assert cli.run([*arguments, "train.max_steps=5"]) == 1
-    assert "train.max_steps: 4 in the run, 5 now" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "train.max_steps: 4 in the run, 5 now" in told
+    assert "write train.max_steps=4 again, or choose another" in " ".join(told.split())
     # So are other settings of a method that has trials, and a test file of other rows.
     assert cli.run([*arguments, "adapter.init=random"]) == 1
     assert "kpsvd: adapter.init: 'weight' in the run, 'random' now" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from kpsvd_tune.errors import CheckpointError, ResourceError
 from kpsvd_tune.report.events import read_events
 from kpsvd_tune.report.results import Event
 from kpsvd_tune.runs.directory import RunDirectory
-from kpsvd_tune.runs.identity import changes
+from kpsvd_tune.runs.identity import changes, words_of
 from kpsvd_tune.runs.state import TrainingState
 
 RECIPE: dict[str, Any] = {
@@ -177,7 +179,32 @@ def test_other_settings_are_refused_with_key_old_and_new_value(run):
     assert "  adapter.modules_to_save: ['lm_head'] in the run, [] now\n" in message
     assert "  base.model.safetensors: 'aa' in the run, 'bb' now\n" in message
     assert "--allow-change train.learning_rate" in message
+    # The hash of a file can be typed by nobody.
+    assert "To continue that run, undo the change, or" in message
     assert run.recipe_file.read_text() == "recipe: 1"
+
+
+def test_the_words_that_go_on_are_told(run):
+    with pytest.raises(CheckpointError) as caught:
+        run.begin("recipe: 2", identity(train__learning_rate=2e-3), {})
+    words = "write train.learning_rate=0.001 again, or accept it with --allow-change"
+    assert f"To continue that run, {words} train.learning_rate." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("no", "train.precision='no'"),
+        ("bf16", "train.precision=bf16"),
+        ("two words: of it", "train.precision='two words: of it'"),
+        (None, "train.precision=null"),
+        ([1, "a"], 'train.precision=[1, "a"]'),
+    ],
+)
+def test_words_to_type_are_read_back_as_they_were(value, word):
+    (typed,) = words_of({"train.precision": value})
+    assert shlex.split(typed) == [word]
+    assert yaml.safe_load(word.partition("=")[2]) == value
 
 
 @pytest.mark.parametrize(

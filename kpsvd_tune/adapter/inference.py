@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kpsvd_tune.adapter.kernel import no_view, rows_of
+from kpsvd_tune.adapter.kernel import chunk_tokens, no_view, rows_of
 from kpsvd_tune.adapter.ways import Batched, Flat
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 READY_TOKENS = 64
 # Up to so many tokens a CPU takes the update's products in float32 beside a 16-bit base: a small
 # product in 16 bits takes it 30 us to begin, one in float32 5 (docs/log.md).
-_FLOAT_TOKENS = 8
+_FLOAT_TOKENS = 4
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -60,8 +60,11 @@ class ReadyUpdate:
             self.left = way.arrange(left, self.p)
             self.right_t = self.right.view(terms * self.p, self.q).T
         self.out_features = self.base.out_features
-        self.is_single = x.numel() == x.shape[-1]
+        self.tokens = x.numel() // x.shape[-1]
         self.rows = self.left.shape[0] if self.is_flat else self.left.shape[1]
+        largest = chunk_tokens(self.right, self.rows * self.p)
+        self.is_chunked = not self.is_flat and self.tokens > largest
+        self.repeated = self.left.expand(self.tokens, *self.left.shape)
 
     def fits(self, layer: KpsvdLinear, x: Tensor) -> bool:
         """Whether this is what the layer has to compute for x."""
@@ -93,24 +96,23 @@ class ReadyUpdate:
         parameters = self.base._parameters
         y = functional.linear(x, cast(Tensor, parameters["weight"]), parameters["bias"])
         if y.dtype != self.dtype:
-            if self.is_single:
-                return self._add_single(y.to(self.dtype), x.to(self.dtype)).to(y.dtype)
-            total = rows_of(y.to(self.dtype))
-            self.way.add_update(total, rows_of(x).to(self.dtype), self.left, self.right)
-            return no_view(total.to(y.dtype).view(y.shape))
-        if not self.is_single:
+            return self._add(y.to(self.dtype), x.to(self.dtype)).to(y.dtype)
+        return self._add(y, x)
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.is_chunked:
             total = rows_of(y)
             self.way.add_update(total, rows_of(x), self.left, self.right)
             return no_view(total.view(y.shape))
-        return self._add_single(y, x)
-
-    def _add_single(self, y: Tensor, x: Tensor) -> Tensor:
         # The same two products as add_update's, with as few calls as can be.
         inner = torch.mm(x.reshape(-1, self.q), self.right_t)
         if self.is_flat:
-            y.view(1, self.out_features).addmm_(inner.view(1, self.rows), self.left)
-        else:
+            y.view(-1, self.out_features).addmm_(inner.view(-1, self.rows), self.left)
+        elif self.tokens == 1:
             y.view(-1, self.p).addmm_(self.left, inner.view(self.rows, self.p))
+        else:
+            blocks = y.view(self.tokens, self.out_features // self.p, self.p)
+            blocks.baddbmm_(self.repeated, inner.view(self.tokens, self.rows, self.p))
         return y
 
 

@@ -74,24 +74,26 @@ def test_a_method_that_is_not_there_is_told_with_those_that_are(
 
 
 @pytest.mark.parametrize(
-    ("task", "rates", "measure", "quoted"),
+    ("task", "rate", "baseline", "measure", "quoted"),
     [
-        ("few", ("1e-2", "1e-2"), "loss", "+0.0061 (+0.0037 to +0.0084)"),
-        ("code", ("1e-2", "5e-3"), "loss", "-0.0100 (-0.0276 to +0.0076)"),
-        ("pairs", ("2e-2", "1e-2"), "test loss", "+3,946 bits (+360 to +7,533)"),
+        ("few", "1e-2", "lora@1e-2", "loss", "+0.0061 (+0.0037 to +0.0084)"),
+        ("code", "1e-2", "lora@5e-3", "loss", "-0.0100 (-0.0276 to +0.0076)"),
+        ("pairs", "2e-2", "lora@1e-2", "test loss", "+3,946 bits (+360 to +7,533)"),
+        ("code", "1e-2", f"{BOTH}:init=random@1e-2", "loss", "-0.0037 nats (-0.0097 to +0.0023)"),
+        ("pairs", "2e-2", f"{BOTH}:init=random@2e-2", "test loss", "-220 bits\n(-775 to +334)"),
     ],
 )
 def test_the_study_quotes_what_the_rows_say(
     task: str,
-    rates: tuple[str, str],
+    rate: str,
+    baseline: str,
     measure: str,
     quoted: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    own, theirs = rates
     file = str(RESULTS / f"{task}.jsonl")
-    found = told(monkeypatch, capsys, f"{BOTH}@{own}", f"lora@{theirs}", file)
+    found = told(monkeypatch, capsys, f"{BOTH}@{rate}", baseline, file)
     numbers = [float(each) for each in re.findall(r"[+-][\d.]+", found[measure][2])]
     in_page = [float(each.replace(",", "")) for each in re.findall(r"[+-][\d.,]+", quoted)]
     if "bits" in quoted:

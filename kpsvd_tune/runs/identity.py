@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
-import yaml
-
-from kpsvd_tune.recipe import Recipe
+from kpsvd_tune.recipe import Recipe, value_to_yaml
 from kpsvd_tune.recipe.removed import had_no_effect
 
 # Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
@@ -120,20 +117,10 @@ def describe(found: Mapping[str, Change]) -> str:
 
 def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings of a recipe as KEY=VALUE to type; none where one of them is no key of a recipe."""
-    is_typed = all(
-        value != _ABSENT and any(covers([known], f"recipe.{key}") for known in _defaults())
-        for key, value in settings.items()
-    )
-    if not is_typed:
-        return []
-    return [shlex.quote(f"{key}={_as_yaml(value)}") for key, value in settings.items()]
-
-
-def _as_yaml(value: Any) -> str:
-    # JSON is YAML; a text such as no stands in quotes where YAML would read something else.
-    if not isinstance(value, str):
-        return json.dumps(value)
-    return yaml.safe_dump(value, width=sys.maxsize, allow_unicode=True).partition("\n")[0]
+    for key, value in settings.items():
+        if value == _ABSENT or not covers(_defaults(), f"recipe.{key}"):
+            return []
+    return [shlex.quote(f"{key}={value_to_yaml(value)}") for key, value in settings.items()]
 
 
 @cache

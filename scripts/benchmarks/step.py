@@ -225,7 +225,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every method; one row each."""
     device = torch.device(args.device)
     # First of all, while this process is small itself.
-    peaks = {method: peak_alone(args, method) for method in args.methods if args.peak}
+    is_asked = args.peak and device.type == "cpu"
+    peaks = {method: peak_alone(args, method) for method in args.methods if is_asked}
     base, inputs = start(args)
     steps, rows = {}, []
     for method in args.methods:

@@ -120,6 +120,32 @@ def use(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
     monkeypatch.setattr(Form, "plan", lambda *_: plan)
 
 
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("way", [Flat, Batched])
+@pytest.mark.parametrize("rows", [(1, 1), (9,), (3, 3), (0, 3)], ids=str)
+def test_an_update_kept_for_batches_is_the_oracle(
+    rows: tuple[int, ...], way: type[Flat] | type[Batched], is_chunked: bool, monkeypatch: Any
+) -> None:
+    use(monkeypatch, Plan(way, Dense))
+    if is_chunked:
+        monkeypatch.setattr(kernel, "CHUNK_TOKENS", 4)
+        monkeypatch.setattr(kernel, "CACHED_BYTES", 1)
+    module = adapted((6, 4, 4, 6)).requires_grad_(False)
+    weight = base_of(module).weight.double().numpy() + oracle_delta(module)
+    bias = base_of(module).bias.double().numpy()
+    # Turned, too: rows need not lie one behind the other.
+    straight = torch.randn(*rows, 24)
+    inputs = [straight, straight.transpose(0, 1)] if rows == (3, 3) else [straight]
+    for x in inputs:
+        for _ in range(2):  # made ready, then kept
+            with torch.no_grad():
+                y = module(x)
+            assert module._ready is not None
+            assert y.shape == (*x.shape[:-1], 24)
+            if len(y):
+                assert_to_1e_5(y, x.double().numpy() @ weight.T + bias)
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("plan", WAYS, ids=str)
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)

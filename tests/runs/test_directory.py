@@ -198,7 +198,8 @@ def test_the_words_that_go_on_are_told(run):
         ("bf16", "train.precision=bf16"),
         ("two words: of it", "train.precision='two words: of it'"),
         (None, "train.precision=null"),
-        ([1, "a"], 'train.precision=[1, "a"]'),
+        ([1, "a"], "train.precision=[1, a]"),
+        ("Q: {a}\nA:", 'train.precision="Q: {a}\\nA:"'),
     ],
 )
 def test_words_to_type_are_read_back_as_they_were(value, word):

@@ -96,8 +96,9 @@ def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None
         elif recipe.task in LOSS_TASKS:
             check_loss(recipe)
         else:
-            doubts.append(doubt_of(recipe, read_questions(recipe)))
-            read_shots(recipe)
+            questions = read_questions(recipe)
+            doubts.append(doubt_of(recipe, questions))
+            read_shots(recipe, questions)
     return [each for each in doubts if each is not None]
 
 
@@ -227,9 +228,9 @@ class Scorer:
         self, model: Any, task: EvaluationRecipe, template: str, folder: Path, set_aside: bool
     ) -> list[Completion]:
         """Answer what is not yet answered in the folder; gives all answers that the task wants."""
-        prompts, end_token_ids = build_prompts(
-            read_questions(task), self.tokenizer, template, task, read_shots(task)
-        )
+        questions = read_questions(task)
+        shots = read_shots(task, questions)
+        prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
             batch_size=task.batch_size,

@@ -35,7 +35,7 @@ def doubt_about(found: LookedAt, task: str | None) -> str | None:
     said = doubt(task, [answer_of(each) for each in found.examples], is_sample=False)
     if said is None:
         return None
-    return f"--task {task} was asked for, and {said}: {_cure(found)}"
+    return f"--task {task} was asked for, and {said.reason}: {_cure(found)}"
 
 
 def _cure(found: LookedAt) -> str:

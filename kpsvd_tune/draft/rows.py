@@ -16,6 +16,7 @@ from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import RowSource, open_sources
 from kpsvd_tune.data.rows.batches import permutation
 from kpsvd_tune.errors import DataError
+from kpsvd_tune.evaluation.doubt import doubt
 
 # Rows to look at for the form and for the answers.
 _LOOKED_AT = 1000
@@ -121,9 +122,11 @@ def suited_task(answers: Sequence[str], form: RowFormat) -> tuple[str | None, st
     if is_labels:
         return "label", f"the answers are {len(distinct)} labels"
     words = sorted(len(answer.split()) for answer in answers)
-    if words and words[len(words) // 2] <= _SHORT:
-        return "exact_match", "the answers are a few words or a number"
-    return "text", "the answers are texts"
+    if not words or words[len(words) // 2] > _SHORT:
+        return "text", "the answers are texts"
+    if found := doubt("exact_match", answers, is_sample=False):
+        return "text", f"the answers are a few words, but for exact_match {found.reason}"
+    return "exact_match", "the answers are a few words or a number"
 
 
 def _form(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[RowFormat, Mapping[str, str]]:

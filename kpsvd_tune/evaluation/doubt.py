@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
-from kpsvd_tune.evaluation.numeric_answer import last_number
+from kpsvd_tune.evaluation.numeric_answer import around_last_number, last_number
 
 # Labels repeat: fewer answers than these say nothing about that.
 _LEAST = 5
@@ -12,11 +15,23 @@ _LEAST = 5
 _MOST_DIFFERENT = 0.9
 # Labels and short answers have about so many words, or fewer.
 _LABEL_WORDS, _SHORT_WORDS = 5, 12
+# A text ends in its last number where no more words follow: "18 dollars every day."
+_WORDS_BEHIND = 3
 _SHOWN = 40
+_WORD = re.compile(r"[^\W\d_]+|\d+")
+_HALF_DAYS = ("am", "pm")  # no units
 
 
-def doubt(task: str, answers: Sequence[str], *, is_sample: bool) -> str | None:
-    """What speaks against scoring such right answers with a task, in words; None where nothing.
+@dataclass(frozen=True)
+class Doubt:
+    """What speaks against a task, and what to do where the rows are the right ones, in words."""
+
+    reason: str
+    cure: str
+
+
+def doubt(task: str, answers: Sequence[str], *, is_sample: bool) -> Doubt | None:
+    """What speaks against scoring such right answers with a task; None where nothing.
 
     Args:
         task: Its name.
@@ -27,23 +42,109 @@ def doubt(task: str, answers: Sequence[str], *, is_sample: bool) -> str | None:
     found = [answer.strip() for answer in answers]
     if len(found) < _LEAST:
         return None
-    num, different = len(found), len(set(found))
-    example = min(found, key=len)
-    shown = example if len(example) <= _SHOWN else example[:_SHOWN].rstrip() + "..."
-    if task == "label" and different >= _MOST_DIFFERENT * num:
-        if is_sample and _median_words(found) <= _LABEL_WORDS:
-            return None
-        return (
-            f"there are {different:,} different answers in {num:,} rows, such as {shown!r}, while "
-            "labels are a few that repeat"
-        )
-    texts = [answer for answer in found if last_number(answer) is None]
-    if task == "exact_match" and 2 * len(texts) > num and _median_words(texts) > _SHORT_WORDS:
-        return (
-            f"most of the {num:,} answers are texts of more than {_SHORT_WORDS} words, and "
-            "hardly any model writes such a text word for word"
-        )
+    if task == "label":
+        return _doubt_labels(found, is_sample)
+    if task == "exact_match":
+        return _doubt_texts(found) or _doubt_numbers(found)
     return None
+
+
+def _doubt_labels(answers: Sequence[str], is_sample: bool) -> Doubt | None:
+    num, different = len(answers), len(set(answers))
+    if different < _MOST_DIFFERENT * num:
+        return None
+    if is_sample and _median_words(answers) <= _LABEL_WORDS:
+        return None
+    return Doubt(
+        f"there are {different:,} different answers in {num:,} rows, such as "
+        f"{_shown(min(answers, key=len))}, while labels are a few that repeat",
+        "the task text scores texts",
+    )
+
+
+def _doubt_texts(answers: Sequence[str]) -> Doubt | None:
+    """Long texts, which no model repeats, or which the last number says nothing about."""
+    without = [each for each in answers if last_number(each) is None]
+    aside = [each for each in answers if _has_number_aside(each)]
+    texts = [*without, *aside]
+    if 2 * len(texts) <= len(answers) or _median_words(texts) <= _SHORT_WORDS:
+        return None
+    about = f"most of the {len(answers):,} answers are texts of more than {_SHORT_WORDS} words"
+    cure = "the task text scores texts"
+    if len(without) >= len(aside):
+        return Doubt(f"{about}, and hardly any model writes such a text word for word", cure)
+    return Doubt(
+        f"{about} that hold numbers and do not end in one, such as "
+        f"{_shown(min(aside, key=len))}, and only the last number of each would be compared",
+        cure,
+    )
+
+
+def _doubt_numbers(answers: Sequence[str]) -> Doubt | None:
+    """Two short answers that differ, and count for each other by their last number."""
+    pair = _mistakable(answers)
+    if pair is None:
+        return None
+    one, other = map(_shown, pair)
+    return Doubt(
+        f"the right answers {one} and {other} have the same last number, which alone is compared, "
+        "so that one would count for the other",
+        "compare by exact_text, which is shown beside it; or the task label takes answers that "
+        "are a few that repeat, the task text others",
+    )
+
+
+def _mistakable(answers: Iterable[str]) -> tuple[str, str] | None:
+    """Two short answers with one last number, each with a word that the other does not have.
+
+    Words that one alone has may be left out by a model: "5" and "5 apples".
+    """
+    by_number: dict[Fraction, dict[frozenset[str], str]] = {}
+    for answer in answers:
+        number = last_number(answer)
+        if number is None or _is_solution(answer):
+            continue
+        words = _words_beside(answer)
+        known = by_number.setdefault(number, {})
+        for others, other in known.items():
+            if words - others and others - words:
+                return other, answer
+        known.setdefault(words, answer)
+    return None
+
+
+def _words_beside(answer: str) -> frozenset[str]:
+    """The words and numbers of an answer but its last number; none of a number with its unit."""
+    around = around_last_number(answer)
+    assert around is not None
+    before, behind = around
+    is_quantity = not _WORD.search(before) and _is_unit(behind)
+    return frozenset() if is_quantity else frozenset(_WORD.findall(f"{before} {behind}".casefold()))
+
+
+def _is_unit(text: str) -> bool:
+    """Whether a text is one word in lower case, as in "5 apples"; of times of day it is no unit."""
+    is_word = len(text.split()) == 1 and text.islower()
+    return is_word and text.strip().replace(".", "") not in _HALF_DAYS
+
+
+def _is_solution(answer: str) -> bool:
+    """Whether a text works out its last number, or is too long to be given as a whole."""
+    num_words = len(answer.split())
+    is_sentence = num_words > _LABEL_WORDS and not _has_number_aside(answer)
+    return "####" in answer or "=" in answer or num_words > _SHORT_WORDS or is_sentence
+
+
+def _has_number_aside(answer: str) -> bool:
+    """Whether a text holds numbers, and says more behind the last of them."""
+    around = around_last_number(answer)
+    if around is None or "####" in answer:
+        return False
+    return len(around[1].split()) > _WORDS_BEHIND
+
+
+def _shown(answer: str) -> str:
+    return repr(answer if len(answer) <= _SHOWN else answer[:_SHOWN].rstrip() + "...")
 
 
 def _median_words(texts: Sequence[str]) -> int:

@@ -112,8 +112,8 @@ def doubt_of(task: EvaluationRecipe, questions: Sequence[Question]) -> str | Non
     if found is None:
         return None
     return (
-        f"warning: evaluation of {task.task}: {found} ({rows_source(task)}): are the columns right "
-        "(evaluation.columns, dataset.columns)? The task text scores texts"
+        f"warning: evaluation of {task.task}: {found.reason} ({rows_source(task)}): are the "
+        f"columns right (evaluation.columns, dataset.columns)? If so: {found.cure}"
     )
 
 

@@ -84,9 +84,8 @@ def last_number(text: str) -> Fraction | None:
     Reads signs (the Unicode minus too), thousands commas, a leading $, decimals, plain fractions
     such as 3/4 and short exponents, so that "1,200", "$1200.00" and "1.2e3" are one value.
     """
-    matches = list(_NUMBER.finditer(text))
-    match = matches[-1] if matches else None
-    if match is None or len(match[0]) > _MAX_DIGITS:
+    match = _last_match(text)
+    if match is None:
         return None
     sign = -1 if match["sign"] or match["inner"] else 1
     if match["fraction"]:
@@ -95,6 +94,18 @@ def last_number(text: str) -> Fraction | None:
             return Fraction(0)  # no fraction: two numbers, the last of them zero
         return sign * Fraction(int(numerator), int(denominator))
     return sign * Fraction(match["decimal"].replace(",", "") + (match["exponent"] or ""))
+
+
+def around_last_number(text: str) -> tuple[str, str] | None:
+    """The text before and after the number that :func:`last_number` reads; None without one."""
+    match = _last_match(text)
+    return None if match is None else (text[: match.start()], text[match.end() :])
+
+
+def _last_match(text: str) -> re.Match[str] | None:
+    matches = list(_NUMBER.finditer(text))
+    match = matches[-1] if matches else None
+    return None if match is None or len(match[0]) > _MAX_DIGITS else match
 
 
 def plain_text(text: str) -> str:

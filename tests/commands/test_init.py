@@ -438,6 +438,8 @@ def test_columns_that_nobody_can_guess_are_asked_for(
         (["spam", "ham", "spam", "ham"] * 5, "label"),
         (['{"a": 1}', "[2]"] * 20, "json"),
         ([f"A longer answer that says {n} things about nuts." for n in range(40)], "text"),
+        # Their last number does not tell them apart.
+        ([f"{name} {n}" for n in range(20) for name in ("Windows", "Ubuntu")], "text"),
         # As many labels as rows are none.
         (["a", "b", "c"], "exact_match"),
     ],

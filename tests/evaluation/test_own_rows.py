@@ -50,8 +50,6 @@ LONG = "It has {} legs, a seat that can be washed, and a back as straight as can
         ("label", ["spam", "ham"] * 10, False, None),
         ("label", ["spam", "ham"], False, None),
         ("exact_match", [LONG.format("four")] * 10, True, "texts of more than 12 words"),
-        # Their last number is compared.
-        ("exact_match", [LONG.format(4)] * 10, True, None),
         ("exact_match", ["Paris"] * 10, True, None),
         ("text", [LONG.format("four")] * 10, True, None),
     ],
@@ -64,6 +62,46 @@ def test_answers_that_do_not_suit_a_task_are_doubted(
     assert told is None or told in str(found)
 
 
+SYSTEMS = ["Windows 10", "macOS 14", "Ubuntu 10", "Debian 12", "Fedora 40"]
+SOLUTION = "Each of the {} eggs is sold for {} dollars a piece, so she earns {} dollars every day."
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        (SYSTEMS, "the right answers 'Windows 10' and 'Ubuntu 10' have the same last number"),
+        (["12 Baker Street", "12 Oxford Street"], "'12 Baker Street' and '12 Oxford Street'"),
+        (["12 Baker Street, London, United Kingdom", "12 Hill Road, Leeds, United Kingdom"], "and"),
+        (["A5", "A6", "B5"], "'A5' and 'B5'"),
+        # Numbers that come earlier count like words.
+        (["2024-01-05", "2024-02-05"], "'2024-01-05' and '2024-02-05'"),
+        (["9:30", "10:30"], "'9:30' and '10:30'"),
+        (["7 a.m.", "7 p.m."], "'7 a.m.' and '7 p.m.'"),
+        (["The 4 seats can be washed", "All 4 doors are locked"], "count for the other"),
+        # Long texts with a number somewhere.
+        ([LONG.format(n) for n in range(6)], "do not end in one, such as 'It has 0 legs, a"),
+        # Nothing but the number differs, or what one alone has.
+        (["5 apples", "7 apples"], None),
+        (["5 apples", "5 pears"], None),
+        (["5", "$5", "5.0", "5 %", "5 €", "5 kg", "The answer is 5.", "the 5"], None),
+        (["1,200", "1200.00", "$1200", "-3", "3/4"], None),
+        (["Windows 10", "macOS 14", "windows 10."], None),
+        # Worked solutions end in their number.
+        ([SOLUTION.format(n, 12 // n, 12) for n in (2, 3, 4)], None),
+        ([f"2 + {n} = {n + 2}, and {8 - n} more are 10 #### 10" for n in range(5)], None),
+        (["She has 2 + 3 = 5", "They buy 1 + 4 = 5"], None),
+        (["So 5 of them were left", "In the end she pays 5"], None),
+        ([f"{SOLUTION.format(n, n, n * n)} That is all there is. #### 4" for n in (1, 2)], None),
+    ],
+)
+def test_right_answers_whose_last_number_does_not_tell_them_apart(
+    answers: list[str], told: str | None
+) -> None:
+    found = doubt("exact_match", answers * 5, is_sample=True)
+    assert (found is None) == (told is None), found
+    assert found is None or told is None or told in found.reason
+
+
 def test_rows_that_look_wrong_are_told_before_the_work_and_stop_nothing(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "chairs", "completion": LONG.format(n)} for n in range(9)]
@@ -73,9 +111,15 @@ def test_rows_that_look_wrong_are_told_before_the_work_and_stop_nothing(tmp_path
     assert len(told) == 1, told
     assert "evaluation of label: there are 9 different answers in 9 rows" in told[0]
     assert "evaluation.columns" in told[0]
+    assert told[0].endswith("If so: the task text scores texts")
     # Who names the labels knows them.
     named = task.model_copy(update={"labels": [LONG.format(n) for n in range(9)]})
     assert check_tasks([named], None) == []
+    rows = [{"prompt": "which?", "completion": each} for each in SYSTEMS]
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (said,) = check_tasks([task.model_copy(update={"task": "exact_match"})], None)
+    assert "'Windows 10' and 'Ubuntu 10' have the same last number, which alone is compared" in said
+    assert "If so: compare by exact_text, which is shown beside it; or the task label" in said
 
 
 # Labels

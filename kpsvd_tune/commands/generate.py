@@ -63,7 +63,7 @@ def generate(
             # A run's answers are asked for as it was trained; a model alone by its chat template.
             template = "chat" if loaded.tokenizer.chat_template else None
             if found.dataset is not None:
-                template = found.dataset.template
+                template = found.template
             text = generate_text(
                 loaded.model,
                 loaded.tokenizer,

@@ -116,7 +116,8 @@ def _read_rows(
     if recipe.task == "mbpp":
         return _read_code(load_rows(path, name=name, split=split).rows, columns, split)
     questions = []
-    found = read_examples(path, name=name, split=split, columns=columns)
+    ignored = recipe.ignore_columns or ()
+    found = read_examples(path, name=name, split=split, columns=columns, ignore_columns=ignored)
     for number, (row, example) in enumerate(found):
         # A row with an empty field is no example.
         with row.told_in_errors():

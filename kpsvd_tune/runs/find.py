@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
 from kpsvd_tune.adapter.model import check_streamed
+from kpsvd_tune.data.read.sources import training_sources
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
@@ -47,6 +48,8 @@ from kpsvd_tune.storage.paths import expand, kind_of
 
 Note = Callable[[str], None]  # gets a sentence for the user
 
+# The template of plain text, and the one that such a model is asked with.
+_WITHOUT_PROMPT, _PLAIN = "{completion}", "{prompt}{completion}"
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
 # Where it keeps the hash of the adapter's weights that the run has saved.
@@ -68,6 +71,8 @@ class Found:
     revision: str | None = None  # the base's, on the hub
     # The recipe's section, with the template that the rows turned out to take.
     dataset: DatasetRecipe | None = None
+    # What the run's answers are asked for with: "chat", or a text template.
+    template: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -111,8 +116,13 @@ def find(source: str) -> Found:
             )
         facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
         check_own(path / "adapter", facts.get(ADAPTER_KEY))
-        dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
-        return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
+        known = facts.get(TEMPLATE_KEY)
+        dataset = recipe.dataset and trained_as(recipe.dataset, known)
+        template = dataset.template if dataset else None
+        if known == _WITHOUT_PROMPT:
+            template = _PLAIN
+        base, revision = recipe.model.path, recipe.model.revision
+        return Found(path / "adapter", base, recipe, revision, dataset, template)
     folder = path if (path / "adapter_config.json").is_file() else adapter_on_hub(source)
     if folder is not None:
         check_seal(folder)
@@ -139,10 +149,13 @@ def adapter_of(source: str, found: Found) -> Path:
 def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     """The dataset section with the template that `prepare` found; None where none was recorded.
 
-    Chats take the chat template, whatever the section says of pairs: what is asked afterwards must
-    be asked as it was trained.
+    Chats take the chat template, whatever the section says of pairs, and a source may have a
+    template of its own: what is asked afterwards must be asked as it was trained.
     """
-    return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
+    known = {"chat", *(source.template for source in training_sources(dataset))}
+    if template in known - {dataset.template, _WITHOUT_PROMPT}:
+        return dataset.model_copy(update={"template": template})
+    return dataset
 
 
 def resolve_base(

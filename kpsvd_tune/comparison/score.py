@@ -93,9 +93,14 @@ def make_questions(
 ) -> Questions:
     """Read the questions once, to tell them from others; DataError where they cannot be read."""
     full = as_trained(task, dataset)
+    questions = read_questions(full)
     digest = hashlib.sha256()
-    for each in (*read_questions(full), *read_shots(full)):
+    for each in (*questions, *read_shots(full, questions)):
         digest.update(repr((each.id, each.prompt, each.gold)).encode())
+        if each.system or each.tools:
+            digest.update(repr((each.system, each.tools)).encode())
+    if full.stop is not None:
+        digest.update(repr(full.stop).encode())
     asked = f"{conditions(full)}, questions {digest.hexdigest()[:8]}"
     return Questions(full, dataset, chat_template, asked)
 

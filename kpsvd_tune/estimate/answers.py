@@ -32,7 +32,8 @@ def _prompt_lengths(
     task: EvaluationRecipe, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     template = task.template or TASKS[task.task].template
-    prompts, _ = build_prompts(questions, tokenizer, template, task, read_shots(task))
+    shots = read_shots(task, questions)
+    prompts, _ = build_prompts(questions, tokenizer, template, task, shots)
     return [len(each.input_ids) for each in prompts]
 
 

@@ -1,7 +1,7 @@
 """The file of completions: one JSON object a line, appended as soon as a completion is finished.
 
 A row is ``{"id", "prompt", "completion", "gold"}``; ``"sample"`` joins them when a prompt is
-answered several times. Nothing is ever rewritten, so a killed run loses at most the rows that
+answered several times. No completion is ever rewritten, so a killed run loses at most the rows that
 were being generated, and scoring can be redone from the file alone.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.storage.disk import explained
-from kpsvd_tune.storage.durable import append_file, truncate_file
-from kpsvd_tune.storage.json_files import parse_json, read_bytes
+from kpsvd_tune.storage.durable import append_file, replace_file, truncate_file
+from kpsvd_tune.storage.json_files import as_read_back, parse_json, read_bytes
 
 RowId = int | str
 # In the folder of an evaluation.
@@ -51,8 +52,7 @@ def append_completion(path: Path, completion: Completion) -> None:
 
     The data has left this process when the call returns: a kill afterwards loses nothing.
     """
-    # A lone surrogate is valid in JSON but not in UTF-8; escape instead of losing the row.
-    line = (completion.to_json() + "\n").encode("utf-8", errors="backslashreplace")
+    line = _line(completion)
     with explained(f"append {len(line):,} bytes to {path}", "an --output"):
         append_file(path, line)
 
@@ -72,6 +72,27 @@ def repair_completions(path: Path) -> None:
         truncate_file(path, start)
     else:
         append_file(path, b"\n")
+
+
+def renew_golds(path: Path, golds: Mapping[RowId, Any]) -> int:
+    """Put right answers in place of others in a file of completions; other processes must wait.
+
+    Args:
+        path: The file; one that is missing holds none.
+        golds: What the rows have now, by their ids; rows of other ids stay as they are.
+
+    Returns:
+        How many completions had another gold. The file is replaced as a whole, if any had.
+    """
+    if not path.exists():
+        return 0
+    held = read_completions(path)
+    now = as_read_back([golds.get(each.id, each.gold) for each in held])
+    renewed = [replace(each, gold=gold) for each, gold in zip(held, now, strict=True)]
+    changed = sum(old != new for old, new in zip(held, renewed, strict=True))
+    if changed:
+        replace_file(path, b"".join(map(_line, renewed)))
+    return changed
 
 
 def read_completions(path: Path) -> list[Completion]:
@@ -114,6 +135,11 @@ def read_completions(path: Path) -> list[Completion]:
             )
         completions[completion.key] = completion
     return list(completions.values())
+
+
+def _line(completion: Completion) -> bytes:
+    # A lone surrogate is valid in JSON but not in UTF-8; escape instead of losing the row.
+    return (completion.to_json() + "\n").encode("utf-8", errors="backslashreplace")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

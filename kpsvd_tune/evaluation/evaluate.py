@@ -26,6 +26,7 @@ from kpsvd_tune.evaluation.completions import (
     Completion,
     append_completion,
     read_completions,
+    renew_golds,
     repair_completions,
 )
 from kpsvd_tune.evaluation.doubt import doubt
@@ -63,6 +64,7 @@ from kpsvd_tune.runs.find import Loaded
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import make_folder, rename, replace_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
+from kpsvd_tune.units import counted
 
 _SAMPLED_WEIGHTS = 64
 
@@ -96,8 +98,9 @@ def check_tasks(tasks: Sequence[EvaluationRecipe], dataset: DatasetRecipe | None
         elif recipe.task in LOSS_TASKS:
             check_loss(recipe)
         else:
-            doubts.append(doubt_of(recipe, read_questions(recipe)))
-            read_shots(recipe)
+            questions = read_questions(recipe)
+            doubts.append(doubt_of(recipe, questions))
+            read_shots(recipe, questions)
     return [each for each in doubts if each is not None]
 
 
@@ -227,9 +230,9 @@ class Scorer:
         self, model: Any, task: EvaluationRecipe, template: str, folder: Path, set_aside: bool
     ) -> list[Completion]:
         """Answer what is not yet answered in the folder; gives all answers that the task wants."""
-        prompts, end_token_ids = build_prompts(
-            read_questions(task), self.tokenizer, template, task, read_shots(task)
-        )
+        questions = read_questions(task)
+        shots = read_shots(task, questions)
+        prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
             batch_size=task.batch_size,
@@ -242,11 +245,16 @@ class Scorer:
         file = folder / COMPLETIONS_FILE
         settings = _settings(model, task.task, options)
 
-        def make_ready() -> None:
+        def make_ready() -> int:
             with explained(f"write into {folder}", "an --output"):
                 _open_folder(folder, settings, prompts, set_aside)
+                return renew_golds(file, {prompt.id: prompt.gold for prompt in prompts})
 
-        on_main_process(make_ready)
+        if renewed := on_main_process(make_ready):
+            self.events.note(
+                f"the rows have another right answer than {counted(renewed, 'answer')} in {file} "
+                "stored beside: what the model wrote is kept, and judged by the rows of now"
+            )
         done = {each.key for each in read_completions(file)} if file.exists() else set()
         wanted = {(prompt.id, sample) for prompt in prompts for sample in range(task.samples)}
         if found := len(wanted & done):

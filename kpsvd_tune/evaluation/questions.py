@@ -7,9 +7,11 @@ of those two harnesses, for comparison with published figures.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.encode.templates import TextTemplate
+from kpsvd_tune.data.encode.tools import function_of
 from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import is_local_file, load_rows
 from kpsvd_tune.errors import DataError, InputError
@@ -124,7 +127,8 @@ def _read_rows(
     )
     for number, (row, example) in enumerate(found):
         # A row with an empty field is no example.
-        question = None if example is None else _question(example, _id(row.values, number))
+        with row.told_in_errors():
+            question = None if example is None else _question(example, _id(row.values, number))
         _check_gold(recipe.task, question.gold if question else "", row.where)
         if question:
             questions.append(question)
@@ -134,12 +138,22 @@ def _read_rows(
 
 
 def _question(example: Pair | Chat, identifier: RowId) -> Question:
-    """Of a conversation the last answer is asked for, all before it is given."""
+    """Of a conversation the last answer that would be learnt is asked for, all before it is given.
+
+    DataError: that answer calls a tool, and scorers compare texts.
+    """
     if isinstance(example, Pair) and not (example.history or example.tools):
         answer = example.completion
         return Question(identifier, example.prompt, answer, answer, example.system)
     chat = example.as_chat() if isinstance(example, Pair) else example
-    last = max(i for i, message in enumerate(chat.messages) if message["role"] == "assistant")
+    last = chat.learnt[-1]
+    if calls := chat.messages[last].get("tool_calls"):
+        name = function_of(calls[0]).get("name")
+        raise DataError(
+            f"the last answer calls the tool {name!r}, and the scorers compare texts alone, so "
+            "every answer would count as wrong. Expected a last answer in words: take such rows "
+            "out, or measure them with the task loss"
+        )
     answer = str(chat.messages[last]["content"])
     return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)
 
@@ -193,8 +207,13 @@ def num_shots(recipe: EvaluationRecipe) -> int:
     return _HARNESS_SHOTS.get((recipe.prompt, recipe.task), 0)
 
 
-def read_shots(recipe: EvaluationRecipe) -> list[Question]:
-    """The worked examples to put before each question, never rows that are scored."""
+def read_shots(recipe: EvaluationRecipe, questions: Sequence[Question]) -> list[Question]:
+    """The worked examples to put before each of the questions, never rows that are scored.
+
+    Raises:
+        InputError: there are no other rows to take them from, or one of them is a question.
+        DataError: there are too few, or they cannot be read.
+    """
     wanted = num_shots(recipe)
     if wanted == 0:
         return []
@@ -218,7 +237,22 @@ def read_shots(recipe: EvaluationRecipe) -> list[Question]:
             f"{recipe.written('shots')} to {len(shots)} or less, or "
             f"{recipe.written('shots_path')} to a source with more."
         )
-    return shots[:wanted]
+    shots = shots[:wanted]
+    # By what they say, for one file has many paths, and a folder may hold it too.
+    scored = {_said(question): question.id for question in questions}
+    if shown := next((shot for shot in shots if _said(shot) in scored), None):
+        raise InputError(
+            f"the worked example {shown.id!r} of {path} is the row {scored[_said(shown)]!r} of "
+            "those that are scored, so its right answer would stand in the prompt. Expected other "
+            f"rows: give a file of examples ({recipe.written('shots_path')}), or "
+            f"{recipe.written('shots')} 0."
+        )
+    return shots
+
+
+def _said(question: Question) -> str:
+    """What a question and its right answer say, as a key."""
+    return json.dumps([question.prompt, question.answer], sort_keys=True, default=str)
 
 
 def build_prompts(
@@ -293,9 +327,22 @@ def _render(question: Question, template: str, recipe: EvaluationRecipe) -> tupl
 
 
 def _messages(question: Question, shots: Sequence[Question]) -> Sequence[Message]:
-    """The question as messages, worked examples being earlier rounds of the chat."""
-    if not isinstance(question.prompt, str):
-        return question.prompt
-    rounds = tuple((shot.asked, shot.answer) for shot in shots)
-    pair = Pair(question.asked, "", question.system, history=rounds)
-    return pair.as_chat().messages[:-1]
+    """The question as messages, worked examples being earlier rounds of the chat.
+
+    The system prompt is the question's own.
+    """
+    system, asked = _as_messages(question)
+    rounds: list[Message] = []
+    for shot in shots:
+        rounds += [*_as_messages(shot)[1], {"role": "assistant", "content": shot.answer}]
+    return [*system, *rounds, *asked]
+
+
+def _as_messages(question: Question) -> tuple[list[Message], list[Message]]:
+    """The system prompt as messages, and those from there up to the answer."""
+    if isinstance(question.prompt, str):
+        messages = Pair(question.asked, "", question.system).as_chat().messages[:-1]
+    else:
+        messages = question.prompt
+    asked = list(dropwhile(lambda each: each["role"] in ("system", "developer"), messages))
+    return list(messages[: len(messages) - len(asked)]), asked

@@ -7,12 +7,14 @@ of the head itself. Where nothing can be kept, the file is read each time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,6 +70,22 @@ def gguf_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return loaded
 
     return _kept(source, "tokenizer", read, load, _is_same_tokenizer)
+
+
+@contextmanager
+def names_mapped_once() -> Iterator[None]:
+    """Keep gguf's table of tensor names while transformers loads a file.
+
+    transformers asks for the whole table once a module, which takes seconds for a small model.
+    """
+    import gguf
+
+    found = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(found)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = found
 
 
 def _is_same_tokenizer(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> bool:

@@ -9,7 +9,7 @@ import logging
 import re
 from _pickle import UnpicklingError  # the class alone: nothing is unpickled here
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
 from kpsvd_tune.hardware.devices import own_device
-from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer
+from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer, names_mapped_once
 from kpsvd_tune.models.quantised import dequantised, quantisation_config, settle_quantised
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.memory import is_out_of_memory
@@ -71,7 +71,9 @@ def load_model(
         options["gguf_file"] = source.gguf_file
     # Typed as returning the model alone, whatever is asked for.
     load: Any = AutoModelForCausalLM.from_pretrained
-    with _reading(f"model {source.path!r} cannot be loaded"):
+    is_gguf = source.kind == "gguf"
+    quickly = names_mapped_once() if is_gguf else nullcontext()
+    with _reading(f"model {source.path!r} cannot be loaded"), quickly:
         try:
             model, info = load(
                 source.folder, local_files_only=True, output_loading_info=True, **options
@@ -98,7 +100,7 @@ def load_model(
     refuse_more_layers(source, extra, model.state_dict())
     if extra:
         warn_of_extra(source, extra)
-    if source.kind == "gguf":
+    if is_gguf:
         _forget_quantisation(model)
         _warn_of_rotations(source)
     settle_quantised(model, source.path)

@@ -22,7 +22,7 @@ from kpsvd_tune.comparison.trial import _Losses
 from kpsvd_tune.comparison.trial_log import open_results, read_results
 from kpsvd_tune.comparison.workers import Workers, _answer
 from kpsvd_tune.errors import InputError
-from kpsvd_tune.recipe import load_recipe
+from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe, load_recipe
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.events import read_events
 from kpsvd_tune.training import make_accelerator
@@ -91,6 +91,22 @@ def test_the_model_that_is_scored_is_the_one_that_was_trained(
     rows = {row.method: row for row in read_results(tmp_path / "comparison")}
     assert measured == {name: row.validation_loss for name, row in rows.items()}
     assert len(measured) == 8
+
+
+def test_questions_are_told_apart_by_all_that_a_model_is_given(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    dataset = DatasetRecipe(path=str(rows), columns={"system": "system"})
+
+    def asked(system: str, **keys: Any) -> str:
+        row = {"instruction": "1 + 1?", "output": "2", "system": system}
+        rows.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        task = EvaluationRecipe(task="exact_match", path=str(rows), **keys)
+        return module.make_questions(task, dataset, None).asked
+
+    first = asked("Be brief.")
+    assert asked("Be brief.") == first
+    assert asked("Explain.") != first
+    assert asked("Be brief.", stop=["\n"]) not in (first, asked("Be brief.", stop=["."]))
 
 
 @pytest.mark.slow

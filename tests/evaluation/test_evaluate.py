@@ -99,6 +99,39 @@ def test_the_template_of_the_dataset_is_used_where_the_section_has_none(
     assert read_completions(tmp_path / "b" / "completions.jsonl")[0].prompt.startswith("My: Tom")
 
 
+@pytest.mark.parametrize("task", ["exact_match", "label"])
+def test_a_right_answer_that_was_corrected_counts_and_no_answer_is_made_twice(
+    tiny_model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any
+):
+    def write(*golds: str) -> str:
+        rows = [{"prompt": f"Is {n} odd?", "completion": gold} for n, gold in enumerate(golds)]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    section = EvaluationRecipe(task=task, path=write("no", "yes", "no"), max_new_tokens=4)
+    evaluate(tiny_model, tokenizer, section, tmp_path / "eval")
+    file = tmp_path / "eval" / "completions.jsonl"
+    before = read_completions(file)
+    write("no", before[1].completion, "never")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise AssertionError("answered again")
+
+    monkeypatch.setattr(module, "append_completion", fails)
+    told = Notes()
+    scores = evaluate(tiny_model, tokenizer, section, tmp_path / "eval", told)
+    after = read_completions(file)
+    assert [each.completion for each in after] == [each.completion for each in before]
+    assert scores[0].points == {"0": 0.0, "1": 1.0, "2": 0.0}
+    assert score_completions(task, after) == scores
+    number = 2 if task == "exact_match" else 3  # a label's gold holds all labels
+    assert any(f"another right answer than {number} answers" in note for note in told.notes)
+    again = Notes()
+    assert evaluate(tiny_model, tokenizer, section, tmp_path / "eval", again) == scores
+    assert not any("another right answer" in note for note in again.notes)
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing in between handles it."""
 

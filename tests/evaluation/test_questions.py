@@ -106,6 +106,39 @@ def test_a_conversation_is_asked_for_its_last_answer(tmp_path: Path):
     assert (question.prompt, question.gold) == (tuple(messages[:3]), "d")
 
 
+def test_the_last_answer_is_one_that_would_be_learnt(tmp_path: Path):
+    def row(*said: tuple[str, str, int]) -> dict[str, Any]:
+        keys = ("role", "content", "weight")
+        messages = [dict(zip(keys, each, strict=True)) for each in said]
+        return {
+            "messages": [m if m["role"] == "assistant" else {**m, "weight": 0} for m in messages]
+        }
+
+    begin = ("user", "a", 0), ("assistant", "b", 1), ("user", "c", 0)
+    path = write(
+        tmp_path / "chat.jsonl",
+        [row(*begin, ("assistant", "bad", 0)), row(*begin, ("assistant", "", 1))],
+    )
+    found = read_questions(recipe("exact_match", path))
+    assert [each.gold for each in found] == ["b", "b"]
+    assert [len(each.prompt) for each in found] == [1, 1]
+
+
+@pytest.mark.parametrize("text", ["", "I look it up."])
+def test_a_last_answer_that_calls_a_tool_is_refused(tmp_path: Path, text: str):
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query": "x"}}}
+    messages = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": text, "tool_calls": [call]},
+    ]
+    path = write(tmp_path / "chat.jsonl", [{"messages": messages}])
+    with pytest.raises(
+        DataError, match=r"chat\.jsonl, line 1: the last answer calls the tool"
+    ) as got:
+        read_questions(recipe("exact_match", path))
+    assert "measure them with the task loss" in str(got.value)
+
+
 @pytest.mark.parametrize(
     ("split", "ids"),
     [("test", [11, 12, 510]), ("prompt", [1, 2, 3, 4, 5]), ("validation", [511]), ("train", [601])],
@@ -220,7 +253,7 @@ def test_the_default_prompt_is_what_the_shipped_recipe_trains_on(
 def test_worked_examples_stand_before_the_question(tokenizer, rows_file: Path, tmp_path: Path):
     shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}] * 5)
     task = recipe("gsm8k", str(rows_file), limit=1, shots=2, shots_path=shots_file)
-    shots = read_shots(task)
+    shots = read_shots(task, read_questions(task))
     text = TASKS["gsm8k"].template
     ((prompt,), _) = build_prompts(read_questions(task), tokenizer, text, task, shots)
     example = "Question: 0 + 0?\nAnswer: 0\n\n"
@@ -234,14 +267,53 @@ def test_worked_examples_stand_before_the_question(tokenizer, rows_file: Path, t
 def test_worked_examples_are_never_the_rows_that_are_scored(rows_file: Path):
     for keys in ({"shots": 2}, {"prompt": "lm-eval"}):
         with pytest.raises(InputError, match="must be other rows than those that are scored"):
-            read_shots(recipe("gsm8k", str(rows_file), **keys))
+            read_shots(recipe("gsm8k", str(rows_file), **keys), [])
+
+
+@pytest.mark.parametrize("path", ["list", "other spelling", "folder"])
+def test_a_worked_example_that_is_scored_is_refused_however_its_file_is_named(
+    tmp_path: Path, path: str
+):
+    (tmp_path / "rows").mkdir()
+    rows = [{"id": f"n{n}", "prompt": f"{n} + 1?", "completion": f"{n + 1}"} for n in range(3)]
+    file = write(tmp_path / "rows" / "a.jsonl", rows)
+    other = write(tmp_path / "b.jsonl", [{"prompt": "9 + 1?", "completion": "10"}])
+    keys: dict[str, dict[str, Any]] = {
+        "list": {"path": [file, other]},
+        "other spelling": {"path": file, "shots_path": f"{tmp_path}/rows/../rows/a.jsonl"},
+        "folder": {"path": file, "shots_path": str(tmp_path / "rows")},
+    }
+    task = EvaluationRecipe(task="exact_match", shots=2, **keys[path])
+    with pytest.raises(InputError) as got:
+        read_shots(task, read_questions(task))
+    assert "is the row" in str(got.value)
+    assert "its right answer would stand in the prompt" in str(got.value)
+    # Rows that are not asked may be shown.
+    fewer = EvaluationRecipe(task="exact_match", path=other, shots=2, shots_path=file)
+    assert [each.id for each in read_shots(fewer, read_questions(fewer))] == ["n0", "n1"]
+
+
+def test_worked_examples_stand_before_a_conversation_too(tokenizer, tmp_path: Path):
+    def chat(*said: str) -> dict[str, Any]:
+        roles = ["system", *["user", "assistant"] * len(said)]
+        return {"messages": [{"role": r, "content": t} for r, t in zip(roles, said, strict=False)]}
+
+    shots_file = write(tmp_path / "shots.jsonl", [chat("other", "a", "b", "c", "d")])
+    path = write(tmp_path / "rows.jsonl", [chat("be brief", "e", "f", "g", "h")])
+    task = recipe("exact_match", path, shots=1, shots_path=shots_file)
+    shots = read_shots(task, read_questions(task))
+    ((prompt,), _) = build_prompts(read_questions(task), tokenizer, "chat", task, shots)
+    assert prompt.text == (
+        "<|system|>be brief</s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>d</s>"
+        "<|user|>e</s><|assistant|>f</s><|user|>g</s><|assistant|>"
+    )
 
 
 def test_too_few_worked_examples_are_refused(rows_file: Path, tmp_path: Path):
     shots_file = write(tmp_path / "shots.jsonl", [{"question": "0 + 0?", "answer": "0"}])
     task = recipe("gsm8k", str(rows_file), shots=2, shots_path=shots_file)
     with pytest.raises(DataError, match="holds 1 worked examples, but 2 are wanted: set shots to"):
-        read_shots(task)
+        read_shots(task, [])
 
 
 def test_a_harness_has_its_own_number_of_worked_examples():
@@ -256,7 +328,7 @@ def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
 
     def prompt(style: str) -> str:
         task = recipe("mbpp", code_file, limit=1, prompt=style)
-        shots = read_shots(task)
+        shots = read_shots(task, read_questions(task))
         return build_prompts(read_questions(task), tokenizer, text, task, shots)[0][0].text
 
     tests = "assert add(0) == 11\nassert add(1) == 12\nassert add(2) == 13"

@@ -176,6 +176,28 @@ def test_a_gguf_model_is_saved_like_any_other(gguf_path: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_a_load_of_a_gguf_file_makes_the_table_of_names_once(
+    gguf_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    made = []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return gguf.TensorNameMap(*arguments)
+
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
+    source = resolve_model(str(gguf_path))
+    first = load_model(source, "float32").state_dict()
+    assert len(made) == 1
+    # Nothing of it is left behind.
+    assert gguf.get_tensor_name_map is counted
+    second = load_model(source, "float32").state_dict()
+    assert len(made) == 2
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_the_line_of_a_card_loads_a_gguf_base(gguf_path: Path) -> None:
     line = base_of(resolve_model(str(gguf_path))).loading
     assert 'gguf_file="tiny.gguf"' in line

@@ -72,6 +72,7 @@ def read_examples(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Collection[str] = (),
     template: str = "chat",
+    setting: str = "columns",
 ) -> ReadRows:
     """Read rows into memory and find their form, for evaluation.
 
@@ -82,6 +83,7 @@ def read_examples(
         columns: Column of each role, where its name differs.
         ignore_columns: Columns that are left out where there are any.
         template: Only tells which roles are needed.
+        setting: What a user writes to name columns, for messages.
 
     Raises:
         DataError: A source or a row cannot be read, or no form fits.
@@ -92,7 +94,7 @@ def read_examples(
         rows = tuple(
             replace(row, values=without_columns(row.values, ignore_columns, set())) for row in rows
         )
-    form = find_form(rows, "auto", columns or {}, template, setting="columns")
+    form = find_form(rows, "auto", columns or {}, template, setting=setting)
     notes = without_place(rows, form, template)
     return ReadRows(rows, form, (*loaded.notes, *notes))
 

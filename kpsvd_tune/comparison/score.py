@@ -83,7 +83,9 @@ def scored_task(recipe: Recipe, name: str) -> EvaluationRecipe:
         )
     # The user's rows are as those that are trained on.
     columns = recipe.dataset.columns
-    return EvaluationRecipe.model_validate({"task": name, "path": path, "columns": columns})
+    task = EvaluationRecipe.model_validate({"task": name, "path": path, "columns": columns})
+    task.stands_at("dataset.")
+    return task
 
 
 def make_questions(

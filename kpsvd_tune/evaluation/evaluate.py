@@ -113,7 +113,7 @@ def doubt_of(task: EvaluationRecipe, questions: Sequence[Question]) -> str | Non
         return None
     return (
         f"warning: evaluation of {task.task}: {found.reason} ({rows_source(task)}): are the "
-        f"columns right (evaluation.columns, dataset.columns)? If so: {found.cure}"
+        f"columns right ({task.written('columns')}={{...}})? If so: {found.cure}"
     )
 
 

@@ -37,10 +37,11 @@ def check_harness(recipe: EvaluationRecipe) -> None:
     manager = _manager(recipe)
     known = manager.all_tasks
     if unknown := [name for name in task_names(recipe) if name not in known]:
-        where = f"nor in {recipe.path}" if recipe.path else "and evaluation.path names no folder"
+        own = recipe.written("path")
+        where = f"nor in {recipe.path}" if recipe.path else f"and {own} names no folder"
         raise InputError(
             f"evaluation of lm_eval: lm-eval knows no task {some_of(unknown)}, {where}; expected "
-            "names as `lm-eval ls tasks` shows them, or a folder of task files in evaluation.path"
+            f"names as `lm-eval ls tasks` shows them, or a folder of task files in {own}"
         )
 
 

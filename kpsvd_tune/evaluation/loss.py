@@ -22,6 +22,7 @@ from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_exampl
 from kpsvd_tune.data.rows.prepare import ReadRows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.generation import LanguageModel, evaluation_mode
+from kpsvd_tune.evaluation.own_keys import advising_own_keys
 from kpsvd_tune.evaluation.tasks import Progress
 from kpsvd_tune.recipe import EvaluationRecipe
 from kpsvd_tune.report.results import Score
@@ -86,7 +87,8 @@ def score_loss(
     if _is_text(recipe):
         loss = text_loss(model, tokenizer, text, **sizes)
     else:
-        loss = completion_loss(model, tokenizer, recipe, template, progress)
+        with advising_own_keys(recipe):
+            loss = completion_loss(model, tokenizer, recipe, template, progress)
     perplexity = Score("perplexity", loss.perplexity, loss.n, loss.perplexity * loss.stderr)
     return [_score("loss", loss), perplexity]
 
@@ -96,7 +98,8 @@ def check_loss(recipe: EvaluationRecipe) -> None:
     if recipe.task == "forgetting" or _is_text(recipe):
         _read_text(str(recipe.path))
     else:
-        _read_rows(recipe)
+        with advising_own_keys(recipe):
+            _read_rows(recipe)
 
 
 def completion_loss(
@@ -122,7 +125,8 @@ def completion_loss(
     if not rows:
         raise DataError(
             f"{recipe.path} holds no completion to compute a loss on. Expected at least one row "
-            f"whose completion begins within the first {recipe.window} tokens; check the columns."
+            f"whose completion begins within the first {recipe.window} tokens; check "
+            f"{recipe.written('columns')}."
         )
     return summarise(token_losses(model, tokenizer, rows, recipe.batch_size, progress))
 
@@ -201,6 +205,7 @@ def _read_rows(recipe: EvaluationRecipe, template: str = "chat") -> ReadRows:
         split=recipe.split,
         columns=columns,
         template=template,
+        setting=recipe.written("columns"),
     )
 
 

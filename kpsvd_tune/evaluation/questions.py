@@ -29,6 +29,7 @@ from kpsvd_tune.evaluation.generation import NO_LIMIT, Prompt
 from kpsvd_tune.evaluation.json_answer import gold_of, read_schema
 from kpsvd_tune.evaluation.label_answer import labels_of
 from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold
+from kpsvd_tune.evaluation.own_keys import advising_own_keys
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.recipe import EvaluationRecipe
 
@@ -78,6 +79,11 @@ def read_questions(recipe: EvaluationRecipe) -> list[Question]:
     Raises:
         DataError: the source cannot be read, has other columns, or holds no row.
     """
+    with advising_own_keys(recipe):
+        return _read_questions(recipe)
+
+
+def _read_questions(recipe: EvaluationRecipe) -> list[Question]:
     source = TASKS[recipe.task]
     path = recipe.path or source.path
     name = recipe.name if recipe.path or recipe.name else source.name
@@ -116,7 +122,9 @@ def _read_rows(
     if recipe.task == "mbpp":
         return _read_code(load_rows(path, name=name, split=split).rows, columns, split)
     questions = []
-    found = read_examples(path, name=name, split=split, columns=columns)
+    found = read_examples(
+        path, name=name, split=split, columns=columns, setting=recipe.written("columns")
+    )
     for number, (row, example) in enumerate(found):
         # A row with an empty field is no example.
         with row.told_in_errors():
@@ -215,16 +223,19 @@ def read_shots(recipe: EvaluationRecipe, questions: Sequence[Question]) -> list[
     if path is None or (recipe.task != "mbpp" and is_file and path == recipe.path):
         raise InputError(
             f"worked examples for {recipe.task} must be other rows than those that are scored. "
-            "Give a file of examples (shots_path), or shots=0."
+            f"Give a file of examples ({recipe.written('shots_path')}), or "
+            f"{recipe.written('shots')} 0."
         )
     name = recipe.name if path == recipe.path or recipe.name else source.name
-    shots = _read_rows(recipe, path, name, source.shots_split)
+    with advising_own_keys(recipe):
+        shots = _read_rows(recipe, path, name, source.shots_split)
     if recipe.prompt == "lm-eval" and recipe.task == "mbpp":
         shots = [shot for shot in shots if shot.id in _LM_EVAL_CODE_SHOTS]
     if len(shots) < wanted:
         raise DataError(
-            f"{path} holds {len(shots)} worked examples, but {wanted} are wanted: set shots to "
-            f"{len(shots)} or less, or shots_path to a source with more."
+            f"{path} holds {len(shots)} worked examples, but {wanted} are wanted: set "
+            f"{recipe.written('shots')} to {len(shots)} or less, or "
+            f"{recipe.written('shots_path')} to a source with more."
         )
     shots = shots[:wanted]
     # By what they say, for one file has many paths, and a folder may hold it too.
@@ -233,7 +244,8 @@ def read_shots(recipe: EvaluationRecipe, questions: Sequence[Question]) -> list[
         raise InputError(
             f"the worked example {shown.id!r} of {path} is the row {scored[_said(shown)]!r} of "
             "those that are scored, so its right answer would stand in the prompt. Expected other "
-            "rows: give a file of examples (shots_path), or shots=0."
+            f"rows: give a file of examples ({recipe.written('shots_path')}), or "
+            f"{recipe.written('shots')} 0."
         )
     return shots
 
@@ -254,6 +266,17 @@ def build_prompts(
 
     `template`, a text or "chat", must work with the tokenizer: else DataError.
     """
+    with advising_own_keys(recipe):
+        return _build_prompts(questions, tokenizer, template, recipe, shots)
+
+
+def _build_prompts(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    recipe: EvaluationRecipe,
+    shots: Sequence[Question],
+) -> tuple[list[Prompt], tuple[int, ...]]:
     is_chat = any(not isinstance(question.prompt, str) for question in questions)
     is_chat |= template == "chat" and recipe.prompt == "template"
     encoder = Encoder(tokenizer, "chat" if is_chat else "{prompt}{completion}", NO_LIMIT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from kpsvd_tune.recipe.dataset import Columns
 from kpsvd_tune.recipe.values import (
@@ -24,6 +24,12 @@ HARNESS_PROMPTS = {"lm-eval": ("gsm8k", "mbpp"), "bigcode": ("mbpp",)}
 LOSS_TASKS = ("loss", "forgetting")
 # Tasks for rows of one's own that `init` can choose among.
 OWN_ROWS_TASKS = ("exact_match", "label", "json", "text", "loss")
+# Keys that the command `eval` has an option for; it takes the others as KEY=VALUE.
+_OPTIONS = frozenset(
+    {"task", "path", "limit", "shots", "temperature", "samples", "max_new_tokens", "batch_size"}
+)
+# Keys that mean the same in the section `dataset`.
+_AS_IN_DATASET = frozenset({"path", "name", "split", "columns", "template", "learn"})
 _NEED_A_PATH = ("exact_match", "label", "json", "text", *LOSS_TASKS)
 
 
@@ -92,6 +98,23 @@ class EvaluationRecipe(Section):
         None, "json: a file with the JSON schema that answers have to follow; null: none"
     )
     window: int = key(1024, "tokens of a row (loss) or of a window (forgetting)", ge=2)
+    _where: str = PrivateAttr("")
+
+    def stands_at(self, where: str) -> None:
+        """Remember what a user writes before its keys.
+
+        That is "evaluation.0." of a recipe, "--" of the command `eval`, and "dataset." where the
+        section is not written and has its columns from there.
+        """
+        self._where = where
+
+    def written(self, key: str) -> str:
+        """What a user writes for a key: evaluation.0.columns, --path; a section alone, columns."""
+        if self._where == "--":
+            return f"--{key.replace('_', '-')}" if key in _OPTIONS else key
+        if self._where == "dataset." and key not in _AS_IN_DATASET:
+            return f"evaluation.{key}"
+        return self._where + key
 
     @field_validator("path")
     @classmethod

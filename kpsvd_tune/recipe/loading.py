@@ -105,7 +105,9 @@ def evaluation_section(
                 key = origin
             lines.append(f"{key}: {' '.join(message.split())}")
         raise RecipeError("\n".join(lines))
-    return recipe.evaluation[0]
+    found = recipe.evaluation[0]
+    found.stands_at("--")
+    return found
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

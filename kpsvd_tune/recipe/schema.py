@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from kpsvd_tune.recipe.adapter import AdapterRecipe
 from kpsvd_tune.recipe.dataset import DatasetRecipe
@@ -247,6 +247,12 @@ class Recipe(Section):
     compare: CompareRecipe = key(CompareRecipe(), "what `compare` measures besides")
     output_dir: OutputFolder = Field(description="folder of the run, such as runs/my_run")
     tracking: list[Literal["tensorboard", "wandb"]] = key([], "trackers to log to")
+
+    @model_validator(mode="after")
+    def _place_tasks(self) -> Recipe:
+        for number, each in enumerate(self.evaluation):
+            each.stands_at(f"evaluation.{number}.")
+        return self
 
     @field_validator("train")
     @classmethod

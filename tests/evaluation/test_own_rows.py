@@ -110,7 +110,7 @@ def test_rows_that_look_wrong_are_told_before_the_work_and_stop_nothing(tmp_path
     told = check_tasks([task, task.model_copy(update={"task": "text"})], None)
     assert len(told) == 1, told
     assert "evaluation of label: there are 9 different answers in 9 rows" in told[0]
-    assert "evaluation.columns" in told[0]
+    assert "are the columns right (columns={...})? If so: " in told[0]
     assert told[0].endswith("If so: the task text scores texts")
     # Who names the labels knows them.
     named = task.model_copy(update={"labels": [LONG.format(n) for n in range(9)]})
@@ -292,7 +292,7 @@ def test_answers_are_held_against_a_schema(schema: Path, json_rows: Path) -> Non
         ("{", "is no JSON"),
         ('{"type": "shape"}', "is no JSON schema: 'shape' is not valid"),
         ('{"$ref": "https://example.org/x.json"}', "refers to another schema"),
-        ('{"type": "array"}', "the right answer does not follow evaluation.json_schema"),
+        ('{"type": "array"}', "the right answer does not follow json_schema "),
     ],
 )
 def test_schemas_that_cannot_be_used(schema: Path, json_rows: Path, text: str, told: str) -> None:

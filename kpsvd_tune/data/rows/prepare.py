@@ -70,6 +70,7 @@ def read_examples(
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     template: str = "chat",
+    setting: str = "columns",
 ) -> ReadRows:
     """Read rows into memory and find their form, for evaluation.
 
@@ -79,12 +80,13 @@ def read_examples(
         split: Split of a hub dataset.
         columns: Column of each role, where its name differs.
         template: Only tells which roles are needed.
+        setting: What a user writes to name columns, for messages.
 
     Raises:
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split)
-    form = find_form(loaded.rows, "auto", columns or {}, template, setting="columns")
+    form = find_form(loaded.rows, "auto", columns or {}, template, setting=setting)
     notes = without_place(loaded.rows, form, template)
     return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
 

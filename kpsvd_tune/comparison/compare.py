@@ -94,6 +94,9 @@ class Watcher(Protocol):
     def finished(self, row: TrialRow, num_left: int) -> None:
         """Report a trial that is done, and how many are to come."""
 
+    def answered(self, done: int, total: int) -> None:
+        """Report how many answers the models that are scored have given, of all they are to."""
+
     def note(self, text: str) -> None:
         """Say something between trials."""
 
@@ -451,9 +454,11 @@ class _Session:
                 return
         self.events.stage(f"scoring the base model on {self.questions.task.task}")
         folder = self.folder / "base_score"
+        workers.answered = lambda _, *counts: self.events.advance("answering", *counts)
         ((_, found),) = workers.scores(
             [Scoring(self.questions, None, folder, "the base model's score")]
         )
+        self.events.end_progress()
         replace_file(file, to_json(found.to_dict()))
         self.base_score = found
 
@@ -485,6 +490,13 @@ class _Session:
         ]
         if self.purse is not None:
             workers.may_score = self.purse.may_score
+        answers: dict[str, int] = {}
+
+        def answered(scoring: Scoring, done: int, total: int) -> None:
+            answers[scoring.name] = done
+            self.watcher.answered(sum(answers.values()), total * len(scorings))
+
+        workers.answered = answered
         number = 0
         for number, (scoring, found) in enumerate(workers.scores(scorings), start=1):
             if self.purse is not None:

@@ -87,8 +87,10 @@ def test_eval_is_advised_in_its_own_words(
             {"task": "gsm8k"},
             [
                 {
-                    **{"question": "a", "answer": "2"},
-                    **{"tools": [{"name": "add"}], "functions": [{"name": "sub"}]},
+                    "question": "a",
+                    "answer": "2",
+                    "tools": [{"name": "add"}],
+                    "functions": [{"name": "sub"}],
                 }
             ],
             "leave one out of the file",

@@ -284,7 +284,8 @@ def _build_prompts(
 ) -> tuple[list[Prompt], tuple[int, ...]]:
     is_chat = any(not isinstance(question.prompt, str) for question in questions)
     is_chat |= template == "chat" and recipe.prompt == "template"
-    encoder = Encoder(tokenizer, "chat" if is_chat else "{prompt}{completion}", NO_LIMIT)
+    used = "chat" if is_chat else "{prompt}{completion}"
+    encoder = Encoder(tokenizer, used, NO_LIMIT, learn=recipe.learn or "all")
     before = ""
     if not is_chat:
         rendered = [_render(shot, template, recipe) for shot in shots]

@@ -41,6 +41,7 @@ from kpsvd_tune.runs.adapter_folder import (
     read_adapter_config,
 )
 from kpsvd_tune.runs.hub_adapter import adapter_on_hub
+from kpsvd_tune.runs.merged_folder import kept_dataset
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
 from kpsvd_tune.storage.paths import expand, kind_of
@@ -66,13 +67,21 @@ class Found:
     base: str  # the base model, as the recipe or the adapter names it
     recipe: Recipe | None = None  # the run's; None for an adapter or a model alone
     revision: str | None = None  # the base's, on the hub
-    # The recipe's section, with the template that the rows turned out to take.
+    # The recipe's section, with the template that the rows turned out to take; of a merged model
+    # what it keeps of that, with its report as the path.
     dataset: DatasetRecipe | None = None
 
     @property
     def dtype(self) -> str:
         """The dtype that the run loaded its base in; float32 where there was none."""
         return self.recipe.model.dtype if self.recipe else "float32"
+
+    @property
+    def asked_by(self) -> str | None:
+        """Says where a model that is no run has its template and columns from; None: nowhere."""
+        if self.dataset is None or self.recipe is not None:
+            return None
+        return f"asked as it was trained: template and columns are those in {self.dataset.path}"
 
     @property
     def quantization(self) -> str | None:
@@ -118,7 +127,7 @@ def find(source: str) -> Found:
         check_seal(folder)
         config = read_adapter_config(folder)
         return Found(folder, config.base_model_name_or_path or "", None, config.revision)
-    return Found(None, source)
+    return Found(None, source, dataset=kept_dataset(path))
 
 
 def adapter_of(source: str, found: Found) -> Path:

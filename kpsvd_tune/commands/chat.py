@@ -70,7 +70,7 @@ def chat(
             if found.asked_by is not None:
                 events.note(found.asked_by)
             if found.dataset is not None:
-                template = found.dataset.template or template
+                template = found.template or template
             options = GenerationOptions(max_new_tokens, temperature=temperature, seed=seed)
             conversation = Conversation(loaded.model, loaded.tokenizer, template, options)
         if template != "chat":

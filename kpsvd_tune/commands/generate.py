@@ -65,7 +65,7 @@ def generate(
             if found.asked_by is not None and not raw:
                 events.note(found.asked_by)
             if found.dataset is not None:
-                template = found.dataset.template
+                template = found.template
             text = generate_text(
                 loaded.model,
                 loaded.tokenizer,

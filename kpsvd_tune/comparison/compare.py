@@ -36,6 +36,7 @@ from kpsvd_tune.comparison.trial_log import (
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.comparison.workers import Workers
 from kpsvd_tune.data import TokenizedRow, prepare
+from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import (
@@ -92,6 +93,9 @@ class Watcher(Protocol):
 
     def finished(self, row: TrialRow, num_left: int) -> None:
         """Report a trial that is done, and how many are to come."""
+
+    def answered(self, done: int, total: int) -> None:
+        """Report how many answers the models that are scored have given, of all they are to."""
 
     def note(self, text: str) -> None:
         """Say something between trials."""
@@ -450,9 +454,11 @@ class _Session:
                 return
         self.events.stage(f"scoring the base model on {self.questions.task.task}")
         folder = self.folder / "base_score"
+        workers.answered = lambda _, *counts: self.events.advance("answering", *counts)
         ((_, found),) = workers.scores(
             [Scoring(self.questions, None, folder, "the base model's score")]
         )
+        self.events.end_progress()
         replace_file(file, to_json(found.to_dict()))
         self.base_score = found
 
@@ -484,6 +490,13 @@ class _Session:
         ]
         if self.purse is not None:
             workers.may_score = self.purse.may_score
+        answers: dict[str, int] = {}
+
+        def answered(scoring: Scoring, done: int, total: int) -> None:
+            answers[scoring.name] = done
+            self.watcher.answered(sum(answers.values()), total * len(scorings))
+
+        workers.answered = answered
         number = 0
         for number, (scoring, found) in enumerate(workers.scores(scorings), start=1):
             if self.purse is not None:
@@ -697,7 +710,7 @@ def _test_rows(
     if recipe.compare.test is None:
         return (), None
     assert recipe.dataset is not None
-    dataset = recipe.dataset.model_copy(
+    dataset = shared_settings(recipe.dataset).model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
     found = prepare(dataset, tokenizer, seed=0, limits=limits, keeps_template=True)

@@ -51,6 +51,17 @@ GRACE_SECONDS = 60.0
 _LOCK_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """What a scoring tells after each batch: how many answers it has, and of how many.
+
+    It also tells a worker whose parent is gone, for then it cannot be sent.
+    """
+
+    done: int
+    total: int
+
+
 @dataclass
 class _Worker:
     """A process, and what it does now."""
@@ -77,6 +88,8 @@ class Workers(AbstractContextManager["Workers", None]):
         self.tick: Callable[[int], None] = lambda _: None
         # Told each trial as it is given to a process.
         self.begun: Callable[[Trial], None] = lambda _: None
+        # Told after each batch of answers how many a scoring has, and of how many.
+        self.answered: Callable[[Scoring, int, int], None] = lambda *_: None
         # Asked before each trial, and before each trial's model is scored.
         self.may_start: Callable[[Trial], bool] = lambda _: True
         self.may_score: Callable[[], bool] = lambda: True
@@ -155,9 +168,11 @@ class Workers(AbstractContextManager["Workers", None]):
                     assert isinstance(end, Connection)
                     message = _receive(end, self._workers[end])
                     if isinstance(message, tuple):
-                        # An empty one says nothing: see `_Beating`.
-                        if message:
-                            self._stepped(*message)
+                        self._stepped(*message)
+                    elif isinstance(message, _Answered):
+                        scoring = self._workers[end].task
+                        assert isinstance(scoring, Scoring)
+                        self.answered(scoring, message.done, message.total)
                     elif isinstance(message, BaseException):
                         raise message
                     else:
@@ -236,15 +251,15 @@ def _outside_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-class _Beating(Silence):
-    """Tells the parent nothing after each batch of answers, for one that is gone is noticed so."""
+class _Answering(Silence):
+    """Tells the parent how many answers there are, after each batch of them."""
 
     def __init__(self, send: Callable[[Any], None]) -> None:
         self._send = send
 
     def advance(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """Send an empty message, which fails where nobody listens any more."""
-        self._send(())
+        """Send it; BrokenPipeError where nobody listens any more."""
+        self._send(_Answered(done, total))
 
 
 def _receive(end: Connection, worker: _Worker) -> Any:
@@ -294,7 +309,7 @@ def _ask_to_end(workers: dict[Connection, _Worker]) -> None:
         while worker.process.is_alive() and time.monotonic() < deadline:
             with suppress(EOFError, OSError):
                 if end.poll(0.1):
-                    if not isinstance(end.recv(), tuple):
+                    if not isinstance(end.recv(), tuple | _Answered):
                         end.close()  # it ended before it could hear, and waits for more
                     continue
             worker.process.join(0.1)
@@ -350,8 +365,8 @@ def _answer(
             if task is None:
                 return measure_base(material, recipe, base)
             if isinstance(task, Scoring):
-                beating = _Beating(send)
-                return _patiently(lambda: score_model(task, material, base, beating))
+                answering = _Answering(send)
+                return _patiently(lambda: score_model(task, material, base, answering))
             return _patiently(lambda: run_trial(task, material, base, report, jobs=jobs))
     except StoppedBySignal:
         return None

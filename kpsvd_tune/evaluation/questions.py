@@ -123,7 +123,12 @@ def _read_rows(
         return _read_code(load_rows(path, name=name, split=split).rows, columns, split)
     questions = []
     found = read_examples(
-        path, name=name, split=split, columns=columns, setting=recipe.written("columns")
+        path,
+        name=name,
+        split=split,
+        columns=columns,
+        ignore_columns=recipe.ignore_columns or (),
+        setting=recipe.written("columns"),
     )
     for number, (row, example) in enumerate(found):
         # A row with an empty field is no example.

@@ -149,7 +149,7 @@ def settings_for(
         folder,
         adapters=names,
         trainings=trainings,
-        trained_as=trained_as([each.dataset for each in found]),
+        trained_as=trained_as([(each.dataset, each.template) for each in found]),
     )
 
 

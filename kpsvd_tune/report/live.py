@@ -205,6 +205,8 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
         self._names: dict[Trial, str] = {}
         self._num_left, self._jobs = 0, 1
         self._last = time.monotonic()
+        # How many the models that are scored have given, in words.
+        self._answers = ""
 
     def __exit__(self, *_: object) -> None:
         self.leave_table()
@@ -253,6 +255,11 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
         self._names.pop(row.trial, None)
         self._show()
 
+    def answered(self, done: int, total: int) -> None:
+        """Report how many answers the models that are scored have given, of all they are to."""
+        self._answers = f"answers {done:,} of {total:,}"
+        self._show()
+
     def note(self, text: str) -> None:
         """Say something between trials."""
         print_line(self._console, Text(f"  {text}", style="dim"), 4)
@@ -297,9 +304,12 @@ class TrialTable(AbstractContextManager["TrialTable", None]):
             for trial, (step, total, loss) in self._running.items():
                 told = f"  {self._named(trial)}: step {step}/{total}, loss {loss:.3f}"
                 print_line(self._console, told + (f"; all trials: {left}" if left else ""))
+            if self._answers:
+                print_line(self._console, f"  {self._answers}")
 
     def _table(self) -> Table:
-        title = ", ".join([*self._names.values(), self._standing()])
+        answers = [self._answers] if self._answers else []
+        title = ", ".join([*self._names.values(), self._standing(), *answers])
         table = Table(box=None, pad_edge=False, padding=(0, 2), title=title)
         for name in ("method", "budget", "rate", "seed", "step", "loss", "validation"):
             table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")

@@ -70,9 +70,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *, keeps: bool) -> list[int]:
         for task in tasks:
             if not keeps:
                 base = KeptBase(material.source, recipe)
-            answer = _answer(
-                task, material, recipe, base, lambda step: step and workers._stepped(*step)
-            )
+            answer = _answer(task, material, recipe, base, lambda step: workers._stepped(*step))
             if isinstance(answer, BaseException):
                 raise answer
             # Asked for its type by its class, for some objects of others answer with a warning.

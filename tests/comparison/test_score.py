@@ -20,9 +20,10 @@ from kpsvd_tune.comparison.money import Forecast, Purse
 from kpsvd_tune.comparison.score import scored_task
 from kpsvd_tune.comparison.trial import _Losses
 from kpsvd_tune.comparison.trial_log import open_results, read_results
-from kpsvd_tune.comparison.workers import Workers, _answer
+from kpsvd_tune.comparison.workers import Workers, _answer, _Answered
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe, load_recipe
+from kpsvd_tune.report import live
 from kpsvd_tune.report.comparison import TrialRow
 from kpsvd_tune.report.events import read_events
 from kpsvd_tune.training import make_accelerator
@@ -54,9 +55,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         for task in tasks:
             if not workers._may_start(task):
                 return
-            answer = _answer(
-                task, material, recipe, base, lambda step: step and workers._stepped(*step)
-            )
+
+            def send(message: Any, task: Any = task) -> None:
+                if isinstance(message, _Answered):
+                    workers.answered(task, message.done, message.total)
+                else:
+                    workers._stepped(*message)
+
+            answer = _answer(task, material, recipe, base, send)
             if isinstance(answer, BaseException):
                 raise answer
             workers.tick(1)
@@ -117,12 +123,16 @@ def test_scores_are_kept_paired_and_not_made_twice(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(live, "TRIAL_SECONDS", 0.0)
     folder = tmp_path / "comparison"
     words = command(recipe, "kpsvd,lora", "--score", "exact_match")
     assert cli.run([*words, "--json"]) == 0
     captured = capsys.readouterr()
     verdict = json.loads(captured.out)
     assert "scoring the base model on exact_match" in captured.err
+    assert "  answering 8 of 8\n" in captured.err
+    # Of both models.
+    assert "  answers 16 of 16\n" in captured.err
     assert "scored 2 of 2: lora at 3,000" in captured.err
     # Models are given to the workers together, as trials are: the base, and then the best two.
     assert in_this_process[-1] == 2

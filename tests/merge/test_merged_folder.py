@@ -12,13 +12,20 @@ import pytest
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.evaluation.completions import read_completions
-from kpsvd_tune.recipe import DatasetRecipe
+from kpsvd_tune.evaluation.evaluate import as_trained
+from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.runs.find import find
-from kpsvd_tune.runs.merged_folder import kept_dataset, trained_as
+from kpsvd_tune.runs.merged_folder import kept_training, trained_as
 
 TEMPLATE = "Q: {prompt}\nA: {completion}"
 COLUMNS = {"prompt": "question", "completion": "answer"}
-KEPT = {"template": TEMPLATE, "columns": COLUMNS, "learn": "all"}
+KEPT = {
+    "template": TEMPLATE,
+    "columns": COLUMNS,
+    "ignore_columns": [],
+    "learn": "all",
+    "asked_with": TEMPLATE,
+}
 
 
 def dataset(**keys: Any) -> DatasetRecipe:
@@ -27,12 +34,28 @@ def dataset(**keys: Any) -> DatasetRecipe:
 
 def test_what_is_kept_is_what_all_runs_have_in_common() -> None:
     own = dataset(template=TEMPLATE, max_length=9)
-    assert trained_as([own]) == KEPT
-    assert trained_as([own, dataset(template=TEMPLATE, validation=3)]) == KEPT
-    assert trained_as([own, dataset(template="chat")]) == {}
+    run = (own, TEMPLATE)
+    assert trained_as([run]) == KEPT
+    assert trained_as([run, (dataset(template=TEMPLATE, validation=3), TEMPLATE)]) == KEPT
+    assert trained_as([run, (dataset(template="chat"), "chat")]) == {}
+    assert trained_as([run, (own, "{prompt}{completion}")]) == {}
     # An adapter without its run.
-    assert trained_as([own, None]) == {}
-    assert trained_as([None]) == {}
+    assert trained_as([run, (None, None)]) == {}
+    assert trained_as([(None, None)]) == {}
+
+
+def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+    # Columns of a source are those of the rows beside it.
+    source = {"path": "rows.jsonl", "columns": COLUMNS, "ignore_columns": ["system"]}
+    own = DatasetRecipe.model_validate({"path": source, "template": "chat", "learn": "last"})
+    report = tmp_path / "merge_report.json"
+    kept = trained_as([(own, "{prompt}{completion}")])
+    report.write_text(json.dumps({"trained_as": kept}))
+    found = find(str(tmp_path))
+    assert found.template == "{prompt}{completion}"
+    task = EvaluationRecipe(task="text", path="other.jsonl")
+    assert as_trained(task, found.dataset) == as_trained(task, own)
+    assert trained_as([(found.dataset, found.template)]) == kept
 
 
 @pytest.mark.parametrize(
@@ -41,6 +64,7 @@ def test_what_is_kept_is_what_all_runs_have_in_common() -> None:
         ("{", "merge_report.json is not JSON"),
         ('{"trained_as": ["chat"]}', r"trained_as is \['chat'\]; expected template and columns"),
         ('{"trained_as": {"template": "chat", "learn": "some"}}', "trained_as.learn: Input should"),
+        ('{"trained_as": {"asked_with": 3}}', "trained_as.asked_with: 3 is no template"),
         ('{"trained_as": {"tempalte": "chat"}}', "trained_as.tempalte: Extra inputs are not"),
     ],
 )
@@ -52,11 +76,11 @@ def test_a_report_that_cannot_be_read_is_refused(tmp_path: Path, content: str, t
 
 
 def test_a_folder_that_keeps_nothing_says_nothing(tmp_path: Path) -> None:
-    assert kept_dataset(tmp_path) is None
+    assert kept_training(tmp_path) == (None, None)
     for content in ('{"passed": true}', '{"trained_as": {}}'):  # the first of an older version
         (tmp_path / "merge_report.json").write_text(content)
         found = find(str(tmp_path))
-        assert (found.dataset, found.asked_by) == (None, None)
+        assert (found.dataset, found.template, found.asked_by) == (None, None, None)
 
 
 @pytest.mark.slow
@@ -101,9 +125,9 @@ def test_a_merged_model_is_scored_and_asked_like_its_run(
     answers = []
     for source in (run, merged):
         assert cli.run(["generate", str(source), "Tom has", "--max-new-tokens", "4"]) == 0
-        said = capsys.readouterr()
-        answers.append(said.out)
-        assert (told in said.err) == (source == merged)
+        shown = capsys.readouterr()
+        answers.append(shown.out)
+        assert (told in shown.err) == (source == merged)
     assert answers[0] == answers[1]
 
     # A folder of an older version needs the columns, as any model does.

@@ -65,6 +65,16 @@ def test_a_terminal_shows_running_and_finished_trials_in_one_table() -> None:
         assert text in shown
 
 
+def test_answers_are_counted_in_the_title_of_the_table() -> None:
+    table = TrialTable()
+    table._console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with table:
+        table.begin([row()], 0, 1)
+        assert "answers" not in str(table._table().title)
+        table.answered(1250, 2000)
+        assert str(table._table().title).endswith("answers 1,250 of 2,000")
+
+
 def test_the_answer_to_a_signal_is_not_drawn_over(monkeypatch: pytest.MonkeyPatch) -> None:
     table, out = TrialTable(), io.StringIO()
     table._console = Console(file=out, force_terminal=True, width=120)

@@ -263,6 +263,8 @@ def _score(
             check_writable(run)
         except InputError as error:
             events.note(f"the scores will not be added to the run: {error}")
+    if found.asked_by is not None:
+        events.note(found.asked_by)
     for doubt in check_tasks([wanted], found.dataset):
         events.note(doubt)
     with watched() as phase, ExitStack() as stack:

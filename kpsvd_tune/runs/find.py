@@ -42,6 +42,7 @@ from kpsvd_tune.runs.adapter_folder import (
     read_adapter_config,
 )
 from kpsvd_tune.runs.hub_adapter import adapter_on_hub
+from kpsvd_tune.runs.merged_folder import kept_training
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
 from kpsvd_tune.storage.paths import expand, kind_of
@@ -69,7 +70,8 @@ class Found:
     base: str  # the base model, as the recipe or the adapter names it
     recipe: Recipe | None = None  # the run's; None for an adapter or a model alone
     revision: str | None = None  # the base's, on the hub
-    # The recipe's section, with the template that the rows turned out to take.
+    # The recipe's section, with the template that the rows turned out to take; of a merged model
+    # what it keeps of that, with its report as the path.
     dataset: DatasetRecipe | None = None
     # What the run's answers are asked for with: "chat", or a text template.
     template: str | None = None
@@ -78,6 +80,13 @@ class Found:
     def dtype(self) -> str:
         """The dtype that the run loaded its base in; float32 where there was none."""
         return self.recipe.model.dtype if self.recipe else "float32"
+
+    @property
+    def asked_by(self) -> str | None:
+        """Says where a model that is no run has its template and columns from; None: nowhere."""
+        if self.dataset is None or self.recipe is not None:
+            return None
+        return f"asked as it was trained: template and columns are those in {self.dataset.path}"
 
     @property
     def quantization(self) -> str | None:
@@ -128,7 +137,8 @@ def find(source: str) -> Found:
         check_seal(folder)
         config = read_adapter_config(folder)
         return Found(folder, config.base_model_name_or_path or "", None, config.revision)
-    return Found(None, source)
+    dataset, template = kept_training(path)
+    return Found(None, source, dataset=dataset, template=template)
 
 
 def adapter_of(source: str, found: Found) -> Path:

@@ -75,7 +75,7 @@ class Setups:
         Refuses a PEFT method that no budget is enough for (InputError) or a rank rule
         (AdapterError): what cannot be met is refused before the first trial, not after hours.
         """
-        for name, method in self._methods.items():
+        for method in self._methods.values():
             if method.kind != "kpsvd":
                 self._choose_sizes(method, sorted(budgets))
         for name in self.adapters():

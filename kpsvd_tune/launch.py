@@ -63,6 +63,11 @@ def init_method() -> str | None:
     return f"file://{path}?rank={rank}&world_size={number}"
 
 
+def is_of_other_launcher() -> bool:
+    """Whether another launcher, such as torchrun, has started this process as one of its ranks."""
+    return "WORLD_SIZE" in os.environ and PHASE_FILE not in os.environ
+
+
 def tell_phase(phase: str) -> None:
     """Tell the launcher, where there is one, what this rank does now, such as "training"."""
     if path := os.environ.get(PHASE_FILE):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -344,7 +345,7 @@ def test_a_signal_before_the_first_step_says_where_it_came(
     assert cli.run(["train", str(recipe)]) == 143
     assert capsys.readouterr().err.endswith(
         "stopped by SIGTERM while decomposing the base model; finished matrices are kept; the same "
-        "command goes on from there\n"
+        f"command goes on from there:\n  {shlex.join(['kpsvd-tune', 'train', str(recipe)])}\n"
     )
     monkeypatch.setattr("kpsvd_tune.training.stages.prepare", wait)
     assert cli.run(["train", str(recipe)]) == 143
@@ -370,4 +371,4 @@ def test_the_first_signal_is_answered_with_what_happens_now(
     said = [line for line in err.splitlines() if "again to stop now" in line]
     assert len(said) == 1
     assert said[0].startswith("SIGINT: finishing step 5, about 1 s, and saving; ")
-    assert "stopped by SIGINT; what was done is saved; the same command goes on from there" in err
+    assert "stopped by SIGINT; what was done is saved; the same command goes on from there:" in err

@@ -167,6 +167,8 @@ def test_a_recipe_is_frozen(write):
         ("train.learning_rate=1e-3", "train.learning_rate", 1e-3),
         ("train.learning_rate='2.5e-4'", "train.learning_rate", 2.5e-4),
         ("train.learning_rate=1", "train.learning_rate", 1.0),
+        ("train.seed=00", "train.seed", 0),
+        ("train.seed=0x10", "train.seed", 16),
         ("train.precision=no", "train.precision", "no"),
         ("train.precision=fp16", "train.precision", "fp16"),
         ("train.max_grad_norm=null", "train.max_grad_norm", None),
@@ -657,6 +659,14 @@ def test_early_stopping_without_validation_is_refused(faults):
         ("train.sed=4", "train.sed: unknown key; did you mean seed?"),
         ("trian.seed=4", "trian: unknown key; did you mean train?"),
         ("train={seed: 1, seed: 2}", "train.seed: given twice, on lines 1 and 1; keep one"),
+        ("train.max_steps=0100", "train.max_steps: got 0100, which YAML reads as 64 (in base 8); "
+         "expected a number in base 10, such as 64, or text in quotes"),
+        ("train.save_every=1:30", "train.save_every: got 1:30, which YAML reads as 90 (in base "
+         "60); expected a number in base 10, such as 90, or text in quotes"),
+        ("train.learning_rate=0:0.5", "train.learning_rate: got 0:0.5, which YAML reads as 0.5 "
+         "(in base 60); expected a number in base 10, such as 0.5, or text in quotes"),
+        ("train={seed: 0_17}", "train.seed: got 0_17, which YAML reads as 15 (in base 8); "
+         "expected a number in base 10, such as 15, or text in quotes"),
     ],
 )  # fmt: skip
 def test_a_broken_override_is_refused(faults, override: str, expected: str):

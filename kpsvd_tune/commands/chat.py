@@ -67,8 +67,10 @@ def chat(
             loaded.model.eval()
             # A run is asked as it was trained; a model alone by its chat template.
             template = "chat" if loaded.tokenizer.chat_template else "{prompt}{completion}"
+            if found.asked_by is not None:
+                events.note(found.asked_by)
             if found.dataset is not None:
-                template = found.dataset.template or template
+                template = found.template or template
             options = GenerationOptions(max_new_tokens, temperature=temperature, seed=seed)
             conversation = Conversation(loaded.model, loaded.tokenizer, template, options)
         if template != "chat":

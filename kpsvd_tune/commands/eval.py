@@ -51,7 +51,7 @@ from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.paths import check_writable, expand, kind_of, siblings
 
 # Keys of an evaluation that belong to its rows.
-_OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "shots_path"}
+_OF_THE_ROWS = {"path", "name", "split", "limit", "columns", "ignore_columns", "shots_path"}
 
 
 class _Model(NamedTuple):
@@ -263,6 +263,8 @@ def _score(
             check_writable(run)
         except InputError as error:
             events.note(f"the scores will not be added to the run: {error}")
+    if found.asked_by is not None:
+        events.note(found.asked_by)
     for doubt in check_tasks([wanted], found.dataset):
         events.note(doubt)
     with watched() as phase, ExitStack() as stack:

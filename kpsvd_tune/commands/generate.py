@@ -62,8 +62,10 @@ def generate(
             loaded.model.eval()
             # A run's answers are asked for as it was trained; a model alone by its chat template.
             template = "chat" if loaded.tokenizer.chat_template else None
+            if found.asked_by is not None and not raw:
+                events.note(found.asked_by)
             if found.dataset is not None:
-                template = found.dataset.template
+                template = found.template
             text = generate_text(
                 loaded.model,
                 loaded.tokenizer,

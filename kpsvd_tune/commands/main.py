@@ -33,6 +33,7 @@ from kpsvd_tune.commands.runs import runs
 from kpsvd_tune.commands.train import train
 from kpsvd_tune.commands.validate import validate
 from kpsvd_tune.errors import InputError, KpsvdTuneError, StoppedBySignal, closest
+from kpsvd_tune.launch import is_of_other_launcher
 from kpsvd_tune.recipe.faults import key_like
 from kpsvd_tune.report.layout import make_console, print_line, shortened
 from kpsvd_tune.storage.disk import cure
@@ -112,10 +113,7 @@ def run(arguments: list[str]) -> int:
             return error.exit_code
         if not isinstance(error, StoppedBySignal):
             return _fail(str(error), error.exit_code, debug)
-        # With that option the same command would go back to where it began this time.
-        is_chosen = any(each.partition("=")[0] == "--resume" for each in arguments)
-        command = "the same command without --resume" if is_chosen else "the same command"
-        _say(f"{error}; {command} goes on from there" if error.goes_on else str(error))
+        _say_stopped(error, arguments)
         return error.exit_code
     except Exception as error:
         if is_out_of_memory(error):
@@ -184,6 +182,34 @@ def _fail(message: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     _say(f"error: {message}")
     return code
+
+
+def _say_stopped(error: StoppedBySignal, arguments: Sequence[str]) -> None:
+    """Say where a signal came, and the command that goes on from there."""
+    if not error.goes_on:
+        _say(str(error))
+        return
+    # With that option the same command would go back to where it began this time.
+    again = _without_option("--resume", arguments)
+    what = "the same command" if again == list(arguments) else "the same command without --resume"
+    if is_of_other_launcher():
+        # What was typed began with the launcher, and is not known here.
+        _say(f"{error}; {what} goes on from there")
+        return
+    _say(f"{error}; {what} goes on from there:")
+    # As it is, for a line that is broken between words could not be copied.
+    typer.echo(f"  {shlex.join(['kpsvd-tune', *again])}", err=True)
+
+
+def _without_option(option: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments without an option and its value, which may be behind = or the next word."""
+    kept, is_value = [], False
+    for each in arguments:
+        if is_value or each.partition("=")[0] == option:
+            is_value = not is_value and each == option
+        else:
+            kept.append(each)
+    return kept
 
 
 def _say(message: str) -> None:

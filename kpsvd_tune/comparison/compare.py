@@ -36,6 +36,7 @@ from kpsvd_tune.comparison.trial_log import (
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.comparison.workers import Workers
 from kpsvd_tune.data import TokenizedRow, prepare
+from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.data.rows.preflight import ModelLimits, model_limits, pad_token_id
 from kpsvd_tune.data.rows.store import num_shared
 from kpsvd_tune.errors import (
@@ -709,7 +710,7 @@ def _test_rows(
     if recipe.compare.test is None:
         return (), None
     assert recipe.dataset is not None
-    dataset = recipe.dataset.model_copy(
+    dataset = shared_settings(recipe.dataset).model_copy(
         update={"path": recipe.compare.test, "name": None, "split": "train", "validation": 0}
     )
     found = prepare(dataset, tokenizer, seed=0, limits=limits, keeps_template=True)

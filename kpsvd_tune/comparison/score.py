@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from kpsvd_tune.comparison.kept_base import KeptBase
 from kpsvd_tune.comparison.setup import Setup
 from kpsvd_tune.comparison.trial import Material, adapted
+from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.evaluation.evaluate import Scorer, as_trained, conditions
 from kpsvd_tune.evaluation.questions import read_questions, read_shots
@@ -82,7 +83,7 @@ def scored_task(recipe: Recipe, name: str) -> EvaluationRecipe:
             f"compare.test=FILE, or in the recipe as evaluation: [{{task: {name}, path: FILE}}]"
         )
     # The user's rows are as those that are trained on.
-    columns = recipe.dataset.columns
+    columns = shared_settings(recipe.dataset).columns
     task = EvaluationRecipe.model_validate({"task": name, "path": path, "columns": columns})
     task.stands_at("dataset.")
     return task

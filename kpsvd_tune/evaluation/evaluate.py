@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
     COMPLETIONS_FILE,
@@ -307,9 +308,15 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
         "template": task.template or dataset.template,
         "learn": task.learn or dataset.learn,
     }
+    like = shared_settings(dataset)
     if task.task in OWN_ROWS_TASKS and not task.columns:
         # They have no columns of their own; those of the training are the likeliest.
-        update["columns"] = dataset.columns
+        update["columns"] = like.columns
+    if task.task in OWN_ROWS_TASKS and task.ignore_columns is None:
+        # Answers are kept by the ids of their rows, and a column that is named is wanted.
+        columns = update.get("columns", task.columns)
+        wanted = {"id", *(str(name).split(".")[0] for name in columns.values())}
+        update["ignore_columns"] = [name for name in like.ignore_columns if name not in wanted]
     return task.model_copy(update=update)
 
 

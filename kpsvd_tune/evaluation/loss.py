@@ -204,6 +204,7 @@ def _read_rows(recipe: EvaluationRecipe, template: str = "chat") -> ReadRows:
         name=recipe.name,
         split=recipe.split,
         columns=columns,
+        ignore_columns=recipe.ignore_columns or (),
         template=template,
         setting=recipe.written("columns"),
     )

@@ -123,7 +123,12 @@ def _read_rows(
         return _read_code(load_rows(path, name=name, split=split).rows, columns, split)
     questions = []
     found = read_examples(
-        path, name=name, split=split, columns=columns, setting=recipe.written("columns")
+        path,
+        name=name,
+        split=split,
+        columns=columns,
+        ignore_columns=recipe.ignore_columns or (),
+        setting=recipe.written("columns"),
     )
     for number, (row, example) in enumerate(found):
         # A row with an empty field is no example.
@@ -279,7 +284,8 @@ def _build_prompts(
 ) -> tuple[list[Prompt], tuple[int, ...]]:
     is_chat = any(not isinstance(question.prompt, str) for question in questions)
     is_chat |= template == "chat" and recipe.prompt == "template"
-    encoder = Encoder(tokenizer, "chat" if is_chat else "{prompt}{completion}", NO_LIMIT)
+    used = "chat" if is_chat else "{prompt}{completion}"
+    encoder = Encoder(tokenizer, used, NO_LIMIT, learn=recipe.learn or "all")
     before = ""
     if not is_chat:
         rendered = [_render(shot, template, recipe) for shot in shots]

@@ -11,7 +11,7 @@ import gc
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ from kpsvd_tune.report.card import CARD, Base, Training, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.runs.described import training_of
 from kpsvd_tune.runs.find import Found, compare_files
+from kpsvd_tune.runs.merged_folder import MERGE_REPORT, trained_as
 from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_folder
@@ -78,6 +79,8 @@ class MergeSettings:
     warnings: tuple[str, ...] = ()  # for the report, before its own
     notes: tuple[str, ...] = ()  # for the report
     trainings: tuple[Training, ...] = ()  # of the adapters, for the card
+    # Keys of the dataset section of their runs, for the report.
+    trained_as: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_output(output: Path, inputs: Sequence[Path]) -> Path:
@@ -139,7 +142,15 @@ def settings_for(
     if source.kind == "gguf":
         dtype = dtype or found[0].dtype
     trainings = tuple(training_of(each.adapter) for each in found if each.adapter is not None)
-    return MergeSettings(dtype, names[0], named, folder, adapters=names, trainings=trainings)
+    return MergeSettings(
+        dtype,
+        names[0],
+        named,
+        folder,
+        adapters=names,
+        trainings=trainings,
+        trained_as=trained_as([(each.dataset, each.template) for each in found]),
+    )
 
 
 def merge(
@@ -330,6 +341,7 @@ def _prove_and_report(
         adapters=settings.adapters,
         weights=settings.weights,
         notes=settings.notes,
+        trained_as=settings.trained_as,
     )
     if proof is not None:
         events.stage("loading the merged model afresh and comparing")
@@ -354,7 +366,7 @@ def _prove_and_report(
         files = weight_hashes(partial)
     report = replace(report, weight_files=files)
     text = json.dumps(report.to_dict(), indent=2) + "\n"
-    (partial / "merge_report.json").write_text(text, encoding="utf-8")
+    (partial / MERGE_REPORT).write_text(text, encoding="utf-8")
     card = merged_card(report, settings.base, settings.trainings)
     (partial / CARD).write_text(card, encoding="utf-8")
     return report

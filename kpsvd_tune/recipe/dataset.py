@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
@@ -47,6 +48,17 @@ class Columns(TypedDict, total=False):
     messages: Annotated[Text, Field(description="column with a list of chat messages")]
     conversations: Annotated[Text, Field(description="column with a sharegpt conversation")]
     text: Annotated[Text, Field(description="column with plain text, all of it learnt")]
+
+
+def check_ignored(ignored: Sequence[str], columns: Columns) -> None:
+    """Refuse, as a conflict with `columns`, to leave out a column that they name."""
+    named = {str(name).split(".")[0] for name in columns.values()}
+    if both := [name for name in ignored if name in named]:
+        raise conflict(
+            f"leaves out the column {both[0]!r}, which columns names; remove it from one of the "
+            "two",
+            "columns",
+        )
 
 
 class SourceRecipe(Section):
@@ -139,13 +151,7 @@ class DatasetRecipe(Section):
     @field_validator("ignore_columns")
     @classmethod
     def _check_ignored(cls, value: list[str], info: ValidationInfo) -> list[str]:
-        named = {str(name).split(".")[0] for name in info.data.get("columns", {}).values()}
-        if both := [name for name in value if name in named]:
-            raise conflict(
-                f"leaves out the column {both[0]!r}, which columns names; remove it from one of "
-                "the two",
-                "columns",
-            )
+        check_ignored(value, info.data.get("columns", {}))
         return value
 
     @field_validator("min_length")

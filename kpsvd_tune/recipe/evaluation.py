@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
-from kpsvd_tune.recipe.dataset import Columns
+from kpsvd_tune.recipe.dataset import Columns, check_ignored
 from kpsvd_tune.recipe.values import (
     Number,
     PathOrList,
@@ -29,7 +29,9 @@ _OPTIONS = frozenset(
     {"task", "path", "limit", "shots", "temperature", "samples", "max_new_tokens", "batch_size"}
 )
 # Keys that mean the same in the section `dataset`.
-_AS_IN_DATASET = frozenset({"path", "name", "split", "columns", "template", "learn"})
+_AS_IN_DATASET = frozenset(
+    {"path", "name", "split", "columns", "ignore_columns", "template", "learn"}
+)
 _NEED_A_PATH = ("exact_match", "label", "json", "text", *LOSS_TASKS)
 
 
@@ -65,6 +67,11 @@ class EvaluationRecipe(Section):
     max_new_tokens: int = key(256, "longest answer, in tokens", ge=1, le=10**7)
     batch_size: int = key(16, "prompts generated together", ge=1, le=65_536)
     columns: Columns = key({}, "column of each role, where its name differs")
+    ignore_columns: list[Text] | None = key(
+        None,
+        "columns of one's own rows that are left out, as if they were not there; null: those of "
+        "the dataset",
+    )
     template: Text | None = key(None, "as in dataset; null: that of the dataset")
     learn: Literal["all", "last", "each"] | None = key(
         None,
@@ -142,6 +149,14 @@ class EvaluationRecipe(Section):
         owner = "label" if info.field_name == "labels" else "json"
         if value is not None and task not in (owner, None):
             raise conflict(f"only the task {owner} uses it, and task is {task}", "task")
+        return value
+
+    @field_validator("ignore_columns")
+    @classmethod
+    def _check_ignored(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if value and (task := info.data.get("task")) not in (*OWN_ROWS_TASKS, None):
+            raise conflict(f"{task} reads the columns that it needs alone; remove it", "task")
+        check_ignored(value or [], info.data.get("columns", {}))
         return value
 
     @field_validator("before")

@@ -1,7 +1,8 @@
 """YAML text to plain values, safely, with the line of every key; and overrides put into them.
 
 Stricter than YAML: no aliases (they can expand without bound), no tags (they can build objects),
-no duplicate keys, one document, bounded depth and size. Dates stay text.
+no duplicate keys, one document, bounded depth and size, no numbers in base 8 or 60 that look like
+others. Dates stay text.
 """
 
 from __future__ import annotations
@@ -198,12 +199,30 @@ def _build_scalar(loader: _Loader, node: yaml.Node, path: Path, document: Docume
             fault = "is not a number that can be read"
         if isinstance(value, int) and abs(value) >= 2**63:
             fault = "is an integer of more than 64 bits"
+        elif base := _surprising_base(node.value):
+            fault = (
+                f"got {node.value[:40]}, which YAML reads as {value} (in base {base}); expected a "
+                f"number in base 10, such as {value}, or text in quotes"
+            )
     elif not _is_unicode(node.value):
         fault = "holds half of a surrogate pair, which is no character"
     if fault:
         document.faults.append(Fault(document.origins[path], path, fault))
         return None
     return value
+
+
+def _surprising_base(text: str) -> int | None:
+    """The base that YAML 1.1 reads a number in where people read 10; 0x and 0b say it themselves.
+
+    A leading 0 means base 8, and colons base 60, made for times of day.
+    """
+    if ":" in text:
+        return 60
+    digits = text.lstrip("+-").replace("_", "")
+    is_octal = digits.isdecimal() and digits.startswith("0") and len(digits.lstrip("0")) > 1
+    # 08 and 09 are text to YAML; 00 to 07 are what they seem.
+    return 8 if is_octal else None
 
 
 def _is_unicode(text: str) -> bool:

@@ -316,6 +316,10 @@ class MergeReport(Result):
     notes: tuple[str, ...] = ()  # sentences on how it was merged
     # The sha256 of every weight file that was written, by name; empty in reports of older versions.
     weight_files: Mapping[str, str] = field(default_factory=dict)
+    # Keys of the dataset section by which the model was trained, so that it is asked in the same
+    # way: template, columns, ignore_columns and learn; and asked_with, the template of an answer
+    # alone. Empty where no run is known or several differ.
+    trained_as: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
 from kpsvd_tune.adapter.base import other_base_allowed
 from kpsvd_tune.adapter.model import check_streamed
+from kpsvd_tune.data.read.sources import training_sources
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
 from kpsvd_tune.events import Events
 from kpsvd_tune.models import (
@@ -41,12 +42,15 @@ from kpsvd_tune.runs.adapter_folder import (
     read_adapter_config,
 )
 from kpsvd_tune.runs.hub_adapter import adapter_on_hub
+from kpsvd_tune.runs.merged_folder import kept_training
 from kpsvd_tune.storage.json_files import read_json
 from kpsvd_tune.storage.memory import is_out_of_memory
 from kpsvd_tune.storage.paths import expand, kind_of
 
 Note = Callable[[str], None]  # gets a sentence for the user
 
+# The template of plain text, and the one that such a model is asked with.
+_WITHOUT_PROMPT, _PLAIN = "{completion}", "{prompt}{completion}"
 # Where run.json keeps the template that the rows were written with.
 TEMPLATE_KEY = "template"
 # Where it keeps the hash of the adapter's weights that the run has saved.
@@ -66,13 +70,23 @@ class Found:
     base: str  # the base model, as the recipe or the adapter names it
     recipe: Recipe | None = None  # the run's; None for an adapter or a model alone
     revision: str | None = None  # the base's, on the hub
-    # The recipe's section, with the template that the rows turned out to take.
+    # The recipe's section, with the template that the rows turned out to take; of a merged model
+    # what it keeps of that, with its report as the path.
     dataset: DatasetRecipe | None = None
+    # What the run's answers are asked for with: "chat", or a text template.
+    template: str | None = None
 
     @property
     def dtype(self) -> str:
         """The dtype that the run loaded its base in; float32 where there was none."""
         return self.recipe.model.dtype if self.recipe else "float32"
+
+    @property
+    def asked_by(self) -> str | None:
+        """Says where a model that is no run has its template and columns from; None: nowhere."""
+        if self.dataset is None or self.recipe is not None:
+            return None
+        return f"asked as it was trained: template and columns are those in {self.dataset.path}"
 
     @property
     def quantization(self) -> str | None:
@@ -111,14 +125,20 @@ def find(source: str) -> Found:
             )
         facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
         check_own(path / "adapter", facts.get(ADAPTER_KEY))
-        dataset = recipe.dataset and trained_as(recipe.dataset, facts.get(TEMPLATE_KEY))
-        return Found(path / "adapter", recipe.model.path, recipe, recipe.model.revision, dataset)
+        known = facts.get(TEMPLATE_KEY)
+        dataset = recipe.dataset and trained_as(recipe.dataset, known)
+        template = dataset.template if dataset else None
+        if known == _WITHOUT_PROMPT:
+            template = _PLAIN
+        base, revision = recipe.model.path, recipe.model.revision
+        return Found(path / "adapter", base, recipe, revision, dataset, template)
     folder = path if (path / "adapter_config.json").is_file() else adapter_on_hub(source)
     if folder is not None:
         check_seal(folder)
         config = read_adapter_config(folder)
         return Found(folder, config.base_model_name_or_path or "", None, config.revision)
-    return Found(None, source)
+    dataset, template = kept_training(path)
+    return Found(None, source, dataset=dataset, template=template)
 
 
 def adapter_of(source: str, found: Found) -> Path:
@@ -139,10 +159,13 @@ def adapter_of(source: str, found: Found) -> Path:
 def trained_as(dataset: DatasetRecipe, template: str | None) -> DatasetRecipe:
     """The dataset section with the template that `prepare` found; None where none was recorded.
 
-    Chats take the chat template, whatever the section says of pairs: what is asked afterwards must
-    be asked as it was trained.
+    Chats take the chat template, whatever the section says of pairs, and a source may have a
+    template of its own: what is asked afterwards must be asked as it was trained.
     """
-    return dataset.model_copy(update={"template": "chat"}) if template == "chat" else dataset
+    known = {"chat", *(source.template for source in training_sources(dataset))}
+    if template in known - {dataset.template, _WITHOUT_PROMPT}:
+        return dataset.model_copy(update={"template": template})
+    return dataset
 
 
 def resolve_base(

@@ -35,7 +35,8 @@ def fit_global_batch(
     """Fit `train.batch_size` and `train.gradient_accumulation` to another number of processes.
 
     Nothing is fitted where the number was never another one, where its change is not allowed,
-    which is then refused with all others, or where a change of the two keys was asked for. The
+    which is then refused with all others, or where a change of the two keys was asked for, which
+    moves the place in the data and is noted. The
     batch size of a process is the largest up to the recipe's that makes whole micro steps.
 
     Args:
@@ -52,8 +53,6 @@ def fit_global_batch(
     before = identity.get(PROCESSES, num_processes)
     is_other = before != num_processes
     was_other = any(each.get("key") == PROCESSES for each in record.get("changes", ()))
-    if not is_other and not was_other:
-        return Fitted(recipe)
     if is_other and not covers(allowed, PROCESSES):
         return Fitted(recipe)
     if not {"batch_size", "gradient_accumulation"} <= known.keys():
@@ -66,7 +65,9 @@ def fit_global_batch(
         for key, one, other in zip(FOLLOWING, old, typed, strict=True)
         if one != other and covers(allowed, key)
     ]
-    if asked and typed[0] * typed[1] * num_processes != rows:
+    if asked and (now := typed[0] * typed[1] * num_processes) != rows:
+        return Fitted(recipe, note=_moved(rows, now))
+    if not is_other and not was_other:
         return Fitted(recipe)
     sizes = _sizes(rows, num_processes, *typed)
     fitted = recipe.model_copy(
@@ -95,6 +96,20 @@ def _sizes(rows: int, num_processes: int, most: int, typed_steps: int) -> tuple[
     own = rows // num_processes
     size = max(each for each in range(1, min(most, own) + 1) if own % each == 0)
     return size, own // size
+
+
+def _moved(rows: int, now: int) -> str:
+    """What follows where a step takes other rows from here on."""
+    what = (
+        "rows in between are left out of this pass"
+        if now > rows
+        else "rows that were seen come again in this pass"
+    )
+    return (
+        f"a step takes {counted(now, 'row')} from here on, and took {rows}: the place in the data "
+        f"is the step's number times its rows, so {what}; epochs and the number of steps count as "
+        f"if every step had taken {now}"
+    )
 
 
 def _note(

@@ -447,15 +447,38 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("option", [["--resume", "never"], ["--resume=runs/x/checkpoints/s"]])
 def test_a_stopped_run_says_how_it_goes_on(monkeypatch, capsys, option):
+    # A terminal, which is narrower than the command: that stands in one line all the same.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
     def stop(*_: object, **__: object) -> None:
         raise StoppedBySignal(15)
 
     monkeypatch.setattr(cli, "app", stop)
-    assert cli.run(["train", "my.yaml"]) == 143
-    assert "saved; the same command goes on from there" in capsys.readouterr().err
+    words = ["my run.yaml", "dataset.columns={prompt: q}", "--processes", "2", "--debug"]
+    command = "kpsvd-tune train 'my run.yaml' 'dataset.columns={prompt: q}' --processes 2 --debug"
+    assert cli.run(["train", *words]) == 143
+    said = capsys.readouterr().err
+    assert said.endswith(f"\n  {command}\n")
+    assert "saved; the same command goes on from there:" in " ".join(said.split())
     # With the option it would begin again where it began.
-    assert cli.run(["train", "my.yaml", *option]) == 143
-    assert "the same command without --resume goes on from there" in capsys.readouterr().err
+    for place in range(1 + len(words)):
+        if words[place - 1] == "--processes":
+            continue  # its number comes next
+        assert cli.run(["train", *words[:place], *option, *words[place:]]) == 143
+        said = capsys.readouterr().err
+        assert said.endswith(f"\n  {command}\n")
+        assert "the same command without --resume goes on from there:" in " ".join(said.split())
+    # What was typed to another launcher is not known.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.run(["train", *words]) == 143
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("saved; the same command goes on from there")
+    # A rank that this package has started has the words that were typed.
+    monkeypatch.setenv("KPSVD_TUNE_PHASE_FILE", "phase")
+    assert cli.run(["train", *words]) == 143
+    assert capsys.readouterr().err.endswith(f"\n  {command}\n")
 
 
 @pytest.mark.slow

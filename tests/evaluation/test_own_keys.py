@@ -81,6 +81,18 @@ def test_eval_is_advised_in_its_own_words(
         (
             {},
             [{"messages": CHAT, "tools": [{"name": "add"}], "functions": [{"name": "sub"}]}],
+            "leave one out with KEY.ignore_columns=[functions]",
+        ),
+        (
+            {"task": "gsm8k"},
+            [
+                {
+                    "question": "a",
+                    "answer": "2",
+                    "tools": [{"name": "add"}],
+                    "functions": [{"name": "sub"}],
+                }
+            ],
             "leave one out of the file",
         ),
         (

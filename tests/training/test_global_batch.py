@@ -76,6 +76,22 @@ def test_other_rows_are_taken_where_they_are_asked_for():
     fitted = fit_global_batch(recipe(5, 1), record(4, 1, 2), 3, allowed)
     assert sizes(fitted) == (5, 1)
     assert fitted.accepted == ()
+    assert fitted.note is not None
+    assert fitted.note.startswith("a step takes 15 rows from here on, and took 8: the place")
+    assert "rows in between are left out of this pass" in fitted.note
+
+
+def test_other_rows_on_as_many_processes_move_the_place_in_the_data():
+    for allowed in (("train.gradient_accumulation",), ("train",)):
+        fitted = fit_global_batch(recipe(4, 1), record(4, 2, 1), 1, allowed)
+        assert (sizes(fitted), fitted.accepted) == ((4, 1), ())
+        assert fitted.note is not None
+        assert "takes 4 rows from here on, and took 8" in fitted.note
+        assert "rows that were seen come again in this pass" in fitted.note
+        assert "as if every step had taken 4" in fitted.note
+    # The same rows by another way stay where they are; what is not allowed is refused elsewhere.
+    assert fit_global_batch(recipe(2, 4), record(4, 2, 1), 1, ("train",)).note is None
+    assert fit_global_batch(recipe(4, 1), record(4, 2, 1), 1, ("train.seed",)).note is None
 
 
 def test_nothing_is_fitted_without_another_number_that_is_allowed():

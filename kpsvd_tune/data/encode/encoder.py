@@ -140,7 +140,7 @@ class Encoder:
         self._chat = None
         if template == "chat":
             self._chat = ChatRenderer(tokenizer, tuple(special), compared_with)
-        self._segment_tokenizer = SegmentTokenizer(tokenizer)
+        self._segment_tokenizer = SegmentTokenizer(tokenizer, tuple(special))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -365,18 +365,36 @@ def _refuse_chat_parts(pair: Pair) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Lead:
+    """A text that another is read behind, with its ids."""
+
+    text: str
+    ids: list[int]
+
+    def cut(self, ids: list[int]) -> list[int] | None:
+        """The ids behind its own; None where the two texts have run together."""
+        start = len(self.ids)
+        return ids[start:] if ids[:start] == self.ids else None
+
+
 class SegmentTokenizer:
     """A tokenizer that adds nothing of its own but `start_ids`, which it puts before a whole text.
 
     SentencePiece puts a space before whatever it is given, which is wrong inside a row: there a
-    segment is read behind a newline, which is cut off.
+    segment is read behind a newline, which is cut off. Behind a special token it is read behind
+    that token, as where a whole text is read at once: some tokenizers put a space there too, and
+    some tokens take the spaces behind them away.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self.start_ids = self._find_start_ids()
-        self._newline_ids = self.ids("\n")
-        self._adds_space = self.ids("\na")[len(self._newline_ids) :] != self.ids("a")
+        newline_ids = self.ids("\n")
+        self._adds_space = self.ids("\na")[len(newline_ids) :] != self.ids("a")
+        self._special_tokens = tuple(special_tokens)  # the longest first
+        # What a segment is read behind, by the special token that the one before ends with.
+        self._leads = {"": _Lead("\n", newline_ids) if self._adds_space else _Lead("", [])}
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text at the start of a row."""
@@ -384,12 +402,13 @@ class SegmentTokenizer:
 
     def rows(self, rows: Sequence[Sequence[Segment]]) -> Iterator[list[list[int]]]:
         """The ids of every segment of every row, in one call that a fast tokenizer shares out."""
-        lead = "\n" if self._adds_space else ""
-        texts = [
-            (lead if index else "") + segment.text
+        leads = [
+            self._lead(segments[index - 1].text) if index else _Lead("", [])
             for segments in rows
-            for index, segment in enumerate(segments)
+            for index in range(len(segments))
         ]
+        segments = (segment for each in rows for segment in each)
+        texts = [lead.text + segment.text for lead, segment in zip(leads, segments, strict=True)]
         # Only the ids are asked for: the rest costs as much again.
         batch = self._tokenizer(
             texts or [""],
@@ -398,17 +417,28 @@ class SegmentTokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        found = iter(batch["input_ids"])
-        start = len(self._newline_ids)
-        for segments in rows:
+        found = iter(zip(batch["input_ids"], leads, strict=True)) if texts else iter(())
+        for each in rows:
             pieces = []
-            for index, segment in enumerate(segments):
-                ids = next(found)
-                if index and self._adds_space:
-                    is_clean = ids[:start] == self._newline_ids
-                    ids = ids[start:] if is_clean else self.ids(segment.text)
-                pieces.append(ids)
+            for segment in each:
+                ids, lead = next(found)
+                cut = lead.cut(ids)
+                pieces.append(self.ids(segment.text) if cut is None else cut)
             yield pieces
+
+    def _lead(self, before: str) -> _Lead:
+        """What a segment is read behind, by the text of the one before."""
+        token = ""
+        if before.endswith(self._special_tokens):
+            token = next(each for each in self._special_tokens if before.endswith(each))
+        if token not in self._leads:
+            usual, own = self._leads[""], _Lead(token, self.ids(token))
+            is_usual = all(
+                own.cut(self.ids(own.text + text)) == usual.cut(self.ids(usual.text + text))
+                for text in ("a", " a", "\na")
+            )
+            self._leads[token] = usual if is_usual else own
+        return self._leads[token]
 
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of the ids with special tokens written out and no spaces tidied away."""

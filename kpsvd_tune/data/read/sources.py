@@ -420,6 +420,10 @@ def parse_split(split: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+# Keys of a source that say what its rows are.
+_OF_ROWS = ("format", "columns", "ignore_columns", "template")
+
+
 @dataclass(frozen=True)
 class SourceSettings:
     """How one source is read: the recipe's keys, those of the dataset section filled in."""
@@ -448,7 +452,25 @@ def training_sources(dataset: DatasetRecipe) -> list[SourceSettings]:
 def validation_source(dataset: DatasetRecipe, path: str) -> SourceSettings:
     """A validation file; it belongs to no configuration or split of the training data."""
     own = SourceRecipe(path=path, split="train")
-    return _settings(dataset.model_copy(update={"name": None}), own)
+    return _settings(shared_settings(dataset).model_copy(update={"name": None}), own)
+
+
+def shared_settings(dataset: DatasetRecipe) -> DatasetRecipe:
+    """The dataset section for rows beside those of `path`, such as held-out ones.
+
+    They are taken to be like the training rows: a key that the section leaves at its default is
+    what all sources say, where they say the same.
+    """
+    sources = training_sources(dataset)
+    found = {key: getattr(sources[0], key) for key in _OF_ROWS}
+    fields = DatasetRecipe.model_fields
+    update = {
+        key: value
+        for key, value in found.items()
+        if getattr(dataset, key) == fields[key].default != value
+        and all(getattr(each, key) == value for each in sources)
+    }
+    return dataset.model_copy(update=update)
 
 
 def source_names(dataset: DatasetRecipe) -> str:
@@ -470,7 +492,7 @@ def check_ignored(found: Collection[str], settings: Sequence[SourceSettings]) ->
 def _settings(dataset: DatasetRecipe, source: SourceRecipe) -> SourceSettings:
     taken: dict[str, Any] = {
         key: getattr(dataset if getattr(source, key) is None else source, key)
-        for key in ("name", "split", "format", "columns", "ignore_columns", "template")
+        for key in ("name", "split", *_OF_ROWS)
     }
     return SourceSettings(
         path=source.path,

@@ -26,7 +26,7 @@ from kpsvd_tune.storage.paths import CACHE_PLACE, cache_folder
 
 # Part of every key: raise it whenever the same rows would give other tokens, another store, or
 # other notes of the preflight, which is kept beside them.
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 # Above this the least recently used stores are removed, but those of running commands.
 MAX_BYTES = 32 * 2**30
 _OPEN_FILES = 65_536

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,7 @@ from kpsvd_tune.data.rows.tokenise import (
     Tokeniser,
     TokenizedSource,
     find_form,
+    without_columns,
     without_place,
 )
 from kpsvd_tune.errors import DataError
@@ -69,6 +70,7 @@ def read_examples(
     name: str | Sequence[str] | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
     template: str = "chat",
     setting: str = "columns",
 ) -> ReadRows:
@@ -79,6 +81,7 @@ def read_examples(
         name: Configuration of a hub dataset, or several.
         split: Split of a hub dataset.
         columns: Column of each role, where its name differs.
+        ignore_columns: Columns that are left out where there are any.
         template: Only tells which roles are needed.
         setting: What a user writes to name columns, for messages.
 
@@ -86,9 +89,14 @@ def read_examples(
         DataError: A source or a row cannot be read, or no form fits.
     """
     loaded = load_rows(path, name=name, split=split)
-    form = find_form(loaded.rows, "auto", columns or {}, template, setting=setting)
-    notes = without_place(loaded.rows, form, template)
-    return ReadRows(loaded.rows, form, (*loaded.notes, *notes))
+    rows = loaded.rows
+    if ignore_columns:
+        rows = tuple(
+            replace(row, values=without_columns(row.values, ignore_columns, set())) for row in rows
+        )
+    form = find_form(rows, "auto", columns or {}, template, setting=setting)
+    notes = without_place(rows, form, template)
+    return ReadRows(rows, form, (*loaded.notes, *notes))
 
 
 def prepare(

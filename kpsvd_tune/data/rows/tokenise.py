@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -141,7 +141,9 @@ class Tokeniser:
         ignored: set[str] = set()
         rows = source.read()
         if names := settings.ignore_columns:
-            rows = (replace(row, values=_without(row.values, names, ignored)) for row in rows)
+            rows = (
+                replace(row, values=without_columns(row.values, names, ignored)) for row in rows
+            )
         faults = Faults() if settings.drops_faulty else None
         head = list(islice(rows, _ROWS))  # the first of them that shows a form decides it
         form, notes = _find_form(head, settings, source.label)
@@ -225,7 +227,9 @@ def _template_for(form: RowFormat, settings: SourceSettings) -> tuple[str, list[
     return used, [note] if settings.names_template else []
 
 
-def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -> dict[str, Any]:
+def without_columns(
+    values: Mapping[str, Any], names: Collection[str], found: set[str]
+) -> dict[str, Any]:
     """An object without some keys ("a.b": b of a), of which `found` gets those that it has."""
     found.update(name for name in names if name in values)
     kept = {name: value for name, value in values.items() if name not in names}
@@ -233,7 +237,7 @@ def _without(values: Mapping[str, Any], names: Sequence[str], found: set[str]) -
         first, _, rest = name.partition(".")
         if rest and isinstance(kept.get(first), Mapping) and name not in values:
             inside: set[str] = set()
-            kept[first] = _without(kept[first], [rest], inside)
+            kept[first] = without_columns(kept[first], [rest], inside)
             if inside:
                 found.add(name)
     return kept

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
-from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, Mark, TokenizedRow
+from kpsvd_tune.data.encode.encoder import IGNORED, Encoder, Learn, Mark, TokenizedRow
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.encode.templates import TextTemplate
 from kpsvd_tune.errors import DataError
@@ -123,6 +123,38 @@ def test_end_token_that_the_tokenizer_adds_does_not_stand_behind_the_prompt(
 ) -> None:
     row = encode(Encoder(with_start_token(tokenizer, end=True), TEMPLATE, 512), Pair("a", "b"))
     assert row.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("learn", ["all", "last", "each"])
+@pytest.mark.parametrize("scheme", ["always", "first"])
+@pytest.mark.parametrize("takes_spaces", [False, True])
+def test_a_chat_has_the_ids_of_its_text_as_a_whole(
+    learn: Learn, scheme: Any, takes_spaces: bool
+) -> None:
+    from tokenizers import decoders, pre_tokenizers
+
+    tokenizer: Any = word_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    end = AddedToken("<end>", special=True, normalized=False, rstrip=takes_spaces)
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    # As Zephyr and Phi 3 write them: a line break behind the end of a turn, and before an answer.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('a' if m.role == 'assistant' else 'b') + '\\n' }}"
+        "{{ m.content + '<end>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a\\n' }}{% endif %}"
+    )
+    turns = [
+        {"role": ("user", "assistant")[place % 2], "content": letter}
+        for place, letter in enumerate("cabc")
+    ]
+    encoder = Encoder(tokenizer, "chat", 64, learn=learn)
+    row = encode(encoder, encoder.parts(Chat(tuple(turns)))[-1])
+    whole = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+    assert row.input_ids.tolist() == tokenizer(whole)["input_ids"]
+    asked = tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True)
+    assert encoder.encode_prompt(turns[:3]) == tokenizer(asked)["input_ids"]
 
 
 def test_no_space_is_put_in_where_a_segment_starts() -> None:

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.encode.templates import TextTemplate
-from kpsvd_tune.data.encode.tools import function_of
 from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import is_local_file, load_rows
 from kpsvd_tune.errors import DataError, InputError
@@ -152,12 +151,11 @@ def _question(example: Pair | Chat, identifier: RowId) -> Question:
         return Question(identifier, example.prompt, answer, answer, example.system)
     chat = example.as_chat() if isinstance(example, Pair) else example
     last = chat.learnt[-1]
-    if calls := chat.messages[last].get("tool_calls"):
-        name = function_of(calls[0]).get("name")
+    if chat.last_called is not None:
         raise DataError(
-            f"the last answer calls the tool {name!r}, and the scorers compare texts alone, so "
-            "every answer would count as wrong. Expected a last answer in words: take such rows "
-            "out, or measure them with the task loss"
+            f"the last answer calls the tool {chat.last_called!r}, and the scorers compare texts "
+            "alone, so every answer would count as wrong. Expected a last answer in words: take "
+            "such rows out, or measure them with the task loss"
         )
     answer = str(chat.messages[last]["content"])
     return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)

@@ -140,15 +140,15 @@ def generate_completions(
                     yield _completion(tokenizer, answer, options.stop)
 
 
-def generate_text(
+def answer_one(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     template: str | None = None,
     options: GenerationOptions | None = None,
-) -> str:
-    """The model's answer to one prompt, without the prompt; by default greedy, up to 256 tokens.
+) -> Completion:
+    """The model's answer to one prompt; by default greedy, up to 256 tokens.
 
     `template` is that of the training, a text or "chat", to put the prompt in; without one the
     prompt is continued as it is.
@@ -157,7 +157,7 @@ def generate_text(
     encoder = Encoder(tokenizer, template or "{prompt}{completion}", max_length=NO_LIMIT)
     question = Prompt(0, prompt, tuple(encoder.encode_prompt(prompt)))
     options = replace(options, end_token_ids=(*options.end_token_ids, *encoder.end_token_ids))
-    return next(iter(generate_completions(model, tokenizer, [question], options))).completion
+    return next(iter(generate_completions(model, tokenizer, [question], options)))
 
 
 def _decode_batch(

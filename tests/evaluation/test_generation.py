@@ -20,9 +20,9 @@ from kpsvd_tune.evaluation import generation
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
     Prompt,
+    answer_one,
     cut_at_stop,
     generate_completions,
-    generate_text,
 )
 
 TEXTS = ["a", "Tom has 3 nuts.", "x " * 40, "How many?", "q" * 17, "Zoë"]
@@ -323,12 +323,12 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str):
         GenerationOptions(**options)
 
 
-def test_generate_text_continues_a_prompt_or_puts_it_in_the_template(tiny_model, tokenizer):
+def test_one_answer_continues_a_prompt_or_puts_it_in_the_template(tiny_model, tokenizer):
     options = GenerationOptions(max_new_tokens=8)
-    plain = generate_text(tiny_model, tokenizer, "Ann: hello\nBob:", options=options)
-    assert plain
+    plain = answer_one(tiny_model, tokenizer, "Ann: hello\nBob:", options=options)
+    assert plain.completion
     template = "Ann: {prompt}\nBob: {completion}"
-    framed = generate_text(tiny_model, tokenizer, "hello", template=template, options=options)
-    assert framed == plain
-    chat = generate_text(tiny_model, tokenizer, "hello", template="chat", options=options)
-    assert chat != plain
+    framed = answer_one(tiny_model, tokenizer, "hello", template=template, options=options)
+    assert framed.completion == plain.completion
+    chat = answer_one(tiny_model, tokenizer, "hello", template="chat", options=options)
+    assert chat.completion != plain.completion

@@ -365,8 +365,16 @@ def test_early_stopping_ends_trials_and_leaves_their_warm_up_as_long_as_it_was(
     values = {"train": {"warmup_ratio": 0.1}, "output_dir": str(tmp_path)}
     recipe = Recipe.model_validate({"model": {"path": "-"}, "dataset": {"path": "-"}, **values})
     session: Any = SimpleNamespace(
-        recipe=recipe, folder=tmp_path, rows=[row()], jobs=1, notes=(),
-        plan=None, base=BASE, purse=None, base_score=None, num_steps=100,
+        recipe=recipe,
+        folder=tmp_path,
+        rows=[row()],
+        jobs=1,
+        notes=(),
+        plan=None,
+        base=BASE,
+        purse=None,
+        base_score=None,
+        num_steps=100,
         grid=SimpleNamespace(holds=lambda _: True),
         trials_to_come=lambda: (0, ""),
         account=SimpleNamespace(device_seconds=1.0),

@@ -257,7 +257,7 @@ def _adapter(setting: _Setting) -> AdapterPlan:
     whole = sum(setting.trained_whole.values())
     extra = len(ranks.most) * (4 * math.prod(RECORD) + tensors * _HEADER_BYTES)
     extra += whole * DTYPES[recipe.model.dtype].itemsize
-    low, high = (each + whole for each in ranks.num_trained())
+    fewest, most = (each + whole for each in ranks.num_trained())
     names = [plan.name for plan in ranks.most]
     return AdapterPlan(
         form=ranks.most[0].form,
@@ -273,7 +273,7 @@ def _adapter(setting: _Setting) -> AdapterPlan:
             for (name, shape), found in kinds.items()
         ),
         untouched=tuple(untouched(setting.skeleton, names, setting.trained_whole)),
-        trainable_parameters=(low, high),
+        trainable_parameters=(fewest, most),
         file_bytes=(4 * stored[0] + extra, 4 * stored[1] + extra),
         basis=ranks.basis,
         trained_whole=setting.trained_whole,

@@ -357,10 +357,12 @@ def test_early_stopping_ends_trials_and_leaves_their_warm_up_as_long_as_it_was(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "kpsvd_tune.comparison.compare.compare_rows",
-        lambda _, **settings: given.update(settings) or SimpleNamespace(to_dict=dict),
-    )
+
+    def judge(_: Any, **settings: Any) -> Any:
+        given.update(settings)
+        return SimpleNamespace(to_dict=dict)
+
+    monkeypatch.setattr("kpsvd_tune.comparison.compare.compare_rows", judge)
     monkeypatch.setattr("kpsvd_tune.comparison.compare.write_page", lambda *_: None)
     values = {"train": {"warmup_ratio": 0.1}, "output_dir": str(tmp_path)}
     recipe = Recipe.model_validate({"model": {"path": "-"}, "dataset": {"path": "-"}, **values})

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kpsvd_tune.data.encode.format import REQUIRED_ROLES
 from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
@@ -41,6 +42,7 @@ from kpsvd_tune.evaluation.lm_harness import check_harness, harness_scores, task
 from kpsvd_tune.evaluation.loss import check_loss, score_loss
 from kpsvd_tune.evaluation.questions import (
     Question,
+    answer_tail,
     build_prompts,
     num_shots,
     read_questions,
@@ -206,7 +208,7 @@ class Scorer:
                 self.events.note(f"not kept, for these are no shares: {'; '.join(left_out)}")
         elif task.task in LOSS_TASKS:
             progress = partial(self.events.advance, "measuring")
-            scores = score_loss(model, self.tokenizer, task, template, progress)
+            scores = score_loss(model, self.tokenizer, task, template, progress, self.events.note)
         else:
             completions = self._answers(model, task, template, folder, set_aside)
             progress = partial(self.events.advance, "running programs")
@@ -233,6 +235,7 @@ class Scorer:
         """Answer what is not yet answered in the folder; gives all answers that the task wants."""
         questions = read_questions(task)
         shots = read_shots(task, questions)
+        is_chat = any(not isinstance(question.prompt, str) for question in questions)
         prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
@@ -240,6 +243,7 @@ class Scorer:
             temperature=task.temperature,
             num_samples=task.samples,
             stop=stop_strings(task, template),
+            tail="" if is_chat else answer_tail(task, template),
             seed=task.sampling_seed,
             end_token_ids=end_token_ids,
         )
@@ -311,13 +315,19 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
     like = shared_settings(dataset)
     if task.task in OWN_ROWS_TASKS and not task.columns:
         # They have no columns of their own; those of the training are the likeliest.
-        update["columns"] = like.columns
+        update["columns"] = {**_named_answer(like.format), **like.columns}
     if task.task in OWN_ROWS_TASKS and task.ignore_columns is None:
         # Answers are kept by the ids of their rows, and a column that is named is wanted.
         columns = update.get("columns", task.columns)
         wanted = {"id", *(str(name).split(".")[0] for name in columns.values())}
         update["ignore_columns"] = [name for name in like.ignore_columns if name not in wanted]
     return task.model_copy(update=update)
+
+
+def _named_answer(form: str) -> dict[str, str]:
+    """The column of the answer by its role in a named form; named, it decides the form of rows."""
+    roles = REQUIRED_ROLES.get(form)
+    return {} if roles is None else {roles[-1]: roles[-1]}
 
 
 def rows_source(recipe: EvaluationRecipe) -> str:
@@ -390,6 +400,8 @@ def _settings(model: LanguageModel, task: str, options: GenerationOptions) -> di
         "temperature": options.temperature,
         "seed": options.seed if options.temperature else None,
         "stop": list(options.stop),
+        # Folders of earlier versions, which left it at the answers, have no such key.
+        **({"tail": options.tail} if options.tail else {}),
         "weights": weights_fingerprint(model),
     }
 

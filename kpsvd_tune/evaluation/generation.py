@@ -55,6 +55,7 @@ class GenerationOptions:
     temperature: float = 0.0  # 0 takes the likeliest token; above: from softmax(logits / T)
     num_samples: int = 1  # answers to each prompt; several need a temperature above 0
     stop: tuple[str, ...] = ()  # an answer ends before the first of these texts in it
+    tail: str = ""  # what a text template writes behind answers, taken off where one ends in it
     seed: int = 0  # with the row's id and sample number it fixes every draw, whatever the batch
     end_token_ids: tuple[int, ...] = ()  # besides those of tokenizer and model
 
@@ -92,6 +93,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the earliest stop string in it; the whole text where there is none."""
     ends = [position for word in stop if (position := text.find(word)) >= 0]
     return text[: min(ends)] if ends else text
+
+
+def without_tail(text: str, tail: str) -> str:
+    """An answer without what its template writes behind it; any other text stays as it is."""
+    bare = text.rstrip()
+    return bare.removesuffix(tail).rstrip() if tail and bare.endswith(tail) else text
 
 
 def generate_completions(
@@ -137,7 +144,7 @@ def generate_completions(
                 "--dtype bfloat16 of `eval`: the model in half of float32's memory",
             ):
                 for answer in _decode_batch(model, tokenizer, batch, options, meter):
-                    prompt, text = answer.prompt, _completion_text(tokenizer, answer, options.stop)
+                    prompt, text = answer.prompt, _completion_text(tokenizer, answer, options)
                     yield Completion(prompt.id, prompt.text, text, prompt.gold, answer.sample)
 
 
@@ -284,7 +291,7 @@ def _forward_parameters(model: LanguageModel) -> frozenset[str]:
 
 
 def _completion_text(
-    tokenizer: PreTrainedTokenizerBase, answer: _Answer, stop: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, answer: _Answer, options: GenerationOptions
 ) -> str:
     # Decoded together with its prompt: alone, a SentencePiece tokenizer drops the first space,
     # which is indentation when the answer is code.
@@ -293,7 +300,7 @@ def _completion_text(
     whole = _text(tokenizer, [*prompt_ids, *answer.token_ids])
     is_behind = whole.startswith(before)
     text = whole[len(before) :] if is_behind else _text(tokenizer, answer.token_ids)
-    return cut_at_stop(text, stop)
+    return without_tail(cut_at_stop(text, options.stop), options.tail)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

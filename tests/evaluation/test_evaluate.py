@@ -99,6 +99,31 @@ def test_the_template_of_the_dataset_is_used_where_the_section_has_none(
     assert read_completions(tmp_path / "b" / "completions.jsonl")[0].prompt.startswith("My: Tom")
 
 
+def test_what_the_template_writes_behind_answers_is_not_scored(
+    tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate(tiny_model, tokenizer, recipe, tmp_path / "a")
+    wrote = {
+        each.id: each.completion for each in read_completions(tmp_path / "a/completions.jsonl")
+    }
+    # As of a model that ends its answers as it was trained to.
+    tail = wrote[0][-2:]
+    section = recipe.model_copy(
+        update={"template": "Question: {prompt}\nAnswer: {completion}" + tail}
+    )
+    evaluate(tiny_model, tokenizer, section, tmp_path / "b")
+    kept = {each.id: each.completion for each in read_completions(tmp_path / "b/completions.jsonl")}
+    assert tail.strip()
+    assert kept[0] == wrote[0].removesuffix(tail)
+    assert kept != wrote
+    # Answers of an earlier version still have it: they are not mixed with these.
+    settings = json.loads((tmp_path / "b/evaluation.json").read_text())
+    assert settings.pop("tail") == tail.strip()
+    (tmp_path / "b/evaluation.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="made with tail None, but now it is"):
+        evaluate(tiny_model, tokenizer, section, tmp_path / "b")
+
+
 @pytest.mark.parametrize("task", ["exact_match", "label"])
 def test_a_right_answer_that_was_corrected_counts_and_no_answer_is_made_twice(
     tiny_model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any

@@ -237,12 +237,15 @@ class Scorer:
         shots = read_shots(task, questions)
         is_chat = any(not isinstance(question.prompt, str) for question in questions)
         prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
+        stop, notes = self._usable_stops(task, template, questions)
+        for note in [*notes, *self._too_long(task, questions)]:
+            self.events.note(note)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
             batch_size=task.batch_size,
             temperature=task.temperature,
             num_samples=task.samples,
-            stop=stop_strings(task, template),
+            stop=stop,
             tail="" if is_chat else answer_tail(task, template),
             seed=task.sampling_seed,
             end_token_ids=end_token_ids,
@@ -275,6 +278,34 @@ class Scorer:
             append_completion(file, completion)
         wait_for_all()
         return [each for each in read_completions(file) if each.key in wanted]
+
+    def _usable_stops(
+        self, task: EvaluationRecipe, template: str, questions: Sequence[Question]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        """Texts that end an answer, without those that right ones hold, and notes on the latter."""
+        stop = stop_strings(task, template)
+        if task.stop is not None or task.prompt != "template":
+            return stop, []
+        held = {text for text in stop if any(text in each.answer for each in questions)}
+        notes = [
+            f"right answers hold {text!r}, the beginning of the template, so answers are not ended "
+            f"at it; {task.written('stop')} names texts that end them"
+            for text in held
+        ]
+        return tuple(text for text in stop if text not in held), notes
+
+    def _too_long(self, task: EvaluationRecipe, questions: Sequence[Question]) -> list[str]:
+        """A note where right answers have more tokens than answers may have."""
+        texts = [each.answer for each in questions]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        longer = [len(each) for each in ids if len(each) > task.max_new_tokens]
+        if not longer:
+            return []
+        return [
+            f"{len(longer)} of {len(texts)} right answers have more tokens than "
+            f"{task.written('max_new_tokens')} ({task.max_new_tokens}; the longest {max(longer)}): "
+            "a model that answers as they do is cut off, and maybe wrong for that alone"
+        ]
 
     def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
         """Score one task and say what its scores are of; the completions go to `folder`.

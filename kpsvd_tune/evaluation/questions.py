@@ -29,7 +29,7 @@ from kpsvd_tune.evaluation.json_answer import gold_of, read_schema
 from kpsvd_tune.evaluation.label_answer import labels_of
 from kpsvd_tune.evaluation.numeric_answer import flexible_answer, gsm8k_gold
 from kpsvd_tune.evaluation.own_keys import advising_own_keys
-from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.evaluation.tasks import TASKS, asserts_nothing
 from kpsvd_tune.recipe import EvaluationRecipe
 
 Message = Mapping[str, Any]
@@ -208,6 +208,12 @@ def _read_code(rows: Iterable[Row], columns: Mapping[str, str], split: str) -> l
             raise DataError(
                 f"{row.where} is no row of MBPP: got the columns {', '.join(row.values)}. Expected "
                 "text (or prompt), code, test_list and, where needed, test_setup_code."
+            )
+        idle = [str(test) for test in tests if asserts_nothing(str(test))]
+        if idle:
+            raise DataError(
+                f"{row.where}: the test {idle[0][:60]!r} asserts nothing, so that every program "
+                "would pass it. Expected assert before what has to be true"
             )
         identifier = row.values.get("task_id", row.number)
         first, last = _MBPP_SPLITS.get(split, (-math.inf, math.inf))

@@ -437,3 +437,14 @@ def test_what_a_template_writes_behind_answers_is_no_part_of_them():
     assert without_tail("3.5.\n", ".") == "3.5"
     assert without_tail(" 3 ", "") == " 3 "
     assert without_tail(" 3 ### End of it", "### End") == " 3 ### End of it"
+
+
+@pytest.mark.parametrize("test", ["add(1) == 2", "add(1) == 2 and True", "not add(1)", "", "True"])
+def test_a_test_that_asserts_nothing_is_refused(tmp_path: Path, test: str):
+    row = {**CODE_ROWS[0], "task_id": 11}
+    path = write(tmp_path / "code.jsonl", [{**row, "test_list": ["assert add(1) == 2", test]}])
+    with pytest.raises(DataError, match=r"code\.jsonl, line 1: the test .* asserts nothing, so"):
+        read_questions(recipe("mbpp", path))
+    for fine in ("check(add)", "x = add(1)\nassert x == 2", "if add(1) != 2: raise ValueError"):
+        path = write(tmp_path / "code.jsonl", [{**row, "test_list": [fine]}])
+        assert read_questions(recipe("mbpp", path))

@@ -266,7 +266,10 @@ def _note_key(
 ) -> str:
     """The key of report and hash: all that they depend on, the names of the sources included."""
     stores = [
-        [source.store.folder.name, source.label, source.unit, source.weight, *source.notes]
+        [
+            *(source.store.folder.name, source.label, source.unit, source.weight, source.entry),
+            *source.notes,
+        ]
         for source in (*sources, *held_out)
     ]
     return store_key(stores, dataset.model_dump(mode="json"), seed)

@@ -277,7 +277,14 @@ class Scorer:
         ):
             append_completion(file, completion)
         wait_for_all()
-        return [each for each in read_completions(file) if each.key in wanted]
+        answers = [each for each in read_completions(file) if each.key in wanted]
+        if num_cut := sum(each.is_cut for each in answers):
+            self.events.note(
+                f"{num_cut:,} of {counted(len(answers), 'answer')} had not ended after "
+                f"{task.max_new_tokens:,} tokens or at the end of the model's context, and are "
+                f"judged as far as they go ({task.written('max_new_tokens')} gives more room)"
+            )
+        return answers
 
     def _usable_stops(
         self, task: EvaluationRecipe, template: str, questions: Sequence[Question]

@@ -424,7 +424,7 @@ def test_scores_take_the_form_that_the_training_names(tmp_path: Path):
     rows = [{"instruction": "I", "output": "O", "prompt": "P", "completion": "C"}]
     section = recipe("exact_match", write(tmp_path / "rows.jsonl", rows))
     for form, asked in (("auto", "I"), ("alpaca", "I"), ("prompt-completion", "P")):
-        dataset = DatasetRecipe(path="rows.jsonl", format=form)
+        dataset = DatasetRecipe.model_validate({"path": "rows.jsonl", "format": form})
         assert read_questions(as_trained(section, dataset))[0].prompt == asked, form
 
 

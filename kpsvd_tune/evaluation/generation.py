@@ -55,6 +55,7 @@ class GenerationOptions:
     temperature: float = 0.0  # 0 takes the likeliest token; above: from softmax(logits / T)
     num_samples: int = 1  # answers to each prompt; several need a temperature above 0
     stop: tuple[str, ...] = ()  # an answer ends before the first of these texts in it
+    tail: str = ""  # what a text template writes behind answers, taken off where one ends in it
     seed: int = 0  # with the row's id and sample number it fixes every draw, whatever the batch
     end_token_ids: tuple[int, ...] = ()  # besides those of tokenizer and model
 
@@ -92,6 +93,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the earliest stop string in it; the whole text where there is none."""
     ends = [position for word in stop if (position := text.find(word)) >= 0]
     return text[: min(ends)] if ends else text
+
+
+def without_tail(text: str, tail: str) -> str:
+    """An answer without what its template writes behind it; any other text stays as it is."""
+    bare = text.rstrip()
+    return bare.removesuffix(tail).rstrip() if tail and bare.endswith(tail) else text
 
 
 def generate_completions(
@@ -137,7 +144,7 @@ def generate_completions(
                 "--dtype bfloat16 of `eval`: the model in half of float32's memory",
             ):
                 for answer in _decode_batch(model, tokenizer, batch, options, meter):
-                    yield _completion(tokenizer, answer, options.stop)
+                    yield _completion(tokenizer, answer, options)
 
 
 def answer_one(
@@ -283,10 +290,10 @@ def _forward_parameters(model: LanguageModel) -> frozenset[str]:
 
 
 def _completion(
-    tokenizer: PreTrainedTokenizerBase, answer: _Answer, stop: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, answer: _Answer, options: GenerationOptions
 ) -> Completion:
     prompt, whole = answer.prompt, _completion_text(tokenizer, answer)
-    text = cut_at_stop(whole, stop)
+    text = without_tail(cut_at_stop(whole, options.stop), options.tail)
     # An end token is none of the tokens that were written.
     is_cut = len(answer.token_ids) >= answer.max_new_tokens and text == whole
     return Completion(prompt.id, prompt.text, text, prompt.gold, answer.sample, is_cut)

@@ -106,6 +106,54 @@ def test_the_template_of_the_dataset_is_used_where_the_section_has_none(
     assert read_completions(tmp_path / "b" / "completions.jsonl")[0].prompt.startswith("My: Tom")
 
 
+def test_what_the_template_writes_behind_answers_is_not_scored(
+    tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate(tiny_model, tokenizer, recipe, tmp_path / "a")
+    wrote = {
+        each.id: each.completion for each in read_completions(tmp_path / "a/completions.jsonl")
+    }
+    # As of a model that ends its answers as it was trained to.
+    tail = wrote[0][-2:]
+    section = recipe.model_copy(
+        update={"template": "Question: {prompt}\nAnswer: {completion}" + tail}
+    )
+    evaluate(tiny_model, tokenizer, section, tmp_path / "b")
+    kept = {each.id: each.completion for each in read_completions(tmp_path / "b/completions.jsonl")}
+    assert tail.strip()
+    assert kept[0] == wrote[0].removesuffix(tail)
+    assert kept != wrote
+    # Answers of an earlier version still have it: they are not mixed with these.
+    settings = json.loads((tmp_path / "b/evaluation.json").read_text())
+    assert settings.pop("tail") == tail.strip()
+    (tmp_path / "b/evaluation.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="made with tail None, but now it is"):
+        evaluate(tiny_model, tokenizer, section, tmp_path / "b")
+
+
+def test_answers_are_not_ended_at_what_right_ones_hold(tiny_model, tokenizer, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "List two.", "completion": "these:\n- one\n- two"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = EvaluationRecipe(
+        task="exact_match", path=str(file), template="- {prompt}\n{completion}", max_new_tokens=9
+    )
+    told = Notes()
+    evaluate(tiny_model, tokenizer, task, tmp_path / "a", told)
+    assert json.loads((tmp_path / "a/evaluation.json").read_text())["stop"] == []
+    assert [note for note in told.notes if "right answer" in note] == [
+        "right answers hold '\\n-', the beginning of the template, so answers are not ended at it; "
+        "stop names texts that end them",
+        "1 of 1 right answers have more tokens than max_new_tokens (9; the longest 18): a model "
+        "that answers as they do is cut off, and maybe wrong for that alone",
+    ]
+    told = Notes()
+    wanted = task.model_copy(update={"stop": ["\n-"], "max_new_tokens": 18})
+    evaluate(tiny_model, tokenizer, wanted, tmp_path / "b", told)
+    assert json.loads((tmp_path / "b/evaluation.json").read_text())["stop"] == ["\n-"]
+    assert not [note for note in told.notes if "right answer" in note]
+
+
 @pytest.mark.parametrize("task", ["exact_match", "label"])
 def test_a_right_answer_that_was_corrected_counts_and_no_answer_is_made_twice(
     tiny_model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any
@@ -233,7 +281,8 @@ def test_completions_of_another_model_can_be_set_aside(
 
 def test_going_on_says_how_many_answers_are_there(tiny_model, tokenizer, recipe, tmp_path: Path):
     told = Notes()
-    recipe = recipe.model_copy(update={"template": "Question: {prompt}\nAnswer: {completion}"})
+    changed = {"template": "Question: {prompt}\nAnswer: {completion}", "max_new_tokens": 8}
+    recipe = recipe.model_copy(update=changed)
     some = recipe.model_copy(update={"limit": 3})
     evaluate(tiny_model, tokenizer, some, tmp_path, events=told)
     assert not [each for each in told.notes if "already" in each]

@@ -117,6 +117,7 @@ def test_a_comparison_scores_rows_as_its_sources_are(
 @dataclass
 class Answer:
     completion: str
+    is_cut: bool = False
 
 
 @pytest.mark.slow

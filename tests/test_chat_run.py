@@ -68,6 +68,7 @@ output_dir: {tmp_path / "run"}
 @dataclass
 class Answer:
     completion: str
+    is_cut: bool = False
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:

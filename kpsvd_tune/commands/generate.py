@@ -41,7 +41,7 @@ def generate(
     # Before torch is imported, which takes seconds.
     check_source(source, base)
     check_reachable(source, base)
-    from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
+    from kpsvd_tune.evaluation.generation import GenerationOptions, answer_one
     from kpsvd_tune.processes import device
     from kpsvd_tune.runs.find import find, load, place_loaded, resolve_base
 
@@ -66,11 +66,17 @@ def generate(
                 events.note(found.asked_by)
             if found.dataset is not None:
                 template = found.template
-            text = generate_text(
+            answer = answer_one(
                 loaded.model,
                 loaded.tokenizer,
                 prompt,
                 template=None if raw else template,
                 options=GenerationOptions(max_new_tokens, temperature=temperature, seed=seed),
             )
-    emit({"prompt": prompt, "text": text}, as_json, lambda said: typer.echo(said["text"].strip()))
+            if answer.is_cut:
+                events.note(
+                    f"the answer had not ended after {max_new_tokens:,} tokens or at the end of "
+                    "the model's context (--max-new-tokens)"
+                )
+    result = {"prompt": prompt, "text": answer.completion, "is_cut": answer.is_cut}
+    emit(result, as_json, lambda said: typer.echo(said["text"].strip()))

@@ -81,6 +81,9 @@ def look_at(path: str, columns: Mapping[str, str]) -> LookedAt:
     labels: dict[bytes, str] = {}  # of each distinct row; the same for all where there are none
     for example, _, key in _keyed(sources, form):
         counts[key] += 1
+        if isinstance(example, Chat) and example.last_called is not None:
+            # The scorers compare texts, and refuse such rows.
+            task, reason = "loss", "some last answers call tools, which no scorer compares"
         labels[key] = answer_of(example).strip() if has_few else ""
     keys = list(counts)
     if len(keys) < 2:

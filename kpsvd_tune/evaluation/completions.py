@@ -1,8 +1,9 @@
 """The file of completions: one JSON object a line, appended as soon as a completion is finished.
 
 A row is ``{"id", "prompt", "completion", "gold"}``; ``"sample"`` joins them when a prompt is
-answered several times. No completion is ever rewritten, so a killed run loses at most the rows that
-were being generated, and scoring can be redone from the file alone.
+answered several times, ``"is_cut": true`` where the answer had no room to end. No completion is
+ever rewritten, so a killed run loses at most the rows that were being generated, and scoring can be
+redone from the file alone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Completion:
     completion: str  # the text the model wrote, cut before the first stop string
     gold: Any  # what the scorers compare with: a text, or for code a mapping of tests
     sample: int = 0  # which answer to this prompt it is
+    is_cut: bool = False  # it did not end before its most tokens were written
 
     @property
     def key(self) -> tuple[RowId, int]:
@@ -43,7 +45,8 @@ class Completion:
 
     def to_json(self) -> str:
         """The row as one line without its end."""
-        row = {key: value for key, value in asdict(self).items() if key != "sample" or value}
+        usual = {"sample": 0, "is_cut": False}
+        row = {key: value for key, value in asdict(self).items() if usual.get(key, ...) != value}
         return json.dumps(row, ensure_ascii=False)
 
 
@@ -174,4 +177,5 @@ def _to_completion(
     if sample is None:
         sample = counts[identifier]
         counts[identifier] += 1
-    return Completion(identifier, row.get("prompt", ""), row["completion"], row["gold"], sample)
+    text, is_cut = row["completion"], row.get("is_cut") is True
+    return Completion(identifier, row.get("prompt", ""), text, row["gold"], sample, is_cut)

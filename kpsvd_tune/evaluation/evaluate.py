@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kpsvd_tune.data.encode.format import REQUIRED_ROLES
 from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
@@ -41,6 +42,7 @@ from kpsvd_tune.evaluation.lm_harness import check_harness, harness_scores, task
 from kpsvd_tune.evaluation.loss import check_loss, score_loss
 from kpsvd_tune.evaluation.questions import (
     Question,
+    answer_tail,
     build_prompts,
     num_shots,
     read_questions,
@@ -206,7 +208,7 @@ class Scorer:
                 self.events.note(f"not kept, for these are no shares: {'; '.join(left_out)}")
         elif task.task in LOSS_TASKS:
             progress = partial(self.events.advance, "measuring")
-            scores = score_loss(model, self.tokenizer, task, template, progress)
+            scores = score_loss(model, self.tokenizer, task, template, progress, self.events.note)
         else:
             completions = self._answers(model, task, template, folder, set_aside)
             progress = partial(self.events.advance, "running programs")
@@ -233,13 +235,18 @@ class Scorer:
         """Answer what is not yet answered in the folder; gives all answers that the task wants."""
         questions = read_questions(task)
         shots = read_shots(task, questions)
+        is_chat = any(not isinstance(question.prompt, str) for question in questions)
         prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
+        stop, notes = self._usable_stops(task, template, questions)
+        for note in [*notes, *self._too_long(task, questions)]:
+            self.events.note(note)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
             batch_size=task.batch_size,
             temperature=task.temperature,
             num_samples=task.samples,
-            stop=stop_strings(task, template),
+            stop=stop,
+            tail="" if is_chat else answer_tail(task, template),
             seed=task.sampling_seed,
             end_token_ids=end_token_ids,
         )
@@ -270,7 +277,42 @@ class Scorer:
         ):
             append_completion(file, completion)
         wait_for_all()
-        return [each for each in read_completions(file) if each.key in wanted]
+        answers = [each for each in read_completions(file) if each.key in wanted]
+        if num_cut := sum(each.is_cut for each in answers):
+            self.events.note(
+                f"{num_cut:,} of {counted(len(answers), 'answer')} had not ended after "
+                f"{task.max_new_tokens:,} tokens or at the end of the model's context, and are "
+                f"judged as far as they go ({task.written('max_new_tokens')} gives more room)"
+            )
+        return answers
+
+    def _usable_stops(
+        self, task: EvaluationRecipe, template: str, questions: Sequence[Question]
+    ) -> tuple[tuple[str, ...], list[str]]:
+        """Texts that end an answer, without those that right ones hold, and notes on the latter."""
+        stop = stop_strings(task, template)
+        if task.stop is not None or task.prompt != "template":
+            return stop, []
+        held = {text for text in stop if any(text in each.answer for each in questions)}
+        notes = [
+            f"right answers hold {text!r}, the beginning of the template, so answers are not ended "
+            f"at it; {task.written('stop')} names texts that end them"
+            for text in held
+        ]
+        return tuple(text for text in stop if text not in held), notes
+
+    def _too_long(self, task: EvaluationRecipe, questions: Sequence[Question]) -> list[str]:
+        """A note where right answers have more tokens than answers may have."""
+        texts = [each.answer for each in questions]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        longer = [len(each) for each in ids if len(each) > task.max_new_tokens]
+        if not longer:
+            return []
+        return [
+            f"{len(longer)} of {len(texts)} right answers have more tokens than "
+            f"{task.written('max_new_tokens')} ({task.max_new_tokens}; the longest {max(longer)}): "
+            "a model that answers as they do is cut off, and maybe wrong for that alone"
+        ]
 
     def result(self, loaded: Loaded, task: EvaluationRecipe, folder: Path) -> dict[str, Any]:
         """Score one task and say what its scores are of; the completions go to `folder`.
@@ -311,13 +353,19 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
     like = shared_settings(dataset)
     if task.task in OWN_ROWS_TASKS and not task.columns:
         # They have no columns of their own; those of the training are the likeliest.
-        update["columns"] = like.columns
+        update["columns"] = {**_named_answer(like.format), **like.columns}
     if task.task in OWN_ROWS_TASKS and task.ignore_columns is None:
         # Answers are kept by the ids of their rows, and a column that is named is wanted.
         columns = update.get("columns", task.columns)
         wanted = {"id", *(str(name).split(".")[0] for name in columns.values())}
         update["ignore_columns"] = [name for name in like.ignore_columns if name not in wanted]
     return task.model_copy(update=update)
+
+
+def _named_answer(form: str) -> dict[str, str]:
+    """The column of the answer by its role in a named form; named, it decides the form of rows."""
+    roles = REQUIRED_ROLES.get(form)
+    return {} if roles is None else {roles[-1]: roles[-1]}
 
 
 def rows_source(recipe: EvaluationRecipe) -> str:
@@ -390,6 +438,8 @@ def _settings(model: LanguageModel, task: str, options: GenerationOptions) -> di
         "temperature": options.temperature,
         "seed": options.seed if options.temperature else None,
         "stop": list(options.stop),
+        # Folders of earlier versions, which left it at the answers, have no such key.
+        **({"tail": options.tail} if options.tail else {}),
         "weights": weights_fingerprint(model),
     }
 

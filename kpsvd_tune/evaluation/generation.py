@@ -55,6 +55,7 @@ class GenerationOptions:
     temperature: float = 0.0  # 0 takes the likeliest token; above: from softmax(logits / T)
     num_samples: int = 1  # answers to each prompt; several need a temperature above 0
     stop: tuple[str, ...] = ()  # an answer ends before the first of these texts in it
+    tail: str = ""  # what a text template writes behind answers, taken off where one ends in it
     seed: int = 0  # with the row's id and sample number it fixes every draw, whatever the batch
     end_token_ids: tuple[int, ...] = ()  # besides those of tokenizer and model
 
@@ -92,6 +93,12 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the earliest stop string in it; the whole text where there is none."""
     ends = [position for word in stop if (position := text.find(word)) >= 0]
     return text[: min(ends)] if ends else text
+
+
+def without_tail(text: str, tail: str) -> str:
+    """An answer without what its template writes behind it; any other text stays as it is."""
+    bare = text.rstrip()
+    return bare.removesuffix(tail).rstrip() if tail and bare.endswith(tail) else text
 
 
 def generate_completions(
@@ -137,19 +144,18 @@ def generate_completions(
                 "--dtype bfloat16 of `eval`: the model in half of float32's memory",
             ):
                 for answer in _decode_batch(model, tokenizer, batch, options, meter):
-                    prompt, text = answer.prompt, _completion_text(tokenizer, answer, options.stop)
-                    yield Completion(prompt.id, prompt.text, text, prompt.gold, answer.sample)
+                    yield _completion(tokenizer, answer, options)
 
 
-def generate_text(
+def answer_one(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     template: str | None = None,
     options: GenerationOptions | None = None,
-) -> str:
-    """The model's answer to one prompt, without the prompt; by default greedy, up to 256 tokens.
+) -> Completion:
+    """The model's answer to one prompt; by default greedy, up to 256 tokens.
 
     `template` is that of the training, a text or "chat", to put the prompt in; without one the
     prompt is continued as it is.
@@ -158,7 +164,7 @@ def generate_text(
     encoder = Encoder(tokenizer, template or "{prompt}{completion}", max_length=NO_LIMIT)
     question = Prompt(0, prompt, tuple(encoder.encode_prompt(prompt)))
     options = replace(options, end_token_ids=(*options.end_token_ids, *encoder.end_token_ids))
-    return next(iter(generate_completions(model, tokenizer, [question], options))).completion
+    return next(iter(generate_completions(model, tokenizer, [question], options)))
 
 
 def _decode_batch(
@@ -283,17 +289,24 @@ def _forward_parameters(model: LanguageModel) -> frozenset[str]:
     return frozenset(inspect.signature(base.forward).parameters)
 
 
-def _completion_text(
-    tokenizer: PreTrainedTokenizerBase, answer: _Answer, stop: Sequence[str]
-) -> str:
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, answer: _Answer, options: GenerationOptions
+) -> Completion:
+    prompt, whole = answer.prompt, _completion_text(tokenizer, answer)
+    text = without_tail(cut_at_stop(whole, options.stop), options.tail)
+    # An end token is none of the tokens that were written.
+    is_cut = len(answer.token_ids) >= answer.max_new_tokens and text == whole
+    return Completion(prompt.id, prompt.text, text, prompt.gold, answer.sample, is_cut)
+
+
+def _completion_text(tokenizer: PreTrainedTokenizerBase, answer: _Answer) -> str:
     # Decoded together with its prompt: alone, a SentencePiece tokenizer drops the first space,
     # which is indentation when the answer is code.
     prompt_ids = answer.prompt.input_ids
     before = _text(tokenizer, prompt_ids)
     whole = _text(tokenizer, [*prompt_ids, *answer.token_ids])
     is_behind = whole.startswith(before)
-    text = whole[len(before) :] if is_behind else _text(tokenizer, answer.token_ids)
-    return cut_at_stop(text, stop)
+    return whole[len(before) :] if is_behind else _text(tokenizer, answer.token_ids)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

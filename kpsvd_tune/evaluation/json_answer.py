@@ -31,10 +31,18 @@ class Right:
 
 
 def parse_answer(text: str) -> tuple[bool, Any]:
-    """Whether an answer is JSON, alone or in one code fence, and its value."""
+    """Whether an answer is JSON, alone or in one code fence, and its value.
+
+    An object with one key twice is none: which of the two values counts is unclear.
+    """
     fenced = _FENCED.fullmatch(text)
     try:
-        return True, json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
+        value = json.loads(
+            fenced[1] if fenced else text,
+            parse_constant=_refuse,
+            object_pairs_hook=_without_repeats,
+        )
+        return True, value
     except (ValueError, RecursionError):
         return False, None
 
@@ -59,8 +67,9 @@ def gold_of(answer: str, schema: Any, where: str) -> dict[str, Any]:
     is_json, value = parse_answer(answer)
     if not is_json:
         raise DataError(
-            f"{where}: the right answer {answer[:60]!r} is no JSON, so that every answer would "
-            "count as wrong; correct it, or take another task, such as exact_match"
+            f"{where}: the right answer {answer[:60]!r} is no JSON, or gives a key twice, so "
+            "that every answer would count as wrong; correct it, or take another task, such as "
+            "exact_match"
         )
     if schema is None:
         return {"json": value}
@@ -162,6 +171,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return values
 
 
 def _refuse(name: str) -> None:

@@ -18,6 +18,9 @@ NO_LABEL = "(none)"
 # More labels than these are a sign of answers that are no labels.
 _MOST_LABELS = 200
 _RESAMPLES = 1000
+# Between the words of a label.
+_JOINTS = r"[\s_-]+"
+_JOINT = re.compile(rf"(?<=\w){_JOINTS}(?=\w)")
 
 
 def labels_of(answers: Sequence[str], given: Sequence[str] | None, where: str) -> tuple[str, ...]:
@@ -51,23 +54,37 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
     """The label that an answer gives; None where it gives none, or more than one.
 
     It is the answer itself, or else the only label that occurs in its first line, or in all of it
-    where the first line has none. Case does not count, unless two labels differ in nothing else.
+    where the first line has none. Case does not count, nor which of space, "_" and "-" joins its
+    words, unless two labels differ in nothing else. A part of a compound ("non-toxic") or of a
+    number ("4.7", "-1") is no label.
     """
     plain = text.strip()
     if plain in labels:
         return plain
     folded: dict[str, str | None] = {}
     for label in labels:
-        key = label.casefold()
+        key = _folded(label)
         folded[key] = None if key in folded else label
     # Of "spam" and "not spam" the longer one is looked for first.
     names = sorted(folded, key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names))
+    pattern = re.compile("|".join(map(_as_word, names)))
     for part in (plain.partition("\n")[0], plain):
-        found = set(pattern.findall(part.casefold()))
+        found = {_folded(each) for each in pattern.findall(part.casefold())}
         if found:
             return folded[found.pop()] if len(found) == 1 else None
     return None
+
+
+def _folded(label: str) -> str:
+    return _JOINT.sub(" ", label.casefold())
+
+
+def _as_word(name: str) -> str:
+    """A pattern of a folded label that is no part of a word, a compound or a number."""
+    parts = map(re.escape, name.split(" "))
+    before = r"(?<!\d[.,])(?<!\W[-+\u2212])(?<!\A[-+\u2212])" if name[:1].isdigit() else ""
+    behind = r"(?![.,]\d)" if name[-1:].isdigit() else ""
+    return rf"(?<!\w)(?<!\w-){before}{_JOINTS.join(parts)}(?!\w)(?!-\w){behind}"
 
 
 def given_label(completion: Completion) -> tuple[str, str | None, Sequence[str]]:

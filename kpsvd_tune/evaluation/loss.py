@@ -7,7 +7,7 @@ nor the padding; the standard error takes tokens as independent and is somewhat 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
+from kpsvd_tune.data.encode.encoder import Mark
 from kpsvd_tune.data.rows.prepare import ReadRows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.generation import LanguageModel, evaluation_mode
@@ -60,11 +61,13 @@ def score_loss(
     recipe: EvaluationRecipe,
     template: str,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Score]:
     """The scores of the tasks loss and forgetting; `n` counts tokens, nothing is unextractable.
 
-    `template` is text or "chat"; `progress` is told (done, total) rows or windows. A .txt or .md
-    file is one running text, other sources of loss hold a prompt and a completion a row.
+    `template` is text or "chat"; `progress` is told (done, total) rows or windows, `note` of
+    rows that are not measured. A .txt or .md file is one running text, other sources of loss hold
+    a prompt and a completion a row.
 
     Returns:
         For loss: loss and perplexity. For forgetting: the change of the loss against the base,
@@ -88,7 +91,7 @@ def score_loss(
         loss = text_loss(model, tokenizer, text, **sizes)
     else:
         with advising_own_keys(recipe):
-            loss = completion_loss(model, tokenizer, recipe, template, progress)
+            loss = completion_loss(model, tokenizer, recipe, template, progress, note)
     perplexity = Score("perplexity", loss.perplexity, loss.n, loss.perplexity * loss.stderr)
     return [_score("loss", loss), perplexity]
 
@@ -108,25 +111,35 @@ def completion_loss(
     recipe: EvaluationRecipe,
     template: str,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> TokenLoss:
     """Loss on the completions of a file, encoded and masked exactly as in training.
 
-    `recipe.window` tokens are left of each row; DataError where no token of a completion is.
+    `recipe.window` tokens are left of each row; DataError where no token of a completion is. `note`
+    is told of rows that are cut to it, or have nothing of their completion left.
     """
     found = _read_rows(recipe, template)
     # Chats take the chat template, as in training.
     used = "chat" if found.format.is_chat else template
     encoder = Encoder(tokenizer, used, recipe.window, learn=recipe.learn or "all")
-    rows = []
-    for number, (_, example) in enumerate(islice(found, recipe.limit)):
-        parts = [] if example is None else encoder.parts(example)
-        encoded = (encoder.encode(part, number) for part in parts)
-        rows += [row for row in encoded if row.num_supervised]
+    encoded = [
+        encoder.encode(part, number)
+        for number, (_, example) in enumerate(islice(found, recipe.limit))
+        for part in ([] if example is None else encoder.parts(example))
+    ]
+    rows = [row for row in encoded if row.num_supervised]
     if not rows:
         raise DataError(
             f"{recipe.path} holds no completion to compute a loss on. Expected at least one row "
             f"whose completion begins within the first {recipe.window} tokens; check "
             f"{recipe.written('columns')}."
+        )
+    num_cut = sum(bool(row.marks & Mark.CUT) for row in rows)
+    if note is not None and (num_cut or len(rows) < len(encoded)):
+        note(
+            f"of {counted(len(encoded), 'row')} {len(encoded) - len(rows)} are not measured, for "
+            f"their prompts alone fill {recipe.written('window')} ({recipe.window} tokens), and "
+            f"{num_cut} are cut to it"
         )
     return summarise(token_losses(model, tokenizer, rows, recipe.batch_size, progress))
 
@@ -187,7 +200,8 @@ def forgetting(
 def _read_text(path: str | Path) -> str:
     try:
         check_regular(Path(path))  # reading a pipe would wait for its writer
-        return Path(path).read_text(encoding="utf-8")
+        # A byte order mark is no part of the text.
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} as UTF-8 text: {error}.") from error
 

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.encode.templates import TextTemplate
-from kpsvd_tune.data.encode.tools import function_of
 from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import is_local_file, load_rows
 from kpsvd_tune.errors import DataError, InputError
@@ -28,9 +27,9 @@ from kpsvd_tune.evaluation.completions import RowId
 from kpsvd_tune.evaluation.generation import NO_LIMIT, Prompt
 from kpsvd_tune.evaluation.json_answer import gold_of, read_schema
 from kpsvd_tune.evaluation.label_answer import labels_of
-from kpsvd_tune.evaluation.numeric_answer import gsm8k_gold
+from kpsvd_tune.evaluation.numeric_answer import flexible_answer, gsm8k_gold
 from kpsvd_tune.evaluation.own_keys import advising_own_keys
-from kpsvd_tune.evaluation.tasks import TASKS
+from kpsvd_tune.evaluation.tasks import TASKS, asserts_nothing
 from kpsvd_tune.recipe import EvaluationRecipe
 
 Message = Mapping[str, Any]
@@ -134,10 +133,12 @@ def _read_rows(
         # A row with an empty field is no example.
         with row.told_in_errors():
             question = None if example is None else _question(example, _id(row.values, number))
-        _check_gold(recipe.task, question.gold if question else "", row.where)
+        gold = question.gold if question else ""
+        _check_gold(recipe.task, gold, row.where, is_own=recipe.path is not None)
         if question:
             questions.append(question)
-    if len({question.id for question in questions}) == len(questions):
+    # As texts: one file may number its rows by numbers and another one by texts.
+    if len({str(question.id) for question in questions}) == len(questions):
         return questions
     return [replace(question, id=number) for number, question in enumerate(questions)]
 
@@ -145,19 +146,24 @@ def _read_rows(
 def _question(example: Pair | Chat, identifier: RowId) -> Question:
     """Of a conversation the last answer that would be learnt is asked for, all before it is given.
 
-    DataError: that answer calls a tool, and scorers compare texts.
+    DataError: that answer calls a tool, and scorers compare texts; or the row is plain text.
     """
     if isinstance(example, Pair) and not (example.history or example.tools):
         answer = example.completion
+        if example.is_plain:
+            raise DataError(
+                "the row is plain text, which asks nothing, so there is no right answer to compare "
+                "with. Expected a prompt and a completion, or a chat: name their columns "
+                "(dataset.columns), or measure such rows with the task loss"
+            )
         return Question(identifier, example.prompt, answer, answer, example.system)
     chat = example.as_chat() if isinstance(example, Pair) else example
     last = chat.learnt[-1]
-    if calls := chat.messages[last].get("tool_calls"):
-        name = function_of(calls[0]).get("name")
+    if chat.last_called is not None:
         raise DataError(
-            f"the last answer calls the tool {name!r}, and the scorers compare texts alone, so "
-            "every answer would count as wrong. Expected a last answer in words: take such rows "
-            "out, or measure them with the task loss"
+            f"the last answer calls the tool {chat.last_called!r}, and the scorers compare texts "
+            "alone, so every answer would count as wrong. Expected a last answer in words: take "
+            "such rows out, or measure them with the task loss"
         )
     answer = str(chat.messages[last]["content"])
     return Question(identifier, tuple(chat.messages[:last]), answer, answer, tools=chat.tools)
@@ -169,12 +175,25 @@ def _id(values: Mapping[str, Any], number: int) -> RowId:
     return identifier if is_usable and identifier is not None else number
 
 
-def _check_gold(task: str, gold: Any, where: str) -> None:
-    """Refuse a right answer in which the task's scorers find none: every answer would be wrong."""
-    if task == "gsm8k" and isinstance(gold, str) and gsm8k_gold(gold) is None:
+def _check_gold(task: str, gold: Any, where: str, *, is_own: bool) -> None:
+    """Refuse a right answer in which the task's scorers find none: every answer would be wrong.
+
+    Of rows of one's own (`is_own`) what stands behind the mark must be a number alone, as in
+    published rows: with a unit or as a fraction it would equal none of the numbers in answers.
+    """
+    if task != "gsm8k" or not isinstance(gold, str):
+        return
+    number = gsm8k_gold(gold)
+    if number is None:
         raise DataError(
             f"{where}: the right answer {gold[-60:]!r} holds no number, so that every answer would "
             "count as wrong. Expected one behind '####', or as the last number of the text"
+        )
+    if is_own and flexible_answer(number) != number:
+        raise DataError(
+            f"{where}: the right answer ends in '#### {number[:40]}', which is no number alone, so "
+            "that every answer would count as wrong. Expected a number without a unit behind "
+            "'####', or another task, such as exact_match"
         )
 
 
@@ -189,6 +208,12 @@ def _read_code(rows: Iterable[Row], columns: Mapping[str, str], split: str) -> l
             raise DataError(
                 f"{row.where} is no row of MBPP: got the columns {', '.join(row.values)}. Expected "
                 "text (or prompt), code, test_list and, where needed, test_setup_code."
+            )
+        idle = [str(test) for test in tests if asserts_nothing(str(test))]
+        if idle:
+            raise DataError(
+                f"{row.where}: the test {idle[0][:60]!r} asserts nothing, so that every program "
+                "would pass it. Expected assert before what has to be true"
             )
         identifier = row.values.get("task_id", row.number)
         first, last = _MBPP_SPLITS.get(split, (-math.inf, math.inf))
@@ -313,6 +338,12 @@ def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
         return _HARNESS_STOPS[recipe.prompt, recipe.task]
     head = "" if template == "chat" else template.split("{")[0].strip()
     return ("\n" + head,) if head else ()
+
+
+def answer_tail(recipe: EvaluationRecipe, template: str) -> str:
+    """What the template writes behind an answer, which is learnt with it; "" where nothing is."""
+    is_text = template != "chat" and recipe.prompt == "template"
+    return template.rpartition("{completion}")[2].strip() if is_text else ""
 
 
 def _render(question: Question, template: str, recipe: EvaluationRecipe) -> tuple[str, str]:

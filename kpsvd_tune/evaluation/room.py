@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.evaluation.completions import COMPLETIONS_FILE, SETTINGS_FILE
 from kpsvd_tune.evaluation.evaluate import as_trained
-from kpsvd_tune.evaluation.questions import read_questions
+from kpsvd_tune.evaluation.questions import answer_tail, read_questions
+from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.storage.json_files import parse_json, read_bytes
 
@@ -37,8 +38,11 @@ def with_room(
         return task
     most = _begun(folder)
     if most is None:
-        labels = read_questions(as_trained(task, dataset))[0].gold["labels"]
-        tokens = [len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in labels]
+        read = as_trained(task, dataset)
+        labels = read_questions(read)[0].gold["labels"]
+        tail = answer_tail(read, read.template or TASKS[read.task].template)
+        texts = [f"{each}\n{tail}" if tail else each for each in labels]
+        tokens = [len(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in texts]
         most = room(max(tokens) + 1)  # and the end token
     return task.model_copy(update={"max_new_tokens": most})
 

@@ -94,9 +94,10 @@ def score_completions(
                 shares = [pass_at_k(total, right, k) for total, right in counts]
                 scores.append(_score(f"{name}@{k}", shares, verdicts))
         else:
-            points = _means(completions, verdicts)
-            score = _score(name, list(points.values()), verdicts)
+            means = _means(completions, verdicts)
+            score = _score(name, list(means.values()), verdicts)
             table = None if scorer.confusion is None else scorer.confusion(completions)
+            points = {str(row): value for row, value in means.items()}
             scores.append(replace(score, confusion=table, points=points))
     return scores
 
@@ -129,14 +130,14 @@ def _counts(
     return [(total, right[row]) for row, total in Counter(each.id for each, _ in pairs).items()]
 
 
-def _means(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[str, float]:
+def _means(completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> dict[RowId, float]:
     """The mean points of each question's samples, by the question's id."""
     points: dict[RowId, list[float]] = {}
     for completion, verdict in zip(completions, verdicts, strict=True):
         points.setdefault(completion.id, []).append(verdict.points)
-    means = {str(row): math.fsum(each) / len(each) for row, each in points.items()}
+    means = {row: math.fsum(each) / len(each) for row, each in points.items()}
     # Several processes answer in an order of their own.
-    return dict(sorted(means.items(), key=lambda one: (len(one[0]), one[0])))
+    return dict(sorted(means.items(), key=lambda one: (len(str(one[0])), str(one[0]))))
 
 
 def _score(scorer: str, shares: Sequence[float], verdicts: Sequence[Verdict]) -> Score:

@@ -9,8 +9,10 @@ no rows of its own). The first scorer of a task is its headline figure.
 
 from __future__ import annotations
 
+import ast
 import operator
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +50,8 @@ from kpsvd_tune.report.results import Score
 
 Progress = Callable[[int, int], None]  # told (done, total)
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_CLOSING = re.compile(r"^```[ \t]*$", re.MULTILINE)
+_MOST_PARSED = 100_000  # characters of a program
 _END_OF_PROGRAM = "[DONE]"
 
 
@@ -208,9 +212,37 @@ def _passes_tests(
 
 
 def program_text(completion: str) -> str:
-    """The program in a completion: its first fenced block, else all of it up to "[DONE]"."""
+    """The program in a completion: its first fenced block, else all of it up to "[DONE]".
+
+    What stands before a line of three backquotes is the program where it is one: the prompt, or a
+    template, may open the block.
+    """
+    closing = _CLOSING.search(completion)
+    if closing is not None and _is_program(completion[: closing.start()]):
+        return completion[: closing.start()].partition(_END_OF_PROGRAM)[0]
     fenced = _FENCE.search(completion)
     return (fenced[1] if fenced else completion).partition(_END_OF_PROGRAM)[0]
+
+
+def _is_program(text: str) -> bool:
+    """Whether a text is Python and does something: a single word of prose is an expression."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parsed = ast.parse(text[:_MOST_PARSED])
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(not isinstance(each, ast.Expr) for each in parsed.body)
+
+
+def asserts_nothing(test: str) -> bool:
+    """Whether a test only compares, so that it passes whatever the program does."""
+    try:
+        body = ast.parse(test.strip()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    idle = (ast.Compare, ast.BoolOp, ast.UnaryOp, ast.Constant, ast.Name)
+    return all(isinstance(each, ast.Expr) and isinstance(each.value, idle) for each in body)
 
 
 def program_with_tests(completion: str, gold: Any) -> Program:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.model import kpsvd_layers
+from kpsvd_tune.data.encode.encoder import answer_ends
 from kpsvd_tune.errors import ExportError
 from kpsvd_tune.events import Events
 from kpsvd_tune.export.gguf_model import (
@@ -48,6 +49,8 @@ from kpsvd_tune.storage.hashes import file_hash
 from kpsvd_tune.storage.json_files import to_json
 
 NAME = "model.gguf"  # of the file in the output folder
+# What ends a turn of a chat, beside the end token.
+_END_OF_TURN = "tokenizer.ggml.eot_token_id"
 # Entries whose update is computed at a time.
 _BLOCK = 1 << 20
 
@@ -226,6 +229,12 @@ def _changed_metadata(
             f"Answers end with the token {tokenizer.eos_token}, as the adapter was trained; the "
             f"base's file names the token number {file.eos_token_id}."
         )
+    of_turn = own.get(_END_OF_TURN)
+    others = [each for each in answer_ends(tokenizer) if each != eos]
+    if others and (of_turn is None or of_turn.value != others[0]):
+        changed[_END_OF_TURN] = Entry(others[0], GGUFValueType.UINT32, None)
+        name = tokenizer.convert_ids_to_tokens(others[0])
+        notes.append(f"Answers of chats end with the token {name}, which the file names too.")
     return changed, tuple(notes)
 
 

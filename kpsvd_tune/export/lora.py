@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.adapter.targets import LINEAR, modules_by_name
+from kpsvd_tune.data.encode.encoder import answer_ends
 from kpsvd_tune.errors import AdapterError, ExportError, InputError
 from kpsvd_tune.events import Events
 from kpsvd_tune.export.low_rank import LowRank, low_rank
@@ -122,6 +123,7 @@ def export_lora(
     _replace_updates(model, factors)
     of_lora = logits(model, batches, "the LoRA on its base", ExportError)
     config = _config(model, source, list(factors), update.rank)
+    unknown = _unknown_ends(model, tokenizer)
     # The process that is started next needs the room.
     del loaded, model, of_base
     gc.collect()
@@ -160,7 +162,7 @@ def export_lora(
             top1_agreement=agreement,
             num_positions=sum(map(len, prompts)),
             prompts=PROMPTS,
-            warnings=_warnings(config, change, other_base),
+            warnings=_warnings(config, change, other_base, unknown),
         )
         write_file(partial / "export_report.json", to_json(report.to_dict()))
         card = lora_card(report, base_of(source, found.base), training)
@@ -318,7 +320,19 @@ def _check_proof(found: float, tolerance: float, what: str) -> None:
         )
 
 
-def _warnings(config: LoraConfig, change: float, other_base: str | None) -> tuple[str, ...]:
+def _unknown_ends(model: PeftModel, tokenizer: Any) -> list[str]:
+    """The tokens that answers end with and the base does not stop at by itself."""
+    base: Any = model.get_base_model()
+    settings = getattr(base, "generation_config", None) or base.config
+    known = settings.eos_token_id
+    held = known if isinstance(known, list) else [known]
+    unknown = [each for each in answer_ends(tokenizer) if each not in held]
+    return [str(each) for each in tokenizer.convert_ids_to_tokens(unknown)]
+
+
+def _warnings(
+    config: LoraConfig, change: float, other_base: str | None, unknown_ends: Sequence[str]
+) -> tuple[str, ...]:
     found = [f"exported {other_base}"] if other_base else []
     if change == 0:
         found.append(
@@ -329,5 +343,11 @@ def _warnings(config: LoraConfig, change: float, other_base: str | None) -> tupl
         found.append(
             "the adapter has modules or rows of the embedding that are saved whole; PEFT takes "
             "them, vLLM and llama.cpp do not: serve the merged model there"
+        )
+    if unknown_ends:
+        found.append(
+            f"answers end with {' and '.join(unknown_ends)}, at which the base does not stop by "
+            "its generation_config.json, and a LoRA cannot change that: name it to the server as a "
+            "stop token (vLLM: stop_token_ids), or serve the merged model, which names it itself"
         )
     return tuple(found)

@@ -8,7 +8,7 @@ changes nothing in either, so the base's own files are kept, and both versions' 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ def keep_base_files(
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and (known := tokenizer_for_both_versions(read_json(tokenizer))):
         tokenizer.write_bytes(to_json(known))
+
+
+def add_end_tokens(folder: Path, ends: Sequence[int]) -> list[int]:
+    """Have whoever serves a merged model stop at the tokens that answers end with.
+
+    Those that its generation_config.json does not name, or config.json where there is no such file,
+    join the others there; gives them. The base may never have stopped at the end of a turn.
+    """
+    file, config = folder / "generation_config.json", read_json(folder / "config.json")
+    content = read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        kept = ("bos_token_id", "pad_token_id")
+        content = {key: config[key] for key in kept if config.get(key) is not None}
+    known = content.get("eos_token_id", config.get("eos_token_id"))
+    held = known if isinstance(known, list) else [] if known is None else [known]
+    if added := [each for each in ends if each not in held]:
+        file.write_bytes(to_json({**content, "eos_token_id": [*held, *added]}))
+    return added
 
 
 def copy_configurations(folder: Path, base: Path) -> None:

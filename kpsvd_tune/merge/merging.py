@@ -20,10 +20,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.base import noted_distances
+from kpsvd_tune.data.encode.encoder import answer_ends
 from kpsvd_tune.errors import InputError, ResourceError, some_of
 from kpsvd_tune.events import Events
 from kpsvd_tune.merge.changes import Changes, Part, changes_of
-from kpsvd_tune.merge.files import copy_configurations, keep_base_files
+from kpsvd_tune.merge.files import add_end_tokens, copy_configurations, keep_base_files
 from kpsvd_tune.merge.loaded import check_finite, load_adapted, merge_into
 from kpsvd_tune.merge.proof import PROMPTS, Proof
 from kpsvd_tune.merge.shards import (
@@ -263,13 +264,14 @@ def _stream(
         tokenizer.save_pretrained(partial)
         has_own = _has_own_tokenizer(tokenizer, folder)
         keep_base_files(partial, folder, plan.dtype, has_own, plan.is_untied)
+        ends = _ends_added(partial, tokenizer)
         warnings = [*settings.warnings, *_other_base(changes.conclude())]
         if not written.is_rest_compared:
             warnings.append(
                 "weights that no adapter lies on were not compared with those of the training, "
                 "since transformers joins or splits some of them while loading"
             )
-        notes = (*settings.notes, *_from_quantised(changes.distances))
+        notes = (*settings.notes, *_from_quantised(changes.distances), *ends)
         settings = replace(settings, dtype=plan.dtype, warnings=tuple(warnings), notes=notes)
         return _prove_and_report(partial, output, settings, written, proof, events)
 
@@ -303,9 +305,10 @@ def merge_loaded(
         tokenizer.save_pretrained(partial)
         has_own = _has_own_tokenizer(tokenizer, settings.base_folder)
         keep_base_files(partial, settings.base_folder, dtype, has_own, is_untied)
+        ends = _ends_added(partial, tokenizer)
         del plain, model
         gc.collect()
-        settings = replace(settings, dtype=dtype)
+        settings = replace(settings, dtype=dtype, notes=(*settings.notes, *ends))
         return _prove_and_report(partial, output, settings, written, proof, events)
 
 
@@ -432,6 +435,18 @@ def _has_own_tokenizer(tokenizer: PreTrainedTokenizerBase, base_folder: Path | N
         base_folder, local_files_only=True, trust_remote_code=False
     )
     return not same_tokenizer(tokenizer, own)
+
+
+def _ends_added(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Have the merged model stop where answers end, and say so where the base did not."""
+    added = add_end_tokens(folder, answer_ends(tokenizer))
+    if not added:
+        return ()
+    names = " and ".join(map(str, tokenizer.convert_ids_to_tokens(added)))
+    return (
+        f"Answers end with {names}, at which the base did not stop: generation_config.json names "
+        "it now.",
+    )
 
 
 def _from_quantised(distances: Mapping[str, float]) -> tuple[str, ...]:

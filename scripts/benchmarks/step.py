@@ -42,6 +42,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 # Hidden and intermediate sizes and heads of models that are made here; tiny ones show that a
 # command works.
 MADE = {"llama7b": (4096, 11008, 32), "tiny": (256, 512, 4)}
+# What a method's last word names: the layers that it adapts instead of all.
+PLACES = {"mlp": TARGETS[4:], "gate": ["gate_proj"]}
 RANKS = (2, 4, 8, 16)
 METHODS = [
     "none",
@@ -53,6 +55,9 @@ METHODS = [
     # One trained factor of that many rows and columns; an r x r core between balanced factors.
     *[f"{side}{size}-r1" for side in ("left", "right") for size in (8, 16, 32, 64)],
     "core-r16",
+    # The smallest LoRA, and one term of both factors, on some layers: those of docs/study.md.
+    "lora-r1",
+    *[f"{kind}-r1-{place}" for kind in ("lora", "balanced") for place in PLACES],
 ]
 
 
@@ -79,17 +84,18 @@ def adapt(base: nn.Module, method: str) -> nn.Module:
     if method == "none":
         return model.requires_grad_(False)
     kind, rank = method.split("-")[0], int(method.split("-")[1][1:])
+    targets = PLACES.get(method.rpartition("-")[2], TARGETS)
     if kind in ("lora", "pissa"):
         init: Any = "pissa_niter_4" if kind == "pissa" else True
         config: Any = LoraConfig(
-            target_modules=TARGETS, r=rank, lora_alpha=2 * rank, init_lora_weights=init
+            target_modules=targets, r=rank, lora_alpha=2 * rank, init_lora_weights=init
         )
     elif kind == "lokr":
-        config = LoKrConfig(target_modules=TARGETS, r=rank, alpha=rank)
+        config = LoKrConfig(target_modules=targets, r=rank, alpha=rank)
     else:
         form = next((each for each in ("left", "right", "core") if kind.startswith(each)), "both")
-        layers = random_layers(model, kind, rank, form)
-        config = KpsvdConfig(target_modules=TARGETS, form=form, layers=layers)
+        layers = random_layers(model, targets, kind, rank, form)
+        config = KpsvdConfig(target_modules=targets, form=form, layers=layers)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=not method.endswith("16bit"))
     if isinstance(config, KpsvdConfig):
         # Time does not depend on the values, so nothing is decomposed here.
@@ -102,7 +108,9 @@ def adapt(base: nn.Module, method: str) -> nn.Module:
     return adapted
 
 
-def random_layers(model: nn.Module, kind: str, rank: int, form: str) -> dict[str, dict[str, Any]]:
+def random_layers(
+    model: nn.Module, targets: list[str], kind: str, rank: int, form: str
+) -> dict[str, dict[str, Any]]:
     """Factor shape and rank of every target, as a decomposition would have filled them in."""
     size, rule = kind.removeprefix(form), kind if form == "both" else "balanced"
 
@@ -115,7 +123,7 @@ def random_layers(model: nn.Module, kind: str, rank: int, form: str) -> dict[str
     return {
         name: {"shape": list(shape(module).as_tuple()), "rank": rank}
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGETS
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
     }
 
 

@@ -450,6 +450,23 @@ def test_the_task_suits_the_answers(answers: list[str], task: str) -> None:
     assert suited_task(answers, RowFormat("text", {}, ""))[0] == "loss"
 
 
+def test_rows_that_end_with_a_call_are_measured_by_their_loss(here: Path) -> None:
+    def chat(number: int, *calls: object) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "" if calls else "yes", "tool_calls": [*calls]}
+        return {"messages": [{"role": "user", "content": f"{number}?"}, answer]}
+
+    rows = [chat(number) for number in range(20)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (here / "rows.jsonl").write_text(text, encoding="utf-8")
+    assert look_at("rows.jsonl", {}).task == "exact_match"
+    call = {"type": "function", "function": {"name": "search", "arguments": {"query": "x"}}}
+    text += json.dumps(chat(20, call)) + "\n"
+    (here / "rows.jsonl").write_text(text, encoding="utf-8")
+    found = look_at("rows.jsonl", {})
+    assert found.task == "loss"
+    assert found.reason == "some last answers call tools, which no scorer compares"
+
+
 def test_of_every_label_its_share_is_held_out(here: Path) -> None:
     labels = ["common"] * 140 + ["some"] * 40 + ["rare"] * 20
     rows = [{"prompt": f"row {n}", "completion": label} for n, label in enumerate(labels)]

@@ -104,3 +104,20 @@ def test_the_study_quotes_what_the_rows_say(
     else:
         assert in_page == numbers
     assert quoted in (SCRIPTS.parent / "docs" / "study.md").read_text(encoding="utf-8")
+
+
+def test_the_study_quotes_the_questions_that_were_answered() -> None:
+    lines = (RESULTS / "exact.jsonl").read_text(encoding="utf-8").splitlines()
+    both, lora = (json.loads(line) for line in lines)
+    ours, theirs = (each["score"]["shares"] for each in (both, lora))
+    better = sum(one > other for one, other in zip(ours, theirs, strict=True))
+    worse = sum(one < other for one, other in zip(ours, theirs, strict=True))
+    page = " ".join((SCRIPTS.parent / "docs" / "study.md").read_text(encoding="utf-8").split())
+    for quoted in (
+        f"one term on the MLP at 1e-2 has {100 * sum(ours) / len(ours):.1f} % right",
+        f"LoRA r1 on all layers at 5e-3 {100 * sum(theirs) / len(theirs):.1f} %",
+        f"{better} questions only the first has right, {worse} only LoRA",
+        f"Losses of the held-out rows {both['validation_loss']:.4f} and "
+        f"{lora['validation_loss']:.4f}",
+    ):
+        assert quoted in page

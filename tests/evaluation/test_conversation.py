@@ -10,7 +10,7 @@ import torch
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.errors import InputError, NonFiniteError
 from kpsvd_tune.evaluation.conversation import Conversation
-from kpsvd_tune.evaluation.generation import GenerationOptions, generate_text
+from kpsvd_tune.evaluation.generation import GenerationOptions, answer_one
 
 
 def never() -> bool:
@@ -24,10 +24,10 @@ def talk(model: Any, tokenizer: Any, template: str = "chat", **options: Any) -> 
 def test_an_answer_is_that_of_generate_in_pieces(tiny_model: Any, tokenizer: Any) -> None:
     pieces: list[str] = []
     ending = talk(tiny_model, tokenizer).ask("How many?", pieces.append, never)
-    expected = generate_text(
+    expected = answer_one(
         tiny_model, tokenizer, "How many?", template="chat", options=GenerationOptions(12)
     )
-    assert "".join(pieces) == expected
+    assert "".join(pieces) == expected.completion
     assert ending in ("length", "whole")
 
 

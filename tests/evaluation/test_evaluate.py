@@ -69,12 +69,19 @@ def test_a_chat_model_that_is_asked_in_plain_text_is_told(
 def test_an_evaluation_answers_every_row_and_can_be_scored_again(
     tiny_model, tokenizer, recipe, tmp_path: Path
 ):
-    scores = evaluate(tiny_model, tokenizer, recipe, tmp_path / "eval")
+    told = Notes()
+    scores = evaluate(tiny_model, tokenizer, recipe, tmp_path / "eval", told)
     assert [(each.scorer, each.n) for each in scores] == [("exact_match", 8), ("exact_text", 8)]
     file = tmp_path / "eval" / "completions.jsonl"
     assert sorted(each.id for each in read_completions(file)) == list(range(8))
     row = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
-    assert set(row) == {"id", "prompt", "completion", "gold"}
+    # A model that learnt nothing does not end its answers.
+    assert set(row) == {"id", "prompt", "completion", "gold", "is_cut"}
+    cut = (
+        "8 of 8 answers had not ended after 6 tokens or at the end of the model's context, and are "
+        "judged as far as they go (max_new_tokens gives more room)"
+    )
+    assert [each for each in told.notes if "had not ended" in each] == [cut]
     assert score_completions("exact_match", read_completions(file)) == scores
     assert {each.name for each in (tmp_path / "eval").iterdir()} == {
         "completions.jsonl",
@@ -97,6 +104,54 @@ def test_the_template_of_the_dataset_is_used_where_the_section_has_none(
     own = recipe.model_copy(update={"template": "My: {prompt}|{completion}"})
     evaluate(tiny_model, tokenizer, as_trained(own, dataset), tmp_path / "b")
     assert read_completions(tmp_path / "b" / "completions.jsonl")[0].prompt.startswith("My: Tom")
+
+
+def test_what_the_template_writes_behind_answers_is_not_scored(
+    tiny_model, tokenizer, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate(tiny_model, tokenizer, recipe, tmp_path / "a")
+    wrote = {
+        each.id: each.completion for each in read_completions(tmp_path / "a/completions.jsonl")
+    }
+    # As of a model that ends its answers as it was trained to.
+    tail = wrote[0][-2:]
+    section = recipe.model_copy(
+        update={"template": "Question: {prompt}\nAnswer: {completion}" + tail}
+    )
+    evaluate(tiny_model, tokenizer, section, tmp_path / "b")
+    kept = {each.id: each.completion for each in read_completions(tmp_path / "b/completions.jsonl")}
+    assert tail.strip()
+    assert kept[0] == wrote[0].removesuffix(tail)
+    assert kept != wrote
+    # Answers of an earlier version still have it: they are not mixed with these.
+    settings = json.loads((tmp_path / "b/evaluation.json").read_text())
+    assert settings.pop("tail") == tail.strip()
+    (tmp_path / "b/evaluation.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="made with tail None, but now it is"):
+        evaluate(tiny_model, tokenizer, section, tmp_path / "b")
+
+
+def test_answers_are_not_ended_at_what_right_ones_hold(tiny_model, tokenizer, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "List two.", "completion": "these:\n- one\n- two"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = EvaluationRecipe(
+        task="exact_match", path=str(file), template="- {prompt}\n{completion}", max_new_tokens=9
+    )
+    told = Notes()
+    evaluate(tiny_model, tokenizer, task, tmp_path / "a", told)
+    assert json.loads((tmp_path / "a/evaluation.json").read_text())["stop"] == []
+    assert [note for note in told.notes if "right answer" in note] == [
+        "right answers hold '\\n-', the beginning of the template, so answers are not ended at it; "
+        "stop names texts that end them",
+        "1 of 1 right answers have more tokens than max_new_tokens (9; the longest 18): a model "
+        "that answers as they do is cut off, and maybe wrong for that alone",
+    ]
+    told = Notes()
+    wanted = task.model_copy(update={"stop": ["\n-"], "max_new_tokens": 18})
+    evaluate(tiny_model, tokenizer, wanted, tmp_path / "b", told)
+    assert json.loads((tmp_path / "b/evaluation.json").read_text())["stop"] == ["\n-"]
+    assert not [note for note in told.notes if "right answer" in note]
 
 
 @pytest.mark.parametrize("task", ["exact_match", "label"])
@@ -226,12 +281,14 @@ def test_completions_of_another_model_can_be_set_aside(
 
 def test_going_on_says_how_many_answers_are_there(tiny_model, tokenizer, recipe, tmp_path: Path):
     told = Notes()
-    recipe = recipe.model_copy(update={"template": "Question: {prompt}\nAnswer: {completion}"})
+    changed = {"template": "Question: {prompt}\nAnswer: {completion}", "max_new_tokens": 8}
+    recipe = recipe.model_copy(update=changed)
     some = recipe.model_copy(update={"limit": 3})
     evaluate(tiny_model, tokenizer, some, tmp_path, events=told)
-    assert told.notes == []
+    assert not [each for each in told.notes if "already" in each]
     evaluate(tiny_model, tokenizer, recipe, tmp_path, events=told)
-    assert [note.startswith("3 of 8 answers are in") for note in told.notes] == [True]
+    known = [note for note in told.notes if "already" in note]
+    assert [note.startswith("3 of 8 answers are in") for note in known] == [True]
 
 
 def test_loss_and_forgetting_are_tasks_too(tiny_model, tokenizer, recipe, tmp_path: Path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import types
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +20,9 @@ from kpsvd_tune.evaluation import generation
 from kpsvd_tune.evaluation.generation import (
     GenerationOptions,
     Prompt,
+    answer_one,
     cut_at_stop,
     generate_completions,
-    generate_text,
 )
 
 TEXTS = ["a", "Tom has 3 nuts.", "x " * 40, "How many?", "q" * 17, "Zoë"]
@@ -128,6 +130,26 @@ def test_the_list_of_end_tokens_of_a_model_counts(answer, tiny_model, tokenizer)
 
 
 @pytest.mark.slow
+def test_answers_that_have_no_room_to_end_are_told_apart(tiny_model, tokenizer, prompts):
+    def cut(**options: Any) -> dict[int | str, bool]:
+        found = generate_completions(
+            tiny_model, tokenizer, prompts[:1], GenerationOptions(**options)
+        )
+        return {each.id: each.is_cut for each in found}
+
+    (whole,) = generate_completions(
+        tiny_model, tokenizer, prompts[:1], GenerationOptions(max_new_tokens=8)
+    )
+    assert cut(max_new_tokens=8) == {0: True}
+    # The last token that there is room for brings the stop string.
+    assert cut(max_new_tokens=8, stop=(whole.completion[-1:],)) == {0: False}
+    first = tokenizer(whole.completion, add_special_tokens=False)["input_ids"][0]
+    assert cut(max_new_tokens=1, end_token_ids=(first,)) == {0: False}
+    row = whole.to_json()
+    assert json.loads(row)["is_cut"] is True
+    assert "is_cut" not in replace(whole, is_cut=False).to_json()
+
+
 def test_an_answer_ends_before_its_stop_string(answer):
     whole = answer(batch_size=1)
     stop = next(text[5:7] for text in whole.values() if text[5:7].isascii() and len(text[5:7]) == 2)
@@ -301,12 +323,12 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str):
         GenerationOptions(**options)
 
 
-def test_generate_text_continues_a_prompt_or_puts_it_in_the_template(tiny_model, tokenizer):
+def test_one_answer_continues_a_prompt_or_puts_it_in_the_template(tiny_model, tokenizer):
     options = GenerationOptions(max_new_tokens=8)
-    plain = generate_text(tiny_model, tokenizer, "Ann: hello\nBob:", options=options)
-    assert plain
+    plain = answer_one(tiny_model, tokenizer, "Ann: hello\nBob:", options=options)
+    assert plain.completion
     template = "Ann: {prompt}\nBob: {completion}"
-    framed = generate_text(tiny_model, tokenizer, "hello", template=template, options=options)
-    assert framed == plain
-    chat = generate_text(tiny_model, tokenizer, "hello", template="chat", options=options)
-    assert chat != plain
+    framed = answer_one(tiny_model, tokenizer, "hello", template=template, options=options)
+    assert framed.completion == plain.completion
+    chat = answer_one(tiny_model, tokenizer, "hello", template="chat", options=options)
+    assert chat.completion != plain.completion

@@ -13,7 +13,13 @@ import torch
 from kpsvd_tune.data import Encoder
 from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, InputError
-from kpsvd_tune.evaluation.loss import TokenLoss, completion_loss, forgetting, text_loss
+from kpsvd_tune.evaluation.loss import (
+    TokenLoss,
+    completion_loss,
+    forgetting,
+    score_loss,
+    text_loss,
+)
 from kpsvd_tune.recipe import Columns, EvaluationRecipe
 
 TEMPLATE = "Question: {prompt}\nAnswer: {completion}"
@@ -76,6 +82,29 @@ def test_text_loss_reads_windows_and_counts_all_but_their_first_tokens(
     assert loss.n == len(losses)
     assert loss.value == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert seen[-1] == (4, 4)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tiny_model, tokenizer, tmp_path: Path):
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("One line of our own.", encoding="utf-8")
+    marked.write_text("One line of our own.", encoding="utf-8-sig")
+    found = [text_loss(tiny_model, tokenizer, file) for file in (plain, marked)]
+    assert found[0] == found[1]
+
+
+def test_rows_that_are_not_measured_are_told(tiny_model, tokenizer, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows = [("a", "b"), ("a" * 90, "b"), ("a", "b" * 90)]
+    text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows)
+    file.write_text(text, encoding="utf-8")
+    told: list[str] = []
+    for window in (60, 1024):
+        task = EvaluationRecipe(task="loss", path=str(file), window=window)
+        score_loss(tiny_model, tokenizer, task, "Q {prompt} A {completion}", note=told.append)
+    assert told == [
+        "of 3 rows 1 are not measured, for their prompts alone fill window (60 tokens), and 1 are "
+        "cut to it"
+    ]
 
 
 def test_perplexity():

@@ -143,9 +143,48 @@ def test_the_label_that_an_answer_gives(answer: str, label: str | None) -> None:
     assert read_label(answer, ["spam", "not spam"]) == label
 
 
+def test_json_that_gives_a_key_twice_cannot_be_read(tmp_path: Path) -> None:
+    twice = '{"a": 1, "a": 2}'
+    assert parse_answer(twice) == (False, None)
+    assert parse_answer(f"```json\n[{twice}]\n```") == (False, None)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "p", "completion": twice}) + "\n")
+    with pytest.raises(DataError, match="is no JSON, or gives a key twice, so that every answer"):
+        read_questions(EvaluationRecipe(task="json", path=str(file)))
+
+
 def test_labels_that_differ_in_case_alone_must_be_met_exactly() -> None:
     assert read_label("a", ["A", "a"]) == "a"
     assert read_label("It is a", ["A", "a"]) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "labels", "label"),
+    [
+        ("4.7", "12345", None),
+        ("about 4,7", "12345", None),
+        ("-1", "01", None),
+        ("It is -1.", "01", None),
+        ("4.", "12345", "4"),
+        ("(4), that is 4, I think", "12345", "4"),
+        ("-1", ["-1", "0", "1"], "-1"),
+        ("I say -1", ["-1", "0", "1"], "-1"),
+        ("1.0", ["0.5", "1.0"], "1.0"),
+        ("it is 1.0.", ["0.5", "1.0"], "1.0"),
+        ("non-toxic", ["toxic", "benign"], None),
+        ("toxic-looking", ["toxic", "benign"], None),
+        ("toxic - I think", ["toxic", "benign"], "toxic"),
+        ("not entailment", ["entailment", "not_entailment"], "not_entailment"),
+        ("It is Not-Entailment.", ["entailment", "not_entailment"], "not_entailment"),
+        ("entailment", ["entailment", "not_entailment"], "entailment"),
+        ("a_b", ["a_b", "a b"], "a_b"),
+        ("it is a_b", ["a_b", "a b"], None),
+    ],
+)
+def test_a_label_is_no_part_of_a_number_or_a_compound(
+    answer: str, labels: Sequence[str], label: str | None
+) -> None:
+    assert read_label(answer, list(labels)) == label
 
 
 def test_accuracy_macro_f1_and_the_confusion_table() -> None:

@@ -16,6 +16,11 @@ ONE_TEST = {"test_list": ["assert f(1) == 2"]}
 PROGRAMS = [
     ("x = 1", "x = 1"),
     ("", ""),
+    # The prompt, or a template, opened the block.
+    ("x = 1\n```", "x = 1\n"),
+    ("x = 1\n```\nThis sets x.\n", "x = 1\n"),
+    ("x = 1\n```\nOr:\n```\ny = 2\n```", "x = 1\n"),
+    ("Sure\n```\nx = 1\n```", "x = 1\n"),
     ("x = 1\n[DONE]\nmore", "x = 1\n"),
     ("[DONE]", ""),
     ("```python\nx = 1\n```", "x = 1\n"),
@@ -70,7 +75,6 @@ PROGRAMS = [
     ("x = 'ä\u2212'", "x = 'ä\u2212'"),
     ("```python\nx = 'ä\u2212'\n```", "x = 'ä\u2212'\n"),
     ("x = 1\x00", "x = 1\x00"),
-    ("x = 1\n```", "x = 1\n```"),
     ("```\nx = 1\n```\n[DONE]\n```\ny = 2\n```", "x = 1\n"),
     ("```output\n5\n```\n```python\nx = 1\n```", "5\n"),
     ("def f(x):\r\n    return x\r\n", "def f(x):\r\n    return x\r\n"),

@@ -13,16 +13,21 @@ import pytest
 from kpsvd_tune.data import Encoder, read_examples
 from kpsvd_tune.data.encode.format import Pair
 from kpsvd_tune.errors import DataError, InputError
+from kpsvd_tune.evaluation.completions import Completion
+from kpsvd_tune.evaluation.evaluate import as_trained, check_tasks
+from kpsvd_tune.evaluation.generation import without_tail
 from kpsvd_tune.evaluation.questions import (
     Question,
+    answer_tail,
     build_prompts,
     num_shots,
     read_questions,
     read_shots,
     stop_strings,
 )
+from kpsvd_tune.evaluation.scoring import score_completions
 from kpsvd_tune.evaluation.tasks import TASKS
-from kpsvd_tune.recipe import EvaluationRecipe
+from kpsvd_tune.recipe import DatasetRecipe, EvaluationRecipe
 
 CODE_ROWS = [
     {
@@ -355,3 +360,91 @@ def test_the_prompts_of_other_harnesses(tokenizer, code_file: str):
 )
 def test_stop_strings(keys: dict[str, Any], template: str, expected: tuple[str, ...]):
     assert stop_strings(EvaluationRecipe(**keys), template) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"context": "Bob is 5."}, "input: context"),
+        ({"system": "Answer in French."}, "system: system"),
+    ],
+)
+@pytest.mark.parametrize("task", ["exact_match", "loss"])
+def test_rows_are_not_asked_without_a_part_of_their_question(
+    tmp_path: Path, more: dict[str, str], told: str, task: Any
+):
+    rows = [
+        {"prompt": "How old?", "completion": "5"},
+        {**more, "prompt": "and?", "completion": "5"},
+    ]
+    section = recipe(task, write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError) as caught:
+        check_tasks([section], None)
+    said = str(caught.value)
+    name = next(iter(more))
+    assert f"rows.jsonl, line 2: the column {name!r} looks like a part of the prompt" in said, said
+    assert told in said, said
+    assert f"leave it out with ignore_columns=[{name}]" in said, said
+    check_tasks([section.model_copy(update={"ignore_columns": [name]})], None)
+    check_tasks([section.model_copy(update={"columns": {"completion": "completion"}})], None)
+
+
+def test_plain_text_asks_nothing(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "The sky is blue."}])
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: the row is plain text, which asks"):
+        read_questions(recipe("text", path))
+    check_tasks([recipe("loss", path)], None)
+
+
+def test_rows_numbered_by_numbers_and_by_texts_are_all_counted(tmp_path: Path):
+    paths = [
+        write(tmp_path / "a.jsonl", [{"id": "1", "prompt": "a", "completion": "x"}]),
+        write(tmp_path / "b.jsonl", [{"id": 1, "prompt": "b", "completion": "y"}]),
+    ]
+    questions = read_questions(EvaluationRecipe(task="exact_match", path=paths))
+    assert [each.id for each in questions] == [0, 1]
+    # Stored answers that have such ids are two questions all the same.
+    answers = [Completion(1, "", "x", "x"), Completion("1", "", "x", "y")]
+    score = score_completions("exact_match", answers)[0]
+    assert (score.value, score.n) == (0.5, 2)
+
+
+@pytest.mark.parametrize("answer", ["5 apples", "1/2", "5 %", "+5"])
+def test_a_gold_answer_of_gsm8k_is_a_number_alone(tmp_path: Path, answer: str):
+    rows = [{"question": "q", "answer": f"So it is.\n#### {answer}"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="which is no number alone, so that every answer"):
+        read_questions(recipe("gsm8k", path))
+    for fine in ("-5", "$1,200.", ".5", "1200.50"):
+        rows = [{"question": "q", "answer": f"So it is.\n#### {fine}"}]
+        assert read_questions(recipe("gsm8k", write(tmp_path / "rows.jsonl", rows)))
+
+
+def test_scores_take_the_form_that_the_training_names(tmp_path: Path):
+    rows = [{"instruction": "I", "output": "O", "prompt": "P", "completion": "C"}]
+    section = recipe("exact_match", write(tmp_path / "rows.jsonl", rows))
+    for form, asked in (("auto", "I"), ("alpaca", "I"), ("prompt-completion", "P")):
+        dataset = DatasetRecipe.model_validate({"path": "rows.jsonl", "format": form})
+        assert read_questions(as_trained(section, dataset))[0].prompt == asked, form
+
+
+def test_what_a_template_writes_behind_answers_is_no_part_of_them():
+    section = recipe("json", "rows.jsonl")
+    assert answer_tail(section, "Q: {prompt}\nA: {completion}\n### End\n") == "### End"
+    assert answer_tail(section, "Q: {prompt}\nA: {completion}") == ""
+    assert answer_tail(section, "chat") == ""
+    assert without_tail(' {"a": 1}\n### End', "### End") == ' {"a": 1}'
+    assert without_tail("3.5.\n", ".") == "3.5"
+    assert without_tail(" 3 ", "") == " 3 "
+    assert without_tail(" 3 ### End of it", "### End") == " 3 ### End of it"
+
+
+@pytest.mark.parametrize("test", ["add(1) == 2", "add(1) == 2 and True", "not add(1)", "", "True"])
+def test_a_test_that_asserts_nothing_is_refused(tmp_path: Path, test: str):
+    row = {**CODE_ROWS[0], "task_id": 11}
+    path = write(tmp_path / "code.jsonl", [{**row, "test_list": ["assert add(1) == 2", test]}])
+    with pytest.raises(DataError, match=r"code\.jsonl, line 1: the test .* asserts nothing, so"):
+        read_questions(recipe("mbpp", path))
+    for fine in ("check(add)", "x = add(1)\nassert x == 2", "if add(1) != 2: raise ValueError"):
+        path = write(tmp_path / "code.jsonl", [{**row, "test_list": [fine]}])
+        assert read_questions(recipe("mbpp", path))

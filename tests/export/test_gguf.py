@@ -337,6 +337,25 @@ def test_the_template_and_the_end_of_answers_are_those_of_the_training(
     fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 258
+    assert "tokenizer.ggml.eot_token_id" not in fields
+
+
+@pytest.mark.slow
+def test_a_file_names_what_ends_the_turns_of_a_chat(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path, gguf_file="base.gguf")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + bos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(adapter)
+    assert export(adapter, tmp_path / "out", "--json") == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert notes[1].startswith("Answers of chats end with the token ")
+    fields = GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 257
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.bos_token_id == 256
 
 
 def save_folder(folder: Path, model: PreTrainedModel, base: Path) -> Path:

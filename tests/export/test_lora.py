@@ -195,6 +195,23 @@ def test_a_lora_that_holds_too_little_is_refused_with_its_figures(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
+def test_an_end_of_turns_that_the_base_does_not_know_is_warned_of(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter(tiny_model_dir, tmp_path / "adapter", target_modules=["v_proj"])
+    assert export(adapter, tmp_path / "known", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+    chats: Any = AutoTokenizer.from_pretrained(tiny_model_dir)
+    chats.chat_template = chats.chat_template.replace("eos_token", "pad_token")
+    chats.save_pretrained(adapter)
+    assert export(adapter, tmp_path / "lora", "--json") == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith("answers end with <pad>, at which the base does not stop")
+    assert "stop_token_ids" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_what_is_saved_whole_goes_along(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

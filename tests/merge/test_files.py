@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import pytest
 import warm
 from peft import get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -23,6 +25,7 @@ from transformers import (
 
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.merge.files import add_end_tokens
 from kpsvd_tune.models import load_tokenizer, resolve_model
 from kpsvd_tune.models.loading import same_tokenizer
 from kpsvd_tune.storage.durable import NewFile
@@ -50,6 +53,57 @@ def adapter(base: Path, model_factory: Any, tmp_path: Path) -> Path:
 def merged(adapter: Path, tmp_path: Path) -> Path:
     assert cli.run(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 0
     return tmp_path / "merged"
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (
+            {"eos_token_id": 2},
+            {"eos_token_id": 2, "top_k": 5},
+            {"eos_token_id": [2, 9], "top_k": 5},
+        ),
+        ({"eos_token_id": 2, "bos_token_id": 1}, None, {"eos_token_id": [2, 9], "bos_token_id": 1}),
+        ({}, {"eos_token_id": [7, 2]}, {"eos_token_id": [7, 2, 9]}),
+        ({"eos_token_id": None}, {"top_k": 5}, {"eos_token_id": [2, 9], "top_k": 5}),
+        ({}, {"eos_token_id": [9, 2]}, {"eos_token_id": [9, 2]}),
+        ({"eos_token_id": [2, 9]}, None, None),
+    ],
+)
+def test_tokens_that_end_an_answer_join_those_of_the_base(
+    tmp_path: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any] | None,
+    expected: dict[str, Any] | None,
+) -> None:
+    file = tmp_path / "generation_config.json"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        file.write_text(json.dumps(generation))
+    added = add_end_tokens(tmp_path, (2, 9))
+    assert (json.loads(file.read_text()) if file.exists() else None) == expected
+    assert bool(added) == (generation != expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proof", ["both", "tensors"])
+def test_a_merged_model_stops_where_answers_of_chats_end(
+    base: Path, adapter: Path, tmp_path: Path, proof: str
+) -> None:
+    before = AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id
+    chats: Any = AutoTokenizer.from_pretrained(base)
+    end = chats.pad_token_id  # a special token of the model that it does not stop at
+    chats.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<pad>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    chats.save_pretrained(adapter)
+    arguments = ["merge", str(adapter), "--output", str(tmp_path / "merged"), "--proof", proof]
+    assert cli.run(arguments) == 0
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert served.generation_config.eos_token_id == [before, end]
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert [note for note in report["notes"] if note.startswith("Answers end with <pad>, at which")]
 
 
 @pytest.mark.slow

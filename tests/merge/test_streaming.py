@@ -484,6 +484,7 @@ def test_a_layout_that_is_split_while_loading_is_merged_in_memory(
     config: Any = architectures.CONFIGS["llama"]()
     config.num_key_value_heads = config.num_attention_heads
     config.vocab_size = len(tokenizer)
+    config.eos_token_id = tokenizer.eos_token_id
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     tokenizer.save_pretrained(base)

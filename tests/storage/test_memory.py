@@ -187,7 +187,7 @@ def test_every_stage_of_a_training_says_what_helps_there(
          "batch_size of the evaluation"),
         (["eval", "--task", "gsm8k", "--path", "rows"],
          "transformers.AutoModelForCausalLM.from_pretrained", "loading the model", "--dtype"),
-        (["generate"], "kpsvd_tune.evaluation.generation.generate_text", "answering",
+        (["generate"], "kpsvd_tune.evaluation.generation.answer_one", "answering",
          "--max-new-tokens"),
         (["report"], "kpsvd_tune.commands.report.read_run_files", "running report", ""),
     ],

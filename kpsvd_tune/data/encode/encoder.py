@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import Any, Literal
@@ -342,6 +343,18 @@ class Encoder:
             "written once; remove it from the template"
         )
         return []
+
+
+def answer_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that an answer ends with: the tokenizer's end token, and its chat template's if another.
+
+    Base models often have a chat template whose turns end with a token that they do not stop at.
+    """
+    if tokenizer.chat_template:
+        # One that cannot be trained on has trained nothing.
+        with suppress(DataError):
+            return Encoder(tokenizer, "chat", 2).end_token_ids
+    return () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
 
 def _texts_of(chat: Chat) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpsvd_tune.data.encode.messages import REASONING_KEYS, read_message, read_part
-from kpsvd_tune.data.encode.tools import read_tools
+from kpsvd_tune.data.encode.tools import function_of, read_tools
 from kpsvd_tune.data.read.columns import (
     absent_column,
     check_preference,
@@ -88,6 +88,12 @@ class Chat:
             for place, message in enumerate(self.messages)
             if place not in self.context and is_answer(message)
         )
+
+    @property
+    def last_called(self) -> str | None:
+        """The tool that the last turn to learn calls; None where it calls none."""
+        calls = self.messages[self.learnt[-1]].get("tool_calls") if self.learnt else None
+        return str(function_of(calls[0]).get("name")) if calls else None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,25 @@ class UnusedColumns:
         elif not is_empty(value):
             self._judge(row, name, value)
 
+    def check_question(self, row: Row) -> None:
+        """Refuse a column that belongs to what is asked, where the columns are not named.
+
+        For rows that are scored: nothing is learnt from their other columns.
+        """
+        if self._form.is_named or self._form.is_chat or self._form.name == "text":
+            return
+        taken = {*self._form.columns.values(), *TOOL_COLUMNS}
+        for name, value in row.values.items():
+            if (
+                name not in taken
+                and not is_empty(value)
+                and _looks_like_context(_last(name), value)
+            ):
+                raise DataError(
+                    f"{row.where}: the column {name!r} {self._fault_of_context(row, name)}"
+                    f"{_leaving_out(name)}"
+                )
+
     def notes(self) -> list[str]:
         """What a user should know about the columns of all rows looked at."""
         notes = []
@@ -127,10 +146,7 @@ class UnusedColumns:
         if not fault and is_context and not (form.is_named or form.is_chat):
             fault = self._fault_of_context(row, name)
         if fault:
-            raise DataError(
-                f"the column {name!r} {fault}; if it means nothing here, leave it out with "
-                f"dataset.ignore_columns: [{name}]"
-            )
+            raise DataError(f"the column {name!r} {fault}{_leaving_out(name)}")
         if is_context:
             self._context[name] = None
         self._unused[name] = None
@@ -200,6 +216,10 @@ class UnusedColumns:
             takes = {role: named[role] for role in named if role in alpaca.values()}
             takes["history" if _last(name) == "history" else "input"] = name
         return naming("dataset.columns", takes)
+
+
+def _leaving_out(name: str) -> str:
+    return f"; if it means nothing here, leave it out with dataset.ignore_columns: [{name}]"
 
 
 def _last(name: str) -> str:

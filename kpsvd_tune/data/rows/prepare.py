@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.encode.encoder import Encoder
 from kpsvd_tune.data.encode.format import Chat, Pair, RowFormat
 from kpsvd_tune.data.encode.templates import with_chat_template
+from kpsvd_tune.data.encode.unused import UnusedColumns
 from kpsvd_tune.data.read.files import Row
 from kpsvd_tune.data.read.sources import load_rows
 from kpsvd_tune.data.rows.cache import TokenCache, store_key
@@ -86,7 +88,8 @@ def read_examples(
         setting: What a user writes to name columns, for messages.
 
     Raises:
-        DataError: A source or a row cannot be read, or no form fits.
+        DataError: A source or a row cannot be read, or no form fits, or a column that belongs to
+            the question has no role.
     """
     loaded = load_rows(path, name=name, split=split)
     rows = loaded.rows
@@ -95,6 +98,9 @@ def read_examples(
             replace(row, values=without_columns(row.values, ignore_columns, set())) for row in rows
         )
     form = find_form(rows, "auto", columns or {}, template, setting=setting)
+    unused = UnusedColumns(form)
+    for row in rows:
+        unused.check_question(row)
     notes = without_place(rows, form, template)
     return ReadRows(rows, form, (*loaded.notes, *notes))
 
@@ -140,10 +146,7 @@ def prepare(
             f"training rows: {'; '.join((*notes, *train.warnings()))}; expected at least "
             "one row with a completion that fits into dataset.max_length"
         )
-    parts = [
-        mix(places, source.weight, f"weight {seed} {index}")
-        for index, (source, places) in enumerate(zip(sources, train.by_source(), strict=True))
-    ]
+    parts = _mixed(sources, train.by_source(), seed)
     rows = train.stored(np.concatenate(parts))
     others = validation.stored(validation.usable)
     template = sources[0].template
@@ -169,6 +172,24 @@ def prepare(
         ", found there; nothing was tokenised" if was_cached else ""
     )
     return PreparedData(rows, others, preflight, found["sha256"], encoder, template, note)
+
+
+def _mixed(sources: Sequence[TokenizedSource], places: Sequence[Places], seed: int) -> list[Places]:
+    """The places of each source by the weight of the recipe's source that it belongs to.
+
+    The files of a folder are weighted together: of many small ones each alone would be rounded.
+    """
+    parts: list[Places] = []
+    for _, group in groupby(range(len(sources)), key=lambda index: sources[index].entry):
+        own = list(group)
+        chosen = mix(
+            np.concatenate([places[index] for index in own]),
+            sources[own[0]].weight,
+            # By the first file, as where each had a weight of its own.
+            f"weight {seed} {own[0]}",
+        )
+        parts += [chosen[np.isin(chosen, places[index])] for index in own]
+    return parts
 
 
 def _report(
@@ -245,7 +266,10 @@ def _note_key(
 ) -> str:
     """The key of report and hash: all that they depend on, the names of the sources included."""
     stores = [
-        [source.store.folder.name, source.label, source.unit, source.weight, *source.notes]
+        [
+            *(source.store.folder.name, source.label, source.unit, source.weight, source.entry),
+            *source.notes,
+        ]
         for source in (*sources, *held_out)
     ]
     return store_key(stores, dataset.model_dump(mode="json"), seed)

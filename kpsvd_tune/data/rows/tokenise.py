@@ -56,6 +56,7 @@ class TokenizedSource:
     notes: tuple[str, ...]  # what a user should know about source, template and tokenizer
     was_cached: bool  # whether nothing had to be tokenised
     content: str  # equal for sources that read the same file, whichever rows of it
+    entry: int  # which of the recipe's sources it belongs to: one may be a folder of many files
 
     def where(self, place: int) -> str:
         """Source and number of a row, as messages print them."""
@@ -82,7 +83,11 @@ class Tokeniser:
         """The sources to train on, and those to hold rows out of."""
         dataset = self.dataset
         settings = training_sources(dataset)
-        sources = [source for each in settings for source in self._tokenised(each)]
+        sources = [
+            source
+            for entry, each in enumerate(settings)
+            for source in self._tokenised(each, entry=entry)
+        ]
         held_out = sources
         if isinstance(dataset.validation, str):
             own = validation_source(dataset, dataset.validation)
@@ -94,7 +99,7 @@ class Tokeniser:
         return sources, held_out
 
     def _tokenised(
-        self, settings: SourceSettings, *, is_held_out: bool = False
+        self, settings: SourceSettings, *, entry: int = 0, is_held_out: bool = False
     ) -> list[TokenizedSource]:
         found = open_sources(
             settings.path,
@@ -103,9 +108,9 @@ class Tokeniser:
             streaming=self.dataset.streaming,
             is_held_out=is_held_out,
         )
-        return [self._tokenise(source, settings) for source in found]
+        return [self._tokenise(source, settings, entry) for source in found]
 
-    def _tokenise(self, source: RowSource, settings: SourceSettings) -> TokenizedSource:
+    def _tokenise(self, source: RowSource, settings: SourceSettings, entry: int) -> TokenizedSource:
         """Give the store of a source, made where the cache does not hold it."""
         fingerprint = source.fingerprint()
         key = store_key(
@@ -132,6 +137,7 @@ class Tokeniser:
             notes=(*notes, *store.facts["notes"]),
             was_cached=was_cached,
             content=fingerprint,
+            entry=entry,
         )
 
     def _make(

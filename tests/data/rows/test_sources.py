@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,25 @@ def test_a_repeated_row_is_never_held_out(
     data = read(tokenizer, path=[{"path": a, "weight": 3}], validation=4)
     assert (len(data.train), len(data.validation)) == (18, 4)
     assert {row.row for row in data.train}.isdisjoint(row.row for row in data.validation)
+
+
+def test_a_weight_counts_the_rows_of_all_files_of_a_folder(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for number in range(20):
+        row = {"prompt": f"p{number}", "completion": f"c{number}"}
+        (folder / f"{number:02}.jsonl").write_text(json.dumps(row) + "\n")
+    data = read(tokenizer, path=[{"path": str(folder), "weight": 0.1}])
+    assert len(data.train) == 2
+    assert sum(source.num_rows for source in data.report.sources) == 2
+    data = read(tokenizer, path=[{"path": str(folder), "weight": 2.5}])
+    assert len(data.train) == 50
+    assert set(Counter(texts(data)).values()) == {2, 3}
+    assert [source.num_rows for source in data.report.sources] == [
+        len(list(group)) for _, group in groupby(texts(data))
+    ]
 
 
 @given(num_rows=st.integers(0, 40), weight=st.floats(0.01, 4))

@@ -78,6 +78,8 @@ SOLUTION = "Each of the {} eggs is sold for {} dollars a piece, so she earns {} 
         (["9:30", "10:30"], "'9:30' and '10:30'"),
         (["7 a.m.", "7 p.m."], "'7 a.m.' and '7 p.m.'"),
         (["The 4 seats can be washed", "All 4 doors are locked"], "count for the other"),
+        (["1,5", "2,7", "3,2"], "of the right answer '1,5' only the last number is compared"),
+        (["7", "10 000", "9"], "of the right answer '10 000' only the last number is compared"),
         # Long texts with a number somewhere.
         ([LONG.format(n) for n in range(6)], "do not end in one, such as 'It has 0 legs, a"),
         # Nothing but the number differs, or what one alone has.

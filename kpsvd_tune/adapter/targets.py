@@ -99,23 +99,26 @@ def target_names(
     return matched
 
 
-def untouched(model: nn.Module, names: Iterable[str]) -> list[tuple[str, str]]:
-    """List every weight matrix that no adapter goes to, with the reason.
+def untouched(
+    model: nn.Module, names: Iterable[str], trained_whole: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """List every weight matrix that is not trained, neither by an adapter nor whole.
 
     Args:
         model: The base model; may be on the meta device.
         names: The targeted modules.
+        trained_whole: Modules that are trained whole, with all that lies in them.
 
     Returns:
         (name, reason) in model order; the name is the module's, or the parameter's own where it
         is not called ``weight``. Vectors (biases, norms) are not matrices and are not listed.
     """
-    targeted = set(names)
+    targeted, whole = set(names), tuple(f"{name}." for name in trained_whole)
     reasons = _reasons(model)
     head = _output_head(model)
     left: list[tuple[str, str]] = []
     for module_name, module in _modules(model):
-        if module_name in targeted:
+        if module_name in targeted or f"{module_name}.".startswith(whole or "\0"):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:
@@ -150,6 +153,20 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str,
     return {
         entry: [name for name in names if name.endswith(plain_name(entry))]
         for entry in modules_to_save
+    }
+
+
+def saved_whole(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, int]:
+    """The parameters of each module that ``modules_to_save`` has trained whole, by its name.
+
+    A module inside of another one is not counted again.
+    """
+    names = {name for found in saved_modules(model, modules_to_save).values() for name in found}
+    modules = modules_by_name(model)
+    return {
+        name: sum(parameter.numel() for parameter in modules[name].parameters())
+        for name in modules
+        if name in names and not any(name.startswith(f"{other}.") for other in names)
     }
 
 

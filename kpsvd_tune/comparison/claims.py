@@ -112,10 +112,11 @@ def _faster(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim
     text = "faster convergence: fewer steps to the best baseline's lowest validation loss"
     goal = found.lowest_mean(key_of(other))
     # A run that never gets there took at least all its steps; with such runs the mean is a bound.
-    changes, num_short = [], 0
+    changes, num_short, num_other_short = [], 0, 0
     for own, theirs in found.pairs(key_of(ours), key_of(other)):
         steps = [steps_to(row.validation_losses, goal) for row in (own, theirs)]
         num_short += steps[0] is None
+        num_other_short += steps[1] is None
         own_steps, their_steps = (
             float(len(row.losses)) if each is None else each
             for each, row in zip(steps, (own, theirs), strict=True)
@@ -125,12 +126,15 @@ def _faster(found: Findings, ours: MethodSummary, other: MethodSummary) -> Claim
         return _undecidable(text, "no seed in common")
     change = estimate(changes)
     note = f"; {num_short} of {len(changes)} KPSVD runs never reach it" if num_short else ""
+    if num_other_short:
+        note += f"; {num_other_short} of {len(changes)} of the baseline's never reach it"
     figure = (
         f"{ours.method} against {other.method} at {ours.budget:,}, loss {goal:.4f}: "
         f"{change.mean:+.1f} steps ({change.interval(1)}){note}"
     )
     verdict = _verdict(change, 0.0)
-    if verdict == "held" and num_short:
+    # A bound of one side only counts against that side's lead.
+    if (verdict == "held" and num_short) or (verdict == "not held" and num_other_short):
         verdict = "undecided"
     few, sizes = _short(found, ours, other), _unequal(ours, other)
     return _claim(text, verdict, figure, change, sizes, few_steps=few)

@@ -182,6 +182,7 @@ def compare(
         account = Account(run.path, rows, num_devices(), began)
         preparing.close()
         session = _Session(recipe, grid, events, watcher, plan, account, rows, jobs, taking)
+        session.num_steps = length.num_steps
         # Of what all trials share; they stand in the page as well.
         session.notes = [*notes, *(each.text for each in (*warnings, *length.warnings))]
         if task is not None:
@@ -249,6 +250,7 @@ class _Session:
     base: Mapping[str, float | None] = field(default_factory=dict)  # losses of the base model
     base_score: TrialScore | None = None
     measuring_seconds: float = 0.0
+    num_steps: int = 0  # of a trial that nothing ends early
     purse: Purse | None = None  # None without a budget of money
 
     @property
@@ -656,7 +658,8 @@ def _conclude(session: _Session) -> Comparison:
         model=recipe.model.path,
         steps=steps,
         base=base,
-        num_warmup=num_warmup_steps(train, steps),
+        # Early stopping shortens a run, and not its warm-up.
+        num_warmup=num_warmup_steps(train, max(steps, session.num_steps)),
         max_grad_norm=train.max_grad_norm,
         price_per_hour=recipe.compare.price_per_hour,
         currency=recipe.compare.currency,

@@ -75,20 +75,15 @@ class Setups:
         Refuses a PEFT method that no budget is enough for (InputError) or a rank rule
         (AdapterError): what cannot be met is refused before the first trial, not after hours.
         """
-        for name, method in self._methods.items():
+        for method in self._methods.values():
             if method.kind != "kpsvd":
                 self._choose_sizes(method, sorted(budgets))
-            else:
-                self.budgets[name] = tuple(budgets)
         for name in self.adapters():
             adapter = self._adapters[name]
             events.stage(f"decomposing {self._recipe.model.path} for {name}")
             spectra = collect_spectra(source, adapter, progress=report_decomposition(events))
             events.end_progress()
-            for budget in budgets:
-                rule = _rank_rule(self._methods[name], adapter.rank, spectra, budget)
-                self._ranks[name, budget] = rule
-                spectra.factors(spectra.report(rule))
+            self._choose_ranks(name, adapter.rank, spectra, sorted(budgets))
 
     def knows(self, trial: Trial) -> bool:
         """Whether the method of a trial has a size at its budget."""
@@ -126,6 +121,25 @@ class Setups:
             if method.kind == "kpsvd"
         }
 
+    def _choose_ranks(
+        self, name: str, rank: RankRecipe, spectra: Spectra, budgets: Sequence[int]
+    ) -> None:
+        """The budgets at which a KPSVD method has ranks of its own, and its rules there."""
+        chosen: dict[int, tuple[int, ...]] = {}
+        for budget in budgets:
+            rule = _rank_rule(self._methods[name], rank, spectra, budget)
+            self._ranks[name, budget] = rule
+            report = spectra.report(rule)
+            ranks = tuple(layer.rank for layer in report.layers)
+            earlier = next((known for known, other in chosen.items() if other == ranks), None)
+            if earlier is not None:
+                trained = int(report.totals["trainable_parameters"])
+                self.notes.append(_not_run(name, budget, trained, earlier))
+                continue
+            chosen[budget] = ranks
+            spectra.factors(report)
+        self.budgets[name] = tuple(chosen)
+
     def _choose_sizes(self, method: Method, budgets: Sequence[int]) -> None:
         """The budgets at which a method trains something of its own, and its sizes there."""
         name, train = method.name, self._recipe.train
@@ -142,10 +156,7 @@ class Setups:
                 continue
             earlier = next((known for known, other in chosen.items() if other == size), None)
             if earlier is not None:
-                self.notes.append(
-                    f"{name} is not run at {budget:,}: it would train the same "
-                    f"{size.trainable_parameters:,} parameters as at {earlier:,}"
-                )
+                self.notes.append(_not_run(name, budget, size.trainable_parameters, earlier))
                 continue
             chosen[budget] = size
             if size.trainable_parameters < (1 - SLACK) * budget:
@@ -159,6 +170,13 @@ class Setups:
             self.notes.append(f"{name} is not run at {_listed(too_small)}: {refusal}")
         self.budgets[name] = tuple(chosen)
         self._chosen |= {(name, budget): size for budget, size in chosen.items()}
+
+
+def _not_run(name: str, budget: int, trained: int, earlier: int) -> str:
+    return (
+        f"{name} is not run at {budget:,}: it would train the same {trained:,} parameters as at "
+        f"{earlier:,}"
+    )
 
 
 def _listed(numbers: Iterable[int]) -> str:

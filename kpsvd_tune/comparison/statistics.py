@@ -14,7 +14,8 @@ _T = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-_T_INFINITE = 1.960
+# 97.5 % quantile of the normal distribution.
+_Z = 1.959963984540054
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -26,10 +27,17 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(values) == 1:
         return Estimate(mean, None, None, None, 1)
     deviation = statistics.stdev(values)
-    freedom = len(values) - 1
-    quantile = _T[freedom - 1] if freedom <= len(_T) else _T_INFINITE
-    half = quantile * deviation / math.sqrt(len(values))
+    half = _quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     return Estimate(mean, deviation, mean - half, mean + half, len(values))
+
+
+def _quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond the table by its expansion (Fisher 1925)."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    first = (_Z**3 + _Z) / 4
+    second = (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96
+    return _Z + first / freedom + second / freedom**2
 
 
 def seeds_needed(mean: float, deviation: float) -> int | None:

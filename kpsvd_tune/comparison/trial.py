@@ -172,8 +172,11 @@ def _row(
         validation_losses=tuple((step, loss) for step, loss in curve if loss is not None),
         test_loss=others["test_loss"],
         forgetting=None if after is None or before is None else after - before,
-        losses=tuple(round(line["loss"], 5) for line in lines),
-        grad_norms=tuple(round(line["grad_norm"] or 0.0, 5) for line in lines),
+        # A step that was skipped has none, and what a loss scaler overflows has no norm.
+        losses=tuple(round(line["loss"], 5) for line in lines if line["loss"] is not None),
+        grad_norms=tuple(
+            round(line["grad_norm"], 5) for line in lines if line["grad_norm"] is not None
+        ),
         seconds_per_step=statistics.median(seconds or [0.0]),
         init_seconds=init_seconds,
         wall_seconds=outcome.wall_seconds,

@@ -346,12 +346,12 @@ def _binding(found: Findings) -> Iterable[str]:
     if len(budgets) < 2:
         return
     cut = found.difference((found.reference, budgets[0]), (found.reference, budgets[-1]))
-    if cut is None:
+    sizes = {key_of(each): each.trainable_parameters for each in found.summaries}
+    few, many = (sizes[found.reference, budgets[place]] for place in (0, -1))
+    # Budgets that end in the same size say nothing of parameters.
+    if cut is None or few >= many:
         return
-    gain = (
-        f"{found.reference} gains {cut.loss.mean:.4f} nats from {cut.budget:,} to "
-        f"{cut.other_budget:,} parameters"
-    )
+    gain = f"{found.reference} gains {cut.loss.mean:.4f} nats from {few:,} to {many:,} parameters"
     if cut.loss.low is None:
         yield f"{gain} on the one seed in common, which cannot tell whether the rank binds"
     elif cut.loss.low <= 0:

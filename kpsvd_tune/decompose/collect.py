@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from kpsvd_tune.adapter.targets import saved_whole_notes, target_names, untouched
+from kpsvd_tune.adapter.targets import saved_whole, saved_whole_notes, target_names, untouched
 from kpsvd_tune.decompose.cache import SpectraCache, default_cache_dir
 from kpsvd_tune.decompose.launched import run_launched
 from kpsvd_tune.decompose.ranks import rank_report, rank_rule
@@ -63,6 +63,8 @@ class Spectra:
     left_alone: tuple[tuple[str, str], ...]  # (name, reason) of what is not targeted
     notes: tuple[str, ...]  # what happened on the way
     is_drawn: bool = False  # a seed gives the frozen factors
+    # Parameters of the modules that are trained whole.
+    trained_whole: Mapping[str, int] = field(default_factory=dict)
 
     def report(self, rank: RankRecipe) -> RankReport:
         """Apply a rank rule.
@@ -88,6 +90,7 @@ class Spectra:
             base_parameters=self.base_parameters,
             left_alone=self.left_alone,
             is_drawn=self.is_drawn,
+            trained_whole=self.trained_whole,
         )
 
     def factors(self, report: RankReport) -> dict[str, tuple[Tensor, Tensor]]:
@@ -193,6 +196,7 @@ def collect_spectra(
     else:
         worker.run(plans, found.add)
     reader.close()
+    whole = saved_whole(skeleton, adapter.modules_to_save)
     notes = [f"adapter.{note}" for note in saved_whole_notes(skeleton, adapter.modules_to_save)]
     return Spectra(
         source,
@@ -200,9 +204,10 @@ def collect_spectra(
         tuple(found.layers[name] for name in names),
         worker.cache,
         base_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        left_alone=tuple(untouched(skeleton, names)),
+        left_alone=tuple(untouched(skeleton, names, whole)),
         notes=(*notes, *found.notes()),
         is_drawn=adapter.is_drawn,
+        trained_whole=whole,
     )
 
 

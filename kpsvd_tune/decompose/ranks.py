@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kpsvd_tune.errors import AdapterError
@@ -26,6 +26,7 @@ def rank_report(
     # (name, reason) of the weight matrices that are not targeted
     left_alone: Sequence[tuple[str, str]],
     is_drawn: bool = False,  # a seed gives the frozen factors
+    trained_whole: Mapping[str, int] | None = None,  # parameters of modules trained whole
 ) -> RankReport:
     """Choose the ranks of all layers and describe them.
 
@@ -52,6 +53,7 @@ def rank_report(
         untouched=tuple(left_alone),
         rule=_with_number(rank).model_dump(),
         form=plans[0].form if plans else "both",
+        trained_whole=dict(trained_whole or {}),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kpsvd_tune.adapter.forms import FORMS
-from kpsvd_tune.adapter.targets import saved_modules
+from kpsvd_tune.adapter.targets import saved_whole
 from kpsvd_tune.estimate.trace import Trace
 from kpsvd_tune.linalg import LayerPlan
 from kpsvd_tune.models import ModelSource
@@ -63,9 +63,7 @@ def adapter_bytes(plans: Sequence[LayerPlan]) -> tuple[int, int]:
 
 def saved_whole_bytes(skeleton: nn.Module, recipe: Recipe) -> int:
     """Bytes of the copies of modules that are trained whole."""
-    found = saved_modules(skeleton, recipe.adapter.modules_to_save)
-    names = {name for each in found.values() for name in each}
-    numel = sum(p.numel() for name in names for p in skeleton.get_submodule(name).parameters())
+    numel = sum(saved_whole(skeleton, recipe.adapter.modules_to_save).values())
     return numel * DTYPES[recipe.model.dtype].itemsize
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.adapter.base import RECORD
 from kpsvd_tune.adapter.forms import FORMS
-from kpsvd_tune.adapter.targets import target_names, untouched
+from kpsvd_tune.adapter.targets import saved_whole, target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
 from kpsvd_tune.errors import RecipeError
@@ -110,6 +110,7 @@ class _Setting:
     tokenizer: PreTrainedTokenizerBase | None  # None where the rows were not read
     asked: list[AskedTask]  # tasks that have answers, as of `asked_tasks`
     unasked: list[str]  # the others
+    trained_whole: Mapping[str, int]  # parameters of the modules that are trained whole
 
 
 def make_plan(
@@ -184,6 +185,9 @@ def make_plan(
         process_bytes(),
         tokenizer,
         *(([], []) if tokenizer is None else asked_tasks(recipe, tokenizer, events.note)),
+        trained_whole=saved_whole(
+            skeleton, adapter.modules_to_save if folder is None else ranks.modules_to_save
+        ),
     )
     events.stage("tracing a step of the largest batch on tensors without numbers")
     return _plan(setting, dataset)
@@ -250,7 +254,10 @@ def _adapter(setting: _Setting) -> AdapterPlan:
     stored = ranks.num_stored(is_drawn=recipe.adapter.is_drawn)
     form = FORMS[ranks.most[0].form]
     tensors = len(form.trained) + (0 if recipe.adapter.is_drawn else len(form.frozen)) + 1
+    whole = sum(setting.trained_whole.values())
     extra = len(ranks.most) * (4 * math.prod(RECORD) + tensors * _HEADER_BYTES)
+    extra += whole * DTYPES[recipe.model.dtype].itemsize
+    fewest, most = (each + whole for each in ranks.num_trained())
     names = [plan.name for plan in ranks.most]
     return AdapterPlan(
         form=ranks.most[0].form,
@@ -265,10 +272,11 @@ def _adapter(setting: _Setting) -> AdapterPlan:
             )
             for (name, shape), found in kinds.items()
         ),
-        untouched=tuple(untouched(setting.skeleton, names)),
-        trainable_parameters=ranks.num_trained(),
+        untouched=tuple(untouched(setting.skeleton, names, setting.trained_whole)),
+        trainable_parameters=(fewest, most),
         file_bytes=(4 * stored[0] + extra, 4 * stored[1] + extra),
         basis=ranks.basis,
+        trained_whole=setting.trained_whole,
     )
 
 
@@ -453,7 +461,8 @@ def _ahead(setting: _Setting, batches: RunBatches, steps: int) -> Ahead:
         validation_size=held_out,
         eval_every=train.eval_every,
         save_every=train.save_every,
-        checkpoint_bytes=_CHECKPOINT_BYTES * setting.ranks.num_trained()[1],
+        checkpoint_bytes=_CHECKPOINT_BYTES
+        * (setting.ranks.num_trained()[1] + sum(setting.trained_whole.values())),
     )
 
 

@@ -24,6 +24,7 @@ class PossibleRanks:
     budget: int | None  # most trained values of all layers
     basis: str  # what they rest on
     to_decompose: tuple[LayerPlan, ...] = ()  # layers whose spectra are not in the cache
+    modules_to_save: tuple[str, ...] = ()  # of a saved adapter; else the recipe says it
 
     def num_trained(self) -> tuple[int, int]:
         """Fewest and most trained values."""
@@ -82,7 +83,13 @@ def ranks_of_adapter(folder: Path) -> PossibleRanks:
         LayerPlan(name, KroneckerShape(*each["shape"]), rank=each["rank"], form=config.form)
         for name, each in config.layers.items()
     )
-    return PossibleRanks(plans, plans, None, f"ranks of the adapter in {folder}")
+    return PossibleRanks(
+        plans,
+        plans,
+        None,
+        f"ranks of the adapter in {folder}",
+        modules_to_save=tuple(config.modules_to_save or ()),
+    )
 
 
 def _all_at(plans: Sequence[LayerPlan], rule: RankRule, end: str) -> list[LayerPlan]:

@@ -72,8 +72,9 @@ class TrialRow(Result):
     validation_losses: tuple[tuple[int, float], ...]
     test_loss: float | None  # loss on the test rows at the end, which no choice looks at
     forgetting: float | None  # loss on the forgetting text after training minus the base model's
-    losses: tuple[float, ...]  # training loss of every step
-    grad_norms: tuple[float, ...]  # norm of the gradient of every step, before clipping
+    losses: tuple[float, ...]  # training loss of every step, where it is finite
+    # Norm of the gradient of every step, before clipping, where it is finite.
+    grad_norms: tuple[float, ...]
     seconds_per_step: float  # median wall time of a step
     init_seconds: float  # time to make the adapter: decomposition, or PEFT's own start
     wall_seconds: float  # time of the training

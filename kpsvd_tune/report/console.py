@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from kpsvd_tune.errors import some_of
 from kpsvd_tune.report.comparison import Claim, Comparison, Recommendation
 from kpsvd_tune.report.layout import (
     Column,
@@ -328,7 +329,7 @@ def show_run(run: Mapping[str, Any], *, layers: bool = False) -> None:
     """What `read_run` gave: results, totals of the ranks and, where asked for, every layer."""
     results = dict(run["results"] or {"results": "the run is not finished"})
     report: RankReport | None = run["ranks"]
-    if report and results.get("trainable_parameters") == report.totals["trainable_parameters"]:
+    if report and results.get("trainable_parameters") == report.trained_parameters:
         # The totals of the ranks say it too.
         del results["trainable_parameters"]
     show_results(results)
@@ -356,6 +357,11 @@ def rank_summary(report: RankReport) -> list[str]:
         f"layers: {report.lora_parameters:,}",
         f"the chosen terms hold {100 * totals['energy']:.1f} % of the pooled window's energy",
     ]
+    if whole := report.trained_whole:
+        lines.append(
+            f"{sum(whole.values()):,} more parameters are trained whole and stored, "
+            f"{report.trained_parameters:,} trained in all: {some_of([*whole])}"
+        )
     lines += [
         f"probe of energy {probe.energy:g}: {probe.parameters:,} parameters, validation loss "
         f"{probe.loss_before:.4f} to {probe.loss:.4f} in {counted(probe.steps, 'step')}"
@@ -365,7 +371,8 @@ def rank_summary(report: RankReport) -> list[str]:
         names = [f"{name} ({reason})" for name, reason in report.untouched[:_LISTED]]
         more = "; all of them: rank_report.json" if len(report.untouched) > _LISTED else ""
         lines.append(
-            f"{len(report.untouched)} weight matrices left alone: {', '.join(names)}{more}"
+            f"{counted(len(report.untouched), 'weight matrix', 'weight matrices')} left alone: "
+            f"{', '.join(names)}{more}"
         )
     notes = sum(bool(layer.note) for layer in report.layers)
     if notes:

@@ -112,13 +112,13 @@ def _figures(first: RunFiles, second: RunFiles) -> Iterator[tuple[str, str, str]
     after = [losses(run.results)[1] for run in sides]
     before = [losses(run.results)[0] for run in sides]
     train = [run.results.get("train_loss") for run in sides]
-    ranks = [None if run.ranks is None else run.ranks.totals for run in sides]
+    trained = [None if run.ranks is None else run.ranks.trained_parameters for run in sides]
     rows: list[tuple[str, list[Any], str]] = [
         ("validation loss", after, ".4f"),
         ("the same before training", before, ".4f"),
         ("training loss, mean of the last steps", train, ".4f"),
         ("steps", [run.last_step for run in sides], ","),
-        ("trainable parameters", [t and t["trainable_parameters"] for t in ranks], ","),
+        ("trainable parameters", trained, ","),
     ]
     for name, values, form in rows:
         yield _row(name, ["–" if value is None else f"{value:{form}}" for value in values])

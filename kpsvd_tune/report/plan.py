@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.text import Text
 
+from kpsvd_tune.errors import some_of
 from kpsvd_tune.report.layout import Column, output, print_line, print_pairs, print_table
 from kpsvd_tune.report.results import Result
-from kpsvd_tune.units import duration, money, size
+from kpsvd_tune.units import counted, duration, money, size
 
 # Untouched matrices that are named one by one.
 _LISTED = 3
@@ -35,9 +36,11 @@ class AdapterPlan(Result):
     form: str
     kinds: tuple[ModuleKind, ...]
     untouched: tuple[tuple[str, str], ...]  # (name, reason) of matrices without an adapter
-    trainable_parameters: tuple[int, int]  # least and most
+    trainable_parameters: tuple[int, int]  # least and most, with modules trained whole
     file_bytes: tuple[int, int]  # of the adapter on disk, least and most
     basis: str  # what the ranks rest on
+    # Parameters of each module that is trained whole.
+    trained_whole: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def show_plan(plan: Plan) -> None:
     if left := plan.adapter.untouched:
         named = ", ".join(f"{name} ({reason})" for name, reason in left[:_LISTED])
         more = ", ..." if len(left) > _LISTED else ""
-        print_line(out, f"{len(left)} weight matrices left alone: {named}{more}")
+        count = counted(len(left), "weight matrix", "weight matrices")
+        print_line(out, f"{count} left alone: {named}{more}")
     for place, memory in (("memory", plan.host), (f"{plan.device} memory", plan.on_device)):
         if memory is not None:
             out.print()
@@ -168,6 +172,10 @@ def show_plan(plan: Plan) -> None:
 def _what(plan: Plan) -> list[tuple[str, str]]:
     data, adapter = plan.data, plan.adapter
     rows, tokens, supervised = data.largest_batch
+    whole = adapter.trained_whole
+    parts = f"form {adapter.form}"
+    if whole:
+        parts += f", and {sum(whole.values()):,} of {some_of([*whole])}, trained whole"
     found = [
         ("model", plan.model),
         ("base parameters", f"{plan.base_parameters:,}"),
@@ -175,7 +183,7 @@ def _what(plan: Plan) -> list[tuple[str, str]]:
         ("device", plan.device + (f", {plan.processes} processes" * (plan.processes > 1))),
         ("target matrices", f"{plan.target_matrices:,}"),
         ("rank rule", plan.rank_rule),
-        ("trainable parameters", f"{span(adapter.trainable_parameters)} (form {adapter.form})"),
+        ("trainable parameters", f"{span(adapter.trainable_parameters)} ({parts})"),
         ("adapter on disk", span(adapter.file_bytes, size)),
         ("steps", "by the number of rows" if data.steps is None else f"{data.steps:,}"),
         ("rows per step", f"{data.rows_per_step:,}"),

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from kpsvd_tune.errors import some_of
 from kpsvd_tune.report.heat_map import heat_map, plot_text
 from kpsvd_tune.report.pages import render, write_page
 from kpsvd_tune.report.results import LayerReport, RankReport
@@ -91,13 +92,16 @@ def _cards(report: RankReport) -> list[dict[str, str]]:
     trainable, base = report.totals["trainable_parameters"], report.totals["base_parameters"]
     lora = report.lora_parameters
     mean = f"{sum(ranks) / max(1, len(ranks)):.2f}"
-    cards = (
+    cards: tuple[tuple[str, str, str], ...] = (
         (f"{sum(rank > 0 for rank in ranks)} of {len(ranks)}", "", "matrices with an adapter"),
         (mean, _spread(ranks), "Kronecker rank, mean"),
         (f"{trainable:,}", "", f"trainable parameters, {_percent(trainable, base)} of the base"),
         (f"{100 * report.totals['energy']:.1f} %", "", "of the windows' energy kept"),
         (f"{trainable / lora:.2f}" if lora else "–", "", "LoRA rank for the same budget"),
     )
+    if whole := report.trained_whole:
+        title = f"parameters more, trained whole: {some_of([*whole])}"
+        cards = (*cards, (f"{sum(whole.values()):,}", "", title))
     return [dict(zip(("value", "spread", "title"), card, strict=True)) for card in cards]
 
 

@@ -105,7 +105,7 @@ class RankReport(Result):
     model: str  # the base model, as the recipe names it
     # modules, trainable_parameters and base_parameters (counts), energy (share of the pooled
     # window's energy that the chosen terms hold, 0 to 1), and stored_parameters, what the
-    # adapter's file holds (not in reports of older versions).
+    # adapter's file holds (not in reports of older versions). All of the factors alone.
     totals: Mapping[str, int | float]
     layers: tuple[LayerReport, ...]  # one report for each target module, in the model's order
     # (name, reason) of every weight matrix that gets no adapter.
@@ -114,10 +114,18 @@ class RankReport(Result):
     probes: tuple[Probe, ...] = ()  # trainings that chose the energy threshold, where it is auto
     form: str = "both"  # what of the terms is trained
     frozen_seed: int | None = None  # draws the frozen factors, where no file holds them
+    # Parameters of each module that is trained whole beside the adapter, which the totals leave
+    # out (not in reports of older versions).
+    trained_whole: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def trained_parameters(self) -> int:
+        """All that is trained: in the adapter, and of modules that are trained whole."""
+        return int(self.totals["trainable_parameters"]) + sum(self.trained_whole.values())
 
     @property
     def stored_parameters(self) -> int:
-        """Numbers in the adapter's file: what is trained, and what is frozen beside it."""
+        """Numbers of the factors in the adapter's file: trained ones, and those frozen beside."""
         return int(self.totals.get("stored_parameters", 2 * self.totals["trainable_parameters"]))
 
     @property

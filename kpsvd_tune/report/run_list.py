@@ -134,7 +134,10 @@ def _comparison(place: Path, name: str) -> RunLine:
         date = (place / "compare.json").stat().st_mtime
         return RunLine(str(place), name, "comparison", "begun", date)
     found = read_comparison(place)
-    best = min(found.summaries, key=lambda each: each.validation_loss.mean)
+    # As the verdict has it: of those with the most seeds, for few may look lucky.
+    most = max(each.validation_loss.n for each in found.summaries)
+    same = [each for each in found.summaries if each.validation_loss.n == most]
+    best = min(same, key=lambda each: each.validation_loss.mean)
     return RunLine(
         folder=str(place),
         name=name,
@@ -164,6 +167,8 @@ def _run(place: Path, name: str) -> RunLine:
         steps, seconds, loss = last["step"], last["seconds"], last["validation_loss"]
     score = headline_score(results)
     total = ranks.get("totals", {}).get("trainable_parameters")
+    if total is not None:
+        total += sum(ranks.get("trained_whole", {}).values())
     return RunLine(
         folder=str(place),
         name=name,

@@ -313,10 +313,10 @@ def cards(run: RunFiles) -> list[dict[str, str]]:
     if (spent := money_spent(run)) is not None:
         found.append((spent[0], "", "cost" if run.results else "cost so far"))
     if run.ranks is not None:
-        totals = run.ranks.totals
-        share = totals["trainable_parameters"] / max(1, totals["base_parameters"])
+        trained = run.ranks.trained_parameters
+        share = trained / max(1, run.ranks.totals["base_parameters"])
         title = f"trainable parameters, {percent(share)} of the base"
-        found.append((f"{totals['trainable_parameters']:,}", "", title))
+        found.append((f"{trained:,}", "", title))
     if (peak := peak_memory(run)) is not None and run.results:
         found.append((size(peak), "", "peak memory of a process"))
     return [dict(zip(("value", "spread", "title"), card, strict=True)) for card in found]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from kpsvd_tune.data import source_names
-from kpsvd_tune.errors import KpsvdTuneError
+from kpsvd_tune.errors import KpsvdTuneError, some_of
 from kpsvd_tune.recipe import Recipe, load_recipe
 from kpsvd_tune.report.card import Training, adapter_name
 from kpsvd_tune.report.results import RankReport
@@ -117,7 +117,9 @@ def _trained(ranks: RankReport) -> str:
         if frozen
         else "a seed in adapter_config.json gives the frozen Kronecker factors"
     )
-    return f"{trained:,} parameters (form {ranks.form}); {beside}"
+    whole = ranks.trained_whole
+    more = f"; {sum(whole.values()):,} more of {some_of([*whole])}, trained whole" if whole else ""
+    return f"{trained:,} parameters (form {ranks.form}); {beside}{more}"
 
 
 def _data(recipe: Recipe, record: Mapping[str, Any]) -> list[tuple[str, str]]:

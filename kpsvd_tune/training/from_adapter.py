@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 
 from kpsvd_tune.adapter import KpsvdConfig, KpsvdLayer
 from kpsvd_tune.adapter.base import RECORD, record_base, weight_at_hand
 from kpsvd_tune.adapter.model import base_weight, kpsvd_layers
-from kpsvd_tune.adapter.targets import untouched
+from kpsvd_tune.adapter.targets import plain_name, untouched
 from kpsvd_tune.context import Context, RunInput
 from kpsvd_tune.decompose import layer_report
 from kpsvd_tune.decompose.start import base_name, fetching, load_base
@@ -96,6 +97,11 @@ def write_ranks(model: PeftModel, recipe: Recipe, folder: Path, events: Events) 
 def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
     """What the adapter's layers are, in the form of the decomposition's report."""
     base = model.get_base_model()
+    whole = {
+        plain_name(name): sum(p.numel() for p in module.modules_to_save["default"].parameters())
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
     fetch, plans = fetching(model), []
     for name, layer in kpsvd_layers(model):
         with weight_at_hand(layer, name, fetch):
@@ -116,10 +122,11 @@ def report_ranks(model: PeftModel, recipe: Recipe) -> RankReport:
             "energy": math.fsum(layer.energy_window for layer in layers) / len(layers),
         },
         layers=layers,
-        untouched=tuple(untouched(base, [layer.name for layer in layers])),
+        untouched=tuple(untouched(base, [layer.name for layer in layers], whole)),
         rule={"from": recipe.adapter.from_},
         form=plans[0].form,
         frozen_seed=config.frozen_seed,
+        trained_whole=whole,
     )
 
 

@@ -169,11 +169,10 @@ def _factors(train: TrainRecipe, num_steps: int) -> list[float]:
 
 def _schedule_warnings(train: TrainRecipe, factors: Sequence[float]) -> tuple[Event, ...]:
     num_steps = len(factors)
-    warms_up = train.scheduler != "constant"
     return tuple(
         schedule_warnings(
             num_steps,
-            num_warmup_steps(train, num_steps) if warms_up else 0,
+            num_warmup_steps(train, num_steps),
             sum(factor * train.learning_rate >= _LOWEST_RATE for factor in factors),
             max(factors),
         )
@@ -267,6 +266,8 @@ def _one_step_ahead(factor: Callable[[int], float], num_warmup: int) -> Callable
 
 def num_warmup_steps(recipe: TrainRecipe, num_steps: int, *, starts_at_zero: bool = False) -> int:
     """Steps that the rate rises in, of a run of `num_steps`; by the ratio never all of them."""
+    if recipe.scheduler == "constant":
+        return 0
     if recipe.warmup_steps is not None:
         return recipe.warmup_steps
     num_warmup = math.ceil(recipe.warmup_ratio * num_steps)

@@ -113,3 +113,25 @@ def test_a_rank_rule_of_its_own_is_kept() -> None:
     nothing: Any = None
     rule = _rank_rule(method, RankRecipe(max=2), nothing, 70)
     assert rule == RankRecipe(max=2, budget=70)
+
+
+def test_kpsvd_is_run_once_at_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(rule: RankRecipe) -> Any:
+        layers = [SimpleNamespace(rank=rule.min) for _ in range(14)]
+        return SimpleNamespace(layers=layers, totals={"trainable_parameters": 14 * rule.min**2})
+
+    spectra = SimpleNamespace(report=report, factors=lambda _: {})
+    monkeypatch.setattr("kpsvd_tune.comparison.setup.collect_spectra", lambda *_, **__: spectra)
+    monkeypatch.setattr("kpsvd_tune.comparison.setup.report_decomposition", lambda _: None)
+    values = {"model": {"path": "-"}, "dataset": {"path": "-"}, "output_dir": "-"}
+    recipe = Recipe.model_validate({**values, "adapter": {"rank": {"window": 8, "max": 8}}})
+    methods, nothing = read_methods("lora-xs"), SimpleNamespace(path="-")
+    setups = Setups(recipe, {"lora-xs": recipe}, methods, {}, "llama", Path("folder"), {})
+    events: Any = SimpleNamespace(stage=lambda _: None, end_progress=lambda: None)
+    source: Any = nothing
+    setups.prepare(source, [10**6, 300, 2000], events)
+    # 4 x 4 in each of 14 layers; then the window of 8 is the end.
+    assert setups.budgets == {"lora-xs": (300, 2000)}
+    assert setups.notes == [
+        "lora-xs is not run at 1,000,000: it would train the same 896 parameters as at 2,000"
+    ]

@@ -26,11 +26,15 @@ def test_one_seed_has_no_interval() -> None:
     )
 
 
-def test_many_seeds_use_the_normal_quantile() -> None:
-    found = estimate([0.0, 1.0] * 20)
+@pytest.mark.parametrize(
+    ("seeds", "quantile"), [(30, 2.0452), (32, 2.0395), (40, 2.0227), (62, 1.9996), (122, 1.9798)]
+)
+def test_intervals_of_many_seeds_are_of_students_t_too(seeds: int, quantile: float) -> None:
+    found = estimate([0.0, 1.0] * (seeds // 2))
     assert found.deviation is not None
     assert found.high is not None
-    assert found.high - 0.5 == pytest.approx(1.96 * found.deviation / 40**0.5)
+    half = quantile * found.deviation / seeds**0.5
+    assert found.high - 0.5 == pytest.approx(half, rel=2e-4)
 
 
 def test_variation_leaves_the_warm_up_out() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from trial_rows import row
 
+from kpsvd_tune.comparison.compare import _conclude
 from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
+from kpsvd_tune.recipe import Recipe
 from kpsvd_tune.report.comparison import Comparison, TrialRow
 
 BASE = {"validation_loss": 2.0, "test_loss": 2.1, "forgetting_loss": 1.0}
@@ -324,3 +328,60 @@ def test_a_row_of_an_earlier_version_is_read() -> None:
     assert TrialRow.from_dict({**line.to_dict(), "cpu_seconds_per_step": 2.5}) == line
     with pytest.raises(InputError, match="cpu_seconds: unexpected keyword argument"):
         TrialRow.from_dict({**line.to_dict(), "cpu_seconds": 2.5})
+
+
+def test_a_baseline_that_never_reaches_its_own_mean_proves_nothing_against_us() -> None:
+    curve = ((0, 2.0), (18, 1.2), (19, 1.0), (20, 1.0))
+    ours = [row("kpsvd", seed=seed, validation_losses=curve, **LONG) for seed in range(5)]
+    lora = [
+        row("lora", seed=seed, validation_losses=((0, 2.0), (10, low), (20, low)), **LONG)
+        for seed, low in enumerate([1.0, 1.0, 1.0, 1.0, 1.6])
+    ]
+    found = claim(verdict(ours + lora), "faster convergence")
+    # The interval of the differences lies above zero, by a run that counts all its steps.
+    assert "95 % interval +1" in found.figure
+    assert "1 of 5 of the baseline's never reach it" in found.figure
+    assert found.verdict == "undecided"
+
+
+def test_budgets_that_end_in_one_size_say_nothing_of_parameters() -> None:
+    rows = [
+        each
+        for budget in (100, 1000)
+        for each in seeds("lora", [1.0, 1.01, 0.99], budget=budget, trainable_parameters=80)
+    ]
+    assert not [note for note in verdict(rows).notes if "gains" in note]
+
+
+def test_early_stopping_ends_trials_and_leaves_their_warm_up_as_long_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {}
+
+    def judge(_: Any, **settings: Any) -> Any:
+        given.update(settings)
+        return SimpleNamespace(to_dict=dict)
+
+    monkeypatch.setattr("kpsvd_tune.comparison.compare.compare_rows", judge)
+    monkeypatch.setattr("kpsvd_tune.comparison.compare.write_page", lambda *_: None)
+    values = {"train": {"warmup_ratio": 0.1}, "output_dir": str(tmp_path)}
+    recipe = Recipe.model_validate({"model": {"path": "-"}, "dataset": {"path": "-"}, **values})
+    session: Any = SimpleNamespace(
+        recipe=recipe,
+        folder=tmp_path,
+        rows=[row()],
+        jobs=1,
+        notes=(),
+        plan=None,
+        base=BASE,
+        purse=None,
+        base_score=None,
+        num_steps=100,
+        grid=SimpleNamespace(holds=lambda _: True),
+        trials_to_come=lambda: (0, ""),
+        account=SimpleNamespace(device_seconds=1.0),
+        events=SimpleNamespace(note=lambda _: None),
+    )
+    _conclude(session)
+    # Four steps were done of a hundred, of which ten are warm-up.
+    assert (given["steps"], given["num_warmup"]) == (4, 10)

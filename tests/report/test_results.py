@@ -86,6 +86,7 @@ def test_a_rank_report_has_the_agreed_keys_in_order(report: RankReport):
     content = report.to_dict()
     assert list(content) == [
         *("model", "totals", "layers", "untouched", "rule", "probes", "form", "frozen_seed"),
+        "trained_whole",
     ]
     assert list(content["layers"][0]) == LAYER_KEYS
     assert content["layers"][0]["factor_shape"] == [3, 2, 2, 2]

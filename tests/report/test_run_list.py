@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from run_folder import write_run
+from trial_rows import row
 
 from kpsvd_tune.commands import main as cli
+from kpsvd_tune.comparison.verdict import compare_rows
 from kpsvd_tune.errors import InputError
 from kpsvd_tune.report.run_list import list_runs
+from kpsvd_tune.storage.json_files import to_json
 from kpsvd_tune.storage.locks import lock_folder
 
 OLD = Path(__file__).parents[1] / "fixtures" / "0.1-before-house"
@@ -125,3 +128,19 @@ def test_an_empty_folder_and_an_unknown_key_are_told(
     assert cli.run(["runs", str(tmp_path), "--sort", "los"]) == 2
     error = capsys.readouterr().err
     assert "'--sort': 'los' is not one of 'date', 'name', 'state', 'model', 'loss'" in error
+
+
+def test_a_comparison_shows_the_best_of_the_methods_with_the_most_seeds(tmp_path: Path) -> None:
+    rows = [row("lucky", loss=0.5), *(row("lora", seed=seed, loss=1.0) for seed in range(3))]
+    verdict = compare_rows(
+        rows,
+        model="tiny",
+        steps=4,
+        base={"validation_loss": 2.0},
+        num_warmup=0,
+        max_grad_norm=None,
+    )
+    (tmp_path / "compare.json").write_text("{}")
+    (tmp_path / "comparison.json").write_bytes(to_json(verdict.to_dict()))
+    (line,) = list_runs(tmp_path).runs
+    assert (line.form, line.loss) == ("lora", 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kpsvd_tune.recipe import TrainRecipe
-from kpsvd_tune.training.schedule import RunLength, run_length
+from kpsvd_tune.training.schedule import RunLength, num_warmup_steps, run_length
 
 
 def length(num_rows: int = 100, num_validation: int = 10, **values: object) -> RunLength:
@@ -149,3 +149,10 @@ def test_a_run_too_short_for_its_schedule_is_warned_of(values, code, text):
     assert (warning.kind, warning.code) == ("warning", code)
     assert text in warning.text
     assert warning.cure
+
+
+def test_a_constant_rate_has_no_warm_up() -> None:
+    train = TrainRecipe.model_validate({"scheduler": "constant", "warmup_ratio": 0.1})
+    assert num_warmup_steps(train, 100) == 0
+    warmed = train.model_copy(update={"scheduler": "constant_with_warmup"})
+    assert num_warmup_steps(warmed, 100) == 10

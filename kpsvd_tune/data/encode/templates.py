@@ -201,6 +201,7 @@ def _literal(value: Any) -> str:
 
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_DOUBLED = re.compile(r"\{\{\w+\}\}")  # as in jinja
 _KNOWN = ("prompt", "completion", "system")
 
 
@@ -209,7 +210,8 @@ class TextTemplate:
 
     Only the three placeholders are replaced, each once and in one pass: braces in a template
     ("\boxed{}") or in a row stay as they are. Text behind {completion} is learnt with it.
-    DataError: a placeholder is unknown, or {completion} is not there once, as the last of them.
+    DataError: a placeholder is unknown, or all are in double braces, or {completion} is not there
+    once, as the last of them.
     """
 
     def __init__(self, template: str) -> None:
@@ -219,6 +221,11 @@ class TextTemplate:
             fault = (
                 f"has the placeholder {{{unknown[0]}}}; to use a column of that name write "
                 f"{{prompt}} and {naming('dataset.columns', {'prompt': unknown[0]})}"
+            )
+        elif len(names) > 1 and len(_DOUBLED.findall(template)) == len(names):
+            fault = (
+                "writes its placeholders in double braces, of which one pair would stand around "
+                "every text; here one pair is meant: {prompt}"
             )
         elif names.count("completion") != 1:
             fault = f"has {{completion}} {names.count('completion')} times; expected once"

@@ -250,7 +250,7 @@ class Scorer:
             notes.append(
                 "the system prompts of the rows are not used: the template has no {system}"
             )
-        for note in [*notes, *self._too_long(task, questions)]:
+        for note in [*notes, *self._too_long(task, questions), *self._special(questions)]:
             self.events.note(note)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
@@ -297,6 +297,18 @@ class Scorer:
                 f"judged as far as they go ({task.written('max_new_tokens')} gives more room)"
             )
         return answers
+
+    def _special(self, questions: Sequence[Question]) -> list[str]:
+        """A note where right answers hold the text of a special token, which answers never do."""
+        tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        found = [(t, each) for each in questions for t in tokens if t in each.answer]
+        if not found:
+            return []
+        return [
+            f"the right answer of the row {found[0][1].id!r} holds the special token "
+            f"{found[0][0]!r}, and answers are told without special tokens: compared as texts they "
+            "count as wrong; take it out of the right answers"
+        ]
 
     def _too_long(self, task: EvaluationRecipe, questions: Sequence[Question]) -> list[str]:
         """A note where right answers have more tokens than answers may have."""

@@ -146,6 +146,17 @@ def test_system_prompts_that_a_template_does_not_write_are_told(
         assert is_told == (template is None), template
 
 
+def test_right_answers_that_no_answer_can_equal_are_told(tiny_model, tokenizer, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    for number, (answer, is_told) in enumerate((("<pad>", True), ("pad", False))):
+        row = {"prompt": "p", "completion": answer}
+        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        told = Notes()
+        task = EvaluationRecipe(task="exact_match", path=str(file), max_new_tokens=4)
+        evaluate(tiny_model, tokenizer, task, tmp_path / str(number), told)
+        assert any("holds the special token '<pad>'" in n for n in told.notes) == is_told, answer
+
+
 def test_answers_are_not_ended_at_what_right_ones_hold(tiny_model, tokenizer, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "List two.", "completion": "these:\n- one\n- two"}]

@@ -155,6 +155,17 @@ def test_json_that_gives_a_key_twice_cannot_be_read(tmp_path: Path) -> None:
         read_questions(EvaluationRecipe(task="json", path=str(file)))
 
 
+def test_letters_with_marks_are_the_same_in_both_spellings() -> None:
+    one, other = "caf\u00e9", "cafe\u0301"
+    assert scores_of("exact_match", [(one, other)])["exact_text"].value == 1
+    assert read_label(one, [other, "bar"]) == other
+    assert read_label(f"a {other}", [one, "bar"]) == one
+    assert same({one: [other]}, {other: [one]})
+    assert shared_fields({one: [other], "b": 1}, {other: [one], "b": 2}) == 0.5
+    if text_answer.missing() is None:
+        assert text_answer.chrf(one, other) == text_answer.rouge_l(one, other) == 1
+
+
 def test_labels_that_differ_in_case_alone_must_be_met_exactly() -> None:
     assert read_label("a", ["A", "a"]) == "a"
     assert read_label("It is a", ["A", "a"]) is None

@@ -204,8 +204,8 @@ _ESCAPE = re.compile(r"\\[nt]([a-z]*)")
 # What LaTeX has of such commands, without the first letter.
 _COMMANDS = frozenset(
     "abla atural e earrow eg eq ewline exists geq i leq mid oindent olimits onumber ot otin u ag "
-    "an anh au ext extbf extit extrm extsf exttt extstyle frac binom herefore heta ilde imes iny o op "
-    "riangle".split()
+    "an anh au ext extbf extit extrm extsf exttt extstyle frac binom herefore heta ilde imes iny "
+    "o op riangle".split()
 )
 
 
@@ -220,7 +220,8 @@ def unread_escape(text: str, key: str) -> str | None:
     name = "a line break" if found[0][1] == "n" else "a tab"
     return (
         f"{key} holds a backslash and {found[0][1]!r}, two characters, and not {name}: if "
-        f"{name} is meant, put double quotes around the text in YAML, and on a command line '{key}=\"...\"'"
+        f"{name} is meant, put double quotes around the text in YAML, and on a command line "
+        f"'{key}=\"...\"'"
     )
 
 

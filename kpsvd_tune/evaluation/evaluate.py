@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.format import REQUIRED_ROLES
+from kpsvd_tune.data.encode.templates import unread_escape
 from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
@@ -244,6 +245,9 @@ class Scorer:
             for text in stop_strings(task, template)
             if text not in stop
         ]
+        for text, key in ((template, "template"), *((each, "stop") for each in task.stop or ())):
+            if (escape := unread_escape(text, task.written(key))) is not None:
+                notes.append(escape)
         if any(each.system for each in questions) and not (
             is_chat or _takes_system(task, template)
         ):

@@ -157,6 +157,17 @@ def test_right_answers_that_no_answer_can_equal_are_told(tiny_model, tokenizer, 
         assert any("holds the special token '<pad>'" in n for n in told.notes) == is_told, answer
 
 
+def test_a_stop_that_was_not_read_as_a_line_break_is_told(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    for number, stop in enumerate((r"\n", "\n")):
+        told = Notes()
+        section = recipe.model_copy(update={"stop": [stop]})
+        evaluate(tiny_model, tokenizer, section, tmp_path / str(number), told)
+        is_told = any(note.startswith("stop holds a backslash and 'n'") for note in told.notes)
+        assert is_told == (number == 0), told.notes
+
+
 def test_answers_are_not_ended_at_what_right_ones_hold(tiny_model, tokenizer, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "List two.", "completion": "these:\n- one\n- two"}]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import cache, partial
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def warm_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `launch` start warm processes, which outlive it where it is killed."""
     monkeypatch.setattr("kpsvd_tune.launch.subprocess", warm)
+
+
+@pytest.fixture
+def warm_below(warm_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets what warm processes start be warm too, and what forks workers of a comparison here."""
+    monkeypatch.setenv(warm.BELOW, "1")
+    monkeypatch.setattr(util, "spawnv_passfds", warm.fork_server(util.spawnv_passfds))
 
 
 @pytest.fixture

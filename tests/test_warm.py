@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +79,44 @@ def test_processes_differ_in_what_is_random_and_share_what_is_imported() -> None
     }
     assert len(said) == 2
     assert all(each.endswith(" True\n") for each in said)
+
+
+BELOW = """
+import multiprocessing, os, signal, sys, time
+from kpsvd_tune import launch
+
+if __name__ == "__main__":
+    assert launch.launch(["--version"], 1, use_cpu=True) == 0
+    context = multiprocessing.get_context("forkserver")
+    ends, queue = context.Pipe()
+    worker = context.Process(target=queue.send, args=("from a worker",))
+    worker.start()
+    worker.join()
+    print(ends.recv(), multiprocessing.forkserver._forkserver._forkserver_pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_warm_process_starts_is_warm_and_ends_with_it(tmp_path: Path) -> None:
+    (tmp_path / "below.py").write_text(BELOW)
+    command = [sys.executable, str(tmp_path / "below.py")]
+    environment = warm.unmeasured(**{warm.BELOW: "1"})
+    with warm.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        # Gives the end of both streams, which all that it has started has by then closed.
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert errors == ""
+    version, said = output.splitlines()
+    assert version.startswith("kpsvd-tune ")
+    assert said.startswith("from a worker ")
+    # Nothing is left of the server that forks workers, as soon as init has seen its end.
+    server = Path("/proc", said.split()[-1])
+    deadline = time.monotonic() + 30
+    while server.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 MEASURED = """

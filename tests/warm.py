@@ -5,6 +5,7 @@
 `subprocess`: the process is a child of this one, with its own environment, streams, folder,
 session and signals. Not for tests of a start itself: of what is imported when, of variables that
 are read by an import, or of memory. Coverage measures a process unless its `env` is `unmeasured()`.
+With the variable `BELOW` in its `env` what it starts itself is warm as well, as `start_below` says.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import cache
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
 # Of `subprocess`, for modules in whose place this one is put.
 DEVNULL = subprocess.DEVNULL
+BELOW = "KPSVD_TUNE_TESTS_WARM_BELOW"
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+_given: socket.socket | None = None  # of a process that is warm itself
 
 
 class Popen(subprocess.Popen[Any]):
@@ -50,10 +55,11 @@ class Popen(subprocess.Popen[Any]):
             "environment": dict(os.environ if env is None else env),
             "folder": os.fspath(cwd or Path.cwd()),
             "session": bool(rest[11]),  # start_new_session
+            "kept": list(pass_fds),
         }
         given = (p2cread, c2pwrite, errwrite)
         streams = [stream if stream != -1 else usual for usual, stream in enumerate(given)]
-        self.pid = _ask(json.dumps(asked).encode(), streams)
+        self.pid = _ask(json.dumps(asked).encode(), [*streams, *pass_fds])
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
@@ -86,6 +92,38 @@ def unmeasured(**variables: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")} | variables
 
 
+def start_below(channel: socket.socket) -> None:
+    """In a warm process: let what it starts be forked too, by the parent at the channel's end.
+
+    These are ranks of `launch` and of torchrun, and the server that forks workers of a comparison.
+    """
+    global _given
+    _given = channel
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    from kpsvd_tune import launch
+
+    launch.subprocess = sys.modules[__name__]  # type: ignore[attr-defined]
+    subprocess_handler.Popen = Popen  # type: ignore[attr-defined]
+    util.spawnv_passfds = fork_server(util.spawnv_passfds)  # type: ignore[assignment]
+
+
+def fork_server(
+    usual: Callable[[Any, Any, Any], int],
+) -> Callable[[Any, Sequence[Any], Sequence[int]], int]:
+    """What starts processes for `multiprocessing`, with a server for forks that is warm."""
+
+    def start(path: Any, words: Sequence[Any], kept: Sequence[int]) -> int:
+        command = [os.fsdecode(each) for each in words]
+        if "multiprocessing.forkserver" not in command[-1]:
+            return usual(path, words, kept)
+        process = Popen([sys.executable, *command[-2:]], pass_fds=kept)
+        process.returncode = 0  # multiprocessing waits for it, and nobody else
+        return process.pid
+
+    return start
+
+
 def fork_unmeasured() -> int:
     """`os.fork`, for a child that is killed and so would lose what coverage had measured of it.
 
@@ -110,7 +148,7 @@ def fork_unmeasured() -> int:
 
 def _ask(message: bytes, streams: list[int]) -> int:
     """Have a process forked, and adopt it; its number."""
-    channel, libc = _parent(), ctypes.CDLL(None)
+    channel, libc = _given or _parent(), ctypes.CDLL(None)
     # For this moment orphans come to this process, among them the one that is asked for.
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:

@@ -6,6 +6,8 @@ Usage: warm_parent.py FD, the number of a socket on which each message asks for 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import gc
 import importlib
 import json
@@ -27,32 +29,38 @@ IMPORTED = (
     *("kpsvd_tune.comparison.workers", "kpsvd_tune.export.lora", "kpsvd_tune.merge"),
 )
 LARGEST = 2**17  # bytes of a message, most of which are environment variables
+MOST = 16  # streams of a process and files that it keeps open
+ABOVE = 500  # above the numbers of files that a process may ask to keep
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def serve(channel: socket.socket) -> list[str] | None:
     """Fork a process for each message: its command in the new process, None here at the end."""
     while True:
-        message, streams, _, _ = socket.recv_fds(channel, LARGEST, 3)
+        message, streams, _, _ = socket.recv_fds(channel, LARGEST, MOST)
         if not message:
             return None
         between = os.fork()
         if between == 0:
-            _between(channel, json.loads(message), streams)
-            return list(json.loads(message)["command"])
+            return _between(channel, json.loads(message), streams)
         os.waitpid(between, 0)
         for stream in streams:
             os.close(stream)
 
 
-def _between(channel: socket.socket, asked: dict[str, Any], streams: list[int]) -> None:
-    """Fork once more and end, so that the tests' process, which adopts orphans, is the parent."""
+def _between(channel: socket.socket, asked: dict[str, Any], streams: list[int]) -> list[str] | None:
+    """Fork once more and end, so that the tests' process, which adopts orphans, is the parent.
+
+    Gives what `serve` gives, for the new process or one of those that it asks for.
+    """
     parent = os.getpid()
     if os.fork():
         # Dies without what coverage and others do at an exit.
         os.kill(parent, signal.SIGKILL)
     while os.getppid() == parent:
         time.sleep(0.0005)
-    for number, stream in enumerate(streams):
+    streams = [above(stream) for stream in streams]
+    for number, stream in zip((0, 1, 2, *asked["kept"]), streams, strict=True):
         os.dup2(stream, number)
         os.close(stream)
     if asked["session"]:
@@ -60,9 +68,41 @@ def _between(channel: socket.socket, asked: dict[str, Any], streams: list[int]) 
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
+    if warm.BELOW in os.environ:
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = (socket.socket(fileno=above(each.detach())) for each in pair)
+        if _is_forked_to_serve():
+            channel.close()
+            ours.close()
+            return serve(theirs)
+        theirs.close()
+        warm.start_below(ours)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _start_anew()
     channel.send(str(os.getpid()).encode())
     channel.close()
+    return list(asked["command"])
+
+
+def _is_forked_to_serve() -> bool:
+    """Fork: True in the new process, which ends with this one and does not hear its signals."""
+    parent = os.getpid()
+    if os.fork():
+        return False
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return True
+
+
+def above(file: int) -> int:
+    """The same file under a number that no process asks to keep for its own."""
+    number = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, ABOVE)
+    os.close(file)
+    return number
 
 
 def _start_anew() -> None:
@@ -88,6 +128,9 @@ def _start_anew() -> None:
 
 def become(command: list[str]) -> None:
     """Do what Python does for `-m MODULE`, `-c PROGRAM` or a file, and arguments."""
+    if command[0] == "-u":
+        command = command[1:]
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if command[0] == "-m":
         sys.argv = command[1:]
         sys.path.insert(0, os.getcwd())
@@ -119,7 +162,9 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
+    import warm
+
     sys.path.pop(0)  # this folder, which is on no other process's path
     prepare()
-    if (asked := serve(socket.socket(fileno=int(sys.argv[1])))) is not None:
+    if (asked := serve(socket.socket(fileno=above(int(sys.argv[1]))))) is not None:
         become(asked)

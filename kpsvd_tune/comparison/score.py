@@ -22,7 +22,12 @@ from kpsvd_tune.comparison.trial import Material, adapted
 from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import CheckpointError, InputError
 from kpsvd_tune.evaluation.evaluate import Scorer, as_trained, conditions
-from kpsvd_tune.evaluation.questions import read_questions, read_shots
+from kpsvd_tune.evaluation.questions import (
+    answer_tail,
+    read_questions,
+    read_shots,
+    stop_strings,
+)
 from kpsvd_tune.evaluation.scoring import check_scorers
 from kpsvd_tune.evaluation.tasks import TASKS
 from kpsvd_tune.events import Events
@@ -102,6 +107,12 @@ def make_questions(
             digest.update(repr((each.system, each.tools)).encode())
     if full.stop is not None:
         digest.update(repr(full.stop).encode())
+    template = full.template or TASKS[full.task].template
+    # Answers of earlier versions ended otherwise there.
+    if tail := answer_tail(full, template):
+        digest.update(repr(tail).encode())
+    if stop_strings(full, template, questions) != stop_strings(full, template):
+        digest.update(b"not ended at the template's beginning")
     asked = f"{conditions(full)}, questions {digest.hexdigest()[:8]}"
     return Questions(full, dataset, chat_template, asked)
 

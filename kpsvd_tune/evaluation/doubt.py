@@ -19,6 +19,8 @@ _LABEL_WORDS, _SHORT_WORDS = 5, 12
 _WORDS_BEHIND = 3
 _SHOWN = 40
 _WORD = re.compile(r"[^\W\d_]+|\d+")
+# Before a number that continues what stands there.
+_JOINED = re.compile(r"\d[,.:/\s'\u2019\u2013-]$")
 _HALF_DAYS = ("am", "pm")  # no units
 
 
@@ -84,13 +86,25 @@ def _doubt_numbers(answers: Sequence[str]) -> Doubt | None:
     """Two short answers that differ, and count for each other by their last number."""
     pair = _mistakable(answers)
     if pair is None:
-        return None
+        return _doubt_parts(answers)
     one, other = map(_shown, pair)
     return Doubt(
         f"the right answers {one} and {other} have the same last number, which alone is compared, "
         "so that one would count for the other",
         "compare by exact_text, which is shown beside it; or the task label takes answers that "
         "are a few that repeat, the task text others",
+    )
+
+
+def _doubt_parts(answers: Sequence[str]) -> Doubt | None:
+    """A number that is written so that only its end is read."""
+    part = next((each for each in answers if _ends_in_part(each)), None)
+    if part is None:
+        return None
+    return Doubt(
+        f"of the right answer {_shown(part)} only the last number is compared, a part of it",
+        "compare by exact_text, which is shown beside it, or write numbers with a decimal point "
+        "and without spaces",
     )
 
 
@@ -111,6 +125,12 @@ def _mistakable(answers: Iterable[str]) -> tuple[str, str] | None:
                 return other, answer
         known.setdefault(words, answer)
     return None
+
+
+def _ends_in_part(answer: str) -> bool:
+    """Whether the last number is the end of one that is not read: "1,5", "9:30", "10 000"."""
+    around = around_last_number(answer)
+    return around is not None and not _is_solution(answer) and bool(_JOINED.search(around[0]))
 
 
 def _words_beside(answer: str) -> frozenset[str]:

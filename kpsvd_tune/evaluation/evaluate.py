@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data.encode.format import REQUIRED_ROLES
+from kpsvd_tune.data.encode.templates import unread_escape
 from kpsvd_tune.data.read.sources import shared_settings
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import (
@@ -237,8 +238,23 @@ class Scorer:
         shots = read_shots(task, questions)
         is_chat = any(not isinstance(question.prompt, str) for question in questions)
         prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
-        stop, notes = self._usable_stops(task, template, questions)
-        for note in [*notes, *self._too_long(task, questions)]:
+        stop = stop_strings(task, template, questions)
+        notes = [
+            f"right answers hold {text!r}, the beginning of the template, so answers are not ended "
+            f"at it; {task.written('stop')} names texts that end them"
+            for text in stop_strings(task, template)
+            if text not in stop
+        ]
+        for text, key in ((template, "template"), *((each, "stop") for each in task.stop or ())):
+            if (escape := unread_escape(text, task.written(key))) is not None:
+                notes.append(escape)
+        if any(each.system for each in questions) and not (
+            is_chat or _takes_system(task, template)
+        ):
+            notes.append(
+                "the system prompts of the rows are not used: the template has no {system}"
+            )
+        for note in [*notes, *self._too_long(task, questions), *self._special(questions)]:
             self.events.note(note)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
@@ -286,20 +302,17 @@ class Scorer:
             )
         return answers
 
-    def _usable_stops(
-        self, task: EvaluationRecipe, template: str, questions: Sequence[Question]
-    ) -> tuple[tuple[str, ...], list[str]]:
-        """Texts that end an answer, without those that right ones hold, and notes on the latter."""
-        stop = stop_strings(task, template)
-        if task.stop is not None or task.prompt != "template":
-            return stop, []
-        held = {text for text in stop if any(text in each.answer for each in questions)}
-        notes = [
-            f"right answers hold {text!r}, the beginning of the template, so answers are not ended "
-            f"at it; {task.written('stop')} names texts that end them"
-            for text in held
+    def _special(self, questions: Sequence[Question]) -> list[str]:
+        """A note where right answers hold the text of a special token, which answers never do."""
+        tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        found = [(t, each) for each in questions for t in tokens if t in each.answer]
+        if not found:
+            return []
+        return [
+            f"the right answer of the row {found[0][1].id!r} holds the special token "
+            f"{found[0][0]!r}, and answers are told without special tokens: compared as texts they "
+            "count as wrong; take it out of the right answers"
         ]
-        return tuple(text for text in stop if text not in held), notes
 
     def _too_long(self, task: EvaluationRecipe, questions: Sequence[Question]) -> list[str]:
         """A note where right answers have more tokens than answers may have."""
@@ -351,7 +364,7 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
         "learn": task.learn or dataset.learn,
     }
     like = shared_settings(dataset)
-    if task.task in OWN_ROWS_TASKS and not task.columns:
+    if task.task in OWN_ROWS_TASKS and task.columns in ({}, like.columns):
         # They have no columns of their own; those of the training are the likeliest.
         update["columns"] = {**_named_answer(like.format), **like.columns}
     if task.task in OWN_ROWS_TASKS and task.ignore_columns is None:
@@ -360,6 +373,10 @@ def as_trained(task: EvaluationRecipe, dataset: DatasetRecipe | None) -> Evaluat
         wanted = {"id", *(str(name).split(".")[0] for name in columns.values())}
         update["ignore_columns"] = [name for name in like.ignore_columns if name not in wanted]
     return task.model_copy(update=update)
+
+
+def _takes_system(task: EvaluationRecipe, template: str) -> bool:
+    return task.prompt == "template" and (template == "chat" or "{system}" in template)
 
 
 def _named_answer(form: str) -> dict[str, str]:

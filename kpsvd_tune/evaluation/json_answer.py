@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.completions import Completion
@@ -88,7 +89,7 @@ def same(one: Any, other: Any) -> bool:
 
 def shared_fields(value: Any, right: Any) -> float:
     """The share of equal fields, of all that one of the two has; a field is a value at a path."""
-    ours, theirs = dict(_fields(value, ())), dict(_fields(right, ()))
+    ours, theirs = dict(_fields(_plain(value), ())), dict(_fields(_plain(right), ()))
     names = ours.keys() | theirs.keys()
     hits = sum(
         ours.get(name, _NOTHING) == theirs.get(name, _NOTHING) for name in names
@@ -167,9 +168,11 @@ def _canonical(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {normalize("NFC", key): _plain(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_plain(each) for each in value]
+    if isinstance(value, str):
+        return normalize("NFC", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from kpsvd_tune.errors import DataError
 from kpsvd_tune.evaluation.completions import Completion
@@ -69,14 +70,14 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
     names = sorted(folded, key=len, reverse=True)
     pattern = re.compile("|".join(map(_as_word, names)))
     for part in (plain.partition("\n")[0], plain):
-        found = {_folded(each) for each in pattern.findall(part.casefold())}
+        found = {_folded(each) for each in pattern.findall(normalize("NFC", part).casefold())}
         if found:
             return folded[found.pop()] if len(found) == 1 else None
     return None
 
 
 def _folded(label: str) -> str:
-    return _JOINT.sub(" ", label.casefold())
+    return _JOINT.sub(" ", normalize("NFC", label).casefold())
 
 
 def _as_word(name: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from unicodedata import normalize
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -109,8 +110,11 @@ def _last_match(text: str) -> re.Match[str] | None:
 
 
 def plain_text(text: str) -> str:
-    """The text in lower case with every run of white space as one space, and no dot at its end."""
-    return " ".join(text.casefold().split()).removesuffix(".")
+    """The text in lower case with every run of white space as one space, and no dot at its end.
+
+    Letters with marks are one character (NFC): some tokenizers write them so whatever was learnt.
+    """
+    return " ".join(normalize("NFC", text).casefold().split()).removesuffix(".")
 
 
 def _bare(number: str) -> str | None:

@@ -327,17 +327,21 @@ def _build_prompts(
     return prompts, encoder.end_token_ids
 
 
-def stop_strings(recipe: EvaluationRecipe, template: str) -> tuple[str, ...]:
+def stop_strings(
+    recipe: EvaluationRecipe, template: str, questions: Sequence[Question] = ()
+) -> tuple[str, ...]:
     """Texts that end an answer besides the end token; by default the start of the template.
 
-    A model that was never taught to stop goes on with a next question of its own.
+    A model that was never taught to stop goes on with a next question of its own. Where a right
+    answer of `questions` holds that start, it ends none.
     """
     if recipe.stop is not None:
         return tuple(recipe.stop)
     if recipe.prompt != "template":
         return _HARNESS_STOPS[recipe.prompt, recipe.task]
     head = "" if template == "chat" else template.split("{")[0].strip()
-    return ("\n" + head,) if head else ()
+    is_held = any("\n" + head in question.answer for question in questions)
+    return ("\n" + head,) if head and not is_held else ()
 
 
 def answer_tail(recipe: EvaluationRecipe, template: str) -> str:

@@ -9,6 +9,7 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
+from unicodedata import normalize
 
 INSTALL = (
     "the task text needs the packages sacrebleu and rouge-score; install them with: "
@@ -27,7 +28,7 @@ def missing() -> str | None:
 
 def chrf(answer: str, right: str) -> float:
     """Character n-gram F-score, 0 to 1, with sacrebleu's settings (chrF2)."""
-    return float(_chrf().sentence_score(answer, [right]).score) / 100
+    return float(_chrf().sentence_score(_composed(answer), [_composed(right)]).score) / 100
 
 
 def rouge_l(answer: str, right: str) -> float:
@@ -36,7 +37,12 @@ def rouge_l(answer: str, right: str) -> float:
     Words are runs of letters and digits of any script, in small letters; of texts in ASCII that is
     what rouge-score does by itself.
     """
-    return float(_rouge().score(right, answer)["rougeL"].fmeasure)
+    return float(_rouge().score(_composed(right), _composed(answer))["rougeL"].fmeasure)
+
+
+def _composed(text: str) -> str:
+    """Letters with marks as one character: some tokenizers write them so whatever was learnt."""
+    return normalize("NFC", text)
 
 
 class Words:

@@ -126,10 +126,14 @@ def command(*arguments: str) -> dict[str, Any]:
     return found
 
 
-def compare(folder: Path, name: str, steps: int) -> dict[str, Any]:
-    """Plan a case, train it, and set the two side by side."""
+def plan(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    """Plan a case."""
+    return command("plan", str(recipe(folder, name, steps)))
+
+
+def compare(folder: Path, name: str, steps: int, planned: dict[str, Any]) -> dict[str, Any]:
+    """Train a case, and set its plan beside it."""
     file = recipe(folder, name, steps)
-    planned = command("plan", str(file))
     measured = command("train", str(file), "--resume", "never")
     predicted = planned["host"]["peak_bytes"]
     peak = measured["peak_memory_bytes"]
@@ -189,7 +193,10 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder)
         write_gpt2(folder / "gpt2")
-        rows = [compare(folder, each, options.steps) for each in options.only]
+        rows = [
+            compare(folder, each, options.steps, plan(folder, each, options.steps))
+            for each in options.only
+        ]
     text = table(rows)
     print(text)
     if options.json:

@@ -194,7 +194,7 @@ def test_every_kind_of_method_trains_through_the_same_loop(
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_ends_the_same(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, warm_below: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two methods, two rates, two seeds; kill -9 after the third trial."""
     folder = tmp_path / "comparison"
@@ -315,7 +315,7 @@ def test_no_stage_that_has_ended_gives_signs_of_life_while_trials_run(
 
 @pytest.mark.slow
 def test_a_trial_that_diverges_is_a_row_and_a_corrected_typo_is_no_other_comparison(
-    recipe: Path, tmp_path: Path
+    recipe: Path, tmp_path: Path, warm_below: None
 ) -> None:
     command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), "--offline", "--json"]
     command += ["--budgets", "3k", "--seeds", "1", "--learning-rates", "1"]

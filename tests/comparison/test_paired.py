@@ -121,3 +121,13 @@ def test_the_study_quotes_the_questions_that_were_answered() -> None:
         f"{lora['validation_loss']:.4f}",
     ):
         assert quoted in page
+
+
+def test_the_study_quotes_the_layers_that_the_gradient_chose() -> None:
+    lines = (RESULTS / "placed.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs, few = (json.loads(line) for line in lines)
+    page = " ".join((SCRIPTS.parent / "docs" / "study.md").read_text(encoding="utf-8").split())
+    bits = 2048 * 6 + BITS * pairs["test_loss"]
+    assert f"{bits:,.0f} bits of the pairs where the MLP stores" in page
+    assert f"{few['validation_loss']:.4f} against 0.7339 on the GSM8K rows" in page
+    assert f"({pairs['forgetting']:.2f} against 2.60 and {few['forgetting']:.3f} against" in page

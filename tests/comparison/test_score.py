@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from kpsvd_tune.commands import main as cli
 from kpsvd_tune.comparison import score as module
@@ -281,6 +282,7 @@ def test_a_second_line_of_a_trial_replaces_the_first(tmp_path: Path) -> None:
 def test_money_stops_the_processes_that_run_trials(
     recipe: Path,
     tmp_path: Path,
+    warm_below: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -312,16 +314,18 @@ def test_what_was_measured_of_the_base_goes_with_its_settings(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_killed_scoring_goes_on_and_ends_the_same(recipe: Path, tmp_path: Path) -> None:
+def test_a_killed_scoring_goes_on_and_ends_the_same(
+    recipe: Path, tmp_path: Path, warm_below: None
+) -> None:
     """Two models are scored at a time; kill -9 while both answer."""
     folder = tmp_path / "comparison"
     words = command(recipe, "lora,lora-fa", "--score", "exact_match", "--jobs", "2")
     # One answer a batch and answers of many tokens, so that there is a moment to kill at.
-    text = recipe.read_text().replace("max_new_tokens: 3", "max_new_tokens: 200\n  batch_size: 1")
+    text = recipe.read_text().replace("max_new_tokens: 3", "max_new_tokens: 100\n  batch_size: 1")
     recipe.write_text(text)
     program = [sys.executable, "-m", "kpsvd_tune", *words]
     answers = "trials/*/score/completions.jsonl"
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
     while len([file for file in folder.glob(answers) if file.stat().st_size]) < 2:
         assert process.poll() is None, "the comparison ended before it was killed"
@@ -330,7 +334,7 @@ def test_a_killed_scoring_goes_on_and_ends_the_same(recipe: Path, tmp_path: Path
     process.kill()
     process.wait()
     assert all(each.score is None for each in read_results(folder))
-    done = subprocess.run([*program, "--json"], capture_output=True, text=True, timeout=180)
+    done = warm.run([*program, "--json"], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     for file in folder.glob(answers):
         keys = [json.loads(line)["id"] for line in file.read_text().splitlines()]

@@ -161,7 +161,7 @@ def test_options_that_make_no_sense_together(
 
 @pytest.mark.slow
 def test_two_workers_share_the_trials_and_a_killed_one_loses_none(
-    recipe: Path, tmp_path: Path
+    recipe: Path, tmp_path: Path, warm_below: None
 ) -> None:
     folder = tmp_path / "comparison"
     command = [sys.executable, "-m", "kpsvd_tune", "compare", str(recipe), *ARGUMENTS]

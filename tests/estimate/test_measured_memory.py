@@ -29,7 +29,9 @@ def benchmark() -> ModuleType:
 def folder(benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("memory")
     benchmark.write_rows(path)
-    benchmark.write_gpt2(path / "gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+        benchmark.write_gpt2(path / "gpt2")
     return path
 
 
@@ -49,11 +51,18 @@ def folder(benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gpt2-bfloat16-uneven",
     ],
 )
-def test_the_predicted_peak_is_the_measured_one(name: str, benchmark: Any, folder: Path) -> None:
-    found = benchmark.compare(folder, name, steps=1)
+def test_the_predicted_peak_is_the_measured_one(
+    name: str, benchmark: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first case of a model and precision decomposes it; a start from spectra that are known
+    # has its peak in the training as well.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    planned = benchmark.plan(folder, name, steps=1)
+    found = benchmark.compare(folder, name, steps=1, planned=planned)
     if abs(found["ratio"] - 1) > MOST:
         # How many holes a heap gets differs from run to run: the median of three says what it is.
-        runs = [found, *(benchmark.compare(folder, name, steps=1) for _ in range(2))]
+        again = (benchmark.compare(folder, name, steps=1, planned=planned) for _ in range(2))
+        runs = [found, *again]
         middle = statistics.median(run["ratio"] for run in runs)
         found = next(run for run in runs if run["ratio"] == middle)
     assert abs(found["ratio"] - 1) <= MOST, found

@@ -131,6 +131,43 @@ def test_what_the_template_writes_behind_answers_is_not_scored(
         evaluate(tiny_model, tokenizer, section, tmp_path / "b")
 
 
+def test_system_prompts_that_a_template_does_not_write_are_told(
+    tiny_model, tokenizer, tmp_path: Path
+):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"system": "S", "prompt": "p", "completion": "c"}\n', encoding="utf-8")
+    columns: Columns = {"prompt": "prompt", "completion": "completion", "system": "system"}
+    task = EvaluationRecipe(task="exact_match", path=str(file), columns=columns, max_new_tokens=2)
+    for number, template in enumerate((None, "{system} {prompt} {completion}", "chat")):
+        told = Notes()
+        section = task.model_copy(update={"template": template})
+        evaluate(tiny_model, tokenizer, section, tmp_path / str(number), told)
+        is_told = any("system prompts of the rows are not used" in note for note in told.notes)
+        assert is_told == (template is None), template
+
+
+def test_right_answers_that_no_answer_can_equal_are_told(tiny_model, tokenizer, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    for number, (answer, is_told) in enumerate((("<pad>", True), ("pad", False))):
+        row = {"prompt": "p", "completion": answer}
+        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        told = Notes()
+        task = EvaluationRecipe(task="exact_match", path=str(file), max_new_tokens=4)
+        evaluate(tiny_model, tokenizer, task, tmp_path / str(number), told)
+        assert any("holds the special token '<pad>'" in n for n in told.notes) == is_told, answer
+
+
+def test_a_stop_that_was_not_read_as_a_line_break_is_told(
+    tiny_model, tokenizer, recipe, tmp_path: Path
+):
+    for number, stop in enumerate((r"\n", "\n")):
+        told = Notes()
+        section = recipe.model_copy(update={"stop": [stop]})
+        evaluate(tiny_model, tokenizer, section, tmp_path / str(number), told)
+        is_told = any(note.startswith("stop holds a backslash and 'n'") for note in told.notes)
+        assert is_told == (number == 0), told.notes
+
+
 def test_answers_are_not_ended_at_what_right_ones_hold(tiny_model, tokenizer, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "List two.", "completion": "these:\n- one\n- two"}]

@@ -78,6 +78,8 @@ SOLUTION = "Each of the {} eggs is sold for {} dollars a piece, so she earns {} 
         (["9:30", "10:30"], "'9:30' and '10:30'"),
         (["7 a.m.", "7 p.m."], "'7 a.m.' and '7 p.m.'"),
         (["The 4 seats can be washed", "All 4 doors are locked"], "count for the other"),
+        (["1,5", "2,7", "3,2"], "of the right answer '1,5' only the last number is compared"),
+        (["7", "10 000", "9"], "of the right answer '10 000' only the last number is compared"),
         # Long texts with a number somewhere.
         ([LONG.format(n) for n in range(6)], "do not end in one, such as 'It has 0 legs, a"),
         # Nothing but the number differs, or what one alone has.
@@ -151,6 +153,17 @@ def test_json_that_gives_a_key_twice_cannot_be_read(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": "p", "completion": twice}) + "\n")
     with pytest.raises(DataError, match="is no JSON, or gives a key twice, so that every answer"):
         read_questions(EvaluationRecipe(task="json", path=str(file)))
+
+
+def test_letters_with_marks_are_the_same_in_both_spellings() -> None:
+    one, other = "caf\u00e9", "cafe\u0301"
+    assert scores_of("exact_match", [(one, other)])["exact_text"].value == 1
+    assert read_label(one, [other, "bar"]) == other
+    assert read_label(f"a {other}", [one, "bar"]) == one
+    assert same({one: [other]}, {other: [one]})
+    assert shared_fields({one: [other], "b": 1}, {other: [one], "b": 2}) == 0.5
+    if text_answer.missing() is None:
+        assert text_answer.chrf(one, other) == text_answer.rouge_l(one, other) == 1
 
 
 def test_labels_that_differ_in_case_alone_must_be_met_exactly() -> None:

@@ -83,7 +83,7 @@ def two_ranks(kind: str, tmp_path: Path) -> tuple[list[str], Mapping[str, str] |
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp", "zero3"])
 def test_two_processes_are_scored_as_one(
-    kind: str, recipe: Path, tmp_path: Path, warm_ranks: None, capfd: pytest.CaptureFixture[str]
+    kind: str, recipe: Path, tmp_path: Path, warm_below: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "zero3" and find_spec("deepspeed") is None:
         pytest.skip("needs the extra deepspeed")
@@ -126,7 +126,7 @@ def test_two_processes_are_scored_as_one(
 
 @pytest.mark.slow
 def test_what_a_training_left_is_made_up_for_to_the_letter(
-    unscored: tuple[Path, dict[str, Any]], tmp_path: Path, warm_ranks: None
+    unscored: tuple[Path, dict[str, Any]], tmp_path: Path, warm_below: None
 ) -> None:
     run, scored = unscored
     assert score_apart(str(run), results_of(run), ["--offline"]) == scored == results_of(run)
@@ -139,7 +139,7 @@ def test_what_a_training_left_is_made_up_for_to_the_letter(
 
 @pytest.mark.slow
 def test_before_the_training_is_with_the_adapter_that_it_began_with(
-    recipe: Path, tmp_path: Path, warm_ranks: None
+    recipe: Path, tmp_path: Path, warm_below: None
 ) -> None:
     first, run = tmp_path / "first", tmp_path / "run"
     rate = "train.learning_rate=0.1"
@@ -160,7 +160,7 @@ def test_before_the_training_is_with_the_adapter_that_it_began_with(
 def test_a_scoring_that_fails_loses_nothing_and_can_be_repeated(
     unscored: tuple[Path, dict[str, Any]],
     rows_file: Path,
-    warm_ranks: None,
+    warm_below: None,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run, scored = unscored
@@ -220,7 +220,7 @@ def test_a_signal_ends_the_scoring_and_the_same_command_goes_on_with_it(
     recipe: Path,
     rows_file: Path,
     tmp_path: Path,
-    warm_ranks: None,
+    warm_below: None,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run, options = tmp_path / "run", ["train.parallel=fsdp", "--processes", "2"]
@@ -233,18 +233,19 @@ def test_a_signal_ends_the_scoring_and_the_same_command_goes_on_with_it(
         while not (done.exists() and done.stat().st_size):
             if has_ended.wait(0.02):
                 return
-        seen.extend(scoring_processes(run))
+        seen.extend(started_by_ranks())
         os.kill(os.getpid(), signal.SIGINT)
 
     waiting = threading.Thread(target=stop)
     waiting.start()
     try:
-        assert launch.launch([*words, sampled(rows_file, 10_000)], 2, use_cpu=True) == 130
+        assert launch.launch([*words, sampled(rows_file, 100)], 2, use_cpu=True) == 130
     finally:
         has_ended.set()
         waiting.join()
-    assert len(seen) == 1
-    assert not scoring_processes(run)
+    (scorer,) = seen
+    with pytest.raises(ProcessLookupError):
+        os.kill(scorer, 0)
     err = capfd.readouterr().err
     adapter = run / "adapter"
     assert (
@@ -277,11 +278,13 @@ def sampled(rows: Path, samples: int) -> str:
     )
 
 
-def scoring_processes(run: Path) -> list[int]:
-    """The numbers of the processes that score a run."""
-    listed = subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True, check=True)
-    lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, words in lines if f"kpsvd_tune eval {run}" in words]
+def started_by_ranks() -> list[int]:
+    """The numbers of the processes that ranks of this one have started in sessions of their own."""
+    command = ["ps", "-eo", "pid=,ppid=,sess="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    ranks = {pid for pid, parent, _ in found if parent == os.getpid()}
+    return [pid for pid, parent, session in found if parent in ranks and session == pid]
 
 
 def test_a_process_that_works_alone_knows_nothing_of_the_launch() -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +27,7 @@ def _port() -> int:
 
 
 @contextmanager
-def machines(
-    tmp_path: Path, arguments: list[str], **variables: str
-) -> Iterator[list[subprocess.Popen[str]]]:
+def machines(tmp_path: Path, arguments: list[str], **variables: str) -> Iterator[list[warm.Popen]]:
     """Two launchers of accelerate, with one rank each, in folders of their own."""
     port = _port()
     launchers = []
@@ -40,7 +39,7 @@ def machines(
         words += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
         words += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "kpsvd_tune"]
         launchers.append(
-            subprocess.Popen(
+            warm.Popen(
                 [*words, *arguments],
                 cwd=folder,
                 env=os.environ
@@ -50,6 +49,7 @@ def machines(
                     "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
                     "XDG_CACHE_HOME": str(tmp_path / f"cache-{number}"),
                     "PYTHONWARNINGS": "ignore",
+                    warm.BELOW: "1",
                 }
                 | variables,
                 stderr=subprocess.PIPE,
@@ -65,7 +65,7 @@ def machines(
             each.communicate()
 
 
-def kill_machine(launcher: subprocess.Popen[str]) -> None:
+def kill_machine(launcher: warm.Popen) -> None:
     """End a launcher and all below it at once, as a power cut does."""
     pids, found = [launcher.pid], [launcher.pid]
     while found:
@@ -100,7 +100,7 @@ def test_a_lost_machine_is_named_and_the_run_goes_on_to_the_same_bytes(
     recipe = write_recipe(
         adapter={"rank": {"window": 8, "max": 4}},
         train={
-            "max_steps": 300,
+            "max_steps": 60,
             "eval_every": 0,
             "save_every": 5,
             "batch_size": 1,
@@ -128,7 +128,7 @@ def test_a_lost_machine_is_named_and_the_run_goes_on_to_the_same_bytes(
     run_to_the_end(tmp_path, arguments)
     run_to_the_end(tmp_path, ["train", str(recipe), f"output_dir={whole}"])
     for name in ("offsets.safetensors", "optimizer.safetensors", "random.safetensors"):
-        files = [run / "checkpoints" / "step-000300" / name for run in (lost, whole)]
+        files = [run / "checkpoints" / "step-000060" / name for run in (lost, whole)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
     adapters = [run / "adapter" / "adapter_model.safetensors" for run in (lost, whole)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()

@@ -200,7 +200,33 @@ def _literal(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+_ESCAPE = re.compile(r"\\[nt]([a-z]*)")
+# What LaTeX has of such commands, without the first letter.
+_COMMANDS = frozenset(
+    "abla atural e earrow eg eq ewline exists geq i leq mid oindent olimits onumber ot otin u ag "
+    "an anh au ext extbf extit extrm extsf exttt extstyle frac binom herefore heta ilde imes iny "
+    "o op riangle".split()
+)
+
+
+def unread_escape(text: str, key: str) -> str | None:
+    r"""What a user should know where a text holds \n or \t as two characters; None elsewhere.
+
+    A shell, and single quotes or none in YAML, leave them so, and they are learnt as they stand.
+    """
+    found = next((each for each in _ESCAPE.finditer(text) if each[1] not in _COMMANDS), None)
+    if found is None:
+        return None
+    name = "a line break" if found[0][1] == "n" else "a tab"
+    return (
+        f"{key} holds a backslash and {found[0][1]!r}, two characters, and not {name}: if "
+        f"{name} is meant, put double quotes around the text in YAML, and on a command line "
+        f"'{key}=\"...\"'"
+    )
+
+
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_DOUBLED = re.compile(r"\{\{\w+\}\}")  # as in jinja
 _KNOWN = ("prompt", "completion", "system")
 
 
@@ -209,7 +235,8 @@ class TextTemplate:
 
     Only the three placeholders are replaced, each once and in one pass: braces in a template
     ("\boxed{}") or in a row stay as they are. Text behind {completion} is learnt with it.
-    DataError: a placeholder is unknown, or {completion} is not there once, as the last of them.
+    DataError: a placeholder is unknown, or all are in double braces, or {completion} is not there
+    once, as the last of them.
     """
 
     def __init__(self, template: str) -> None:
@@ -219,6 +246,11 @@ class TextTemplate:
             fault = (
                 f"has the placeholder {{{unknown[0]}}}; to use a column of that name write "
                 f"{{prompt}} and {naming('dataset.columns', {'prompt': unknown[0]})}"
+            )
+        elif len(names) > 1 and len(_DOUBLED.findall(template)) == len(names):
+            fault = (
+                "writes its placeholders in double braces, of which one pair would stand around "
+                "every text; here one pair is meant: {prompt}"
             )
         elif names.count("completion") != 1:
             fault = f"has {{completion}} {names.count('completion')} times; expected once"

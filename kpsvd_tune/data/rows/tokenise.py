@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from kpsvd_tune.data.encode.chat_program import TemplateError, TemplateMismatch
 from kpsvd_tune.data.encode.encoder import Encoder, Layout, Mark, TokenizedRow
 from kpsvd_tune.data.encode.format import RowFormat, find_format
-from kpsvd_tune.data.encode.templates import Template, TextTemplate
+from kpsvd_tune.data.encode.templates import Template, TextTemplate, unread_escape
 from kpsvd_tune.data.encode.unused import UnusedColumns
 from kpsvd_tune.data.read.columns import column, is_empty
 from kpsvd_tune.data.read.files import Row, shortened
@@ -123,6 +123,8 @@ class Tokeniser:
             key, lambda writer: self._make(source, settings, fingerprint, writer)
         )
         notes = [*source.notes]
+        if (escape := unread_escape(settings.template, "dataset.template")) is not None:
+            notes.append(escape)
         if settings.drops_faulty and store.facts["faults"]["faulty"]:
             most = self.dataset.max_bad_rows
             notes.append(faulty_rows_note(store.facts["faults"], source.label, source.unit, most))

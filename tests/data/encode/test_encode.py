@@ -244,6 +244,7 @@ def test_braces_in_templates_and_rows_stay() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("Q: {{prompt}} A: {{completion}}", "writes its placeholders in double braces"),
         ("{question} {completion}", r"has the placeholder \{question\}; to use a column of that"),
         ("{prompt}", r"has \{completion\} 0 times; expected once"),
         ("{completion}{completion}", r"has \{completion\} 2 times"),

@@ -198,3 +198,23 @@ def test_hundreds_of_sources_need_few_open_files_and_no_quadratic_work(
     # One lock for each store that is in use, and no map.
     assert len(os.listdir("/proc/self/fd")) - before <= 60
     assert len(looked) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (r"Q: {prompt}\nA: {completion}", "a backslash and 'n', two characters, and not a line"),
+        (r"{prompt}\n\n{completion}", "not a line break"),
+        (r"{prompt}\nanswer: {completion}", "not a line break"),
+        (r"{prompt}\t{completion}", "a backslash and 't', two characters, and not a tab"),
+        (r"$\nabla \text \times$ {prompt} \neq {completion}", None),
+        ("Q: {prompt}\nA: {completion}", None),
+    ],
+)
+def test_line_breaks_that_were_not_read_as_such_are_told(
+    files: tuple[str, str], tokenizer: PreTrainedTokenizerFast, template: str, told: str | None
+) -> None:
+    data = read(tokenizer, path=files[0], template=template)
+    notes = [note for note in data.report.warnings if "backslash" in note]
+    assert len(notes) == (told is not None), data.report.warnings
+    assert told is None or told in notes[0]

@@ -88,12 +88,14 @@ def _fewer(found: Findings, other: MethodSummary) -> Claim:
         if cut is None:
             verdict = "undecided"
             figure += "; no baseline was run with that few, to show that parameters matter"
-        elif _verdict(own, EQUAL_NATS) != "not held":
+        elif (cut_verdict := _verdict(own, EQUAL_NATS)) != "not held":
             verdict = "undecided"
-            figure += (
-                f"; but {cut.method} with {cut.trainable_parameters:,} is no worse either "
-                f"({_shown(own)}): the rank does not bind"
+            told = (
+                "is no worse either: the rank does not bind"
+                if cut_verdict == "held"
+                else "is not shown to be worse, so that whether the rank binds is open"
             )
+            figure += f"; but {cut.method} with {cut.trainable_parameters:,} {told} ({_shown(own)})"
     return _claim(text, verdict, figure, change, _learnt_nothing(other, found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from kpsvd_tune.comparison.claims import judge, unequal_sizes
+from kpsvd_tune.comparison.claims import EQUAL_NATS, judge, unequal_sizes
 from kpsvd_tune.comparison.findings import Findings, is_kpsvd, key_of, lowest
 from kpsvd_tune.comparison.methods import is_ours
 from kpsvd_tune.comparison.missing import missing
@@ -355,7 +355,13 @@ def _binding(found: Findings) -> Iterable[str]:
     if cut.loss.low is None:
         yield f"{gain} on the one seed in common, which cannot tell whether the rank binds"
     elif cut.loss.low <= 0:
+        # An interval that holds a real gain too says neither.
+        is_shown = cut.loss.high is not None and cut.loss.high <= EQUAL_NATS
+        told = (
+            "the rank does not bind in these runs" if is_shown else "whether the rank binds is open"
+        )
         yield (
-            f"the rank does not bind in these runs: {gain} ({cut.loss.interval()}), so the "
-            "loss-versus-parameters front says little; lengthen the runs"
+            f"{told}: {gain} ({cut.loss.interval()}), so the "
+            "loss-versus-parameters front says little; "
+            f"{'lengthen the runs' if is_shown else 'take more seeds, or longer runs'}"
         )

@@ -119,6 +119,8 @@ def test_fewer_parameters_needs_a_smaller_trial() -> None:
     [
         ([1.2, 1.21, 1.19], "held", "70% of the parameters"),
         ([1.0, 1.01, 0.99], "undecided", "the rank does not bind"),
+        # A large gain is in the interval too.
+        ([1.0, 1.4, 1.0], "undecided", "lora with 70 is not shown to be worse, so that whether"),
         (None, "undecided", "no baseline was run with that few"),
     ],
 )
@@ -293,7 +295,7 @@ def test_a_baseline_that_learnt_nothing_cannot_be_equalled() -> None:
 
 
 def test_a_rank_that_does_not_bind_is_told() -> None:
-    flat = seeds("lora", [1.0, 1.1]) + seeds("lora", [1.02, 1.07], budget=400)
+    flat = seeds("lora", [1.0, 1.1, 1.2]) + seeds("lora", [1.001, 1.1, 1.2], budget=400)
     assert any("the rank does not bind" in note for note in verdict(flat).notes)
     steep = seeds("lora", [2.0, 2.01]) + seeds("lora", [1.0, 1.01], budget=400)
     assert not any("does not bind" in note for note in verdict(steep).notes)
@@ -385,3 +387,10 @@ def test_early_stopping_ends_trials_and_leaves_their_warm_up_as_long_as_it_was(
     _conclude(session)
     # Four steps were done of a hundred, of which ten are warm-up.
     assert (given["steps"], given["num_warmup"]) == (4, 10)
+
+
+def test_a_gain_that_may_be_large_does_not_show_that_the_rank_does_not_bind() -> None:
+    rows = seeds("lora", [1.0, 1.01, 0.99]) + seeds("lora", [1.0, 1.4, 1.0], budget=50)
+    notes = verdict(rows).notes
+    assert not any("does not bind" in note for note in notes)
+    assert any("whether the rank binds is open: lora gains 0.1333 nats" in note for note in notes)

@@ -214,7 +214,7 @@ def _plan(setting: _Setting, dataset: DatasetRecipe) -> Plan:
         base_parameters=numel,
         base_model_bytes=base_bytes(skeleton, recipe.model.dtype, recipe.model.quantization),
         target_matrices=len(ranks.most),
-        rank_rule=recipe.adapter.rank.method,
+        rank_rule=recipe.adapter.rank.method if recipe.adapter.from_ is None else "from",
         device=setting.device.type,
         processes=setting.processes,
         adapter=_adapter(setting),

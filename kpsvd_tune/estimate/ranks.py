@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +34,26 @@ class PossibleRanks:
 
     def num_stored(self, *, is_drawn: bool) -> tuple[int, int]:
         """Fewest and most numbers of the adapter's file."""
-        low, high = (sum(p.stored(is_drawn) for p in each) for each in (self.least, self.most))
-        trained = sum(plan.num_parameters for plan in self.most)
-        # A budget cuts what is frozen about as it cuts what is trained.
-        return (low, max(low, round(high * self.num_trained()[1] / max(1, trained))))
+        low = sum(plan.stored(is_drawn) for plan in self.least)
+        trained = self.num_trained()[1]
+        return (low, max(low, trained + self._most_frozen(trained, is_drawn=is_drawn)))
+
+    def _most_frozen(self, trained: int, *, is_drawn: bool) -> int:
+        """Most frozen numbers beside so many trained ones, wherever the budget puts them."""
+        pairs = [(p.num_parameters, p.stored(is_drawn) - p.num_parameters) for p in self.most]
+        whole = sum(frozen for _, frozen in pairs)
+        if trained >= sum(own for own, _ in pairs):
+            return whole
+        if self.most[0].form == "core":
+            # Ranks whose squares have a sum cost most frozen numbers by Cauchy and Schwarz.
+            a_term = [plan.shape.num_parameters for plan in self.most if not is_drawn]
+            return min(whole, math.floor(math.sqrt(trained * sum(each**2 for each in a_term))))
+        found, left = 0.0, trained
+        for own, frozen in sorted(pairs, key=lambda pair: -pair[1] / max(1, pair[0])):
+            taken = min(own, left)
+            found += frozen * taken / max(1, own)
+            left -= taken
+        return math.ceil(found)
 
 
 def possible_ranks(

@@ -282,6 +282,7 @@ def test_a_second_line_of_a_trial_replaces_the_first(tmp_path: Path) -> None:
 def test_money_stops_the_processes_that_run_trials(
     recipe: Path,
     tmp_path: Path,
+    warm_below: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -480,7 +480,7 @@ def test_what_would_stop_the_scoring_is_refused_before_the_training(
 
 @pytest.mark.slow
 def test_two_processes_answer_as_one(
-    tiny_model_dir: Path, tmp_path: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Path, tmp_path: Path, rows_file: Path, warm_below: None
 ) -> None:
     command = [sys.executable, "-m", "kpsvd_tune", "eval", str(tiny_model_dir), "--json"]
     command += ["--task", "gsm8k", "--path", str(rows_file), "--max-new-tokens", "5"]

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import IGNORED, Encoder, TokenizedRow, collate, read_examples
 from kpsvd_tune.data.encode.encoder import Mark
+from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.rows.prepare import ReadRows
 from kpsvd_tune.errors import DataError, InputError
 from kpsvd_tune.evaluation.generation import LanguageModel, evaluation_mode
@@ -103,6 +104,15 @@ def check_loss(recipe: EvaluationRecipe) -> None:
     else:
         with advising_own_keys(recipe):
             _read_rows(recipe)
+
+
+def loss_examples(recipe: EvaluationRecipe) -> list[Pair | Chat]:
+    """The examples whose loss is measured; none where the source is one running text."""
+    if _is_text(recipe):
+        return []
+    with advising_own_keys(recipe):
+        found = islice(_read_rows(recipe, recipe.template or "chat"), recipe.limit)
+        return [example for _, example in found if example is not None]
 
 
 def completion_loss(

@@ -26,6 +26,7 @@ from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled
+from kpsvd_tune.evaluation.known import known_rows
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.bf16 import without_bf16
 from kpsvd_tune.hardware.devices import hardware_name
@@ -253,6 +254,8 @@ def read_data(context: Context) -> RunInput:
         if recipe.restrain is not None:  # only looked at, so that a fault is found now
             read_text(skeleton, tokenizer, recipe.restrain.text)
         found = read_rows(recipe, dataset, tokenizer, skeleton, context.events)
+        for note in known_rows(recipe.evaluation, dataset, found):
+            context.events.note(note)
         told = found.report.to_dict(), tokenizer.chat_template
         return found.train, found.validation, found.sha256, found.template, *told
 

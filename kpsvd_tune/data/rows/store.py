@@ -259,6 +259,12 @@ def num_shared(rows: Sequence[TokenizedRow], others: Sequence[TokenizedRow]) -> 
     return int(np.isin(rows.hashes, others.hashes).sum())
 
 
+def are_among(rows: Sequence[TokenizedRow], others: StoredRows) -> NDArray[np.bool_]:
+    """(rows,) which of some rows are among those of stores, by ids and labels."""
+    hashes = np.array([_row_hash(row) for row in rows], dtype=np.uint64).astype(np.int64)
+    return np.isin(hashes, others.hashes)
+
+
 def rows_sha256(*parts: StoredRows) -> str:
     """Hash every id and label of the parts, in order."""
     digest = hashlib.sha256()

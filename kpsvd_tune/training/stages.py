@@ -86,7 +86,7 @@ from kpsvd_tune.training.precision import (
 from kpsvd_tune.training.restrain import read_text, restrain
 from kpsvd_tune.training.schedule import run_length
 from kpsvd_tune.units import counted, duration
-from kpsvd_tune.watch.before import row_warnings, without
+from kpsvd_tune.watch.before import module_warnings, row_warnings, without
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
@@ -555,7 +555,8 @@ def read_rows(
     events.note(data.cache_note)
     warnings = list(row_warnings(data.report))
     events.preflight(replace(data.report, warnings=without(data.report, warnings)))
-    for warning in warnings:
+    modules = recipe.adapter.modules_to_save
+    for warning in (*warnings, *module_warnings(modules, recipe.model.dtype)):
         events.tell(warning)
     return data
 

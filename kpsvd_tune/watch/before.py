@@ -1,8 +1,8 @@
-"""What looks wrong before the first step: the rows, and the length of the run."""
+"""What looks wrong before the first step: rows, modules trained whole, the length of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kpsvd_tune.report.results import Event, PreflightReport
 from kpsvd_tune.units import counted
@@ -53,6 +53,25 @@ def row_warnings(report: PreflightReport) -> Iterator[Event]:
             "Hold out rows that are in no training file, so that the validation loss is one of new "
             "rows and nothing is lost.",
             found=found,
+        )
+
+
+def module_warnings(modules_to_save: Sequence[str], dtype: str) -> Iterator[Event]:
+    """The warning of modules that are trained whole in the 16 bits of the base.
+
+    Args:
+        modules_to_save: Those of the recipe.
+        dtype: The base's: float32, bfloat16 or float16.
+    """
+    if modules_to_save and dtype != "float32":
+        digits = {"bfloat16": 9, "float16": 12}[dtype]
+        yield warning(
+            "rounded_modules",
+            f"The modules of adapter.modules_to_save are trained in the base's {dtype}: of a step, "
+            f"what is below 2^-{digits} of a weight is lost.",
+            "Set model.dtype: float32, or leave them out of adapter.modules_to_save; the factors "
+            "are trained in float32 in any case.",
+            modules=", ".join(modules_to_save),
         )
 
 

@@ -67,3 +67,14 @@ def test_plan_reports_and_cards_count_a_head_that_is_trained_whole(
     told = capsys.readouterr().out
     assert f"{HEAD:,} more parameters are trained whole" in told
     assert "1 weight matrix left alone" in told
+
+
+def test_a_head_that_is_trained_in_16_bits_is_warned_of(
+    write_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(adapter={"modules_to_save": ["lm_head"]})
+    said = "The modules of adapter.modules_to_save are trained in the base's bfloat16"
+    assert cli.run(["plan", str(recipe), "model.dtype=bfloat16", "train.precision=bf16"]) == 0
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert cli.run(["plan", str(recipe), "model.dtype=float32"]) == 0
+    assert said not in " ".join(capsys.readouterr().err.split())

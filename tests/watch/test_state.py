@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kpsvd_tune.report.results import PreflightReport
-from kpsvd_tune.watch.before import row_warnings, schedule_warnings, without
+from kpsvd_tune.watch.before import (
+    module_warnings,
+    row_warnings,
+    schedule_warnings,
+    without,
+)
 from kpsvd_tune.watch.machine import disk_low, memory_low
 from kpsvd_tune.watch.offsets import dead_layers, exploding_offsets
 
@@ -28,6 +34,20 @@ def test_rows_cut_dropped_or_shared_are_told_with_where_they_are():
     assert found[0].text == "20 of 100 training rows are cut, and learn no end."
     assert found[1].text == "30 of 130 training rows are left out."
     assert [event.evidence["found"] for event in found] == [CUT, DROPPED, SHARED]
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 9), ("float16", 12)])
+def test_modules_trained_in_16_bits_are_told(dtype, digits):
+    (found,) = module_warnings(["lm_head"], dtype)
+    assert found.code == "rounded_modules"
+    assert f"trained in the base's {dtype}: of a step, what is below 2^-{digits} of" in found.text
+    assert found.evidence["modules"] == "lm_head"
+    # What is said of the digits: half of that step changes nothing, twice of it does.
+    one = torch.ones((), dtype=getattr(torch, dtype))
+    assert one - 2.0 ** -(digits + 1) == one
+    assert one - 2.0 ** -(digits - 1) != one
+    assert not list(module_warnings([], dtype))
+    assert not list(module_warnings(["lm_head"], "float32"))
 
 
 def test_a_few_rows_cut_or_dropped_are_usual():

@@ -1011,6 +1011,7 @@ def test_importing_the_recipe_loads_neither_torch_nor_transformers():
          "expected template or lm-eval"),
         ({"task": "gsm8k", "samples": 2}, [], "--samples: at temperature 0 all samples"),
         ({"task": "gsm8k", "max_new_tokens": 0}, [], "--max-new-tokens: got 0; expected a number"),
+        ({"task": "gsm8k"}, ["ignore_columns=[id]"], "ignore_columns: gsm8k reads the columns that"),
         ({"task": "gsm8k"}, ["shots"], "shots: has no '='"),
         ({"task": "gsm8k"}, ["=1"], "=1: has an empty key"),
         ({"task": "gsm8k"}, ["stop=['']"], "stop[0]: "),
@@ -1026,6 +1027,21 @@ def test_faults_of_an_evaluation_are_told_in_the_words_of_the_command_line(
     with pytest.raises(RecipeError) as caught:
         evaluation_section({}, options, overrides)
     assert any(line.startswith(message) for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("where", "columns", "limit"),
+    [
+        ("", "columns", "limit"),
+        ("evaluation.1.", "evaluation.1.columns", "evaluation.1.limit"),
+        ("--", "columns", "--limit"),
+        ("dataset.", "dataset.columns", "evaluation.limit"),
+    ],
+)
+def test_a_section_knows_how_its_keys_are_written(where: str, columns: str, limit: str) -> None:
+    section = evaluation_section({"task": "gsm8k"}, {}, [])
+    section.stands_at(where)
+    assert (section.written("columns"), section.written("limit")) == (columns, limit)
 
 
 def test_an_evaluation_is_keys_then_options_then_overrides() -> None:

@@ -1011,7 +1011,7 @@ def test_importing_the_recipe_loads_neither_torch_nor_transformers():
          "expected template or lm-eval"),
         ({"task": "gsm8k", "samples": 2}, [], "--samples: at temperature 0 all samples"),
         ({"task": "gsm8k", "max_new_tokens": 0}, [], "--max-new-tokens: got 0; expected a number"),
-        ({"task": "gsm8k"}, ["ignore_columns=[id]"], "ignore_columns: gsm8k reads the columns that"),
+        ({"task": "gsm8k"}, ["ignore_columns=[id]"], "ignore_columns: gsm8k reads the columns"),
         ({"task": "gsm8k"}, ["shots"], "shots: has no '='"),
         ({"task": "gsm8k"}, ["=1"], "=1: has an empty key"),
         ({"task": "gsm8k"}, ["stop=['']"], "stop[0]: "),

@@ -101,16 +101,15 @@ def warm_below(warm_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets transformers read a GGUF file's fields once a test, and name a model's tensors once.
+    """Lets transformers read a GGUF file's fields once a test.
 
-    It does the one for each of configuration, tokenizer and weights, the other for each module.
+    It does so for each of configuration, tokenizer and weights.
     """
     gguf = pytest.importorskip("gguf")
     mapped = numpy.memmap
     # Slices of a plain array of the same memory are made several times as fast.
     monkeypatch.setattr(numpy, "memmap", lambda *a, **k: mapped(*a, **k).view(numpy.ndarray))
     monkeypatch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
-    monkeypatch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def untouched(
     head = _output_head(model)
     left: list[tuple[str, str]] = []
     for module_name, module in _modules(model):
-        if module_name in targeted or f"{module_name}.".startswith(whole or "\0"):
+        if module_name in targeted or f"{module_name}.".startswith(whole):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2:

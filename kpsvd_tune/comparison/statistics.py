@@ -15,7 +15,7 @@ _T = (
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 # 97.5 % quantile of the normal distribution.
-_Z = 1.959963984540054
+_Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -239,23 +239,7 @@ class Scorer:
         is_chat = any(not isinstance(question.prompt, str) for question in questions)
         prompts, end_token_ids = build_prompts(questions, self.tokenizer, template, task, shots)
         stop = stop_strings(task, template, questions)
-        notes = [
-            f"right answers hold {text!r}, the beginning of the template, so answers are not ended "
-            f"at it; {task.written('stop')} names texts that end them"
-            for text in stop_strings(task, template)
-            if text not in stop
-        ]
-        for text, key in ((template, "template"), *((each, "stop") for each in task.stop or ())):
-            if (escape := unread_escape(text, task.written(key))) is not None:
-                notes.append(escape)
-        if any(each.system for each in questions) and not (
-            is_chat or _takes_system(task, template)
-        ):
-            notes.append(
-                "the system prompts of the rows are not used: the template has no {system}"
-            )
-        for note in [*notes, *self._too_long(task, questions), *self._special(questions)]:
-            self.events.note(note)
+        self._tell_doubts(task, template, questions, stop, is_chat=is_chat)
         options = GenerationOptions(
             max_new_tokens=task.max_new_tokens,
             batch_size=task.batch_size,
@@ -302,15 +286,42 @@ class Scorer:
             )
         return answers
 
+    def _tell_doubts(
+        self,
+        task: EvaluationRecipe,
+        template: str,
+        questions: Sequence[Question],
+        stop: Sequence[str],
+        *,
+        is_chat: bool,
+    ) -> None:
+        """Tell what a user may not have meant about how the questions are put."""
+        notes = [
+            f"right answers hold {text!r}, the beginning of the template, so answers are not ended "
+            f"at it; {task.written('stop')} names texts that end them"
+            for text in stop_strings(task, template)
+            if text not in stop
+        ]
+        for text, key in ((template, "template"), *((each, "stop") for each in task.stop or ())):
+            if (escape := unread_escape(text, task.written(key))) is not None:
+                notes.append(escape)
+        has_system = any(each.system for each in questions)
+        if has_system and not (is_chat or _takes_system(task, template)):
+            notes.append(
+                "the system prompts of the rows are not used: the template has no {system}"
+            )
+        for note in [*notes, *self._too_long(task, questions), *self._special(questions)]:
+            self.events.note(note)
+
     def _special(self, questions: Sequence[Question]) -> list[str]:
         """A note where right answers hold the text of a special token, which answers never do."""
         tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        found = [(t, each) for each in questions for t in tokens if t in each.answer]
-        if not found:
+        found = next(((t, each) for each in questions for t in tokens if t in each.answer), None)
+        if found is None:
             return []
         return [
-            f"the right answer of the row {found[0][1].id!r} holds the special token "
-            f"{found[0][0]!r}, and answers are told without special tokens: compared as texts they "
+            f"the right answer of the row {found[1].id!r} holds the special token "
+            f"{found[0]!r}, and answers are told without special tokens: compared as texts they "
             "count as wrong; take it out of the right answers"
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kpsvd_tune.data import Encoder, PreparedData
+from kpsvd_tune.data import PreparedData
 from kpsvd_tune.data.encode.encoder import TokenizedRow
 from kpsvd_tune.data.encode.format import Chat, Pair
 from kpsvd_tune.data.rows.store import are_among
@@ -30,7 +30,7 @@ def known_rows(
     for task in tasks:
         recipe = as_trained(task, dataset)
         examples = list(_examples(recipe))
-        known = sum(_is_known(each, data) for each in examples)
+        known = _num_known(examples, data)
         if known:
             told.append(
                 f"KNOWN ROWS: {known} of the {len(examples)} rows that evaluation of {task.task} "
@@ -55,14 +55,16 @@ def _example(question: Question) -> Pair | Chat:
     return Chat((*question.prompt, answer), question.tools)
 
 
-def _is_known(example: Pair | Chat, data: PreparedData) -> bool:
+def _num_known(examples: Sequence[Pair | Chat], data: PreparedData) -> int:
+    """How many examples have a row that is trained on; all rows are looked up at once."""
+    rows = [(place, row) for place, each in enumerate(examples) for row in _rows(each, data)]
+    among = are_among([row for _, row in rows], data.train)
+    return len({place for (place, _), is_known in zip(rows, among, strict=True) if is_known})
+
+
+def _rows(example: Pair | Chat, data: PreparedData) -> list[TokenizedRow]:
     try:
-        rows = _rows(example, data.encoder)
+        encoded = [data.encoder.encode(part, 0) for part in data.encoder.parts(example)]
     except DataError:  # training could not write it, so it has not
-        return False
-    return bool(are_among(rows, data.train).any())
-
-
-def _rows(example: Pair | Chat, encoder: Encoder) -> list[TokenizedRow]:
-    encoded = [encoder.encode(part, 0) for part in encoder.parts(example)]
+        return []
     return [row for row in encoded if len(row)]

@@ -232,6 +232,8 @@ def test_from_an_adapter(
     assert cli.run(["train", str(write_recipe(train={"max_steps": 1}))]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     found = planned(adapter={"from": str(tmp_path / "run")}, output_dir=str(tmp_path / "next"))
+    # No rule chooses what is taken as it is.
+    assert found["rank_rule"] == "from"
     trained = results["trainable_parameters"]
     assert found["adapter"]["trainable_parameters"] == [trained, trained]
     assert found["time"]["to_decompose"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from kpsvd_tune.adapter.forms import FORMS
 from kpsvd_tune.adapter.targets import saved_whole, target_names, untouched
 from kpsvd_tune.data import PreparedData
 from kpsvd_tune.decompose import layer_plans
-from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.errors import DataError, RecipeError
 from kpsvd_tune.estimate.answers import (
     ANSWERS_BASIS,
     AskedTask,
@@ -54,6 +55,7 @@ from kpsvd_tune.estimate.time import (
     step_seconds,
 )
 from kpsvd_tune.estimate.trace import Trace, trace_step
+from kpsvd_tune.evaluation.known import known_rows
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.devices import decomposing_device, own_device
 from kpsvd_tune.models import (
@@ -173,6 +175,11 @@ def make_plan(
             events.note(note)
         for warning in length.warnings:
             events.tell(warning)
+        for task in recipe.evaluation:
+            # One whose rows cannot be read is named among those that are not counted.
+            with suppress(DataError):
+                for note in known_rows([task], dataset, data):
+                    events.note(note)
     setting = _Setting(
         recipe,
         source,

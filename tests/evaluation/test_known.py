@@ -67,11 +67,15 @@ def test_running_texts_are_no_rows(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_tells_of_them(
-    write_recipe: Callable[..., Path], rows_file: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_training_and_its_plan_tell_of_them(
+    command: str,
+    write_recipe: Callable[..., Path],
+    rows_file: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     task = {"task": "exact_match", "path": str(rows_file), "max_new_tokens": 2}
     recipe = write_recipe(train={"max_steps": 1}, evaluation=[task])
-    assert cli.run(["train", str(recipe)]) == 0
+    assert cli.run([command, str(recipe)]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "KNOWN ROWS: 6 of the 8 rows that evaluation of exact_match scores" in said, said

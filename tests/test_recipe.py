@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 
 from kpsvd_tune.commands import main
 from kpsvd_tune.errors import RecipeError
+from kpsvd_tune.linalg import choose_shape
 from kpsvd_tune.recipe import (
     DatasetRecipe,
     EvaluationRecipe,
@@ -105,7 +106,12 @@ def test_the_recipes_of_the_papers_tasks_share_its_model_and_budget():
     for recipe in recipes:
         assert recipe.model.path == "meta-llama/Llama-2-7b-hf"
         assert (recipe.model.dtype, recipe.train.precision) == ("auto", "auto")
-        assert (recipe.adapter.rank.budget, recipe.adapter.rank.min) == (990_000, 0)
+        assert (recipe.adapter.rank.budget, recipe.adapter.rank.min) == (990_000, 1)
+        # One term in each of the 2 x 32 weights named, of 11008 x 4096.
+        assert recipe.adapter.target_modules == ["gate_proj", "up_proj"]
+        assert recipe.adapter.factor_shape == "balanced"
+        shape = choose_shape(11008, 4096, "balanced").shape
+        assert 64 * (shape.m * shape.n + shape.p * shape.q) == 876_544 <= 990_000
 
 
 def test_a_checkout_finds_its_recipes_and_loads_them_by_bare_name(write):

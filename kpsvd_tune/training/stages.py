@@ -71,7 +71,12 @@ from kpsvd_tune.training.accelerator import join, make_accelerator, shares_weigh
 from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
 from kpsvd_tune.training.device_map import check_device_map, check_place
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
-from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
+from kpsvd_tune.training.from_adapter import (
+    find_adapter,
+    load_adapted,
+    modules_trained_whole,
+    write_ranks,
+)
 from kpsvd_tune.training.global_batch import fit_global_batch
 from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.learned import measure_learned
@@ -544,6 +549,7 @@ def read_rows(
     events: Events,
 ) -> PreparedData:
     """Read, tokenise and check the rows of a recipe, and tell what they look like."""
+    modules = modules_trained_whole(recipe)
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
@@ -555,7 +561,6 @@ def read_rows(
     events.note(data.cache_note)
     warnings = list(row_warnings(data.report))
     events.preflight(replace(data.report, warnings=without(data.report, warnings)))
-    modules = recipe.adapter.modules_to_save
     for warning in (*warnings, *module_warnings(modules, recipe.model.dtype)):
         events.tell(warning)
     return data

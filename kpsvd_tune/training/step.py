@@ -69,6 +69,9 @@ class Stepper:
             engine = ShardedEngine
         self._engine = engine(self.token_loss, recipe, accelerator, rate_factors or {}, example)
         self.shapes = self._engine.shapes  # of each trained parameter, by its name in the model
+        self._divides_later = self._engine.keeps_gradients and _loses_small_gradients(
+            model, accelerator
+        )
         self._schedule_from(starts_at_zero=False)
         self._base_rates = list(self._scheduler.base_lrs)
 
@@ -88,12 +91,10 @@ class Stepper:
         engine, accelerator = self._engine, self._accelerator
         own = sum(batch.num_supervised for batch in batches)
         num_supervised = sum(each for (each,) in gather_numbers(accelerator, [own]))
-        # DDP takes the mean of the processes' gradients, where the loss is a sum over them.
-        scale = accelerator.num_processes / max(1.0, num_supervised)
         random = random_state(self.devices()) if self._recipe.on_oom == "halve" else {}
         try:
             with memory_refused(self._recipe, f"computing step {step}"):
-                loss = self._accumulate(batches, scale)
+                loss = self._accumulate(batches, max(1.0, num_supervised))
         except MicroStepOutOfMemory:
             # Where memory runs out may differ from one session to the next; what the step draws
             # must not, so it is left as if it had not begun.
@@ -131,13 +132,20 @@ class Stepper:
             idle=idle,
         )
 
-    def _accumulate(self, batches: Sequence[MicroBatch], scale: float) -> Tensor:
-        """Forward and backward over the micro batches; the summed loss of this process."""
-        device = self._accelerator.device
+    def _accumulate(self, batches: Sequence[MicroBatch], num_tokens: float) -> Tensor:
+        """Forward and backward over the micro batches; the summed loss of this process.
+
+        The gradient is that of the loss of a token, of which all processes have `num_tokens`.
+        """
+        engine, device = self._engine, self._accelerator.device
+        # DDP takes the mean of the processes' gradients, where the loss is a sum over them.
+        scale = self._accelerator.num_processes / (1.0 if self._divides_later else num_tokens)
         loss = torch.zeros((), device=device)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            loss += self._engine.backward(batch.to(device), scale, is_last)
+            loss += engine.backward(batch.to(device), scale, is_last)
+        if self._divides_later:
+            engine.divide(num_tokens)
         return loss
 
     def devices(self) -> list[torch.device]:
@@ -207,6 +215,17 @@ class Stepper:
         self._scheduler = make_scheduler(
             self._recipe, self._engine.optimizer, self._num_steps, starts_at_zero=starts_at_zero
         )
+
+
+def _loses_small_gradients(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether gradients pass through float16, whose least number is 6e-8, with no loss scaler.
+
+    A token's share of the mean over a step's 10,000 is near that; its share of the sum is not, and
+    the factors, which are float32, can be divided as well.
+    """
+    return accelerator.scaler is None and any(
+        parameter.dtype == torch.float16 for parameter in model.parameters()
+    )
 
 
 def enable_checkpointing(model: nn.Module) -> None:

@@ -60,15 +60,14 @@ def module_warnings(modules_to_save: Sequence[str], dtype: str) -> Iterator[Even
     """The warning of modules that are trained whole in the 16 bits of the base.
 
     Args:
-        modules_to_save: Those of the recipe.
-        dtype: The base's: float32, bfloat16 or float16.
+        modules_to_save: Those of the recipe, or of the adapter that it goes on from.
+        dtype: The base's: float32 or bfloat16; `train` refuses such modules in float16.
     """
     if modules_to_save and dtype != "float32":
-        digits = {"bfloat16": 9, "float16": 12}[dtype]
         yield warning(
             "rounded_modules",
             f"The modules of adapter.modules_to_save are trained in the base's {dtype}: of a step, "
-            f"what is below 2^-{digits} of a weight is lost.",
+            "what is below 2^-9 of a weight is lost.",
             "Set model.dtype: float32, or leave them out of adapter.modules_to_save; the factors "
             "are trained in float32 in any case.",
             modules=", ".join(modules_to_save),

@@ -103,6 +103,37 @@ def test_accumulation_equals_one_large_batch(lora_model, start_training):
             torch.testing.assert_close(results[folder][1][name], tensor, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_float16_base_loses_nothing_of_a_step_of_many_tokens(lora_model, start_training):
+    moves = {}
+    for dtype in (torch.float32, torch.float16):
+        model = lora_model()
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                # The same values in both types.
+                parameter.data = parameter.data.half().to(dtype)
+        before = trained(model)
+        training = start_training(
+            str(dtype),
+            model=model,
+            max_steps=1,
+            batch_size=10,
+            gradient_accumulation=160,
+            optimizer="sgd",
+            learning_rate=1.0,
+            max_grad_norm=None,
+        )
+        (metrics,) = training.steps()
+        after = trained(model)
+        moves[dtype] = torch.cat([(after[name] - before[name]).flatten() for name in before])
+        # Without a bound the step is the gradient itself: that of the mean, not of the sum.
+        assert float(moves[dtype].norm()) == pytest.approx(metrics.grad_norm, rel=1e-3)
+    exact, half = moves.values()
+    assert float(half.norm()) == pytest.approx(float(exact.norm()), rel=2e-3)
+    # 0.9987 where the mean's share of each token passes through float16.
+    assert float(torch.nn.functional.cosine_similarity(exact, half, dim=0)) > 0.9999
+
+
 def test_loss_needs_no_logits_beyond_supervised_positions(tiny_model, rows):
     seen = []
     tiny_model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[:-1]))

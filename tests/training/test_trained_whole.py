@@ -78,3 +78,34 @@ def test_a_head_that_is_trained_in_16_bits_is_warned_of(
     assert said in " ".join(capsys.readouterr().err.split())
     assert cli.run(["plan", str(recipe), "model.dtype=float32"]) == 0
     assert said not in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_head_is_not_trained_in_float16(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(adapter={"modules_to_save": ["lm_head"]}, model={"dtype": "float16"})
+    for command in ("plan", "train"):
+        assert cli.run([command, str(recipe)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "adapter.modules_to_save: lm_head would be trained in the float16 of the" in said
+        assert "expected model.dtype: float32 or bfloat16 where modules are trained whole" in said
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_the_head_of_an_adapter_that_is_trained_on_is_looked_at_as_well(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(
+        adapter={"rank": {"method": "fixed", "max": 1}, "modules_to_save": ["lm_head"]},
+        train={"max_steps": 1},
+    )
+    assert cli.run(["train", str(recipe)]) == 0
+    on = ["plan", str(recipe), f"adapter={{from: {tmp_path / 'run'}}}", f"output_dir={tmp_path}/on"]
+    capsys.readouterr()
+    assert cli.run([*on, "model.dtype=bfloat16"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "are trained in the base's bfloat16" in said
+    assert cli.run([*on, "model.dtype=float16"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "lm_head would be trained in the float16 of the base" in said

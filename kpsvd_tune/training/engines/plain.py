@@ -78,6 +78,12 @@ class Engine:
             self._accelerator.backward(summed * scale)
         return summed.detach()
 
+    def divide(self, number: float) -> None:
+        """Divide the gradient that a step has added up, before it is clipped."""
+        for parameter in self._names:
+            if parameter.grad is not None:
+                parameter.grad /= number
+
     def clip(self) -> float:
         """Clip the gradient as the recipe says; its norm before that."""
         if self._scaler is not None:

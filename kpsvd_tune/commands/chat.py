@@ -50,7 +50,13 @@ def chat(
     from kpsvd_tune.evaluation.conversation import Conversation
     from kpsvd_tune.evaluation.generation import GenerationOptions
     from kpsvd_tune.processes import device
-    from kpsvd_tune.runs.find import find, load, place_loaded, resolve_base
+    from kpsvd_tune.runs.find import (
+        find,
+        full_precision_note,
+        load,
+        place_loaded,
+        resolve_base,
+    )
 
     with ConsoleEvents() as events:
         found = find(source)
@@ -63,6 +69,8 @@ def chat(
             )
             if loaded.other_base is not None:
                 events.note(f"answering {loaded.other_base}")
+            if note := full_precision_note(loaded.distances, "answers in"):
+                events.note(note)
             place_loaded(found, loaded, device(), events.note)
             loaded.model.eval()
             # A run is asked as it was trained; a model alone by its chat template.

@@ -43,7 +43,13 @@ def generate(
     check_reachable(source, base)
     from kpsvd_tune.evaluation.generation import GenerationOptions, answer_one
     from kpsvd_tune.processes import device
-    from kpsvd_tune.runs.find import find, load, place_loaded, resolve_base
+    from kpsvd_tune.runs.find import (
+        find,
+        full_precision_note,
+        load,
+        place_loaded,
+        resolve_base,
+    )
 
     with ConsoleEvents() as events:
         found = find(source)
@@ -56,6 +62,8 @@ def generate(
             )
             if loaded.other_base is not None:
                 events.note(f"answering {loaded.other_base}")
+            if note := full_precision_note(loaded.distances, "answers in"):
+                events.note(note)
             events.stage("answering")
             phase.enter("answering", ["a lower --max-new-tokens, or a shorter prompt"])
             place_loaded(found, loaded, device(), events.note)

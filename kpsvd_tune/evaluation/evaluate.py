@@ -64,7 +64,7 @@ from kpsvd_tune.processes import num_processes, on_main_process, rank, wait_for_
 from kpsvd_tune.recipe import LOSS_TASKS, OWN_ROWS_TASKS, DatasetRecipe, EvaluationRecipe
 from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import as_mapping, score_text
-from kpsvd_tune.runs.find import Loaded
+from kpsvd_tune.runs.find import Loaded, full_precision_note
 from kpsvd_tune.storage.disk import explained
 from kpsvd_tune.storage.durable import make_folder, rename, replace_file
 from kpsvd_tune.storage.json_files import parse_json, read_bytes, to_json
@@ -353,6 +353,9 @@ class Scorer:
             # The conditions stand in results.json and in the card of a run.
             asked += "; on another base model than the adapter's"
             result["other_base"] = f"scored {other}"
+        if note := full_precision_note(loaded.distances, "scored in"):
+            self.events.note(note)
+            asked += "; on a plain base, where the adapter was trained on a quantised one"
         if (file := folder / COMPLETIONS_FILE).exists():
             result["completions"] = str(file)
         return {**result, "conditions": asked}

@@ -42,7 +42,7 @@ from kpsvd_tune.models.source import base_of
 from kpsvd_tune.report.card import CARD, gguf_card
 from kpsvd_tune.report.results import GgufReport
 from kpsvd_tune.runs.described import training_of
-from kpsvd_tune.runs.find import Found, compare_files, load
+from kpsvd_tune.runs.find import Found, compare_files, full_precision_note, load
 from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_file, write_folder
 from kpsvd_tune.storage.hashes import file_hash
@@ -93,6 +93,9 @@ def export_gguf(
         found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
     )
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
+    about_base = [f"exported {other_base}"] if other_base else []
+    if note := full_precision_note(loaded.distances, "exported for"):
+        about_base.append(note)
     if other_base is None:
         compare_files(model, source, events)
     check_vocabulary(file, tokenizer, load_tokenizer(source))
@@ -155,7 +158,7 @@ def export_gguf(
             sha256=file_hash(partial / NAME),
         )
         _check_proof(report, TOLERANCES["float32"] * smallest)
-        report = replace(report, warnings=_warnings(report, file, is_base, other_base))
+        report = replace(report, warnings=_warnings(report, file, is_base, about_base))
         write_file(partial / "export_report.json", to_json(report.to_dict()))
         card = gguf_card(report, base_of(source, found.base), training)
         write_file(partial / CARD, card.encode())
@@ -279,9 +282,9 @@ def _check_proof(report: GgufReport, exact: float) -> None:
 
 
 def _warnings(
-    report: GgufReport, file: GgufModel, is_base: bool, other_base: str | None
+    report: GgufReport, file: GgufModel, is_base: bool, about_base: Sequence[str]
 ) -> tuple[str, ...]:
-    found = [f"exported {other_base}"] if other_base else []
+    found = [*about_base]
     change, far = report.adapter_logit_difference, report.max_logit_difference
     if change == 0:
         found.append(

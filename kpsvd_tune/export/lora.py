@@ -23,13 +23,13 @@ from kpsvd_tune.events import Events
 from kpsvd_tune.export.low_rank import LowRank, low_rank
 from kpsvd_tune.export.proof import plain_logits
 from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES, difference, logits
-from kpsvd_tune.models import ModelSource, base_of
+from kpsvd_tune.models import ModelSource, base_of, load_skeleton
 from kpsvd_tune.models.loading import DTYPES
 from kpsvd_tune.report.card import CARD, lora_card
 from kpsvd_tune.report.results import LoraReport
 from kpsvd_tune.runs.adapter_folder import CONFIG, WEIGHTS
 from kpsvd_tune.runs.described import training_of
-from kpsvd_tune.runs.find import Found, compare_files, load
+from kpsvd_tune.runs.find import Found, Loaded, compare_files, full_precision_note, load
 from kpsvd_tune.storage.commit import seal
 from kpsvd_tune.storage.durable import write_file, write_folder
 from kpsvd_tune.storage.json_files import to_json
@@ -103,6 +103,7 @@ def export_lora(
         found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
     )
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
+    about_base = _about_base(loaded, source)
     if other_base is None:
         compare_files(model, source, events)
     _check_layers(model)
@@ -162,7 +163,7 @@ def export_lora(
             top1_agreement=agreement,
             num_positions=sum(map(len, prompts)),
             prompts=PROMPTS,
-            warnings=_warnings(config, change, other_base, unknown),
+            warnings=_warnings(config, change, about_base, unknown),
         )
         write_file(partial / "export_report.json", to_json(report.to_dict()))
         card = lora_card(report, base_of(source, found.base), training)
@@ -330,10 +331,23 @@ def _unknown_ends(model: PeftModel, tokenizer: Any) -> list[str]:
     return [str(each) for each in tokenizer.convert_ids_to_tokens(unknown)]
 
 
+def _about_base(loaded: Loaded, source: ModelSource) -> list[str]:
+    """What is to be said of the base that the LoRA was compared on."""
+    found = [f"exported {loaded.other_base}"] if loaded.other_base else []
+    if note := full_precision_note(loaded.distances, "exported for"):
+        found.append(note)
+    if getattr(load_skeleton(source).config, "quantization_config", None) is not None:
+        found.append(
+            "the base is stored quantised, and the LoRA was compared on its dequantised weights; "
+            "on the quantised ones the library that computes with them rounds in its own way"
+        )
+    return found
+
+
 def _warnings(
-    config: LoraConfig, change: float, other_base: str | None, unknown_ends: Sequence[str]
+    config: LoraConfig, change: float, about_base: Sequence[str], unknown_ends: Sequence[str]
 ) -> tuple[str, ...]:
-    found = [f"exported {other_base}"] if other_base else []
+    found = [*about_base]
     if change == 0:
         found.append(
             "the adapter changes nothing: on all prompts its logits are those of its base model. "

@@ -41,7 +41,7 @@ from kpsvd_tune.models.loading import DTYPES, same_tokenizer
 from kpsvd_tune.report.card import CARD, Base, Training, merged_card
 from kpsvd_tune.report.results import MergeReport
 from kpsvd_tune.runs.described import training_of
-from kpsvd_tune.runs.find import Found, compare_files
+from kpsvd_tune.runs.find import Found, compare_files, full_precision_note
 from kpsvd_tune.runs.merged_folder import MERGE_REPORT, trained_as
 from kpsvd_tune.runs.ownership import refuse_inside_run
 from kpsvd_tune.storage.disk import check_room
@@ -450,17 +450,8 @@ def _ends_added(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
 
 
 def _from_quantised(distances: Mapping[str, float]) -> tuple[str, ...]:
-    """What an adapter meets that was trained on quantised weights and is merged into plain ones."""
-    if not distances:
-        return ()
-    mean = (sum(each**2 for each in distances.values()) / len(distances)) ** 0.5
-    worst = max(distances, key=distances.__getitem__)
-    return (
-        "The adapter was trained on a quantised base and merged into full precision: the weights "
-        f"of its {len(distances)} layers are {100 * mean:.2g} % of their norm from the quantised "
-        f"ones in the root mean square, {100 * distances[worst]:.2g} % in {worst}, estimated from "
-        "random projections.",
-    )
+    note = full_precision_note(distances, "merged into")
+    return () if note is None else (note,)
 
 
 def _lost_updates(kept: dict[str, float], dtype: str) -> tuple[str, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 import kpsvd_tune.adapter  # noqa: F401  registers KPSVD, which PeftModel.from_pretrained needs
-from kpsvd_tune.adapter.base import other_base_allowed
+from kpsvd_tune.adapter.base import noted_distances, other_base_allowed
 from kpsvd_tune.adapter.model import check_streamed
 from kpsvd_tune.data.read.sources import training_sources
 from kpsvd_tune.errors import AdapterError, InputError, KpsvdTuneError, ModelError
@@ -106,6 +106,8 @@ class Loaded:
     model: Any  # with its adapter, unless that was left out
     tokenizer: PreTrainedTokenizerBase  # the adapter's own where it has one
     other_base: str | None  # says so where the base is another than the adapter's
+    # How far plain weights are from the quantised ones of the training: see `noted_distances`.
+    distances: Mapping[str, float] = field(default_factory=dict)
 
 
 def find(source: str) -> Found:
@@ -218,8 +220,9 @@ def load(
         model = load_model(source, dtype, quantization=found.quantization)
     if found.adapter is None or base_only:
         return Loaded(model, tokenizer, None)
-    model, other = load_adapter(model, found.adapter, allow_other_base)
-    return Loaded(model, tokenizer, other)
+    with noted_distances() as distances:
+        model, other = load_adapter(model, found.adapter, allow_other_base)
+    return Loaded(model, tokenizer, other, distances)
 
 
 def place_loaded(found: Found, loaded: Loaded, device: torch.device, note: Note) -> None:
@@ -306,6 +309,28 @@ def _loaded(
             "trained on, and adapter_config.json and the weights as they were saved"
         ) from error
     return adapted, other_base_note(differences)
+
+
+def full_precision_note(distances: Mapping[str, float], done: str) -> str | None:
+    """What an adapter meets that was trained on quantised weights and is used on plain ones.
+
+    Args:
+        distances: Of :func:`kpsvd_tune.adapter.base.noted_distances`.
+        done: What is done with it: "merged into".
+
+    Returns:
+        The sentence; None where there is no distance.
+    """
+    if not distances:
+        return None
+    mean = (sum(each**2 for each in distances.values()) / len(distances)) ** 0.5
+    worst = max(distances, key=distances.__getitem__)
+    return (
+        f"The adapter was trained on a quantised base and {done} full precision: the weights "
+        f"of its {len(distances)} layers are {100 * mean:.2g} % of their norm from the quantised "
+        f"ones in the root mean square, {100 * distances[worst]:.2g} % in {worst}, estimated from "
+        "random projections."
+    )
 
 
 def other_base_note(differences: Sequence[str]) -> str | None:

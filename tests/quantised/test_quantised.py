@@ -257,6 +257,40 @@ def test_a_run_is_used_on_the_base_that_it_was_trained_on(
     assert loaded[0][1]["quantization"] == "nf4"
 
 
+@pytest.mark.parametrize("command", ["eval", "generate", "export"])
+def test_an_adapter_alone_tells_that_its_base_was_quantised(
+    command: str,
+    recipe: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("train", recipe("nf4"), "--offline", "adapter.factor_shape=thin") == 0
+    adapter, output = tmp_path / "run" / "adapter", tmp_path / "output"
+    asked = [
+        "--task",
+        "loss",
+        "--path",
+        rows_file,
+        "columns={prompt: question, completion: answer}",
+    ]
+    options = {
+        "eval": [*asked, "-o", output],
+        "generate": ["Hello", "--max-new-tokens", 2],
+        "export": ["--to", "lora", "-o", output],
+    }[command]
+    capsys.readouterr()
+    assert run(command, adapter, *options) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    done = {"eval": "scored in", "generate": "answers in", "export": "exported for"}[command]
+    if command == "export":
+        told = " ".join(json.loads((output / "export_report.json").read_text())["warnings"])
+    assert f"The adapter was trained on a quantised base and {done} full precision: the we" in told
+    if command == "eval":
+        results = json.loads((output / "results.json").read_text())
+        assert "on a plain base, where the adapter was trained on a quantised one" in str(results)
+
+
 @kinds
 def test_trials_share_no_quantised_weights(kind: str, recipe: Callable[..., Path]) -> None:
     wanted = load_recipe(recipe(kind))
@@ -284,7 +318,12 @@ def test_a_base_that_comes_quantised_is_decomposed_trained_and_merged(
     assert "is stored quantised: its dequantised weights are taken" in caplog.text
     assert torch.equal(found, base_weight(packed.get_submodule(LAYER)).float())
     path = recipe(kind, path=str(base), quantization=None)
-    assert run("train", path, "--offline") == 0
+    assert run("train", path, "--offline", "adapter.factor_shape=thin") == 0
+    lora = tmp_path / "lora"
+    assert run("export", tmp_path / "run", "--to", "lora", "-o", lora, "--offline") == 0
+    exported = json.loads((lora / "export_report.json").read_text())
+    assert exported["max_logit_difference"] <= exported["tolerance"]
+    assert "the LoRA was compared on its dequantised weights" in " ".join(exported["warnings"])
     merged = tmp_path / "merged"
     assert run("merge", tmp_path / "run", "-o", merged, "--offline") == 0
     assert json.loads((merged / "merge_report.json").read_text())["passed"]

@@ -239,7 +239,11 @@ def names_in_file(file: GgufModel, model: Any) -> dict[str, str]:
     if absent or more:
         raise ModelError(
             f"{file.path} and the base are different models: "
-            + (f"the file lacks {some_of(absent)}" if absent else f"it holds {some_of(more)} more")
+            + (
+                f"the file lacks {some_of(absent)}"
+                if absent
+                else f"only the file holds {some_of(more)}"
+            )
         )
     for name, key in names.items():
         if name in file.tensors and file.size(name) != tuple(weights[key].shape):

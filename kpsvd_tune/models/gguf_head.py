@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kpsvd_tune.errors import CheckpointError, InputError, ResourceError
+from kpsvd_tune.models.gguf_rotations import with_rotations
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.commit import commit, read_committed
 from kpsvd_tune.storage.paths import cache_folder
@@ -30,8 +32,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # A head with a vocabulary of 256,000 tokens and its merges takes about 12 MB.
 _HEAD = 1 << 26
+# Tensors that a model may lack: tables of rotations, which are computed; experts, which
+# transformers finds under names of its own; and layers that predict further tokens.
+_NO_PLACE = re.compile(
+    r"^rope_|rot_embd|\.rope\.freqs|_exps?\.|_shexp\.|\.nextn\.|^output\.weight$"
+)
 # Raise it when other files are kept.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def gguf_config(source: ModelSource) -> PretrainedConfig:
@@ -39,10 +46,11 @@ def gguf_config(source: ModelSource) -> PretrainedConfig:
     from transformers import AutoConfig
 
     def read() -> PretrainedConfig:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            source.folder, local_files_only=True, gguf_file=source.gguf_file
-        )
-        return config
+        with readers_kept() as readers:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                source.folder, local_files_only=True, gguf_file=source.gguf_file
+            )
+        return with_rotations(config, _plain_values(readers[-1]), source.path)
 
     def load(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -73,19 +81,67 @@ def gguf_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def names_mapped_once() -> Iterator[None]:
-    """Keep gguf's table of tensor names while transformers loads a file.
-
-    transformers asks for the whole table once a module, which takes seconds for a small model.
-    """
+def readers_kept() -> Iterator[list[Any]]:
+    """Keep each reader with which transformers opens a file; a second one would take seconds."""
     import gguf
 
-    found = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = functools.cache(found)
+    made: list[Any] = []
+    found = gguf.GGUFReader
+
+    def read(*arguments: Any, **options: Any) -> Any:
+        made.append(found(*arguments, **options))
+        return made[-1]
+
+    gguf.GGUFReader = read  # type: ignore[misc, assignment]
     try:
-        yield
+        yield made
     finally:
-        gguf.get_tensor_name_map = found
+        gguf.GGUFReader = found  # type: ignore[misc]
+
+
+def _plain_values(reader: Any) -> dict[str, Any]:
+    """The metadata of a reader without its arrays."""
+    from gguf import GGUFValueType
+
+    return {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if field.types and field.types[0] != GGUFValueType.ARRAY
+    }
+
+
+@contextmanager
+def tensors_watched() -> Iterator[list[str]]:
+    """While transformers loads a file, note its tensors for which the model has no place.
+
+    gguf's table of names is kept meanwhile: transformers asks for the whole of it once a module,
+    which takes seconds for a small model.
+
+    Yields:
+        A list that gets their names, sorted, when the file has been loaded.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as of_transformers
+
+    table, mapped = gguf.get_tensor_name_map, of_transformers.get_gguf_hf_weights_map
+    taken: set[str] = set()
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        found = mapped(*arguments, **options)
+        taken.update(found)
+        return found
+
+    gguf.get_tensor_name_map = functools.cache(table)
+    of_transformers.get_gguf_hf_weights_map = noted
+    left: list[str] = []
+    try:
+        with readers_kept() as readers:
+            yield left
+    finally:
+        gguf.get_tensor_name_map = table
+        of_transformers.get_gguf_hf_weights_map = mapped
+    held = {each.name for reader in readers for each in reader.tensors} if taken else set()
+    left.extend(sorted(name for name in held - taken if not _NO_PLACE.search(name)))
 
 
 def _is_same_tokenizer(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> bool:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from kpsvd_tune.errors import KpsvdTuneError, ModelError, some_of
 from kpsvd_tune.hardware.devices import own_device
-from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer, names_mapped_once
+from kpsvd_tune.models.gguf_head import gguf_config, gguf_tokenizer, tensors_watched
 from kpsvd_tune.models.quantised import dequantised, quantisation_config, settle_quantised
 from kpsvd_tune.models.source import ModelSource
 from kpsvd_tune.storage.memory import is_out_of_memory
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 # In a GGUF file the name of the tensor of rotary factors, and the bytes that names lie in.
-_ROPE_FACTORS, _GGUF_HEAD = b"rope_freqs.weight", 1 << 26
+_ROPE_FACTORS, _GGUF_HEAD = (b"rope_freqs.weight", b"rope_factors_long.weight"), 1 << 26
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a file that is cut, empty or overwritten raises in the library that reads it.
@@ -72,8 +72,8 @@ def load_model(
     # Typed as returning the model alone, whatever is asked for.
     load: Any = AutoModelForCausalLM.from_pretrained
     is_gguf = source.kind == "gguf"
-    quickly = names_mapped_once() if is_gguf else nullcontext()
-    with _reading(f"model {source.path!r} cannot be loaded"), quickly:
+    watched: Any = tensors_watched() if is_gguf else nullcontext(())
+    with _reading(f"model {source.path!r} cannot be loaded"), watched as homeless:
         try:
             model, info = load(
                 source.folder, local_files_only=True, output_loading_info=True, **options
@@ -101,11 +101,22 @@ def load_model(
     if extra:
         warn_of_extra(source, extra)
     if is_gguf:
+        _refuse_homeless(source, homeless)
         _forget_quantisation(model)
         _warn_of_rotations(source)
     settle_quantised(model, source.path)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _refuse_homeless(source: ModelSource, names: Sequence[str]) -> None:
+    """Refuse a GGUF file with tensors that transformers would leave out of the model."""
+    if names:
+        raise ModelError(
+            f"model {source.path!r}: the file holds {some_of(names)}, for which transformers has "
+            "no place in a model of this architecture and size, so that another model would be "
+            "loaded; expected the model's folder with config.json and safetensors"
+        )
 
 
 def warn_of_extra(source: ModelSource, extra: Sequence[str]) -> None:
@@ -401,7 +412,8 @@ def _warn_of_rotations(source: ModelSource) -> None:
     """
     with source.weight_files[0].open("rb") as file:
         # The names of the tensors follow the vocabulary, which takes a few megabytes.
-        if _ROPE_FACTORS not in file.read(_GGUF_HEAD):
+        head = file.read(_GGUF_HEAD)
+        if not any(name in head for name in _ROPE_FACTORS):
             return
     _log.warning(
         "model %r: the file rescales the rotary embedding (rope_freqs), which transformers does "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import architectures
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kpsvd_tune.adapter.targets import target_names
 from kpsvd_tune.errors import ModelError
@@ -114,7 +116,12 @@ def gguf_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def write_gguf(path: Path, has_rope_factors: bool = False) -> Path:
+def write_gguf(
+    path: Path,
+    has_rope_factors: bool = False,
+    scaling: Mapping[str, Any] | None = None,  # of the rotary embedding, by llama.cpp's names
+    more: Sequence[str] = (),  # names of vectors beside those of the model
+) -> Path:
     """A one-layer Llama of random numbers, its matrices quantised to Q8_0."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
@@ -144,6 +151,11 @@ def write_gguf(path: Path, has_rope_factors: bool = False) -> Path:
         writer.add_tensor(f"{name}.weight", data, raw_dtype=quantised)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", torch.ones(32).numpy())
+    for key, value in (scaling or {}).items():
+        kinds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        kinds[type(value)](f"llama.rope.scaling.{key}", value)
+    for name in more:
+        writer.add_tensor(name, torch.ones(32).numpy())
     if has_rope_factors:
         writer.add_tensor("rope_freqs.weight", torch.tensor([1.0] * 4 + [8.0] * 4).numpy())
     writer.write_header_to_file()
@@ -161,6 +173,62 @@ def test_factors_of_the_rotary_embedding_that_are_not_read_are_told(
     load_model(resolve_model(str(path)), "float32")
     told = "the file rescales the rotary embedding (rope_freqs), which transformers does not read"
     assert (told in caplog.text) == has_rope_factors
+
+
+@pytest.mark.parametrize(
+    ("scaling", "rope"),
+    [
+        ({"type": "linear", "factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 16},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        ),
+    ],
+)
+def test_a_rescaled_rotary_embedding_of_a_gguf_file_is_the_models(
+    scaling: dict[str, Any], rope: dict[str, Any], tmp_path: Path
+) -> None:
+    source = resolve_model(str(write_gguf(tmp_path / "tiny.gguf", scaling=scaling)))
+    plain = load_model(resolve_model(str(write_gguf(tmp_path / "plain.gguf"))), "float32")
+    config: Any = LlamaConfig(**plain.config.to_dict())
+    config.rope_parameters = {**config.rope_parameters, **rope}
+    expected = LlamaForCausalLM(config).model.rotary_emb
+    loaded: Any = load_model(source, "float32")
+    assert loaded.config.rope_parameters == config.rope_parameters
+    own = loaded.model.rotary_emb
+    assert torch.equal(own.inv_freq, expected.inv_freq)
+    assert own.attention_scaling == expected.attention_scaling
+    assert not torch.equal(own.inv_freq, plain.model.rotary_emb.inv_freq)
+    # What is read without weights, from what was kept of the file, knows of it as well.
+    assert load_skeleton(source).config.rope_parameters == config.rope_parameters
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "longrope", "factor": 8.0},
+        {"type": "linear"},
+        {"type": "yarn", "factor": 4.0, "original_context_length": 16, "attn_factor": 0.5},
+    ],
+)
+def test_another_rescaling_of_the_rotary_embedding_is_refused(
+    scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    source = resolve_model(str(write_gguf(tmp_path / "tiny.gguf", scaling=scaling)))
+    for load in (load_skeleton, lambda each: load_model(each, "float32")):
+        with pytest.raises(ModelError, match="in a way that cannot be computed here") as raised:
+            load(source)
+        assert f"llama.rope.scaling.type = {scaling['type']}" in str(raised.value)
+        assert "expected the model's folder with config.json" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_q.bias", "blk.0.ffn_up.bias", "blk.1.attn_norm.weight"]
+)
+def test_tensors_of_a_gguf_file_without_a_place_are_refused(name: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", more=[name])
+    with pytest.raises(ModelError, match=f"the file holds {name}, for which transformers has no"):
+        load_model(resolve_model(str(path)), "float32")
 
 
 @pytest.mark.slow

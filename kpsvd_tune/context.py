@@ -11,6 +11,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from kpsvd_tune.data import TokenizedRow
+from kpsvd_tune.evaluation.kept_text import KeptText
 from kpsvd_tune.evaluation.sandbox.run import Sandbox
 from kpsvd_tune.models import ModelSource
 from kpsvd_tune.phase import Phase
@@ -70,3 +71,4 @@ class RunInput:
     num_steps: int  # optimiser steps of the whole run
     adapter: Path | None  # the folder of the adapter to go on from; None to decompose the base
     start: Start  # where the run begins or goes on
+    kept_text: KeptText | None  # that of `restrain`

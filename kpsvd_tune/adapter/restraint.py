@@ -7,7 +7,9 @@ token by theta times features f of the layer's input. Cut back with strength s, 
 
 the mean squares over the tokens of either text, so theta' = theta M (M + s G)^-1 with the second
 moments M = E_trained f f^T and G = E_other f f^T. Where the two texts use other directions little
-of the update is lost; with equal moments it shrinks by 1 / (1 + s), as ``both`` does always.
+of the update is lost; with equal moments it shrinks by 1 / (1 + s), as ``both`` does always. A
+layer that the other text does not reach, such as one for some tokens only, has G = 0 and stays as
+trained; where only the other text reaches it, M is not known and the update shrinks.
 """
 
 from __future__ import annotations
@@ -50,49 +52,56 @@ class Restraint:
             name: [part.detach().clone() for part in layer.trained(adapter_name)]
             for name, layer in self._layers.items()
         }
-        self._moments = self._collect(model, trained), self._collect(model, other)
+        self._own, self._other = self._collect(model, trained), self._collect(model, other)
 
     @torch.no_grad()
     def apply(self, strength: float) -> None:
         """Give the model the update cut back by a strength of 0 (as trained) or more."""
         for name, layer in self._layers.items():
-            held = self._held[name]
-            if strength == 0:
+            held, own, other = self._held[name], self._own.get(name), self._other.get(name)
+            if strength == 0 or name not in self._other:
                 new = held
-            elif name in self._moments[0]:
-                new = [self._cut(layer, name, held[0], strength)]
-            else:
+            elif own is None or other is None:
                 new = [part / (1 + strength) for part in held]
+            else:
+                new = [self._cut(layer, held[0], own, strength * other)]
             for part, values in zip(layer.trained(self._name), new, strict=True):
                 part.copy_(values)
 
-    def _cut(self, layer: KpsvdLayer, name: str, trained: Tensor, strength: float) -> Tensor:
+    def _cut(self, layer: KpsvdLayer, trained: Tensor, own: Tensor, other: Tensor) -> Tensor:
         form = layer.kpsvd_form[self._name]
-        own, other = (found[name] for found in self._moments)
-        ridge = _RIDGE * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype)
-        own = own + ridge
+        own = own + _RIDGE * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype)
         # theta M (M + s G)^-1, transposed, as both are symmetric.
         theta = form.as_rows(trained).cpu().double()
-        cut = torch.linalg.solve(own + strength * other, own @ theta.T).T
+        cut = torch.linalg.solve(own + other, own @ theta.T).T
         return form.from_rows(cut.to(trained))
 
     @torch.no_grad()
-    def _collect(self, model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The mean of f f^T over all samples of features, float64 (k, k), of each linear layer."""
-        sums: dict[str, Tensor] = {}
+    def _collect(self, model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor | None]:
+        """The mean of f f^T over all samples of features, float64 (k, k), of each layer reached.
+
+        A layer is reached where it is called with a token that its update acts on. One whose form
+        is not linear has no features, and None in place of the mean.
+        """
+        sums: dict[str, Tensor | None] = {}
         counts = dict.fromkeys(self._layers, 0)
 
         def add(name: str, layer: KpsvdLayer, arguments: Sequence[Any]) -> None:
             form, tensors = layer.kpsvd_form[self._name], layer.tensors(self._name)
             x = arguments[0].reshape(-1, arguments[0].shape[-1]).float()
+            if not len(x):
+                return
             step = max(1, _ENTRIES // max(1, form.num_features))
             for part in torch.split(x, step):
                 features = form.features(part, tensors)
                 if features is None:
+                    sums[name] = None
                     return
                 counts[name] += len(features)
                 product = (features.T @ features).cpu().double()
-                sums[name] = sums[name] + product if name in sums else product
+                if product.any():
+                    earlier = sums.get(name)
+                    sums[name] = product if earlier is None else earlier + product
 
         def hook(name: str, layer: Any) -> Any:
             return layer.register_forward_pre_hook(lambda _, given: add(name, layer, given))
@@ -104,4 +113,6 @@ class Restraint:
         finally:
             for each in hooks:
                 each.remove()
-        return {name: found / counts[name] for name, found in sums.items()}
+        return {
+            name: None if found is None else found / counts[name] for name, found in sums.items()
+        }

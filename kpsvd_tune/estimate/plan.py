@@ -83,6 +83,7 @@ from kpsvd_tune.training.from_adapter import find_adapter
 from kpsvd_tune.training.precision import going_on, settle_precision
 from kpsvd_tune.training.schedule import RunLength, run_length
 from kpsvd_tune.training.stages import read_rows
+from kpsvd_tune.training.whole import whole_warnings
 from kpsvd_tune.units import size
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -164,6 +165,8 @@ def make_plan(
     else:
         reader = WeightReader(source, names, skeleton)
         ranks = possible_ranks(reader, layer_plans(reader, adapter), adapter, recipe.train.seed)
+    for warning in whole_warnings(recipe, folder):
+        events.tell(warning)
     data = length = tokenizer = None
     if reads_rows:
         tokenizer = load_tokenizer(source)

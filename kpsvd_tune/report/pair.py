@@ -9,7 +9,7 @@ from typing import Any
 
 from kpsvd_tune.report.results import PairedScore, Result
 from kpsvd_tune.report.run import LOSSES, losses, score_lines
-from kpsvd_tune.report.run_files import RunFiles
+from kpsvd_tune.report.run_files import KEPT_TEXT_KEY, RunFiles
 from kpsvd_tune.report.run_words import (
     money_spent,
     peak_memory,
@@ -178,6 +178,7 @@ def _made_of(first: RunFiles, second: RunFiles) -> Iterator[tuple[str, str, str]
         ("rows", "dataset"),
         ("base model", "base"),
         ("adapter begun with", "adapter"),
+        ("text of restrain", KEPT_TEXT_KEY),
     ):
         one, two = own.get(key), other.get(key)
         if one is None and two is None:

@@ -127,10 +127,21 @@ def worse_line(results: Mapping[str, Any]) -> str | None:
         return None
     began = "the base model" if is_from_base else "the adapter it began with (adapter.from)"
     step = results.get("adapter_step", results.get("steps"))
+    trained = loss_as_trained(results)
+    cut = "" if trained is None else f" cut back by `restrain` ({trained:.4f} as it was trained)"
     return (
         f"the adapter is worse than {began} on the held-out rows: validation loss {loss:.4f} at "
-        f"step {step}, {start:.4f} before the first step"
+        f"step {step}{cut}, {start:.4f} before the first step"
     )
+
+
+def loss_as_trained(results: Mapping[str, Any]) -> float | None:
+    """Validation loss of the adapter before `restrain` cut it back; None where it did not."""
+    if not (results.get("restraint") or {}).get("strength"):
+        return None
+    is_best = results.get("adapter_step") != results.get("steps")
+    loss: float | None = results.get("best_validation_loss" if is_best else "validation_loss")
+    return loss
 
 
 def losses(results: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -154,6 +165,8 @@ def result_figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         if key == "train_loss":
             value = f"{value:.4f}, {train_loss_kind(results)}"
+        if key == "text_loss_change" and not results.get("restraint", {}).get("is_met", True):
+            value = f"{value:.4f}, above restrain.limit {results['restraint']['limit']:g}"
         if not (is_repeated or is_known or (key.startswith("worse_than_") and not value)):
             shown[key] = value
     return figures(cost_in_words(shown))

@@ -28,6 +28,9 @@ Step = Mapping[str, Any]  # a line of metrics.jsonl, as StepMetrics has it
 _CURE = "the report does without it"
 # Where run.json keeps what this package was installed from, as `runs/installed.py` finds it.
 INSTALLED_KEY = "installed_from"
+# Where a run's identity keeps the sha256 of the text of `restrain`. A change is accepted with that
+# of the key above it.
+KEPT_TEXT_KEY = "restrain.text.sha256"
 # Where run.json keeps the commands that the run took, each with when it `started`, its
 # device-seconds so far, and when it `ended`, which one that was killed does not say.
 SESSIONS_KEY, SECONDS_KEY = "sessions", "device_seconds"

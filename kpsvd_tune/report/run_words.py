@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 from kpsvd_tune.report.results import Event, LearnedLayer
 from kpsvd_tune.report.run import UNSCORED, losses, score_lines, score_value, train_loss_kind
-from kpsvd_tune.report.run_files import INSTALLED_KEY, SECONDS_KEY, SESSIONS_KEY, RunFiles, Step
+from kpsvd_tune.report.run_files import (
+    INSTALLED_KEY,
+    KEPT_TEXT_KEY,
+    SECONDS_KEY,
+    SESSIONS_KEY,
+    RunFiles,
+    Step,
+)
 from kpsvd_tune.units import counted, duration, energy, money, percent, size
 
 # Rows of the table of a curve.
@@ -252,6 +259,7 @@ def identity_lines(run: RunFiles) -> list[tuple[str, str]]:
         ("ended", record.get("ended")),
         ("seed", record.get("seed")),
         ("hash of the rows", identity.get("dataset")),
+        ("hash of the text of restrain", identity.get(KEPT_TEXT_KEY)),
         *((f"hash of {name} of the base", digest) for name, digest in base.items()),
     ]
     changes = record.get("changes") or []

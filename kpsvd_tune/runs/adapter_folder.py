@@ -46,6 +46,7 @@ class AdapterFile(BaseModel):
     target_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layers: dict[str, _Layer] | None = None
     base_files: dict[str, str] | None = None
     base_config: dict[str, Any] | None = None

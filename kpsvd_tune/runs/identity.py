@@ -11,6 +11,7 @@ from typing import Any
 
 from kpsvd_tune.recipe import Recipe, value_to_yaml
 from kpsvd_tune.recipe.removed import had_no_effect
+from kpsvd_tune.report.run_files import KEPT_TEXT_KEY
 
 # Keys that change what is shown or kept, and nothing of what is computed. `output_dir` may differ
 # because a run's folder may be moved; `evaluation` comes after training and scores what it finds,
@@ -57,11 +58,15 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Change]
 
     Keys of the recipe are given as the user writes them, without a leading `recipe.`. A key that
     the recipe did not have yet when the run began counts as its default, which keeps to what was
-    done before there was the key; one that it no longer has is left out at its old default.
+    done before there was the key; one that it no longer has is left out at its old default. The
+    text of `restrain` is compared where both name its hash, which earlier versions did not keep.
     """
     before = {key: value for key, value in _flat(old) if not had_no_effect(key, value)}
     after = dict(_flat(new))
     before |= {key: value for key, value in _defaults().items() if key in after.keys() - before}
+    if KEPT_TEXT_KEY not in before.keys() & after.keys():
+        before.pop(KEPT_TEXT_KEY, None)
+        after.pop(KEPT_TEXT_KEY, None)
     keys = [*before, *(key for key in after if key not in before)]
     return {
         key.removeprefix("recipe."): (before.get(key, _ABSENT), after.get(key, _ABSENT))
@@ -118,7 +123,8 @@ def describe(found: Mapping[str, Change]) -> str:
 def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings of a recipe as KEY=VALUE to type; none where one of them is no key of a recipe."""
     for key, value in settings.items():
-        if value == _ABSENT or not covers(_defaults(), f"recipe.{key}"):
+        is_hash = key == KEPT_TEXT_KEY  # below a key of a recipe, and none of its own
+        if value == _ABSENT or is_hash or not covers(_defaults(), f"recipe.{key}"):
             return []
     return [shlex.quote(f"{key}={value_to_yaml(value)}") for key, value in settings.items()]
 

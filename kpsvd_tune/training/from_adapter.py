@@ -48,26 +48,6 @@ def find_adapter(recipe: Recipe) -> Path | None:
     return folder
 
 
-def modules_trained_whole(recipe: Recipe) -> list[str]:
-    """Names of modules that are trained whole: the recipe's, or those of `adapter.from`.
-
-    Raises:
-        RecipeError: The base is loaded in float16, where training would ruin them.
-    """
-    folder = find_adapter(recipe)
-    if folder is None:
-        modules, where = recipe.adapter.modules_to_save, "adapter.modules_to_save"
-    else:
-        modules, where = KpsvdConfig.from_pretrained(str(folder)).modules_to_save or [], str(folder)
-    if modules and recipe.model.dtype == "float16":
-        raise RecipeError(
-            f"{where}: {', '.join(modules)} would be trained in the float16 of the base, in which "
-            "the squares of small gradients that an optimiser keeps are 0, so that its steps have "
-            "no bound; expected model.dtype: float32 or bfloat16 where modules are trained whole"
-        )
-    return list(modules)
-
-
 def load_adapted(context: Context, data: RunInput, folder: Path) -> tuple[PeftModel, str | None]:
     """Load the base model with a saved adapter on it, ready to be trained on.
 

@@ -2,15 +2,14 @@
 
 The user's text is read in windows. Every other one tells where the update must not act, and the
 ones between judge, so that the figure is of text that nothing was fitted to. The smallest strength
-that keeps to the limit is looked for on a logarithmic scale.
+that keeps to the limit is looked for on a logarithmic scale; where none does, that with the
+smallest rise is kept.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,47 +19,18 @@ from torch import Tensor
 from kpsvd_tune.adapter.restraint import Restraint
 from kpsvd_tune.context import Context, RunInput
 from kpsvd_tune.data import TokenizedRow
-from kpsvd_tune.errors import DataError
 from kpsvd_tune.evaluation.generation import evaluation_mode
-from kpsvd_tune.evaluation.loss import TokenLoss, summarise, text_windows, token_losses
+from kpsvd_tune.evaluation.kept_text import KeptText
+from kpsvd_tune.evaluation.loss import TokenLoss, summarise, token_losses
 from kpsvd_tune.processes import on_main_process
 from kpsvd_tune.recipe import RestrainRecipe
 from kpsvd_tune.report.results import RestraintReport
 
-WINDOW_TOKENS = 256
-# Windows of either half of the text, and rows of the training set, that are looked at.
-MOST_WINDOWS = 32
-MOST_ROWS = 128
+MOST_ROWS = 128  # of the training set, that are looked at
 BATCH_SIZE = 4
 STRENGTHS = (1 / 256, 256.0)  # tried, from one to the next by this factor
 FACTOR = 4.0
 HALVINGS = 3  # of the factor, to come nearer to the limit
-
-
-@dataclass(frozen=True)
-class Text:
-    """The user's text, read and divided."""
-
-    shown: list[TokenizedRow]  # tells where the update must not act
-    judged: list[TokenizedRow]  # tells what was forgotten
-
-
-def read_text(model: Any, tokenizer: Any, path: str) -> Text:
-    """Read the text of `restrain`, at most twice MOST_WINDOWS windows spread evenly over it.
-
-    Raises:
-        DataError: It is no readable UTF-8 text, or too short to be divided.
-    """
-    windows = text_windows(model, tokenizer, Path(path), WINDOW_TOKENS)
-    if len(windows) < 4:
-        raise DataError(
-            f"restrain.text: {path} has {sum(len(row.input_ids) for row in windows):,} tokens; "
-            f"expected more than {3 * WINDOW_TOKENS:,}, for one half of it says what to keep and "
-            "the other half measures that"
-        )
-    wanted = min(len(windows), 2 * MOST_WINDOWS)
-    chosen = [windows[place * len(windows) // wanted] for place in range(wanted)]
-    return Text(chosen[::2], chosen[1::2])
 
 
 def restrain(
@@ -69,11 +39,10 @@ def restrain(
     """Cut the trained update of a model back; all processes get the same.
 
     The main process looks for the strength, the others are given what it found.
-
-    Raises:
-        DataError: The text cannot be used.
     """
-    found = on_main_process(lambda: _search(context, data, model, settings))
+    text = data.kept_text
+    assert text is not None  # read with the rows, as the recipe has the section
+    found = on_main_process(lambda: _search(context, data, text, model, settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -82,10 +51,9 @@ def restrain(
 
 
 def _search(
-    context: Context, data: RunInput, model: Any, settings: RestrainRecipe
+    context: Context, data: RunInput, text: KeptText, model: Any, settings: RestrainRecipe
 ) -> RestraintReport:
     events = context.events
-    text = read_text(model, data.tokenizer, settings.text)
     with evaluation_mode(model):
         events.stage(f"measuring what was forgotten of {settings.text}")
         base: Tensor
@@ -116,10 +84,7 @@ def _search(
         strength, is_met = smallest_strength(rise, settings.limit)
         rise(strength)
     if not is_met:
-        events.note(
-            f"restrain: no strength up to {strength:g} keeps to the limit {settings.limit:g}; the "
-            "last one is kept. Allow more, or train with a lower rate"
-        )
+        events.note(_unmet(settings.limit, strength, changes[strength]))
     return RestraintReport(
         text=settings.text,
         limit=settings.limit,
@@ -133,31 +98,49 @@ def _search(
     )
 
 
+def _unmet(limit: float, strength: float, change: TokenLoss) -> str:
+    kept = f"strength {strength:g}" if strength else "the update as it was trained (strength 0)"
+    return (
+        f"restrain: no strength up to {STRENGTHS[1]:g} keeps to the limit {limit:g}; {kept} is "
+        f"kept, for its rise is the smallest: {change.value:+.4f} (standard error "
+        f"{change.stderr:.4f}). Allow more, or train with a lower rate"
+    )
+
+
 def smallest_strength(rise: Callable[[float], float], limit: float) -> tuple[float, bool]:
     """The smallest strength that keeps to a limit, of those looked at, and whether any did.
 
     ``rise`` tells the rise of the loss by strength, and is taken to fall with it. 0, which leaves
     the update as it was trained, is looked at first; then powers of FACTOR from 1, then HALVINGS
-    between the last that failed and the first that kept to the limit.
+    between the last that failed and the first that kept to the limit. Where none did, it is the
+    one with the smallest rise, of equal ones the smallest: modules that are trained whole can make
+    the loss rise with the strength.
     """
-    if rise(0.0) <= limit:
+    rises: dict[float, float] = {}
+
+    def keeps(strength: float) -> bool:
+        rises[strength] = rise(strength)
+        return rises[strength] <= limit
+
+    if keeps(0.0):
         return 0.0, True
     low, high = STRENGTHS
     strength = 1.0
-    if rise(strength) <= limit:
-        while strength > low and rise(strength / FACTOR) <= limit:
+    if keeps(strength):
+        while strength > low and keeps(strength / FACTOR):
             strength /= FACTOR
     else:
         while strength < high:
             strength *= FACTOR
-            if rise(strength) <= limit:
+            if keeps(strength):
                 break
         else:
-            return strength, False
+            # A loss that is no number is the worst.
+            return min(rises, key=lambda s: (math.isnan(rises[s]), rises[s], s)), False
     failed = strength / FACTOR
     for _ in range(HALVINGS):
         middle = math.sqrt(failed * strength)
-        if rise(middle) <= limit:
+        if keeps(middle):
             strength = middle
         else:
             failed = middle

@@ -26,6 +26,7 @@ from kpsvd_tune.data.rows.preflight import check_known_tokens, model_limits, pad
 from kpsvd_tune.decompose.start import adapt, fetching
 from kpsvd_tune.errors import KpsvdTuneError, RecipeError, StoppedBySignal
 from kpsvd_tune.evaluation.evaluate import Scorer, check_tasks, labelled
+from kpsvd_tune.evaluation.kept_text import KeptText, read_kept_text
 from kpsvd_tune.evaluation.known import known_rows
 from kpsvd_tune.events import Events
 from kpsvd_tune.hardware.bf16 import without_bf16
@@ -52,7 +53,7 @@ from kpsvd_tune.recipe import DatasetRecipe, Recipe, recipe_to_yaml
 from kpsvd_tune.report.card import adapter_card
 from kpsvd_tune.report.results import LearnedReport, RankReport, Score
 from kpsvd_tune.report.run import UNSCORED, ending
-from kpsvd_tune.report.run_files import INSTALLED_KEY
+from kpsvd_tune.report.run_files import INSTALLED_KEY, KEPT_TEXT_KEY
 from kpsvd_tune.runs.adapter_folder import (
     adapter_hash,
     check_own,
@@ -71,12 +72,7 @@ from kpsvd_tune.training.accelerator import join, make_accelerator, shares_weigh
 from kpsvd_tune.training.cost import earlier_device_seconds, run_cost, start_usage
 from kpsvd_tune.training.device_map import check_device_map, check_place
 from kpsvd_tune.training.engines.deepspeed_config import zero_stage
-from kpsvd_tune.training.from_adapter import (
-    find_adapter,
-    load_adapted,
-    modules_trained_whole,
-    write_ranks,
-)
+from kpsvd_tune.training.from_adapter import find_adapter, load_adapted, write_ranks
 from kpsvd_tune.training.global_batch import fit_global_batch
 from kpsvd_tune.training.initialise import initialise
 from kpsvd_tune.training.learned import measure_learned
@@ -88,10 +84,11 @@ from kpsvd_tune.training.precision import (
     going_on,
     settle_precision,
 )
-from kpsvd_tune.training.restrain import read_text, restrain
+from kpsvd_tune.training.restrain import restrain
 from kpsvd_tune.training.schedule import run_length
+from kpsvd_tune.training.whole import whole_warnings
 from kpsvd_tune.units import counted, duration
-from kpsvd_tune.watch.before import module_warnings, row_warnings, without
+from kpsvd_tune.watch.before import row_warnings, without
 from kpsvd_tune.watch.choice import bf16_fallback, rank_fallbacks
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "kpsvd-tune")
@@ -102,7 +99,10 @@ COSTS_KEY = "costs"
 _ADDED_BY_EVAL = ("scores", "base_scores", "score_files", "score_conditions")
 
 # Figures of results.json that the last event of a run rests on.
-_END_EVIDENCE = ("steps", "train_loss", "validation_loss", "adapter_step", "wall_seconds")
+_END_EVIDENCE = (
+    *("steps", "train_loss", "validation_loss", "adapter_step", "adapter_validation_loss"),
+    "wall_seconds",
+)
 
 _KEPT = "the training and finished completions are kept"
 
@@ -252,19 +252,22 @@ def read_data(context: Context) -> RunInput:
     tokenizer = load_tokenizer(source)
     phase.enter("reading and tokenising the data", data_cures(recipe))
     assert recipe.dataset is not None  # checked when the run was prepared
-    dataset = recipe.dataset
+    dataset, adapter = recipe.dataset, find_adapter(recipe)
+    # Before the rows are read, for it refuses too.
+    warnings = list(whole_warnings(recipe, adapter))
 
     def read() -> tuple[Any, ...]:
         skeleton = load_skeleton(source)
-        if recipe.restrain is not None:  # only looked at, so that a fault is found now
-            read_text(skeleton, tokenizer, recipe.restrain.text)
+        kept = None
+        if recipe.restrain is not None:
+            kept = read_kept_text(skeleton, tokenizer, recipe.restrain.text)
         found = read_rows(recipe, dataset, tokenizer, skeleton, context.events)
         for note in known_rows(recipe.evaluation, dataset, found):
             context.events.note(note)
         told = found.report.to_dict(), tokenizer.chat_template
-        return found.train, found.validation, found.sha256, found.template, *told
+        return found.train, found.validation, found.sha256, found.template, *told, kept
 
-    train, validation, sha256, template, preflight, chat_template = on_main_process(read)
+    train, validation, sha256, template, preflight, chat_template, kept = on_main_process(read)
     # Where the recipe names no chat template the rows decide which one is used.
     tokenizer.chat_template = chat_template
     length = run_length(
@@ -275,8 +278,7 @@ def read_data(context: Context) -> RunInput:
     if length.faults and is_new:
         raise RecipeError("\n".join(length.faults))
     base_files = on_main_process(lambda: base_fingerprint(source))
-    adapter = find_adapter(recipe)
-    identity = _identity(context, base_files, sha256, adapter)
+    identity = _identity(context, base_files, sha256, adapter, kept)
     rows = {"train": len(train), "validation": len(validation)}
     start = on_main_process(lambda: _begin(context, identity, template, rows))
     if not start.is_finished:
@@ -288,7 +290,7 @@ def read_data(context: Context) -> RunInput:
         context.page.refresh()
         for note in length.notes:
             context.events.note(note)
-        for warning in length.warnings:
+        for warning in (*length.warnings, *warnings):
             context.events.tell(warning)
     return RunInput(
         source=source,
@@ -301,6 +303,7 @@ def read_data(context: Context) -> RunInput:
         num_steps=length.num_steps,
         adapter=adapter,
         start=start,
+        kept_text=kept,
     )
 
 
@@ -549,7 +552,6 @@ def read_rows(
     events: Events,
 ) -> PreparedData:
     """Read, tokenise and check the rows of a recipe, and tell what they look like."""
-    modules = modules_trained_whole(recipe)
     events.stage(f"reading {source_names(dataset)}")
     data = prepare(
         dataset,
@@ -561,13 +563,17 @@ def read_rows(
     events.note(data.cache_note)
     warnings = list(row_warnings(data.report))
     events.preflight(replace(data.report, warnings=without(data.report, warnings)))
-    for warning in (*warnings, *module_warnings(modules, recipe.model.dtype)):
+    for warning in warnings:
         events.tell(warning)
     return data
 
 
 def _identity(
-    context: Context, base_files: Mapping[str, str], sha256: str, adapter: Path | None
+    context: Context,
+    base_files: Mapping[str, str],
+    sha256: str,
+    adapter: Path | None,
+    kept: KeptText | None,
 ) -> dict[str, Any]:
     """What must be equal for a run to go on."""
     identity = {
@@ -578,6 +584,8 @@ def _identity(
     }
     if adapter is not None:
         identity["adapter"] = adapter_hash(adapter)
+    if kept is not None:
+        identity[KEPT_TEXT_KEY] = kept.sha256
     if (stage := zero_stage(context.accelerator)) is not None:
         identity["deepspeed_zero_stage"] = stage
     return identity

@@ -74,6 +74,23 @@ def module_warnings(modules_to_save: Sequence[str], dtype: str) -> Iterator[Even
         )
 
 
+def unrestrained_warnings(names: Sequence[str], cure: str) -> Iterator[Event]:
+    """The warning of a restrained run that trains more than its factors.
+
+    Args:
+        names: What else is trained: modules, or rows of one.
+        cure: How to train without them, as the second half of a sentence.
+    """
+    if names:
+        yield warning(
+            "unrestrained_modules",
+            f"`restrain` cuts the factors alone; what is learnt by {', '.join(names)} stays as "
+            "it is trained, so that the limit may not be met, and cut factors may fit them worse.",
+            f"If the limit matters more than they do, {cure}; or lower train.learning_rate.",
+            modules=", ".join(names),
+        )
+
+
 def without(report: PreflightReport, told: list[Event]) -> tuple[str, ...]:
     """The preflight's own warnings that none of the events stands for."""
     marks = {"truncated_rows": _CUT, "dropped_rows": _DROPPED, "shared_rows": _SHARED}

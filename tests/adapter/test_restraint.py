@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from kpsvd_tune.adapter import KpsvdConfig
 from kpsvd_tune.adapter.layer import KpsvdLayer
@@ -28,8 +28,9 @@ OTHER = [torch.arange(100, 140)[None], torch.arange(200, 250)[None]]
 def adapted(model: Any, **options: Any) -> Any:
     """The model with random updates of two terms, in evaluation mode."""
     settings: dict[str, Any] = {"target_modules": "all-linear", "rank": 2, "init_weights": False}
+    settings |= {"task_type": "CAUSAL_LM"}
     torch.manual_seed(0)
-    found = get_peft_model(model, KpsvdConfig(task_type="CAUSAL_LM", **(settings | options)))
+    found = get_peft_model(model, KpsvdConfig(**(settings | options)))
     return found.eval()
 
 
@@ -137,3 +138,47 @@ def test_strengths_do_not_add_up_and_zero_gives_back(
     for name, parameter in model.named_parameters():
         if name in held:
             assert np.array_equal(parameter.detach().numpy(), held[name].numpy())
+
+
+class Branch(nn.Module):
+    """Two layers, of which tokens above 10 alone go through the second."""
+
+    def __init__(self, is_called_without_tokens: bool) -> None:
+        super().__init__()
+        self.is_called_without_tokens = is_called_without_tokens
+        self.embedding = nn.Embedding(20, 16)
+        self.usual, self.rare = (nn.Linear(16, 16, bias=False) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.embedding(input_ids)
+        y: Tensor = self.usual(x)
+        chosen = input_ids > 10
+        if self.is_called_without_tokens or chosen.any():
+            y = y.clone()
+            y[chosen] = self.rare(x[chosen])
+        return y
+
+
+LOW, HIGH = [torch.arange(8)[None]], [torch.arange(6, 16)[None]]
+
+
+@pytest.mark.parametrize("is_called", [False, True], ids=["not called", "called without tokens"])
+@pytest.mark.parametrize("form", ["left", "right", "core", "both"])
+def test_a_layer_that_the_text_does_not_reach_stays_as_trained(form: str, is_called: bool) -> None:
+    model = adapted(Branch(is_called), form=form, task_type=None)
+    held = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    Restraint(model, HIGH, LOW).apply(2.0)
+    for name, parameter in model.named_parameters():
+        if name in held:
+            assert parameter.isfinite().all()
+            assert torch.equal(parameter, held[name]) == (".rare." in name)
+
+
+@pytest.mark.parametrize("form", ["left", "both"])
+def test_a_layer_that_the_text_alone_reaches_shrinks(form: str) -> None:
+    model = adapted(Branch(is_called_without_tokens=True), form=form, task_type=None)
+    rare = dict(kpsvd_layers(model))["rare"]
+    held = [part.detach().clone() for part in rare.trained("default")]
+    Restraint(model, LOW, HIGH).apply(3.0)
+    for before, after in zip(held, rare.trained("default"), strict=True):
+        torch.testing.assert_close(after, before / 4)

@@ -11,6 +11,7 @@ from kpsvd_tune.report.results import Score
 from kpsvd_tune.report.run import (
     as_mapping,
     ending,
+    result_figures,
     score_label,
     score_lines,
     score_table,
@@ -145,3 +146,11 @@ def test_a_run_from_an_adapter_is_compared_with_that_adapter() -> None:
     found = results(4.2, 5.0)
     found |= ending(found, from_adapter=True)
     assert "worse than the adapter it began with (adapter.from)" in str(worse_line(found))
+
+
+@pytest.mark.parametrize(
+    ("is_met", "shown"), [(True, "0.5116"), (False, "0.5116, above restrain.limit 0.2")]
+)
+def test_a_limit_that_was_not_kept_is_shown(is_met: bool, shown: str) -> None:
+    found = {"text_loss_change": 0.51158, "restraint": {"limit": 0.2, "is_met": is_met}}
+    assert result_figures(found) == [("rise of the loss on the text of restrain", shown)]

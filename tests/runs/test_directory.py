@@ -30,6 +30,9 @@ RECIPE: dict[str, Any] = {
 }
 
 
+KEY = "restrain.text.sha256"
+
+
 def identity(**changes: Any) -> dict[str, Any]:
     recipe = json.loads(json.dumps(RECIPE))
     for key, value in changes.items():
@@ -490,3 +493,15 @@ def test_a_run_of_a_version_that_counted_no_time_goes_on(run):
         {"started": "first", "ended": "later"},
         {"started": "second", "device_seconds": 3.0},
     ]
+
+
+def test_the_text_of_restrain_is_compared_where_both_know_its_hash():
+    kept = {"text": "kept.txt", "limit": 0.01}
+    none = identity(restrain=None)
+    old, one, two = (identity(restrain=kept) | each for each in ({}, {KEY: "aa"}, {KEY: "bb"}))
+    assert changes(old, one) == changes(one, old) == {}
+    assert changes(one, two) == {KEY: ("aa", "bb")}
+    assert KEY not in changes(none, one)
+    assert KEY not in changes(one, none)
+    # It is below a key of the recipe, and none that can be typed.
+    assert words_of({KEY: "aa"}) == []

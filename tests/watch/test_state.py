@@ -10,6 +10,7 @@ from kpsvd_tune.watch.before import (
     module_warnings,
     row_warnings,
     schedule_warnings,
+    unrestrained_warnings,
     without,
 )
 from kpsvd_tune.watch.machine import disk_low, memory_low
@@ -112,3 +113,11 @@ def test_a_memory_nearly_full_is_told():
     assert found.code == "memory_low"
     assert memory_low(3, 100, "the container's", 7) is None
     assert memory_low(0, 0, "the machine's", 7) is None
+
+
+def test_what_a_restraint_cannot_cut_is_told():
+    (found,) = unrestrained_warnings(["lm_head", "norm"], "leave them out")
+    assert (found.code, found.evidence) == ("unrestrained_modules", {"modules": "lm_head, norm"})
+    assert "what is learnt by lm_head, norm stays as it is trained" in found.text
+    assert "leave them out; or lower train.learning_rate" in found.cure
+    assert not list(unrestrained_warnings([], "leave them out"))

@@ -24,7 +24,8 @@ def main() -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(
         job["base"], dtype=torch.float32, local_files_only=True, **job["options"]
     )
-    if getattr(base, "hf_quantizer", None) is not None:
+    is_gguf = "gguf_file" in job["options"]  # whose weights are plain, though marked otherwise
+    if not is_gguf and getattr(base, "hf_quantizer", None) is not None:
         # Packed weights are multiplied with roundings of their own, larger than the tolerance.
         base = base.dequantize().float()
     model: Any = PeftModel.from_pretrained(base, job["adapter"]).eval()

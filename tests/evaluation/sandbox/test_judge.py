@@ -17,7 +17,7 @@ from kpsvd_tune.evaluation.sandbox.run import (
     sandbox_fault,
 )
 
-# Without bubblewrap the judge is a process of its own too, so the same must hold.
+# Without bubblewrap the judge is a process of its own too, so most of this must hold all the same.
 SANDBOX: Sandbox = "bwrap" if sandbox_fault() is None else "none"
 
 
@@ -32,7 +32,9 @@ def test_there_are_enough_cheats():
     assert judge("def f(x): return x + 1", *TESTS).passed
 
 
+# Some cheats kill every process of the user, or empty each file below /tmp.
 @pytest.mark.slow
+@pytest.mark.skipif(SANDBOX == "none", reason="needs bubblewrap")
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_cheat_passes(name: str):
     result = judge(CHEATS[name], *TESTS)

@@ -98,6 +98,7 @@ def export_lora(
     folder = found.adapter
     assert folder is not None
     training = training_of(folder)
+    _check_rotations(source)
     events.stage(f"loading {source.path}")
     loaded = load(
         found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
@@ -329,6 +330,18 @@ def _unknown_ends(model: PeftModel, tokenizer: Any) -> list[str]:
     held = known if isinstance(known, list) else [known]
     unknown = [each for each in answer_ends(tokenizer) if each not in held]
     return [str(each) for each in tokenizer.convert_ids_to_tokens(unknown)]
+
+
+def _check_rotations(source: ModelSource) -> None:
+    """Refuse a GGUF base that no program but this one loads as the model that it is."""
+    rope = getattr(load_skeleton(source).config, "rope_parameters", None) or {}
+    if source.kind == "gguf" and rope.get("rope_type") in ("linear", "yarn"):
+        raise ExportError(
+            f"--to lora: {source.path} rescales its rotary embedding ({rope['rope_type']}), which "
+            "transformers does not read from GGUF, so that plain PEFT would put the LoRA on "
+            "another model; expected the base's folder with safetensors (--base), or serve the "
+            "merged model: kpsvd-tune merge"
+        )
 
 
 def _about_base(loaded: Loaded, source: ModelSource) -> list[str]:

@@ -46,6 +46,7 @@ from kpsvd_tune.export import gguf as exporting
 from kpsvd_tune.export.gguf import kept_share
 from kpsvd_tune.export.gguf_model import GgufModel, check_rope, from_file_order, to_file_order
 from kpsvd_tune.merge.update import Term
+from kpsvd_tune.models import load_model, resolve_model
 
 SIZES = {
     "hidden_size": 64,
@@ -509,6 +510,32 @@ def test_rotations_must_be_the_models(tmp_path: Path) -> None:
             check_rope(file(wrong), model)
     with pytest.raises(ModelError, match="give different rotary"):
         check_rope(file(plain / used), make_model())
+
+
+@pytest.mark.slow
+def test_a_base_whose_rotations_are_rescaled_is_merged_and_has_no_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
+    scaling = {
+        "llama__rope__scaling__type": ("linear", GGUFValueType.STRING),
+        "llama__rope__scaling__factor": (8.0, GGUFValueType.FLOAT32),
+    }
+    base = write_base(tmp_path / "base.gguf", make_model(rope_parameters=rope), **scaling)
+    # transformers alone would load it with other rotations.
+    monkeypatch.setitem(
+        globals(), "read", lambda file: load_model(resolve_model(str(file)), "float32")
+    )
+    adapter, merged = save_adapter(base, tmp_path / "adapter"), tmp_path / "merged"
+    options = ["-o", str(tmp_path / "out"), "--base", str(base)]
+    assert cli.run(["export", str(adapter), "--to", "lora", *options]) == 1
+    told = said(capsys)
+    assert "base.gguf rescales its rotary embedding (linear), which transformers does not" in told
+    assert "expected the base's folder with safetensors (--base), or serve the merged" in told
+    assert not (tmp_path / "out").exists()
+    assert cli.run(["merge", str(adapter), "-o", str(merged), "--base", str(base)]) == 0
+    written = json.loads((merged / "config.json").read_text())["rope_parameters"]
+    assert (written["rope_type"], written["factor"]) == ("linear", 8.0)
 
 
 def test_what_is_left_of_an_update() -> None:

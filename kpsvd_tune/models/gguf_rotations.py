@@ -32,7 +32,8 @@ def with_rotations(
     """
     prefix = f"{metadata.get('general.architecture')}.rope.scaling."
     own = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
-    kind = own.get("type", "none")
+    # llama.cpp takes a factor without a kind for a linear one.
+    kind = own.get("type", "linear" if "factor" in own else "none")
     rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     # transformers reads those of some architectures itself.
     if kind == "none" or rope.get("rope_type", "default") != "default":

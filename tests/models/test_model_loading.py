@@ -179,6 +179,7 @@ def test_factors_of_the_rotary_embedding_that_are_not_read_are_told(
     ("scaling", "rope"),
     [
         ({"type": "linear", "factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+        ({"factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
         (
             {"type": "yarn", "factor": 4.0, "original_context_length": 16},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},

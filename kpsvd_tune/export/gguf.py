@@ -16,6 +16,7 @@ from kpsvd_tune.adapter.model import kpsvd_layers
 from kpsvd_tune.data.encode.encoder import answer_ends
 from kpsvd_tune.errors import ExportError
 from kpsvd_tune.events import Events
+from kpsvd_tune.export.about_base import about_base
 from kpsvd_tune.export.gguf_model import (
     Entry,
     GgufModel,
@@ -42,7 +43,7 @@ from kpsvd_tune.models.source import base_of
 from kpsvd_tune.report.card import CARD, gguf_card
 from kpsvd_tune.report.results import GgufReport
 from kpsvd_tune.runs.described import training_of
-from kpsvd_tune.runs.find import Found, compare_files, full_precision_note, load
+from kpsvd_tune.runs.find import Found, compare_files, load
 from kpsvd_tune.storage.disk import check_room
 from kpsvd_tune.storage.durable import write_file, write_folder
 from kpsvd_tune.storage.hashes import file_hash
@@ -93,9 +94,7 @@ def export_gguf(
         found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
     )
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
-    about_base = [f"exported {other_base}"] if other_base else []
-    if note := full_precision_note(loaded.distances, "exported for"):
-        about_base.append(note)
+    told = about_base(loaded)
     if other_base is None:
         compare_files(model, source, events)
     check_vocabulary(file, tokenizer, load_tokenizer(source))
@@ -158,7 +157,7 @@ def export_gguf(
             sha256=file_hash(partial / NAME),
         )
         _check_proof(report, TOLERANCES["float32"] * smallest)
-        report = replace(report, warnings=_warnings(report, file, is_base, about_base))
+        report = replace(report, warnings=_warnings(report, file, is_base, told))
         write_file(partial / "export_report.json", to_json(report.to_dict()))
         card = gguf_card(report, base_of(source, found.base), training)
         write_file(partial / CARD, card.encode())
@@ -282,9 +281,9 @@ def _check_proof(report: GgufReport, exact: float) -> None:
 
 
 def _warnings(
-    report: GgufReport, file: GgufModel, is_base: bool, about_base: Sequence[str]
+    report: GgufReport, file: GgufModel, is_base: bool, told: Sequence[str]
 ) -> tuple[str, ...]:
-    found = [*about_base]
+    found = [*told]
     change, far = report.adapter_logit_difference, report.max_logit_difference
     if change == 0:
         found.append(

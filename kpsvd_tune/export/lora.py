@@ -20,6 +20,7 @@ from kpsvd_tune.adapter.targets import LINEAR, modules_by_name
 from kpsvd_tune.data.encode.encoder import answer_ends
 from kpsvd_tune.errors import AdapterError, ExportError, InputError
 from kpsvd_tune.events import Events
+from kpsvd_tune.export.about_base import about_base
 from kpsvd_tune.export.low_rank import LowRank, low_rank
 from kpsvd_tune.export.proof import plain_logits
 from kpsvd_tune.merge.proof import PROMPTS, TOLERANCES, difference, logits
@@ -29,7 +30,7 @@ from kpsvd_tune.report.card import CARD, lora_card
 from kpsvd_tune.report.results import LoraReport
 from kpsvd_tune.runs.adapter_folder import CONFIG, WEIGHTS
 from kpsvd_tune.runs.described import training_of
-from kpsvd_tune.runs.find import Found, Loaded, compare_files, full_precision_note, load
+from kpsvd_tune.runs.find import Found, Loaded, compare_files, load
 from kpsvd_tune.storage.commit import seal
 from kpsvd_tune.storage.durable import write_file, write_folder
 from kpsvd_tune.storage.json_files import to_json
@@ -104,7 +105,7 @@ def export_lora(
         found, source, "float32", allow_other_base=settings.allow_other_base, in_full=True
     )
     model, tokenizer, other_base = loaded.model, loaded.tokenizer, loaded.other_base
-    about_base = _about_base(loaded, source)
+    told = _told_of_base(loaded, source)
     if other_base is None:
         compare_files(model, source, events)
     _check_layers(model)
@@ -164,7 +165,7 @@ def export_lora(
             top1_agreement=agreement,
             num_positions=sum(map(len, prompts)),
             prompts=PROMPTS,
-            warnings=_warnings(config, change, about_base, unknown),
+            warnings=_warnings(config, change, told, unknown),
         )
         write_file(partial / "export_report.json", to_json(report.to_dict()))
         card = lora_card(report, base_of(source, found.base), training)
@@ -344,11 +345,9 @@ def _check_rotations(source: ModelSource) -> None:
         )
 
 
-def _about_base(loaded: Loaded, source: ModelSource) -> list[str]:
+def _told_of_base(loaded: Loaded, source: ModelSource) -> list[str]:
     """What is to be said of the base that the LoRA was compared on."""
-    found = [f"exported {loaded.other_base}"] if loaded.other_base else []
-    if note := full_precision_note(loaded.distances, "exported for"):
-        found.append(note)
+    found = about_base(loaded)
     if getattr(load_skeleton(source).config, "quantization_config", None) is not None:
         found.append(
             "the base is stored quantised, and the LoRA was compared on its dequantised weights; "
@@ -358,9 +357,9 @@ def _about_base(loaded: Loaded, source: ModelSource) -> list[str]:
 
 
 def _warnings(
-    config: LoraConfig, change: float, about_base: Sequence[str], unknown_ends: Sequence[str]
+    config: LoraConfig, change: float, told: Sequence[str], unknown_ends: Sequence[str]
 ) -> tuple[str, ...]:
-    found = [*about_base]
+    found = [*told]
     if change == 0:
         found.append(
             "the adapter changes nothing: on all prompts its logits are those of its base model. "
